@@ -1,0 +1,11 @@
+"""Demo, stage 0: a tiny video DiT from scratch on rendered rooms, in place of the Wan weights.   (see demo.sh)"""
+preset = "demo"
+stage = 0
+data_dir = "data/demo"
+out_dir = "outputs/demo/stage0"
+
+height, width, num_frames = 64, 96, 9
+batch_size, num_workers = 8, 0
+max_steps, save_every, log_every, eval_every, eval_clips = 600, 200, 20, 0, 16
+
+learning_rate, min_lr, lr_schedule, warmup_steps = 1e-3, 1e-4, "cosine", 50

@@ -1,0 +1,13 @@
+"""Demo, stage 2: camera adapters and the exchange join; starts from the demo's stage 1.   (see demo.sh)"""
+preset = "demo"
+stage = 2
+data_dir = "data/demo"
+out_dir = "outputs/demo/stage2"
+wan_dir = "outputs/demo/stage0"
+init_from = "outputs/demo/stage1/latest.safetensors"
+
+height, width, num_frames = 64, 96, 9
+batch_size, num_workers = 8, 0
+max_steps, save_every, log_every, eval_every, eval_clips = 300, 100, 20, 0, 16
+
+learning_rate, min_lr, lr_schedule, warmup_steps = 5e-4, 5e-5, "cosine", 50

@@ -1,0 +1,451 @@
+"""Datasets: readers and writers of the documented layout, encoded caches, pictures, rendered datasets.
+
+    python data.py synth DIR --num N --num_frames T --height H --width W --seed S [--variety simple --val M]
+    python data.py encode DIR --codec transform --height H --width W --num_frames T
+
+Layout: DIR/metadata.json, DIR/ID/{video.mp4, depth/frame_%04d.npy, camera_params.txt}, DIR/cache/TxHxW-KEY/.
+Shapes: T = 4k + 1 frames of H x W pixels, f h w latent grid, L words.
+Cameras: OpenCV (x right, y down, z forward), w2c 3x4, world = first camera of the clip; metres; z-depth,
+0 = invalid.  Intrinsics: fractions of width / height in files, pixels in tensors, centres at +0.5."""
+import argparse
+import functools
+import itertools
+import json
+import multiprocessing
+import os
+import struct
+import zipfile
+import zlib
+from pathlib import Path
+
+import imageio_ffmpeg
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from tqdm import tqdm
+
+from geometry import relative_to_first
+from scenes import VARIETY, render_clip
+
+
+# --- Files -------------------------------------------------------------------------------------------------
+def read_cameras(path):
+    """RealEstate10K text, URL line or not: w2c (T, 3, 4), fx fy cx cy as fractions (T, 4); float64."""
+    wanted, rows = "wanted 19 numbers: index fx fy cx cy 0 0 and the row-major 3x4 world-to-camera matrix", []
+    text = Path(path).read_text() if Path(path).is_file() else ""
+    lines = [(n, line.split()) for n, line in enumerate(text.splitlines(), 1) if line.strip()]
+    for n, words in lines[1:] if lines and "://" in lines[0][1][0] else lines:
+        try:
+            rows.append([float(word) for word in words])
+        except ValueError as error:
+            raise ValueError(f"{path}, line {n}: {error}; {wanted}") from None
+        finite = np.isfinite(rows[-1]).sum()
+        if not len(words) == finite == 19:
+            raise ValueError(f"{path}, line {n}: {len(words)} columns, {finite} finite; {wanted}")
+        if not 0 < min(rows[-1][1:3]) <= max(rows[-1][1:3]) < 20:
+            raise ValueError(f"{path}, line {n}: focal lengths {words[1]} {words[2]}; wanted fractions of "
+                             "the image size. Divide fx, cx by the width and fy, cy by the height.")
+    if not rows:
+        raise ValueError(f"{path}: missing, or without cameras; {wanted}")
+    table = np.array(rows)
+    return table[:, 7:].reshape(-1, 3, 4), table[:, 1:5]
+
+
+def write_cameras(path, w2c, intrinsics, size):
+    """Write w2c (T, 3, 4) and pixel intrinsics (T, 3, 3) of images of size (H, W) as 19 columns per frame."""
+    (h, w), rows = size, []
+    for t, (e, k) in enumerate(zip(np.asarray(w2c, float), np.asarray(intrinsics, float))):
+        rows.append([t, k[0, 0] / w, k[1, 1] / h, k[0, 2] / w, k[1, 2] / h, 0, 0, *e.ravel()])
+    np.savetxt(path, rows, "%.10g")
+
+
+def read_video(path, max_frames=None):
+    """Decode the first max_frames frames (default all): uint8 (T, H, W, 3) and the frame rate."""
+    try:
+        reader = imageio_ffmpeg.read_frames(str(path), pix_fmt="rgb24")
+        meta = next(reader)
+        w, h = meta["size"]
+        frames = [np.frombuffer(f, np.uint8).reshape(h, w, 3) for f in itertools.islice(reader, max_frames)]
+        reader.close()
+    except (OSError, RuntimeError) as error:
+        reason = "no such file" if not Path(path).is_file() else str(error).strip().splitlines()[-1]
+        raise ValueError(f"{path}: not a readable video: {reason}. Re-encode or remove it.") from None
+    if not frames:
+        raise ValueError(f"{path}: the video has no frames. Re-encode or remove it.")
+    return np.stack(frames), float(meta["fps"])
+
+
+def write_video(path, frames, fps, crf=14):
+    """Write uint8 frames (T, H, W, 3) as H.264; crf 0 is best, 51 worst."""
+    h, w = frames.shape[1:3]
+    if h % 2 or w % 2:
+        raise ValueError(f"{path}: frames of {h}x{w}; H.264 wants even sizes")
+    writer = imageio_ffmpeg.write_frames(str(path), (w, h), fps=fps, codec="libx264", macro_block_size=1,
+                                         pix_fmt_out="yuv420p", output_params=["-crf", str(crf)])
+    writer.send(None)
+    for frame in frames:
+        writer.send(np.ascontiguousarray(frame))
+    writer.close()
+
+
+def write_png(path, image):
+    """Write (H, W, 3) uint8 colour or (H, W) uint16 grey."""
+    bits, colour = {(3, "uint8"): (8, 2), (2, "uint16"): (16, 0)}[image.ndim, str(image.dtype)]
+    (h, w), body = image.shape[:2], np.ascontiguousarray(image.astype(f">u{bits // 8}"))
+    rows = zlib.compress(np.pad(body.view(np.uint8).reshape(h, -1), ((0, 0), (1, 0))))  # 0 = unfiltered row
+    chunks = [b"IHDR" + struct.pack(">IIBBBBB", w, h, bits, colour, 0, 0, 0), b"IDAT" + rows, b"IEND"]
+    Path(path).write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(c) - 4) + c + struct.pack(">I", zlib.crc32(c)) for c in chunks))
+
+
+def read_array(path):
+    """One .npy, .npz (the array depth, or the first) or 16-bit grey .png file."""
+    try:
+        if path.suffix != ".png":
+            a = np.load(path)
+            return a if path.suffix == ".npy" else a["depth" if "depth" in a else a.files[0]]
+        if path.read_bytes()[24:26] != b"\x10\x00":
+            raise ValueError("not a 16-bit grey PNG; other kinds do not hold metric depth")
+        reader = imageio_ffmpeg.read_frames(str(path), pix_fmt="gray16le", bits_per_pixel=16)
+        w, h = next(reader)["size"]
+        return np.frombuffer(b"".join(reader), "<u2").reshape(h, w)
+    except (OSError, RuntimeError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path}: cannot be read: {error}") from None
+
+
+def read_arrays(path, frames=None):
+    """Chosen frames (default all) of one file (T, ...), or of a folder with one file per frame."""
+    path = Path(path)
+    files = [f for f in path.glob("*") if f.suffix in (".npy", ".npz", ".png")]
+    source = read_array(path) if path.is_file() else sorted(files, key=lambda f: (len(f.name), f.name))
+    frames = range(len(source)) if frames is None else frames
+    if len(source) <= max(frames, default=0):
+        raise ValueError(f"{path}: {len(source)} frames found, {max(frames, default=0) + 1} wanted")
+    return np.stack([source[t] if path.is_file() else read_array(source[t]) for t in frames])
+
+
+def read_depth(path, scale=None, frames=None):
+    """Z-depth (T, H, W) float32 metres, 0 = invalid; scale: metres per unit, required for integer files."""
+    depth = read_arrays(path, frames)
+    if depth.ndim != 3:
+        raise ValueError(f"{path}: array of shape {depth.shape}; wanted z-depth (T, H, W)")
+    if depth.dtype.kind != "f" and scale is None:
+        raise ValueError(f"{path}: {depth.dtype} depth without a unit; add depth_scale (metres per "
+                         "count, 0.001 for millimetres) to the sample's entry in metadata.json")
+    depth = depth.astype(np.float32) * np.float32(scale or 1)
+    return np.where(np.isfinite(depth) & (depth > 0), depth, np.float32(0))
+
+
+# --- Samples -----------------------------------------------------------------------------------------------
+FIELDS = dict(video=("video_path", "video"), depth=("depth_dir", "depth"), points=("points_dir", "points"),
+              camera=("camera_file", "camera_params"), prompt=("prompt", "caption", "note"))
+
+
+def load_samples(root, split=None):
+    """List a dataset: metadata.json with samples and splits, a flat list, or a scan of the sample folders.
+
+    returns  dicts: id, split, prompt, fps, depth_scale; paths video, camera, depth, points (None = absent)
+    Without splits the last tenth (at least one of several) is "val", the rest "train"."""
+    root, splits = Path(root), {}
+    path = root / "metadata.json"
+    if path.is_file():
+        try:
+            entries = json.loads(path.read_text())
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}: not valid JSON: {error}") from None
+        if isinstance(entries, dict):
+            entries, splits = entries.get("samples"), entries.get("splits") or {}
+        if not isinstance(entries, list) or not all(isinstance(e, dict) for e in entries):
+            raise ValueError(f"{path}: wanted a list of samples, or an object with a list called samples")
+    else:                                                                         # folders that hold a video
+        videos = sorted(f for f in root.glob("*/video.*") if f.suffix in (".mp4", ".avi", ".mov", ".webm"))
+        entries = [{f.stem: f"{v.parent.name}/{f.name}" for f in v.parent.iterdir()
+                    if f.stem in ("video", "depth", "points", "camera_params")} for v in videos]
+    samples = {}
+    for n, entry in enumerate(entries):
+        sample = read_entry(root, entry, f"{path}, sample {n}")
+        if samples.setdefault(sample["id"], sample) is not sample:
+            raise ValueError(f"{path}, sample {n}: id {sample['id']!r} is there twice")
+    if not splits:
+        cut = len(samples) - (max(1, len(samples) // 10) if len(samples) > 1 else 0)
+        splits = dict(train=list(samples)[:cut], val=list(samples)[cut:])
+    for name, ids in splits.items():
+        for i in ids:
+            if i not in samples:
+                raise ValueError(f"{path}: split {name} lists {i!r}, which is not among the samples")
+            samples[i]["split"] = name
+    chosen = [s for s in samples.values() if split in (None, s["split"])]
+    if not chosen:
+        raise ValueError(f"{root}: no samples in split {split!r}; {len(samples)} found, splits "
+                         f"{ {k: len(v) for k, v in splits.items()} }. The layout is at the top of data.py.")
+    return chosen
+
+
+def read_entry(root, entry, where):
+    """Bring one metadata entry to our names; its paths must stay inside the dataset."""
+    sample = {field: next((entry[n] for n in names if entry.get(n)), None) for field, names in FIELDS.items()}
+    if not sample["video"] and not entry.get("cached"):
+        raise ValueError(f"{where}: no video_path; found {', '.join(entry) or 'nothing'}")
+    for field in ("video", "depth", "points", "camera"):
+        if sample[field]:
+            inside = os.path.normpath(str(sample[field]))
+            if os.path.isabs(inside) or inside.split(os.sep)[0] == "..":
+                raise ValueError(f"{where}: {field} path {sample[field]!r} leaves the dataset folder")
+            sample[field] = root / inside
+    parts = sample["video"].relative_to(root).with_suffix("").parts if sample["video"] else ()
+    sample["id"] = str(entry.get("id") or "_".join(parts).removesuffix("_video"))
+    if sample["id"] in ("", ".", "..") or "/" in sample["id"]:
+        raise ValueError(f"{where}: id {sample['id']!r} cannot be a file name")
+    return dict(sample, prompt=sample["prompt"] or "", split=None, fps=entry.get("fps"),
+                depth_scale=entry.get("depth_scale"))
+
+
+def load_clip(sample, height, width, num_frames, start=0, stride=1):
+    """Read a window of a sample; frames, depth and intrinsics are centre-cropped and resized together.
+
+    returns  video       (3, T, H, W)  float32 in [-1, 1], antialiased
+             depth       (T, H, W)     float32, metres, 0 = invalid, nearest pixel
+             w2c         (T, 3, 4)     float64, metres, world = first camera of the window
+             intrinsics  (T, 3, 3)     float64, pixels at (H, W);   prompt, id: str;   fps: float"""
+    if num_frames % 4 != 1:
+        raise ValueError(f"num_frames = {num_frames}; wanted 4k + 1, for instance {num_frames // 4 * 4 + 1}")
+    if not (sample["video"] and sample["camera"] and (sample["depth"] or sample["points"])):
+        raise ValueError(f"clip {sample['id']}: a video, cameras and depth or points are needed; found "
+                         f"{[f for f in FIELDS if sample[f]]} (--cache_only renderings hold none)")
+    ids = range(start, start + stride * (num_frames - 1) + 1, stride)
+    (frames, fps), (w2c, fractions) = read_video(sample["video"], ids[-1] + 1), read_cameras(sample["camera"])
+    if min(len(frames), len(w2c)) <= ids[-1]:
+        raise ValueError(f"clip {sample['id']}: {len(frames)} video frames and {len(w2c)} cameras found, "
+                         f"{ids[-1] + 1} wanted; lower num_frames, start or stride, or remove the clip")
+    w2c, (h0, w0) = torch.from_numpy(w2c[ids]), frames.shape[1:3]
+    hc, wc = min(h0, round(w0 * height / width)), min(w0, round(h0 * width / height))
+    y, x = (h0 - hc) // 2, (w0 - wc) // 2
+    cropped = torch.from_numpy(frames[ids, y:y + hc, x:x + wc]).permute(0, 3, 1, 2)  # (T, 3, hc, wc)
+    video = torch.cat([F.interpolate(frame[None].float(), (height, width), mode="bilinear", antialias=True)
+                       for frame in cropped])  # (T, 3, H, W), frame-wise: memory
+    if sample["depth"]:
+        depth = read_depth(sample["depth"], sample["depth_scale"], ids)
+    else:  # a point at the origin is invalid
+        points = read_arrays(sample["points"], ids).astype(np.float64)
+        z = np.einsum("tc,thwc->thw", w2c[:, 2, :3], points) + w2c[:, 2, 3, None, None].numpy()
+        depth = np.where((points != 0).any(-1) & np.isfinite(z) & (z > 0), z, 0).astype(np.float32)
+    # the depth pixels under the target's pixel centres; depth may have another resolution than the video
+    rows = ((y + (np.arange(height) + .5) * hc / height) * depth.shape[1] / h0).astype(int)
+    cols = ((x + (np.arange(width) + .5) * wc / width) * depth.shape[2] / w0).astype(int)
+    fx, fy, cx, cy = fractions[ids].T * [[w0], [h0], [w0], [h0]]                  # pixels of the source
+    k = np.zeros((num_frames, 3, 3)) + np.eye(3)
+    k[:, 0, 0], k[:, 0, 2] = fx * width / wc, (cx - x) * width / wc
+    k[:, 1, 1], k[:, 1, 2] = fy * height / hc, (cy - y) * height / hc
+    return dict(video=video.permute(1, 0, 2, 3) / 127.5 - 1, w2c=relative_to_first(w2c),
+                depth=torch.from_numpy(depth[:, rows][:, :, cols]), intrinsics=torch.from_numpy(k),
+                prompt=sample["prompt"], id=sample["id"], fps=float(sample["fps"] or fps) / stride)
+
+
+# --- Cache: what training reads ----------------------------------------------------------------------------
+@functools.lru_cache(maxsize=1)
+def make_encoders(codec):
+    """vae.encode(video) -> latents, text(list of prompts) -> list of (L, dim), and the key of their cache."""
+    from encoders import HashedText, TransformCodec
+    if codec != "transform":
+        raise ValueError(f"codec {codec!r}; wanted transform")
+    vae, text = TransformCodec(), HashedText()
+    return vae, text, f"{vae.fingerprint}-{text.fingerprint}"
+
+
+def save_tensors(path, tensors, metadata):
+    """Write aside, then rename: a reader never sees half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temp = path.with_name(f".{path.name}.{os.getpid()}")
+    save_file({k: x.contiguous() for k, x in tensors.items()}, temp, {k: str(x) for k, x in metadata.items()})
+    os.replace(temp, path)
+
+
+@torch.no_grad()
+def save_clip(path, clip, encoders, metadata):
+    """Encode and write a clip of load_clip, and the empty prompt beside it.
+
+    bfloat16: latents (16, f, h, w), start_latents (16, 1, h, w) of frame 0 alone, text (L, dim)
+    float32:  depth (T, H, W), w2c (T, 3, 4), intrinsics (T, 3, 3)"""
+    (vae, text, _), video = encoders, clip["video"][None]
+    encoded = vae.encode(video)[0], vae.encode(video[:, :, :1])[0], text([clip["prompt"]])[0]
+    tensors = {n: x.bfloat16() for n, x in zip(("latents", "start_latents", "text"), encoded)}
+    save_tensors(path, tensors | {n: clip[n].float() for n in ("depth", "w2c", "intrinsics")}, metadata)
+    if not (path.parent / "text_empty.safetensors").exists():
+        save_tensors(path.parent / "text_empty.safetensors", dict(text=text([""])[0].bfloat16()), {})
+
+
+def cached_metadata(path):
+    """Metadata of a cache file, {} where there is no readable one."""
+    try:
+        with safe_open(path, "pt") as f:
+            return f.metadata() or {}
+    except (OSError, SafetensorError):
+        return {}
+
+
+def encode(root, height, width, num_frames, codec="transform", split=None, start=0, stride=1, windows=1):
+    """Encode evenly spread windows of each clip, keep finished ones; returns how many clips failed."""
+    encoders, failed, counts = make_encoders(codec), [], dict(encoded=0, kept=0)
+    folder = Path(root, "cache", f"{num_frames}x{height}x{width}-{encoders[2]}")
+    same = dict(num_frames=num_frames, height=height, width=width, stride=stride, fingerprint=encoders[2])
+    for sample in tqdm(load_samples(root, split), desc="encode", unit="clip"):
+        try:
+            stats = [p.stat() for p in sample.values() if isinstance(p, Path) and p.exists()]
+            stamp = " ".join(f"{stat.st_size}:{stat.st_mtime_ns}" for stat in stats)
+            count = len(read_cameras(sample["camera"])[0]) if windows > 1 and sample["camera"] else 0
+            last = max(start, count - stride * (num_frames - 1) - 1)
+            for s in sorted({round(s) for s in np.linspace(start, last, windows)}):
+                name = sample["id"] if windows == 1 else f"{sample['id']}.{s:04d}"
+                key = dict(same, id=name, sample=sample["id"], prompt=sample["prompt"], stamp=stamp, start=s)
+                path = folder / f"{name}.safetensors"
+                if {k: str(v) for k, v in key.items()}.items() <= cached_metadata(path).items():
+                    counts["kept"] += 1
+                    continue
+                clip = load_clip(sample, height, width, num_frames, s, stride)
+                save_clip(path, clip, encoders, dict(key, split=sample["split"], fps=clip["fps"]))
+                counts["encoded"] += 1
+        except ValueError as error:
+            failed.append(sample["id"])
+            tqdm.write(f"skipped {sample['id']}: {error}")
+    print(f"{folder}: {counts}, skipped: {', '.join(failed) or 'none'}")
+    return len(failed)
+
+
+class CachedClips(torch.utils.data.Dataset):
+    """The cached windows of a split: the tensors of save_clip in float32 (metres), and id, prompt, fps."""
+
+    def __init__(self, root, split, height, width, num_frames, fingerprint_prefix="transform"):
+        ids = {s["id"] for s in load_samples(root, split)}
+        option = "--codec transform" if fingerprint_prefix.startswith("transform") else "--wan_dir WAN_DIR"
+        size = f"--height {height} --width {width} --num_frames {num_frames}"
+        cure = f"Run\n  python data.py encode {root} {option} {size}"
+        folders = sorted(Path(root).glob(f"cache/{num_frames}x{height}x{width}-{fingerprint_prefix}*"))
+        if len(folders) > 1:
+            raise ValueError(f"{root}: {', '.join(f.name for f in folders)} all fit; delete or name one")
+        files = [f for folder in folders for f in sorted(folder.glob("*.safetensors"))]
+        owner = {f: cached_metadata(f).get("sample") for f in files}
+        self.files = [f for f in files if owner[f] in ids]
+        if not self.files:
+            raise ValueError(f"{root}: split {split} is not encoded at {num_frames}x{height}x{width}. {cure}")
+        if missing := ids - set(owner.values()):
+            print(f"{root}: {len(missing)} of {len(ids)} {split} clips are not encoded, left out. {cure}")
+        self.empty_text = folders[0] / "text_empty.safetensors"
+
+    def __len__(self):
+        return len(self.files)
+
+    def __getitem__(self, i):
+        with safe_open(self.files[i], "pt") as f:  # mapped: repeats cost no disk
+            tensors, meta = {k: f.get_tensor(k).float() for k in f.keys()}, f.metadata()
+        return dict(tensors, id=meta["id"], prompt=meta["prompt"], fps=float(meta["fps"]))
+
+
+def collate(items):
+    """Stack the clips of a batch; text stays a list of (L, dim), id, prompt and fps lists."""
+    columns = {k: [item[k] for item in items] for k in items[0]}
+    return {k: c if k in ("text", "id", "prompt", "fps") else torch.stack(c) for k, c in columns.items()}
+
+
+# --- Pictures --------------------------------------------------------------------------------------------------------
+COLOUR_MAP = np.array([[252, 247, 180], [252, 196, 90], [244, 136, 73], [219, 83, 103], [168, 50, 125], [110, 34, 130],
+                       [58, 22, 104], [16, 12, 48]], np.float32)                  # near: bright and warm; far: dark
+
+
+def depth_to_rgb(depth, low, high):
+    """(..., H, W) -> uint8 (..., H, W, 3), low bright, high dark, steps of 1/depth; invalid (<= 0) grey."""
+    valid = np.isfinite(depth) & (depth > 0)
+    x = (1 / low - 1 / np.where(valid, depth, low)) / max(1 / low - 1 / max(high, low * 1.001), 1e-9)
+    x = np.clip(x, 0, 1) * (len(COLOUR_MAP) - 1)
+    i = np.minimum(x.astype(int), len(COLOUR_MAP) - 2)
+    rgb = COLOUR_MAP[i] + (COLOUR_MAP[i + 1] - COLOUR_MAP[i]) * (x - i)[..., None]
+    return np.where(valid[..., None], rgb + .5, 128).astype(np.uint8)
+
+
+def tile(rows, gap=2, zoom=1):
+    """Rows of equal uint8 pictures (H, W, 3) -> one picture on white."""
+    h, w = rows[0][0].shape[:2]
+    sheet = np.full((len(rows) * (h + gap) - gap, max(map(len, rows)) * (w + gap) - gap, 3), 255, np.uint8)
+    for r, row in enumerate(rows):
+        for c, picture in enumerate(row):
+            sheet[r * (h + gap):r * (h + gap) + h, c * (w + gap):c * (w + gap) + w] = picture
+    return sheet.repeat(zoom, 0).repeat(zoom, 1)
+
+
+# --- Commands ----------------------------------------------------------------------------------------------
+def synth_one(job):
+    """Render one clip and write it, as a sample folder or as a cache file; returns its metadata entry."""
+    out, name, seed, split, num_frames, height, width, variety, cache_only = job
+    clip = render_clip(seed, num_frames, height, width, variety)
+    clip["intrinsics"] = np.repeat(clip["intrinsics"][None], num_frames, 0)
+    entry = dict(id=name, prompt=clip["prompt"], num_frames=num_frames, height=height, width=width, fps=15)
+    if cache_only:
+        encoders = make_encoders("transform")
+        clip["video"] = torch.from_numpy(clip.pop("rgb")).permute(3, 0, 1, 2) / 127.5 - 1
+        clip.update({key: torch.from_numpy(clip[key]) for key in ("depth", "w2c", "intrinsics")})
+        folder = out / "cache" / f"{num_frames}x{height}x{width}-{encoders[2]}"
+        save_clip(folder / f"{name}.safetensors", clip, encoders,
+                  dict(entry, sample=name, split=split, fingerprint=encoders[2]))
+        return dict(entry, cached=True)
+    (out / name / "depth").mkdir(parents=True, exist_ok=True)
+    write_video(out / name / "video.mp4", clip["rgb"], 15)
+    for t, depth in enumerate(clip["depth"]):
+        np.save(out / name / "depth" / f"frame_{t:04d}.npy", depth)
+    write_cameras(out / name / "camera_params.txt", clip["w2c"], clip["intrinsics"], (height, width))
+    return dict(entry, video_path=f"{name}/video.mp4", depth_dir=f"{name}/depth",
+                camera_file=f"{name}/camera_params.txt")
+
+
+def synth(out, num, num_frames, height, width, seed=0, variety="full", workers=0, cache_only=False, val=0):
+    """Render num training and val validation clips (other seeds): sample folders, or the cache alone."""
+    out, recipe = Path(out), [num, num_frames, height, width, seed, variety, cache_only, val]
+    if num_frames % 4 != 1 or height % 16 or width % 16:
+        raise ValueError(f"{num_frames} frames of {height}x{width}; wanted 4k + 1 and multiples of 16")
+    if (out / "metadata.json").is_file():
+        meta = json.loads((out / "metadata.json").read_text())
+        if not isinstance(meta, dict) or meta.get("synth") != recipe:
+            raise ValueError(f"{out}: holds another dataset; choose a new folder or delete it")
+        return print(f"{out}: already rendered")
+    jobs = [(out, f"{split}_{n:06d}", first + n, split, num_frames, height, width, variety, cache_only)
+            for split, count, first in (("train", num, seed), ("val", val, seed + 10_000_000))
+            for n in range(count)]
+    os.environ["OMP_NUM_THREADS"] = os.environ["OPENBLAS_NUM_THREADS"] = "1"      # read by the workers' numpy
+    show = functools.partial(tqdm, total=len(jobs), desc="render", unit="clip")
+    if workers:
+        with multiprocessing.get_context("spawn").Pool(workers, torch.set_num_threads, (1,)) as pool:
+            entries = list(show(pool.imap(synth_one, jobs, chunksize=4)))
+    else:
+        entries = list(show(map(synth_one, jobs)))
+    ids = [e["id"] for e in entries]
+    meta = dict(version="1.0", description="rendered by data.py synth", synth=recipe, samples=entries,
+                splits=dict(train=ids[:num], val=ids[num:], test=[]))
+    (out / "metadata.json").write_text(json.dumps(meta, indent=1))  # last: it marks a finished dataset
+    print(f"{out}: {num} training and {val} validation clips")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    p = commands.add_parser("synth", help="render a dataset")
+    q = commands.add_parser("encode", help="encode every clip once, so that training loads no encoder")
+    p.add_argument("out")
+    p.add_argument("--variety", choices=VARIETY, default="full")
+    p.add_argument("--cache_only", type=["False", "True"].index, default=False, metavar="True|False")
+    q.add_argument("root")
+    q.add_argument("--codec", default="transform")
+    q.add_argument("--split")
+    size = dict(num_frames=None, height=None, width=None)
+    for command, options in ((p, dict(size, num=None, seed=0, workers=2, val=0)),
+                             (q, dict(size, start=0, stride=1, windows=1))):
+        for name, default in options.items():
+            command.add_argument(f"--{name}", type=int, default=default, required=default is None)
+    args = vars(parser.parse_args())
+    try:
+        raise SystemExit(1 if {"synth": synth, "encode": encode}[args.pop("command")](**args) else 0)
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,726 @@
+"""Geometry of FantasyWorld: cameras, the geometry branch's modules, its losses, its metrics.
+
+Sources: Hartley & Zisserman 2004, CameraCtrl 2024 (ray maps), VGGT 2025 (pose encoding, confidence, camera
+loss), MiDaS 2020, Video Depth Anything 2025 (depth losses), Umeyama 1991, FantasyWorld 2025 (their sum).
+Shapes: B clips, T = 4k + 1 frames, H W pixels, n camera-head iterations.  `size` is always (H, W).
+  camera    OpenCV: x right, y down, z forward.  w2c = [R | t] (3, 4): X_cam = R X_world + t;
+            centre C = -R^T t.  World = first camera of the clip.
+  pixel     (row i, column j) is centred at (u, v) = (j + 0.5, i + 0.5); the image spans [0, W] x [0, H].
+  K         (3, 3) in pixels of the current image, zero skew; centred means (cx, cy) = (W/2, H/2).
+  depth     z in the camera frame, not distance along the ray; 0, negative, NaN and inf mean "no depth here".
+  scale     s = mean distance of the first frame's valid points to the first camera, the farthest 5 % dropped;
+            depth, points and translations are divided by s.
+  time      latent frame 0 is frame 0 alone, latent frame l is frames 4l-3 .. 4l.
+  pose_enc  (9,) = translation of w2c (3), its rotation as quaternion x y z w with w >= 0 (4),
+            vertical then horizontal field of view in radians (2).
+Precision: fp32 or fp64 in, the same out.  No matmul on cameras: autocast would run it in bf16, pixels wrong.
+"""
+import difflib
+import math
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+# ---- cameras -----------------------------------------------------------------------------------------------
+def rotate(R, x):
+    """R (..., 3, 3) applied to vectors x (..., 3), leading axes broadcast."""
+    return R[..., 0] * x[..., 0:1] + R[..., 1] * x[..., 1:2] + R[..., 2] * x[..., 2:3]
+
+def compose(a, b):
+    """The rigid transform x -> a(b(x)); the result has a's shape, b broadcasts against it."""
+    R = (a[..., :3, :3, None] * b[..., None, :3, :3]).sum(-2)
+    t = rotate(a[..., :3, :3], b[..., :3, 3]) + a[..., :3, 3]
+    return torch.cat([torch.cat([R, t[..., None]], -1), a[..., 3:, :]], -2)
+
+def inv_se3(E):
+    """Inverse of rigid transforms (..., 3, 4) or (..., 4, 4), in closed form: [R^T | -R^T t]."""
+    Rt = E[..., :3, :3].mT
+    return torch.cat([torch.cat([Rt, -rotate(Rt, E[..., :3, 3])[..., None]], -1), E[..., 3:, :]], -2)
+
+def relative_to_first(w2c):
+    """Re-express w2c (..., T, 3, 4) in the frame of the first camera; frame 0 is exactly the identity."""
+    first = w2c[..., :1, :, :]
+    identity = torch.eye(w2c.shape[-2], 4, dtype=w2c.dtype, device=w2c.device).expand_as(first)
+    return torch.cat([identity, compose(w2c[..., 1:, :, :], inv_se3(first))], -3)
+
+def quat_to_mat(q):
+    """Quaternions (..., 4) x y z w of any length to rotations (..., 3, 3)."""
+    x, y, z, w = q.unbind(-1)
+    s = 2 / q.square().sum(-1).clamp(min=1e-12)
+    rows = torch.stack([1 - s * (y * y + z * z), s * (x * y - z * w), s * (x * z + y * w),
+                        s * (x * y + z * w), 1 - s * (x * x + z * z), s * (y * z - x * w),
+                        s * (x * z - y * w), s * (y * z + x * w), 1 - s * (x * x + y * y)], -1)
+    return rows.unflatten(-1, (3, 3))
+
+def mat_to_quat(R):
+    """Rotations (..., 3, 3) to unit quaternions (..., 4) x y z w, w >= 0; finite gradients at 180 degrees."""
+    (a, b, c), (d, e, f), (g, h, i) = (row.unbind(-1) for row in R.unbind(-2))
+    outer = torch.stack([1 + a - e - i, b + d, c + g, h - f,          # 4 q q^T: every row is a multiple of q
+                         b + d, 1 - a + e - i, f + h, c - g,
+                         c + g, f + h, 1 - a - e + i, d - b,
+                         h - f, c - g, d - b, 1 + a + e + i], -1).unflatten(-1, (4, 4))
+    best = outer.diagonal(dim1=-2, dim2=-1).argmax(-1)                # the diagonal sums to 4: never tiny
+    q = F.normalize(outer.gather(-2, best[..., None, None].expand(*best.shape, 1, 4)).squeeze(-2), dim=-1)
+    return torch.where(q[..., 3:] < 0, -q, q)
+
+def encode_pose(w2c, K, size):
+    """w2c (..., 3, 4), K (..., 3, 3) in pixels -> pose_enc (..., 9).  The principal point is dropped, so only
+    centred cameras come back exactly.   Source: VGGT's absT_quaR_FoV."""
+    fov = 2 * torch.atan(torch.stack([size[0] / (2 * K[..., 1, 1]), size[1] / (2 * K[..., 0, 0])], -1))
+    return torch.cat([w2c[..., 3], mat_to_quat(w2c[..., :3]), fov], -1)
+
+def decode_pose(enc, size):
+    """Inverse of encode_pose: enc (..., 9), any quaternion -> w2c (..., 3, 4), centred K (..., 3, 3)."""
+    H, W = size
+    w2c = torch.cat([quat_to_mat(enc[..., 3:7]), enc[..., :3, None]], -1)
+    tan = torch.tan(enc[..., 7:].clamp(0.01, math.pi - 0.01) / 2)     # a fresh camera head may say 0
+    fy, fx = H / (2 * tan[..., 0]), W / (2 * tan[..., 1])
+    zero, one = torch.zeros_like(fx), torch.ones_like(fx)
+    K = torch.stack([fx, zero, one * W / 2, zero, fy, one * H / 2, zero, zero, one], -1)
+    return w2c, K.unflatten(-1, (3, 3))
+
+def pixel_rays(K, size):
+    """Rays (..., H, W, 3) through the pixel centres, camera frame, z = 1: depth * ray is the point."""
+    v, u = (torch.arange(n, dtype=K.dtype, device=K.device) + 0.5 for n in size)
+    K = K[..., None, None, :, :]
+    x = (u - K[..., 0, 2]) / K[..., 0, 0]                             # (..., 1, W)
+    y = (v[:, None] - K[..., 1, 2]) / K[..., 1, 1]                    # (..., H, 1)
+    return torch.stack(torch.broadcast_tensors(x, y, torch.ones_like(x)), -1)
+
+def plucker_rays(w2c, K, size):
+    """Ray map of a clip seen from its first camera: moment o x d, then unit direction d.
+
+    w2c      (B, T, 3, 4)      any world frame; translations in scene units, moments carry them
+    K        (B, T, 3, 3)      pixels of an image of `size`
+    returns  (B, 6, T, H, W)   frame 0 has moment 0.   Source: CameraCtrl."""
+    c2w = inv_se3(relative_to_first(w2c))[:, :, None, None]           # (B, T, 1, 1, 3, 4)
+    d = F.normalize(rotate(c2w[..., :3], pixel_rays(K, size)), dim=-1)
+    m = torch.linalg.cross(c2w[..., 3].expand_as(d), d, dim=-1)       # (B, T, H, W, 3)
+    return rearrange(torch.cat([m, d], -1), "b t h w c -> b c t h w")
+
+def pack_frames(x):
+    """Stack a latent frame's frames: (B, c, T, H, W) -> (B, 4c, 1 + (T-1)/4, H, W), channel c*4 + j.
+    Latent 0 holds frame 0 four times, latent l frames 4l-3 .. 4l.   Source: Wan-Fun's camera control."""
+    if x.shape[2] % 4 != 1:
+        raise ValueError(f"{x.shape[2]} frames; four-fold time compression needs 4k + 1 (e.g. 81). "
+                         "Trim the clip or set num_frames.")
+    first = x[:, :, :1].expand(-1, -1, 3, -1, -1)
+    return rearrange(torch.cat([first, x], 2), "b c (l j) h w -> b (c j) l h w", j=4)
+
+def valid_depth(depth):
+    return torch.isfinite(depth) & (depth > 0)
+
+def unproject(depth, w2c, K):
+    """Lift z-depth maps to world points.
+
+    depth    (B, T, H, W)      <= 0 or non-finite is invalid and yields 0
+    w2c      (B, T, 3, 4)      translations in the unit of depth
+    K        (B, T, 3, 3)      pixels
+    returns  (B, T, H, W, 3)   world frame.   Source: Hartley & Zisserman 6.1."""
+    valid = valid_depth(depth)[..., None]
+    c2w = inv_se3(w2c)[..., None, None, :, :]
+    rays = rotate(c2w[..., :3], pixel_rays(K, depth.shape[-2:]))      # (B, T, H, W, 3)
+    return torch.where(valid, rays * torch.where(valid, depth[..., None], 0) + c2w[..., 3], 0)
+
+def project(points, w2c, K):
+    """World points (B, T, ..., 3) to pixels uv (B, T, ..., 2) and z (B, T, ...); uv is void where z <= 0."""
+    ones = (1,) * (points.dim() - w2c.dim() + 1)                      # the axes between time and xyz
+    w2c, K = (m.unflatten(1, (-1, *ones)) for m in (w2c, K))
+    cam = rotate(w2c[..., :3], points) + w2c[..., 3]
+    focal = torch.stack([K[..., 0, 0], K[..., 1, 1]], -1)
+    return focal * cam[..., :2] / cam[..., 2:].clamp(min=1e-6) + K[..., :2, 2], cam[..., 2]
+
+def normalize_scene(depth, w2c, K, mask):
+    """Bring clips (shapes as in unproject, mask bool) to their own unit: first frame's mean distance = 1.
+
+    returns  depth (0 where invalid), w2c relative to frame 0, scale (B,): user unit = scale * scene unit,
+             1 where frame 0 has no valid pixel.   Source: FantasyWorld's release."""
+    valid = mask & valid_depth(depth)
+    distance = depth[:, 0] * pixel_rays(K[:, 0], depth.shape[-2:]).norm(dim=-1)   # (B, H, W)
+    distance = distance.masked_fill(~valid[:, 0], math.nan).flatten(1)
+    keep = distance <= torch.nanquantile(distance, 0.95, dim=1, keepdim=True)     # NaN compares false
+    scale = torch.where(keep.any(1), torch.where(keep, distance, 0).sum(1) / keep.sum(1).clamp(min=1), 1)
+    unit, rel = scale[:, None, None, None], relative_to_first(w2c)
+    return torch.where(valid, depth, 0) / unit, torch.cat([rel[..., :3], rel[..., 3:] / unit], -1), scale
+
+TRAVEL = {"static": (0, 0, 0), "forward": (0, 0, 1), "backward": (0, 0, -1),
+          "right": (1, 0, 0), "left": (-1, 0, 0), "up": (0, -1, 0), "down": (0, 1, 0)}
+TURN_AXIS = {"pan_right": (0, 1, 0), "pan_left": (0, -1, 0), "tilt_up": (1, 0, 0), "tilt_down": (-1, 0, 0),
+             "orbit": (0, -1, 0)}
+ZOOM = {"zoom_in": 1, "zoom_out": -1}
+
+def camera_move(name, num_frames, amount=1.0, fov_deg=60.0, pivot_depth=1.0):
+    """A named camera move with smooth ends, starting at the identity.
+
+    amount       1 travels 0.3 scene units, turns (pan, tilt, orbit) by fov_deg / 2, zooms by 1.5; < 0 reverts
+    pivot_depth  scene units; orbit circles to the right around the point this far ahead, looking at it
+    returns      w2c (T, 3, 4) in scene units, focal (T,): the factor on fx and fy, 1 unless zooming."""
+    known = [*TRAVEL, *TURN_AXIS, *ZOOM]
+    if name not in known:
+        near = ", ".join(difflib.get_close_matches(name, known, cutoff=0.4)) or "none"
+        raise ValueError(f"unknown camera move {name!r}; nearest: {near}; known: {', '.join(known)}.")
+    s = torch.linspace(0, 1, num_frames)
+    ease = amount * s * s * (3 - 2 * s)                               # (T,) smoothstep, at rest at both ends
+    half = ease[:, None] * math.radians(fov_deg) / 4                  # (T, 1) half of the angle turned
+    R = quat_to_mat(torch.cat([half.sin() * torch.tensor(TURN_AXIS.get(name, (0, 0, 0))), half.cos()], -1))
+    centre = 0.3 * ease[:, None] * torch.tensor(TRAVEL.get(name, (0, 0, 0)))      # (T, 3)
+    if name == "orbit":
+        centre = pivot_depth * torch.cat([(2 * half).sin(), 0 * half, 1 - (2 * half).cos()], -1)
+    return inv_se3(torch.cat([R, centre[..., None]], -1)), 1.5 ** (ZOOM.get(name, 0) * ease)
+
+# ---- modules ----------------------------------------------------------------------------------------------
+# Attribute names are the release's (and VGGT's), so their tensors load by name.  C geometry width, P = 5 + h*w
+# tokens of one latent frame [camera, 4 registers, patches], f latent frames, T = 4f - 3 pixel frames.
+NUM_SPECIAL = 5
+
+@lru_cache(maxsize=16)
+def rope_2d(frames, h, w, head_dim, device):
+    """Rotation tables of the geometry tokens, repeated for `frames` latent frames: cos, sin (frames*P, head_dim) fp32.
+
+    First half of a head is rotated by row, second by column; frequencies 100^(-2j/(head_dim/2)); special tokens sit
+    at (0, 0) and patch (y, x) at (1+y, 1+x).  Time has no position here: it enters through the video features."""
+    y, x = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
+    positions = torch.cat([torch.zeros(NUM_SPECIAL, 2), torch.stack([y, x], -1).reshape(-1, 2) + 1]).double()
+    quarter = head_dim // 4
+    frequencies = 100.0 ** (-torch.arange(quarter, dtype=torch.float64) / quarter)
+    angles = positions[:, :, None] * frequencies                                       # (P, 2, d/4)
+    angles = torch.cat([angles, angles], -1).flatten(1).repeat(frames, 1)              # (frames*P, d), pairs (j, j+d/4)
+    return angles.cos().float().to(device), angles.sin().float().to(device)
+
+def rotate_half(x, cos, sin):
+    """Rotate the pairs (j, j + d/4) of both halves of the last axis; x (..., N, d)."""
+    first, second = x.unflatten(-1, (2, 2, -1)).unbind(-2)                             # (..., N, 2, d/4) each
+    return x * cos + torch.stack([-second, first], -2).flatten(-3) * sin
+
+class LayerScale(nn.Module):
+    def __init__(self, dim, init):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((dim,), float(init)))
+
+    def forward(self, x):
+        return x * self.gamma
+
+class Mlp(nn.Module):
+    def __init__(self, dim, hidden, out):
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(dim, hidden), nn.Linear(hidden, out)
+
+    def forward(self, x):
+        return self.fc2(F.gelu(self.fc1(x)))
+
+class GeoAttention(nn.Module):
+    def __init__(self, dim, heads, qk_norm):
+        super().__init__()
+        self.heads = heads
+        self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+        self.q_norm = nn.LayerNorm(dim // heads) if qk_norm else nn.Identity()
+        self.k_norm = nn.LayerNorm(dim // heads) if qk_norm else nn.Identity()
+
+    def forward(self, x, frames=1, rope=None):
+        """Attention among all tokens (frames=1) or inside each of `frames` equal groups; x (B, frames*P, C)."""
+        q, k, v = rearrange(self.qkv(x), "b (f p) (s h d) -> s (b f) h p d", f=frames, s=3, h=self.heads)
+        q, k = self.q_norm(q), self.k_norm(k)
+        if rope is not None:
+            q, k = rotate_half(q, *rope), rotate_half(k, *rope)
+        x = F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v)
+        return self.proj(rearrange(x, "(b f) h p d -> b (f p) (h d)", f=frames))
+
+class GeoBlock(nn.Module):
+    """Pre-norm transformer block in two halves, so that the exchange can sit between them.  Source: VGGT 2025, with
+    FantasyWorld's timestep modulation: rows 0, 1 shift and scale the attention input; 3, 4, 5 shift, scale and gate
+    the MLP *output*; row 2 is never used (the release's layout, kept so that its tensors fit).
+
+    Starts as the plain block (rows 0, gate row 1): VGGT weights drop in unchanged."""
+
+    def __init__(self, dim, heads, layer_scale, qk_norm=True, modulated=True):
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.attn, self.mlp = GeoAttention(dim, heads, qk_norm), Mlp(dim, 4 * dim, dim)
+        self.ls1, self.ls2 = LayerScale(dim, layer_scale), LayerScale(dim, layer_scale)
+        if modulated:
+            self.modulation = nn.Parameter(torch.zeros(1, 6, dim))
+            with torch.no_grad():
+                self.modulation[:, 5] = 1
+
+    def attend(self, z, rows=None, frames=1, rope=None):
+        """First half; z (B, N, C), rows (B, 6, C) timestep modulation or None."""
+        x = self.norm1(z)
+        if rows is not None:
+            m = self.modulation + rows
+            x = x * (1 + m[:, 1:2]) + m[:, 0:1]
+        return z + self.ls1(self.attn(x, frames, rope))
+
+    def feed_forward(self, z, rows=None):
+        x = self.mlp(self.norm2(z))
+        if rows is not None:
+            m = self.modulation + rows
+            x = (x * (1 + m[:, 4:5]) + m[:, 3:4]) * m[:, 5:6]
+        return z + self.ls2(x)
+
+    def forward(self, z, rows=None, frames=1, rope=None):
+        return self.feed_forward(self.attend(z, rows, frames, rope), rows)
+
+class LatentBridge(nn.Module):
+    """Video tokens (B, N, D) -> geometry width (B, N, C): a linear map (all that the release has), plus a low-rank
+    transformer residual whose last layer starts at zero.  Attention stays inside a latent frame."""
+
+    def __init__(self, video_dim, dim, layers, width, layer_scale):
+        super().__init__()
+        self.proj = nn.Linear(video_dim, dim)
+        self.blocks = nn.ModuleList(GeoBlock(width, max(width // 64, 1), layer_scale, modulated=False)
+                                    for _ in range(layers))
+        if layers:
+            self.down, self.norm, self.up = nn.Linear(dim, width), nn.LayerNorm(width), nn.Linear(width, dim)
+            nn.init.zeros_(self.up.weight)
+            nn.init.zeros_(self.up.bias)
+
+    def forward(self, x, frames):
+        z = self.proj(x)
+        if not self.blocks:
+            return z
+        r = self.down(z)                                                               # (B, N, width)
+        for block in self.blocks:
+            r = block(r, frames=frames)
+        return z + self.up(self.norm(r))
+
+class PoseEncoder(nn.Module):
+    """Pose encodings (B, T, 9) -> one embedding per latent frame (B, f, C); frame 0 fills its group alone."""
+
+    def __init__(self, hidden, dim):
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(36, hidden), nn.GELU(), nn.Linear(hidden, dim))
+
+    def forward(self, poses):
+        grouped = pack_frames(rearrange(poses, "b t c -> b c t 1 1"))                  # (B, 36, f, 1, 1)
+        return self.mlp(rearrange(grouped, "b c f 1 1 -> b f c"))
+
+class CameraHead(nn.Module):
+    """Camera tokens of the last layer (B, f, 2C) -> pose encodings of every refinement (iterations, B, T, 9).
+
+    Source: VGGT's camera head; 4x time up-sampling by a 1x1 convolution as in FantasyWorld.  Latent n >= 1, channel
+    group j becomes frame 1 + 4(n-1) + j (the release orders group-major and skips the token norm there: `released`).
+    Translation is w2c's, quaternion xyzw un-normalised, fields of view >= 0 (radians)."""
+
+    def __init__(self, in_dim, dim, heads, layer_scale, layers=4, iterations=4, released=False):
+        super().__init__()
+        self.iterations, self.released = iterations, released
+        self.proj_in = nn.Linear(in_dim, dim) if in_dim != dim else nn.Identity()
+        self.camera_time_upsample = nn.ModuleDict(dict(expand_channels=nn.Conv1d(dim, 4 * dim, 1)))
+        self.token_norm, self.trunk_norm = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.empty_pose_tokens = nn.Parameter(torch.zeros(1, 1, 9))
+        self.embed_pose = nn.Linear(9, dim)
+        self.poseLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 3 * dim))
+        self.trunk = nn.ModuleList(GeoBlock(dim, heads, layer_scale, qk_norm=False, modulated=False)
+                                   for _ in range(layers))
+        self.pose_branch = Mlp(dim, dim // 2, 9)
+
+    def frame_tokens(self, tokens):
+        expanded = self.camera_time_upsample["expand_channels"](tokens[:, 1:].transpose(1, 2))   # (B, 4C, f-1)
+        if self.released:
+            rest = rearrange(expanded, "b (c j) n -> b (j n) c", j=4)
+            return torch.cat([self.token_norm(tokens[:, :1]), rest], 1)
+        rest = rearrange(expanded, "b (c j) n -> b (n j) c", j=4)
+        return self.token_norm(torch.cat([tokens[:, :1], rest], 1))                    # (B, T, C)
+
+    def forward(self, tokens):
+        tokens = self.frame_tokens(self.proj_in(tokens))
+        plain = F.layer_norm(tokens, tokens.shape[-1:], eps=1e-6)
+        # identity rotation and a 1 rad view as the first guess; the release starts from zeros
+        start = [0.0] * 9 if self.released else [0.0] * 6 + [1.0] * 3
+        pose = torch.tensor(start, device=tokens.device).expand(*tokens.shape[:2], 9)
+        previous, out = self.empty_pose_tokens.expand_as(pose), []
+        for _ in range(self.iterations):
+            shift, scale, gate = self.poseLN_modulation(self.embed_pose(previous)).chunk(3, -1)
+            x = tokens + gate * (plain * (1 + scale) + shift)
+            for block in self.trunk:
+                x = block(x)
+            pose = pose + self.pose_branch(self.trunk_norm(x)).float()
+            out.append(torch.cat([pose[..., :7], F.relu(pose[..., 7:])], -1))
+            previous = pose = pose.detach()                        # each refinement answers for its own step
+        return torch.stack(out)
+
+@lru_cache(maxsize=64)
+def uv_embedding(channels, h, w, aspect, device):
+    """0.1 * sin/cos embedding of the aspect-aware image coordinates, (channels, h, w).  Source: VGGT / MoGe."""
+    norm = math.hypot(aspect, 1)
+    u = torch.linspace(-1, 1, w, dtype=torch.float64) * (aspect / norm * (w - 1) / w)
+    v = torch.linspace(-1, 1, h, dtype=torch.float64) * (1 / norm * (h - 1) / h)
+    omega = 100.0 ** (-torch.arange(channels // 4, dtype=torch.float64) / (channels // 4))
+    a, b = torch.meshgrid(v, u, indexing="ij")
+    parts = [f(grid[None] * omega[:, None, None]) for grid in (b, a) for f in (torch.sin, torch.cos)]
+    return (0.1 * torch.cat(parts)).float().to(device)
+
+class CausalUpsample(nn.Module):
+    """T -> 2T - 1 in time: frame 0 passes, frames 1.. go through a causal convolution that does not see it and whose
+    two channel halves become consecutive frames.  x (B, C, T, h, w)."""
+
+    def __init__(self, channels, released=False):
+        super().__init__()
+        self.time_conv = nn.Conv3d(channels, 2 * channels, (3, 1, 1))
+        if not released:                # identical sub-frames at the start: with random ones a depth head collapsed
+            nn.init.zeros_(self.time_conv.bias)
+            with torch.no_grad():
+                self.time_conv.weight[channels:] = self.time_conv.weight[:channels]
+
+    def forward(self, x):
+        rest = self.time_conv(F.pad(x[:, :, 1:], (0, 0, 0, 0, 2, 0)))
+        return torch.cat([x[:, :, :1], rearrange(rest, "b (s c) t h w -> b c (t s) h w", s=2)], 2)
+
+class ChannelNorm(nn.Module):
+    """x / ||x||_2 over channels * sqrt(C) * gamma."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(channels, 1, 1, 1))
+
+    def forward(self, x):
+        return F.normalize(x, dim=1) * (x.shape[1] ** 0.5) * self.gamma
+
+class CausalResidual(nn.Module):
+    def __init__(self, channels):
+        super().__init__()
+        self.residual = nn.ModuleDict({"0": ChannelNorm(channels), "2": nn.Conv3d(channels, channels, 3)})
+
+    def forward(self, x):
+        return x + self.residual["2"](F.pad(F.silu(self.residual["0"](x)), (1, 1, 1, 1, 2, 0)))
+
+class TemporalUpsampler(nn.Module):
+    """Causal 4x time up-sampling, f -> 4f - 3 frames, whole sequence at once."""
+
+    def __init__(self, channels, released=False):
+        super().__init__()
+        self.conv2 = nn.Conv3d(channels, channels, 1)
+        self.decoder = nn.ModuleDict(dict(upsamples=nn.Sequential(
+            CausalUpsample(channels, released), CausalResidual(channels),
+            CausalUpsample(channels, released), CausalResidual(channels))))
+
+    def forward(self, x):
+        return self.decoder["upsamples"](self.conv2(x))
+
+class ResidualConvUnit(nn.Module):
+    def __init__(self, channels, released=False):
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.released = released
+
+    def forward(self, x):
+        branch = self.conv2(F.relu(self.conv1(F.relu(x))))
+        return branch + (F.relu(x) if self.released else x)     # the release's in-place ReLU also clips the skip
+
+class RefineNet(nn.Module):
+    def __init__(self, channels, lateral=True, released=False):
+        super().__init__()
+        self.resConfUnit1 = ResidualConvUnit(channels, released) if lateral else None
+        self.resConfUnit2 = ResidualConvUnit(channels, released)
+        self.out_conv = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x, lateral, size):
+        if lateral is not None:
+            x = x + self.resConfUnit1(lateral)
+        x = self.resConfUnit2(x)
+        return self.out_conv(F.interpolate(x, size=size, mode="bilinear", align_corners=True))
+
+class DPTHead(nn.Module):
+    """Four token maps -> a dense map for every pixel of every frame.  Source: DPT 2021 / VGGT, causal 4x time
+    up-sampling as in FantasyWorld (geometry.md 3.3).
+
+    in_dim       2C, width of concat(frame output, global output)
+    channels     4 widths, finest level first (token grid x4, x2, x1, x1/2)
+    forward      maps: 4 x (B, f, h*w, 2C) finest first, grid (f, h, w) -> (B, T, 16h, 16w, out_dim) fp32, not activated
+    chunk        pixel frames fused at once; under grad each chunk is recomputed in backward (memory, not values)"""
+
+    def __init__(self, in_dim, out_dim, channels, features, tail=32, released=False, chunk=16):
+        super().__init__()
+        self.chunk, self.released = chunk, released
+        self.norm = nn.LayerNorm(in_dim)
+        self.projects = nn.ModuleList(nn.Conv2d(in_dim, c, 1) for c in channels)
+        self.resize_layers = nn.ModuleList([
+            nn.ConvTranspose2d(channels[0], channels[0], 4, 4), nn.ConvTranspose2d(channels[1], channels[1], 2, 2),
+            nn.Identity(), nn.Conv2d(channels[3], channels[3], 3, 2, 1)])
+        self.temporal_upsamplers = nn.ModuleList(TemporalUpsampler(c, released) for c in channels)
+        self.scratch = nn.Module()
+        for i, c in enumerate(channels, 1):
+            setattr(self.scratch, f"layer{i}_rn", nn.Conv2d(c, features, 3, padding=1, bias=False))
+            setattr(self.scratch, f"refinenet{i}", RefineNet(features, lateral=i < 4, released=released))
+        self.scratch.output_conv1 = nn.Conv2d(features, features // 2, 3, padding=1)
+        activation = nn.ReLU() if released else nn.GELU()         # with ReLU a depth head went constant in trials
+        self.scratch.output_conv2 = nn.Sequential(nn.Conv2d(features // 2, tail, 3, padding=1), activation,
+                                                  nn.Conv2d(tail, out_dim, 1))
+
+    def level(self, i, tokens, grid, aspect):
+        """Level i at pixel-frame rate: (B, c_i, T, h_i, w_i)."""
+        f, h, w = grid
+        x = rearrange(self.norm(tokens), "b f (h w) c -> (b f) c h w", h=h)
+        x = self.projects[i](x)
+        x = self.resize_layers[i](x + uv_embedding(x.shape[1], h, w, aspect, x.device))
+        return self.temporal_upsamplers[i](rearrange(x, "(b f) c h w -> b c f h w", f=f))
+
+    def fuse(self, size, aspect, *levels):
+        """One chunk of frames: 4 x (B*t, c_i, h_i, w_i) -> (B*t, H, W, out_dim)."""
+        s = self.scratch
+        l1, l2, l3, l4 = [getattr(s, f"layer{i}_rn")(x) for i, x in enumerate(levels, 1)]
+        x = s.refinenet4(l4, None, l3.shape[-2:])
+        x = s.refinenet3(x, l3, l2.shape[-2:])
+        x = s.refinenet2(x, l2, l1.shape[-2:])
+        x = s.refinenet1(x, l1, (2 * l1.shape[-2], 2 * l1.shape[-1]))
+        x = F.interpolate(s.output_conv1(x), size=size, mode="bilinear", align_corners=True)
+        x = x + uv_embedding(x.shape[1], *size, aspect, x.device)
+        x = s.output_conv2[1](s.output_conv2[0](x))
+        with torch.autocast(x.device.type, enabled=False):         # exp of a bf16 logit moves in 0.8 % steps
+            return s.output_conv2[2](x.float()).permute(0, 2, 3, 1)
+
+    def forward(self, maps, grid):
+        f, h, w = grid
+        aspect, size, batch = w / h, (16 * h, 16 * w), maps[0].shape[0]
+        levels = [self.level(i, tokens, grid, aspect) for i, tokens in enumerate(maps)]
+        out = []
+        for start in range(0, 4 * f - 3, self.chunk):
+            parts = [rearrange(x[:, :, start:start + self.chunk], "b c t h w -> (b t) c h w") for x in levels]
+            if torch.is_grad_enabled() and 4 * f - 3 > self.chunk:
+                y = checkpoint(self.fuse, size, aspect, *parts, use_reentrant=False)
+            else:
+                y = self.fuse(size, aspect, *parts)
+            out.append(rearrange(y, "(b t) h w k -> b t h w k", b=batch))
+        return torch.cat(out, 1)
+
+def activate_depth(raw):
+    """(..., 2) -> depth > 0 and confidence > 1, both (...); logits clamped to +-10 against overflow."""
+    return raw[..., 0].clamp(-10, 10).exp(), 1 + raw[..., 1].clamp(max=10).exp()
+
+def activate_points(raw):
+    """(..., 4) -> world points (..., 3) = sign(o) expm1(|o|), written so that its gradient at 0 is 1; confidence > 1."""
+    magnitude = raw[..., :3].abs().clamp(1e-6, 10)
+    return raw[..., :3] * torch.expm1(magnitude) / magnitude, 1 + raw[..., 3].clamp(max=10).exp()
+
+# ---- losses ------------------------------------------------------------------------------------------------
+# Each loss reduces within a clip (masked sums over T, H, W by its valid count), then averages clips: the mean
+# over ranks or micro-steps is the same number.  Masked pixels may hold anything, NaN included; a clip without
+# valid pixels costs 0, gradient 0.  clip_weight (B,) multiplies clips, not renormalised: acts at B = 1 too.
+def fp32(x):
+    return x if x.dtype == torch.float64 else x.float()
+
+def residual(pred, gt, mask):
+    """pred - gt, 0 where masked: `where` before all arithmetic keeps NaN out of values and gradients."""
+    return torch.where(mask, fp32(pred) - fp32(gt), 0)
+
+def length(channels):
+    """Length over channel maps: faster than a last axis of 3; the floor makes its gradient 0 at 0."""
+    return channels[0].abs() if len(channels) == 1 else (sum(x * x for x in channels) + 1e-24).sqrt()
+
+def clip_mean(x, mask):
+    """Per clip (B,): sum of x, which is 0 where masked, over the count of valid pixels."""
+    return x.flatten(1).sum(1) / mask.flatten(1).sum(1).clamp(min=1)
+
+def over_clips(loss, clip_weight):
+    return (loss if clip_weight is None else loss * clip_weight).mean()
+
+def gradient_levels(channels, mask, weight):
+    """Mean |grad| of channel maps (0 where masked) per clip at strides 1, 2, 4, 8: (B, 4).   Source: MiDaS.
+    A pair of neighbours counts if both are valid, with the weight (B, T, H, W) of its left or upper pixel."""
+    levels = []
+    for k in (1, 2, 4, 8):
+        r, m = [x[..., ::k, ::k] for x in channels], mask[..., ::k, ::k]
+        w = weight[..., ::k, ::k] * m
+        dx = length([x[..., 1:] - x[..., :-1] for x in r]) * (w[..., :-1] * m[..., 1:])
+        dy = length([x[..., 1:, :] - x[..., :-1, :] for x in r]) * (w[..., :-1, :] * m[..., 1:, :])
+        levels.append(clip_mean(dx, m) + clip_mean(dy, m))
+    return torch.stack(levels, 1)
+
+def standardize(x, mask):
+    """Per frame: minus the median of the valid pixels, over their mean absolute deviation; 0 where masked."""
+    count = mask.sum((2, 3), keepdim=True)                            # (B, T, 1, 1)
+    x = torch.where(mask, fp32(x), 0)
+    median = x.masked_fill(~mask, math.nan).flatten(2).nanmedian(-1).values[..., None, None]
+    x = torch.where(mask, x - torch.where(count > 0, median, 0), 0)
+    return x / (x.abs().sum((2, 3), keepdim=True) / count.clamp(min=1)).clamp(min=1e-6)
+
+def frame_loss(pred, gt, mask, mode="metric", clip_weight=None):
+    """Depth error within frames: mean |r| + 0.5 * |grad r| summed over four scales.
+
+    pred, gt, mask  (B, T, H, W)   mask bool
+    mode            metric: r = pred - gt; ssi: both standardised per frame.   Source: MiDaS, VDA."""
+    if mode == "ssi":
+        pred, gt = standardize(pred, mask), standardize(gt, mask)
+    elif mode != "metric":
+        raise ValueError(f"depth mode {mode!r}; known: metric (labels in scene units), ssi (relative depth).")
+    r = residual(pred, gt, mask)
+    return over_clips(clip_mean(r.abs(), mask) + 0.5 * gradient_levels([r], mask, mask).sum(1), clip_weight)
+
+def fit_scale_shift(pred, gt, mask):
+    """Least-squares s, b (B, 1, 1, 1) of s * pred + b = gt over a clip's valid pixels."""
+    def total(x):
+        return x.sum((1, 2, 3), keepdim=True)
+    p_mean, g_mean = (total(torch.where(mask, x, 0)) / total(mask).clamp(min=1) for x in (pred, gt))
+    p, g = torch.where(mask, pred - p_mean, 0), torch.where(mask, gt - g_mean, 0)    # raw sums cancel in fp32
+    s = total(p * g) / total(p * p).clamp(min=1e-12)
+    return s, g_mean - s * p_mean
+
+def tgm_loss(pred, gt, mask, rel_th=0.05, align=False, clip_weight=None):
+    """Temporal gradient matching: depth must change between frames as the true depth does, sign included.
+
+    pred, gt, mask  (B, T, H, W)
+    rel_th          true changes beyond this share of the later frame's depth range are passing edges: skipped
+    align           fit one scale and shift per clip first, for relative depth
+    returns         scalar, 0 for T = 1.   Source: Video Depth Anything's code."""
+    pred, gt = fp32(pred), fp32(gt)
+    if align:
+        s, b = fit_scale_shift(pred, gt, mask)
+        pred = s * torch.where(mask, pred, 0) + b
+    r = residual(pred, gt, mask)
+    with torch.no_grad():
+        high = gt.masked_fill(~mask, -math.inf).amax((2, 3), keepdim=True)            # (B, T, 1, 1)
+        low = gt.masked_fill(~mask, math.inf).amin((2, 3), keepdim=True)
+        still = (gt[:, 1:] - gt[:, :-1]).abs() < rel_th * (high - low)[:, 1:]
+        pairs = mask[:, 1:] & mask[:, :-1] & still
+    return over_clips(clip_mean((r[:, 1:] - r[:, :-1]).abs() * pairs, pairs), clip_weight)
+
+def confident(error, conf, mask, gamma):
+    """c * error - gamma log c per clip; error is finite everywhere, conf is 1 where masked."""
+    return clip_mean(conf * error * mask - gamma * conf.log(), mask)
+
+def conf_loss(pred, conf, gt, mask, gamma=0.2, clip_weight=None):
+    """mean(c |r| - gamma log c) of depth; all (B, T, H, W), conf > 0; best c = gamma / |r|.  Source: VGGT."""
+    conf = torch.where(mask, fp32(conf), 1)
+    return over_clips(confident(residual(pred, gt, mask).abs(), conf, mask, gamma), clip_weight)
+
+def points_loss(pred, conf, gt, mask, gamma=0.2, clip_weight=None):
+    """Point map error: mean(c |r| - gamma log c) + c |grad r| averaged over four scales.
+
+    pred, gt    (B, T, H, W, 3)   world frame, scene units
+    conf, mask  (B, T, H, W)      conf > 0
+    The value goes negative once confidence is earned.   Source: FantasyWorld's L_pmap, VGGT."""
+    r = [residual(p, g, mask) for p, g in zip(pred.unbind(-1), gt.unbind(-1))]
+    conf = torch.where(mask, fp32(conf), 1)
+    loss = confident(length(r), conf, mask, gamma) + gradient_levels(r, mask, conf).mean(1)
+    return over_clips(loss, clip_weight)
+
+def camera_loss(pred_iterations, gt, delta=0.1, clip_weight=None):
+    """Huber / delta on the pose encoding: translation + rotation + 0.5 fov; iteration k weighs 0.6^(n-1-k)/n.
+
+    pred_iterations, gt  (n, B, T, 9), (B, T, 9)   scene units; q and -q count as the same rotation
+    delta                ours: 0.1 keeps L1's slope on everything but small errors.   Source: VGGT."""
+    pred, gt = fp32(pred_iterations), fp32(gt).expand(pred_iterations.shape)
+    flip = torch.where((pred[..., 3:7] * gt[..., 3:7]).sum(-1, keepdim=True) < 0, -1, 1)
+    gt = torch.cat([gt[..., :3], gt[..., 3:7] * flip, gt[..., 7:]], -1)
+    error = F.smooth_l1_loss(pred, gt, beta=delta, reduction="none").mean(2)                      # (n, B, 9)
+    error = error[..., :3].mean(-1) + error[..., 3:7].mean(-1) + 0.5 * error[..., 7:].mean(-1)
+    weight = 0.6 ** torch.arange(len(pred) - 1, -1, -1, device=pred.device, dtype=pred.dtype) / len(pred)
+    return over_clips((weight[:, None] * error).sum(0), clip_weight)
+
+def geometry_losses(pred, batch, cfg):
+    """L_geo = L_depth + L_pmap + camera_weight * L_camera.
+
+    pred   depth, depth_conf, points_conf (B, T, H, W), points (B, T, H, W, 3), pose_enc (n, B, T, 9)
+    batch  depth, mask (B, T, H, W), points (B, T, H, W, 3), pose_enc (B, T, 9), all in scene units;
+           optional geo_weight (B,), the clip_weight of every part
+    cfg    depth_mode "metric", alpha_tgm 10, beta_frame 1, gamma_conf 0.2, camera_delta 0.1, camera_weight 3
+    returns  loss, parts: detached scalars depth, point, camera, tgm, frame, depth_conf_mean, point_conf_mean,
+             valid_fraction.   L_depth = alpha TGM + beta (frame + conf).   Source: FantasyWorld 2025."""
+    depth, gt, mask = pred["depth"], batch["depth"], batch["mask"]
+    weight = batch.get("geo_weight", torch.ones(len(mask), device=mask.device))
+    tgm = tgm_loss(depth, gt, mask, align=cfg.depth_mode == "ssi", clip_weight=weight)
+    frame = frame_loss(depth, gt, mask, cfg.depth_mode, weight)
+    if cfg.depth_mode == "ssi":
+        depth, gt = standardize(depth, mask), standardize(gt, mask)
+    conf = conf_loss(depth, pred["depth_conf"], gt, mask, cfg.gamma_conf, weight)
+    point = points_loss(pred["points"], pred["points_conf"], batch["points"], mask, cfg.gamma_conf, weight)
+    has_scale = mask[:, 0].flatten(1).any(1)                          # else translations have no unit
+    camera = camera_loss(pred["pose_enc"], batch["pose_enc"], cfg.camera_delta, weight * has_scale)
+    depth = cfg.alpha_tgm * tgm + cfg.beta_frame * (frame + conf)
+    parts = dict(depth=depth, point=point, camera=camera, tgm=tgm, frame=frame,
+                 depth_conf_mean=torch.where(mask, pred["depth_conf"], 0).sum() / mask.sum().clamp(min=1),
+                 point_conf_mean=torch.where(mask, pred["points_conf"], 0).sum() / mask.sum().clamp(min=1),
+                 valid_fraction=mask.float().mean())
+    return depth + point + cfg.camera_weight * camera, {name: value.detach() for name, value in parts.items()}
+
+# ---- metrics -----------------------------------------------------------------------------------------------
+# Python floats, fp64 inside, averaged over clips; one without valid pixels is left out (NaN if none is left).
+def average(has_pixels, **per_clip):
+    return {name: value[has_pixels].mean().item() for name, value in per_clip.items()}
+
+@torch.no_grad()
+def depth_metrics(pred, gt, mask, align="none"):
+    """abs_rel = mean |p - g| / g, delta1 = share within a factor of 1.25 (exclusive), rmse in gt's unit.
+
+    pred, gt, mask  (B, T, H, W)   gt > 0 where valid
+    align           per clip: none; median: one scale; scale_shift: least-squares scale and shift"""
+    pred, gt = (torch.where(mask, x.double(), 1) for x in (pred, gt))
+    if align == "median":
+        scale = torch.where(mask, gt / pred, math.nan).flatten(1).nanmedian(1).values
+        pred = pred * scale[:, None, None, None]
+    elif align == "scale_shift":
+        s, b = fit_scale_shift(pred, gt, mask)
+        pred = s * pred + b
+    elif align != "none":
+        raise ValueError(f"align {align!r}; known: none, median, scale_shift.")
+    error = (pred - gt).abs() * mask
+    ratio = pred.clamp(min=1e-3) / gt                                 # a shift can push depth below zero
+    close = (torch.maximum(ratio, 1 / ratio) < 1.25) & mask
+    return average(mask.flatten(1).any(1), abs_rel=clip_mean(error / gt, mask), delta1=clip_mean(close, mask),
+                       rmse=clip_mean(error.square(), mask).sqrt())
+
+def rotation_angle(a, b):
+    """Degrees between rotations (..., 3, 3); exact near 0, where arccos of the trace is not."""
+    return torch.rad2deg(2 * torch.asin(((a - b).square().sum((-2, -1)).sqrt() / 8 ** 0.5).clamp(max=1)))
+
+def align_sim3(source, target):
+    """scale (B,), R (B, 3, 3), t (B, 3) minimising |scale R source + t - target|^2 over points (B, N, 3).
+
+    A source without extent gets scale 0, which moves it to the target's mean.   Source: Umeyama 1991."""
+    mean_s, mean_t = source.mean(1, keepdim=True), target.mean(1, keepdim=True)
+    s, t = source - mean_s, target - mean_t
+    U, D, Vt = torch.linalg.svd(t.mT @ s)
+    sign = torch.ones_like(D)
+    sign[:, 2] = torch.det(U @ Vt).sign()                             # a rotation, never a reflection
+    R, extent = (U * sign[:, None]) @ Vt, s.square().sum((1, 2))
+    scale = torch.where(extent > 1e-12, (D * sign).sum(1) / extent.clamp(min=1e-12), 0)
+    return scale, R, (mean_t - scale[:, None, None] * mean_s @ R.mT)[:, 0]
+
+def pair_accuracy(pred, gt, max_deg=30):
+    """Share of frame pairs with relative rotation and direction of travel within 1 .. max_deg, mean (B,)."""
+    i, j = torch.triu_indices(pred.shape[1], pred.shape[1], 1)
+    a, b = (compose(x[:, j], inv_se3(x[:, i])) for x in (pred, gt))   # (B, pairs, 3, 4)
+    u, v = a[..., 3], b[..., 3]
+    cross = torch.linalg.cross(u, v, dim=-1).norm(dim=-1)
+    travel = torch.rad2deg(torch.atan2(cross, (u * v).sum(-1).abs()))             # up to sign, like VGGT
+    travel = torch.where(u.norm(dim=-1) < 1e-6, 90, travel)
+    travel = torch.where(v.norm(dim=-1) < 1e-4, 0, travel)            # gt stands still: rotation decides
+    worst = torch.maximum(rotation_angle(a[..., :3], b[..., :3]), travel)
+    return (worst[..., None] < torch.arange(1, max_deg + 1, device=pred.device)).double().mean((1, 2))
+
+@torch.no_grad()
+def pose_metrics(pred_w2c, gt_w2c):
+    """Trajectory errors (B, T >= 2, 3, 4) after both are made relative to frame 0.
+
+    returns  rot_deg    mean rotation error in degrees
+             trans      mean distance of the camera centres, gt's unit, no alignment
+             ate        RMSE of the centres after the best similarity: blind to scale, 0 if gt stands still
+             rpe_trans  RMSE of frame-to-frame motion at that similarity's scale; rpe_rot: its mean angle
+             auc30      pair accuracy averaged over 1 .. 30 degrees, in [0, 1]"""
+    assert pred_w2c.shape == gt_w2c.shape and gt_w2c.shape[1] > 1, (pred_w2c.shape, gt_w2c.shape)
+    pred, gt = relative_to_first(pred_w2c.double()), relative_to_first(gt_w2c.double())
+    p, g = inv_se3(pred), inv_se3(gt)                                 # camera-to-world
+    scale, R, t = align_sim3(p[..., 3], g[..., 3])
+    gap = scale[:, None, None] * p[..., 3] @ R.mT + t[:, None] - g[..., 3]
+    scaled = torch.cat([p[..., :3], p[..., 3:] * scale[:, None, None, None]], -1)
+    step_p, step_g = (compose(inv_se3(x[:, :-1]), x[:, 1:]) for x in (scaled, g))
+    drift = compose(inv_se3(step_g), step_p)                          # identity for a perfect step
+    ate, rpe = (x.square().sum(-1).mean(1).sqrt() for x in (gap, drift[..., 3]))                  # RMSE (B,)
+    return average(slice(None), ate=ate, rpe_trans=rpe, auc30=pair_accuracy(pred, gt),
+                   rot_deg=rotation_angle(p[..., :3], g[..., :3]), trans=(p - g)[..., 3].norm(dim=-1),
+                   rpe_rot=rotation_angle(step_p[..., :3], step_g[..., :3]))
+
+@torch.no_grad()
+def point_metrics(pred, gt, mask):
+    """Point map errors without alignment: rel = mean |P - P_hat| / |P|, dist = mean |P - P_hat| in gt's unit.
+
+    pred, gt  (B, T, H, W, 3)   same frame and unit;   mask  (B, T, H, W)"""
+    pred, gt = (torch.where(mask[..., None], x.double(), 0) for x in (pred, gt))
+    dist = (pred - gt).norm(dim=-1)                                   # 0 where masked
+    rel = dist / gt.norm(dim=-1).clamp(min=1e-6)
+    return average(mask.flatten(1).any(1), rel=clip_mean(rel, mask), dist=clip_mean(dist, mask))

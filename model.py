@@ -1,0 +1,696 @@
+"""FantasyWorld: a frozen Wan2.1 video DiT plus a trainable geometry branch; one forward gives velocity, depth, points
+and cameras.  Sources: Wan 2.1 (video branch), VGGT 2025 (geometry blocks, heads), FantasyWorld 2025 (arXiv 2509.21657).
+
+    prompt, start image, rays -> dit.embed -> PCB: dit blocks 0 .. num_pcb-1   (stage 2: + camera adapter i)
+                                                | bridge: D -> C, + camera and register tokens, + pose embedding
+                                                v
+    IRG step i:  frame block  ->  dit block attention | global block attention
+                                  <-  bidirectional exchange (stage 2)  ->
+                                  dit block FFN       | global block MLP        -> tap: concat(frame, global)
+                                                |                                        |
+                                             velocity                       depth, points, cameras (heads)
+
+Shapes: B batch, T = 4(f-1)+1 pixel frames, (f, h, w) token grid, N = f*h*w video tokens, P = 5 + h*w geometry tokens
+of one latent frame, D video width, C geometry width.  Latents (B, 16, f, 2h, 2w); video (B, 3, T, 16h, 16w).
+Flow matching: sigma in [0, 1], 1 = noise; x_sigma = (1-sigma) x0 + sigma noise; velocity = noise - x0; t = 1000 sigma.
+Stages: 0 trains the video branch alone (demo only), 1 trains bridge + geometry, 2 adds camera adapters + exchange."""
+import argparse
+import glob
+import json
+import os
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from safetensors import safe_open
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from geometry import (NUM_SPECIAL, CameraHead, DPTHead, GeoBlock, LatentBridge, PoseEncoder, activate_depth,
+                      activate_points, pack_frames, rope_2d)
+
+
+@dataclass
+class Config:
+    # video branch: read off the tensors when real weights are loaded
+    dim: int = 1536
+    ffn_dim: int = 8960
+    num_layers: int = 30
+    in_dim: int = 32                # 16 noisy latents + y: 0 text-to-video, 16 start image, 20 mask + start image
+    head_dim: int = 128
+    text_dim: int = 4096
+    text_len: int = 512
+    freq_dim: int = 256
+    has_clip: bool = True
+    has_control: bool = True        # Pluecker rays through Wan-Fun's control adapter
+    # geometry branch
+    num_pcb: int = 12               # dit blocks before the bridge; the other num_layers - num_pcb are IRG steps
+    geo_dim: int = 1408
+    geo_heads: int = 11
+    bridge_layers: int = 2
+    bridge_width: int = 320
+    layer_scale: float = 0.1        # 0.01 for released / VGGT weights; at 1.0 the camera head did not learn
+    pose_hidden: int = 640
+    irg_dim: int = 1152
+    irg_heads: int = 12
+    taps: tuple = (4, 8, 12, 17)    # geometry layers read by the DPT heads, finest level first
+    dpt_channels: tuple = (64, 128, 256, 256)
+    dpt_features: int = 128
+    dpt_tail: int = 32
+    camera_dim: int = 512
+    camera_heads: int = 8
+    camera_layers: int = 4
+    camera_iterations: int = 4
+    head_chunk: int = 16            # pixel frames that a DPT head fuses at once
+    released: bool = False          # restores the quirks of the released weights
+
+    @property
+    def geo_layers(self):
+        return self.num_layers - self.num_pcb
+
+
+PRESETS = {
+    "1.3b": Config(),
+    "14b": Config(dim=5120, ffn_dim=13824, num_layers=40, in_dim=36, has_control=False, num_pcb=16, geo_dim=1024,
+                  geo_heads=16, bridge_layers=0, layer_scale=0.01, pose_hidden=128, taps=(23, 17, 11, 7),
+                  dpt_channels=(256, 512, 1024, 1024), dpt_features=256, camera_dim=2048, camera_heads=16),
+    # The demo's widths: both stages learn in minutes on two CPU cores.  Same classes, small numbers.
+    "demo": Config(dim=192, ffn_dim=512, num_layers=8, in_dim=32, head_dim=32, text_dim=64, text_len=16, freq_dim=64,
+                   has_clip=False, num_pcb=4, geo_dim=128, geo_heads=4, bridge_layers=2, bridge_width=64,
+                   pose_hidden=128, irg_dim=96, irg_heads=3, taps=(0, 1, 2, 3), dpt_channels=(24, 32, 48, 64),
+                   dpt_features=32, dpt_tail=16, camera_dim=96, camera_heads=3, camera_layers=2),
+}
+
+
+# -------------------------------------------------------------------------------------------------- small functions
+def timestep_embedding(t, dim):
+    """Sinusoid of t in [0, 1000], cosines first, angles in fp64: (B,) -> (B, dim) fp32."""
+    half = dim // 2
+    frequencies = 10000.0 ** (-torch.arange(half, dtype=torch.float64, device=t.device) / half)
+    angles = t.double()[:, None] * frequencies
+    return torch.cat([angles.cos(), angles.sin()], -1).float()
+
+
+@lru_cache(maxsize=16)
+def rope_3d(f, h, w, head_dim, num_special, device):
+    """cos, sin (f*(num_special + h*w), head_dim/2) fp32 of the time | row | column rotation of interleaved pairs.
+
+    Each axis owns head_dim - 4*(head_dim//6), 2*(head_dim//6), 2*(head_dim//6) channels and its own spectrum
+    10000^(-2j/d).  num_special leading tokens of every frame are not rotated at all (exchange, geometry side)."""
+    sizes = (head_dim - 4 * (head_dim // 6), 2 * (head_dim // 6), 2 * (head_dim // 6))
+    grid = torch.meshgrid(*(torch.arange(n, dtype=torch.float64) for n in (f, h, w)), indexing="ij")
+    angles = torch.cat([g[..., None] * 10000.0 ** (-torch.arange(0, d, 2, dtype=torch.float64) / d)
+                        for g, d in zip(grid, sizes)], -1).reshape(f, h * w, head_dim // 2)
+    angles = F.pad(angles, (0, 0, num_special, 0)).flatten(0, 1)
+    return angles.cos().float().to(device), angles.sin().float().to(device)
+
+
+def rotate_pairs(x, cos, sin):
+    """Rotate the interleaved pairs (2j, 2j+1) of the last axis in real arithmetic; x (B, heads, N, d), fp32 out."""
+    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2)
+
+
+def attention(q, k, v, heads):
+    """(B, N, D) x 3 -> (B, N, D); q, k already split into heads when 4-d."""
+    split = [x if x.dim() == 4 else rearrange(x, "b n (h d) -> b h n d", h=heads) for x in (q, k, v)]
+    q, k, v = split[0].to(v.dtype), split[1].to(v.dtype), split[2]
+    return rearrange(F.scaled_dot_product_attention(q, k, v), "b h n d -> b n (h d)")
+
+
+# ------------------------------------------------------------------------------------------- video branch (frozen)
+# Attribute names are the official checkpoint's keys, so loading is strict and needs no table.
+class RMSNorm(nn.Module):
+    """Over the full width, before the split into heads; computed in fp32."""
+
+    def __init__(self, dim, eps=1e-6):
+        super().__init__()
+        self.eps, self.weight = eps, nn.Parameter(torch.ones(dim))
+
+    def forward(self, x):
+        y = x.float()
+        return (y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps) * self.weight).to(x.dtype)
+
+
+class WanSelfAttention(nn.Module):
+    def __init__(self, dim, heads):
+        super().__init__()
+        self.heads = heads
+        self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in range(4))
+        self.norm_q, self.norm_k = RMSNorm(dim), RMSNorm(dim)
+
+    def forward(self, x, rope):
+        q, k = self.norm_q(self.q(x)), self.norm_k(self.k(x))
+        q, k = (rotate_pairs(rearrange(y, "b n (h d) -> b h n d", h=self.heads), *rope) for y in (q, k))
+        return self.o(attention(q, k, self.v(x), self.heads))
+
+
+class WanCrossAttention(nn.Module):
+    """Text, and CLIP image tokens where the family has them: two softmaxes, one query, one output projection."""
+
+    def __init__(self, dim, heads, has_clip):
+        super().__init__()
+        self.heads, self.has_clip = heads, has_clip
+        self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in range(4))
+        self.norm_q, self.norm_k = RMSNorm(dim), RMSNorm(dim)
+        if has_clip:
+            self.k_img, self.v_img, self.norm_k_img = nn.Linear(dim, dim), nn.Linear(dim, dim), RMSNorm(dim)
+
+    def forward(self, x, text, image):
+        q = self.norm_q(self.q(x))
+        out = attention(q, self.norm_k(self.k(text)), self.v(text), self.heads)
+        if self.has_clip:
+            out = out + attention(q, self.norm_k_img(self.k_img(image)), self.v_img(image), self.heads)
+        return self.o(out)
+
+
+class WanBlock(nn.Module):
+    """adaLN transformer block in two halves, so that the exchange can sit between them."""
+
+    def __init__(self, dim, ffn_dim, heads, has_clip):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
+        self.norm3 = nn.LayerNorm(dim, eps=1e-6)
+        self.self_attn = WanSelfAttention(dim, heads)
+        self.cross_attn = WanCrossAttention(dim, heads, has_clip)
+        self.ffn = nn.Sequential(nn.Linear(dim, ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(ffn_dim, dim))
+        self.modulation = nn.Parameter(torch.randn(1, 6, dim) / dim ** 0.5)
+
+    def attend(self, x, rows, text, image, rope):
+        """x (B, N, D) fp32 residual stream; rows (B, 6, D) shift, scale, gate of attention then of the FFN."""
+        m = (self.modulation + rows).unbind(1)
+        m = [row[:, None] for row in m]                                                # (B, 1, D) each
+        x = x + m[2] * self.self_attn(self.norm1(x) * (1 + m[1]) + m[0], rope)
+        return x + self.cross_attn(self.norm3(x), text, image)
+
+    def feed_forward(self, x, rows):
+        shift, scale, gate = (self.modulation + rows)[:, 3:].unsqueeze(2).unbind(1)    # (B, 1, D) each
+        return x + gate * self.ffn(self.norm2(x) * (1 + scale) + shift)
+
+    def forward(self, x, rows, text, image, rope):
+        return self.feed_forward(self.attend(x, rows, text, image, rope), rows)
+
+
+class WanHead(nn.Module):
+    def __init__(self, dim, out):
+        super().__init__()
+        self.norm = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
+        self.head = nn.Linear(dim, out)
+        self.modulation = nn.Parameter(torch.randn(1, 2, dim) / dim ** 0.5)
+        nn.init.zeros_(self.head.weight)
+
+    def forward(self, x, e):
+        shift, scale = (self.modulation + e[:, None]).chunk(2, 1)                      # (B, 1, D): per sample
+        with torch.autocast(x.device.type, enabled=False):
+            return self.head(self.norm(x.float()) * (1 + scale) + shift)
+
+
+class ClipProjection(nn.Module):
+    def __init__(self, dim, clip_dim=1280):
+        super().__init__()
+        self.proj = nn.Sequential(nn.LayerNorm(clip_dim), nn.Linear(clip_dim, clip_dim), nn.GELU(),
+                                  nn.Linear(clip_dim, dim), nn.LayerNorm(dim))
+
+    def forward(self, x):
+        return self.proj(x)
+
+
+class ControlResidual(nn.Module):
+    def __init__(self, dim):
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(dim, dim, 3, padding=1), nn.Conv2d(dim, dim, 3, padding=1)
+
+    def forward(self, x):
+        return x + self.conv2(F.relu(self.conv1(x)))
+
+
+class ControlAdapter(nn.Module):
+    """Wan-Fun's camera control: Pluecker rays at pixel rate (B, 6, T, H, W) -> (B, D, f, h, w), added to the tokens."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.conv = nn.Conv2d(24 * 64, dim, 2, 2)
+        self.residual_blocks = nn.Sequential(ControlResidual(dim))
+
+    def forward(self, plucker):
+        x = rearrange(pack_frames(plucker), "b c f h w -> (b f) c h w")                # (B*f, 24, H, W)
+        x = self.residual_blocks(self.conv(F.pixel_unshuffle(x, 8)))
+        return rearrange(x, "(b f) d h w -> b d f h w", b=plucker.shape[0])
+
+
+class WanDiT(nn.Module):
+    """Wan2.1 video DiT: noisy latents and conditions -> velocity.  Source: Wan 2.1; Wan-Fun for the control adapter."""
+
+    def __init__(self, dim, ffn_dim, num_layers, in_dim=16, head_dim=128, text_dim=4096, text_len=512, freq_dim=256,
+                 has_clip=False, has_control=False, out_dim=16):
+        super().__init__()
+        if dim % head_dim:
+            raise ValueError(f"WanDiT: width {dim} is not a multiple of head_dim {head_dim}")
+        self.heads, self.in_dim, self.out_dim = dim // head_dim, in_dim, out_dim
+        self.freq_dim, self.text_len, self.head_dim = freq_dim, text_len, head_dim
+        self.patch_embedding = nn.Conv3d(in_dim, dim, (1, 2, 2), (1, 2, 2))
+        self.text_embedding = nn.Sequential(nn.Linear(text_dim, dim), nn.GELU(approximate="tanh"), nn.Linear(dim, dim))
+        self.time_embedding = nn.Sequential(nn.Linear(freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
+        self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
+        self.blocks = nn.ModuleList(WanBlock(dim, ffn_dim, self.heads, has_clip) for _ in range(num_layers))
+        self.head = WanHead(dim, 4 * out_dim)
+        self.img_emb = ClipProjection(dim) if has_clip else None
+        self.control_adapter = ControlAdapter(dim) if has_control else None
+
+    @classmethod
+    def from_state_dict(cls, sd, head_dim=128, text_len=512):
+        """Build from official tensors, every size read off their shapes; missing or extra names are a ValueError."""
+        for name in ("patch_embedding.weight", "text_embedding.0.weight", "blocks.0.ffn.0.weight", "head.head.weight"):
+            if name not in sd:
+                raise ValueError(f"not a Wan2.1 DiT: tensor {name} is missing (first names: {list(sd)[:3]})")
+        dim, in_dim = sd["patch_embedding.weight"].shape[:2]
+        layers = 1 + max(int(k.split(".")[1]) for k in sd if k.startswith("blocks."))
+        with torch.device("meta"):
+            dit = cls(dim, sd["blocks.0.ffn.0.weight"].shape[0], layers, in_dim, head_dim,
+                      sd["text_embedding.0.weight"].shape[1], text_len, sd["time_embedding.0.weight"].shape[1],
+                      "img_emb.proj.1.weight" in sd, "control_adapter.conv.weight" in sd,
+                      sd["head.head.weight"].shape[0] // 4)
+        load_strict(dit, sd, "Wan2.1 DiT")
+        return dit
+
+    def conditions(self, t, context, clip=None):
+        """t (B,), context, clip -> e (B, D), rows (B, 6, D), text (B, L, D), image (B, 257, D) or None."""
+        device = self.patch_embedding.weight.device
+        with torch.autocast(device.type, enabled=False):        # modulation in fp32: cheap, and halves the bf16 error
+            e = self.time_embedding(timestep_embedding(t.to(device), self.freq_dim))
+            rows = self.time_projection(e).unflatten(1, (6, -1))
+        if not torch.is_tensor(context):        # padded rows are not masked: Wan attends to them, and so must we
+            context = torch.stack([F.pad(c, (0, 0, 0, self.text_len - c.shape[0])) for c in context])
+        text = self.text_embedding(context.to(device=device, dtype=self.text_embedding[0].weight.dtype))
+        image = None
+        if self.img_emb is not None:
+            if clip is None:
+                clip = torch.zeros(len(t), 257, 1280, device=device)
+            image = self.img_emb(clip.to(device=device, dtype=self.img_emb.proj[1].weight.dtype))
+        return e, rows, text, image
+
+    def embed(self, x, y=None, plucker=None, keep=None):
+        """Latents (B, 16, f, 2h, 2w) [+ y, rays] -> tokens (B, N, D) fp32 and their grid (f, h, w)."""
+        extra = self.in_dim - x.shape[1]
+        if extra:
+            y = x.new_zeros(x.shape[0], extra, *x.shape[2:]) if y is None else y
+            if y.shape[1] != extra:
+                raise ValueError(f"y has {y.shape[1]} channels; this Wan family ({self.in_dim} inputs) wants {extra}")
+            x = torch.cat([x, y.to(x.dtype)], 1)
+        weight = self.patch_embedding.weight
+        tokens = self.patch_embedding(x.to(weight.dtype)).float()
+        if self.control_adapter is not None and plucker is not None:
+            control = self.control_adapter(plucker.to(weight.dtype)).float()
+            tokens = tokens + (control if keep is None else control * keep.view(-1, 1, 1, 1, 1))
+        grid = tuple(tokens.shape[2:])
+        return rearrange(tokens, "b d f h w -> b (f h w) d"), grid
+
+    def rope(self, grid, device):
+        return rope_3d(*grid, self.head_dim, 0, device)
+
+    def unpatchify(self, x, grid):
+        """(B, N, 64), channel fastest -> (B, 16, f, 2h, 2w)."""
+        f, h, w = grid
+        return rearrange(x, "b (f h w) (p q c) -> b c f (h p) (w q)", f=f, h=h, w=w, p=2, q=2)
+
+    def forward(self, x, t, context, y=None, clip=None, plucker=None, keep=None):
+        """Velocity (B, 16, f, h, w) of noisy latents.
+
+        x        (B, 16, f, h, w)         x_sigma
+        t        (B,)                     1000 sigma, fp32, one per sample
+        context  list of (L, text_dim)    zero-padded to text_len here; or a (B, L, text_dim) tensor, used as it is
+        y        (B, in_dim-16, f, h, w)  start-image latents (and mask), None = zeros
+        clip     (B, 257, 1280)           CLIP tokens of the start image, None = zeros
+        plucker  (B, 6, T, 8h, 8w)        rays at pixel rate, None = no camera
+        keep     (B,) 0/1                 0 drops the clip's camera, as plucker=None would"""
+        e, rows, text, image = self.conditions(t, context, clip)
+        x, grid = self.embed(x, y, plucker, keep)
+        rope = self.rope(grid, x.device)
+        for block in self.blocks:
+            x = block(x, rows, text, image, rope)
+        return self.unpatchify(self.head(x, e), grid)
+
+
+# ----------------------------------------------------------------------------------------- interaction (stage 2)
+class CameraAdapter(nn.Module):
+    """Shift of the video tokens before one PCB block from the camera of their latent frame; starts at zero."""
+
+    def __init__(self, geo_dim, video_dim):
+        super().__init__()
+        self.linear = nn.Linear(geo_dim, video_dim)
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, x, pose_embedding, keep):
+        """x (B, f*h*w, D), pose_embedding (B, f, C), keep (B, 1, 1)."""
+        shift = self.linear(F.silu(pose_embedding)) * keep                             # (B, f, D)
+        return x + shift.repeat_interleave(x.shape[1] // shift.shape[1], 1)
+
+
+class ExchangeProjections(nn.Module):
+    def __init__(self, video_dim, geo_dim, dim):
+        super().__init__()
+        self.m1_proj, self.values_m1_proj = nn.Linear(video_dim, dim), nn.Linear(video_dim, dim)
+        self.m2_proj, self.values_m2_proj = nn.Linear(geo_dim, dim), nn.Linear(geo_dim, dim)
+        self.out_m1_proj, self.out_m2_proj = nn.Linear(dim, video_dim), nn.Linear(dim, geo_dim)
+        for layer in self.children():
+            nn.init.xavier_uniform_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+
+class BiCrossAttention(nn.Module):
+    """Bidirectional video <-> geometry attention between the halves of both blocks: one score matrix, normalised
+    along either direction; both streams are updated from the same pair; the gates start at zero."""
+
+    def __init__(self, video_dim, geo_dim, dim, heads):
+        super().__init__()
+        self.heads = heads
+        self.cross_attn = ExchangeProjections(video_dim, geo_dim, dim)
+        self.gamma_m1, self.gamma_m2 = nn.Parameter(torch.zeros(video_dim)), nn.Parameter(torch.zeros(geo_dim))
+
+    def forward(self, x, z, rope_x, rope_z):
+        """x (B, N, D), z (B, f*P, C) -> both, updated."""
+        p = self.cross_attn
+        a, b = F.layer_norm(x, x.shape[-1:], eps=1e-6), F.layer_norm(z, z.shape[-1:], eps=1e-6)
+        q, k = (rearrange(y, "b n (h d) -> b h n d", h=self.heads) for y in (p.m1_proj(a), p.m2_proj(b)))
+        q, k = rotate_pairs(q, *rope_x), rotate_pairs(k, *rope_z)
+        to_x = p.out_m1_proj(attention(q, k, p.values_m2_proj(b), self.heads))
+        to_z = p.out_m2_proj(attention(k, q, p.values_m1_proj(a), self.heads))
+        return x + self.gamma_m1 * to_x, z + self.gamma_m2 * to_z
+
+
+# ---------------------------------------------------------------------------------------------------- flow matching
+def shift_sigma(s, shift=5.0):
+    """Uniform s in [0, 1] -> sigma = shift s / (1 + (shift-1) s): more of the steps at high noise."""
+    return shift * s / (1 + (shift - 1) * s)
+
+
+def flow_matching_loss(velocity, latents, noise):
+    """Mean squared error against noise - x0, per clip (B,), fp32."""
+    return (velocity.float() - (noise - latents).float()).square().flatten(1).mean(1)
+
+
+def start_condition(start_latents, in_dim, frames):
+    """Latents of the start image (B, 16, 1 or f, h, w) -> y (B, in_dim-16, f, h, w) of the family, or None.
+
+    32 inputs (Control-Camera): the image's latent in frame 0, zeros after.  36 (InP, I2V): 4 mask channels, 1 = known,
+    before the latents of the image followed by grey frames (all f latent frames are then wanted)."""
+    extra = in_dim - start_latents.shape[1]
+    if not extra:
+        return None
+    y = F.pad(start_latents, (0, 0, 0, 0, 0, frames - start_latents.shape[2]))
+    if extra == 20:
+        mask = torch.zeros_like(y[:, :4])
+        mask[:, :, 0] = 1
+        y = torch.cat([mask, y], 1)
+    return y
+
+
+def sample_euler(velocity, noise, steps=50, shift=5.0, progress=iter):
+    """Integrate dx/dsigma = velocity(x, t (B,)) from sigma 1 to 0 on the shifted grid; latents stay fp32."""
+    sigmas, x = shift_sigma(torch.linspace(1, 0, steps + 1, dtype=torch.float64), shift).tolist(), noise
+    for now, then in progress(list(zip(sigmas, sigmas[1:]))):
+        t = torch.full((len(x),), 1000 * now, device=x.device)
+        x = x + (then - now) * velocity(x, t).float()
+    return x
+
+
+# --------------------------------------------------------------------------------------------------- FantasyWorld
+class FantasyWorld(nn.Module):
+    """Frozen WanDiT (`dit`) + trainable geometry branch.  `set_stage(n)` decides what trains and what runs."""
+
+    def __init__(self, cfg, dit=None):
+        super().__init__()
+        self.cfg, self.stage, self.checkpoint_activations = cfg, 2, False
+        n, C, D = cfg.geo_layers, cfg.geo_dim, cfg.dim
+        if max(cfg.taps) >= n:
+            raise ValueError(f"taps {cfg.taps}: this model has geometry layers 0 .. {n - 1}")
+        self.dit = dit or WanDiT(D, cfg.ffn_dim, cfg.num_layers, cfg.in_dim, cfg.head_dim, cfg.text_dim, cfg.text_len,
+                                 cfg.freq_dim, cfg.has_clip, cfg.has_control)
+        self.bridge = LatentBridge(D, C, cfg.bridge_layers, cfg.bridge_width, cfg.layer_scale)
+        # timestep -> rows of every geometry block; zero at the start, so that a block starts as the plain one
+        self.time_embedding = nn.Sequential(nn.Linear(cfg.freq_dim, C), nn.SiLU(), nn.Linear(C, C))
+        self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(C, 6 * C))
+        nn.init.zeros_(self.time_projection[1].weight)
+        nn.init.zeros_(self.time_projection[1].bias)
+        self.camera_token = nn.Parameter(1e-6 * torch.randn(1, 2, 1, C))               # [first frame, all others]
+        self.register_token = nn.Parameter(1e-6 * torch.randn(1, 2, NUM_SPECIAL - 1, C))
+        self.pose_encoder = PoseEncoder(cfg.pose_hidden, C)
+        self.frame_blocks = nn.ModuleList(GeoBlock(C, cfg.geo_heads, cfg.layer_scale) for _ in range(n))
+        self.global_blocks = nn.ModuleList(GeoBlock(C, cfg.geo_heads, cfg.layer_scale) for _ in range(n))
+        self.depth_head, self.point_head = (
+            DPTHead(2 * C, out, cfg.dpt_channels, cfg.dpt_features, cfg.dpt_tail, cfg.released, cfg.head_chunk)
+            for out in (2, 4))
+        self.camera_head = CameraHead(2 * C, cfg.camera_dim, cfg.camera_heads, cfg.layer_scale, cfg.camera_layers,
+                                      cfg.camera_iterations, cfg.released)
+        self.camera_adapters = nn.ModuleList(CameraAdapter(C, D) for _ in range(cfg.num_pcb))
+        self.exchange = nn.ModuleList(BiCrossAttention(D, C, cfg.irg_dim, cfg.irg_heads) for _ in range(n))
+
+    # ---- stages
+    def groups(self):
+        """Module groups of the guide's parameter table."""
+        return dict(wan=[self.dit], bridge=[self.bridge],
+                    geodit=[self.frame_blocks, self.global_blocks, self.time_embedding, self.time_projection],
+                    heads=[self.depth_head, self.point_head, self.camera_head], pose_encoder=[self.pose_encoder],
+                    tokens=[self.camera_token, self.register_token], camera_adapters=[self.camera_adapters],
+                    irg=[self.exchange])
+
+    TRAINED = {0: ("wan",), 1: ("bridge", "geodit", "heads", "pose_encoder", "tokens")}
+    TRAINED[2] = TRAINED[1] + ("camera_adapters", "irg")
+
+    def set_stage(self, stage):
+        """Toggle requires_grad: 0 video branch alone, 1 geometry branch, 2 geometry branch + interaction."""
+        if stage not in self.TRAINED:
+            raise ValueError(f"stage = {stage}: wanted 0 (video branch), 1 (geometry) or 2 (geometry + interaction)")
+        self.stage = stage
+        for name, members in self.groups().items():
+            for member in members:
+                member.requires_grad_(name in self.TRAINED[stage])
+        return self
+
+    def count_parameters(self):
+        """Parameters per group, dict with the keys of groups()."""
+        def size(member):
+            return member.numel() if torch.is_tensor(member) else sum(p.numel() for p in member.parameters())
+        return {name: sum(map(size, members)) for name, members in self.groups().items()}
+
+    def trainable_state_dict(self):
+        """name -> tensor of what the current stage trains: the content of a checkpoint."""
+        return {name: p.detach() for name, p in self.named_parameters() if p.requires_grad}
+
+    # ---- forward
+    def run(self, function, *args):
+        """Call, or recompute in backward when activations are checkpointed."""
+        if self.checkpoint_activations and torch.is_grad_enabled():
+            return checkpoint(function, *args, use_reentrant=False)
+        return function(*args)
+
+    def geometry_tokens(self, x, grid, pose_embedding, keep):
+        """PCB output (B, N, D) -> [camera, registers, patches] of every latent frame (B, f*P, C)."""
+        f, h, w = grid
+        patches = rearrange(self.bridge(x, f), "b (f n) c -> b f n c", f=f)
+        first_then_rest = torch.tensor([0] + [1] * (f - 1), device=x.device)
+        camera = self.camera_token[:, first_then_rest].expand(len(x), -1, -1, -1)      # (B, f, 1, C)
+        if pose_embedding is not None:
+            camera = camera + (pose_embedding * keep)[:, :, None]
+        registers = self.register_token[:, first_then_rest].expand(len(x), -1, -1, -1)
+        return torch.cat([camera, registers.to(camera.dtype), patches.to(camera.dtype)], 2).flatten(1, 2).float()
+
+    def irg_step(self, i, x, z, video, geo, ropes):
+        """One IRG step: video tokens x (or None: geometry alone), geometry tokens z -> x, z, tap (B, f*P, 2C)."""
+        frame_block, global_block = self.frame_blocks[i], self.global_blocks[i]
+        block = self.dit.blocks[self.cfg.num_pcb + i]
+        rows, text, image = video
+        rows_z, f = geo
+        z_frame = frame_block(z, rows_z, f, ropes["frame"])
+        z = global_block.attend(z_frame, rows_z, 1, ropes["global"])
+        if x is not None:
+            x = block.attend(x, rows, text, image, ropes["video"])
+            if self.stage == 2:
+                x, z = self.exchange[i](x, z, ropes["exchange_x"], ropes["exchange_z"])
+            x = block.feed_forward(x, rows)
+        z = global_block.feed_forward(z, rows_z)
+        return x, z, torch.cat([z_frame, z], -1)
+
+    def ropes(self, grid, device):
+        f, h, w = grid
+        cfg = self.cfg
+        geo_dim, irg_dim = cfg.geo_dim // cfg.geo_heads, cfg.irg_dim // cfg.irg_heads
+        return dict(video=self.dit.rope(grid, device), frame=rope_2d(1, h, w, geo_dim, device),
+                    **{"global": rope_2d(f, h, w, geo_dim, device)},
+                    exchange_x=rope_3d(f, h, w, irg_dim, 0, device),
+                    exchange_z=rope_3d(f, h, w, irg_dim, NUM_SPECIAL, device))
+
+    def forward(self, x, t, context, y=None, clip=None, plucker=None, poses=None, heads=True, video=True,
+                pose_keep=None):
+        """x, t, context, y, clip, plucker: as WanDiT.forward.
+
+        poses      (B, T, 9)   pose encodings relative to frame 0, scene units; None = not given
+        heads      False skips depth, points and cameras;  video False skips the video tail and the exchange
+                   (stage 1 training: no loss there has a gradient) and returns velocity None
+        pose_keep  (B,) 0/1    0 hides the clip's camera everywhere, exactly as plucker=None, poses=None would
+        returns    dict: velocity (B, 16, f, h, w); depth, depth_conf, points_conf (B, T, H, W); points (B, T, H, W, 3)
+                   in the first camera's frame, scene units; pose_enc (iterations, B, T, 9), last refinement last"""
+        if self.stage == 0:
+            return dict(velocity=self.dit(x, t, context, y, clip, plucker, pose_keep))
+        if not video and self.stage == 2 and torch.is_grad_enabled():
+            raise ValueError("video=False leaves the exchange of stage 2 without a gradient")
+        dit, cfg = self.dit, self.cfg
+        keep = None if pose_keep is None else pose_keep.float().view(-1, 1, 1)
+        pose_embedding = None if poses is None else self.pose_encoder(poses)           # (B, f, C)
+        pose_weight = 1.0 if keep is None else keep
+        with torch.no_grad():                       # nothing trainable lies upstream
+            e, rows, text, image = dit.conditions(t, context, clip)
+            x, grid = dit.embed(x, y, plucker, pose_keep)
+        ropes = self.ropes(grid, x.device)
+        with nullcontext() if self.stage == 2 else torch.no_grad():
+            for i, block in enumerate(dit.blocks[:cfg.num_pcb]):
+                if self.stage == 2 and pose_embedding is not None:
+                    x = self.camera_adapters[i](x, pose_embedding, pose_weight)
+                x = self.run(block, x, rows, text, image, ropes["video"])
+        z = self.geometry_tokens(x, grid, pose_embedding, pose_weight)
+        with torch.autocast(x.device.type, enabled=False):
+            rows_z = self.time_projection(self.time_embedding(timestep_embedding(t.to(x.device), cfg.freq_dim)))
+        geo = (rows_z.unflatten(1, (6, -1)), grid[0])
+        x, taps = x if video else None, {}
+        for i in range(cfg.geo_layers):
+            x, z, tap = self.run(self.irg_step, i, x, z, (rows, text, image), geo, ropes)
+            if heads and (i in cfg.taps or i == cfg.geo_layers - 1):
+                taps[i] = tap
+        out = dict(velocity=dit.unpatchify(dit.head(x, e), grid) if video else None)
+        if heads:
+            out.update(self.read_out(taps, grid))
+        return out
+
+    def read_out(self, taps, grid):
+        """Geometry heads on the tapped layers."""
+        f = grid[0]
+        taps = {i: rearrange(tap, "b (f p) c -> b f p c", f=f) for i, tap in taps.items()}
+        maps = [taps[i][:, :, NUM_SPECIAL:] for i in self.cfg.taps]
+        depth, depth_conf = activate_depth(self.depth_head(maps, grid))
+        points, points_conf = activate_points(self.point_head(maps, grid))
+        cameras = self.camera_head(taps[self.cfg.geo_layers - 1][:, :, 0])
+        return dict(depth=depth, depth_conf=depth_conf, points=points, points_conf=points_conf, pose_enc=cameras)
+
+
+# ------------------------------------------------------------------------------------------------- loading, saving
+def load_strict(module, sd, what):
+    """load_state_dict(assign=True) with one readable error instead of torch's list."""
+    own = module.state_dict()
+    missing, extra = [k for k in own if k not in sd], [k for k in sd if k not in own]
+    wrong = [f"{k} {tuple(sd[k].shape)}, wanted {tuple(own[k].shape)}" for k in own
+             if k in sd and sd[k].shape != own[k].shape]
+    if missing or extra or wrong:
+        raise ValueError(f"{what}: {len(missing)} missing {missing[:3]}, {len(extra)} unexpected {extra[:3]}, "
+                         f"{len(wrong)} of another shape {wrong[:3]}; is this another model or a truncated file?")
+    module.load_state_dict(sd, assign=True)
+
+
+def read_tensors(path):
+    """One .safetensors file -> (name -> tensor, metadata)."""
+    try:
+        with safe_open(path, "pt") as file:
+            return {k: file.get_tensor(k) for k in file.keys()}, file.metadata() or {}
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file") from None
+    except Exception as error:
+        raise ValueError(f"{path}: not a whole safetensors file ({error}); copy it again") from None
+
+
+def load_wan(folder, cfg):
+    """WanDiT from a Wan2.1 hub folder (diffusion_pytorch_model*.safetensors) or from the run folder of a stage 0 demo
+    run, and cfg with the video sizes of what was found."""
+    files = sorted(glob.glob(os.path.join(folder, "diffusion_pytorch_model*.safetensors")))
+    if not files:
+        files = glob.glob(os.path.join(folder, "latest.safetensors"))
+    if not files:
+        raise ValueError(f"wan_dir = {folder}: no diffusion_pytorch_model*.safetensors (a Wan2.1 folder) and no "
+                         f"latest.safetensors (a stage 0 run) in it; train stage 0 first or download the weights")
+    sd = {}
+    for file in files:
+        sd.update(read_tensors(file)[0])
+    dit = WanDiT.from_state_dict({k.removeprefix("dit."): v for k, v in sd.items()}, cfg.head_dim, cfg.text_len)
+    found = dict(dim=dit.patch_embedding.out_channels, ffn_dim=dit.blocks[0].ffn[0].out_features, in_dim=dit.in_dim,
+                 num_layers=len(dit.blocks), text_dim=dit.text_embedding[0].in_features, freq_dim=dit.freq_dim,
+                 has_clip=dit.img_emb is not None, has_control=dit.control_adapter is not None)
+    return dit, replace(cfg, **found)
+
+
+def half_precision(dit, dtype=torch.bfloat16):
+    """Store the big matrices of the frozen branch in dtype; norms, modulation, timestep MLP and head stay fp32."""
+    for module in [dit.patch_embedding, dit.text_embedding, dit.img_emb, dit.control_adapter, dit.blocks]:
+        for layer in module.modules() if module is not None else ():
+            if isinstance(layer, (nn.Linear, nn.Conv2d, nn.Conv3d)):
+                layer.to(dtype)
+    return dit
+
+
+def load_trained(model, path):
+    """Copy a checkpoint's tensors into the model; returns its metadata (stage, step, config as strings).
+
+    A stage 1 checkpoint has no interaction tensors: those keep their zero start.  Anything else that is missing,
+    left over or of another shape is a ValueError."""
+    sd, meta = read_tensors(path)
+    own = model.state_dict()
+    optional = ("dit.",) + (("camera_adapters.", "exchange.") if meta.get("stage") == "1" else ())
+    missing = [k for k in own if k not in sd and not k.startswith(optional)]
+    extra = [k for k in sd if k not in own or sd[k].shape != own[k].shape]
+    if missing or extra:
+        raise ValueError(f"{path} (stage {meta.get('stage')}) does not fit this model: {len(missing)} tensors missing "
+                         f"{missing[:3]}, {len(extra)} unknown or of another size {extra[:3]}; use the preset that it "
+                         f"was trained with")
+    model.load_state_dict(sd, strict=False)
+    return meta
+
+
+def read_metadata(path):
+    """Metadata of a checkpoint, without its tensors."""
+    try:
+        with safe_open(path, "pt") as file:
+            return file.metadata() or {}
+    except Exception as error:
+        raise ValueError(f"{path}: not a checkpoint that can be read ({error})") from None
+
+
+def build_model(cfg, wan_dir, device, train_video=False):
+    """FantasyWorld on the device, with the frozen branch from wan_dir ("" = random), in bf16 on a GPU."""
+    dit, cfg = load_wan(wan_dir, cfg) if wan_dir else (None, cfg)
+    model = FantasyWorld(cfg, dit)
+    if device.type == "cuda" and not train_video:
+        half_precision(model.dit)
+    return model.to(device)
+
+
+def config_from_metadata(meta):
+    """Config that a checkpoint was trained with."""
+    values = json.loads(meta["model_config"])
+    return Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+
+# --------------------------------------------------------------------------------------------------- command line
+GUIDE = dict(wan=1616.3, bridge=5, geodit=900, heads=50, pose_encoder=1, tokens=0.01, camera_adapters=30, irg=200)
+
+
+def parameter_table(preset):
+    """Rows of the guide's table (millions of parameters) beside ours; counted on the meta device."""
+    with torch.device("meta"):
+        model = FantasyWorld(PRESETS[preset])
+    ours = {k: v / 1e6 for k, v in model.count_parameters().items()}
+    lines = [f"{'millions of parameters':24s}{'ours':>10s}{'guide':>10s}{'ours/guide':>12s}   stage 1   stage 2"]
+    for name, count in ours.items():
+        state = ["train" if name in FantasyWorld.TRAINED[stage] else "frozen" for stage in (1, 2)]
+        lines.append(f"{name:24s}{count:10.2f}{GUIDE[name]:10.2f}{count / GUIDE[name]:12.2f}   {state[0]:8s}  {state[1]}")
+    for stage, guide in ((1, 956.0), (2, 1186.0)):
+        total = sum(ours[name] for name in FantasyWorld.TRAINED[stage])
+        lines.append(f"{f'trainable, stage {stage}':24s}{total:10.2f}{guide:10.2f}{total / guide:12.2f}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Print the parameter table of a preset (meta device, no weights).")
+    parser.add_argument("--preset", default="1.3b", choices=PRESETS)
+    print(parameter_table(parser.parse_args().preset))

@@ -1,0 +1,182 @@
+"""Exact renderer of synthetic rooms: a seed -> a short clip with true depth and cameras.  Textures, light and shade
+are functions of the surface point alone, so all views of a scene agree.
+
+Shapes: T frames, P = H*W pixels, n boxes (box 0 is the room, seen from inside), m spheres.  numpy, float64 rays.
+Rays have z = 1 in the camera, so the ray parameter is exactly the z-depth.  y points down; metres."""
+import numpy as np
+import torch
+
+from geometry import inv_se3, relative_to_first
+
+# Metres and radians (fov: degrees): low, high; turn: mean, sd; aim, pitch, roll: sd.  "simple": the demo.
+VARIETY = dict(
+    full=dict(room=(2, 4), height=(1.2, 1.6), boxes=(3, 6), spheres=(1, 3), contrast=(.5, .9),
+              frequency=(2, 5), fov=(50, 85), path=(.3, 1.5), aim=.5, turn=(0, .35), pitch=.1, roll=.03,
+              special=.4, clearance=.35),
+    simple=dict(room=(2.6, 3.2), height=(1.35, 1.45), boxes=(0, 2), spheres=(0, 1), contrast=(.3, .6),
+                frequency=(2, 4), fov=(62, 70), path=(1, 2.4), aim=.25, turn=(.25, .15), pitch=.05, roll=.01,
+                special=0, clearance=.6))
+COLOURS = dict(red=(.80, .16, .13), green=(.20, .58, .24), blue=(.15, .33, .76), yellow=(.90, .74, .16),
+               orange=(.90, .46, .12), purple=(.50, .24, .62), white=(.88, .88, .85), teal=(.10, .55, .56))
+
+
+def rotation(axis, angle):
+    """Rotations (..., 3, 3) about axis 0, 1 or 2."""
+    i, j = (axis + 1) % 3, (axis + 2) % 3
+    r = np.zeros((*np.shape(angle), 3, 3)) + np.eye(3)
+    r[..., i, i] = r[..., j, j] = np.cos(angle)
+    r[..., j, i], r[..., i, j] = np.sin(angle), -np.sin(angle)
+    return r
+
+
+def make_scene(rng, v, focal):
+    """Draw a room (box 0, from inside), boxes and spheres.  Materials: 6 room faces, then one per object."""
+    room = np.array([rng.uniform(*v["room"]), rng.uniform(*v["height"]), rng.uniform(*v["room"])])
+    n, m = rng.integers(*v["boxes"], endpoint=True), rng.integers(*v["spheres"], endpoint=True)
+    names = rng.choice(list(COLOURS), n + m, replace=n + m > len(COLOURS))
+    half = rng.uniform([.15, .2, .15], [.6, .9, .6], (n, 3))
+    radius = rng.uniform(.2, .45, m)
+    centre = rng.uniform(-.85, .85, (n + m, 3)) * (room - .3)
+    centre[:, 1] = room[1] - np.concatenate([half[:, 1], radius])                 # standing on the floor
+    wall, floor = rng.uniform(.6, .95, 3), rng.uniform([.5, .4, .3], [.8, .68, .6])
+    base = np.stack([wall * .92, wall * 1.05, np.full(3, .93), floor, wall * .8, wall,
+                     *(COLOURS[name] for name in names)])
+    dark = base * rng.uniform(.25, .6, (len(base), 1)) + rng.uniform(0, .12, base.shape)
+    # waves of 3 pixels or more at the far end of the room (the warp triples the frequency): no aliasing
+    frequency = rng.uniform(*v["frequency"], len(base)) * ([1] * 6 + [2] * (n + m))
+    contrast = rng.uniform(*v["contrast"], len(base)) * ([.6, .6, .25, 1.2, .6, .6] + [1] * (n + m))
+    warp = rng.normal(size=(2, 3, 3))
+    return dict(half=np.stack([room, *half]), centre=np.stack([np.zeros(3), *centre[:n]]), sphere=centre[n:],
+                rot=rotation(1, np.concatenate([[0], rng.uniform(0, np.pi, n)])), radius=radius, names=names,
+                base=base, dark=dark, frequency=np.minimum(frequency, 2 * np.pi * focal / (18 * room.max())),
+                warp=warp / np.linalg.norm(warp, axis=-1, keepdims=True), contrast=contrast,
+                offset=rng.uniform(-9, 9, (len(base), 3)), phase=rng.uniform(0, 2 * np.pi, 3),
+                ambient=rng.uniform(.4, .55), light=rng.uniform(-.5, .5, 3) * room - [0, .45 * room[1], 0])
+
+
+def clearance(scene, p):
+    """Distance of points p (T, 3) to the nearest surface."""
+    q = np.abs(np.einsum("tnc,nck->tnk", p[:, None] - scene["centre"], scene["rot"])) - scene["half"]
+    d = np.linalg.norm(np.maximum(q, 0), axis=-1) + np.minimum(q.max(-1), 0)      # (T, n)
+    d[:, 0] *= -1                                                                 # seen from inside
+    spheres = np.linalg.norm(p[:, None] - scene["sphere"], axis=-1) - scene["radius"]
+    return np.concatenate([d, spheres], 1).min(1)
+
+
+def camera_path(rng, v, scene, num_frames):
+    """Draw a smooth collision-free c2w (T, 3, 4) in the room's frame and its kind; None where none fits."""
+    kind = rng.choice(["free", "rotation", "translation", "static", "orbit"],
+                      p=[1 - v["special"]] + [v["special"] / 4] * 4)
+    s = np.linspace(0, 1, num_frames)
+    s = s * s * (3 - 2 * s) if rng.random() < .3 else s                           # ease in and out
+    turns, moves = kind in ("free", "rotation"), kind in ("free", "translation")
+    for attempt in range(300):
+        start = rng.uniform(-.6, .6, 3) * scene["half"][0] * [1, .5, 1]
+        length = rng.uniform(*v["path"]) * .998 ** attempt                        # shorter where crowded
+        yaw = np.arctan2(-start[0], -start[2]) + rng.normal(0, v["aim"])          # to the room's middle
+        yaw = yaw + s * rng.normal(*v["turn"]) * rng.choice([-1, 1]) * turns
+        pitch = rng.normal(-.15, v["pitch"]) + s * rng.normal(0, v["pitch"]) * turns
+        roll = s * rng.normal(0, v["roll"]) * turns
+        heading = rng.uniform(-np.pi, np.pi)
+        step = np.array([np.sin(heading), rng.normal(0, .17), np.cos(heading)]) * length
+        bend = np.stack([s * (1 - s) ** 2, s * s * (1 - s)], 1) @ rng.normal(0, .3, (2, 3))     # cubic Bezier
+        centre = start + moves * (s[:, None] * step + bend)
+        if kind == "orbit":                                                       # about a point in front
+            reach = rng.uniform(1.2, 2.2)
+            yaw = yaw + s * length / reach * rng.choice([-1, 1])
+            forward = np.stack([np.sin(yaw), 0 * yaw, np.cos(yaw)], -1)
+            centre = start + reach * (forward[:1] - forward)
+        if clearance(scene, centre).min() > v["clearance"]:
+            rot = rotation(1, yaw) @ rotation(0, pitch) @ rotation(2, roll)
+            return np.concatenate([rot, centre[..., None]], -1), str(kind)
+    return None
+
+
+def trace(scene, c2w, k, height, width):
+    """First hit of every pixel-centre ray.  Rays have camera z = 1: their parameter is exactly the z-depth.
+
+    returns  depth (P,), material (P,), points (3, P), normals (3, P) in the room's frame; float64"""
+    v, u = np.mgrid[:height, :width].reshape(2, -1) + .5
+    rays = c2w[:, :3] @ np.stack([(u - k[0, 2]) / k[0, 0], (v - k[1, 2]) / k[1, 1], np.ones_like(u)])
+    origin, half, rot, n = c2w[:, 3], scene["half"], scene["rot"], len(scene["half"])
+    d = rot.transpose(0, 2, 1) @ rays                                             # (n, 3, P) box frames
+    d[np.abs(d) < 1e-12] = 1e-12
+    middle = np.einsum("nck,nc->nk", rot, scene["centre"] - origin)[..., None] / d
+    slab = half[..., None] / np.abs(d)
+    near, far = middle - slab, middle + slab                                      # (n, 3, P) entry and exit
+    near[0] = -far[0]  # the room is seen from inside
+    t, face = near.max(1), near.argmax(1)  # (n, P) face = axis of the hit
+    t[0] *= -1
+    t[1:][(t[1:] >= far[1:].min(1)) | (t[1:] < 1e-4)] = np.inf
+    a, offset = (rays * rays).sum(0), origin - scene["sphere"]                    # (P,), (m, 3)
+    b, c = offset @ rays, (offset ** 2).sum(-1)[:, None] - scene["radius"][:, None] ** 2
+    disc = b * b - a * c                                                          # (m, P)
+    t_sphere = (-b - np.sqrt(np.maximum(disc, 0))) / a
+    t = np.concatenate([t, np.where((disc > 0) & (t_sphere > 1e-4), t_sphere, np.inf)])
+    hit, depth = t.argmin(0), t.min(0)
+    points, pixel = origin[:, None] + rays * depth, np.arange(len(hit))
+    box = np.minimum(hit, n - 1)
+    axis = face[box, pixel]
+    sign = np.sign(d[box, axis, pixel])
+    normals = -sign * rot[box, :, axis].T                                         # against the ray
+    for j in range(len(offset)):
+        on = hit == n + j
+        normals[:, on] = (points[:, on] - scene["sphere"][j, :, None]) / scene["radius"][j]
+    return depth, np.where(hit == 0, 2 * axis + (sign > 0), hit + 5), points, normals
+
+
+def shade(scene, material, points, normals):
+    """Colours (P, 3) in [0, 1] of surface points (3, P)."""
+    s = {k: np.asarray(x, np.float32) for k, x in scene.items() if k != "names"}  # float32: twice as fast
+    points, normals = points.astype(np.float32), normals.astype(np.float32)
+    q = (points + s["offset"][material].T) * s["frequency"][material]
+    bend = np.sin(s["warp"][0] @ q + s["phase"][:, None])
+    mix = .5 + .5 * np.sin(2 * (s["warp"][1, 0] @ q) + 2.4 * (s["warp"][1, 1] @ bend))    # warped sinusoid
+    floor = material == 3
+    tiles = np.tanh(3 * np.sin(q[0, floor]) * np.sin(q[2, floor]))
+    mix[floor] = .2 * mix[floor] + .4 + .4 * tiles
+    base = s["base"][material].T
+    colour = base + (s["dark"][material].T - base) * mix * s["contrast"][material]
+    to_light = s["light"][:, None] - points
+    r2, facing = (to_light * to_light).sum(0), (normals * to_light).sum(0)
+    light = s["ambient"] + (1 - s["ambient"]) * 1.4 * np.maximum(facing, 0) / (np.sqrt(r2) * (1 + .08 * r2))
+    gap = np.sort(s["half"][0][:, None] - np.abs(points), 0)[1]                   # to the room's nearest edge
+    return np.clip(colour * light * (1 - .35 * np.exp(-4 * gap)), 0, 1).T
+
+
+def caption(scene, seen, c2w, kind):
+    """Prompt: the objects seen (boolean each) and the move from the first camera's point of view."""
+    things, boxes = [], len(scene["half"]) - 1
+    for part, one, many in ((slice(0, boxes), "box", "boxes"), (slice(boxes, None), "sphere", "spheres")):
+        names = scene["names"][part][seen[part]]
+        number = ["", "", "two", "three", "four", "five", "six"][len(names)]
+        things += [f"a {names[0]} {one}" if len(names) == 1 else f"{number} {many}"] if len(names) else []
+    side = "right" if c2w[0, :, 0] @ c2w[-1, :, 2] > 0 else "left"                # where the view turns to
+    move = c2w[0, :, :3].T @ (c2w[-1, :, 3] - c2w[0, :, 3])
+    axis = np.abs(move).argmax()
+    word = [("left", "right"), ("up", "down"), ("backward", "forward")][axis][int(move[axis] > 0)]
+    words = dict(static="does not move", rotation=f"turns {side}", orbit=f"orbits, turning {side}")
+    room = f"a room with {' and '.join(things)}" if things else "an empty room"
+    return f"{room}, the camera {words.get(kind, f'moves {word}')}"
+
+
+def render_clip(seed, num_frames, height, width, variety="full"):
+    """Render the clip of a seed: rgb (T, H, W, 3) uint8, depth (T, H, W) float32 metres, exact at the pixel
+    centres, w2c (T, 3, 4) float64 relative to frame 0, intrinsics (3, 3) pixels, prompt."""
+    v, rng, path = VARIETY[variety], np.random.default_rng(seed), None
+    focal = width / 2 / np.tan(np.radians(rng.uniform(*v["fov"])) / 2)
+    k = np.array([[focal, 0, width / 2], [0, focal, height / 2], [0, 0, 1]])
+    while path is None:                                                           # too crowded: draw again
+        scene = make_scene(rng, v, focal)
+        path = camera_path(rng, v, scene, num_frames)
+    (c2w, kind), rgb, depths, pixels = path, [], [], np.zeros(len(scene["base"]), int)
+    for pose in c2w:
+        depth, material, points, normals = trace(scene, pose, k, height, width)
+        colour = shade(scene, material, points, normals) * 255 + .5
+        rgb.append(colour.astype(np.uint8).reshape(height, width, 3))
+        depths.append(depth.astype(np.float32).reshape(height, width))
+        pixels += np.bincount(material, minlength=len(pixels))
+    seen = pixels[6:] > .004 * pixels.sum()
+    w2c = relative_to_first(inv_se3(torch.from_numpy(c2w))).numpy()
+    return dict(rgb=np.stack(rgb), depth=np.stack(depths), w2c=w2c, intrinsics=k,
+                prompt=caption(scene, seen, c2w, kind))

@@ -1,0 +1,71 @@
+"""It learns: each branch overfits one rendered clip, through the losses and the noise that training uses."""
+import types
+
+import pytest
+import torch
+
+import train
+from data import collate, render_clip
+from encoders import HashedText, TransformCodec
+from geometry import depth_metrics, point_metrics
+from model import FantasyWorld, flow_matching_loss
+from tiny import TINY
+
+
+@pytest.fixture(scope="module")
+def batch():
+    clip = render_clip(3, 5, 32, 48, "simple")
+    video = torch.from_numpy(clip["rgb"]).permute(3, 0, 1, 2).float()[None] / 127.5 - 1
+    codec = TransformCodec()
+    item = dict(latents=codec.encode(video)[0], start_latents=codec.encode(video[:, :, :1])[0],
+                text=HashedText()([clip["prompt"]])[0], depth=torch.from_numpy(clip["depth"]),
+                w2c=torch.from_numpy(clip["w2c"]).float(),
+                intrinsics=torch.from_numpy(clip["intrinsics"]).float().expand(5, 3, 3))
+    return train.prepare(collate([item]), 32, torch.device("cpu"))
+
+
+OPTIONS = types.SimpleNamespace(depth_mode="metric", alpha_tgm=10.0, beta_frame=1.0, gamma_conf=0.2, camera_delta=0.1,
+                                camera_weight=3.0)
+
+
+def test_geometry_branch_overfits_one_clip(batch):
+    torch.manual_seed(0)
+    model = FantasyWorld(TINY).set_stage(1)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-2)
+    noise, sigma, keep = torch.randn_like(batch["latents"]), torch.tensor([0.1]), torch.ones(1)
+    errors = []
+    for step in range(301):
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-2 * (1 - step / 320)
+        x = (1 - sigma) * batch["latents"] + sigma * noise
+        out = model(x, 1000 * sigma, batch["text"], y=batch["y"], plucker=batch["plucker"], poses=batch["pose_enc"],
+                    pose_keep=keep, video=False)
+        if step in (0, 300):
+            errors.append((point_metrics(out["points"].detach(), batch["points"], batch["mask"])["dist"],
+                           depth_metrics(out["depth"].detach(), batch["depth"], batch["mask"])["abs_rel"]))
+        loss, _ = train.geometry_losses(out, batch, OPTIONS)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+    assert errors[1][0] < errors[0][0] / 10 and errors[1][1] < errors[0][1] / 10, errors
+
+
+def test_video_branch_overfits_one_clip(batch):
+    torch.manual_seed(0)
+    model = FantasyWorld(TINY).set_stage(0)
+    optimizer = torch.optim.AdamW(model.dit.parameters(), 3e-3)
+    losses = []
+    for step in range(250):
+        g = train.generator(0, step)
+        noise = torch.randn(batch["latents"].shape, generator=g)
+        sigma = torch.rand(1, generator=g)
+        x = (1 - sigma) * batch["latents"] + sigma * noise
+        velocity = model(x, 1000 * sigma, batch["text"], y=batch["y"])["velocity"]
+        loss = flow_matching_loss(velocity, batch["latents"], noise).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        losses.append(loss.item())
+    assert sum(losses[-25:]) < 0.2 * sum(losses[:5]) * 5, (losses[:5], losses[-5:])

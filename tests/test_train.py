@@ -1,0 +1,171 @@
+"""train.py and sample.py as a user runs them: the three stages, two ranks, resume, records, refusals."""
+import json
+import os
+import pathlib
+import struct
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from tiny import TINY
+
+import config
+from data import read_cameras, read_video, synth
+
+ROOT = pathlib.Path(__file__).parents[1]
+SIZES = {k: v for k, v in TINY.__dict__.items()}
+
+
+def run(*args, ranks=0, ok=True):
+    """One command in the repository root; returns its output."""
+    launcher = [sys.executable] if not ranks else [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    result = subprocess.run(launcher + [str(a) for a in args], cwd=ROOT, capture_output=True, text=True, timeout=240,
+                            env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert (result.returncode == 0) == ok, result.stdout + result.stderr
+    return result.stdout + result.stderr
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    """A rendered dataset and the options of a tiny run on it."""
+    root = tmp_path_factory.mktemp("world")
+    synth(root / "clips", num=8, num_frames=5, height=32, width=48, seed=0, variety="simple", cache_only=True, val=2)
+    options = [f"--data_dir={root}/clips", "--height=32", "--width=48", "--num_frames=5", "--num_workers=0",
+               "--batch_size=2", "--warmup_steps=0", "--log_every=1", "--eval_clips=2", f"--model_overrides={SIZES}",
+               "--device=cpu"]
+    return root, options
+
+
+@pytest.fixture(scope="session")
+def stages(world):
+    """Stages 0, 1 and 2, two steps each."""
+    root, options = world
+    run("train.py", "config/demo0.py", *options, "--max_steps=2", f"--out_dir={root}/s0")
+    run("train.py", "config/demo1.py", *options, "--max_steps=2", f"--out_dir={root}/s1", f"--wan_dir={root}/s0",
+        "--eval_every=2")
+    run("train.py", "config/demo2.py", *options, "--max_steps=2", f"--out_dir={root}/s2", f"--wan_dir={root}/s0",
+        f"--init_from={root}/s1/latest.safetensors")
+    return root, options
+
+
+def test_each_stage_leaves_its_trainable_tensors_a_latest_link_and_records(stages):
+    root, _ = stages
+    for stage, has, has_not in ((0, "dit.", "bridge."), (1, "bridge.", "exchange."), (2, "exchange.", "dit.")):
+        out = root / f"s{stage}"
+        assert os.path.samefile(out / "latest.safetensors", out / "step-2.safetensors")
+        with safe_open(out / "latest.safetensors", "pt") as file:
+            meta, names = file.metadata(), list(file.keys())
+        assert any(n.startswith(has) for n in names) and not any(n.startswith(has_not) for n in names)
+        assert meta["stage"] == str(stage) and meta["step"] == "2" and meta["git"] and json.loads(meta["train_config"])
+        assert (out / "config.json").is_file() and list((out / "tensorboard").iterdir())
+        assert "step 2/2 | loss/" in (out / "training.log").read_text()
+    assert (root / "s1" / "eval" / "step-2.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_tensorboard_has_the_scalars_of_the_guide(stages):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    board = EventAccumulator(str(stages[0] / "s2" / "tensorboard")).Reload()
+    assert {"loss/diffusion", "loss/depth", "loss/point", "loss/camera", "loss/total", "learning_rate", "gpu_memory",
+            "samples_per_second", "gradient_norm", "mfu"} <= set(board.Tags()["scalars"])
+
+
+def test_evaluation_prints_both_stages_beside_both_baselines(stages):
+    root, options = stages
+    text = run("train.py", "config/demo2.py", *options, "--eval_only=True", f"--out_dir={root}/eval",
+               f"--wan_dir={root}/s0", f"--init_from={root}/s1/latest.safetensors,{root}/s2/latest.safetensors")
+    for row in ("baseline fair", "baseline oracle", "stage 1 step 2, poses given", "stage 1 step 2, no poses",
+                "stage 2 step 2, poses given", "stage 2 step 2, no poses"):
+        assert row in text
+    rows = json.loads((root / "eval" / "eval.json").read_text())
+    assert rows["stage 2 step 2, poses given"]["abs_rel"] > 0
+
+
+def test_resumed_run_equals_uninterrupted_run_bitwise(stages):
+    root, options = stages
+    common = [*options, "config/demo1.py", f"--wan_dir={root}/s0", "--lr_schedule=constant"]
+    run("train.py", *common, "--max_steps=3", f"--out_dir={root}/whole")
+    run("train.py", *common, "--max_steps=2", f"--out_dir={root}/parts")
+    text = run("train.py", *common, "--max_steps=3", f"--out_dir={root}/parts")
+    assert "steps 2 .. 3" in text
+    whole, parts = load_file(root / "whole" / "latest.safetensors"), load_file(root / "parts" / "latest.safetensors")
+    assert all(torch.equal(whole[k], parts[k]) for k in whole)
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_two_ranks_take_the_step_of_one_process_with_both_clips(stages, stage):
+    root, options = stages
+    common = [f"config/demo{stage}.py", *options, f"--wan_dir={root}/s0", "--max_steps=1"]
+    common += [f"--init_from={root}/s1/latest.safetensors"] if stage == 2 else []
+    run("train.py", *common, f"--out_dir={root}/one{stage}", "--batch_size=2")
+    run("train.py", *common, f"--out_dir={root}/two{stage}", "--batch_size=1", ranks=2)
+    one, two = (load_file(root / f"{n}{stage}" / "step-1.optim.safetensors") for n in ("one", "two"))
+    for name in one:                 # first moments are the averaged gradients; AdamW's first step would hide their size
+        torch.testing.assert_close(two[name], one[name], rtol=1e-4, atol=1e-6)
+
+
+def test_the_batch_of_a_step_does_not_depend_on_the_number_of_ranks(monkeypatch):
+    import train
+    for name, value in dict(batch_size=2, grad_accum=2, max_steps=3, seed=5).items():
+        monkeypatch.setattr(train, name, value)
+    one = list(train.Batches(7, 0, 0, 1))
+    monkeypatch.setattr(train, "grad_accum", 1)
+    two = [list(train.Batches(7, 0, rank, 2)) for rank in (0, 1)]
+    for step in range(3):
+        assert one[2 * step] + one[2 * step + 1] == two[0][step] + two[1][step]
+    assert list(train.Batches(7, 1, 0, 2)) == two[0][1:]
+
+
+def test_sampling_writes_every_file_and_repeats_itself(stages):
+    root, _ = stages
+    for stage in (1, 2):
+        common = ["sample.py", f"--ckpt={root}/s{stage}/latest.safetensors", "--prompt=a room with two boxes",
+                  "--camera=orbit", "--steps=2", "--device=cpu"]
+        text = run(*common, f"--out={root}/sample{stage}")
+        assert "predicted against commanded" in text
+        out = root / f"sample{stage}"
+        assert read_video(out / "video.mp4")[0].shape == (5, 32, 48, 3)
+        assert read_video(out / "depth.mp4")[0].shape == (5, 32, 48, 3)
+        w2c, fractions = read_cameras(out / "cameras.txt")
+        assert len(w2c) == 5 and abs(w2c[0] - torch.eye(4).numpy()[:3]).max() < 1e-6
+        header, _, body = (out / "points.ply").read_bytes().partition(b"end_header\n")
+        count = int(header.split(b"element vertex ")[1].split()[0])
+        assert count > 100 and len(body) == 15 * count and len(struct.unpack("<3f3B", body[:15])) == 6
+        assert (out / "sheet.png").read_bytes().startswith(b"\x89PNG") and (out / "depth.npz").is_file()
+    run(*common, f"--out={root}/again")
+    assert (root / "again" / "video.mp4").read_bytes() == (root / "sample2" / "video.mp4").read_bytes()
+
+
+# ---- refusals: each names the option or file, what was found and the cure
+@pytest.mark.parametrize("arguments, words", [
+    (["config/demo1.py", "--learning_rat=1e-3"], ["learning_rat", "did you mean 'learning_rate'"]),
+    (["config/demo1.py", "--batch_size=four"], ["batch_size", "'four'", "int"]),
+    (["config/missing.py"], ["config/missing.py", "No such file"]),
+    (["config/demo1.py", "--num_frames=10"], ["num_frames = 10", "4k + 1"]),
+    (["config/demo2.py", "--init_from="], ["stage 2 starts from a stage 1 checkpoint"]),
+    (["config/demo2.py", "--init_from=nowhere.safetensors"], ["nowhere.safetensors"]),
+    (["config/demo1.py", "--wan_dir="], ["needs --wan_dir"]),
+])
+def test_bad_options_are_refused_by_name(arguments, words):
+    text = run("train.py", *arguments, ok=False)
+    assert all(word in text for word in words), text
+
+
+def test_stage_2_refuses_a_checkpoint_of_stage_0(stages):
+    text = run("train.py", "config/demo2.py", f"--init_from={stages[0]}/s0/latest.safetensors", ok=False)
+    assert "starts from a stage 1 checkpoint" in text
+
+
+def test_config_files_hold_only_known_options_of_the_right_type():
+    import train
+    for path in sorted((ROOT / "config").glob("[a-z]*.py")):
+        config.apply(dict(vars(train)), [str(path)])
+
+
+def test_config_file_with_an_unknown_name_is_refused(tmp_path):
+    (tmp_path / "mine.py").write_text("max_step = 3\n")
+    with pytest.raises(SystemExit, match="mine.py: unknown option 'max_step'; did you mean 'max_steps'"):
+        config.apply(dict(max_steps=1), [str(tmp_path / "mine.py")])

@@ -1,0 +1,34 @@
+"""A real FantasyWorld at the smallest sizes at which every part still has its shape."""
+import torch
+
+from model import Config, FantasyWorld
+
+TINY = Config(dim=32, ffn_dim=64, num_layers=4, in_dim=32, head_dim=16, text_dim=64, text_len=16, freq_dim=32,
+              has_clip=False, num_pcb=2, geo_dim=32, geo_heads=2, bridge_layers=1, bridge_width=32, pose_hidden=32,
+              irg_dim=32, irg_heads=2, taps=(0, 0, 1, 1), dpt_channels=(8, 8, 8, 8), dpt_features=8, dpt_tail=4,
+              camera_dim=16, camera_heads=2, camera_layers=1, camera_iterations=2)
+
+
+def tiny_model(stage=2, seed=0, awake=False, **overrides):
+    """awake=True gives every zero-initialised parameter random values, so that nothing is hidden behind a zero gate."""
+    torch.manual_seed(seed)
+    model = FantasyWorld(Config(**{**TINY.__dict__, **overrides})).set_stage(stage)
+    if awake:
+        with torch.no_grad():
+            for p in model.parameters():
+                p.add_(0.05 * torch.randn_like(p))
+    return model
+
+
+def tiny_inputs(batch=2, frames=5, height=32, width=48, seed=1):
+    """Random arguments of FantasyWorld.forward."""
+    g = torch.Generator().manual_seed(seed)
+    f, h, w = (frames - 1) // 4 + 1, height // 8, width // 8
+    randn = lambda *shape: torch.randn(*shape, generator=g)
+    return dict(x=randn(batch, 16, f, h, w), t=1000 * torch.rand(batch, generator=g),
+                context=[randn(3 + i % 3, 64) for i in range(batch)], y=randn(batch, 16, f, h, w),
+                plucker=randn(batch, 6, frames, height, width), poses=randn(batch, frames, 9))
+
+
+def loss_of(out):
+    return sum(v.float().square().mean() for v in out.values() if v is not None)

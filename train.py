@@ -1,0 +1,475 @@
+"""Train one stage of FantasyWorld: `python train.py CONFIG.py [--key=value ...]`, or the same under torchrun.
+
+    stage 0  video branch from scratch (demo only)      writes OUT/{training.log, config.json, tensorboard/,
+    stage 1  geometry branch on the frozen video branch         step-N.safetensors, step-N.optim.safetensors,
+    stage 2  + camera adapters + exchange                       latest.safetensors, eval/}
+
+Every option below is a plain global; a config file and --key=value override them.  World size 1 is the same code.
+The batch of a step (clips, noise, sigma, drops) is a pure function of (seed, step, position in the global batch), so a
+resumed run needs no random state, and neither the number of ranks nor of loader workers changes what is trained on."""
+import json
+import math
+import os
+import pathlib
+import re
+import resource
+import subprocess
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import asdict, replace
+from types import SimpleNamespace
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.flop_counter import FlopCounterMode
+
+import config
+from data import CachedClips, collate, depth_to_rgb, tile, write_png
+from geometry import (decode_pose, depth_metrics, encode_pose, geometry_losses, normalize_scene, plucker_rays,
+                      point_metrics, pose_metrics, unproject)
+from model import (PRESETS, build_model, flow_matching_loss, load_trained, read_metadata, read_tensors,
+                   shift_sigma, start_condition)
+
+# ---- what
+preset = "1.3b"                 # 1.3b, 14b or demo: widths in model.PRESETS
+model_overrides = {}            # single fields of model.Config, e.g. {"num_pcb": 10}
+stage = 1
+data_dir = "data/train"         # has metadata.json and the caches that `python data.py encode` wrote
+out_dir = "outputs/stage1"
+wan_dir = ""                    # folder of the Wan2.1 weights (or of a stage 0 run); "" = random, stage 0 only
+random_wan = False              # allow stages 1 and 2 on a random video branch (benchmarks, tests)
+init_from = ""                  # stage 2: the stage 1 checkpoint, required; eval_only: one or several, comma-separated
+resume = "auto"                 # "auto": newest whole checkpoint of out_dir; "": start afresh; or a file
+# ---- how much
+height, width, num_frames = 336, 592, 21
+batch_size, grad_accum = 8, 1   # per GPU and micro-step; global batch = batch_size * grad_accum * GPUs
+max_steps, save_every, keep_last, log_every, eval_every = 20000, 1000, 3, 10, 1000
+eval_clips, eval_only = 16, False
+eval_sigma = 0.1                # noise level of the geometry read-out; the release reads out at 0.0926
+# ---- optimisation
+learning_rate, min_lr, warmup_steps, lr_schedule = 1e-5, 0.0, 100, "constant"     # constant, cosine or linear
+weight_decay, beta2, grad_clip = 0.01, 0.999, 1.0
+shift, pose_dropout, prompt_dropout = 5.0, 0.1, 0.1
+lambda_diffusion, lambda_geo, depth_mode, alpha_tgm, beta_frame = 1.0, 1.0, "metric", 10.0, 1.0
+gamma_conf, camera_delta, camera_weight = 0.2, 0.1, 3.0
+geo_sigma_power = 0.0           # geometry loss of a clip is weighted by (1 - sigma) ** this
+# ---- machine
+device, seed, num_workers, compile, checkpoint_activations = "auto", 0, 2, False, False
+
+
+# ------------------------------------------------------------------------------------------------------------ records
+def git_hash():
+    result = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True,
+                            cwd=pathlib.Path(__file__).parent)
+    return result.stdout.strip() or "unknown"
+
+
+def write_whole(path, write):
+    """write(temporary path), flush to the disk, rename: the file is whole or absent."""
+    temporary = path.with_name(path.name + ".tmp")
+    write(temporary)
+    with open(temporary, "rb+") as file:
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def save_checkpoint(out, step, model, optimizer, metadata):
+    """OUT/step-N.safetensors (trainable tensors), its optimizer state beside it, latest as a hard link; prune."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    moments = {f"{names[id(p)]}|{key}": value.detach().cpu().contiguous()
+               for p, state in optimizer.state.items() for key, value in state.items()}
+    path = out / f"step-{step}.safetensors"
+    write_whole(out / f"step-{step}.optim.safetensors", lambda p: save_file(moments, p))
+    tensors = {name: p.cpu().contiguous() for name, p in model.trainable_state_dict().items()}
+    write_whole(path, lambda p: save_file(tensors, p, metadata={**metadata, "step": str(step)}))
+    link = out / "latest.tmp"
+    link.unlink(missing_ok=True)
+    os.link(path, link)
+    os.replace(link, out / "latest.safetensors")
+    for old in checkpoints(out)[:-keep_last]:
+        (out / f"step-{old}.safetensors").unlink()
+        (out / f"step-{old}.optim.safetensors").unlink(missing_ok=True)
+
+
+def checkpoints(out):
+    """Steps of the checkpoints in a run folder, oldest first."""
+    found = (re.fullmatch(r"step-(\d+)\.safetensors", p.name) for p in out.glob("step-*.safetensors"))
+    return sorted(int(m[1]) for m in found if m)
+
+
+def load_optimizer(path, model, optimizer):
+    params = dict(model.named_parameters())
+    for name, value in read_tensors(path)[0].items():
+        parameter, key = name.split("|")
+        p = params[parameter]
+        optimizer.state[p][key] = value if key == "step" else value.to(p.device)
+
+
+# --------------------------------------------------------------------------------------------------------- one batch
+class Batches:
+    """Index lists of this rank's micro-batches from a step on: a pure function of (seed, step), no state to save."""
+
+    def __init__(self, clips, first_step, rank, world):
+        self.clips, self.first_step, self.rank, self.world = clips, first_step, rank, world
+
+    def positions(self, step, micro):
+        """Positions of this rank's micro-batch in the global batch of a step."""
+        start = (micro * self.world + self.rank) * batch_size
+        return range(start, start + batch_size)
+
+    def __iter__(self):
+        epoch, order = -1, None
+        for step in range(self.first_step, max_steps):
+            for micro in range(grad_accum):
+                indices = []
+                for position in self.positions(step, micro):
+                    n = step * batch_size * grad_accum * self.world + position
+                    if n // self.clips != epoch:
+                        epoch = n // self.clips
+                        order = torch.randperm(self.clips, generator=generator(seed, 1, epoch)).tolist()
+                    indices.append(order[n % self.clips])
+                yield indices
+
+
+def generator(*key):
+    """A CPU generator for one purpose: the same numbers on every device, rank count and after every resume."""
+    mixed = 0
+    for k in key:
+        mixed = (mixed * 0x9E3779B97F4A7C15 + k + 1) % (1 << 63)
+    return torch.Generator().manual_seed(mixed)
+
+
+def prepare(batch, in_dim, dev):
+    """Loader batch -> device tensors in scene units, with rays, pose encodings and points made on the device."""
+    b = {k: v.to(dev, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
+    mask = torch.isfinite(b["depth"]) & (b["depth"] > 1e-3)
+    size = b["depth"].shape[-2:]
+    depth, w2c, scale = normalize_scene(b["depth"], b["w2c"], b["intrinsics"], mask)
+    return dict(b, depth=depth, w2c=w2c, scale=scale, mask=mask, points=unproject(depth, w2c, b["intrinsics"]),
+                pose_enc=encode_pose(w2c, b["intrinsics"], size), plucker=plucker_rays(w2c, b["intrinsics"], size),
+                y=start_condition(b["start_latents"], in_dim, b["latents"].shape[2]))
+
+
+def draw(latents, step, positions, total):
+    """Per-sample noise, sigma (stratified over the global batch), pose and prompt keeps, keyed by (seed, step)."""
+    noise, uniform = [], []
+    for position in positions:
+        g = generator(seed, 2, step, position)
+        u = torch.rand(3, generator=g)
+        u[0] = (position + u[0]) / total
+        uniform.append(u)
+        noise.append(torch.randn(latents.shape[1:], generator=g))
+    uniform = torch.stack(uniform)
+    return (torch.stack(noise).to(latents.device), shift_sigma(uniform[:, 0], shift).to(latents.device),
+            (uniform[:, 1] >= pose_dropout).float().to(latents.device), uniform[:, 2] >= prompt_dropout)
+
+
+def compute_loss(model, b, noise, sigma, pose_keep, options, video):
+    """Forward and all losses of one micro-batch -> scalar loss, dict of detached parts."""
+    s = sigma.view(-1, 1, 1, 1, 1)
+    x = (1 - s) * b["latents"] + s * noise
+    out = model(x, 1000 * sigma, b["text"], y=b["y"], clip=b.get("clip"), plucker=b["plucker"], poses=b["pose_enc"],
+                pose_keep=pose_keep, video=video)
+    loss, parts = torch.zeros((), device=x.device), {}
+    if out["velocity"] is not None:
+        diffusion = flow_matching_loss(out["velocity"], b["latents"], noise).mean()
+        loss, parts["diffusion"] = loss + lambda_diffusion * diffusion, diffusion.detach()
+    if "depth" in out:
+        geo, geo_parts = geometry_losses(out, dict(b, geo_weight=(1 - sigma) ** geo_sigma_power), options)
+        loss, parts = loss + lambda_geo * geo, {**parts, **geo_parts}
+    return loss, {**parts, "total": loss.detach()}
+
+
+# --------------------------------------------------------------------------------------------------------- evaluation
+COLUMNS = dict(abs_rel="AbsRel", delta1="delta1", points="points", rot_deg="rot deg", trans="transl", diffusion="diff")
+
+
+def geometry_row(depth, points, w2c, b):
+    """Metrics of one batch in scene units; translation is the mean distance of the camera centres."""
+    d, p = depth_metrics(depth, b["depth"], b["mask"]), point_metrics(points, b["points"], b["mask"])
+    c = pose_metrics(w2c, b["w2c"])
+    return dict(abs_rel=d["abs_rel"], delta1=d["delta1"], rmse=d["rmse"], points=p["dist"], **c)
+
+
+@torch.no_grad()
+def evaluate(model, clips, dev, autocast, rank=0, world=1, picture=None):
+    """Mean metrics over clips with fixed noise -> {"poses given": row, "no poses": row}, split over ranks.
+
+    The diffusion loss is the mean over five noise levels; geometry is read out at eval_sigma."""
+    core = getattr(model, "module", model)
+    sums = {}
+    for i in range(rank, min(len(clips), eval_clips), world):
+        b = prepare(collate([clips[i]]), core.dit.in_dim, dev)
+        noise = torch.randn(b["latents"].shape, generator=generator(seed, 3, i)).to(dev)
+        for given in (1, 0):
+            row, keep = {}, torch.full((1,), float(given), device=dev)
+            for sigma in ((0.1, 0.3, 0.5, 0.7, 0.9) if core.stage != 1 or given else ()):
+                s = torch.full((1,), sigma, device=dev)
+                with autocast:
+                    v = core((1 - sigma) * b["latents"] + sigma * noise, 1000 * s, b["text"], y=b["y"],
+                             clip=b.get("clip"), plucker=b["plucker"], poses=b["pose_enc"], heads=False,
+                             pose_keep=keep)["velocity"]
+                loss = flow_matching_loss(v, b["latents"], noise).item()
+                row["diffusion"] = row.get("diffusion", 0) + loss / 5
+            if core.stage:
+                s = torch.full((1,), eval_sigma, device=dev)
+                with autocast:
+                    out = core((1 - eval_sigma) * b["latents"] + eval_sigma * noise, 1000 * s, b["text"], y=b["y"],
+                               clip=b.get("clip"), plucker=b["plucker"], poses=b["pose_enc"], pose_keep=keep,
+                               video=core.stage == 2)
+                w2c, _ = decode_pose(out["pose_enc"][-1], b["depth"].shape[-2:])
+                row.update(geometry_row(out["depth"], out["points"], w2c, b))
+                if picture and i == 0 and given:
+                    write_png(picture, comparison(b, out))
+            for key, value in row.items():
+                sums.setdefault("poses given" if given else "no poses", {}).setdefault(key, []).append(float(value))
+    if world > 1:
+        gathered = [None] * world
+        dist.all_gather_object(gathered, sums)
+        sums = {name: {key: sum((g.get(name, {}).get(key, []) for g in gathered), []) for key in row}
+                for name, row in sums.items()}
+    return {name: {key: sum(v) / len(v) for key, v in row.items()} for name, row in sums.items()}
+
+
+def comparison(b, out):
+    """Rows: true depth, predicted depth, confidence of up to 5 frames of one clip (uint8 picture)."""
+    true, depth, conf = (x[0].float().cpu().numpy() for x in (b["depth"], out["depth"], out["depth_conf"]))
+    pick = range(0, len(true), max(1, (len(true) - 1) // 4))
+    low, high = true[true > 0].min(), true.max()
+    return tile([[depth_to_rgb(true[t], low, high) for t in pick], [depth_to_rgb(depth[t], low, high) for t in pick],
+                 [depth_to_rgb(conf[t], conf.min(), conf.max()) for t in pick]])
+
+
+def baselines(train_clips, val_clips, in_dim, dev):
+    """Two trivial predictors.  fair: mean depth of the training set, identity cameras; oracle: each clip's own mean
+    depth, and its true cameras for the points."""
+    def prepared(clips, n):
+        return (prepare(collate([clips[i]]), in_dim, dev) for i in range(min(n, len(clips))))
+
+    means = [b["depth"][b["mask"]].mean().item() for b in prepared(train_clips, 256)]
+    fair_depth, rows = sum(means) / len(means), dict(fair=[], oracle=[])
+    for b in prepared(val_clips, eval_clips):
+        identity = torch.eye(4, device=dev)[:3].expand_as(b["w2c"])
+        for name, value, cameras in (("fair", fair_depth, identity),
+                                     ("oracle", b["depth"][b["mask"]].mean(), b["w2c"])):
+            depth = torch.full_like(b["depth"], float(value))
+            rows[name].append(geometry_row(depth, unproject(depth, cameras, b["intrinsics"]), identity, b))
+    rows = {name: {k: sum(float(r[k]) for r in rs) / len(rs) for k in rs[0]} for name, rs in rows.items()}
+    for key in ("rot_deg", "trans"):
+        rows["oracle"].pop(key)
+    return {"baseline fair (train mean depth, identity pose)": rows["fair"],
+            "baseline oracle (clip's own mean depth)": rows["oracle"]}
+
+
+def print_table(rows, file=sys.stdout):
+    print(f"{'':50s}" + "".join(f"{title:>9s}" for title in COLUMNS.values()), file=file)
+    for name, row in rows.items():
+        print(f"{name:50s}" + "".join(f"{row[k]:9.3f}" if k in row else f"{'-':>9s}" for k in COLUMNS), file=file)
+    print("AbsRel and delta1 of the depth head without alignment; points: mean distance of the point head; transl: mean "
+          "distance of\nthe camera centres; lengths in scene units.  With poses given, rotation and translation are a "
+          "pass-through check, not learning.", file=file)
+
+
+# --------------------------------------------------------------------------------------------------------------- main
+def check_options():
+    """Everything that can be wrong is refused before anything slow."""
+    if stage not in (0, 1, 2):
+        raise SystemExit(f"stage = {stage}: wanted 0, 1 or 2")
+    if preset not in PRESETS:
+        raise SystemExit(f"preset = {preset!r}: wanted one of {', '.join(PRESETS)}")
+    if num_frames % 4 != 1 or height % 16 or width % 16:
+        raise SystemExit(f"num_frames = {num_frames}, height x width = {height} x {width}: the video latents need "
+                         f"4k + 1 frames (21, 81) and multiples of 16")
+    if stage and not wan_dir and not random_wan:
+        raise SystemExit(f"stage {stage} needs --wan_dir=FOLDER (Wan2.1 weights, or the run folder of stage 0)")
+    if stage == 2 and not eval_only and (not init_from or read_metadata(init_from).get("stage") not in ("1", "2")):
+        raise SystemExit(f"stage 2 starts from a stage 1 checkpoint; init_from = {init_from!r} is not one. "
+                         f"Train config/stage1.py first, then --init_from=outputs/stage1/latest.safetensors")
+    for path in filter(None, init_from.split(",")):
+        read_metadata(path)
+
+
+def setup():
+    """Rank, world size and device; the process group when torchrun started us."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    name = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    if name == "cuda":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        torch.cuda.set_device(name)
+    if world > 1:
+        dist.init_process_group("nccl" if name.startswith("cuda") else "gloo")
+    return rank, world, torch.device(name)
+
+
+def make_optimizer(model, dev):
+    """AdamW; no decay on norms, gates, biases, modulation and tokens."""
+    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    plain = [p for n, p in named if p.dim() < 2 or n.endswith(("modulation", "_token", "_tokens"))]
+    ids = {id(p) for p in plain}
+    return torch.optim.AdamW([dict(params=[p for _, p in named if id(p) not in ids], weight_decay=weight_decay),
+                              dict(params=plain, weight_decay=0.0)], lr=learning_rate, betas=(0.9, beta2),
+                             fused=dev.type == "cuda")
+
+
+def learning_rate_at(step):
+    if step < warmup_steps:
+        return learning_rate * (step + 1) / warmup_steps
+    done = (step - warmup_steps) / max(1, max_steps - warmup_steps)
+    down = {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 + 0.5 * math.cos(math.pi * done)}[lr_schedule]
+    return min_lr + (learning_rate - min_lr) * down
+
+
+def matmul_peak(dev):
+    """Measured FLOP/s of one large matrix product: the yardstick of the MFU column."""
+    n, dtype = (8192, torch.bfloat16) if dev.type == "cuda" else (1024, torch.float32)
+    a = torch.randn(n, n, device=dev, dtype=dtype)
+    best = math.inf
+    for _ in range(5):
+        start = time.perf_counter()
+        (a @ a)[0, 0].item()
+        best = min(best, time.perf_counter() - start)
+    return 2 * n ** 3 / best
+
+
+def memory_gb(dev):
+    if dev.type == "cuda":
+        return torch.cuda.max_memory_allocated(dev) / 2 ** 30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
+
+
+def clock(seconds):
+    return f"{int(seconds) // 3600:d}:{int(seconds) // 60 % 60:02d}:{int(seconds) % 60:02d}"
+
+
+def main(options):
+    check_options()
+    rank, world, dev = setup()
+    torch.manual_seed(seed)
+    out, master = pathlib.Path(out_dir), rank == 0
+    autocast = torch.autocast("cuda", torch.bfloat16) if dev.type == "cuda" else nullcontext()
+
+    # ---- model and data
+    cfg = replace(PRESETS[preset], **model_overrides)
+    model = build_model(cfg, wan_dir, dev, train_video=stage == 0).set_stage(stage)
+    model.checkpoint_activations = checkpoint_activations
+    sources = list(filter(None, init_from.split(",")))
+    clips = {split: CachedClips(data_dir, split, height, width, num_frames) for split in ("train", "val")}
+    in_dim = model.dit.in_dim
+    if eval_only:
+        rows = baselines(clips["train"], clips["val"], in_dim, dev) if master else {}
+        for source in sources:
+            meta = load_trained(model, source)
+            model.set_stage(int(meta["stage"]))
+            found = evaluate(model, clips["val"], dev, autocast, rank, world)
+            rows.update({f"stage {meta['stage']} step {meta['step']}, {name}": row for name, row in found.items()})
+        if master:
+            out.mkdir(parents=True, exist_ok=True)
+            (out / "eval.json").write_text(json.dumps(rows, indent=2))
+            print_table(rows)
+        return
+    steps_done = checkpoints(out) if resume == "auto" else []
+    start_from = (out / f"step-{steps_done[-1]}.safetensors") if steps_done else resume if resume != "auto" else ""
+    if sources and not start_from:
+        load_trained(model, sources[0])
+
+    # ---- optimizer, resume
+    optimizer, first_step = make_optimizer(model, dev), 0
+    if start_from:
+        meta = load_trained(model, start_from)
+        if meta["stage"] != str(stage):
+            raise SystemExit(f"resume = {start_from} is of stage {meta['stage']}, this run is stage {stage}; "
+                             f"use --init_from to start a stage from another one, or another --out_dir")
+        first_step = int(meta["step"])
+        load_optimizer(str(start_from).replace(".safetensors", ".optim.safetensors"), model, optimizer)
+    wrapped = model
+    if compile:
+        for block in [*model.dit.blocks, *model.frame_blocks, *model.global_blocks]:
+            block.compile()
+    if world > 1:
+        wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True,
+                                          device_ids=[dev] if dev.type == "cuda" else None)
+
+    # ---- records
+    total = batch_size * grad_accum * world
+    metadata = dict(format="fantasyworld", stage=str(stage), model_config=json.dumps(asdict(model.cfg)),
+                    train_config=json.dumps(options), git=git_hash(), torch=torch.__version__,
+                    command=" ".join(sys.argv))
+    board, log = None, print if master else lambda line: None
+    if master:
+        from torch.utils.tensorboard import SummaryWriter
+        (out / "eval").mkdir(parents=True, exist_ok=True)
+        (out / "config.json").write_text(json.dumps(dict(metadata, first_step=first_step), indent=2))
+        board = SummaryWriter(out / "tensorboard", purge_step=first_step)
+        log_file = open(out / "training.log", "a", buffering=1)
+        log = lambda line: (print(line, flush=True), log_file.write(line + "\n"))
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    log(f"# stage {stage}, {trained / 1e6:.1f}M trainable, clips {len(clips['train'])} + {len(clips['val'])} val, "
+        f"global batch {batch_size} x {grad_accum} x {world} = {total}, {dev}, git {metadata['git']}, "
+        f"steps {first_step} .. {max_steps}")
+
+    # ---- loop
+    batches = Batches(len(clips["train"]), first_step, rank, world)
+    loader = torch.utils.data.DataLoader(clips["train"], batch_sampler=batches, collate_fn=collate,
+                                         num_workers=num_workers, pin_memory=dev.type == "cuda")
+    peak, flops, started, tick, since = matmul_peak(dev), 0, time.perf_counter(), time.perf_counter(), 0
+    data, video, loss_options = iter(loader), stage != 1, SimpleNamespace(**options)
+    empty_text = read_tensors(clips["train"].empty_text)[0]["text"].float()
+    for step in range(first_step, max_steps):
+        lr = learning_rate_at(step)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        sums = {}
+        for micro in range(grad_accum):
+            b = prepare(next(data), in_dim, dev)
+            noise, sigma, pose_keep, prompt_keep = draw(b["latents"], step, batches.positions(step, micro), total)
+            b["text"] = [text if keep else empty_text for text, keep in zip(b["text"], prompt_keep)]
+            counter = FlopCounterMode(display=False) if not flops and not compile else nullcontext()
+            last = micro == grad_accum - 1
+            with nullcontext() if last or world == 1 else wrapped.no_sync(), counter:
+                with autocast:
+                    loss, parts = compute_loss(wrapped, b, noise, sigma, pose_keep, loss_options, video)
+                (loss / grad_accum).backward()
+            flops = flops or getattr(counter, "get_total_flops", lambda: 0)()
+            for key, value in parts.items():          # stays on the device: .item() here would stall every step
+                sums[key] = sums.get(key, 0) + value / grad_accum
+        norm = torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], grad_clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        since += 1
+
+        if (step + 1) % log_every == 0 or step + 1 == max_steps:
+            values = torch.stack([torch.as_tensor(v, dtype=torch.float32, device=dev) for v in sums.values()])
+            if world > 1:
+                dist.all_reduce(values, dist.ReduceOp.AVG if dev.type == "cuda" else dist.ReduceOp.SUM)
+                values = values if dev.type == "cuda" else values / world
+            scalars = {f"loss/{k}": v for k, v in zip(sums, values.tolist())}
+            spent = (time.perf_counter() - tick) / since
+            scalars.update(learning_rate=lr, gradient_norm=float(norm), samples_per_second=total / spent,
+                           gpu_memory=memory_gb(dev), mfu=flops * grad_accum / spent / peak)
+            left = clock((max_steps - step - 1) * (time.perf_counter() - started) / (step + 1 - first_step))
+            log(f"step {step + 1}/{max_steps} | " + " | ".join(f"{k} {v:.4g}" for k, v in scalars.items())
+                + f" | {spent:.3f} s/step | {left} left")
+            if master:
+                for key, value in scalars.items():
+                    board.add_scalar(key, value, step + 1)
+            tick, since = time.perf_counter(), 0
+        if eval_every and (step + 1) % eval_every == 0:
+            rows = evaluate(model, clips["val"], dev, autocast, rank, world, out / "eval" / f"step-{step + 1}.png")
+            for name, row in rows.items():
+                log(f"# val step {step + 1} {name} | " + " | ".join(f"{k} {v:.4g}" for k, v in row.items()))
+                for key, value in row.items() if master else ():
+                    board.add_scalar(f"val {name}/{key}", value, step + 1)
+            tick, since = time.perf_counter(), 0
+        if master and ((step + 1) % save_every == 0 or step + 1 == max_steps):
+            save_checkpoint(out, step + 1, model, optimizer, metadata)
+    log(f"# done: {out / 'latest.safetensors'}, {clock(time.perf_counter() - started)}")
+    if world > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(config.apply(globals(), sys.argv[1:]))
