@@ -1,0 +1,184 @@
+"""Sample a world: checkpoint + prompt (+ start image) + camera path -> video, depth, point cloud, cameras, pictures.
+
+    python sample.py --ckpt outputs/demo/stage2/latest.safetensors --prompt "a room with two boxes" --camera orbit
+
+writes into --out: video.mp4, depth.mp4 (near is bright), depth.npz (depth, conf, mask, w2c, intrinsics), points.ply,
+cameras.txt (commanded) and cameras_predicted.txt (19 columns, RealEstate10K order), sheet.png (frames | depth | conf).
+Lengths are scene units (mean distance of the first frame's points = 1) times --scene_scale."""
+import argparse
+import json
+import pathlib
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from data import (depth_to_rgb, make_encoders, read_cameras, read_video, tile, write_cameras, write_png, write_video)
+from geometry import camera_move, decode_pose, encode_pose, plucker_rays, pose_metrics, relative_to_first, unproject
+from model import build_model, config_from_metadata, load_trained, read_metadata, sample_euler, start_condition
+
+READOUT_SIGMA = 0.1             # the noise level at which geometry is read; the release's last step has 0.0926
+
+
+def load_image(path, height, width):
+    """First frame of a picture or video file -> (1, 3, 1, H, W) in [-1, 1], centre-cropped to the aspect."""
+    frame = torch.from_numpy(read_video(path, max_frames=1)[0].copy()).permute(0, 3, 1, 2).float()
+    h, w = frame.shape[-2:]
+    scale = max(height / h, width / w)
+    frame = F.interpolate(frame, (max(height, round(h * scale)), max(width, round(w * scale))), mode="bilinear",
+                          antialias=True)
+    top, left = (frame.shape[-2] - height) // 2, (frame.shape[-1] - width) // 2
+    return (frame[..., top:top + height, left:left + width] / 127.5 - 1)[:, :, None]
+
+
+def load_camera(text, num_frames, size, fov_deg, amount, scene_scale):
+    """A named move or a 19-column file -> w2c (1, T, 3, 4) relative to frame 0 in scene units, pixel intrinsics."""
+    height, width = size
+    if pathlib.Path(text).suffix or pathlib.Path(text).is_file():
+        w2c, fractions = read_cameras(text)
+        if len(w2c) < num_frames:
+            raise ValueError(f"{text}: {len(w2c)} cameras; --frames {num_frames} wants at least that many")
+        w2c = relative_to_first(torch.from_numpy(w2c[:num_frames])[None]).float()
+        w2c = torch.cat([w2c[..., :3], w2c[..., 3:] / scene_scale], -1)
+        fx, fy, cx, cy = torch.from_numpy(fractions[:num_frames]).float().unbind(-1)
+        fx, fy, cx, cy = fx * width, fy * height, cx * width, cy * height
+    else:
+        w2c, zoom = camera_move(text, num_frames, amount)
+        w2c = w2c[None].float()
+        fx = fy = width / 2 / np.tan(np.radians(fov_deg) / 2) * zoom.float()
+        cx, cy = torch.full_like(fx, width / 2), torch.full_like(fx, height / 2)
+    zero, one = torch.zeros_like(fx), torch.ones_like(fx)
+    return w2c, torch.stack([fx, zero, cx, zero, fy, cy, zero, zero, one], -1).view(1, num_frames, 3, 3)
+
+
+@torch.no_grad()
+def generate(model, noise, text, negative, y, w2c, K, steps, shift, guidance):
+    """Sample latents (1, 16, f, h, w), then read the geometry once at READOUT_SIGMA -> latents, geometry dict.
+
+    Guidance is v_neg + g (v_pos - v_neg); camera and image are the same in both passes."""
+    size = (8 * noise.shape[-2], 8 * noise.shape[-1])
+    given, poses = dict(y=y, plucker=plucker_rays(w2c, K, size)), encode_pose(w2c, K, size)
+
+    def velocity(x, t, context):
+        if model.stage == 2:
+            return model(x, t, context, **given, poses=poses, heads=False)["velocity"]
+        return model.dit(x, t, context, **given)              # stage 1: geometry does not reach the video
+
+    def guided(x, t):
+        v = velocity(x, t, text)
+        return v if guidance == 1 else torch.lerp(velocity(x, t, negative), v, guidance)
+
+    latents = sample_euler(guided, noise, steps, shift, lambda grid: tqdm(grid, desc="sampling", unit="step"))
+    t = torch.full((1,), 1000 * READOUT_SIGMA, device=noise.device)
+    x = (1 - READOUT_SIGMA) * latents + READOUT_SIGMA * noise
+    return latents, model(x, t, text, **given, poses=poses, video=model.stage == 2)
+
+
+def trusted(depth, conf, drop=0.2):
+    """Pixels worth drawing (T, H, W): not among the least confident share, no depth edge of 5 % beside them."""
+    keep = conf >= np.quantile(conf, drop)
+    for axis in (1, 2):
+        nearer = np.minimum(depth, np.roll(depth, -1, axis))
+        edge = np.abs(np.roll(depth, -1, axis) - depth) > 0.05 * nearer
+        keep &= ~edge & ~np.roll(edge, 1, axis)               # the last row or column meets the first: a border anyway
+    return keep
+
+
+def write_ply(path, points, rgb):
+    """Binary point cloud; points (N, 3), rgb uint8 (N, 3)."""
+    vertex = np.empty(len(points), [("xyz", "<f4", 3), ("rgb", "u1", 3)])
+    vertex["xyz"], vertex["rgb"] = points, rgb
+    names = [f"property float {c}" for c in "xyz"] + [f"property uchar {c}" for c in ("red", "green", "blue")]
+    header = ["ply", "format binary_little_endian 1.0", f"element vertex {len(points)}", *names, "end_header", ""]
+    path.write_bytes("\n".join(header).encode() + vertex.tobytes())
+
+
+def export(out, video, geometry, w2c, K, fps, scale):
+    """Write every file of a sample; video (3, T, H, W) in [-1, 1], geometry of one clip on the CPU.
+
+    returns  pose_metrics of the predicted against the commanded cameras"""
+    out.mkdir(parents=True, exist_ok=True)
+    rgb = ((video.permute(1, 2, 3, 0) + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).numpy()
+    height, width = rgb.shape[1:3]
+    depth, conf = (geometry[k][0].float().numpy() for k in ("depth", "depth_conf"))
+    predicted, predicted_K = decode_pose(geometry["pose_enc"][-1].float(), (height, width))
+    mask = trusted(depth, conf)
+    points = unproject(geometry["depth"].float(), w2c, K)[0].numpy() * scale
+    coloured = depth_to_rgb(depth, np.quantile(depth, 0.01), np.quantile(depth, 0.99))
+    sure = depth_to_rgb(conf.max() / conf, 1, conf.max() / conf.min())
+    write_video(out / "video.mp4", rgb, fps)
+    write_video(out / "depth.mp4", coloured, fps)
+    in_units = [torch.cat([E[..., :3], E[..., 3:] * scale], -1)[0].numpy() for E in (w2c, predicted)]
+    np.savez_compressed(out / "depth.npz", depth=depth * scale, conf=conf, mask=mask, w2c=in_units[0],
+                        intrinsics=K[0].numpy())
+    write_ply(out / "points.ply", points[mask], rgb[mask])
+    write_cameras(out / "cameras.txt", in_units[0], K[0].numpy(), (height, width))
+    write_cameras(out / "cameras_predicted.txt", in_units[1], predicted_K[0].numpy(), (height, width))
+    pick = np.linspace(0, len(rgb) - 1, min(5, len(rgb))).round().astype(int)
+    rows = [[x[t] for t in pick] for x in (rgb, coloured, sure)]
+    write_png(out / "sheet.png", tile(rows, zoom=max(1, round(240 / width))))
+    return pose_metrics(predicted, w2c)
+
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0],
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("--ckpt", required=True, help="checkpoint of stage 1 or 2")
+    add("--wan_dir", help="folder of the video branch; default: the one it was trained with")
+    add("--prompt", default="a room")
+    add("--negative_prompt", default="")
+    add("--image", help="picture or video file whose first frame starts the video")
+    add("--camera", default="orbit", help="a move (orbit, forward, left, pan_left, zoom_in, ...) or a 19-column file")
+    add("--amount", type=float, default=1.0, help="strength of a named move")
+    add("--fov", type=float, default=65.0, help="horizontal field of view of a named move, degrees")
+    add("--scene_scale", type=float, default=1.0, help="user units per scene unit: divides a camera file's translations")
+    for name, what in (("frames", "4k + 1"), ("height", "multiple of 16"), ("width", "multiple of 16")):
+        add(f"--{name}", type=int, help=f"{what}; default: the training size")
+    add("--steps", type=int, default=50)
+    add("--guidance", type=float, default=5.0, help="1 = no guidance, half the work")
+    add("--shift", type=float, default=5.0)
+    add("--seed", type=int, default=0)
+    add("--fps", type=float, default=16)
+    add("--out", default="outputs/sample", type=pathlib.Path)
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    return parser.parse_args()
+
+
+def main():
+    args = parse_arguments()
+    meta = read_metadata(args.ckpt)
+    if meta.get("stage") not in ("1", "2"):
+        raise ValueError(f"{args.ckpt}: stage {meta.get('stage')}; wanted a stage 1 or stage 2 checkpoint")
+    trained = json.loads(meta["train_config"])
+    frames = args.frames or trained["num_frames"]
+    height, width = args.height or trained["height"], args.width or trained["width"]
+    if frames % 4 != 1 or height % 16 or width % 16:
+        raise ValueError(f"--frames {frames} --height {height} --width {width}: wanted 4k + 1 frames, multiples of 16")
+    w2c, K = load_camera(args.camera, frames, (height, width), args.fov, args.amount, args.scene_scale)
+    device = torch.device(args.device)
+    vae, encode_text, _ = make_encoders("transform")
+    model = build_model(config_from_metadata(meta), args.wan_dir or trained["wan_dir"], device)
+    load_trained(model, args.ckpt)
+    model.set_stage(int(meta["stage"])).requires_grad_(False)
+
+    noise = torch.randn(1, 16, (frames - 1) // 4 + 1, height // 8, width // 8,
+                        generator=torch.Generator().manual_seed(args.seed)).to(device)
+    start = vae.encode(load_image(args.image, height, width)) if args.image else torch.zeros_like(noise[:, :, :1])
+    y = start_condition(start.to(device), model.dit.in_dim, noise.shape[2])
+    with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        latents, geometry = generate(model, noise, encode_text([args.prompt]), encode_text([args.negative_prompt]), y,
+                                     w2c.to(device), K.to(device), args.steps, args.shift, args.guidance)
+    video = vae.decode(latents.float().cpu())[0]
+    geometry = {k: v.cpu() for k, v in geometry.items() if k != "velocity"}
+    metric = export(args.out, video, geometry, w2c, K, args.fps, args.scene_scale)
+    print(f"{args.out}: video.mp4 depth.mp4 depth.npz points.ply cameras.txt sheet.png | predicted against commanded "
+          f"cameras: rotation {metric['rot_deg']:.2f} deg, translation {metric['trans']:.3f} scene units")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ValueError as error:
+        raise SystemExit(f"sample.py: {error}") from None
