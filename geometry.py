@@ -451,6 +451,7 @@ class DPTHead(nn.Module):
         activation = nn.ReLU() if released else nn.GELU()         # with ReLU a depth head went constant in trials
         self.scratch.output_conv2 = nn.Sequential(nn.Conv2d(features // 2, tail, 3, padding=1), activation,
                                                   nn.Conv2d(tail, out_dim, 1))
+        self.scratch.to(memory_format=torch.channels_last)
 
     def level(self, i, tokens, grid, aspect):
         """Level i at pixel-frame rate: (B, c_i, T, h_i, w_i)."""
@@ -480,7 +481,8 @@ class DPTHead(nn.Module):
         levels = [self.level(i, tokens, grid, aspect) for i, tokens in enumerate(maps)]
         out = []
         for start in range(0, 4 * f - 3, self.chunk):
-            parts = [rearrange(x[:, :, start:start + self.chunk], "b c t h w -> (b t) c h w") for x in levels]
+            parts = [rearrange(x[:, :, start:start + self.chunk], "b c t h w -> (b t) h w c").permute(0, 3, 1, 2)
+                     for x in levels]                              # channels last in memory: twice as fast on a CPU
             if torch.is_grad_enabled() and 4 * f - 3 > self.chunk:
                 y = checkpoint(self.fuse, size, aspect, *parts, use_reentrant=False)
             else:

@@ -78,10 +78,10 @@ PRESETS = {
                   geo_heads=16, bridge_layers=0, layer_scale=0.01, pose_hidden=128, taps=(23, 17, 11, 7),
                   dpt_channels=(256, 512, 1024, 1024), dpt_features=256, camera_dim=2048, camera_heads=16),
     # The demo's widths: both stages learn in minutes on two CPU cores.  Same classes, small numbers.
-    "demo": Config(dim=192, ffn_dim=512, num_layers=8, in_dim=32, head_dim=32, text_dim=64, text_len=16, freq_dim=64,
+    "demo": Config(dim=128, ffn_dim=384, num_layers=8, in_dim=32, head_dim=32, text_dim=64, text_len=16, freq_dim=64,
                    has_clip=False, num_pcb=4, geo_dim=128, geo_heads=4, bridge_layers=2, bridge_width=64,
-                   pose_hidden=128, irg_dim=96, irg_heads=3, taps=(0, 1, 2, 3), dpt_channels=(24, 32, 48, 64),
-                   dpt_features=32, dpt_tail=16, camera_dim=96, camera_heads=3, camera_layers=2),
+                   pose_hidden=128, irg_dim=96, irg_heads=3, taps=(0, 1, 2, 3), dpt_channels=(16, 24, 32, 48),
+                   dpt_features=24, dpt_tail=8, camera_dim=96, camera_heads=3, camera_layers=2),
 }
 
 

@@ -52,7 +52,7 @@ eval_sigma = 0.1                # noise level of the geometry read-out; the rele
 # ---- optimisation
 learning_rate, min_lr, warmup_steps, lr_schedule = 1e-5, 0.0, 100, "constant"     # constant, cosine or linear
 weight_decay, beta2, grad_clip = 0.01, 0.999, 1.0
-shift, pose_dropout, prompt_dropout = 5.0, 0.1, 0.1
+shift, pose_dropout, prompt_dropout, image_dropout = 5.0, 0.1, 0.1, 0.1      # dropped for whole clips
 lambda_diffusion, lambda_geo, depth_mode, alpha_tgm, beta_frame = 1.0, 1.0, "metric", 10.0, 1.0
 gamma_conf, camera_delta, camera_weight = 0.2, 0.1, 3.0
 geo_sigma_power = 0.0           # geometry loss of a clip is weighted by (1 - sigma) ** this
@@ -105,7 +105,7 @@ def load_optimizer(path, model, optimizer):
     for name, value in read_tensors(path)[0].items():
         parameter, key = name.split("|")
         p = params[parameter]
-        optimizer.state[p][key] = value if key == "step" else value.to(p.device)
+        optimizer.state[p][key] = value if key == "step" else torch.empty_like(p).copy_(value)   # p's memory format
 
 
 # --------------------------------------------------------------------------------------------------------- one batch
@@ -153,18 +153,21 @@ def prepare(batch, in_dim, dev):
                 y=start_condition(b["start_latents"], in_dim, b["latents"].shape[2]))
 
 
-def draw(latents, step, positions, total):
-    """Per-sample noise, sigma (stratified over the global batch), pose and prompt keeps, keyed by (seed, step)."""
+def draw(b, step, positions, total, empty_text):
+    """The random part of a step, keyed by (seed, step, position): noise, sigma stratified over the global batch, and
+    which clips lose their camera, prompt or start image -> noise, sigma, pose_keep, batch."""
     noise, uniform = [], []
     for position in positions:
         g = generator(seed, 2, step, position)
-        u = torch.rand(3, generator=g)
+        u = torch.rand(4, generator=g)
         u[0] = (position + u[0]) / total
         uniform.append(u)
-        noise.append(torch.randn(latents.shape[1:], generator=g))
-    uniform = torch.stack(uniform)
-    return (torch.stack(noise).to(latents.device), shift_sigma(uniform[:, 0], shift).to(latents.device),
-            (uniform[:, 1] >= pose_dropout).float().to(latents.device), uniform[:, 2] >= prompt_dropout)
+        noise.append(torch.randn(b["latents"].shape[1:], generator=g))
+    u, dev = torch.stack(uniform), b["latents"].device
+    pose_keep, image_keep = ((u[:, i] >= p).float().to(dev) for i, p in ((1, pose_dropout), (3, image_dropout)))
+    text = [text if keep else empty_text for text, keep in zip(b["text"], u[:, 2] >= prompt_dropout)]
+    y = None if b["y"] is None else b["y"] * image_keep.view(-1, 1, 1, 1, 1)
+    return torch.stack(noise).to(dev), shift_sigma(u[:, 0], shift).to(dev), pose_keep, dict(b, text=text, y=y)
 
 
 def compute_loss(model, b, noise, sigma, pose_keep, options, video):
@@ -424,8 +427,7 @@ def main(options):
         sums = {}
         for micro in range(grad_accum):
             b = prepare(next(data), in_dim, dev)
-            noise, sigma, pose_keep, prompt_keep = draw(b["latents"], step, batches.positions(step, micro), total)
-            b["text"] = [text if keep else empty_text for text, keep in zip(b["text"], prompt_keep)]
+            noise, sigma, pose_keep, b = draw(b, step, batches.positions(step, micro), total, empty_text)
             counter = FlopCounterMode(display=False) if not flops and not compile else nullcontext()
             last = micro == grad_accum - 1
             with nullcontext() if last or world == 1 else wrapped.no_sync(), counter:

@@ -5,7 +5,6 @@ import numpy as np
 import pytest
 import torch
 
-import data
 import scenes
 from encoders import DETAIL, MOTION, SHARED, HashedText, TransformCodec, transform_rows
 from geometry import project, unproject

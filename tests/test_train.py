@@ -86,7 +86,7 @@ def test_evaluation_prints_both_stages_beside_both_baselines(stages):
 
 def test_resumed_run_equals_uninterrupted_run_bitwise(stages):
     root, options = stages
-    common = [*options, "config/demo1.py", f"--wan_dir={root}/s0", "--lr_schedule=constant"]
+    common = ["config/demo1.py", *options, f"--wan_dir={root}/s0", "--lr_schedule=constant"]
     run("train.py", *common, "--max_steps=3", f"--out_dir={root}/whole")
     run("train.py", *common, "--max_steps=2", f"--out_dir={root}/parts")
     text = run("train.py", *common, "--max_steps=3", f"--out_dir={root}/parts")
