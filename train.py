@@ -474,4 +474,7 @@ def main(options):
 
 
 if __name__ == "__main__":
-    main(config.apply(globals(), sys.argv[1:]))
+    try:
+        main(config.apply(globals(), sys.argv[1:]))
+    except ValueError as error:                 # bad input: one line that names it, no traceback
+        raise SystemExit(f"train.py: {error}") from None
