@@ -9,7 +9,7 @@ say() { printf '\n== %s  (%d min %02d s so far)\n' "$1" $(((SECONDS - started) /
 PYTHON=${PYTHON:-python}
 
 say "1/6 render training rooms and 64 rooms of other seeds that no training sees"
-$PYTHON data.py synth data/demo --num 5000 --val 64 --num_frames 9 --height 64 --width 96 --seed 0 --variety simple --cache_only True
+$PYTHON data.py synth data/demo --num 4000 --val 64 --num_frames 9 --height 64 --width 96 --seed 0 --variety simple --cache_only True
 say "2/6 stage 0: a tiny video DiT from scratch, in place of the Wan2.1 weights"
 $PYTHON train.py config/demo0.py
 say "3/6 stage 1: the geometry branch on the frozen video branch"
