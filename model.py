@@ -410,15 +410,6 @@ def start_condition(start_latents, in_dim, frames):
     return y
 
 
-def sample_euler(velocity, noise, steps=50, shift=5.0, progress=iter):
-    """Integrate dx/dsigma = velocity(x, t (B,)) from sigma 1 to 0 on the shifted grid; latents stay fp32."""
-    sigmas, x = shift_sigma(torch.linspace(1, 0, steps + 1, dtype=torch.float64), shift).tolist(), noise
-    for now, then in progress(list(zip(sigmas, sigmas[1:]))):
-        t = torch.full((len(x),), 1000 * now, device=x.device)
-        x = x + (then - now) * velocity(x, t).float()
-    return x
-
-
 # --------------------------------------------------------------------------------------------------- FantasyWorld
 class FantasyWorld(nn.Module):
     """Frozen WanDiT (`dit`) + trainable geometry branch.  `set_stage(n)` decides what trains and what runs."""

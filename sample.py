@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from data import (depth_to_rgb, make_encoders, read_cameras, read_video, tile, write_cameras, write_png, write_video)
 from geometry import camera_move, decode_pose, encode_pose, plucker_rays, pose_metrics, relative_to_first, unproject
-from model import build_model, config_from_metadata, load_trained, read_metadata, sample_euler, start_condition
+from model import build_model, config_from_metadata, load_trained, read_metadata, shift_sigma, start_condition
 
 READOUT_SIGMA = 0.1             # the noise level at which geometry is read; the release's last step has 0.0926
 
@@ -50,6 +50,51 @@ def load_camera(text, num_frames, size, fov_deg, amount, scene_scale):
         cx, cy = torch.full_like(fx, width / 2), torch.full_like(fx, height / 2)
     zero, one = torch.zeros_like(fx), torch.ones_like(fx)
     return w2c, torch.stack([fx, zero, cx, zero, fy, cy, zero, zero, one], -1).view(1, num_frames, 3, 3)
+
+
+def sample_euler(velocity, noise, steps=50, shift=5.0, progress=iter):
+    """Integrate dx/dsigma = velocity(x, t (B,)) from sigma 1 to 0 on the shifted grid; latents stay fp32."""
+    sigmas, x = shift_sigma(torch.linspace(1, 0, steps + 1, dtype=torch.float64), shift).tolist(), noise
+    for now, then in progress(list(zip(sigmas, sigmas[1:]))):
+        t = torch.full((len(x),), 1000 * now, device=x.device)
+        x = x + (then - now) * velocity(x, t).float()
+    return x
+
+
+def sample_unipc(velocity, noise, steps=50, shift=5.0, progress=iter):
+    """UniPC of order 2 (bh2 variant, data prediction), Wan 2.1's own default.  Source: Zhao et al. 2023.
+
+    As in the official code the grid starts at sigma 0.999 before the shift, and the model is told t rounded down to an
+    integer while the step itself uses the exact sigma."""
+    sigmas = shift_sigma(torch.linspace(0.999, 0, steps + 1, dtype=torch.float64), shift)
+    log_snr = ((1 - sigmas) / sigmas).log()                   # half of it; infinite at the end, where order 1 is used
+
+    def step(x, i, data, order, data_there=None):
+        """x at sigma i -> sigma i+1; data: predictions of x0 at i-1 and i; data_there at i+1: correct with it."""
+        h = log_snr[i + 1] - log_snr[i]
+        b = torch.expm1(-h)
+        phi2 = -b / h - 1
+        slope = 0.0                                           # of the predicted data, times its weight
+        if order == 2:
+            ratio = (log_snr[i - 1] - log_snr[i]) / h
+            rho = 0.5                                         # of the corrector: two equations of consistency in bh2
+            if data_there is not None:
+                b1, b2 = phi2 / b, 2 * (-phi2 / h - 0.5) / b
+                rho = (b1 - b2) / (1 - ratio)
+            slope = rho / ratio * (data[0] - data[1])
+        if data_there is not None:
+            slope = slope + (0.5 if order == 1 else b1 - rho) * (data_there - data[1])
+        return sigmas[i + 1] / sigmas[i] * x - (1 - sigmas[i + 1]) * b * (data[1] + slope)
+
+    x, data = noise, [None, None]
+    for i in progress(range(steps)):
+        t = torch.full((len(x),), float(int(1000 * sigmas[i])), device=x.device)
+        now = x - sigmas[i] * velocity(x, t).float()
+        if i:
+            x = step(before, i - 1, data, min(2, i), now)
+        before, data = x, [data[1], now]
+        x = step(x, i, data, min(2, i + 1, steps - i))
+    return x
 
 
 @torch.no_grad()

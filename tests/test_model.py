@@ -6,8 +6,9 @@ import torch
 from tiny import TINY, loss_of, tiny_inputs, tiny_model
 
 import model as model_file
-from model import (PRESETS, Config, FantasyWorld, WanDiT, flow_matching_loss, parameter_table, sample_euler,
-                   shift_sigma, start_condition)
+from model import (PRESETS, Config, FantasyWorld, WanDiT, flow_matching_loss, parameter_table, shift_sigma,
+                   start_condition)
+from sample import sample_euler, sample_unipc
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 SHARED = pathlib.Path(__file__).parents[2] / "shared" / "golden"
@@ -191,6 +192,21 @@ def test_euler_visits_the_shifted_grid():
     sample_euler(lambda x, t: times.append(t[0].item()) or x, torch.zeros(1, 1), 50)
     assert times[0] == 1000 and times[1] == pytest.approx(995.93, abs=0.01) and times[-1] == pytest.approx(92.59, abs=0.01)
     assert shift_sigma(0.5) == pytest.approx(0.8333, abs=1e-4)
+
+
+@pytest.mark.parametrize("run", ["unipc_6_3", "unipc_6_5", "unipc_20_5", "unipc_20_8"])
+def test_unipc_walks_the_official_trajectory(run):
+    golden = torch.load(GOLDEN / "sched.pt", weights_only=True)
+    want, (_, steps, shift), visited = golden["runs"][run], run.split("_"), []
+
+    def velocity(x, t):                                     # of the golden file: 0.6 x + sin(3 sigma) c
+        visited.append((t.item(), x))
+        return 0.6 * x + torch.sin(3 * t / 1000) * golden["c"]
+    out = sample_unipc(velocity, golden["noise"], int(steps), float(shift))
+    assert [t for t, _ in visited] == want["timesteps"].tolist()
+    assert relative(out, want["traj"][-1]) < 1e-5
+    for (_, x), there in zip(visited, want["traj"]):
+        assert relative(x, there) < 1e-5                    # fp32; the official steps are fp32 too
 
 
 def test_flow_matching_loss_is_per_clip_and_zero_at_noise_minus_data():
