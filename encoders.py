@@ -519,3 +519,65 @@ class CLIPVision(nn.Module):
         for block in self.transformer[:-1]:     # the last, 3% of the tower, is there to load strictly
             x = block(x)
         return x
+
+
+# --- A downloaded folder: the parts are loaded one after another, so peak memory is that of the largest.
+PARTS = dict(text="models_t5_umt5-xxl-enc-bf16", vae="Wan2.1_VAE",
+             image="models_clip_open-clip-xlm-roberta-large-vit-huge-14")
+
+
+def wan_family(folder):
+    """What the DiT of a Wan2.1 folder takes, as "wan32clip" (inputs, CLIP tokens); "" when it is no such folder."""
+    files = [p for p in Path(folder).glob("diffusion_pytorch_model*") if p.suffix in (".safetensors", ".pth")]
+    names = {name: value for path in files for name, value in load_state_dict(path).items()}
+    inputs = [value.shape[1] for name, value in names.items() if name.endswith("patch_embedding.weight")]
+    return f"wan{inputs[0]}{'clip' * any(name.endswith('img_emb.proj.1.weight') for name in names)}" if inputs else ""
+
+
+class WanFolder:
+    """Encoders of a Wan2.1 folder on a device.  load_* read a part from disk; dropping the result frees it.
+
+    fingerprint   family and a hash of the encoder files' names and sizes: caches are named by it
+    grey_start    whether this family's start image is encoded followed by grey frames (36 inputs), not alone
+    load_image    None when the family has no CLIP tokens
+    Raises ValueError that names the absent file."""
+
+    def __init__(self, folder, device):
+        folder, self.device = Path(folder), torch.device(device)
+        family = wan_family(folder)
+        if not family:
+            raise ValueError(f"{folder}: no diffusion_pytorch_model*.safetensors in it; wanted a Wan2.1 folder")
+        self.grey_start = family.startswith("wan36")
+        self.load_image = self.load_clip if family.endswith("clip") else None
+        self.files = dict(tokenizer=folder / "google" / "umt5-xxl" / "tokenizer.json")
+        for part, name in PARTS.items():
+            if part != "image" or self.load_image:
+                found = [folder / f"{name}{suffix}" for suffix in (".safetensors", ".pth")]
+                self.files[part] = next((path for path in found if path.is_file()), found[1])
+        for part, path in self.files.items():
+            if not path.is_file():
+                raise ValueError(f"{path}: no such file, wanted for the {part} encoder; it is part of the download "
+                                 f"of a Wan2.1 release (a link to another release's copy will do)")
+        stamp = "".join(f"{path.name} {path.stat().st_size} " for path in self.files.values())
+        self.fingerprint = f"{family}-{hashlib.md5(stamp.encode()).hexdigest()[:8]}"
+        self.half = torch.bfloat16 if self.device.type == "cuda" else torch.float32
+
+    def load_text(self):
+        """umT5 in the file's bf16: f(list of prompts) -> list of (L, 4096), L the prompt's own length."""
+        tokenizer = PromptTokenizer(self.files["tokenizer"].parent)
+        encoder = UMT5Encoder.from_state_dict(load_state_dict(self.files["text"])).to(self.device)
+
+        def encode(prompts):
+            ids, mask = tokenizer(prompts)
+            rows = [encoder(i[None].to(self.device), m[None].to(self.device))[0] for i, m in zip(ids, mask)]
+            return [row[:n] for row, n in zip(rows, mask.sum(1).tolist())]
+        return encode
+
+    def load_clip(self):
+        """CLIP vision tower: f(images (B, 3, H, W)) -> (B, 257, 1280); bf16 on a GPU."""
+        tower = CLIPVision.from_state_dict(load_state_dict(self.files["image"])).to(self.device, self.half)
+        return lambda images: tower(images.to(self.device))
+
+    def load_vae(self):
+        """Video VAE in fp32, as the official code runs it."""
+        return WanVAE.from_state_dict(load_state_dict(self.files["vae"])).to(self.device, torch.float32)
