@@ -288,7 +288,8 @@ class WanDiT(nn.Module):
             layers = 1 + max(int(name.split(".")[1]) for name in shapes if name.startswith("blocks."))
         except (KeyError, IndexError, ValueError) as error:
             raise ValueError(f"{where}: not a Wan2.1 DiT in the official layout: tensor {error} is missing (the first "
-                             f"names are {list(shapes)[:3]}); use the official files, not a *-Diffusers copy") from None
+                             f"names are {list(shapes)[:3]}). A shard is missing, or it is a *-Diffusers copy in place "
+                             f"of the official files") from None
         odd = [what for name, what in UNSUPPORTED.items() if any(k.startswith(name) for k in shapes)]
         if odd or in_dim not in (16, 32, 36):
             raise ValueError(f"{where}: {odd[0] if odd else f'{in_dim} input channels'} is not supported; wanted a "
@@ -679,8 +680,9 @@ def load_wan(folder, cfg, device="cpu", dtype=None):
     found = dict(dim=dit.patch_embedding.out_channels, ffn_dim=dit.blocks[0].ffn[0].out_features, in_dim=dit.in_dim,
                  num_layers=len(dit.blocks), text_dim=dit.text_embedding[0].in_features, freq_dim=dit.freq_dim,
                  has_clip=dit.img_emb is not None, has_control=dit.control_adapter is not None)
-    print(f"{folder}: {FAMILIES.get(fingerprint(shapes), 'a Wan2.1 DiT of sizes that no release has')}: "
-          + ", ".join(f"{key} {value}" for key, value in found.items()), flush=True)
+    if os.environ.get("RANK", "0") == "0":
+        print(f"{folder}: {FAMILIES.get(fingerprint(shapes), 'a Wan2.1 DiT of sizes that no release has')}: "
+              + ", ".join(f"{key} {value}" for key, value in found.items()), flush=True)
     return dit, replace(cfg, **found)
 
 
