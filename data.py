@@ -262,7 +262,8 @@ def make_encoders(codec="transform", wan_dir="", device="cpu"):
 def cache_prefix(wan_dir):
     """How the caches begin that fit a video branch: its Wan family, or "transform" for the demo's."""
     from encoders import wan_family
-    return f"{wan_family(wan_dir)}-" if wan_dir and wan_family(wan_dir) else "transform"
+    family = wan_family(wan_dir) if wan_dir else ""
+    return f"{family}-" if family else "transform"
 
 
 def save_tensors(path, tensors, metadata):
@@ -318,13 +319,13 @@ def window_starts(sample, num_frames, stride, start, windows, window_seed):
     return sorted({int(s) for s in random.integers(start, last + 1, windows)})
 
 
-def plan_clip(sample, folder, same, window):
+def plan_clip(sample, folder, same, start, windows, window_seed):
     """Jobs of one clip's windows: sample, key (everything that changes the result) and path of the cache file."""
     stats = [p.stat() for p in sample.values() if isinstance(p, Path) and p.exists()]
     stamp, jobs = " ".join(f"{stat.st_size}:{stat.st_mtime_ns}" for stat in stats), []
-    starts = window_starts(sample, same["num_frames"], same["stride"], *window)
-    for s in starts:
-        name = sample["id"] if window[1:] == (1, -1) else f"{sample['id']}.{s:04d}"
+    whole = windows == 1 and window_seed < 0
+    for s in window_starts(sample, same["num_frames"], same["stride"], start, windows, window_seed):
+        name = sample["id"] if whole else f"{sample['id']}.{s:04d}"
         key = dict(same, id=name, sample=sample["id"], prompt=sample["prompt"], stamp=stamp, start=s)
         jobs.append(dict(sample=sample, key=key, path=folder / f"{name}.safetensors"))
     return jobs
@@ -379,7 +380,7 @@ def encode(root, height, width, num_frames, codec="transform", wan_dir="", devic
                 tqdm.write(f"skipped {name}: {error}")
 
     samples = load_samples(root, split)[rank::world]
-    plans = each(samples, "plan", lambda s: plan_clip(s, folder, same, (start, windows, window_seed)))
+    plans = each(samples, "plan", lambda s: plan_clip(s, folder, same, start, windows, window_seed))
     jobs = [job for _, clip_jobs in plans for job in clip_jobs]
     left = [job for job in jobs if not fits(job["path"], job["key"])]
     kept, empty = len(jobs) - len(left), folder / "text_empty.safetensors"

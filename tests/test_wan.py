@@ -16,6 +16,7 @@ from test_train import run
 from wan_folder import OVERRIDES, keys, write_wan_folder
 
 import data
+import model
 from data import read_video, synth
 from encoders import WanFolder, wan_family
 from model import FAMILIES, Config, WanDiT, fingerprint, load_wan
@@ -79,7 +80,8 @@ def test_a_folder_loads_from_one_file_shards_or_pth_with_and_without_prefix(gold
         save_file({prefix + k: v for k, v in sd.items()}, tmp_path / "diffusion_pytorch_model.safetensors")
     dit, cfg = load_wan(tmp_path.as_posix(), TINY)
     assert all(torch.equal(v, sd[k]) for k, v in dit.state_dict().items())
-    assert (cfg.dim, cfg.in_dim, cfg.num_layers, cfg.text_dim, cfg.has_clip, cfg.has_control) == (64, 16, 3, 48, False, False)
+    found = (cfg.dim, cfg.in_dim, cfg.num_layers, cfg.text_dim, cfg.has_clip, cfg.has_control)
+    assert found == (64, 16, 3, 48, False, False)
     assert "no release has: dim 64" in capsys.readouterr().out
     half, _ = load_wan(tmp_path.as_posix(), TINY, "cpu", torch.bfloat16)
     assert half.blocks[0].ffn[0].weight.dtype == torch.bfloat16 and half.head.head.weight.dtype == torch.float32
@@ -110,6 +112,18 @@ def test_missing_cut_double_and_foreign_files_are_named(golden, tmp_path):
         WanDiT.from_state_dict({k: v for k, v in sd.items()}, head_dim=128)
 
 
+def test_loading_reads_every_tensor_once(golden, tmp_path, monkeypatch):
+    shards(tmp_path, golden["state_dict"], 2)
+    read, lazy = [], model.lazy_tensors
+
+    def counting(path):
+        return {name: (shape, lambda name=name, get=get: (read.append(name), get())[1])
+                for name, (shape, get) in lazy(path).items()}
+    monkeypatch.setattr(model, "lazy_tensors", counting)
+    load_wan(tmp_path.as_posix(), TINY)
+    assert sorted(read) == sorted(golden["state_dict"])
+
+
 MEASURE = """
 import resource, sys, torch
 from model import Config, load_wan
@@ -125,7 +139,8 @@ print((peak() - before) / sum(p.nbytes for p in dit.parameters()))
 def test_loading_takes_no_more_host_memory_than_1_2_times_the_weights(tmp_path, stored, wanted):
     shapes = keys.dit(dim=512, ffn=2048, layers=12, in_dim=16, clip=False, text=64, freq=64)       # 51 M parameters
     shards(tmp_path, {name: torch.zeros(shape, dtype=getattr(torch, stored)) for name, shape in shapes.items()}, 2)
-    result = subprocess.run([sys.executable, "-c", MEASURE, str(tmp_path), wanted], cwd=ROOT, capture_output=True, text=True)
+    result = subprocess.run([sys.executable, "-c", MEASURE, str(tmp_path), wanted], cwd=ROOT, capture_output=True,
+                            text=True)
     assert float(result.stdout.split()[-1]) < 1.2, result.stdout + result.stderr
 
 
@@ -157,7 +172,8 @@ def test_a_cache_file_holds_what_the_encoders_say(clips, wan, tmp_path):
                 clip=encoders.load_image()(video[:, :, 0])[0], text=encoders.load_text()([sample["prompt"]])[0])
     for name, value in want.items():
         assert torch.equal(cached[name], value.bfloat16()), name
-    assert cached["clip"].shape == (257, 1280) and len(cached["text"]) == len(re.findall(r"\w+|[^\w\s]+", sample["prompt"])) + 1
+    assert cached["clip"].shape == (257, 1280)
+    assert len(cached["text"]) == len(re.findall(r"\w+|[^\w\s]+", sample["prompt"])) + 1          # words and </s>
     assert not list(root.glob("cache/*/.parts"))
 
 
@@ -217,7 +233,8 @@ def test_a_killed_run_goes_on_where_it_was_and_ranks_share_the_clips(clips, wan,
 def test_a_corrupt_clip_is_reported_left_out_and_fails_the_command(clips, wan, tmp_path, monkeypatch, capsys):
     root = copy_of(clips, tmp_path)
     (root / "train_000001" / "video.mp4").write_bytes(b"broken")
-    monkeypatch.setattr(sys, "argv", f"data.py encode {root} --wan_dir {wan} --height 32 --width 48 --num_frames 5".split())
+    command = f"data.py encode {root} --wan_dir {wan} --height 32 --width 48 --num_frames 5"
+    monkeypatch.setattr(sys, "argv", command.split())
     with pytest.raises(SystemExit) as stop:
         data.main()
     text = "".join(capsys.readouterr())
@@ -228,7 +245,8 @@ def test_a_corrupt_clip_is_reported_left_out_and_fails_the_command(clips, wan, t
 
 def test_a_missing_cache_or_encoder_file_is_named_with_the_cure(clips, wan, tmp_path):
     root = copy_of(clips, tmp_path)
-    with pytest.raises(ValueError, match=f"python data.py encode {root} --wan_dir {wan} --height 32 --width 48 --num_frames 9"):
+    cure = f"python data.py encode {root} --wan_dir {wan} --height 32 --width 48 --num_frames 9"
+    with pytest.raises(ValueError, match=cure):
         data.CachedClips(root, "train", 32, 48, 9, wan)
     (tmp_path / "wan").mkdir()
     for file in wan.glob("diffusion*"):
@@ -249,9 +267,9 @@ def test_encode_stage_1_stage_2_and_sample_run_on_a_complete_folder(clips, wan, 
     root = copy_of(clips, tmp_path)
     size = ["--height", 32, "--width", 48, "--num_frames", 5]
     run("data.py", "encode", root, "--wan_dir", wan, *size)
-    common = [f"--wan_dir={wan}", f"--data_dir={root}", "--height=32", "--width=48", "--num_frames=5", "--num_workers=0",
-              "--batch_size=1", "--grad_accum=2", "--max_steps=2", "--log_every=1", "--eval_every=2", "--device=cpu",
-              f"--model_overrides={OVERRIDES}"]
+    common = [f"--wan_dir={wan}", f"--data_dir={root}", "--height=32", "--width=48", "--num_frames=5",
+              "--num_workers=0", "--batch_size=1", "--grad_accum=2", "--max_steps=2", "--log_every=1", "--eval_every=2",
+              "--device=cpu", f"--model_overrides={OVERRIDES}"]
     text = run("train.py", "config/stage1.py", *common, f"--out_dir={tmp_path}/s1")
     assert "step 2/2 | loss/depth" in text and "has_clip True, has_control True" in text
     text = run("train.py", "config/stage2.py", *common, f"--out_dir={tmp_path}/s2",

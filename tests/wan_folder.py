@@ -12,7 +12,8 @@ import pathlib
 import torch
 from safetensors.torch import save_file
 
-spec = importlib.util.spec_from_file_location("wan_ckpt_keys", pathlib.Path(__file__).parent / "golden/wan_ckpt_keys.py")
+GOLDEN = pathlib.Path(__file__).parent / "golden"
+spec = importlib.util.spec_from_file_location("wan_ckpt_keys", GOLDEN / "wan_ckpt_keys.py")
 keys = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(keys)
 
