@@ -1,7 +1,8 @@
 """Datasets: readers and writers of the documented layout, encoded caches, pictures, rendered datasets.
 
     python data.py synth DIR --num N --num_frames T --height H --width W --seed S [--variety simple --val M]
-    python data.py encode DIR --codec transform --height H --width W --num_frames T
+    python data.py encode DIR --codec transform | --wan_dir WAN --height H --width W --num_frames T
+                              [--start 0 --stride 1 --windows 1 --window_seed -1]    (or torchrun ... data.py encode)
 
 Layout: DIR/metadata.json, DIR/ID/{video.mp4, depth/frame_%04d.npy, camera_params.txt}, DIR/cache/TxHxW-KEY/.
 Shapes: T = 4k + 1 frames of H x W pixels, f h w latent grid, L words.
@@ -16,14 +17,16 @@ import os
 import struct
 import zipfile
 import zlib
+from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import imageio_ffmpeg
 import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from geometry import relative_to_first
@@ -244,14 +247,23 @@ def load_clip(sample, height, width, num_frames, start=0, stride=1):
 
 
 # --- Cache: what training reads ----------------------------------------------------------------------------
-@functools.lru_cache(maxsize=1)
-def make_encoders(codec):
-    """vae.encode(video) -> latents, text(list of prompts) -> list of (L, dim), and the key of their cache."""
-    from encoders import HashedText, TransformCodec
+def make_encoders(codec="transform", wan_dir="", device="cpu"):
+    """Encoders of a Wan2.1 folder, or the demo's: fingerprint, grey_start, and to be called when wanted, one after
+    another: load_text() -> f(prompts), load_image() -> f(images) or None, load_vae() -> encode, decode."""
+    from encoders import HashedText, TransformCodec, WanFolder
+    if wan_dir:
+        return WanFolder(wan_dir, device)
     if codec != "transform":
-        raise ValueError(f"codec {codec!r}; wanted transform")
-    vae, text = TransformCodec(), HashedText()
-    return vae, text, f"{vae.fingerprint}-{text.fingerprint}"
+        raise ValueError(f"codec {codec!r}; wanted transform, or --wan_dir for the real encoders")
+    return SimpleNamespace(fingerprint=f"{TransformCodec.fingerprint}-{HashedText().fingerprint}", grey_start=False,
+                           load_text=HashedText, load_image=None, load_vae=TransformCodec)
+
+
+def cache_prefix(wan_dir):
+    """How the caches begin that fit a video branch: its Wan family, or "transform" for the demo's."""
+    from encoders import wan_family
+    family = wan_family(wan_dir) if wan_dir else ""
+    return f"{family}-" if family else "transform"
 
 
 def save_tensors(path, tensors, metadata):
@@ -262,18 +274,23 @@ def save_tensors(path, tensors, metadata):
     os.replace(temp, path)
 
 
-@torch.no_grad()
-def save_clip(path, clip, encoders, metadata):
-    """Encode and write a clip of load_clip, and the empty prompt beside it.
+def encode_start(vae, image, frames, grey):
+    """Start image (1, 3, 1, H, W) -> latents (1, 16, 1, h, w), or with grey (1, 16, f, h, w) of it and grey frames."""
+    return vae.encode(F.pad(image, (0, 0, 0, 0, 0, frames - 1)) if grey else image)
 
-    bfloat16: latents (16, f, h, w), start_latents (16, 1, h, w) of frame 0 alone, text (L, dim)
+
+@torch.no_grad()
+def save_clip(path, clip, vae, grey, conditions, metadata):
+    """Encode and write a clip of load_clip.
+
+    bfloat16: latents (16, f, h, w), start_latents (16, 1 or f, h, w) of frame 0, and the conditions, which are
+              text (L, dim) and, where the family has CLIP, clip (257, 1280)
     float32:  depth (T, H, W), w2c (T, 3, 4), intrinsics (T, 3, 3)"""
-    (vae, text, _), video = encoders, clip["video"][None]
-    encoded = vae.encode(video)[0], vae.encode(video[:, :, :1])[0], text([clip["prompt"]])[0]
-    tensors = {n: x.bfloat16() for n, x in zip(("latents", "start_latents", "text"), encoded)}
+    video = clip["video"][None]
+    start = encode_start(vae, video[:, :, :1], video.shape[2], grey)
+    half = dict(conditions, latents=vae.encode(video)[0], start_latents=start[0])
+    tensors = {name: x.bfloat16().cpu() for name, x in half.items()}
     save_tensors(path, tensors | {n: clip[n].float() for n in ("depth", "w2c", "intrinsics")}, metadata)
-    if not (path.parent / "text_empty.safetensors").exists():
-        save_tensors(path.parent / "text_empty.safetensors", dict(text=text([""])[0].bfloat16()), {})
 
 
 def cached_metadata(path):
@@ -285,50 +302,126 @@ def cached_metadata(path):
         return {}
 
 
-def encode(root, height, width, num_frames, codec="transform", split=None, start=0, stride=1, windows=1):
-    """Encode evenly spread windows of each clip, keep finished ones; returns how many clips failed."""
-    encoders, failed, counts = make_encoders(codec), [], dict(encoded=0, kept=0)
-    folder = Path(root, "cache", f"{num_frames}x{height}x{width}-{encoders[2]}")
-    same = dict(num_frames=num_frames, height=height, width=width, stride=stride, fingerprint=encoders[2])
-    for sample in tqdm(load_samples(root, split), desc="encode", unit="clip"):
-        try:
-            stats = [p.stat() for p in sample.values() if isinstance(p, Path) and p.exists()]
-            stamp = " ".join(f"{stat.st_size}:{stat.st_mtime_ns}" for stat in stats)
-            count = len(read_cameras(sample["camera"])[0]) if windows > 1 and sample["camera"] else 0
-            last = max(start, count - stride * (num_frames - 1) - 1)
-            for s in sorted({round(s) for s in np.linspace(start, last, windows)}):
-                name = sample["id"] if windows == 1 else f"{sample['id']}.{s:04d}"
-                key = dict(same, id=name, sample=sample["id"], prompt=sample["prompt"], stamp=stamp, start=s)
-                path = folder / f"{name}.safetensors"
-                if {k: str(v) for k, v in key.items()}.items() <= cached_metadata(path).items():
-                    counts["kept"] += 1
-                    continue
-                clip = load_clip(sample, height, width, num_frames, s, stride)
-                save_clip(path, clip, encoders, dict(key, split=sample["split"], fps=clip["fps"]))
-                counts["encoded"] += 1
-        except ValueError as error:
-            failed.append(sample["id"])
-            tqdm.write(f"skipped {sample['id']}: {error}")
-    print(f"{folder}: {counts}, skipped: {', '.join(failed) or 'none'}")
+def fits(path, key):
+    """Whether a cache file is there, whole, and was made from this key."""
+    return {k: str(v) for k, v in key.items()}.items() <= cached_metadata(path).items()
+
+
+def window_starts(sample, num_frames, stride, start, windows, window_seed):
+    """First frames of a clip's windows: evenly spread, or drawn at random when window_seed >= 0."""
+    if windows == 1 and window_seed < 0:
+        return [start]
+    count = len(read_cameras(sample["camera"])[0]) if sample["camera"] else 0
+    last = max(start, count - stride * (num_frames - 1) - 1)
+    if window_seed < 0:
+        return sorted({round(s) for s in np.linspace(start, last, windows)})
+    random = np.random.default_rng([window_seed, zlib.crc32(sample["id"].encode())])
+    return sorted({int(s) for s in random.integers(start, last + 1, windows)})
+
+
+def plan_clip(sample, folder, same, start, windows, window_seed):
+    """Jobs of one clip's windows: sample, key (everything that changes the result) and path of the cache file."""
+    stats = [p.stat() for p in sample.values() if isinstance(p, Path) and p.exists()]
+    stamp, jobs = " ".join(f"{stat.st_size}:{stat.st_mtime_ns}" for stat in stats), []
+    whole = windows == 1 and window_seed < 0
+    for s in window_starts(sample, same["num_frames"], same["stride"], start, windows, window_seed):
+        name = sample["id"] if whole else f"{sample['id']}.{s:04d}"
+        key = dict(same, id=name, sample=sample["id"], prompt=sample["prompt"], stamp=stamp, start=s)
+        jobs.append(dict(sample=sample, key=key, path=folder / f"{name}.safetensors"))
+    return jobs
+
+
+def part(job, what):
+    """Where a pass keeps what it computed until the clip is whole: a killed run goes on from there."""
+    return job["path"].parent / ".parts" / f"{job['key']['id']}.{what}.safetensors"
+
+
+def encode_text(job, text):
+    if not fits(part(job, "text"), job["key"]):
+        save_tensors(part(job, "text"), dict(text=text([job["key"]["prompt"]])[0].bfloat16().cpu()), job["key"])
+
+
+def encode_image(job, tower):
+    if not fits(part(job, "clip"), job["key"]):
+        clip = load_clip(job["sample"], job["key"]["height"], job["key"]["width"], 1, job["key"]["start"])
+        tokens = tower(clip["video"][None, :, 0])[0].bfloat16().cpu()                              # (257, 1280)
+        save_tensors(part(job, "clip"), dict(clip=tokens), job["key"])
+
+
+def encode_video(job, vae, grey):
+    clip = load_clip(job["sample"], *(job["key"][k] for k in ("height", "width", "num_frames", "start", "stride")))
+    parts = [part(job, what) for what in ("text", "clip") if part(job, what).exists()]
+    save_clip(job["path"], clip, vae, grey, {k: v for path in parts for k, v in load_file(path).items()},
+              dict(job["key"], split=job["sample"]["split"], fps=clip["fps"]))
+    for path in parts:
+        path.unlink()
+
+
+def encode(root, height, width, num_frames, codec="transform", wan_dir="", device="", split=None, start=0, stride=1,
+           windows=1, window_seed=-1):
+    """Encode windows of every clip, one pass per encoder; returns how many clips failed.
+
+    Under torchrun every rank takes its share of the clips.  Finished files whose key still fits are kept."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = device or (f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
+    encoders, failed = make_encoders(codec, wan_dir, device), []
+    folder = Path(root, "cache", f"{num_frames}x{height}x{width}-{encoders.fingerprint}")
+    same = dict(num_frames=num_frames, height=height, width=width, stride=stride, fingerprint=encoders.fingerprint)
+
+    def each(items, what, work):
+        """(item, work(item)) of those that did not fail; a failed clip is reported once and left out from here on."""
+        for item in tqdm(items, desc=f"encode: {what}", unit="clip", disable=rank > 0):
+            name = item.get("sample", item)["id"]
+            try:
+                if name not in failed:
+                    yield item, work(item)
+            except ValueError as error:
+                failed.append(name)
+                tqdm.write(f"skipped {name}: {error}")
+
+    samples = load_samples(root, split)[rank::world]
+    plans = each(samples, "plan", lambda s: plan_clip(s, folder, same, start, windows, window_seed))
+    jobs = [job for _, clip_jobs in plans for job in clip_jobs]
+    left = [job for job in jobs if not fits(job["path"], job["key"])]
+    kept, empty = len(jobs) - len(left), folder / "text_empty.safetensors"
+    if left or not empty.exists():
+        text = encoders.load_text()
+        if not empty.exists():
+            save_tensors(empty, dict(text=text([""])[0].bfloat16().cpu()), {})
+        left = [job for job, _ in each(left, "text", lambda job: encode_text(job, text))]
+        del text                                              # freed before the next encoder is loaded
+    if left and encoders.load_image:
+        tower = encoders.load_image()
+        left = [job for job, _ in each(left, "image", lambda job: encode_image(job, tower))]
+        del tower
+    if left:
+        vae = encoders.load_vae()
+        left = [job for job, _ in each(left, "video", lambda job: encode_video(job, vae, encoders.grey_start))]
+    with suppress(OSError):                                   # other ranks, or failed clips, still have parts there
+        (folder / ".parts").rmdir()
+    print(f"{folder}: {len(left)} encoded, {kept} kept, skipped: {', '.join(failed) or 'none'}")
     return len(failed)
 
 
 class CachedClips(torch.utils.data.Dataset):
     """The cached windows of a split: the tensors of save_clip in float32 (metres), and id, prompt, fps."""
 
-    def __init__(self, root, split, height, width, num_frames, fingerprint_prefix="transform"):
-        ids = {s["id"] for s in load_samples(root, split)}
-        option = "--codec transform" if fingerprint_prefix.startswith("transform") else "--wan_dir WAN_DIR"
+    def __init__(self, root, split, height, width, num_frames, wan_dir=""):
+        ids, prefix = {s["id"] for s in load_samples(root, split)}, cache_prefix(wan_dir)
+        option = "--codec transform" if prefix == "transform" else f"--wan_dir {wan_dir}"
         size = f"--height {height} --width {width} --num_frames {num_frames}"
         cure = f"Run\n  python data.py encode {root} {option} {size}"
-        folders = sorted(Path(root).glob(f"cache/{num_frames}x{height}x{width}-{fingerprint_prefix}*"))
+        folders = sorted(Path(root).glob(f"cache/{num_frames}x{height}x{width}-{prefix}*"))
         if len(folders) > 1:
-            raise ValueError(f"{root}: {', '.join(f.name for f in folders)} all fit; delete or name one")
+            raise ValueError(f"{root}: {', '.join(f.name for f in folders)} all fit {wan_dir or 'the demo'}; they are "
+                             f"of other encoder files: delete all but one")
         files = [f for folder in folders for f in sorted(folder.glob("*.safetensors"))]
         owner = {f: cached_metadata(f).get("sample") for f in files}
         self.files = [f for f in files if owner[f] in ids]
         if not self.files:
-            raise ValueError(f"{root}: split {split} is not encoded at {num_frames}x{height}x{width}. {cure}")
+            there = ", ".join(sorted(f.name for f in Path(root).glob("cache/*"))) or "none"
+            raise ValueError(f"{root}: split {split} is not encoded at {num_frames}x{height}x{width} for {prefix} "
+                             f"(caches there: {there}). {cure}")
         if missing := ids - set(owner.values()):
             print(f"{root}: {len(missing)} of {len(ids)} {split} clips are not encoded, left out. {cure}")
         self.empty_text = folders[0] / "text_empty.safetensors"
@@ -381,12 +474,16 @@ def synth_one(job):
     clip["intrinsics"] = np.repeat(clip["intrinsics"][None], num_frames, 0)
     entry = dict(id=name, prompt=clip["prompt"], num_frames=num_frames, height=height, width=width, fps=15)
     if cache_only:
-        encoders = make_encoders("transform")
+        encoders = make_encoders()
+        text = encoders.load_text()
         clip["video"] = torch.from_numpy(clip.pop("rgb")).permute(3, 0, 1, 2) / 127.5 - 1
         clip.update({key: torch.from_numpy(clip[key]) for key in ("depth", "w2c", "intrinsics")})
-        folder = out / "cache" / f"{num_frames}x{height}x{width}-{encoders[2]}"
-        save_clip(folder / f"{name}.safetensors", clip, encoders,
-                  dict(entry, sample=name, split=split, fingerprint=encoders[2]))
+        folder = out / "cache" / f"{num_frames}x{height}x{width}-{encoders.fingerprint}"
+        save_clip(folder / f"{name}.safetensors", clip, encoders.load_vae(), False,
+                  dict(text=text([clip["prompt"]])[0]),
+                  dict(entry, sample=name, split=split, fingerprint=encoders.fingerprint))
+        if not (folder / "text_empty.safetensors").exists():
+            save_tensors(folder / "text_empty.safetensors", dict(text=text([""])[0].bfloat16()), {})
         return dict(entry, cached=True)
     (out / name / "depth").mkdir(parents=True, exist_ok=True)
     write_video(out / name / "video.mp4", clip["rgb"], 15)
@@ -434,10 +531,12 @@ def main():
     p.add_argument("--cache_only", type=["False", "True"].index, default=False, metavar="True|False")
     q.add_argument("root")
     q.add_argument("--codec", default="transform")
+    q.add_argument("--wan_dir", default="", help="folder of a Wan2.1 release, in place of --codec")
+    q.add_argument("--device", default="", help="default: a GPU where there is one")
     q.add_argument("--split")
     size = dict(num_frames=None, height=None, width=None)
     for command, options in ((p, dict(size, num=None, seed=0, workers=2, val=0)),
-                             (q, dict(size, start=0, stride=1, windows=1))):
+                             (q, dict(size, start=0, stride=1, windows=1, window_seed=-1))):
         for name, default in options.items():
             command.add_argument(f"--{name}", type=int, default=default, required=default is None)
     args = vars(parser.parse_args())

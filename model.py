@@ -16,11 +16,12 @@ Flow matching: sigma in [0, 1], 1 = noise; x_sigma = (1-sigma) x0 + sigma noise;
 Stages: 0 trains the video branch alone (demo only), 1 trains bridge + geometry, 2 adds camera adapters + exchange."""
 import argparse
 import glob
+import hashlib
 import json
 import os
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 import torch.nn.functional as F
@@ -85,7 +86,23 @@ PRESETS = {
 }
 
 
+# md5 over the names and shapes of each release's DiT.  Source: DiffSynth-Studio's model detection.
+FAMILIES = {"9269f8db9040a9d860eaca435be61814": "Wan2.1-T2V-1.3B", "aafcfd9672c3a2456dc46e1cb6e52c70": "Wan2.1-T2V-14B",
+            "6d6ccde6845b95ad9114ab993d917893": "Wan2.1-Fun-1.3B-InP (or V1.1)",
+            "ac6a5aa74f4a0aab6f64eb9a72f19901": "Wan2.1-Fun-V1.1-1.3B-Control-Camera",
+            "b61c605c2adbd23124d152ed28e049ae": "Wan2.1-Fun-V1.1-14B-Control-Camera",
+            "6bfcfb3b342cb286ce886889d519a77e": "Wan2.1-I2V-14B-480P (or 720P, Fun-14B-InP)"}
+UNSUPPORTED = {"img_emb.emb_pos": "first-and-last-frame conditioning (FLF2V)", "vace_": "VACE",
+               "ref_conv.": "the reference frame of Fun-V1.1-Control"}
+
+
 # -------------------------------------------------------------------------------------------------- small functions
+def fingerprint(shapes):
+    """md5 of the sorted "name:d0_d1" and "name" of every tensor."""
+    items = [item for name, shape in shapes.items() for item in (f"{name}:{'_'.join(map(str, shape))}", name)]
+    return hashlib.md5(",".join(sorted(items)).encode()).hexdigest()
+
+
 def timestep_embedding(t, dim):
     """Sinusoid of t in [0, 1000], cosines first, angles in fp64: (B,) -> (B, dim) fp32."""
     half = dim // 2
@@ -265,20 +282,30 @@ class WanDiT(nn.Module):
             self.head.head.weight.copy_(rearrange(self.patch_embedding.weight[:, :out_dim], "d c 1 p q -> (p q c) d"))
 
     @classmethod
-    def from_state_dict(cls, sd, head_dim=128, text_len=512):
-        """Build from official tensors, every size read off their shapes; missing or extra names are a ValueError."""
-        for name in ("patch_embedding.weight", "text_embedding.0.weight", "blocks.0.ffn.0.weight", "head.head.weight"):
-            if name not in sd:
-                raise ValueError(f"not a Wan2.1 DiT: tensor {name} is missing (first names: {list(sd)[:3]})")
-        dim, in_dim = sd["patch_embedding.weight"].shape[:2]
-        layers = 1 + max(int(k.split(".")[1]) for k in sd if k.startswith("blocks."))
+    def from_shapes(cls, shapes, head_dim=128, text_len=512, where="these tensors"):
+        """Empty model on the meta device, every size read off name -> shape; ValueError unless it is a known family."""
+        try:
+            (dim, in_dim), text_dim = shapes["patch_embedding.weight"][:2], shapes["text_embedding.0.weight"][1]
+            ffn_dim, out_dim = shapes["blocks.0.ffn.0.weight"][0], shapes["head.head.weight"][0] // 4
+            freq_dim = shapes["time_embedding.0.weight"][1]
+            layers = 1 + max(int(name.split(".")[1]) for name in shapes if name.startswith("blocks."))
+        except (KeyError, IndexError, ValueError) as error:
+            raise ValueError(f"{where}: not a Wan2.1 DiT in the official layout: tensor {error} is missing (the first "
+                             f"names are {list(shapes)[:3]}). A shard is missing, or it is a *-Diffusers copy in place "
+                             f"of the official files") from None
+        odd = [what for name, what in UNSUPPORTED.items() if any(k.startswith(name) for k in shapes)]
+        if odd or in_dim not in (16, 32, 36):
+            raise ValueError(f"{where}: {odd[0] if odd else f'{in_dim} input channels'} is not supported; wanted a "
+                             f"text-to-video (16 inputs), Control-Camera (32) or image-to-video / InP (36) family")
         with torch.device("meta"):
-            dit = cls(dim, sd["blocks.0.ffn.0.weight"].shape[0], layers, in_dim, head_dim,
-                      sd["text_embedding.0.weight"].shape[1], text_len, sd["time_embedding.0.weight"].shape[1],
-                      "img_emb.proj.1.weight" in sd, "control_adapter.conv.weight" in sd,
-                      sd["head.head.weight"].shape[0] // 4)
-        load_strict(dit, sd, "Wan2.1 DiT")
-        return dit
+            return cls(dim, ffn_dim, layers, in_dim, head_dim, text_dim, text_len, freq_dim,
+                       "img_emb.proj.1.weight" in shapes, "control_adapter.conv.weight" in shapes, out_dim)
+
+    @classmethod
+    def from_state_dict(cls, sd, head_dim=128, text_len=512):
+        """Build from official tensors, used as they are; missing or extra names are a ValueError."""
+        dit = cls.from_shapes({k: tuple(v.shape) for k, v in sd.items()}, head_dim, text_len)
+        return load_strict(dit, sd, "Wan2.1 DiT")
 
     def conditions(self, t, context, clip=None):
         """t (B,), context, clip -> e (B, D), rows (B, 6, D), text (B, L, D), image (B, 257, D) or None."""
@@ -411,15 +438,6 @@ def start_condition(start_latents, in_dim, frames):
         mask[:, :, 0] = 1
         y = torch.cat([mask, y], 1)
     return y
-
-
-def sample_euler(velocity, noise, steps=50, shift=5.0, progress=iter):
-    """Integrate dx/dsigma = velocity(x, t (B,)) from sigma 1 to 0 on the shifted grid; latents stay fp32."""
-    sigmas, x = shift_sigma(torch.linspace(1, 0, steps + 1, dtype=torch.float64), shift).tolist(), noise
-    for now, then in progress(list(zip(sigmas, sigmas[1:]))):
-        t = torch.full((len(x),), 1000 * now, device=x.device)
-        x = x + (then - now) * velocity(x, t).float()
-    return x
 
 
 # --------------------------------------------------------------------------------------------------- FantasyWorld
@@ -581,16 +599,21 @@ class FantasyWorld(nn.Module):
 
 
 # ------------------------------------------------------------------------------------------------- loading, saving
-def load_strict(module, sd, what):
-    """load_state_dict(assign=True) with one readable error instead of torch's list."""
-    own = module.state_dict()
-    missing, extra = [k for k in own if k not in sd], [k for k in sd if k not in own]
-    wrong = [f"{k} {tuple(sd[k].shape)}, wanted {tuple(own[k].shape)}" for k in own
-             if k in sd and sd[k].shape != own[k].shape]
+def check_names(module, shapes, what):
+    """One readable error instead of torch's list, unless name -> shape fits the module exactly."""
+    own = {k: tuple(v.shape) for k, v in module.state_dict().items()}
+    missing, extra = [k for k in own if k not in shapes], [k for k in shapes if k not in own]
+    wrong = [f"{k} {shapes[k]}, wanted {own[k]}" for k in own if k in shapes and shapes[k] != own[k]]
     if missing or extra or wrong:
         raise ValueError(f"{what}: {len(missing)} missing {missing[:3]}, {len(extra)} unexpected {extra[:3]}, "
                          f"{len(wrong)} of another shape {wrong[:3]}; is this another model or a truncated file?")
+
+
+def load_strict(module, sd, what):
+    """load_state_dict(assign=True) after check_names; returns the module."""
+    check_names(module, {k: tuple(v.shape) for k, v in sd.items()}, what)
     module.load_state_dict(sd, assign=True)
+    return module
 
 
 def read_tensors(path):
@@ -604,26 +627,69 @@ def read_tensors(path):
         raise ValueError(f"{path}: not a whole safetensors file ({error}); copy it again") from None
 
 
-def load_wan(folder, cfg):
-    """WanDiT from a Wan2.1 hub folder (diffusion_pytorch_model*.safetensors) or from the run folder of a stage 0 demo
-    run, and cfg with the video sizes of what was found."""
-    files = sorted(glob.glob(os.path.join(folder, "diffusion_pytorch_model*.safetensors")))
-    if not files:
-        files = glob.glob(os.path.join(folder, "latest.safetensors"))
+def wan_files(folder):
+    """Weight files of the DiT in a Wan2.1 folder, complete as its index says; [] when it is no such folder."""
+    files = sorted(f for f in glob.glob(os.path.join(folder, "diffusion_pytorch_model*"))
+                   if f.endswith((".safetensors", ".pth")))
+    for index in glob.glob(os.path.join(folder, "diffusion_pytorch_model*.index.json")):
+        with open(index) as file:
+            wanted = {os.path.join(folder, name) for name in json.load(file)["weight_map"].values()}
+        if absent := sorted(wanted - set(files)):
+            raise ValueError(f"{index}: {len(absent)} of {len(wanted)} shards are missing, first {absent[0]}; "
+                             f"download them too")
+    return files
+
+
+def lazy_tensors(path):
+    """name -> (shape, read) of a .safetensors or .pth file; read() is what touches the tensor's bytes."""
+    def read(name):             # opened per tensor: pages of a closed file do not count against this process
+        with safe_open(path, "pt") as file:
+            return file.get_tensor(name)
+    try:
+        if path.endswith(".safetensors"):
+            with safe_open(path, "pt") as file:
+                return {k: (tuple(file.get_slice(k).get_shape()), partial(read, k)) for k in file.keys()}
+        sd = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        return {k: (tuple(v.shape), partial(lambda v: v, v)) for k, v in sd.items()}
+    except Exception as error:          # flipped bytes make the two readers raise almost any class of error
+        raise ValueError(f"{path}: {os.path.getsize(path):,} bytes that cannot be read ({error}); an incomplete "
+                         f"download? Fetch it again") from None
+
+
+def load_wan(folder, cfg, device="cpu", dtype=None):
+    """Frozen WanDiT from a Wan2.1 hub folder (one file or shards) or from the run folder of a stage 0 demo run.
+
+    Tensors go to device one by one, the big matrices in dtype (default fp32), so the host holds one copy at most.
+    returns  the model, and cfg with the video sizes of what was found"""
+    files = wan_files(folder) or glob.glob(os.path.join(folder, "latest.safetensors"))
     if not files:
         raise ValueError(f"wan_dir = {folder}: no diffusion_pytorch_model*.safetensors (a Wan2.1 folder) and no "
                          f"latest.safetensors (a stage 0 run) in it; train stage 0 first or download the weights")
-    sd = {}
+    tensors = {}
     for file in files:
-        sd.update(read_tensors(file)[0])
-    dit = WanDiT.from_state_dict({k.removeprefix("dit."): v for k, v in sd.items()}, cfg.head_dim, cfg.text_len)
+        found = lazy_tensors(file)
+        if twice := set(found) & set(tensors):
+            raise ValueError(f"{file}: {min(twice)} is also in another file of {folder}; remove one of the two copies")
+        tensors.update(found)
+    for prefix in ("pipe.", "model.", "dit."):
+        if all(name.startswith(prefix) for name in tensors):
+            tensors = {name.removeprefix(prefix): value for name, value in tensors.items()}
+    shapes = {name: shape for name, (shape, _) in tensors.items()}
+    dit = WanDiT.from_shapes(shapes, cfg.head_dim, cfg.text_len, where=folder)
+    check_names(dit, shapes, f"{folder}: Wan2.1 DiT")
+    wanted = (half_precision(dit, dtype) if dtype else dit).state_dict()
+    dit.load_state_dict({name: tensors[name][1]().to(device, wanted[name].dtype, copy=True) for name in wanted},
+                        assign=True)
     found = dict(dim=dit.patch_embedding.out_channels, ffn_dim=dit.blocks[0].ffn[0].out_features, in_dim=dit.in_dim,
                  num_layers=len(dit.blocks), text_dim=dit.text_embedding[0].in_features, freq_dim=dit.freq_dim,
                  has_clip=dit.img_emb is not None, has_control=dit.control_adapter is not None)
+    if os.environ.get("RANK", "0") == "0":
+        print(f"{folder}: {FAMILIES.get(fingerprint(shapes), 'a Wan2.1 DiT of sizes that no release has')}: "
+              + ", ".join(f"{key} {value}" for key, value in found.items()), flush=True)
     return dit, replace(cfg, **found)
 
 
-def half_precision(dit, dtype=torch.bfloat16):
+def half_precision(dit, dtype):
     """Store the big matrices of the frozen branch in dtype; norms, modulation, timestep MLP and head stay fp32."""
     for module in [dit.patch_embedding, dit.text_embedding, dit.img_emb, dit.control_adapter, dit.blocks]:
         for layer in module.modules() if module is not None else ():
@@ -659,12 +725,12 @@ def read_metadata(path):
         raise ValueError(f"{path}: not a checkpoint that can be read ({error})") from None
 
 
-def build_model(cfg, wan_dir, device, train_video=False):
-    """FantasyWorld on the device, with the frozen branch from wan_dir ("" = random), in bf16 on a GPU."""
-    dit, cfg = load_wan(wan_dir, cfg) if wan_dir else (None, cfg)
+def build_model(cfg, wan_dir, device, dtype=None):
+    """FantasyWorld on the device; frozen branch from wan_dir ("" = random), its big matrices in dtype (None = fp32)."""
+    dit, cfg = load_wan(wan_dir, cfg, device, dtype) if wan_dir else (None, cfg)
     model = FantasyWorld(cfg, dit)
-    if device.type == "cuda" and not train_video:
-        half_precision(model.dit)
+    if dtype and not wan_dir:
+        half_precision(model.dit, dtype)
     return model.to(device)
 
 

@@ -14,10 +14,15 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import (depth_to_rgb, make_encoders, read_cameras, read_video, tile, write_cameras, write_png, write_video)
+from data import (cache_prefix, depth_to_rgb, encode_start, make_encoders, read_cameras, read_video, tile,
+                  write_cameras, write_png, write_video)
 from geometry import camera_move, decode_pose, encode_pose, plucker_rays, pose_metrics, relative_to_first, unproject
-from model import build_model, config_from_metadata, load_trained, read_metadata, sample_euler, start_condition
+from model import build_model, config_from_metadata, load_trained, read_metadata, shift_sigma, start_condition
 
+# The default of the official Wan 2.1 code (shared_config.py, sample_neg_prompt); the demo's word hash gets "".
+NEGATIVE = ("色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，"
+            "JPEG压缩残留，丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，"
+            "形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走")
 READOUT_SIGMA = 0.1             # the noise level at which geometry is read; the release's last step has 0.0926
 
 
@@ -52,13 +57,74 @@ def load_camera(text, num_frames, size, fov_deg, amount, scene_scale):
     return w2c, torch.stack([fx, zero, cx, zero, fy, cy, zero, zero, one], -1).view(1, num_frames, 3, 3)
 
 
+def sample_euler(velocity, noise, steps=50, shift=5.0, progress=iter):
+    """Integrate dx/dsigma = velocity(x, t (B,)) from sigma 1 to 0 on the shifted grid; latents stay fp32."""
+    sigmas, x = shift_sigma(torch.linspace(1, 0, steps + 1, dtype=torch.float64), shift).tolist(), noise
+    for now, then in progress(list(zip(sigmas, sigmas[1:]))):
+        t = torch.full((len(x),), 1000 * now, device=x.device)
+        x = x + (then - now) * velocity(x, t).float()
+    return x
+
+
+def sample_unipc(velocity, noise, steps=50, shift=5.0, progress=iter):
+    """UniPC of order 2 (bh2 variant, data prediction), Wan 2.1's own default.  Source: Zhao et al. 2023.
+
+    As in the official code the grid starts at sigma 0.999 before the shift, and the model is told t rounded down to an
+    integer while the step itself uses the exact sigma."""
+    sigmas = shift_sigma(torch.linspace(0.999, 0, steps + 1, dtype=torch.float64), shift)
+    log_snr = ((1 - sigmas) / sigmas).log()                   # half of it; infinite at the end, where order 1 is used
+
+    def step(x, i, data, order, data_there=None):
+        """x at sigma i -> sigma i+1; data: predictions of x0 at i-1 and i; data_there at i+1: correct with it."""
+        h = log_snr[i + 1] - log_snr[i]
+        b = torch.expm1(-h)
+        phi2 = -b / h - 1
+        slope = 0.0                                           # of the predicted data, times its weight
+        if order == 2:
+            ratio = (log_snr[i - 1] - log_snr[i]) / h
+            rho = 0.5                                         # of the corrector: two equations of consistency in bh2
+            if data_there is not None:
+                b1, b2 = phi2 / b, 2 * (-phi2 / h - 0.5) / b
+                rho = (b1 - b2) / (1 - ratio)
+            slope = rho / ratio * (data[0] - data[1])
+        if data_there is not None:
+            slope = slope + (0.5 if order == 1 else b1 - rho) * (data_there - data[1])
+        return sigmas[i + 1] / sigmas[i] * x - (1 - sigmas[i + 1]) * b * (data[1] + slope)
+
+    x, data = noise, [None, None]
+    for i in progress(range(steps)):
+        t = torch.full((len(x),), float(int(1000 * sigmas[i])), device=x.device)
+        now = x - sigmas[i] * velocity(x, t).float()
+        if i:
+            x = step(before, i - 1, data, min(2, i), now)
+        before, data = x, [data[1], now]
+        x = step(x, i, data, min(2, i + 1, steps - i))
+    return x
+
+
+SAMPLERS = {"euler": sample_euler, "unipc": sample_unipc}
+
+
 @torch.no_grad()
-def generate(model, noise, text, negative, y, w2c, K, steps, shift, guidance):
+def conditions(encoders, prompts, image, frames):
+    """One encoder after another -> list of text (L, dim), y or None, clip (1, 257, 1280) or None, and the VAE.
+
+    image (1, 3, 1, H, W) in [-1, 1] or None: then the model gets zeros, as for a clip whose image training dropped."""
+    text = encoders.load_text()
+    texts = text(prompts)
+    del text                                                  # freed before the next encoder is loaded
+    clip = encoders.load_image()(image[:, :, 0]) if image is not None and encoders.load_image else None
+    vae = encoders.load_vae()
+    return texts, None if image is None else encode_start(vae, image, frames, encoders.grey_start), clip, vae
+
+
+@torch.no_grad()
+def generate(model, noise, text, negative, y, clip, w2c, K, sampler, steps, shift, guidance):
     """Sample latents (1, 16, f, h, w), then read the geometry once at READOUT_SIGMA -> latents, geometry dict.
 
     Guidance is v_neg + g (v_pos - v_neg); camera and image are the same in both passes."""
     size = (8 * noise.shape[-2], 8 * noise.shape[-1])
-    given, poses = dict(y=y, plucker=plucker_rays(w2c, K, size)), encode_pose(w2c, K, size)
+    given, poses = dict(y=y, clip=clip, plucker=plucker_rays(w2c, K, size)), encode_pose(w2c, K, size)
 
     def velocity(x, t, context):
         if model.stage == 2:
@@ -69,7 +135,7 @@ def generate(model, noise, text, negative, y, w2c, K, steps, shift, guidance):
         v = velocity(x, t, text)
         return v if guidance == 1 else torch.lerp(velocity(x, t, negative), v, guidance)
 
-    latents = sample_euler(guided, noise, steps, shift, lambda grid: tqdm(grid, desc="sampling", unit="step"))
+    latents = SAMPLERS[sampler](guided, noise, steps, shift, lambda grid: tqdm(grid, desc="sampling", unit="step"))
     t = torch.full((1,), 1000 * READOUT_SIGMA, device=noise.device)
     x = (1 - READOUT_SIGMA) * latents + READOUT_SIGMA * noise
     return latents, model(x, t, text, **given, poses=poses, video=model.stage == 2)
@@ -128,7 +194,7 @@ def parse_arguments():
     add("--ckpt", required=True, help="checkpoint of stage 1 or 2")
     add("--wan_dir", help="folder of the video branch; default: the one it was trained with")
     add("--prompt", default="a room")
-    add("--negative_prompt", default="")
+    add("--negative_prompt", help="default: Wan's official one, in Chinese; empty for the demo")
     add("--image", help="picture or video file whose first frame starts the video")
     add("--camera", default="orbit", help="a move (orbit, forward, left, pan_left, zoom_in, ...) or a 19-column file")
     add("--amount", type=float, default=1.0, help="strength of a named move")
@@ -137,10 +203,12 @@ def parse_arguments():
     for name, what in (("frames", "4k + 1"), ("height", "multiple of 16"), ("width", "multiple of 16")):
         add(f"--{name}", type=int, help=f"{what}; default: the training size")
     add("--steps", type=int, default=50)
+    add("--sampler", default="euler", choices=SAMPLERS)
     add("--guidance", type=float, default=5.0, help="1 = no guidance, half the work")
     add("--shift", type=float, default=5.0)
     add("--seed", type=int, default=0)
     add("--fps", type=float, default=16)
+    add("--precision", default="auto", choices=["auto", "bf16", "fp32"], help="auto: bf16 on a GPU, fp32 on a CPU")
     add("--out", default="outputs/sample", type=pathlib.Path)
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     return parser.parse_args()
@@ -158,19 +226,27 @@ def main():
         raise ValueError(f"--frames {frames} --height {height} --width {width}: wanted 4k + 1 frames, multiples of 16")
     w2c, K = load_camera(args.camera, frames, (height, width), args.fov, args.amount, args.scene_scale)
     device = torch.device(args.device)
-    vae, encode_text, _ = make_encoders("transform")
-    model = build_model(config_from_metadata(meta), args.wan_dir or trained["wan_dir"], device)
+    wan_dir = args.wan_dir or trained["wan_dir"]
+    real = cache_prefix(wan_dir) != "transform"
+    negative = args.negative_prompt if args.negative_prompt is not None else NEGATIVE if real else ""
+    image = load_image(args.image, height, width) if args.image else None
+    encoders = make_encoders(wan_dir=wan_dir if real else "", device=device)
+    text, start, clip, vae = conditions(encoders, [args.prompt, negative], image, frames)
+    half = args.precision == "bf16" or args.precision == "auto" and device.type == "cuda"
+    model = build_model(config_from_metadata(meta), wan_dir, device, torch.bfloat16 if half else None)
     load_trained(model, args.ckpt)
     model.set_stage(int(meta["stage"])).requires_grad_(False)
 
     noise = torch.randn(1, 16, (frames - 1) // 4 + 1, height // 8, width // 8,
                         generator=torch.Generator().manual_seed(args.seed)).to(device)
-    start = vae.encode(load_image(args.image, height, width)) if args.image else torch.zeros_like(noise[:, :, :1])
-    y = start_condition(start.to(device), model.dit.in_dim, noise.shape[2])
-    with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-        latents, geometry = generate(model, noise, encode_text([args.prompt]), encode_text([args.negative_prompt]), y,
-                                     w2c.to(device), K.to(device), args.steps, args.shift, args.guidance)
-    video = vae.decode(latents.float().cpu())[0]
+    if image is not None and model.dit.in_dim == 16:
+        raise ValueError(f"--image {args.image}: {wan_dir} is a text-to-video family; leave the image out")
+    y = None if start is None else start_condition(start.to(device), model.dit.in_dim, noise.shape[2])
+    with torch.autocast(device.type, torch.bfloat16, enabled=half):
+        latents, geometry = generate(model, noise, text[:1], text[1:], y, clip, w2c.to(device), K.to(device),
+                                     args.sampler, args.steps, args.shift, args.guidance)
+    del model
+    video = vae.decode(latents.float().cpu())[0].cpu()
     geometry = {k: v.cpu() for k, v in geometry.items() if k != "velocity"}
     metric = export(args.out, video, geometry, w2c, K, args.fps, args.scene_scale)
     print(f"{args.out}: video.mp4 depth.mp4 depth.npz points.ply cameras.txt sheet.png | predicted against commanded "

@@ -58,6 +58,7 @@ gamma_conf, camera_delta, camera_weight = 0.2, 0.1, 3.0
 geo_sigma_power = 0.0           # geometry loss of a clip is weighted by (1 - sigma) ** this
 # ---- machine
 device, seed, num_workers, compile, checkpoint_activations = "auto", 0, 2, False, False
+precision = "auto"              # bf16: frozen matrices in bf16, the rest under autocast; fp32; auto: bf16 on a GPU
 
 
 # ------------------------------------------------------------------------------------------------------------ records
@@ -167,7 +168,8 @@ def draw(b, step, positions, total, empty_text):
     pose_keep, image_keep = ((u[:, i] >= p).float().to(dev) for i, p in ((1, pose_dropout), (3, image_dropout)))
     text = [text if keep else empty_text for text, keep in zip(b["text"], u[:, 2] >= prompt_dropout)]
     y = None if b["y"] is None else b["y"] * image_keep.view(-1, 1, 1, 1, 1)
-    return torch.stack(noise).to(dev), shift_sigma(u[:, 0], shift).to(dev), pose_keep, dict(b, text=text, y=y)
+    image = {"clip": b["clip"] * image_keep.view(-1, 1, 1)} if "clip" in b else {}
+    return torch.stack(noise).to(dev), shift_sigma(u[:, 0], shift).to(dev), pose_keep, dict(b, **image, text=text, y=y)
 
 
 def compute_loss(model, b, noise, sigma, pose_keep, options, video):
@@ -279,6 +281,8 @@ def print_table(rows, file=sys.stdout):
 # --------------------------------------------------------------------------------------------------------------- main
 def check_options():
     """Everything that can be wrong is refused before anything slow."""
+    if precision not in ("auto", "bf16", "fp32"):
+        raise SystemExit(f"precision = {precision!r}: wanted auto, bf16 or fp32")
     if stage not in (0, 1, 2):
         raise SystemExit(f"stage = {stage}: wanted 0, 1 or 2")
     if preset not in PRESETS:
@@ -352,14 +356,15 @@ def main(options):
     rank, world, dev = setup()
     torch.manual_seed(seed)
     out, master = pathlib.Path(out_dir), rank == 0
-    autocast = torch.autocast("cuda", torch.bfloat16) if dev.type == "cuda" else nullcontext()
 
     # ---- model and data
     cfg = replace(PRESETS[preset], **model_overrides)
-    model = build_model(cfg, wan_dir, dev, train_video=stage == 0).set_stage(stage)
+    half = precision == "bf16" or precision == "auto" and dev.type == "cuda"
+    autocast = torch.autocast(dev.type, torch.bfloat16) if half else nullcontext()
+    model = build_model(cfg, wan_dir, dev, torch.bfloat16 if half and stage else None).set_stage(stage)
     model.checkpoint_activations = checkpoint_activations
     sources = list(filter(None, init_from.split(",")))
-    clips = {split: CachedClips(data_dir, split, height, width, num_frames) for split in ("train", "val")}
+    clips = {split: CachedClips(data_dir, split, height, width, num_frames, wan_dir) for split in ("train", "val")}
     in_dim = model.dit.in_dim
     if eval_only:
         rows = baselines(clips["train"], clips["val"], in_dim, dev) if master else {}

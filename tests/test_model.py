@@ -6,8 +6,9 @@ import torch
 from tiny import TINY, loss_of, tiny_inputs, tiny_model
 
 import model as model_file
-from model import (PRESETS, Config, FantasyWorld, WanDiT, flow_matching_loss, parameter_table, sample_euler,
+from model import (PRESETS, Config, FantasyWorld, WanDiT, flow_matching_loss, half_precision, parameter_table,
                    shift_sigma, start_condition)
+from sample import sample_euler, sample_unipc
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 SHARED = pathlib.Path(__file__).parents[2] / "shared" / "golden"
@@ -41,8 +42,12 @@ def test_wan_camera_family_matches_the_official_forward(monkeypatch):
     dit, inputs = WanDiT.from_state_dict(data["state_dict"], head_dim=32), data["inputs"]
     monkeypatch.setattr(model_file, "pack_frames", lambda x: x)        # the file holds packed rays (B, 24, f, H, W)
     with torch.no_grad():
-        out = dit(inputs["x"], inputs["t"], inputs["context"], inputs["y"], inputs["clip_fea"], inputs["y_camera"])
-    assert relative(out, data["out_fp32"]) < 1e-5
+        args = [inputs[k] for k in ("x", "t", "context", "y", "clip_fea", "y_camera")]
+        assert relative(dit(*args), data["out_fp32"]) < 1e-5
+        with torch.autocast("cpu", torch.bfloat16):
+            assert relative(dit(*args).float(), data["out_fp32"]) < 1e-2
+        with torch.autocast("cpu", torch.bfloat16):         # as trained on a GPU: frozen matrices are stored in bf16
+            assert relative(half_precision(dit, torch.bfloat16)(*args).float(), data["out_fp32"]) < 1e-2
 
 
 def test_wan_loading_names_what_is_missing_or_of_another_shape():
@@ -191,6 +196,21 @@ def test_euler_visits_the_shifted_grid():
     sample_euler(lambda x, t: times.append(t[0].item()) or x, torch.zeros(1, 1), 50)
     assert times[0] == 1000 and times[1] == pytest.approx(995.93, abs=0.01) and times[-1] == pytest.approx(92.59, abs=0.01)
     assert shift_sigma(0.5) == pytest.approx(0.8333, abs=1e-4)
+
+
+@pytest.mark.parametrize("run", ["unipc_6_3", "unipc_6_5", "unipc_20_5", "unipc_20_8"])
+def test_unipc_walks_the_official_trajectory(run):
+    golden = torch.load(GOLDEN / "sched.pt", weights_only=True)
+    want, (_, steps, shift), visited = golden["runs"][run], run.split("_"), []
+
+    def velocity(x, t):                                     # of the golden file: 0.6 x + sin(3 sigma) c
+        visited.append((t.item(), x))
+        return 0.6 * x + torch.sin(3 * t / 1000) * golden["c"]
+    out = sample_unipc(velocity, golden["noise"], int(steps), float(shift))
+    assert [t for t, _ in visited] == want["timesteps"].tolist()
+    assert relative(out, want["traj"][-1]) < 1e-5
+    for (_, x), there in zip(visited, want["traj"]):
+        assert relative(x, there) < 1e-5                    # fp32; the official steps are fp32 too
 
 
 def test_flow_matching_loss_is_per_clip_and_zero_at_noise_minus_data():
