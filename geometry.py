@@ -659,7 +659,7 @@ def average(has_pixels, **per_clip):
 
 @torch.no_grad()
 def depth_metrics(pred, gt, mask, align="none"):
-    """abs_rel = mean |p - g| / g, delta1 = share within a factor of 1.25 (exclusive), rmse in gt's unit.
+    """abs_rel = mean |p - g| / g, delta1 2 3 = share within a factor of 1.25 ** k (exclusive), rmse in gt's unit.
 
     pred, gt, mask  (B, T, H, W)   gt > 0 where valid
     align           per clip: none; median: one scale; scale_shift: least-squares scale and shift"""
@@ -674,9 +674,10 @@ def depth_metrics(pred, gt, mask, align="none"):
         raise ValueError(f"align {align!r}; known: none, median, scale_shift.")
     error = (pred - gt).abs() * mask
     ratio = pred.clamp(min=1e-3) / gt                                 # a shift can push depth below zero
-    close = (torch.maximum(ratio, 1 / ratio) < 1.25) & mask
-    return average(mask.flatten(1).any(1), abs_rel=clip_mean(error / gt, mask), delta1=clip_mean(close, mask),
-                       rmse=clip_mean(error.square(), mask).sqrt())
+    ratio = torch.maximum(ratio, 1 / ratio)
+    return average(mask.flatten(1).any(1), abs_rel=clip_mean(error / gt, mask),
+                   rmse=clip_mean(error.square(), mask).sqrt(),
+                   **{f"delta{k}": clip_mean((ratio < 1.25 ** k) & mask, mask) for k in (1, 2, 3)})
 
 def rotation_angle(a, b):
     """Degrees between rotations (..., 3, 3); exact near 0, where arccos of the trace is not."""
