@@ -1,6 +1,7 @@
 """Datasets: readers and writers of the documented layout, encoded caches, pictures, rendered datasets.
 
     python data.py synth DIR --num N --num_frames T --height H --width W --seed S [--variety simple --val M]
+    python data.py verify DIR [--fix_hints True] [--exact True] [--json]
     python data.py encode DIR --codec transform | --wan_dir WAN --height H --width W --num_frames T
                               [--start 0 --stride 1 --windows 1 --window_seed -1]    (or torchrun ... data.py encode)
 
@@ -29,41 +30,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
+from cameras import read_cameras, write_cameras
 from geometry import relative_to_first
 from scenes import VARIETY, render_clip
 
 
 # --- Files -------------------------------------------------------------------------------------------------
-def read_cameras(path):
-    """RealEstate10K text, URL line or not: w2c (T, 3, 4), fx fy cx cy as fractions (T, 4); float64."""
-    wanted, rows = "wanted 19 numbers: index fx fy cx cy 0 0 and the row-major 3x4 world-to-camera matrix", []
-    text = Path(path).read_text() if Path(path).is_file() else ""
-    lines = [(n, line.split()) for n, line in enumerate(text.splitlines(), 1) if line.strip()]
-    for n, words in lines[1:] if lines and "://" in lines[0][1][0] else lines:
-        try:
-            rows.append([float(word) for word in words])
-        except ValueError as error:
-            raise ValueError(f"{path}, line {n}: {error}; {wanted}") from None
-        finite = np.isfinite(rows[-1]).sum()
-        if not len(words) == finite == 19:
-            raise ValueError(f"{path}, line {n}: {len(words)} columns, {finite} finite; {wanted}")
-        if not 0 < min(rows[-1][1:3]) <= max(rows[-1][1:3]) < 20:
-            raise ValueError(f"{path}, line {n}: focal lengths {words[1]} {words[2]}; wanted fractions of "
-                             "the image size. Divide fx, cx by the width and fy, cy by the height.")
-    if not rows:
-        raise ValueError(f"{path}: missing, or without cameras; {wanted}")
-    table = np.array(rows)
-    return table[:, 7:].reshape(-1, 3, 4), table[:, 1:5]
-
-
-def write_cameras(path, w2c, intrinsics, size):
-    """Write w2c (T, 3, 4) and pixel intrinsics (T, 3, 3) of images of size (H, W) as 19 columns per frame."""
-    (h, w), rows = size, []
-    for t, (e, k) in enumerate(zip(np.asarray(w2c, float), np.asarray(intrinsics, float))):
-        rows.append([t, k[0, 0] / w, k[1, 1] / h, k[0, 2] / w, k[1, 2] / h, 0, 0, *e.ravel()])
-    np.savetxt(path, rows, "%.10g")
-
-
 def read_video(path, max_frames=None):
     """Decode the first max_frames frames (default all): uint8 (T, H, W, 3) and the frame rate."""
     try:
@@ -129,15 +101,39 @@ def read_arrays(path, frames=None):
     return np.stack([source[t] if path.is_file() else read_array(source[t]) for t in frames])
 
 
-def read_depth(path, scale=None, frames=None):
-    """Z-depth (T, H, W) float32 metres, 0 = invalid; scale: metres per unit, required for integer files."""
+def relative_depth(depth):
+    """Why raw depth (T, H, W) cannot be metric: 8 bits, or stretched to a full range; None if it can be."""
+    finite = depth[np.isfinite(depth)]
+    if depth.dtype == np.uint8 or not finite.size:
+        return "8-bit depth" if finite.size else None
+    low, high = float(finite.min()), float(finite.max())
+    if high in (255, 65535) and (finite[::7] == np.round(finite[::7])).all():
+        return f"integers that reach exactly {high:.0f}: stretched to the full range"
+    per_frame = np.array([f[np.isfinite(f)].max(initial=0) for f in depth])
+    if low >= 0 and abs(high - 1) < 1e-6 and (np.abs(per_frame - 1) < 1e-6).mean() > .9 or (low == 0 and high == 1):
+        return "stretched to 0 .. 1 (min-max normalised)"
+    return None
+
+
+def read_depth(path, scale=None, frames=None, inverse=False):
+    """Z-depth (T, H, W) float32 metres, 0 = invalid.
+
+    scale    metres per unit (per unit of 1 / value if inverse); required for integer files
+    inverse  the file holds 1 / z
+    Depth without a unit (see relative_depth) comes back as it is, positive: order and ratios are all it has."""
     depth = read_arrays(path, frames)
     if depth.ndim != 3:
         raise ValueError(f"{path}: array of shape {depth.shape}; wanted z-depth (T, H, W)")
-    if depth.dtype.kind != "f" and scale is None:
+    relative = scale is None and relative_depth(depth)
+    if relative and inverse:
+        raise ValueError(f"{path}: relative inverse depth ({relative}): its shift is unknown, so 1 / d is no depth. "
+                         "Fit it to metric points first, or set depth_scale if it has a unit")
+    if depth.dtype.kind != "f" and scale is None and not relative:
         raise ValueError(f"{path}: {depth.dtype} depth without a unit; add depth_scale (metres per "
                          "count, 0.001 for millimetres) to the sample's entry in metadata.json")
-    depth = depth.astype(np.float32) * np.float32(scale or 1)
+    depth = depth.astype(np.float32)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        depth = (1 / depth if inverse else depth) * np.float32(scale or 1)
     return np.where(np.isfinite(depth) & (depth > 0), depth, np.float32(0))
 
 
@@ -149,7 +145,7 @@ FIELDS = dict(video=("video_path", "video"), depth=("depth_dir", "depth"), point
 def load_samples(root, split=None):
     """List a dataset: metadata.json with samples and splits, a flat list, or a scan of the sample folders.
 
-    returns  dicts: id, split, prompt, fps, depth_scale; paths video, camera, depth, points (None = absent)
+    returns  dicts: id, split, prompt, fps, depth_scale, inverse_depth; paths video, camera, depth, points (None = absent)
     Without splits the last tenth (at least one of several) is "val", the rest "train"."""
     root, splits = Path(root), {}
     path = root / "metadata.json"
@@ -202,7 +198,7 @@ def read_entry(root, entry, where):
     if sample["id"] in ("", ".", "..") or "/" in sample["id"]:
         raise ValueError(f"{where}: id {sample['id']!r} cannot be a file name")
     return dict(sample, prompt=sample["prompt"] or "", split=None, fps=entry.get("fps"),
-                depth_scale=entry.get("depth_scale"))
+                depth_scale=entry.get("depth_scale"), inverse_depth=bool(entry.get("inverse_depth")))
 
 
 def load_clip(sample, height, width, num_frames, start=0, stride=1):
@@ -229,7 +225,7 @@ def load_clip(sample, height, width, num_frames, start=0, stride=1):
     video = torch.cat([F.interpolate(frame[None].float(), (height, width), mode="bilinear", antialias=True)
                        for frame in cropped])  # (T, 3, H, W), frame-wise: memory
     if sample["depth"]:
-        depth = read_depth(sample["depth"], sample["depth_scale"], ids)
+        depth = read_depth(sample["depth"], sample["depth_scale"], ids, sample["inverse_depth"])
     else:  # a point at the origin is invalid
         points = read_arrays(sample["points"], ids).astype(np.float64)
         z = np.einsum("tc,thwc->thw", w2c[:, 2, :3], points) + w2c[:, 2, 3, None, None].numpy()
@@ -521,6 +517,11 @@ def synth(out, num, num_frames, height, width, seed=0, variety="full", workers=0
     print(f"{out}: {num} training and {val} validation clips")
 
 
+def verify(root, split, fix_hints, json, exact):
+    from verify import verify as check                                            # it imports this file
+    return check(root, split, bool(fix_hints), bool(json), bool(exact))
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
@@ -534,6 +535,13 @@ def main():
     q.add_argument("--wan_dir", default="", help="folder of a Wan2.1 release, in place of --codec")
     q.add_argument("--device", default="", help="default: a GPU where there is one")
     q.add_argument("--split")
+    r = commands.add_parser("verify", help="check every clip before any GPU hour is spent: files, units, conventions")
+    r.add_argument("root")
+    r.add_argument("--split")
+    for option, text in (("--fix_hints", "say how to cure what was found"), ("--json", "for machines"),
+                         ("--exact", "thresholds of exact renderings")):
+        r.add_argument(option, option.replace("_", "-"), type=["False", "True"].index, nargs="?", const=1, default=0,
+                       metavar="True|False", help=text)
     size = dict(num_frames=None, height=None, width=None)
     for command, options in ((p, dict(size, num=None, seed=0, workers=2, val=0)),
                              (q, dict(size, start=0, stride=1, windows=1, window_seed=-1))):
@@ -541,7 +549,7 @@ def main():
             command.add_argument(f"--{name}", type=int, default=default, required=default is None)
     args = vars(parser.parse_args())
     try:
-        raise SystemExit(1 if {"synth": synth, "encode": encode}[args.pop("command")](**args) else 0)
+        raise SystemExit(1 if {"synth": synth, "encode": encode, "verify": verify}[args.pop("command")](**args) else 0)
     except ValueError as error:
         raise SystemExit(f"error: {error}") from None
 

@@ -164,23 +164,35 @@ TURN_AXIS = {"pan_right": (0, 1, 0), "pan_left": (0, -1, 0), "tilt_up": (1, 0, 0
              "orbit": (0, -1, 0)}
 ZOOM = {"zoom_in": 1, "zoom_out": -1}
 
-def camera_move(name, num_frames, amount=1.0, fov_deg=60.0, pivot_depth=1.0):
-    """A named camera move with smooth ends, starting at the identity.
+def camera_move(name, num_frames, amount=1.0, fov_deg=60.0, pivot_depth=1.0, ease="smooth"):
+    """A named camera move, starting at the identity.
 
     amount       1 travels 0.3 scene units, turns (pan, tilt, orbit) by fov_deg / 2, zooms by 1.5; < 0 reverts
-    pivot_depth  scene units; orbit circles to the right around the point this far ahead, looking at it
+    pivot_depth  scene units; orbit circles to the right around the point this far ahead, looking at it;
+                 spiral winds twice around the view axis up to 0.1 * amount off it, looking at that point
+    ease         smooth: at rest at both ends; linear; in, out: at rest at the first, the last frame only
     returns      w2c (T, 3, 4) in scene units, focal (T,): the factor on fx and fy, 1 unless zooming."""
-    known = [*TRAVEL, *TURN_AXIS, *ZOOM]
+    known = [*TRAVEL, *TURN_AXIS, *ZOOM, "spiral"]
     if name not in known:
         near = ", ".join(difflib.get_close_matches(name, known, cutoff=0.4)) or "none"
         raise ValueError(f"unknown camera move {name!r}; nearest: {near}; known: {', '.join(known)}.")
     s = torch.linspace(0, 1, num_frames)
-    ease = amount * s * s * (3 - 2 * s)                               # (T,) smoothstep, at rest at both ends
+    eased = dict(smooth=s * s * (3 - 2 * s), linear=s, out=s * (2 - s), **{"in": s * s})
+    if ease not in eased:
+        raise ValueError(f"ease {ease!r}; known: {', '.join(eased)}.")
+    gone = eased[ease]
+    ease = amount * gone                                              # (T,)
     half = ease[:, None] * math.radians(fov_deg) / 4                  # (T, 1) half of the angle turned
     R = quat_to_mat(torch.cat([half.sin() * torch.tensor(TURN_AXIS.get(name, (0, 0, 0))), half.cos()], -1))
     centre = 0.3 * ease[:, None] * torch.tensor(TRAVEL.get(name, (0, 0, 0)))      # (T, 3)
     if name == "orbit":
         centre = pivot_depth * torch.cat([(2 * half).sin(), 0 * half, 1 - (2 * half).cos()], -1)
+    if name == "spiral":
+        off, round_ = 0.1 * ease, 4 * math.pi * gone
+        centre = torch.stack([off * round_.sin(), off * (1 - round_.cos()), torch.zeros_like(off)], -1)
+        z = F.normalize(centre.new_tensor([0, 0, pivot_depth]) - centre, dim=-1)
+        x = F.normalize(torch.linalg.cross(torch.tensor([0, 1.0, 0]).expand_as(z), z, dim=-1), dim=-1)
+        R = torch.stack([x, torch.linalg.cross(z, x, dim=-1), z], -1)
     return inv_se3(torch.cat([R, centre[..., None]], -1)), 1.5 ** (ZOOM.get(name, 0) * ease)
 
 # ---- modules ----------------------------------------------------------------------------------------------
@@ -658,7 +670,7 @@ def average(has_pixels, **per_clip):
 
 @torch.no_grad()
 def depth_metrics(pred, gt, mask, align="none"):
-    """abs_rel = mean |p - g| / g, delta1 = share within a factor of 1.25 (exclusive), rmse in gt's unit.
+    """abs_rel = mean |p - g| / g, delta1 2 3 = share within a factor of 1.25 ** k (exclusive), rmse in gt's unit.
 
     pred, gt, mask  (B, T, H, W)   gt > 0 where valid
     align           per clip: none; median: one scale; scale_shift: least-squares scale and shift"""
@@ -673,9 +685,10 @@ def depth_metrics(pred, gt, mask, align="none"):
         raise ValueError(f"align {align!r}; known: none, median, scale_shift.")
     error = (pred - gt).abs() * mask
     ratio = pred.clamp(min=1e-3) / gt                                 # a shift can push depth below zero
-    close = (torch.maximum(ratio, 1 / ratio) < 1.25) & mask
-    return average(mask.flatten(1).any(1), abs_rel=clip_mean(error / gt, mask), delta1=clip_mean(close, mask),
-                       rmse=clip_mean(error.square(), mask).sqrt())
+    ratio = torch.maximum(ratio, 1 / ratio)
+    return average(mask.flatten(1).any(1), abs_rel=clip_mean(error / gt, mask),
+                   rmse=clip_mean(error.square(), mask).sqrt(),
+                   **{f"delta{k}": clip_mean((ratio < 1.25 ** k) & mask, mask) for k in (1, 2, 3)})
 
 def rotation_angle(a, b):
     """Degrees between rotations (..., 3, 3); exact near 0, where arccos of the trace is not."""

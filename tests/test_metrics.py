@@ -61,7 +61,7 @@ def test_each_alignment_removes_what_it_names_and_no_more():
     assert depth_metrics(scale * g + shift, g, mask, "median")["abs_rel"] > 0.01
     per_frame = torch.tensor([1, 2, 3.0]).view(1, 3, 1, 1)
     assert depth_metrics(per_frame * g, g, mask, "scale_shift")["abs_rel"] > 0.05  # not per frame
-    assert depth_metrics(g, g, mask) == dict(abs_rel=0, delta1=1, rmse=0)
+    assert depth_metrics(g, g, mask) == dict(abs_rel=0, rmse=0, delta1=1, delta2=1, delta3=1)
     with pytest.raises(ValueError, match="'mean'.*scale_shift"):
         depth_metrics(g, g, mask, "mean")
 

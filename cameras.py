@@ -1,0 +1,402 @@
+"""Camera files in and out, one convention inside; key frames to paths.
+
+    python cameras.py IN OUT [--from F] [--to F] [--size HxW] [--axes opencv|opengl] [--matrices w2c|c2w]
+
+Formats: re10k (text), fantasyworld and worldscore (JSON), nerfstudio (transforms.json), colmap (folder with cameras and
+images, .txt or .bin), tum (text), npz.  What a file leaves open is refused with the option that settles it.
+Inside: w2c (T, 3, 4) float64, OpenCV axes (x right, y down, z forward), in the world and unit of the file;
+intrinsics (T, 4) float64 = fx/W, fy/H, cx/W, cy/H, pixel centres at +0.5, or None where the file holds none;
+size (H, W) of the images in pixels, or None."""
+import argparse
+import json
+import struct
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from geometry import compose, inv_se3, mat_to_quat, quat_to_mat
+
+RE10K = "19 numbers: index fx fy cx cy 0 0 and the row-major 3x4 world-to-camera matrix"
+
+
+# --- RealEstate10K text ------------------------------------------------------------------------------------
+def read_table(path, pixels=False):
+    """The raw 19 columns (T, 19) float64 of a RealEstate10K text; URL line, comments and blank lines skipped.
+    pixels: do not refuse focal lengths that must be pixels."""
+    rows, text = [], Path(path).read_text() if Path(path).is_file() else ""
+    lines = [(n, line.split()) for n, line in enumerate(text.splitlines(), 1) if line.strip()]
+    lines = lines[1:] if lines and "://" in lines[0][1][0] else lines
+    for n, words in lines:
+        if words[0].startswith("#"):
+            continue
+        try:
+            rows.append([float(word) for word in words])
+        except ValueError as error:
+            raise ValueError(f"{path}, line {n}: {error}; wanted {RE10K}") from None
+        finite = np.isfinite(rows[-1]).sum()
+        if not len(words) == finite == 19:
+            raise ValueError(f"{path}, line {n}: {len(words)} columns, {finite} finite; wanted {RE10K}")
+        if not pixels and not 0 < min(rows[-1][1:3]) <= max(rows[-1][1:3]) < 20:
+            raise ValueError(f"{path}, line {n}: focal lengths {words[1]} {words[2]}; wanted fractions of "
+                             "the image size. Divide fx, cx by the width and fy, cy by the height.")
+    if not rows:
+        raise ValueError(f"{path}: missing, or without cameras; wanted {RE10K}")
+    return np.array(rows)
+
+
+def read_cameras(path):
+    """RealEstate10K text, URL line or not: w2c (T, 3, 4), fx fy cx cy as fractions (T, 4); float64."""
+    table = read_table(path)
+    return table[:, 7:].reshape(-1, 3, 4), table[:, 1:5]
+
+
+def write_cameras(path, w2c, intrinsics, size):
+    """Write w2c (T, 3, 4) and pixel intrinsics (T, 3, 3) of images of size (H, W) as 19 columns per frame."""
+    (h, w), rows = size, []
+    for t, (e, k) in enumerate(zip(np.asarray(w2c, float), np.asarray(intrinsics, float))):
+        rows.append([t, k[0, 0] / w, k[1, 1] / h, k[0, 2] / w, k[1, 2] / h, 0, 0, *e.ravel()])
+    np.savetxt(path, rows, "%.10g")
+
+
+# --- Shared pieces -----------------------------------------------------------------------------------------
+FLIP = np.array([[1.], [-1], [-1]])                                               # OpenGL <-> OpenCV camera axes
+
+
+def inverse(matrices):
+    """Rigid (T, 3 or 4, 4) -> (T, 3, 4) the other way round; refuses what is no rotation."""
+    m = np.asarray(matrices, float)
+    if m.ndim != 3 or m.shape[1:] not in ((3, 4), (4, 4)):
+        raise ValueError(f"matrices of shape {m.shape}; wanted (T, 3, 4) or (T, 4, 4)")
+    R = m[:, :3, :3]
+    off = np.abs(R @ R.transpose(0, 2, 1) - np.eye(3)).max() + np.abs(np.linalg.det(R) - 1).max()
+    if not off < 1e-3:
+        raise ValueError(f"rotations are not orthonormal with determinant +1 (off by {off:.2g}); "
+                         "transposed, scaled or mirrored matrices?")
+    return inv_se3(torch.from_numpy(m[:, :3])).numpy()
+
+
+def oriented(matrices, kind, axes):
+    """w2c (T, 3, 4) in OpenCV axes from matrices that are w2c or c2w in opencv or opengl axes."""
+    w2c = inverse(matrices) if kind == "c2w" else inverse(inverse(matrices))
+    return w2c * FLIP if axes == "opengl" else w2c
+
+
+def need_size(size, path, what):
+    if size is None:
+        raise ValueError(f"{path}: {what} in pixels, but no image size; give --size HxW (size=(H, W))")
+    return size
+
+
+def fractions(pixels, size):
+    """fx fy cx cy in pixels (T, 4) <-> fractions: divide; multiply with 1 / size."""
+    return np.asarray(pixels, float) / np.array([size[1], size[0]] * 2, float)
+
+
+# --- JSON --------------------------------------------------------------------------------------------------
+def read_interp(path, size, axes):
+    """camera_data.json: 4x4 camera-to-world in cameras_interp, focal_length in pixels (500), centred."""
+    data = json.loads(Path(path).read_text())
+    h, w = need_size(size, path, "focal_length")
+    focal = float(data.get("focal_length", 500))
+    w2c = oriented(data["cameras_interp"], "c2w", axes)
+    return w2c, np.tile([focal / w, focal / h, .5, .5], (len(w2c), 1)), (h, w)
+
+
+def write_interp(path, w2c, intrinsics, size, axes):
+    h, w = need_size(size, path, "focal_length")
+    pixels = intrinsics * [w, h, w, h]
+    if np.ptp(pixels[:, :2]) > 1e-3 or np.abs(intrinsics[:, 2:] - .5).max() > 1e-3:
+        raise ValueError(f"{path}: this format holds one focal length and centred cameras; these have fx, fy from "
+                         f"{pixels[:, :2].min():.6g} to {pixels[:, :2].max():.6g} px. Write re10k or nerfstudio.")
+    c2w = np.tile(np.eye(4), (len(w2c), 1, 1))
+    c2w[:, :3] = inverse(w2c * FLIP if axes == "opengl" else w2c)
+    c2w = c2w.tolist()
+    Path(path).write_text(json.dumps(dict(focal_length=float(pixels[0, 0]), scale=1, cameras=[c2w[0], c2w[-1]],
+                                          cameras_interp=c2w)))
+
+
+def read_nerfstudio(path, size):
+    """transforms.json: camera-to-world in OpenGL axes, frames by file name; intrinsics shared or per frame."""
+    data = json.loads(Path(path).read_text())
+    frames = sorted(data["frames"], key=lambda f: f.get("file_path", ""))
+    rows = []
+    for f in ({**data, **f} for f in frames):
+        if any(abs(f.get(k, 0)) > 1e-9 for k in ("k1", "k2", "k3", "k4", "p1", "p2")):
+            raise ValueError(f"{path}: lens distortion; undistort the images first (colmap image_undistorter)")
+        if "w" in f and "h" in f:
+            size = size or (int(f["h"]), int(f["w"]))
+        h, w = need_size(size, path, "intrinsics")
+        fx = f.get("fl_x") or w / 2 / np.tan(f["camera_angle_x"] / 2)
+        fy = f.get("fl_y") or (h / 2 / np.tan(f["camera_angle_y"] / 2) if "camera_angle_y" in f else fx)
+        scale = np.array([w / f.get("w", w), h / f.get("h", h)] * 2)                      # --size: resized images
+        rows.append(np.array([fx, fy, f.get("cx", w / 2), f.get("cy", h / 2)]) * (scale if "fl_x" in f else 1))
+    return oriented([f["transform_matrix"] for f in frames], "c2w", "opengl"), fractions(rows, size), size
+
+
+def write_nerfstudio(path, w2c, intrinsics, size):
+    h, w = need_size(size, path, "intrinsics")
+    c2w = np.tile(np.eye(4), (len(w2c), 1, 1))
+    c2w[:, :3] = inverse(w2c * FLIP)
+    frames = [dict(file_path=f"images/frame_{t:05d}.png", fl_x=k[0], fl_y=k[1], cx=k[2], cy=k[3], transform_matrix=m)
+              for t, (m, k) in enumerate(zip(c2w.tolist(), (intrinsics * [w, h, w, h]).tolist()))]
+    Path(path).write_text(json.dumps(dict(camera_model="PINHOLE", w=w, h=h, frames=frames), indent=1))
+
+
+# --- COLMAP: pixel centres at +0.5, w2c in OpenCV axes; images ordered by name ------------------------------
+MODELS = ["SIMPLE_PINHOLE", "PINHOLE", "SIMPLE_RADIAL", "RADIAL", "OPENCV"]
+PARAMS = dict(zip(MODELS, (3, 4, 4, 5, 8)))
+
+
+def colmap_camera(path, model, w, h, params):
+    """Fractions fx fy cx cy of one camera; distorted ones are refused."""
+    shared = model in ("SIMPLE_PINHOLE", "SIMPLE_RADIAL", "RADIAL")
+    if model not in PARAMS or any(abs(p) > 1e-9 for p in params[3 if shared else 4:]):
+        raise ValueError(f"{path}: camera model {model} {params}: lens distortion or unknown; run colmap "
+                         "image_undistorter first")
+    fx, fy, cx, cy = (params[0], *params[:3]) if shared else params[:4]
+    return fractions([fx, fy, cx, cy], (h, w)), (h, w)
+
+
+def read_colmap(path):
+    path = Path(path)
+    cameras, images = {}, []
+    if (path / "images.bin").is_file():
+        data = (path / "cameras.bin").read_bytes()
+        (count,), at = struct.unpack_from("<Q", data), 8
+        for _ in range(count):
+            i, model, w, h = struct.unpack_from("<iiQQ", data, at)
+            name = MODELS[model] if model < len(MODELS) else f"number {model}"
+            params = struct.unpack_from(f"<{PARAMS.get(name, 0)}d", data, at + 24)
+            cameras[i] = colmap_camera(path, name, w, h, params)                  # an unknown model is refused here
+            at += 24 + 8 * len(params)
+        data = (path / "images.bin").read_bytes()
+        (count,), at = struct.unpack_from("<Q", data), 8
+        for _ in range(count):
+            _, *pose, camera = struct.unpack_from("<i7di", data, at)
+            end = data.index(b"\0", at + 64)
+            images.append((data[at + 64:end].decode(), pose, camera))
+            at = end + 9 + 24 * struct.unpack_from("<Q", data, end + 1)[0]
+    else:
+        for line in (path / "cameras.txt").read_text().splitlines():
+            if line.strip() and not line.startswith("#"):
+                i, model, w, h, *params = line.split()
+                cameras[int(i)] = colmap_camera(path, model, int(w), int(h), [float(p) for p in params])
+        lines = [x for x in (path / "images.txt").read_text().splitlines() if not x.startswith("#")]
+        for line in lines[::2]:                                                   # every second one holds 2D points
+            if line.strip():
+                _, *pose, camera, name = line.split(maxsplit=9)
+                images.append((name, [float(p) for p in pose], int(camera)))
+    images.sort()
+    pose = torch.tensor([p for _, p, _ in images], dtype=torch.float64)
+    w2c = torch.cat([quat_to_mat(pose[:, [1, 2, 3, 0]]), pose[:, 4:, None]], -1).numpy()
+    chosen = [cameras[camera] for _, _, camera in images]
+    return w2c, np.stack([k for k, _ in chosen]), chosen[0][1]
+
+
+def write_colmap(path, w2c, intrinsics, size, binary=False):
+    """A folder with one PINHOLE camera per distinct intrinsics and no points."""
+    h, w = need_size(size, path, "intrinsics")
+    path = Path(path)
+    path.mkdir(parents=True, exist_ok=True)
+    kinds, which = np.unique((intrinsics * [w, h, w, h]).round(9), axis=0, return_inverse=True)
+    q = mat_to_quat(torch.from_numpy(w2c[:, :, :3].copy())).numpy()[:, [3, 0, 1, 2]]
+    poses = np.concatenate([q, w2c[:, :, 3]], 1)
+    names = [f"frame_{t:05d}.png" for t in range(len(w2c))]
+    which = which.ravel() + 1
+    if binary:
+        (path / "cameras.bin").write_bytes(struct.pack("<Q", len(kinds)) + b"".join(
+            struct.pack("<iiQQ4d", i, 1, w, h, *k) for i, k in enumerate(kinds, 1)))
+        (path / "images.bin").write_bytes(struct.pack("<Q", len(poses)) + b"".join(
+            struct.pack("<i7di", t, *p, c) + name.encode() + b"\0" + struct.pack("<Q", 0)
+            for t, (p, c, name) in enumerate(zip(poses, which, names), 1)))
+    else:
+        (path / "cameras.txt").write_text("".join(
+            f"{i} PINHOLE {w} {h} " + " ".join(f"{x:.12g}" for x in k) + "\n" for i, k in enumerate(kinds, 1)))
+        (path / "images.txt").write_text("".join(
+            f"{t} " + " ".join(f"{x:.12g}" for x in p) + f" {c} {name}\n\n"
+            for t, (p, c, name) in enumerate(zip(poses, which, names), 1)))
+
+
+# --- TUM, npz ----------------------------------------------------------------------------------------------
+def read_tum(path):
+    """Lines: time tx ty tz qx qy qz qw of camera-to-world in OpenCV axes; no intrinsics."""
+    rows = np.loadtxt(path, comments="#", ndmin=2)
+    if rows.shape[1] != 8:
+        raise ValueError(f"{path}: {rows.shape[1]} columns; wanted time tx ty tz qx qy qz qw")
+    pose = torch.from_numpy(rows)
+    return inv_se3(torch.cat([quat_to_mat(pose[:, 4:]), pose[:, 1:4, None]], -1)).numpy()
+
+
+def write_tum(path, w2c):
+    c2w = inv_se3(torch.from_numpy(w2c))
+    rows = np.concatenate([np.arange(len(w2c))[:, None], c2w[..., 3], mat_to_quat(c2w[..., :3])], 1)
+    np.savetxt(path, rows, "%.12g")
+
+
+def read_npz(path, size, kind):
+    """w2c or c2w (T, 3 or 4, 4); optional intrinsics (T, 4) or (T, 3, 3), fractions or pixels, and size (H, W)."""
+    with np.load(path) as f:
+        data = dict(f)
+    named = [k for k in ("w2c", "c2w") if k in data]
+    key = named[0] if len(named) == 1 else next((k for k in ("extrinsics", "poses", "cameras") if k in data), None)
+    if len(named) != 1 and (kind is None or key is None):
+        raise ValueError(f"{path}: holds {', '.join(data)}; which way do the matrices map? Name one array w2c or c2w, "
+                         "or give --matrices w2c|c2w for an array called extrinsics, poses or cameras")
+    size = tuple(int(x) for x in data["size"]) if "size" in data else size
+    k = data.get("intrinsics")
+    if k is not None:
+        k = np.stack([k[..., 0, 0], k[..., 1, 1], k[..., 0, 2], k[..., 1, 2]], -1) if k.shape[-2:] == (3, 3) else k
+        k = np.broadcast_to(k, (len(data[key]), 4)).astype(float)
+        k = fractions(k, need_size(size, path, "intrinsics")) if k[:, :2].max() > 20 else k
+    return data[key], named[0] if named else kind, k, size
+
+
+# --- One door ----------------------------------------------------------------------------------------------
+FORMATS = ("re10k", "fantasyworld", "worldscore", "nerfstudio", "colmap", "tum", "npz")
+
+
+def guess(path):
+    """The format of a file by its contents; refused where two formats look alike."""
+    path = Path(path)
+    if path.is_dir() and any((path / f"images.{e}").is_file() for e in ("txt", "bin")):
+        return "colmap"
+    if path.suffix == ".npz":
+        return "npz"
+    if path.suffix == ".json":
+        data = json.loads(path.read_text())
+        if "frames" in data:
+            return "nerfstudio"
+        if "cameras_interp" in data:
+            raise ValueError(f"{path}: FantasyWorld (OpenCV axes) and WorldScore (OpenGL axes) share this layout; "
+                             "give --from fantasyworld or --from worldscore")
+    elif path.is_file():
+        lines = [x for x in path.read_text().splitlines() if x.strip() and x[0] != "#" and "://" not in x]
+        columns = {len(x.split()) for x in lines}
+        if columns in ({19}, {8}):
+            return "re10k" if columns == {19} else "tum"
+        if columns == {12} or columns == {16}:
+            raise ValueError(f"{path}: bare matrices: w2c or c2w, which axes? Save them as npz under the name w2c or c2w")
+    raise ValueError(f"{path}: missing or of no known format; give --from, one of {', '.join(FORMATS)}")
+
+
+def read(path, form=None, size=None, axes=None, matrices=None):
+    """Any camera file -> w2c (T, 3, 4), intrinsics (T, 4) or None, size (H, W) or None.
+
+    size      (H, W) in pixels, for files with pixel intrinsics and no size
+    axes      opencv or opengl: what the file's cameras really look along, where that differs from its format
+    matrices  w2c or c2w, for npz files that do not say"""
+    form, intrinsics = form or guess(path), None
+    try:
+        if form == "re10k":
+            w2c, intrinsics = read_cameras(path)
+        elif form in ("fantasyworld", "worldscore"):
+            w2c, intrinsics, size = read_interp(path, size, axes or dict(worldscore="opengl").get(form))
+            axes = None
+        elif form == "nerfstudio":
+            w2c, intrinsics, size = read_nerfstudio(path, size)
+        elif form == "colmap":
+            w2c, intrinsics, size = read_colmap(path)
+        elif form == "tum":
+            w2c = read_tum(path)
+        elif form == "npz":
+            w2c, matrices, intrinsics, size = read_npz(path, size, matrices)
+            w2c, axes = oriented(w2c, matrices, axes), None
+        else:
+            raise ValueError(f"format {form!r}; known: {', '.join(FORMATS)}")
+    except (OSError, KeyError, json.JSONDecodeError, struct.error) as error:
+        raise ValueError(f"{path}: not a readable {form} file: {error!r}") from None
+    inverse(w2c)                                                                  # refuses what is no rotation
+    return w2c * FLIP if axes and axes != dict(nerfstudio="opengl").get(form, "opencv") else w2c, intrinsics, size
+
+
+def write(path, form, w2c, intrinsics=None, size=None, binary=False):
+    """Write cameras as read() returns them; binary: COLMAP only."""
+    if intrinsics is None and form not in ("tum", "npz"):
+        raise ValueError(f"{path}: {form} holds intrinsics, but the source has none; tum and npz do without")
+    if form == "re10k":
+        np.savetxt(path, [[t, *k, 0, 0, *e.ravel()] for t, (e, k) in enumerate(zip(w2c, intrinsics))], "%.12g")
+    elif form in ("fantasyworld", "worldscore"):
+        write_interp(path, w2c, intrinsics, size, "opengl" if form == "worldscore" else "opencv")
+    elif form == "nerfstudio":
+        write_nerfstudio(path, w2c, intrinsics, size)
+    elif form == "colmap":
+        write_colmap(path, w2c, intrinsics, size, binary)
+    elif form == "tum":
+        write_tum(path, w2c)
+    elif form == "npz":
+        extra = {k: v for k, v in dict(intrinsics=intrinsics, size=size).items() if v is not None}
+        np.savez(path, w2c=w2c, **extra)
+    else:
+        raise ValueError(f"format {form!r}; known: {', '.join(FORMATS)}")
+
+
+# --- Paths from key frames ---------------------------------------------------------------------------------
+def look_at(centre, target, down=(0, 1, 0)):
+    """w2c (3, 4) float64 of a camera at `centre` that looks at `target`; `down` points to the picture's bottom."""
+    centre, target, down = (np.asarray(x, float) for x in (centre, target, down))
+    z = target - centre
+    x = np.cross(down, z)
+    if np.linalg.norm(z) < 1e-12 or np.linalg.norm(x) < 1e-9 * np.linalg.norm(z):
+        raise ValueError(f"look_at: from {centre} to {target} no picture bottom is given by down = {down}; choose another")
+    x, z = x / np.linalg.norm(x), z / np.linalg.norm(z)
+    R = np.stack([x, np.cross(z, x), z])                                          # rows: the camera's axes in the world
+    return np.concatenate([R, -R @ centre[:, None]], 1)
+
+
+def log_se3(E):
+    """Twist (..., 6) = rotation vector, velocity of rigid transforms (..., 3, 4); angles up to 180 degrees."""
+    q = mat_to_quat(E[..., :3])
+    sine = q[..., :3].norm(dim=-1, keepdim=True)
+    angle = 2 * torch.atan2(sine, q[..., 3:])
+    w = q[..., :3] * torch.where(sine > 1e-9, angle / sine.clamp(min=1e-12), 2)
+    half = angle.clamp(min=1e-4) / 2
+    c = torch.where(angle > 1e-4, (1 - half / half.tan()) / (2 * half) ** 2, 1 / 12)
+    t = E[..., 3]
+    wt = torch.linalg.cross(w, t, dim=-1)
+    return torch.cat([w, t - wt / 2 + c * torch.linalg.cross(w, wt, dim=-1)], -1)
+
+
+def exp_se3(twist):
+    """Inverse of log_se3."""
+    (a, b, c), v = twist[..., :3].unbind(-1), twist[..., 3:]
+    zero = torch.zeros_like(a)
+    W = torch.stack([zero, -c, b, c, zero, -a, -b, a, zero], -1).unflatten(-1, (3, 3))
+    return torch.matrix_exp(F.pad(torch.cat([W, v[..., None]], -1), (0, 0, 0, 1)))[..., :3, :]
+
+
+def interpolate(times, w2c, at):
+    """Camera path through key frames: w2c (K, 3, 4) at increasing `times` (K,) -> (T, 3, 4) at times `at` (T,).
+
+    Between two key frames the camera moves by a constant screw motion; at is clipped to the key frames."""
+    times, at, w2c = (torch.as_tensor(np.asarray(x), dtype=torch.float64) for x in (times, at, w2c))
+    if len(times) < 2 or (times.diff() <= 0).any():
+        raise ValueError(f"interpolate: times {times.tolist()}; wanted two or more, increasing")
+    i = (torch.searchsorted(times, at, right=True) - 1).clamp(0, len(times) - 2)
+    share = ((at - times[i]) / (times[i + 1] - times[i])).clamp(0, 1)
+    twist = log_se3(compose(w2c[i + 1], inv_se3(w2c[i])))
+    return compose(exp_se3(share[:, None] * twist), w2c[i]).numpy()
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("source")
+    parser.add_argument("target")
+    parser.add_argument("--from", dest="form", choices=FORMATS)
+    parser.add_argument("--to", choices=FORMATS, default="re10k")
+    parser.add_argument("--size", type=lambda s: tuple(map(int, s.split("x"))), metavar="HxW")
+    parser.add_argument("--axes", choices=("opencv", "opengl"))
+    parser.add_argument("--matrices", choices=("w2c", "c2w"))
+    parser.add_argument("--binary", action="store_true", help="COLMAP: .bin instead of .txt")
+    a = parser.parse_args()
+    try:
+        w2c, intrinsics, size = read(a.source, a.form, a.size, a.axes, a.matrices)
+        write(a.target, a.to, w2c, intrinsics, size or a.size, a.binary)
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from None
+    print(f"{a.target}: {len(w2c)} cameras")
+
+
+if __name__ == "__main__":
+    main()

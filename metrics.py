@@ -1,0 +1,97 @@
+"""Measures used by evaluation alone; depth, pose and point errors live in geometry.py.
+
+Sources: Video Depth Anything 2025 (TAE), Knapitsch et al. 2017 (F-score), Ilg et al. 2018 (sparsification).
+Shapes: B clips, T frames of H x W pixels; lengths in the unit of the input, scene units in train.py.  Results are
+Python floats, averaged over clips."""
+import torch
+
+from geometry import inv_se3, pixel_rays, rotate, unproject, valid_depth
+
+
+def nearest(a, b, chunk=2048):
+    """Distance of every point a (N, 3) to its nearest one of b (M, 3): (N,)."""
+    return torch.cat([torch.cdist(part, b).amin(1) for part in a.split(chunk)])
+
+
+def thin(points, count):
+    """At most `count` points, evenly spaced in the list: the same ones at every call."""
+    return points[torch.linspace(0, len(points) - 1, min(count, len(points)), device=points.device).round().long()]
+
+
+@torch.no_grad()
+def cloud_metrics(pred, gt, mask, threshold=0.05, count=4096):
+    """Point clouds regardless of which pixel a point belongs to.
+
+    pred, gt  (B, T, H, W, 3)   same frame and unit;   mask  (B, T, H, W)
+    count     points of a clip that are compared, drawn evenly: a share of the cost, chamfer grows by the spacing
+    returns   accuracy      mean distance of a predicted point to the nearest true one
+              completeness  mean distance of a true point to the nearest predicted one
+              chamfer       mean of the two
+              f_score       harmonic mean of the shares of both within `threshold`;   NaN without valid pixels"""
+    rows = []
+    for p, g, m in zip(pred.double(), gt.double(), mask):
+        if m.any():
+            p, g = thin(p[m], count), thin(g[m], count)
+            there, back = nearest(p, g), nearest(g, p)
+            precision, recall = ((x < threshold).double().mean() for x in (there, back))
+            f = 2 * precision * recall / (precision + recall).clamp(min=1e-12)
+            rows.append(torch.stack([there.mean(), back.mean(), (there.mean() + back.mean()) / 2, f]))
+    mean = torch.stack(rows).mean(0).tolist() if rows else [float("nan")] * 4
+    return dict(zip(("accuracy", "completeness", "chamfer", "f_score"), mean))
+
+
+def splat(depth, motion, K, size):
+    """Depth of one frame as a second camera sees it: (H, W), the nearest surface where several points land, inf where
+    none does.   depth (H, W), motion (3, 4) from the first to the second camera, K (3, 3) of both."""
+    valid = valid_depth(depth)
+    x = rotate(motion[:, :3], pixel_rays(K, size) * torch.where(valid, depth, 0)[..., None]) + motion[:, 3]
+    z = x[..., 2].clamp(min=1e-6)
+    j, i = ((K[a, a] * x[..., a] / z + K[a, 2]).floor() for a in (0, 1))
+    hit = valid & (x[..., 2] > 1e-6) & (i >= 0) & (i < size[0]) & (j >= 0) & (j < size[1])
+    seen = torch.full((size[0] * size[1],), torch.inf, dtype=z.dtype, device=z.device)
+    return seen.scatter_reduce(0, (i * size[1] + j)[hit].long(), z[hit], "amin").view(size)
+
+
+@torch.no_grad()
+def temporal_error(depth, w2c, K, mask):
+    """TAE: 100 times the mean |D - warped neighbour| / D over neighbouring frames in both directions.
+
+    depth, mask  (B, T >= 2, H, W)   predicted depth in the unit of the true cameras w2c (B, T, 3, 4); K (B, T, 3, 3)
+    The true depth has a small error too: points land between pixels.   Source: VDA, here with a z-buffer."""
+    depth, w2c, K = depth.double(), w2c.double(), K.double()
+    errors = []
+    for d, e, k, m in zip(depth, w2c, K, mask):
+        for a, b in [(t, t + 1) for t in range(len(d) - 1)] + [(t + 1, t) for t in range(len(d) - 1)]:
+            first = inv_se3(e[a])
+            R, t = e[b, :, :3] @ first[:, :3], e[b, :, :3] @ first[:, 3] + e[b, :, 3]
+            warped = splat(torch.where(m[a], d[a], 0), torch.cat([R, t[:, None]], 1), k[b], d.shape[1:])
+            keep = m[b] & torch.isfinite(warped) & valid_depth(d[b])
+            if keep.any():
+                errors.append(((d[b] - warped).abs() / d[b])[keep].mean())
+    return 100 * torch.stack(errors).mean().item() if errors else float("nan")
+
+
+@torch.no_grad()
+def head_agreement(points, depth, w2c, K, mask):
+    """Mean |P - unproject(depth, cameras)| / |P| of the three heads' outputs: needs no truth, 0 if they agree."""
+    points, want = points.double(), unproject(depth.double(), w2c.double(), K.double())
+    rel = (points - want).norm(dim=-1) / points.norm(dim=-1).clamp(min=1e-6)
+    return rel[mask].mean().item()
+
+
+@torch.no_grad()
+def ause(error, conf, mask, steps=20):
+    """Area between two sparsification curves over the mean error: 0 if confidence sorts pixels like the error does,
+    about 0.5 to 1 for a random one.
+
+    error, conf, mask  (B, T, H, W)   error >= 0
+    A curve is the mean error of the pixels left when the share k / steps, least confident first, is dropped."""
+    values = []
+    for e, c, m in zip(error.double(), conf.double(), mask):
+        if m.any():
+            e, c = e[m], c[m]
+            sizes = (len(e) * (1 - torch.arange(steps) / steps)).round().long().clamp(min=1).to(e.device) - 1
+            counts = torch.arange(1, len(e) + 1, device=e.device)
+            by_conf, best = (x.cumsum(0) / counts for x in (e[c.argsort(descending=True)], e.sort().values))
+            values.append((by_conf - best)[sizes].mean() / e.mean().clamp(min=1e-12))
+    return torch.stack(values).mean().item() if values else float("nan")
