@@ -318,7 +318,7 @@ def make_optimizer(model, dev):
     ids = {id(p) for p in plain}
     return torch.optim.AdamW([dict(params=[p for _, p in named if id(p) not in ids], weight_decay=weight_decay),
                               dict(params=plain, weight_decay=0.0)], lr=learning_rate, betas=(0.9, beta2),
-                             fused=dev.type == "cuda")
+                             fused=True)
 
 
 def learning_rate_at(step):
