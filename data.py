@@ -317,12 +317,15 @@ def window_starts(sample, num_frames, stride, start, windows, window_seed):
 
 def plan_clip(sample, folder, same, start, windows, window_seed):
     """Jobs of one clip's windows: sample, key (everything that changes the result) and path of the cache file."""
-    stats = [p.stat() for p in sample.values() if isinstance(p, Path) and p.exists()]
-    stamp, jobs = " ".join(f"{stat.st_size}:{stat.st_mtime_ns}" for stat in stats), []
+    stamp, jobs = [sample["fps"], sample["depth_scale"]], []
+    for path in (p for p in sample.values() if isinstance(p, Path)):
+        stats = [p.stat() for p in (path, *path.glob("*")) if p.exists()]          # a folder: its files too
+        stamp.append(f"{sum(s.st_size for s in stats)}:{max([s.st_mtime_ns for s in stats], default=0)}")
     whole = windows == 1 and window_seed < 0
     for s in window_starts(sample, same["num_frames"], same["stride"], start, windows, window_seed):
         name = sample["id"] if whole else f"{sample['id']}.{s:04d}"
-        key = dict(same, id=name, sample=sample["id"], prompt=sample["prompt"], stamp=stamp, start=s)
+        key = dict(same, id=name, sample=sample["id"], prompt=sample["prompt"], stamp=" ".join(map(str, stamp)),
+                   start=s)
         jobs.append(dict(sample=sample, key=key, path=folder / f"{name}.safetensors"))
     return jobs
 
@@ -358,6 +361,8 @@ def encode(root, height, width, num_frames, codec="transform", wan_dir="", devic
     """Encode windows of every clip, one pass per encoder; returns how many clips failed.
 
     Under torchrun every rank takes its share of the clips.  Finished files whose key still fits are kept."""
+    if num_frames % 4 != 1 or height % 16 or width % 16:
+        raise ValueError(f"{num_frames} frames of {height}x{width}; wanted 4k + 1 and multiples of 16")
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = device or (f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
     encoders, failed = make_encoders(codec, wan_dir, device), []

@@ -684,7 +684,7 @@ def load_wan(folder, cfg, device="cpu", dtype=None):
                  num_layers=len(dit.blocks), text_dim=dit.text_embedding[0].in_features, freq_dim=dit.freq_dim,
                  has_clip=dit.img_emb is not None, has_control=dit.control_adapter is not None)
     if os.environ.get("RANK", "0") == "0":
-        print(f"{folder}: {FAMILIES.get(fingerprint(shapes), 'a Wan2.1 DiT of sizes that no release has')}: "
+        print(f"{folder}: {FAMILIES.get(fingerprint(shapes), 'a DiT of sizes that no release has')}: "
               + ", ".join(f"{key} {value}" for key, value in found.items()), flush=True)
     return dit, replace(cfg, **found)
 

@@ -262,6 +262,15 @@ def test_random_windows_repeat_themselves_and_stay_inside_the_clip(clips):
     assert data.window_starts(sample, 5, 1, 0, 3, -1) == [0, 4, 8] and data.window_starts(sample, 5, 1, 2, 1, -1) == [2]
 
 
+def test_a_dropped_start_image_takes_its_clip_tokens_with_it(monkeypatch):
+    import train
+    b = dict(latents=torch.randn(2, 16, 2, 4, 4), y=torch.ones(2, 16, 2, 4, 4), clip=torch.ones(2, 257, 8), text=["", ""])
+    for probability, left in ((1.0, 0), (0.0, 1)):
+        monkeypatch.setattr(train, "image_dropout", probability)
+        dropped = train.draw(b, 0, range(2), 2, "")[3]
+        assert dropped["clip"].eq(left).all() and dropped["y"].eq(left).all()
+
+
 # ---- the commands of the README for real weights
 def test_encode_stage_1_stage_2_and_sample_run_on_a_complete_folder(clips, wan, tmp_path):
     root = copy_of(clips, tmp_path)
