@@ -115,6 +115,17 @@ def relative_depth(depth):
     return None
 
 
+def why_relative(path):
+    """relative_depth of a whole clip: a window of a stretched clip need not reach its ends."""
+    files = [path, *path.glob("*")] if path.is_dir() else [path]
+    return why_relative_at(path, max((f.stat().st_mtime_ns for f in files if f.exists()), default=0))
+
+
+@functools.lru_cache(maxsize=1)  # one clip is asked about several times in a row
+def why_relative_at(path, changed):
+    return relative_depth(read_arrays(path))
+
+
 def read_depth(path, scale=None, frames=None, inverse=False):
     """Z-depth (T, H, W) float32 metres, 0 = invalid.
 
@@ -124,7 +135,7 @@ def read_depth(path, scale=None, frames=None, inverse=False):
     depth = read_arrays(path, frames)
     if depth.ndim != 3:
         raise ValueError(f"{path}: array of shape {depth.shape}; wanted z-depth (T, H, W)")
-    relative = scale is None and relative_depth(depth)
+    relative = scale is None and why_relative(Path(path))
     if relative and inverse:
         raise ValueError(f"{path}: relative inverse depth ({relative}): its shift is unknown, so 1 / d is no depth. "
                          "Fit it to metric points first, or set depth_scale if it has a unit")
@@ -207,7 +218,8 @@ def load_clip(sample, height, width, num_frames, start=0, stride=1):
     returns  video       (3, T, H, W)  float32 in [-1, 1], antialiased
              depth       (T, H, W)     float32, metres, 0 = invalid, nearest pixel
              w2c         (T, 3, 4)     float64, metres, world = first camera of the window
-             intrinsics  (T, 3, 3)     float64, pixels at (H, W);   prompt, id: str;   fps: float"""
+             intrinsics  (T, 3, 3)     float64, pixels at (H, W);   prompt, id: str;   fps: float
+             relative    "" or why its depth has no unit (see relative_depth)"""
     if num_frames % 4 != 1:
         raise ValueError(f"num_frames = {num_frames}; wanted 4k + 1, for instance {num_frames // 4 * 4 + 1}")
     if not (sample["video"] and sample["camera"] and (sample["depth"] or sample["points"])):
@@ -239,7 +251,8 @@ def load_clip(sample, height, width, num_frames, start=0, stride=1):
     k[:, 1, 1], k[:, 1, 2] = fy * height / hc, (cy - y) * height / hc
     return dict(video=video.permute(1, 0, 2, 3) / 127.5 - 1, w2c=relative_to_first(w2c),
                 depth=torch.from_numpy(depth[:, rows][:, :, cols]), intrinsics=torch.from_numpy(k),
-                prompt=sample["prompt"], id=sample["id"], fps=float(sample["fps"] or fps) / stride)
+                prompt=sample["prompt"], id=sample["id"], fps=float(sample["fps"] or fps) / stride,
+                relative=(not sample["depth_scale"] and sample["depth"] and why_relative(sample["depth"])) or "")
 
 
 # --- Cache: what training reads ----------------------------------------------------------------------------
@@ -350,8 +363,12 @@ def encode_image(job, tower):
 def encode_video(job, vae, grey):
     clip = load_clip(job["sample"], *(job["key"][k] for k in ("height", "width", "num_frames", "start", "stride")))
     parts = [part(job, what) for what in ("text", "clip") if part(job, what).exists()]
+    if clip["relative"]:
+        tqdm.write(f"{clip['id']}: {clip['relative']}: not metric. It trains the depth head alone, with the ssi loss, in "
+                   "stage 1; give depth_scale in metadata.json if its depth does have a unit")
     save_clip(job["path"], clip, vae, grey, {k: v for path in parts for k, v in load_file(path).items()},
-              dict(job["key"], split=job["sample"]["split"], fps=clip["fps"]))
+              dict(job["key"], split=job["sample"]["split"], fps=clip["fps"],
+                   depth="relative" if clip["relative"] else "metric"))
     for path in parts:
         path.unlink()
 
@@ -405,7 +422,8 @@ def encode(root, height, width, num_frames, codec="transform", wan_dir="", devic
 
 
 class CachedClips(torch.utils.data.Dataset):
-    """The cached windows of a split: the tensors of save_clip in float32 (metres), and id, prompt, fps."""
+    """The cached windows of a split: the tensors of save_clip in float32 (metres), and id, prompt, fps;
+    relative: its depth has no unit."""
 
     def __init__(self, root, split, height, width, num_frames, wan_dir=""):
         ids, prefix = {s["id"] for s in load_samples(root, split)}, cache_prefix(wan_dir)
@@ -433,7 +451,12 @@ class CachedClips(torch.utils.data.Dataset):
     def __getitem__(self, i):
         with safe_open(self.files[i], "pt") as f:  # mapped: repeats cost no disk
             tensors, meta = {k: f.get_tensor(k).float() for k in f.keys()}, f.metadata()
-        return dict(tensors, id=meta["id"], prompt=meta["prompt"], fps=float(meta["fps"]))
+        return dict(tensors, id=meta["id"], prompt=meta["prompt"], fps=float(meta["fps"]),
+                    relative=torch.tensor(meta.get("depth") == "relative"))
+
+    def count_relative(self):
+        """How many of the clips have depth without a unit."""
+        return sum(cached_metadata(f).get("depth") == "relative" for f in self.files)
 
 
 def collate(items):

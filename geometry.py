@@ -642,20 +642,26 @@ def geometry_losses(pred, batch, cfg):
 
     pred   depth, depth_conf, points_conf (B, T, H, W), points (B, T, H, W, 3), pose_enc (n, B, T, 9)
     batch  depth, mask (B, T, H, W), points (B, T, H, W, 3), pose_enc (B, T, 9), all in scene units;
-           optional geo_weight (B,), the clip_weight of every part
+           optional geo_weight (B,), the clip_weight of every part; optional relative (B,) bool: clips whose
+           depth has no unit train the depth head alone, in ssi mode
     cfg    depth_mode "metric", alpha_tgm 10, beta_frame 1, gamma_conf 0.2, camera_delta 0.1, camera_weight 3
     returns  loss, parts: detached scalars depth, point, camera, tgm, frame, depth_conf_mean, point_conf_mean,
              valid_fraction.   L_depth = alpha TGM + beta (frame + conf).   Source: FantasyWorld 2025."""
-    depth, gt, mask = pred["depth"], batch["depth"], batch["mask"]
+    mask = batch["mask"]
     weight = batch.get("geo_weight", torch.ones(len(mask), device=mask.device))
-    tgm = tgm_loss(depth, gt, mask, align=cfg.depth_mode == "ssi", clip_weight=weight)
-    frame = frame_loss(depth, gt, mask, cfg.depth_mode, weight)
-    if cfg.depth_mode == "ssi":
-        depth, gt = standardize(depth, mask), standardize(gt, mask)
-    conf = conf_loss(depth, pred["depth_conf"], gt, mask, cfg.gamma_conf, weight)
-    point = points_loss(pred["points"], pred["points_conf"], batch["points"], mask, cfg.gamma_conf, weight)
+    relative = batch.get("relative")
+    metric = weight if relative is None else weight * ~relative
+    tgm, frame, conf = 0, 0, 0
+    for mode, w in ((cfg.depth_mode, metric),) + ((("ssi", weight * relative),) if relative is not None else ()):
+        depth, gt = pred["depth"], batch["depth"]
+        tgm = tgm + tgm_loss(depth, gt, mask, align=mode == "ssi", clip_weight=w)
+        frame = frame + frame_loss(depth, gt, mask, mode, w)
+        if mode == "ssi":
+            depth, gt = standardize(depth, mask), standardize(gt, mask)
+        conf = conf + conf_loss(depth, pred["depth_conf"], gt, mask, cfg.gamma_conf, w)
+    point = points_loss(pred["points"], pred["points_conf"], batch["points"], mask, cfg.gamma_conf, metric)
     has_scale = mask[:, 0].flatten(1).any(1)                          # else translations have no unit
-    camera = camera_loss(pred["pose_enc"], batch["pose_enc"], cfg.camera_delta, weight * has_scale)
+    camera = camera_loss(pred["pose_enc"], batch["pose_enc"], cfg.camera_delta, metric * has_scale)
     depth = cfg.alpha_tgm * tgm + cfg.beta_frame * (frame + conf)
     parts = dict(depth=depth, point=point, camera=camera, tgm=tgm, frame=frame,
                  depth_conf_mean=torch.where(mask, pred["depth_conf"], 0).sum() / mask.sum().clamp(min=1),

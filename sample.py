@@ -91,7 +91,7 @@ def sample_unipc(velocity, noise, steps=50, shift=5.0, progress=iter):
             slope = slope + (0.5 if order == 1 else b1 - rho) * (data_there - data[1])
         return sigmas[i + 1] / sigmas[i] * x - (1 - sigmas[i + 1]) * b * (data[1] + slope)
 
-    x, data = noise, [None, None]
+    x, before, data = noise, None, [None, None]
     for i in progress(range(steps)):
         t = torch.full((len(x),), float(int(1000 * sigmas[i])), device=x.device)
         now = x - sigmas[i] * velocity(x, t).float()

@@ -28,8 +28,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import config
 from data import CachedClips, collate, depth_to_rgb, tile, write_png
-from geometry import (decode_pose, depth_metrics, encode_pose, geometry_losses, normalize_scene, plucker_rays,
+from geometry import (clip_mean, decode_pose, depth_metrics, encode_pose, geometry_losses, normalize_scene, plucker_rays,
                       point_metrics, pose_metrics, unproject)
+from metrics import ause, cloud_metrics, head_agreement, temporal_error
 from model import (PRESETS, build_model, flow_matching_loss, load_trained, read_metadata, read_tensors,
                    shift_sigma, start_condition)
 
@@ -49,6 +50,7 @@ batch_size, grad_accum = 8, 1   # per GPU and micro-step; global batch = batch_s
 max_steps, save_every, keep_last, log_every, eval_every = 20000, 1000, 3, 10, 1000
 eval_clips, eval_only = 16, False
 eval_sigma = 0.1                # noise level of the geometry read-out; the release reads out at 0.0926
+eval_more_sigmas = (0.5, 0.9)   # further noise levels of --eval_only=True
 # ---- optimisation
 learning_rate, min_lr, warmup_steps, lr_schedule = 1e-5, 0.0, 100, "constant"     # constant, cosine or linear
 weight_decay, beta2, grad_clip = 0.01, 0.999, 1.0
@@ -145,6 +147,7 @@ def generator(*key):
 
 def prepare(batch, in_dim, dev):
     """Loader batch -> device tensors in scene units, with rays, pose encodings and points made on the device."""
+    batch = {k: v for k, v in batch.items() if k != "relative" or v.any()}       # rare: a second pass of losses
     b = {k: v.to(dev, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
     mask = torch.isfinite(b["depth"]) & (b["depth"] > 1e-3)
     size = b["depth"].shape[-2:]
@@ -166,44 +169,66 @@ def draw(b, step, positions, total, empty_text):
         noise.append(torch.randn(b["latents"].shape[1:], generator=g))
     u, dev = torch.stack(uniform), b["latents"].device
     pose_keep, image_keep = ((u[:, i] >= p).float().to(dev) for i, p in ((1, pose_dropout), (3, image_dropout)))
+    if "relative" in b:                                  # without metric depth, translations have no scene unit
+        pose_keep = pose_keep * ~b["relative"]
     text = [text if keep else empty_text for text, keep in zip(b["text"], u[:, 2] >= prompt_dropout)]
     y = None if b["y"] is None else b["y"] * image_keep.view(-1, 1, 1, 1, 1)
     image = {"clip": b["clip"] * image_keep.view(-1, 1, 1)} if "clip" in b else {}
     return torch.stack(noise).to(dev), shift_sigma(u[:, 0], shift).to(dev), pose_keep, dict(b, **image, text=text, y=y)
 
 
+def by_sigma(sigma, **per_clip):
+    """Sums of per-clip values in four bins of the noise level, and counts: (4, names + 1) on the device."""
+    values = torch.stack([*(v.detach().float() for v in per_clip.values()), torch.ones_like(sigma)], 1)
+    return torch.zeros(4, values.shape[1], device=sigma.device).index_add(0, (4 * sigma).long().clamp(max=3), values)
+
+
 def compute_loss(model, b, noise, sigma, pose_keep, options, video):
-    """Forward and all losses of one micro-batch -> scalar loss, dict of detached parts."""
+    """Forward and all losses of one micro-batch -> scalar loss, dict of detached parts, by_sigma of the main ones."""
     s = sigma.view(-1, 1, 1, 1, 1)
     x = (1 - s) * b["latents"] + s * noise
     out = model(x, 1000 * sigma, b["text"], y=b["y"], clip=b.get("clip"), plucker=b["plucker"], poses=b["pose_enc"],
                 pose_keep=pose_keep, video=video)
-    loss, parts = torch.zeros((), device=x.device), {}
+    loss, parts, per_clip = torch.zeros((), device=x.device), {}, {}
     if out["velocity"] is not None:
-        diffusion = flow_matching_loss(out["velocity"], b["latents"], noise).mean()
+        per_clip["diffusion"] = flow_matching_loss(out["velocity"], b["latents"], noise)
+        diffusion = per_clip["diffusion"].mean()
         loss, parts["diffusion"] = loss + lambda_diffusion * diffusion, diffusion.detach()
     if "depth" in out:
         geo, geo_parts = geometry_losses(out, dict(b, geo_weight=(1 - sigma) ** geo_sigma_power), options)
         loss, parts = loss + lambda_geo * geo, {**parts, **geo_parts}
-    return loss, {**parts, "total": loss.detach()}
+        per_clip["depth_l1"] = clip_mean((out["depth"] - b["depth"]).abs() * b["mask"], b["mask"])
+    return loss, {**parts, "total": loss.detach()}, {name: by_sigma(sigma, value=v) for name, v in per_clip.items()}
 
 
 # --------------------------------------------------------------------------------------------------------- evaluation
-COLUMNS = dict(abs_rel="AbsRel", delta1="delta1", points="points", rot_deg="rot deg", trans="transl", diffusion="diff")
+COLUMNS = dict(abs_rel="AbsRel", delta1="delta1", tae="TAE", points="points", f_score="F", agreement="agree",
+               ause="AUSE", rot_deg="rot deg", trans="transl", diffusion="diff")
 
 
-def geometry_row(depth, points, w2c, b):
-    """Metrics of one batch in scene units; translation is the mean distance of the camera centres."""
-    d, p = depth_metrics(depth, b["depth"], b["mask"]), point_metrics(points, b["points"], b["mask"])
-    c = pose_metrics(w2c, b["w2c"])
-    return dict(abs_rel=d["abs_rel"], delta1=d["delta1"], rmse=d["rmse"], points=p["dist"], **c)
+def geometry_row(depth, points, w2c, b, out=None):
+    """Metrics of one batch in scene units; translation is the mean distance of the camera centres.  With the model's
+    output `out` also how far its heads agree and how well its confidence sorts the errors."""
+    gt, mask = b["depth"], b["mask"]
+    row = {name + ("" if align == "none" else f"_{align}"): value for align in ("none", "median", "scale_shift")
+           for name, value in depth_metrics(depth, gt, mask, align).items()}
+    p = point_metrics(points, b["points"], mask)
+    row.update(points=p["dist"], points_rel=p["rel"], tae=temporal_error(depth, b["w2c"], b["intrinsics"], mask),
+               **cloud_metrics(points, b["points"], mask), **pose_metrics(w2c, b["w2c"]))
+    if out is not None:
+        _, K = decode_pose(out["pose_enc"][-1], gt.shape[-2:])
+        error = ((depth - gt).abs() / gt).where(mask, torch.zeros_like(gt))
+        row.update(agreement=head_agreement(points, depth, w2c, K, mask), ause=ause(error, out["depth_conf"], mask),
+                   ause_points=ause((points - b["points"]).norm(dim=-1), out["points_conf"], mask))
+    return row
 
 
 @torch.no_grad()
-def evaluate(model, clips, dev, autocast, rank=0, world=1, picture=None):
+def evaluate(model, clips, dev, autocast, rank=0, world=1, picture=None, more_sigmas=()):
     """Mean metrics over clips with fixed noise -> {"poses given": row, "no poses": row}, split over ranks.
 
-    The diffusion loss is the mean over five noise levels; geometry is read out at eval_sigma."""
+    The diffusion loss is the mean over five noise levels; geometry is read out at eval_sigma, and at more_sigmas in
+    rows of their own."""
     core = getattr(model, "module", model)
     sums = {}
     for i in range(rank, min(len(clips), eval_clips), world):
@@ -219,18 +244,22 @@ def evaluate(model, clips, dev, autocast, rank=0, world=1, picture=None):
                              pose_keep=keep)["velocity"]
                 loss = flow_matching_loss(v, b["latents"], noise).item()
                 row["diffusion"] = row.get("diffusion", 0) + loss / 5
-            if core.stage:
-                s = torch.full((1,), eval_sigma, device=dev)
+            title = "poses given" if given else "no poses"
+            rows = {title: row}
+            for sigma in (eval_sigma, *more_sigmas) if core.stage else ():
+                s = torch.full((1,), sigma, device=dev)
                 with autocast:
-                    out = core((1 - eval_sigma) * b["latents"] + eval_sigma * noise, 1000 * s, b["text"], y=b["y"],
+                    out = core((1 - sigma) * b["latents"] + sigma * noise, 1000 * s, b["text"], y=b["y"],
                                clip=b.get("clip"), plucker=b["plucker"], poses=b["pose_enc"], pose_keep=keep,
                                video=core.stage == 2)
                 w2c, _ = decode_pose(out["pose_enc"][-1], b["depth"].shape[-2:])
-                row.update(geometry_row(out["depth"], out["points"], w2c, b))
-                if picture and i == 0 and given:
+                name = title if sigma == eval_sigma else f"{title}, sigma {sigma:g}"
+                rows.setdefault(name, {}).update(geometry_row(out["depth"], out["points"], w2c, b, out))
+                if picture and i == 0 and given and sigma == eval_sigma:
                     write_png(picture, comparison(b, out))
-            for key, value in row.items():
-                sums.setdefault("poses given" if given else "no poses", {}).setdefault(key, []).append(float(value))
+            for name, row in rows.items():
+                for key, value in row.items():
+                    sums.setdefault(name, {}).setdefault(key, []).append(float(value))
     if world > 1:
         gathered = [None] * world
         dist.all_gather_object(gathered, sums)
@@ -263,19 +292,20 @@ def baselines(train_clips, val_clips, in_dim, dev):
             depth = torch.full_like(b["depth"], float(value))
             rows[name].append(geometry_row(depth, unproject(depth, cameras, b["intrinsics"]), identity, b))
     rows = {name: {k: sum(float(r[k]) for r in rs) / len(rs) for k in rs[0]} for name, rs in rows.items()}
-    for key in ("rot_deg", "trans"):
+    for key in ("rot_deg", "trans", "auc30", "ate", "rpe_trans", "rpe_rot"):
         rows["oracle"].pop(key)
     return {"baseline fair (train mean depth, identity pose)": rows["fair"],
             "baseline oracle (clip's own mean depth)": rows["oracle"]}
 
 
 def print_table(rows, file=sys.stdout):
-    print(f"{'':50s}" + "".join(f"{title:>9s}" for title in COLUMNS.values()), file=file)
+    print(f"{'':50s}" + "".join(f"{title:>8s}" for title in COLUMNS.values()), file=file)
     for name, row in rows.items():
-        print(f"{name:50s}" + "".join(f"{row[k]:9.3f}" if k in row else f"{'-':>9s}" for k in COLUMNS), file=file)
-    print("AbsRel and delta1 of the depth head without alignment; points: mean distance of the point head; transl: mean "
-          "distance of\nthe camera centres; lengths in scene units.  With poses given, rotation and translation are a "
-          "pass-through check, not learning.", file=file)
+        print(f"{name:50s}" + "".join(f"{row[k]:8.3f}" if k in row else f"{'-':>8s}" for k in COLUMNS), file=file)
+    print("AbsRel, delta1 of the depth head without alignment; TAE: its flicker in percent;\npoints, F: mean distance of the point head, F-score at 0.05; agree: point head against unprojected "
+          "depth head; AUSE:\nconfidence, 0 best; transl: mean distance of the camera centres; lengths in scene units.  "
+          "With poses given, rotation\nand translation are a pass-through check, not learning.  eval.json has all of it.",
+          file=file)
 
 
 # --------------------------------------------------------------------------------------------------------------- main
@@ -297,6 +327,20 @@ def check_options():
                          f"Train config/stage1.py first, then --init_from=outputs/stage1/latest.safetensors")
     for path in filter(None, init_from.split(",")):
         read_metadata(path)
+
+
+def check_depth_kinds(clips, master):
+    """Clips whose depth has no unit: their depth head trains with the ssi loss; what needs a unit refuses them."""
+    count = {split: c.count_relative() for split, c in clips.items()}
+    if count["val"] and stage:
+        raise SystemExit(f"{data_dir}: {count['val']} validation clips have depth without a unit; their errors would mean "
+                         "nothing. Give depth_scale in metadata.json, or choose other clips for the split val.")
+    if count["train"] and stage == 2:
+        raise SystemExit(f"{data_dir}: {count['train']} clips have depth without a unit; stage 2 conditions on cameras in "
+                         "units of the scene. Train them in stage 1, or leave them out.")
+    if count["train"] and stage and master:
+        print(f"warning: {count['train']} of {len(clips['train'])} clips have depth without a unit (8-bit or min-max "
+              "normalised); they train the depth head alone, with depth_mode ssi", flush=True)
 
 
 def setup():
@@ -366,12 +410,13 @@ def main(options):
     sources = list(filter(None, init_from.split(",")))
     clips = {split: CachedClips(data_dir, split, height, width, num_frames, wan_dir) for split in ("train", "val")}
     in_dim = model.dit.in_dim
+    check_depth_kinds(clips, master)
     if eval_only:
         rows = baselines(clips["train"], clips["val"], in_dim, dev) if master else {}
         for source in sources:
             meta = load_trained(model, source)
             model.set_stage(int(meta["stage"]))
-            found = evaluate(model, clips["val"], dev, autocast, rank, world)
+            found = evaluate(model, clips["val"], dev, autocast, rank, world, more_sigmas=eval_more_sigmas)
             rows.update({f"stage {meta['stage']} step {meta['step']}, {name}": row for name, row in found.items()})
         if master:
             out.mkdir(parents=True, exist_ok=True)
@@ -422,7 +467,7 @@ def main(options):
     batches = Batches(len(clips["train"]), first_step, rank, world)
     loader = torch.utils.data.DataLoader(clips["train"], batch_sampler=batches, collate_fn=collate,
                                          num_workers=num_workers, pin_memory=dev.type == "cuda")
-    peak, flops, started, tick, since = matmul_peak(dev), 0, time.perf_counter(), time.perf_counter(), 0
+    seen, peak, flops, started, tick, since = {}, matmul_peak(dev), 0, time.perf_counter(), time.perf_counter(), 0
     data, video, loss_options = iter(loader), stage != 1, SimpleNamespace(**options)
     empty_text = read_tensors(clips["train"].empty_text)[0]["text"].float()
     for step in range(first_step, max_steps):
@@ -437,9 +482,11 @@ def main(options):
             last = micro == grad_accum - 1
             with nullcontext() if last or world == 1 else wrapped.no_sync(), counter:
                 with autocast:
-                    loss, parts = compute_loss(wrapped, b, noise, sigma, pose_keep, loss_options, video)
+                    loss, parts, bins = compute_loss(wrapped, b, noise, sigma, pose_keep, loss_options, video)
                 (loss / grad_accum).backward()
             flops = flops or getattr(counter, "get_total_flops", lambda: 0)()
+            for key, value in bins.items():
+                seen[key] = seen.get(key, 0) + value
             for key, value in parts.items():          # stays on the device: .item() here would stall every step
                 sums[key] = sums.get(key, 0) + value / grad_accum
         norm = torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], grad_clip)
@@ -453,11 +500,17 @@ def main(options):
                 dist.all_reduce(values, dist.ReduceOp.AVG if dev.type == "cuda" else dist.ReduceOp.SUM)
                 values = values if dev.type == "cuda" else values / world
             scalars = {f"loss/{k}": v for k, v in zip(sums, values.tolist())}
-            spent = (time.perf_counter() - tick) / since
+            for key, value in seen.items():           # since the last line of the log
+                if world > 1:
+                    dist.all_reduce(value)
+                scalars.update({f"sigma/{key} {k / 4:.2f}-{(k + 1) / 4:.2f}": total_ / n
+                                for k, (total_, n) in enumerate(value.tolist()) if n})
+            seen, spent = {}, (time.perf_counter() - tick) / since
             scalars.update(learning_rate=lr, gradient_norm=float(norm), samples_per_second=total / spent,
                            gpu_memory=memory_gb(dev), mfu=flops * grad_accum / spent / peak)
             left = clock((max_steps - step - 1) * (time.perf_counter() - started) / (step + 1 - first_step))
-            log(f"step {step + 1}/{max_steps} | " + " | ".join(f"{k} {v:.4g}" for k, v in scalars.items())
+            log(f"step {step + 1}/{max_steps} | " + " | ".join(
+                f"{k} {v:.4g}" for k, v in scalars.items() if not k.startswith("sigma/"))
                 + f" | {spent:.3f} s/step | {left} left")
             if master:
                 for key, value in scalars.items():

@@ -60,6 +60,36 @@ def test_video_and_png_round_trip(tmp_path):
             data.read_video(tmp_path / name)
 
 
+@pytest.mark.parametrize("kind", ["uint8", "0 .. 1 over the clip", "0 .. 1 per frame", "1 / z", "millimetres"])
+def test_depth_without_a_unit_is_told_from_metric_depth_in_every_window(tmp_path, kind):
+    z = data.render_clip(2, 9, 32, 48)["depth"]
+    low, high = (f(z.reshape(9, -1), axis=1).reshape(9, 1, 1) for f in (np.min, np.max))
+    stored = {"uint8": (255 * z / z.max()).astype(np.uint8), "0 .. 1 over the clip": (z - z.min()) / np.ptp(z),
+              "0 .. 1 per frame": (z - low) / (high - low), "1 / z": 1 / z, "millimetres": 1000 * z}[kind]
+    np.save(tmp_path / "d.npy", stored)
+    relative = kind in ("uint8", "0 .. 1 over the clip", "0 .. 1 per frame")
+    assert bool(data.why_relative(tmp_path / "d.npy")) == relative
+    if relative:                                                                  # order is kept, nothing divided
+        np.testing.assert_array_equal(data.read_depth(tmp_path / "d.npy", frames=[3]), stored[[3]].astype(np.float32))
+        with pytest.raises(ValueError, match="relative inverse depth"):
+            data.read_depth(tmp_path / "d.npy", inverse=True)
+    elif kind == "1 / z":
+        np.testing.assert_allclose(data.read_depth(tmp_path / "d.npy", inverse=True), z, rtol=1e-6)
+    else:
+        np.testing.assert_allclose(data.read_depth(tmp_path / "d.npy", .001), z, rtol=1e-6)
+
+
+def test_clips_without_a_unit_are_marked_in_the_cache_and_the_user_is_told(rendered, tmp_path, capsys):
+    root = copy_of(rendered, tmp_path)
+    for f in (root / "train_000000" / "depth").glob("*.npy"):
+        np.save(f, (20 * np.load(f)).clip(0, 255).astype(np.uint8))
+    assert data.encode(root, 64, 96, 9) == 0
+    assert "train_000000: 8-bit depth: not metric" in capsys.readouterr().out
+    clips = data.CachedClips(root, "train", 64, 96, 9)
+    assert [bool(clips[i]["relative"]) for i in range(2)] == [True, False] and clips.count_relative() == 1
+    assert data.collate([clips[0], clips[1]])["relative"].tolist() == [True, False]
+
+
 def test_depth_reads_the_same_from_every_container(tmp_path):
     depth = (data.render_clip(2, 5, 32, 48)["depth"] * 1000).round().astype(np.uint16)
     metres = depth.astype(np.float32) * np.float32(.001)

@@ -276,3 +276,22 @@ def test_loss_gradients_match_finite_differences():
         cfg = SimpleNamespace(**{**CFG, "depth_mode": mode})
         total = lambda *x: geometry_losses(dict(zip(names, x)), batch, cfg)[0]
         assert torch.autograd.gradcheck(total, inputs)
+
+
+def test_clips_whose_depth_has_no_unit_train_the_depth_head_alone_and_blind_to_scale_and_shift():
+    (pred, batch), cfg, relative = case(B=2), SimpleNamespace(**CFG), tensor([True, False])
+    factor, shift = tensor([7., 1]).view(2, 1, 1, 1), tensor([3., 0]).view(2, 1, 1, 1)
+    stretched = dict(pred, depth=factor * pred["depth"] + shift)
+    total = geometry_losses(pred, dict(batch, relative=relative), cfg)[0]
+    near(geometry_losses(stretched, dict(batch, relative=relative), cfg)[0], total.item())
+
+    def clip(i, mode):
+        p = {k: v[:, i:i + 1] if k == "pose_enc" else v[i:i + 1] for k, v in pred.items()}
+        one = {k: v[i:i + 1] for k, v in batch.items()}
+        return geometry_losses(p, one, SimpleNamespace(**{**CFG, "depth_mode": mode}))
+    near(total, (clip(0, "ssi")[1]["depth"] + clip(1, "metric")[0]).item() / 2)
+    for name in ("points", "pose_enc", "depth"):
+        pred[name].requires_grad_()
+    geometry_losses(pred, dict(batch, relative=relative), cfg)[0].backward()
+    assert pred["points"].grad[0].abs().max() == 0 and pred["pose_enc"].grad[:, 0].abs().max() == 0
+    assert pred["depth"].grad[0].abs().max() > 0 and pred["points"].grad[1].abs().max() > 0
