@@ -17,7 +17,7 @@ $PYTHON train.py config/demo1.py
 say "4/6 stage 2: camera adapters and video <-> geometry exchange"
 $PYTHON train.py config/demo2.py
 say "5/6 evaluate on the unseen rooms"
-$PYTHON train.py config/demo2.py --eval_only=True --eval_clips=64 --out_dir=outputs/demo \
+$PYTHON train.py config/demo2.py --eval_only=True --eval_clips=64 --eval_more_sigmas="()" --out_dir=outputs/demo \
     --init_from=outputs/demo/stage1/latest.safetensors,outputs/demo/stage2/latest.safetensors
 say "6/6 sample a world from a start image, a prompt and a camera path"
 $PYTHON data.py synth data/demo_start --num 1 --num_frames 9 --height 64 --width 96 --seed 20000000 --variety simple --workers 0

@@ -385,6 +385,19 @@ def matmul_peak(dev):
     return 2 * n ** 3 / best
 
 
+def count_flops(model, clips, dev, autocast, options, video):
+    """FLOPs of one micro-step's forward and backward.  In a pass of its own: under the counter some operations take
+    another path, and a resumed run would differ from an uninterrupted one in the last bit."""
+    b = prepare(collate([clips[i % len(clips)] for i in range(batch_size)]), model.dit.in_dim, dev)
+    noise, sigma, pose_keep, b = draw(b, 0, range(batch_size), batch_size, b["text"][0])
+    with FlopCounterMode(display=False) as counter:
+        with autocast:
+            loss, *_ = compute_loss(model, b, noise, sigma, pose_keep, options, video)
+        loss.backward()
+    model.zero_grad(set_to_none=True)
+    return counter.get_total_flops()
+
+
 def memory_gb(dev):
     if dev.type == "cuda":
         return torch.cuda.max_memory_allocated(dev) / 2 ** 30
@@ -437,7 +450,8 @@ def main(options):
                              f"use --init_from to start a stage from another one, or another --out_dir")
         first_step = int(meta["step"])
         load_optimizer(str(start_from).replace(".safetensors", ".optim.safetensors"), model, optimizer)
-    wrapped = model
+    loss_options, video, wrapped = SimpleNamespace(**options), stage != 1, model
+    flops = count_flops(model, clips["train"], dev, autocast, loss_options, video)
     if compile:
         for block in [*model.dit.blocks, *model.frame_blocks, *model.global_blocks]:
             block.compile()
@@ -467,8 +481,8 @@ def main(options):
     batches = Batches(len(clips["train"]), first_step, rank, world)
     loader = torch.utils.data.DataLoader(clips["train"], batch_sampler=batches, collate_fn=collate,
                                          num_workers=num_workers, pin_memory=dev.type == "cuda")
-    seen, peak, flops, started, tick, since = {}, matmul_peak(dev), 0, time.perf_counter(), time.perf_counter(), 0
-    data, video, loss_options = iter(loader), stage != 1, SimpleNamespace(**options)
+    seen, peak, started, tick, since = {}, matmul_peak(dev), time.perf_counter(), time.perf_counter(), 0
+    data = iter(loader)
     empty_text = read_tensors(clips["train"].empty_text)[0]["text"].float()
     for step in range(first_step, max_steps):
         lr = learning_rate_at(step)
@@ -478,13 +492,11 @@ def main(options):
         for micro in range(grad_accum):
             b = prepare(next(data), in_dim, dev)
             noise, sigma, pose_keep, b = draw(b, step, batches.positions(step, micro), total, empty_text)
-            counter = FlopCounterMode(display=False) if not flops and not compile else nullcontext()
             last = micro == grad_accum - 1
-            with nullcontext() if last or world == 1 else wrapped.no_sync(), counter:
+            with nullcontext() if last or world == 1 else wrapped.no_sync():
                 with autocast:
                     loss, parts, bins = compute_loss(wrapped, b, noise, sigma, pose_keep, loss_options, video)
                 (loss / grad_accum).backward()
-            flops = flops or getattr(counter, "get_total_flops", lambda: 0)()
             for key, value in bins.items():
                 seen[key] = seen.get(key, 0) + value
             for key, value in parts.items():          # stays on the device: .item() here would stall every step
