@@ -9,7 +9,7 @@ say() { printf '\n== %s  (%d min %02d s so far)\n' "$1" $(((SECONDS - started) /
 PYTHON=${PYTHON:-python}
 
 say "1/6 render training rooms and 64 rooms of other seeds that no training sees"
-$PYTHON data.py synth data/demo --num 5000 --val 64 --num_frames 9 --height 64 --width 96 --seed 0 --variety simple --cache_only True
+$PYTHON data.py synth data/demo --num 4000 --val 64 --num_frames 9 --height 64 --width 96 --seed 0 --variety simple --cache_only True
 say "2/6 stage 0: a tiny video DiT from scratch, in place of the Wan2.1 weights"
 $PYTHON train.py config/demo0.py
 say "3/6 stage 1: the geometry branch on the frozen video branch"
@@ -22,5 +22,5 @@ $PYTHON train.py config/demo2.py --eval_only=True --eval_clips=64 --out_dir=outp
 say "6/6 sample a world from a start image, a prompt and a camera path"
 $PYTHON data.py synth data/demo_start --num 1 --num_frames 9 --height 64 --width 96 --seed 20000000 --variety simple --workers 0
 $PYTHON sample.py --ckpt outputs/demo/stage2/latest.safetensors --image data/demo_start/train_000000/video.mp4 \
-    --prompt "a room with a red box, the camera moves forward" --camera forward --steps 30 --guidance 1 --out outputs/demo/sample
+    --prompt "a room with a red box, the camera moves forward" --camera forward --steps 8 --guidance 1 --out outputs/demo/sample
 say "done: look at outputs/demo/sample/sheet.png, video.mp4, depth.mp4, points.ply; table in outputs/demo/eval.json"

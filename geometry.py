@@ -91,16 +91,27 @@ def pixel_rays(K, size):
     y = (v[:, None] - K[..., 1, 2]) / K[..., 1, 1]                    # (..., H, 1)
     return torch.stack(torch.broadcast_tensors(x, y, torch.ones_like(x)), -1)
 
+def world_rays(c2w, K, size):
+    """World directions of the pixel rays as three maps (..., H, W): rotated pixel_rays, but separable in rows and
+    columns and so several times cheaper."""
+    v, u = (torch.arange(n, dtype=K.dtype, device=K.device) + 0.5 for n in size)
+    K, R = K[..., None, None, :, :], c2w[..., None, None, :3, :3]
+    x = (u - K[..., 0, 2]) / K[..., 0, 0]                             # (..., 1, W)
+    y = (v[:, None] - K[..., 1, 2]) / K[..., 1, 1]                    # (..., H, 1)
+    return [R[..., c, 0] * x + (R[..., c, 1] * y + R[..., c, 2]) for c in range(3)]
+
 def plucker_rays(w2c, K, size):
     """Ray map of a clip seen from its first camera: moment o x d, then unit direction d.
 
     w2c      (B, T, 3, 4)      any world frame; translations in scene units, moments carry them
     K        (B, T, 3, 3)      pixels of an image of `size`
     returns  (B, 6, T, H, W)   frame 0 has moment 0.   Source: CameraCtrl."""
-    c2w = inv_se3(relative_to_first(w2c))[:, :, None, None]           # (B, T, 1, 1, 3, 4)
-    d = F.normalize(rotate(c2w[..., :3], pixel_rays(K, size)), dim=-1)
-    m = torch.linalg.cross(c2w[..., 3].expand_as(d), d, dim=-1)       # (B, T, H, W, 3)
-    return rearrange(torch.cat([m, d], -1), "b t h w c -> b c t h w")
+    c2w = inv_se3(relative_to_first(w2c))
+    x, y, z = world_rays(c2w, K, size)                                # (B, T, H, W) each
+    unit = torch.rsqrt(x * x + y * y + z * z)
+    x, y, z = x * unit, y * unit, z * unit
+    a, b, c = c2w[..., 3, None, None].unbind(2)
+    return torch.stack([b * z - c * y, c * x - a * z, a * y - b * x, x, y, z], 1)
 
 def pack_frames(x):
     """Stack a latent frame's frames: (B, c, T, H, W) -> (B, 4c, 1 + (T-1)/4, H, W), channel c*4 + j.
@@ -121,10 +132,10 @@ def unproject(depth, w2c, K):
     w2c      (B, T, 3, 4)      translations in the unit of depth
     K        (B, T, 3, 3)      pixels
     returns  (B, T, H, W, 3)   world frame.   Source: Hartley & Zisserman 6.1."""
-    valid = valid_depth(depth)[..., None]
-    c2w = inv_se3(w2c)[..., None, None, :, :]
-    rays = rotate(c2w[..., :3], pixel_rays(K, depth.shape[-2:]))      # (B, T, H, W, 3)
-    return torch.where(valid, rays * torch.where(valid, depth[..., None], 0) + c2w[..., 3], 0)
+    valid, c2w = valid_depth(depth), inv_se3(w2c)
+    depth = torch.where(valid, depth, 0)
+    return torch.stack([torch.where(valid, ray * depth + c2w[..., c, 3, None, None], 0)
+                        for c, ray in enumerate(world_rays(c2w, K, depth.shape[-2:]))], -1)
 
 def project(points, w2c, K):
     """World points (B, T, ..., 3) to pixels uv (B, T, ..., 2) and z (B, T, ...); uv is void where z <= 0."""

@@ -218,7 +218,6 @@ class WanHead(nn.Module):
         self.norm = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
         self.head = nn.Linear(dim, out)
         self.modulation = nn.Parameter(torch.randn(1, 2, dim) / dim ** 0.5)
-        nn.init.zeros_(self.head.weight)
 
     def forward(self, x, e):
         shift, scale = (self.modulation + e[:, None]).chunk(2, 1)                      # (B, 1, D): per sample
@@ -277,6 +276,10 @@ class WanDiT(nn.Module):
         self.head = WanHead(dim, 4 * out_dim)
         self.img_emb = ClipProjection(dim) if has_clip else None
         self.control_adapter = ControlAdapter(dim) if has_control else None
+        # From scratch (stage 0) the output starts as the input: at high noise the velocity nearly is the noisy latent.
+        nn.init.orthogonal_(self.patch_embedding.weight)
+        with torch.no_grad():
+            self.head.head.weight.copy_(rearrange(self.patch_embedding.weight[:, :out_dim], "d c 1 p q -> (p q c) d"))
 
     @classmethod
     def from_shapes(cls, shapes, head_dim=128, text_len=512, where="these tensors"):

@@ -14,7 +14,7 @@ VARIETY = dict(
               frequency=(2, 5), fov=(50, 85), path=(.3, 1.5), aim=.5, turn=(0, .35), pitch=.1, roll=.03,
               special=.4, clearance=.35),
     simple=dict(room=(2.6, 3.2), height=(1.35, 1.45), boxes=(0, 2), spheres=(0, 1), contrast=(.3, .6),
-                frequency=(2, 4), fov=(62, 70), path=(1, 2.4), aim=.25, turn=(.25, .15), pitch=.05, roll=.01,
+                frequency=(2, 4), fov=(62, 70), path=(.7, 1.8), aim=.25, turn=(.15, .1), pitch=.05, roll=.01,
                 special=0, clearance=.6))
 COLOURS = dict(red=(.80, .16, .13), green=(.20, .58, .24), blue=(.15, .33, .76), yellow=(.90, .74, .16),
                orange=(.90, .46, .12), purple=(.50, .24, .62), white=(.88, .88, .85), teal=(.10, .55, .56))

@@ -318,7 +318,7 @@ def make_optimizer(model, dev):
     ids = {id(p) for p in plain}
     return torch.optim.AdamW([dict(params=[p for _, p in named if id(p) not in ids], weight_decay=weight_decay),
                               dict(params=plain, weight_decay=0.0)], lr=learning_rate, betas=(0.9, beta2),
-                             fused=dev.type == "cuda")
+                             fused=True)
 
 
 def learning_rate_at(step):
@@ -479,4 +479,7 @@ def main(options):
 
 
 if __name__ == "__main__":
-    main(config.apply(globals(), sys.argv[1:]))
+    try:
+        main(config.apply(globals(), sys.argv[1:]))
+    except ValueError as error:                 # bad input: one line that names it, no traceback
+        raise SystemExit(f"train.py: {error}") from None

@@ -6,6 +6,6 @@ out_dir = "outputs/demo/stage0"
 
 height, width, num_frames = 64, 96, 9
 batch_size, num_workers = 8, 0
-max_steps, save_every, log_every, eval_every, eval_clips = 600, 200, 20, 0, 16
+max_steps, save_every, log_every, eval_every = 700, 350, 50, 0
 
-learning_rate, min_lr, lr_schedule, warmup_steps = 1e-3, 1e-4, "cosine", 50
+learning_rate, min_lr, lr_schedule, warmup_steps, beta2 = 3e-3, 1e-4, "cosine", 50, 0.95
