@@ -277,7 +277,7 @@ def guess(path):
         if columns in ({19}, {8}):
             return "re10k" if columns == {19} else "tum"
         if columns == {12} or columns == {16}:
-            raise ValueError(f"{path}: bare matrices: w2c or c2w, which axes? Save them as npz under the name w2c or c2w")
+            raise ValueError(f"{path}: bare matrices: w2c or c2w? Save them as npz under one of these names")
     raise ValueError(f"{path}: missing or of no known format; give --from, one of {', '.join(FORMATS)}")
 
 
@@ -339,7 +339,8 @@ def look_at(centre, target, down=(0, 1, 0)):
     z = target - centre
     x = np.cross(down, z)
     if np.linalg.norm(z) < 1e-12 or np.linalg.norm(x) < 1e-9 * np.linalg.norm(z):
-        raise ValueError(f"look_at: from {centre} to {target} no picture bottom is given by down = {down}; choose another")
+        raise ValueError(f"look_at: seen from {centre} towards {target}, down = {down} is no side of the picture; "
+                         "choose another")
     x, z = x / np.linalg.norm(x), z / np.linalg.norm(z)
     R = np.stack([x, np.cross(z, x), z])                                          # rows: the camera's axes in the world
     return np.concatenate([R, -R @ centre[:, None]], 1)

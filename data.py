@@ -156,7 +156,7 @@ FIELDS = dict(video=("video_path", "video"), depth=("depth_dir", "depth"), point
 def load_samples(root, split=None):
     """List a dataset: metadata.json with samples and splits, a flat list, or a scan of the sample folders.
 
-    returns  dicts: id, split, prompt, fps, depth_scale, inverse_depth; paths video, camera, depth, points (None = absent)
+    returns  dicts: id, split, prompt, fps, depth_scale, inverse_depth; paths video, camera, depth, points or None
     Without splits the last tenth (at least one of several) is "val", the rest "train"."""
     root, splits = Path(root), {}
     path = root / "metadata.json"

@@ -19,7 +19,7 @@ def thin(points, count):
 
 
 @torch.no_grad()
-def cloud_metrics(pred, gt, mask, threshold=0.05, count=4096):
+def cloud_metrics(pred, gt, mask, threshold=0.05, count=2048):
     """Point clouds regardless of which pixel a point belongs to.
 
     pred, gt  (B, T, H, W, 3)   same frame and unit;   mask  (B, T, H, W)

@@ -28,8 +28,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import config
 from data import CachedClips, collate, depth_to_rgb, tile, write_png
-from geometry import (clip_mean, decode_pose, depth_metrics, encode_pose, geometry_losses, normalize_scene, plucker_rays,
-                      point_metrics, pose_metrics, unproject)
+from geometry import (clip_mean, decode_pose, depth_metrics, encode_pose, geometry_losses, normalize_scene,
+                      plucker_rays, point_metrics, pose_metrics, unproject)
 from metrics import ause, cloud_metrics, head_agreement, temporal_error
 from model import (PRESETS, build_model, flow_matching_loss, load_trained, read_metadata, read_tensors,
                    shift_sigma, start_condition)
@@ -302,10 +302,10 @@ def print_table(rows, file=sys.stdout):
     print(f"{'':50s}" + "".join(f"{title:>8s}" for title in COLUMNS.values()), file=file)
     for name, row in rows.items():
         print(f"{name:50s}" + "".join(f"{row[k]:8.3f}" if k in row else f"{'-':>8s}" for k in COLUMNS), file=file)
-    print("AbsRel, delta1 of the depth head without alignment; TAE: its flicker in percent;\npoints, F: mean distance of the point head, F-score at 0.05; agree: point head against unprojected "
-          "depth head; AUSE:\nconfidence, 0 best; transl: mean distance of the camera centres; lengths in scene units.  "
-          "With poses given, rotation\nand translation are a pass-through check, not learning.  eval.json has all of it.",
-          file=file)
+    print("AbsRel, delta1 of the depth head without alignment; TAE: its flicker in percent; points, F: mean distance of the "
+          "point\nhead, F-score at 0.05; agree: point head against unprojected depth head; AUSE: confidence, 0 best; "
+          "transl: mean distance\nof the camera centres; lengths in scene units.  With poses given, rotation and "
+          "translation are a pass-through check, not\nlearning.  eval.json has all of it.", file=file)
 
 
 # --------------------------------------------------------------------------------------------------------------- main
@@ -333,11 +333,11 @@ def check_depth_kinds(clips, master):
     """Clips whose depth has no unit: their depth head trains with the ssi loss; what needs a unit refuses them."""
     count = {split: c.count_relative() for split, c in clips.items()}
     if count["val"] and stage:
-        raise SystemExit(f"{data_dir}: {count['val']} validation clips have depth without a unit; their errors would mean "
-                         "nothing. Give depth_scale in metadata.json, or choose other clips for the split val.")
+        raise SystemExit(f"{data_dir}: {count['val']} validation clips have depth without a unit; their errors would "
+                         "mean nothing. Give depth_scale in metadata.json, or choose other clips for the split val.")
     if count["train"] and stage == 2:
-        raise SystemExit(f"{data_dir}: {count['train']} clips have depth without a unit; stage 2 conditions on cameras in "
-                         "units of the scene. Train them in stage 1, or leave them out.")
+        raise SystemExit(f"{data_dir}: {count['train']} clips have depth without a unit; stage 2 conditions on cameras "
+                         "in units of the scene. Train them in stage 1, or leave them out.")
     if count["train"] and stage and master:
         print(f"warning: {count['train']} of {len(clips['train'])} clips have depth without a unit (8-bit or min-max "
               "normalised); they train the depth head alone, with depth_mode ssi", flush=True)

@@ -227,7 +227,7 @@ def check_depth(report, depth):
     share = valid.mean()
     report.numbers.update(valid=float(share))
     if share == 0 or not valid[0].any():
-        report.add("depth", "fail", "no valid pixel" + (" in frame 0, which gives the scene its scale" if share else ""))
+        report.add("depth", "fail", "no valid pixel" + (" in frame 0, which sets the scene's scale" if share else ""))
         return None
     low, middle, high = (float(x) for x in np.quantile(depth[valid][::17], (.02, .5, .98)))
     report.numbers.update(depth_low=low, depth_median=middle, depth_high=high)
@@ -264,7 +264,8 @@ def check_views(report, depth, w2c, K, rgb, level):
     flow, parallax = motion_in_pixels(g, w2c)
     B, shared = per_pair(error), (~error.isnan()).double().mean().item()
     agree = (error < .02).double().sum().item() / max(1, (~error.isnan()).sum().item())
-    report.numbers.update(relative=B[:-2].median().item(), shared=shared, agree=agree, motion_px=flow, parallax_px=parallax)
+    report.numbers.update(relative=B[:-2].median().item(), shared=shared, agree=agree, motion_px=flow,
+                          parallax_px=parallax)
     text = f"depth disagrees by {B[:-2].median():.1e}, {agree:.0%} of pixels within 2 %, {shared:.0%} shared"
     name, better, detail = find_suspect(depth, w2c, K, inner)
     if not name and report.numbers["depth_median"] > LARGE and parallax < .5:
@@ -320,7 +321,8 @@ def inspect(raw, level="data"):
     raw   id, table (T, 19) as read_table gives it, depth (T, H, W), size (H, W) of the video; optional rgb (T, H, W, 3)
           uint8, points (T, H, W, 3), scale (metres per unit), inverse
     level data: thresholds for recordings and estimates; exact: for renderings"""
-    report, counts = Report(raw["id"]), {k: len(raw[k]) for k in ("rgb", "table", "depth", "points") if raw.get(k) is not None}
+    report, kinds = Report(raw["id"]), ("rgb", "table", "depth", "points")
+    counts = {k: len(raw[k]) for k in kinds if raw.get(k) is not None}
     n = min(counts.values())
     text = " ".join(f"{dict(table='cameras').get(k, k)} {c}" for k, c in counts.items())
     report.add("frames", "ok" if len(set(counts.values())) == 1 else "fail", text)
@@ -344,7 +346,8 @@ def inspect(raw, level="data"):
         return report
     depth = raw["depth"][:n]
     if depth.dtype.kind != "f" and raw.get("scale") is None:
-        report.add("depth", "fail", f"{depth.dtype} without a unit: give the sample depth_scale (0.001 for millimetres)")
+        report.add("depth", "fail", f"{depth.dtype} without a unit: give the sample depth_scale "
+                   "(0.001 for millimetres)")
         return report
     with np.errstate(divide="ignore"):
         depth = (1 / depth.astype(np.float64) if raw.get("inverse") else depth) * (raw.get("scale") or 1)
@@ -400,7 +403,8 @@ def verify(root, split=None, fix_hints=False, as_json=False, exact=False):
     return failed
 
 
-COLUMNS = dict(frames="6d", depth_low="8.3g", depth_high="8.3g", valid="6.0%", shared="7.0%", relative="9.1e", photo="6.2f")
+COLUMNS = dict(frames="6d", depth_low="8.3g", depth_high="8.3g", valid="6.0%", shared="7.0%",
+               relative="9.1e", photo="6.2f")
 
 
 def print_report(report, fix_hints, header):

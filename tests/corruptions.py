@@ -1,4 +1,4 @@
-"""The mistakes `data.py verify` must name, made on purpose.   `python tests/corruptions.py [--trials 20]`: the table."""
+"""The mistakes `data.py verify` must name, made on purpose.   `python tests/corruptions.py [--trials 20]`"""
 import argparse
 import functools
 import sys
@@ -16,8 +16,8 @@ from geometry import inv_se3, pixel_rays, relative_to_first                     
 from scenes import render_clip                                                    # noqa: E402
 
 LIVINGROOM = Path(__file__).resolve().parents[2] / "shared" / "livingroom"
-KINDS = ("clean", "c2w stored as w2c", "OpenGL camera axes", "c2w in OpenGL axes", "pixel intrinsics", "3x4 matrix transposed",
-         "depth in millimetres", "ray length instead of z-depth", "inverse depth", "poses one frame late",
+KINDS = ("clean", "c2w stored as w2c", "OpenGL camera axes", "c2w in OpenGL axes", "pixel intrinsics",
+         "3x4 matrix transposed", "depth in millimetres", "ray length instead of z-depth", "inverse depth", "poses one frame late",
          "poses one frame early", "translation scale off", "relative depth")
 
 

@@ -101,8 +101,8 @@ def test_colmap_text_and_binary_by_hand(tmp_path):
                                      f"2 {HALF} 0 {-HALF} 0 3 -2 -1 3 a b.png\n\n")
     (binary / "cameras.bin").write_bytes(struct.pack("<QiiQQ4d", 1, 3, 1, 160, 120, 80, 80, 80, 60))
     (binary / "images.bin").write_bytes(
-        struct.pack("<Qi7di", 2, 9, 1, 0, 0, 0, 0, 0, 0, 3) + b"b.png\0" + struct.pack("<Qddqddq", 2, *[1., 2, -1, 3, 4, 7][:2],
-                                                                                    -1, 3., 4., 7)
+        struct.pack("<Qi7di", 2, 9, 1, 0, 0, 0, 0, 0, 0, 3) + b"b.png\0"
+        + struct.pack("<Qddqddq", 2, 1, 2, -1, 3, 4, 7)
         + struct.pack("<i7di", 2, HALF, 0, -HALF, 0, 3, -2, -1, 3) + b"a.png\0" + struct.pack("<Q", 0))
     for folder in (text, binary):
         got = cameras.read(folder)

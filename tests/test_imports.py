@@ -3,9 +3,11 @@ import ast
 import pathlib
 
 ROOT = pathlib.Path(__file__).parents[1]
-ALLOWED = dict(geometry=set(), cameras={"geometry"}, metrics={"geometry"}, encoders=set(), scenes={"geometry"}, model={"geometry"},
+ALLOWED = dict(geometry=set(), cameras={"geometry"}, metrics={"geometry"}, encoders=set(), scenes={"geometry"},
+               model={"geometry"},
                verify={"cameras", "data", "geometry"},
-               data={"geometry", "cameras", "scenes", "encoders", "verify"}, train={"config", "model", "geometry", "metrics", "data"},
+               data={"geometry", "cameras", "scenes", "encoders", "verify"},
+               train={"config", "model", "geometry", "metrics", "data"},
                sample={"model", "geometry", "data", "encoders"})
 
 

@@ -56,8 +56,8 @@ def test_loaded_half_size_and_cropped_clips_lie_on_the_surface_of_the_full_one(c
     data.write_video(tmp_path / "video.mp4", raw["rgb"], 15)
     np.save(tmp_path / "depth.npy", raw["depth"])
     data.write_cameras(tmp_path / "camera_params.txt", raw["w2c"], k, (64, 96))
-    sample = dict(data.read_entry(tmp_path, dict(video="video.mp4", depth="depth.npy", camera_params="camera_params.txt"),
-                                  "here"))
+    entry = dict(video="video.mp4", depth="depth.npy", camera_params="camera_params.txt")
+    sample = data.read_entry(tmp_path, entry, "here")
     got = data.load_clip(sample, height, width, 5)
     points = unproject(got["depth"].double()[None], got["w2c"][None], got["intrinsics"][None])
     full = unproject(clip["depth"], clip["w2c"], clip["K"])

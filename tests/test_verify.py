@@ -60,7 +60,8 @@ def test_noise_of_an_estimator_is_no_alarm():
         raw["table"][:, [10, 14, 18]] += .002 * rng.normal(size=(len(raw["table"]), 3))
         angle = .001 * rng.normal(size=len(raw["table"]))
         turn = np.stack([[[np.cos(a), 0, np.sin(a), 0], [0, 1, 0, 0], [-np.sin(a), 0, np.cos(a), 0]] for a in angle])
-        raw["table"][:, 7:] = np.einsum("tij,tjk->tik", turn[:, :, :3], raw["table"][:, 7:].reshape(-1, 3, 4)).reshape(-1, 12)
+        w2c = raw["table"][:, 7:].reshape(-1, 3, 4)
+        raw["table"][:, 7:] = np.einsum("tij,tjk->tik", turn[:, :, :3], w2c).reshape(-1, 12)
         report = verify.inspect(raw)
         assert report.status == "ok", report.checks
 
