@@ -269,12 +269,12 @@ def evaluate(model, clips, dev, autocast, rank=0, world=1, picture=None, more_si
 
 
 def comparison(b, out):
-    """Rows: true depth, predicted depth, confidence of up to 5 frames of one clip (uint8 picture)."""
+    """Rows: true depth, predicted depth, confidence of up to 5 frames of one clip; bright is near, and sure."""
     true, depth, conf = (x[0].float().cpu().numpy() for x in (b["depth"], out["depth"], out["depth_conf"]))
     pick = range(0, len(true), max(1, (len(true) - 1) // 4))
     low, high = true[true > 0].min(), true.max()
     return tile([[depth_to_rgb(true[t], low, high) for t in pick], [depth_to_rgb(depth[t], low, high) for t in pick],
-                 [depth_to_rgb(conf[t], conf.min(), conf.max()) for t in pick]])
+                 [depth_to_rgb(conf.max() / conf[t], 1, conf.max() / conf.min()) for t in pick]])
 
 
 def baselines(train_clips, val_clips, in_dim, dev):
