@@ -222,7 +222,7 @@ def main():
     trained = json.loads(meta["train_config"])
     frames = args.frames or trained["num_frames"]
     height, width = args.height or trained["height"], args.width or trained["width"]
-    if frames % 4 != 1 or height % 16 or width % 16:
+    if frames < 5 or frames % 4 != 1 or height % 16 or width % 16:
         raise ValueError(f"--frames {frames} --height {height} --width {width}: wanted 4k + 1 frames, multiples of 16")
     w2c, K = load_camera(args.camera, frames, (height, width), args.fov, args.amount, args.scene_scale)
     device = torch.device(args.device)

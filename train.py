@@ -22,6 +22,7 @@ from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
@@ -103,12 +104,24 @@ def checkpoints(out):
     return sorted(int(m[1]) for m in found if m)
 
 
+def whole(out, step):
+    """Whether a checkpoint and its optimizer state open; safetensors checks header and length."""
+    for end in ("", ".optim"):
+        try:
+            with safe_open(out / f"step-{step}{end}.safetensors", "pt"):
+                pass
+        except Exception as error:
+            print(f"warning: {out}/step-{step}{end}.safetensors is passed over: {error}", flush=True)
+            return False
+    return True
+
+
 def load_optimizer(path, model, optimizer):
     params = dict(model.named_parameters())
     for name, value in read_tensors(path)[0].items():
         parameter, key = name.split("|")
         p = params[parameter]
-        optimizer.state[p][key] = value if key == "step" else torch.empty_like(p).copy_(value)   # p's memory format
+        optimizer.state[p][key] = value.to(p.device) if key == "step" else torch.empty_like(p).copy_(value)
 
 
 # --------------------------------------------------------------------------------------------------------- one batch
@@ -317,7 +330,13 @@ def check_options():
         raise SystemExit(f"stage = {stage}: wanted 0, 1 or 2")
     if preset not in PRESETS:
         raise SystemExit(f"preset = {preset!r}: wanted one of {', '.join(PRESETS)}")
-    if num_frames % 4 != 1 or height % 16 or width % 16:
+    for key, known in (("lr_schedule", ("constant", "cosine", "linear")), ("depth_mode", ("metric", "ssi"))):
+        if globals()[key] not in known:
+            raise SystemExit(f"{key} = {globals()[key]!r}: wanted one of {', '.join(known)}")
+    for key in ("batch_size", "grad_accum", "log_every", "save_every", "keep_last"):
+        if globals()[key] < 1:
+            raise SystemExit(f"{key} = {globals()[key]}: wanted at least 1")
+    if num_frames < 5 or num_frames % 4 != 1 or height % 16 or width % 16:
         raise SystemExit(f"num_frames = {num_frames}, height x width = {height} x {width}: the video latents need "
                          f"4k + 1 frames (21, 81) and multiples of 16")
     if stage and not wan_dir and not random_wan:
@@ -332,7 +351,7 @@ def check_options():
 def check_depth_kinds(clips, master):
     """Clips whose depth has no unit: their depth head trains with the ssi loss; what needs a unit refuses them."""
     count = {split: c.count_relative() for split, c in clips.items()}
-    if count["val"] and stage:
+    if count.get("val") and stage:
         raise SystemExit(f"{data_dir}: {count['val']} validation clips have depth without a unit; their errors would "
                          "mean nothing. Give depth_scale in metadata.json, or choose other clips for the split val.")
     if count["train"] and stage == 2:
@@ -421,7 +440,8 @@ def main(options):
     model = build_model(cfg, wan_dir, dev, torch.bfloat16 if half and stage else None).set_stage(stage)
     model.checkpoint_activations = checkpoint_activations
     sources = list(filter(None, init_from.split(",")))
-    clips = {split: CachedClips(data_dir, split, height, width, num_frames, wan_dir) for split in ("train", "val")}
+    splits = ("train", "val") if eval_every or eval_only else ("train",)
+    clips = {split: CachedClips(data_dir, split, height, width, num_frames, wan_dir) for split in splits}
     in_dim = model.dit.in_dim
     check_depth_kinds(clips, master)
     if eval_only:
@@ -436,7 +456,7 @@ def main(options):
             (out / "eval.json").write_text(json.dumps(rows, indent=2))
             print_table(rows)
         return
-    steps_done = checkpoints(out) if resume == "auto" else []
+    steps_done = [step for step in checkpoints(out) if whole(out, step)] if resume == "auto" else []
     start_from = (out / f"step-{steps_done[-1]}.safetensors") if steps_done else resume if resume != "auto" else ""
     if sources and not start_from:
         load_trained(model, sources[0])
@@ -449,12 +469,15 @@ def main(options):
             raise SystemExit(f"resume = {start_from} is of stage {meta['stage']}, this run is stage {stage}; "
                              f"use --init_from to start a stage from another one, or another --out_dir")
         first_step = int(meta["step"])
-        load_optimizer(str(start_from).replace(".safetensors", ".optim.safetensors"), model, optimizer)
+        load_optimizer(pathlib.Path(start_from).with_name(f"step-{first_step}.optim.safetensors"), model, optimizer)
+    if any(step > first_step and whole(out, step) for step in checkpoints(out)):
+        raise SystemExit(f"{out} holds checkpoints later than step {first_step}, which pruning would keep in place of this "
+                         f"run's; use another --out_dir, or delete them")
     loss_options, video, wrapped = SimpleNamespace(**options), stage != 1, model
     flops = count_flops(model, clips["train"], dev, autocast, loss_options, video)
     if compile:
         for block in [*model.dit.blocks, *model.frame_blocks, *model.global_blocks]:
-            block.compile()
+            block.attend, block.feed_forward = torch.compile(block.attend), torch.compile(block.feed_forward)
     if world > 1:
         wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True,
                                           device_ids=[dev] if dev.type == "cuda" else None)
@@ -469,11 +492,11 @@ def main(options):
         from torch.utils.tensorboard import SummaryWriter
         (out / "eval").mkdir(parents=True, exist_ok=True)
         (out / "config.json").write_text(json.dumps(dict(metadata, first_step=first_step), indent=2))
-        board = SummaryWriter(out / "tensorboard", purge_step=first_step)
+        board = SummaryWriter(out / "tensorboard", purge_step=first_step + 1)
         log_file = open(out / "training.log", "a", buffering=1)
         log = lambda line: (print(line, flush=True), log_file.write(line + "\n"))
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    log(f"# stage {stage}, {trained / 1e6:.1f}M trainable, clips {len(clips['train'])} + {len(clips['val'])} val, "
+    log(f"# stage {stage}, {trained / 1e6:.1f}M trainable, clips {len(clips['train'])} + {len(clips.get('val', ()))} val, "
         f"global batch {batch_size} x {grad_accum} x {world} = {total}, {dev}, git {metadata['git']}, "
         f"steps {first_step} .. {max_steps}")
 

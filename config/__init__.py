@@ -36,7 +36,7 @@ def apply(script, argv):
             except OSError as error:
                 raise SystemExit(f"config file {arg}: {error.strerror}; config/ lists those that exist") from None
         for key, value in found.items():
-            if not key.startswith("__") and (type(value) in SIMPLE or key in known):
+            if not key.startswith("__") and (type(value) in (*SIMPLE, list, set, type(None)) or key in known):
                 known[key] = check(key, value, known, where)
     script.update(known)
     return known

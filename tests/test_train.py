@@ -93,6 +93,14 @@ def test_resumed_run_equals_uninterrupted_run_bitwise(stages):
     assert "steps 2 .. 3" in text
     whole, parts = load_file(root / "whole" / "latest.safetensors"), load_file(root / "parts" / "latest.safetensors")
     assert all(torch.equal(whole[k], parts[k]) for k in whole)
+    # a cut newest checkpoint is passed over: the run goes on from the one before, to the same end
+    newest = root / "parts" / "step-3.safetensors"
+    newest.write_bytes(newest.read_bytes()[:1000])
+    assert "passed over" in run("train.py", *common, "--max_steps=3", f"--out_dir={root}/parts")
+    parts = load_file(root / "parts" / "latest.safetensors")
+    assert all(torch.equal(whole[k], parts[k]) for k in whole)
+    text = run("train.py", *common, "--max_steps=1", "--resume=", f"--out_dir={root}/parts", ok=False)
+    assert "holds checkpoints later than step 0" in text
 
 
 @pytest.mark.parametrize("stage", [1, 2])
@@ -145,6 +153,8 @@ def test_sampling_writes_every_file_and_repeats_itself(stages):
     (["config/demo1.py", "--batch_size=four"], ["batch_size", "'four'", "int"]),
     (["config/missing.py"], ["config/missing.py", "No such file"]),
     (["config/demo1.py", "--num_frames=10"], ["num_frames = 10", "4k + 1"]),
+    (["config/demo1.py", "--lr_schedule=cosin"], ["lr_schedule = 'cosin'", "cosine"]),
+    (["config/demo1.py", "--save_every=0"], ["save_every = 0", "at least 1"]),
     (["config/demo2.py", "--init_from="], ["stage 2 starts from a stage 1 checkpoint"]),
     (["config/demo2.py", "--init_from=nowhere.safetensors"], ["nowhere.safetensors"]),
     (["config/demo1.py", "--wan_dir="], ["needs --wan_dir"]),
