@@ -701,12 +701,12 @@ def half_precision(dit, dtype):
 def load_trained(model, path):
     """Copy a checkpoint's tensors into the model; returns its metadata (stage, step, config as strings).
 
-    A stage 1 checkpoint has no interaction tensors: those keep their zero start.  Anything else that is missing,
-    left over or of another shape is a ValueError."""
+    A checkpoint holds what its stage trains; after stage 1 the interaction keeps its zero start.  Anything else that is
+    missing, left over or of another shape is a ValueError."""
     sd, meta = read_tensors(path)
-    own = model.state_dict()
-    optional = ("dit.",) + (("camera_adapters.", "exchange.") if meta.get("stage") == "1" else ())
-    missing = [k for k in own if k not in sd and not k.startswith(optional)]
+    own, untrained = model.state_dict(), ("camera_adapters.", "exchange.") if meta.get("stage") == "1" else ()
+    wanted = (k for k in own if k.startswith("dit.") == (meta.get("stage") == "0") and not k.startswith(untrained))
+    missing = [k for k in wanted if k not in sd]
     extra = [k for k in sd if k not in own or sd[k].shape != own[k].shape]
     if missing or extra:
         raise ValueError(f"{path} (stage {meta.get('stage')}) does not fit this model: {len(missing)} tensors missing "

@@ -103,6 +103,13 @@ def test_resumed_run_equals_uninterrupted_run_bitwise(stages):
     assert "holds checkpoints later than step 0" in text
 
 
+def test_every_stage_resumes_by_the_same_command(stages):
+    root, options = stages
+    for stage, more in ((2, [f"--wan_dir={root}/s0", f"--init_from={root}/s1/latest.safetensors"]), (0, [])):
+        text = run("train.py", f"config/demo{stage}.py", *options, *more, "--max_steps=3", f"--out_dir={root}/s{stage}")
+        assert "steps 2 .. 3" in text and (root / f"s{stage}" / "step-3.safetensors").is_file()
+
+
 @pytest.mark.parametrize("stage", [1, 2])
 def test_two_ranks_take_the_step_of_one_process_with_both_clips(stages, stage):
     root, options = stages
