@@ -249,22 +249,20 @@ def evaluate(model, clips, dev, autocast, rank=0, world=1, picture=None, more_si
         noise = torch.randn(b["latents"].shape, generator=generator(seed, 3, i)).to(dev)
         for given in (1, 0):
             row, keep = {}, torch.full((1,), float(given), device=dev)
-            for sigma in ((0.1, 0.3, 0.5, 0.7, 0.9) if core.stage != 1 or given else ()):
-                s = torch.full((1,), sigma, device=dev)
+
+            def look(sigma, **what):
+                t = torch.full((1,), 1000 * sigma, device=dev)
                 with autocast:
-                    v = core((1 - sigma) * b["latents"] + sigma * noise, 1000 * s, b["text"], y=b["y"],
-                             clip=b.get("clip"), plucker=b["plucker"], poses=b["pose_enc"], heads=False,
-                             pose_keep=keep)["velocity"]
-                loss = flow_matching_loss(v, b["latents"], noise).item()
+                    return core((1 - sigma) * b["latents"] + sigma * noise, t, b["text"], y=b["y"], clip=b.get("clip"),
+                                plucker=b["plucker"], poses=b["pose_enc"], pose_keep=keep, **what)
+
+            for sigma in ((0.1, 0.3, 0.5, 0.7, 0.9) if core.stage != 1 or given else ()):
+                loss = flow_matching_loss(look(sigma, heads=False)["velocity"], b["latents"], noise).item()
                 row["diffusion"] = row.get("diffusion", 0) + loss / 5
             title = "poses given" if given else "no poses"
             rows = {title: row}
             for sigma in (eval_sigma, *more_sigmas) if core.stage else ():
-                s = torch.full((1,), sigma, device=dev)
-                with autocast:
-                    out = core((1 - sigma) * b["latents"] + sigma * noise, 1000 * s, b["text"], y=b["y"],
-                               clip=b.get("clip"), plucker=b["plucker"], poses=b["pose_enc"], pose_keep=keep,
-                               video=core.stage == 2)
+                out = look(sigma, video=core.stage == 2)
                 w2c, _ = decode_pose(out["pose_enc"][-1], b["depth"].shape[-2:])
                 name = title if sigma == eval_sigma else f"{title}, sigma {sigma:g}"
                 rows.setdefault(name, {}).update(geometry_row(out["depth"], out["points"], w2c, b, out))
@@ -456,8 +454,10 @@ def main(options):
             (out / "eval.json").write_text(json.dumps(rows, indent=2))
             print_table(rows)
         return
-    steps_done = [step for step in checkpoints(out) if whole(out, step)] if resume == "auto" else []
-    start_from = (out / f"step-{steps_done[-1]}.safetensors") if steps_done else resume if resume != "auto" else ""
+    start_from = resume
+    if resume == "auto":
+        newest = next((step for step in reversed(checkpoints(out)) if whole(out, step)), None)
+        start_from = out / f"step-{newest}.safetensors" if newest else ""
     if sources and not start_from:
         load_trained(model, sources[0])
 
