@@ -14,10 +14,11 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+from checkpoints import build_model, config_from_metadata, load_trained, read_metadata
 from data import (cache_prefix, depth_to_rgb, encode_start, make_encoders, read_cameras, read_video, tile,
                   write_cameras, write_png, write_video)
 from geometry import camera_move, decode_pose, encode_pose, plucker_rays, pose_metrics, relative_to_first, unproject
-from model import build_model, config_from_metadata, load_trained, read_metadata, shift_sigma, start_condition
+from model import shift_sigma, start_condition
 
 # The default of the official Wan 2.1 code (shared_config.py, sample_neg_prompt); the demo's word hash gets "".
 NEGATIVE = ("色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，"

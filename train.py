@@ -11,9 +11,7 @@ import json
 import math
 import os
 import pathlib
-import re
 import resource
-import subprocess
 import sys
 import time
 from contextlib import nullcontext
@@ -22,18 +20,16 @@ from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 
 import config
-from data import CachedClips, collate, depth_to_rgb, tile, write_png
-from geometry import (clip_mean, decode_pose, depth_metrics, encode_pose, geometry_losses, normalize_scene,
-                      plucker_rays, point_metrics, pose_metrics, unproject)
-from metrics import ause, cloud_metrics, head_agreement, temporal_error
-from model import (PRESETS, build_model, flow_matching_loss, load_trained, read_metadata, read_tensors,
-                   shift_sigma, start_condition)
+from checkpoints import (build_model, git_hash, load_optimizer, load_trained, read_metadata, read_tensors,
+                         save_checkpoint, saved_steps, whole)
+from data import CachedClips, collate
+from evaluate import baselines, evaluate, generator, prepare, print_table
+from geometry import clip_mean, geometry_losses
+from model import PRESETS, flow_matching_loss, shift_sigma
 
 # ---- what
 preset = "1.3b"                 # 1.3b, 14b or demo: widths in model.PRESETS
@@ -64,66 +60,6 @@ device, seed, num_workers, compile, checkpoint_activations = "auto", 0, 2, False
 precision = "auto"              # bf16: frozen matrices in bf16, the rest under autocast; fp32; auto: bf16 on a GPU
 
 
-# ------------------------------------------------------------------------------------------------------------ records
-def git_hash():
-    result = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True,
-                            cwd=pathlib.Path(__file__).parent)
-    return result.stdout.strip() or "unknown"
-
-
-def write_whole(path, write):
-    """write(temporary path), flush to the disk, rename: the file is whole or absent."""
-    temporary = path.with_name(path.name + ".tmp")
-    write(temporary)
-    with open(temporary, "rb+") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-def save_checkpoint(out, step, model, optimizer, metadata):
-    """OUT/step-N.safetensors (trainable tensors), its optimizer state beside it, latest as a hard link; prune."""
-    names = {id(p): name for name, p in model.named_parameters()}
-    moments = {f"{names[id(p)]}|{key}": value.detach().cpu().contiguous()
-               for p, state in optimizer.state.items() for key, value in state.items()}
-    path = out / f"step-{step}.safetensors"
-    write_whole(out / f"step-{step}.optim.safetensors", lambda p: save_file(moments, p))
-    tensors = {name: p.cpu().contiguous() for name, p in model.trainable_state_dict().items()}
-    write_whole(path, lambda p: save_file(tensors, p, metadata={**metadata, "step": str(step)}))
-    link = out / "latest.tmp"
-    link.unlink(missing_ok=True)
-    os.link(path, link)
-    os.replace(link, out / "latest.safetensors")
-    for old in checkpoints(out)[:-keep_last]:
-        (out / f"step-{old}.safetensors").unlink()
-        (out / f"step-{old}.optim.safetensors").unlink(missing_ok=True)
-
-
-def checkpoints(out):
-    """Steps of the checkpoints in a run folder, oldest first."""
-    found = (re.fullmatch(r"step-(\d+)\.safetensors", p.name) for p in out.glob("step-*.safetensors"))
-    return sorted(int(m[1]) for m in found if m)
-
-
-def whole(out, step):
-    """Whether a checkpoint and its optimizer state open; safetensors checks header and length."""
-    for end in ("", ".optim"):
-        try:
-            with safe_open(out / f"step-{step}{end}.safetensors", "pt"):
-                pass
-        except Exception as error:
-            print(f"warning: {out}/step-{step}{end}.safetensors is passed over: {error}", flush=True)
-            return False
-    return True
-
-
-def load_optimizer(path, model, optimizer):
-    params = dict(model.named_parameters())
-    for name, value in read_tensors(path)[0].items():
-        parameter, key = name.split("|")
-        p = params[parameter]
-        optimizer.state[p][key] = value.to(p.device) if key == "step" else torch.empty_like(p).copy_(value)
-
-
 # --------------------------------------------------------------------------------------------------------- one batch
 class Batches:
     """Index lists of this rank's micro-batches from a step on: a pure function of (seed, step), no state to save."""
@@ -148,26 +84,6 @@ class Batches:
                         order = torch.randperm(self.clips, generator=generator(seed, 1, epoch)).tolist()
                     indices.append(order[n % self.clips])
                 yield indices
-
-
-def generator(*key):
-    """A CPU generator for one purpose: the same numbers on every device, rank count and after every resume."""
-    mixed = 0
-    for k in key:
-        mixed = (mixed * 0x9E3779B97F4A7C15 + k + 1) % (1 << 63)
-    return torch.Generator().manual_seed(mixed)
-
-
-def prepare(batch, in_dim, dev):
-    """Loader batch -> device tensors in scene units, with rays, pose encodings and points made on the device."""
-    batch = {k: v for k, v in batch.items() if k != "relative" or v.any()}       # rare: a second pass of losses
-    b = {k: v.to(dev, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
-    mask = torch.isfinite(b["depth"]) & (b["depth"] > 1e-3)
-    size = b["depth"].shape[-2:]
-    depth, w2c, scale = normalize_scene(b["depth"], b["w2c"], b["intrinsics"], mask)
-    return dict(b, depth=depth, w2c=w2c, scale=scale, mask=mask, points=unproject(depth, w2c, b["intrinsics"]),
-                pose_enc=encode_pose(w2c, b["intrinsics"], size), plucker=plucker_rays(w2c, b["intrinsics"], size),
-                y=start_condition(b["start_latents"], in_dim, b["latents"].shape[2]))
 
 
 def draw(b, step, positions, total, empty_text):
@@ -212,111 +128,6 @@ def compute_loss(model, b, noise, sigma, pose_keep, options, video):
         loss, parts = loss + lambda_geo * geo, {**parts, **geo_parts}
         per_clip["depth_l1"] = clip_mean((out["depth"] - b["depth"]).abs() * b["mask"], b["mask"])
     return loss, {**parts, "total": loss.detach()}, {name: by_sigma(sigma, value=v) for name, v in per_clip.items()}
-
-
-# --------------------------------------------------------------------------------------------------------- evaluation
-COLUMNS = dict(abs_rel="AbsRel", delta1="delta1", tae="TAE", points="points", f_score="F", agreement="agree",
-               ause="AUSE", rot_deg="rot deg", trans="transl", diffusion="diff")
-
-
-def geometry_row(depth, points, w2c, b, out=None):
-    """Metrics of one batch in scene units; translation is the mean distance of the camera centres.  With the model's
-    output `out` also how far its heads agree and how well its confidence sorts the errors."""
-    gt, mask = b["depth"], b["mask"]
-    row = {name + ("" if align == "none" else f"_{align}"): value for align in ("none", "median", "scale_shift")
-           for name, value in depth_metrics(depth, gt, mask, align).items()}
-    p = point_metrics(points, b["points"], mask)
-    row.update(points=p["dist"], points_rel=p["rel"], tae=temporal_error(depth, b["w2c"], b["intrinsics"], mask),
-               **cloud_metrics(points, b["points"], mask), **pose_metrics(w2c, b["w2c"]))
-    if out is not None:
-        _, K = decode_pose(out["pose_enc"][-1], gt.shape[-2:])
-        error = ((depth - gt).abs() / gt).where(mask, torch.zeros_like(gt))
-        row.update(agreement=head_agreement(points, depth, w2c, K, mask), ause=ause(error, out["depth_conf"], mask),
-                   ause_points=ause((points - b["points"]).norm(dim=-1), out["points_conf"], mask))
-    return row
-
-
-@torch.no_grad()
-def evaluate(model, clips, dev, autocast, rank=0, world=1, picture=None, more_sigmas=()):
-    """Mean metrics over clips with fixed noise -> {"poses given": row, "no poses": row}, split over ranks.
-
-    The diffusion loss is the mean over five noise levels; geometry is read out at eval_sigma, and at more_sigmas in
-    rows of their own."""
-    core = getattr(model, "module", model)
-    sums = {}
-    for i in range(rank, min(len(clips), eval_clips), world):
-        b = prepare(collate([clips[i]]), core.dit.in_dim, dev)
-        noise = torch.randn(b["latents"].shape, generator=generator(seed, 3, i)).to(dev)
-        for given in (1, 0):
-            row, keep = {}, torch.full((1,), float(given), device=dev)
-
-            def look(sigma, **what):
-                t = torch.full((1,), 1000 * sigma, device=dev)
-                with autocast:
-                    return core((1 - sigma) * b["latents"] + sigma * noise, t, b["text"], y=b["y"], clip=b.get("clip"),
-                                plucker=b["plucker"], poses=b["pose_enc"], pose_keep=keep, **what)
-
-            for sigma in ((0.1, 0.3, 0.5, 0.7, 0.9) if core.stage != 1 or given else ()):
-                loss = flow_matching_loss(look(sigma, heads=False)["velocity"], b["latents"], noise).item()
-                row["diffusion"] = row.get("diffusion", 0) + loss / 5
-            title = "poses given" if given else "no poses"
-            rows = {title: row}
-            for sigma in (eval_sigma, *more_sigmas) if core.stage else ():
-                out = look(sigma, video=core.stage == 2)
-                w2c, _ = decode_pose(out["pose_enc"][-1], b["depth"].shape[-2:])
-                name = title if sigma == eval_sigma else f"{title}, sigma {sigma:g}"
-                rows.setdefault(name, {}).update(geometry_row(out["depth"], out["points"], w2c, b, out))
-                if picture and i == 0 and given and sigma == eval_sigma:
-                    write_png(picture, comparison(b, out))
-            for name, row in rows.items():
-                for key, value in row.items():
-                    sums.setdefault(name, {}).setdefault(key, []).append(float(value))
-    if world > 1:
-        gathered = [None] * world
-        dist.all_gather_object(gathered, sums)
-        sums = {name: {key: sum((g.get(name, {}).get(key, []) for g in gathered), []) for key in row}
-                for name, row in sums.items()}
-    return {name: {key: sum(v) / len(v) for key, v in row.items()} for name, row in sums.items()}
-
-
-def comparison(b, out):
-    """Rows: true depth, predicted depth, confidence of up to 5 frames of one clip; bright is near, and sure."""
-    true, depth, conf = (x[0].float().cpu().numpy() for x in (b["depth"], out["depth"], out["depth_conf"]))
-    pick = range(0, len(true), max(1, (len(true) - 1) // 4))
-    low, high = true[true > 0].min(), true.max()
-    return tile([[depth_to_rgb(true[t], low, high) for t in pick], [depth_to_rgb(depth[t], low, high) for t in pick],
-                 [depth_to_rgb(conf.max() / conf[t], 1, conf.max() / conf.min()) for t in pick]])
-
-
-def baselines(train_clips, val_clips, in_dim, dev):
-    """Two trivial predictors.  fair: mean depth of the training set, identity cameras; oracle: each clip's own mean
-    depth, and its true cameras for the points."""
-    def prepared(clips, n):
-        return (prepare(collate([clips[i]]), in_dim, dev) for i in range(min(n, len(clips))))
-
-    means = [b["depth"][b["mask"]].mean().item() for b in prepared(train_clips, 256)]
-    fair_depth, rows = sum(means) / len(means), dict(fair=[], oracle=[])
-    for b in prepared(val_clips, eval_clips):
-        identity = torch.eye(4, device=dev)[:3].expand_as(b["w2c"])
-        for name, value, cameras in (("fair", fair_depth, identity),
-                                     ("oracle", b["depth"][b["mask"]].mean(), b["w2c"])):
-            depth = torch.full_like(b["depth"], float(value))
-            rows[name].append(geometry_row(depth, unproject(depth, cameras, b["intrinsics"]), identity, b))
-    rows = {name: {k: sum(float(r[k]) for r in rs) / len(rs) for k in rs[0]} for name, rs in rows.items()}
-    for key in ("rot_deg", "trans", "auc30", "ate", "rpe_trans", "rpe_rot"):
-        rows["oracle"].pop(key)
-    return {"baseline fair (train mean depth, identity pose)": rows["fair"],
-            "baseline oracle (clip's own mean depth)": rows["oracle"]}
-
-
-def print_table(rows, file=sys.stdout):
-    print(f"{'':50s}" + "".join(f"{title:>8s}" for title in COLUMNS.values()), file=file)
-    for name, row in rows.items():
-        print(f"{name:50s}" + "".join(f"{row[k]:8.3f}" if k in row else f"{'-':>8s}" for k in COLUMNS), file=file)
-    print("AbsRel, delta1 of the depth head without alignment; TAE: its flicker in percent; points, F: mean distance of the "
-          "point\nhead, F-score at 0.05; agree: point head against unprojected depth head; AUSE: confidence, 0 best; "
-          "transl: mean distance\nof the camera centres; lengths in scene units.  With poses given, rotation and "
-          "translation are a pass-through check, not\nlearning.  eval.json has all of it.", file=file)
 
 
 # --------------------------------------------------------------------------------------------------------------- main
@@ -440,14 +251,15 @@ def main(options):
     sources = list(filter(None, init_from.split(",")))
     splits = ("train", "val") if eval_every or eval_only else ("train",)
     clips = {split: CachedClips(data_dir, split, height, width, num_frames, wan_dir) for split in splits}
-    in_dim = model.dit.in_dim
+    in_dim, settings = model.dit.in_dim, SimpleNamespace(**options)
     check_depth_kinds(clips, master)
     if eval_only:
-        rows = baselines(clips["train"], clips["val"], in_dim, dev) if master else {}
+        rows = baselines(clips["train"], clips["val"], in_dim, dev, eval_clips) if master else {}
         for source in sources:
             meta = load_trained(model, source)
             model.set_stage(int(meta["stage"]))
-            found = evaluate(model, clips["val"], dev, autocast, rank, world, more_sigmas=eval_more_sigmas)
+            found = evaluate(model, clips["val"], dev, autocast, settings, rank, world,
+                             more_sigmas=eval_more_sigmas)
             rows.update({f"stage {meta['stage']} step {meta['step']}, {name}": row for name, row in found.items()})
         if master:
             out.mkdir(parents=True, exist_ok=True)
@@ -456,7 +268,7 @@ def main(options):
         return
     start_from = resume
     if resume == "auto":
-        newest = next((step for step in reversed(checkpoints(out)) if whole(out, step)), None)
+        newest = next((step for step in reversed(saved_steps(out)) if whole(out, step)), None)
         start_from = out / f"step-{newest}.safetensors" if newest else ""
     if sources and not start_from:
         load_trained(model, sources[0])
@@ -470,11 +282,11 @@ def main(options):
                              f"use --init_from to start a stage from another one, or another --out_dir")
         first_step = int(meta["step"])
         load_optimizer(pathlib.Path(start_from).with_name(f"step-{first_step}.optim.safetensors"), model, optimizer)
-    if any(step > first_step and whole(out, step) for step in checkpoints(out)):
+    if any(step > first_step and whole(out, step) for step in saved_steps(out)):
         raise SystemExit(f"{out} holds checkpoints later than step {first_step}, which pruning would keep in place of this "
                          f"run's; use another --out_dir, or delete them")
-    loss_options, video, wrapped = SimpleNamespace(**options), stage != 1, model
-    flops = count_flops(model, clips["train"], dev, autocast, loss_options, video)
+    video, wrapped = stage != 1, model
+    flops = count_flops(model, clips["train"], dev, autocast, settings, video)
     if compile:
         for block in [*model.dit.blocks, *model.frame_blocks, *model.global_blocks]:
             block.attend, block.feed_forward = torch.compile(block.attend), torch.compile(block.feed_forward)
@@ -518,7 +330,7 @@ def main(options):
             last = micro == grad_accum - 1
             with nullcontext() if last or world == 1 else wrapped.no_sync():
                 with autocast:
-                    loss, parts, bins = compute_loss(wrapped, b, noise, sigma, pose_keep, loss_options, video)
+                    loss, parts, bins = compute_loss(wrapped, b, noise, sigma, pose_keep, settings, video)
                 (loss / grad_accum).backward()
             for key, value in bins.items():
                 seen[key] = seen.get(key, 0) + value
@@ -552,14 +364,15 @@ def main(options):
                     board.add_scalar(key, value, step + 1)
             tick, since = time.perf_counter(), 0
         if eval_every and (step + 1) % eval_every == 0:
-            rows = evaluate(model, clips["val"], dev, autocast, rank, world, out / "eval" / f"step-{step + 1}.png")
+            rows = evaluate(model, clips["val"], dev, autocast, settings, rank, world,
+                            out / "eval" / f"step-{step + 1}.png")
             for name, row in rows.items():
                 log(f"# val step {step + 1} {name} | " + " | ".join(f"{k} {v:.4g}" for k, v in row.items()))
                 for key, value in row.items() if master else ():
                     board.add_scalar(f"val {name}/{key}", value, step + 1)
             tick, since = time.perf_counter(), 0
         if master and ((step + 1) % save_every == 0 or step + 1 == max_steps):
-            save_checkpoint(out, step + 1, model, optimizer, metadata)
+            save_checkpoint(out, step + 1, model, optimizer, metadata, keep_last)
     log(f"# done: {out / 'latest.safetensors'}, {clock(time.perf_counter() - started)}")
     if world > 1:
         dist.barrier()

@@ -4,11 +4,11 @@ import pathlib
 
 ROOT = pathlib.Path(__file__).parents[1]
 ALLOWED = dict(geometry=set(), cameras={"geometry"}, metrics={"geometry"}, encoders=set(), scenes={"geometry"},
-               model={"geometry"},
+               model={"geometry"}, checkpoints={"model"}, evaluate={"data", "geometry", "metrics", "model"},
                verify={"cameras", "data", "geometry"},
                data={"geometry", "cameras", "scenes", "encoders", "verify"},
-               train={"config", "model", "geometry", "metrics", "data"},
-               sample={"model", "geometry", "data", "encoders"})
+               train={"config", "model", "geometry", "checkpoints", "evaluate", "data"},
+               sample={"model", "geometry", "checkpoints", "data", "encoders"})
 
 
 def imports(node):

@@ -15,11 +15,12 @@ from safetensors.torch import load_file, save_file
 from test_train import run
 from wan_folder import OVERRIDES, keys, write_wan_folder
 
+import checkpoints
 import data
-import model
+from checkpoints import FAMILIES, fingerprint, load_wan
 from data import read_video, synth
 from encoders import WanFolder, wan_family
-from model import FAMILIES, Config, WanDiT, fingerprint, load_wan
+from model import Config, WanDiT
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 ROOT = pathlib.Path(__file__).parents[1]
@@ -114,19 +115,20 @@ def test_missing_cut_double_and_foreign_files_are_named(golden, tmp_path):
 
 def test_loading_reads_every_tensor_once(golden, tmp_path, monkeypatch):
     shards(tmp_path, golden["state_dict"], 2)
-    read, lazy = [], model.lazy_tensors
+    read, lazy = [], checkpoints.lazy_tensors
 
     def counting(path):
         return {name: (shape, lambda name=name, get=get: (read.append(name), get())[1])
                 for name, (shape, get) in lazy(path).items()}
-    monkeypatch.setattr(model, "lazy_tensors", counting)
+    monkeypatch.setattr(checkpoints, "lazy_tensors", counting)
     load_wan(tmp_path.as_posix(), TINY)
     assert sorted(read) == sorted(golden["state_dict"])
 
 
 MEASURE = """
 import resource, sys, torch
-from model import Config, load_wan
+from checkpoints import load_wan
+from model import Config
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 torch.nn.Linear(64, 64)(torch.zeros(2, 64))
 before = peak()

@@ -1,0 +1,136 @@
+"""Evaluation of a model on cached clips: one row of metrics per condition, trivial baselines, table and picture."""
+import sys
+
+import torch
+import torch.distributed as dist
+
+from data import collate, depth_to_rgb, tile, write_png
+from geometry import (decode_pose, depth_metrics, encode_pose, normalize_scene, plucker_rays, point_metrics, pose_metrics,
+                      unproject)
+from metrics import ause, cloud_metrics, head_agreement, temporal_error
+from model import flow_matching_loss, start_condition
+
+
+def generator(*key):
+    """A CPU generator for one purpose: the same numbers on every device, rank count and after every resume."""
+    mixed = 0
+    for k in key:
+        mixed = (mixed * 0x9E3779B97F4A7C15 + k + 1) % (1 << 63)
+    return torch.Generator().manual_seed(mixed)
+
+
+def prepare(batch, in_dim, dev):
+    """Loader batch -> device tensors in scene units, with rays, pose encodings and points made on the device."""
+    batch = {k: v for k, v in batch.items() if k != "relative" or v.any()}       # rare: a second pass of losses
+    b = {k: v.to(dev, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
+    mask = torch.isfinite(b["depth"]) & (b["depth"] > 1e-3)
+    size = b["depth"].shape[-2:]
+    depth, w2c, scale = normalize_scene(b["depth"], b["w2c"], b["intrinsics"], mask)
+    return dict(b, depth=depth, w2c=w2c, scale=scale, mask=mask, points=unproject(depth, w2c, b["intrinsics"]),
+                pose_enc=encode_pose(w2c, b["intrinsics"], size), plucker=plucker_rays(w2c, b["intrinsics"], size),
+                y=start_condition(b["start_latents"], in_dim, b["latents"].shape[2]))
+
+
+COLUMNS = dict(abs_rel="AbsRel", delta1="delta1", tae="TAE", points="points", f_score="F", agreement="agree",
+               ause="AUSE", rot_deg="rot deg", trans="transl", diffusion="diff")
+
+
+def geometry_row(depth, points, w2c, b, out=None):
+    """Metrics of one batch in scene units; translation is the mean distance of the camera centres.  With the model's
+    output `out` also how far its heads agree and how well its confidence sorts the errors."""
+    gt, mask = b["depth"], b["mask"]
+    row = {name + ("" if align == "none" else f"_{align}"): value for align in ("none", "median", "scale_shift")
+           for name, value in depth_metrics(depth, gt, mask, align).items()}
+    p = point_metrics(points, b["points"], mask)
+    row.update(points=p["dist"], points_rel=p["rel"], tae=temporal_error(depth, b["w2c"], b["intrinsics"], mask),
+               **cloud_metrics(points, b["points"], mask), **pose_metrics(w2c, b["w2c"]))
+    if out is not None:
+        _, K = decode_pose(out["pose_enc"][-1], gt.shape[-2:])
+        error = ((depth - gt).abs() / gt).where(mask, torch.zeros_like(gt))
+        row.update(agreement=head_agreement(points, depth, w2c, K, mask), ause=ause(error, out["depth_conf"], mask),
+                   ause_points=ause((points - b["points"]).norm(dim=-1), out["points_conf"], mask))
+    return row
+
+
+@torch.no_grad()
+def evaluate(model, clips, dev, autocast, options, rank=0, world=1, picture=None, more_sigmas=()):
+    """Mean metrics over clips with fixed noise -> {"poses given": row, "no poses": row}, split over ranks.
+
+    options: train.py's globals.  The diffusion loss is the mean over five noise levels; geometry is read out at
+    options.eval_sigma, and at more_sigmas in rows of their own."""
+    eval_sigma = options.eval_sigma
+    core = getattr(model, "module", model)
+    sums = {}
+    for i in range(rank, min(len(clips), options.eval_clips), world):
+        b = prepare(collate([clips[i]]), core.dit.in_dim, dev)
+        noise = torch.randn(b["latents"].shape, generator=generator(options.seed, 3, i)).to(dev)
+        for given in (1, 0):
+            row, keep = {}, torch.full((1,), float(given), device=dev)
+
+            def look(sigma, **what):
+                t = torch.full((1,), 1000 * sigma, device=dev)
+                with autocast:
+                    return core((1 - sigma) * b["latents"] + sigma * noise, t, b["text"], y=b["y"], clip=b.get("clip"),
+                                plucker=b["plucker"], poses=b["pose_enc"], pose_keep=keep, **what)
+
+            for sigma in ((0.1, 0.3, 0.5, 0.7, 0.9) if core.stage != 1 or given else ()):
+                loss = flow_matching_loss(look(sigma, heads=False)["velocity"], b["latents"], noise).item()
+                row["diffusion"] = row.get("diffusion", 0) + loss / 5
+            title = "poses given" if given else "no poses"
+            rows = {title: row}
+            for sigma in (eval_sigma, *more_sigmas) if core.stage else ():
+                out = look(sigma, video=core.stage == 2)
+                w2c, _ = decode_pose(out["pose_enc"][-1], b["depth"].shape[-2:])
+                name = title if sigma == eval_sigma else f"{title}, sigma {sigma:g}"
+                rows.setdefault(name, {}).update(geometry_row(out["depth"], out["points"], w2c, b, out))
+                if picture and i == 0 and given and sigma == eval_sigma:
+                    write_png(picture, comparison(b, out))
+            for name, row in rows.items():
+                for key, value in row.items():
+                    sums.setdefault(name, {}).setdefault(key, []).append(float(value))
+    if world > 1:
+        gathered = [None] * world
+        dist.all_gather_object(gathered, sums)
+        sums = {name: {key: sum((g.get(name, {}).get(key, []) for g in gathered), []) for key in row}
+                for name, row in sums.items()}
+    return {name: {key: sum(v) / len(v) for key, v in row.items()} for name, row in sums.items()}
+
+
+def comparison(b, out):
+    """Rows: true depth, predicted depth, confidence of up to 5 frames of one clip; bright is near, and sure."""
+    true, depth, conf = (x[0].float().cpu().numpy() for x in (b["depth"], out["depth"], out["depth_conf"]))
+    pick = range(0, len(true), max(1, (len(true) - 1) // 4))
+    low, high = true[true > 0].min(), true.max()
+    return tile([[depth_to_rgb(true[t], low, high) for t in pick], [depth_to_rgb(depth[t], low, high) for t in pick],
+                 [depth_to_rgb(conf.max() / conf[t], 1, conf.max() / conf.min()) for t in pick]])
+
+
+def baselines(train_clips, val_clips, in_dim, dev, eval_clips):
+    """Two trivial predictors.  fair: mean depth of the training set, identity cameras; oracle: each clip's own mean
+    depth, and its true cameras for the points."""
+    def prepared(clips, n):
+        return (prepare(collate([clips[i]]), in_dim, dev) for i in range(min(n, len(clips))))
+
+    means = [b["depth"][b["mask"]].mean().item() for b in prepared(train_clips, 256)]
+    fair_depth, rows = sum(means) / len(means), dict(fair=[], oracle=[])
+    for b in prepared(val_clips, eval_clips):
+        identity = torch.eye(4, device=dev)[:3].expand_as(b["w2c"])
+        for name, value, cameras in (("fair", fair_depth, identity),
+                                     ("oracle", b["depth"][b["mask"]].mean(), b["w2c"])):
+            depth = torch.full_like(b["depth"], float(value))
+            rows[name].append(geometry_row(depth, unproject(depth, cameras, b["intrinsics"]), identity, b))
+    rows = {name: {k: sum(float(r[k]) for r in rs) / len(rs) for k in rs[0]} for name, rs in rows.items()}
+    for key in ("rot_deg", "trans", "auc30", "ate", "rpe_trans", "rpe_rot"):
+        rows["oracle"].pop(key)
+    return {"baseline fair (train mean depth, identity pose)": rows["fair"],
+            "baseline oracle (clip's own mean depth)": rows["oracle"]}
+
+
+def print_table(rows, file=sys.stdout):
+    print(f"{'':50s}" + "".join(f"{title:>8s}" for title in COLUMNS.values()), file=file)
+    for name, row in rows.items():
+        print(f"{name:50s}" + "".join(f"{row[k]:8.3f}" if k in row else f"{'-':>8s}" for k in COLUMNS), file=file)
+    print("AbsRel, delta1 of the depth head without alignment; TAE: its flicker in percent; points, F: mean distance of the "
+          "point\nhead, F-score at 0.05; agree: point head against unprojected depth head; AUSE: confidence, 0 best; "
+          "transl: mean distance\nof the camera centres; lengths in scene units.  With poses given, rotation and "
+          "translation are a pass-through check, not\nlearning.  eval.json has all of it.", file=file)
