@@ -1,23 +1,29 @@
-"""Sample a world: checkpoint + prompt (+ start image) + camera path -> video, depth, point cloud, cameras, pictures.
+"""Sample a world: checkpoint + prompt (+ start image) + camera path -> video, depth, point cloud, cameras, a page.
 
     python sample.py --ckpt outputs/demo/stage2/latest.safetensors --prompt "a room with two boxes" --camera orbit
 
-writes into --out: video.mp4, depth.mp4 (near is bright), depth.npz (depth, conf, mask, w2c, intrinsics), points.ply,
-cameras.txt (commanded) and cameras_predicted.txt (19 columns, RealEstate10K order), sheet.png (frames | depth | conf).
-Lengths are scene units (mean distance of the first frame's points = 1) times --scene_scale."""
+writes into --out: scene.html (open it: everything in one offline page), video.mp4, depth.mp4, depth.npz, points.ply,
+cameras.txt (commanded), cameras_predicted.txt, sheet.png and report.json (how far the sample obeys its cameras and
+agrees with itself); --export all adds the files of other tools.  With several prompts or seeds every sample gets a
+folder of its own, and the same command again goes on where it stopped.  User errors are one line and exit status 2."""
 import argparse
+import itertools
 import json
 import pathlib
+import re
+import sys
+from dataclasses import replace
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+import cameras
 from checkpoints import build_model, config_from_metadata, load_trained, read_metadata
-from data import (cache_prefix, depth_to_rgb, encode_start, make_encoders, read_cameras, read_video, tile,
-                  write_cameras, write_png, write_video)
-from geometry import camera_move, decode_pose, encode_pose, plucker_rays, pose_metrics, relative_to_first, unproject
+from data import cache_prefix, depth_to_rgb, encode_start, make_encoders, read_video, tile, write_png
+from export import EXPORTS, USUAL, export, export_names, make_scene, pixel_matrix
+from geometry import camera_move, encode_pose, plucker_rays, relative_to_first
 from model import shift_sigma, start_condition
 
 # The default of the official Wan 2.1 code (shared_config.py, sample_neg_prompt); the demo's word hash gets "".
@@ -38,24 +44,54 @@ def load_image(path, height, width):
     return (frame[..., top:top + height, left:left + width] / 127.5 - 1)[:, :, None]
 
 
-def load_camera(text, num_frames, size, fov_deg, amount, scene_scale):
-    """A named move or a 19-column file -> w2c (1, T, 3, 4) relative to frame 0 in scene units, pixel intrinsics."""
-    height, width = size
-    if pathlib.Path(text).suffix or pathlib.Path(text).is_file():
-        w2c, fractions = read_cameras(text)
+def crop_intrinsics(fractions, aspect, size):
+    """Fractions (T, 4) of a picture of aspect W0 / H0 -> of its centre crop that fills (H, W); pixels stay square."""
+    wide = aspect / (size[1] / size[0])                       # above 1: the sides are cut, below: top and bottom
+    factor = np.array([max(wide, 1), max(1 / wide, 1)] * 2)
+    middle = np.array([0, 0, .5, .5])
+    return (fractions - middle) * factor + middle
+
+
+def key_frames(text, num_frames):
+    """"x,y,z -> x,y,z | ..." or "0: x,y,z -> x,y,z | 0.4: ...": from where to what the camera looks, y down, in the
+    user's unit; times are shares of the clip, evenly spread when left out -> w2c (T, 3, 4) float64."""
+    times, poses, parts = [], [], text.split("|")
+    for i, part in enumerate(parts):
+        found = re.fullmatch(r"\s*(?:([\d.]+)\s*:)?(.*)->(.*)", part)
+        try:
+            centre, target = ([float(x) for x in found[k].split(",")] for k in (2, 3))
+            if not len(centre) == len(target) == 3:
+                raise TypeError
+            times.append(float(found[1] or i / max(1, len(parts) - 1)))
+        except (TypeError, ValueError):
+            raise ValueError(f"--camera, key frame {part.strip()!r}: wanted x,y,z -> x,y,z, as in "
+                             f"'0,0,0 -> 0,0,2 | 0.3,0,0.5 -> 0,0,2'") from None
+        poses.append(cameras.look_at(centre, target))
+    return cameras.interpolate(times, poses, np.linspace(0, 1, num_frames))
+
+
+def load_camera(text, num_frames, size, fov_deg=65.0, amount=1.0, scene_scale=1.0, form=None):
+    """A named move, key frames or a camera file -> w2c (1, T, 3, 4) relative to frame 0 in scene units, and pixel
+    intrinsics (1, T, 3, 3) of pictures of `size`; files and key frames are in units of 1 / scene_scale scene units."""
+    zoom, intrinsics = torch.ones(num_frames), None
+    if "->" in text:
+        w2c = key_frames(text, num_frames)
+    elif pathlib.Path(text).suffix or pathlib.Path(text).exists():
+        w2c, intrinsics, source = cameras.read(text, form, size)
         if len(w2c) < num_frames:
             raise ValueError(f"{text}: {len(w2c)} cameras; --frames {num_frames} wants at least that many")
-        w2c = relative_to_first(torch.from_numpy(w2c[:num_frames])[None]).float()
-        w2c = torch.cat([w2c[..., :3], w2c[..., 3:] / scene_scale], -1)
-        fx, fy, cx, cy = torch.from_numpy(fractions[:num_frames]).float().unbind(-1)
-        fx, fy, cx, cy = fx * width, fy * height, cx * width, cy * height
+        if intrinsics is not None:                            # files without a size: of square pixels
+            aspect = source[1] / source[0] if source else intrinsics[0, 1] / intrinsics[0, 0]
+            intrinsics = crop_intrinsics(intrinsics[:num_frames], aspect, size)
     else:
         w2c, zoom = camera_move(text, num_frames, amount)
-        w2c = w2c[None].float()
-        fx = fy = width / 2 / np.tan(np.radians(fov_deg) / 2) * zoom.float()
-        cx, cy = torch.full_like(fx, width / 2), torch.full_like(fx, height / 2)
-    zero, one = torch.zeros_like(fx), torch.ones_like(fx)
-    return w2c, torch.stack([fx, zero, cx, zero, fy, cy, zero, zero, one], -1).view(1, num_frames, 3, 3)
+        scene_scale = 1.0
+    w2c = relative_to_first(torch.as_tensor(w2c[:num_frames])[None].double())
+    w2c = torch.cat([w2c[..., :3], w2c[..., 3:] / scene_scale], -1).float()
+    if intrinsics is None:
+        fx = zoom.double().numpy() / 2 / np.tan(np.radians(fov_deg) / 2)
+        intrinsics = np.stack([fx, fx * size[1] / size[0], fx * 0 + .5, fx * 0 + .5], -1)
+    return w2c, torch.from_numpy(pixel_matrix(intrinsics, size)).float()[None]
 
 
 def sample_euler(velocity, noise, steps=50, shift=5.0, progress=iter):
@@ -107,12 +143,12 @@ SAMPLERS = {"euler": sample_euler, "unipc": sample_unipc}
 
 
 @torch.no_grad()
-def conditions(encoders, prompts, image, frames):
+def conditions(encoders, prompts, image, frames, progress=iter):
     """One encoder after another -> list of text (L, dim), y or None, clip (1, 257, 1280) or None, and the VAE.
 
     image (1, 3, 1, H, W) in [-1, 1] or None: then the model gets zeros, as for a clip whose image training dropped."""
     text = encoders.load_text()
-    texts = text(prompts)
+    texts = [text([prompt])[0] for prompt in progress(prompts)]
     del text                                                  # freed before the next encoder is loaded
     clip = encoders.load_image()(image[:, :, 0]) if image is not None and encoders.load_image else None
     vae = encoders.load_vae()
@@ -120,10 +156,11 @@ def conditions(encoders, prompts, image, frames):
 
 
 @torch.no_grad()
-def generate(model, noise, text, negative, y, clip, w2c, K, sampler, steps, shift, guidance):
+def generate(model, noise, text, negative, y, clip, w2c, K, sampler, steps, shift, guidance, watch=None):
     """Sample latents (1, 16, f, h, w), then read the geometry once at READOUT_SIGMA -> latents, geometry dict.
 
-    Guidance is v_neg + g (v_pos - v_neg); camera and image are the same in both passes."""
+    Guidance is v_neg + g (v_pos - v_neg); camera and image are the same in both passes.  watch(look) is called at
+    every step; look() is one more forward and returns the geometry seen so far."""
     size = (8 * noise.shape[-2], 8 * noise.shape[-1])
     given, poses = dict(y=y, clip=clip, plucker=plucker_rays(w2c, K, size)), encode_pose(w2c, K, size)
 
@@ -133,86 +170,149 @@ def generate(model, noise, text, negative, y, clip, w2c, K, sampler, steps, shif
         return model.dit(x, t, context, **given)              # stage 1: geometry does not reach the video
 
     def guided(x, t):
+        if watch:
+            watch(lambda: model(x, t, text, **given, poses=poses, video=model.stage == 2))
         v = velocity(x, t, text)
         return v if guidance == 1 else torch.lerp(velocity(x, t, negative), v, guidance)
 
-    latents = SAMPLERS[sampler](guided, noise, steps, shift, lambda grid: tqdm(grid, desc="sampling", unit="step"))
+    latents = SAMPLERS[sampler](guided, noise, steps, shift, lambda grid: bar("sampling", grid, "step"))
     t = torch.full((1,), 1000 * READOUT_SIGMA, device=noise.device)
     x = (1 - READOUT_SIGMA) * latents + READOUT_SIGMA * noise
     return latents, model(x, t, text, **given, poses=poses, video=model.stage == 2)
 
 
-def trusted(depth, conf, drop=0.2):
-    """Pixels worth drawing (T, H, W): not among the least confident share, no depth edge of 5 % beside them."""
-    keep = conf >= np.quantile(conf, drop)
-    for axis in (1, 2):
-        nearer = np.minimum(depth, np.roll(depth, -1, axis))
-        edge = np.abs(np.roll(depth, -1, axis) - depth) > 0.05 * nearer
-        keep &= ~edge & ~np.roll(edge, 1, axis)               # the last row or column meets the first: a border anyway
-    return keep
+# ---- what a person runs
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        self.exit(2, f"sample.py: {message}; --help lists every option\n")
 
 
-def write_ply(path, points, rgb):
-    """Binary point cloud; points (N, 3), rgb uint8 (N, 3)."""
-    vertex = np.empty(len(points), [("xyz", "<f4", 3), ("rgb", "u1", 3)])
-    vertex["xyz"], vertex["rgb"] = points, rgb
-    names = [f"property float {c}" for c in "xyz"] + [f"property uchar {c}" for c in ("red", "green", "blue")]
-    header = ["ply", "format binary_little_endian 1.0", f"element vertex {len(points)}", *names, "end_header", ""]
-    path.write_bytes("\n".join(header).encode() + vertex.tobytes())
+def parse_arguments(argv=None):
+    parser = Parser(description=__doc__.splitlines()[0], formatter_class=lambda prog: argparse.HelpFormatter(
+        prog, max_help_position=34, width=110))
+
+    def add(group, name, help, **options):
+        default = options.get("default")
+        shown = "" if default is None or options.get("action") else " [%(default)s]"
+        group.add_argument(f"--{name}", help=help + shown, **options)
+
+    what = parser.add_argument_group("what to sample")
+    add(what, "ckpt", "checkpoint of stage 1 or 2", required=True)
+    add(what, "wan_dir", "folder of the video branch; default: the one it was trained with")
+    add(what, "prompt", "words, or a text file with one prompt a line", default="a room")
+    add(what, "negative_prompt", "default: Wan's official one, in Chinese; empty for the demo")
+    add(what, "image", "picture or video file whose first frame starts the video")
+    view = parser.add_argument_group("camera")
+    add(view, "camera", "a move (orbit, forward, left, pan_left, zoom_in, ...), a camera file (formats: cameras.py), or "
+        "key frames 'x,y,z -> x,y,z | ...' (stand -> look at, y down)", default="orbit")
+    add(view, "camera_format", "format of a camera file that does not show it", choices=cameras.FORMATS)
+    add(view, "amount", "strength of a named move; 1 travels 0.3 scene units or turns by 30 degrees", type=float, default=1.0)
+    add(view, "fov", "horizontal field of view where the camera has no intrinsics, degrees", type=float, default=65.0)
+    add(view, "scene_scale", "your units per scene unit (mean distance of the first frame's points), a guess: the "
+        "scene is scaled to the path afterwards", type=float, default=1.0)
+    size = parser.add_argument_group("size")
+    for name, rule in (("frames", "4k + 1"), ("height", "multiple of 16"), ("width", "multiple of 16")):
+        add(size, name, f"{rule}; default: the training size", type=int)
+    add(size, "fps", "frames a second of the written videos", type=float, default=16.0)
+    how = parser.add_argument_group("sampling")
+    add(how, "steps", "steps of the sampler", type=int, default=50)
+    add(how, "sampler", "unipc is Wan's own", default="euler", choices=SAMPLERS)
+    add(how, "guidance", "1 = no guidance, half the work", type=float, default=5.0)
+    add(how, "shift", "more of the steps at high noise", type=float, default=5.0)
+    add(how, "seed", "seed of the first sample", type=int, default=0)
+    add(how, "num_samples", "samples of every prompt, of seeds seed, seed + 1, ...", type=int, default=1)
+    machine = parser.add_argument_group("machine")
+    add(machine, "device", "cuda, cuda:1, cpu, ...", default="cuda" if torch.cuda.is_available() else "cpu")
+    add(machine, "dtype", "auto: bf16 on a GPU, fp32 on a CPU", default="auto", choices=["auto", "bf16", "fp32"])
+    add(machine, "low_memory", "slower: encoders on the CPU, heads in small chunks, the model leaves the device while "
+        "the video is decoded", action="store_true")
+    files = parser.add_argument_group("files")
+    add(files, "out", "folder", default="outputs/sample", type=pathlib.Path)
+    add(files, "export", f"all, or names of {','.join(EXPORTS)}", default=USUAL)
+    add(files, "drop", "percent of the pixels, the least confident, left out of point clouds", type=float, default=20.0)
+    add(files, "unit", "your unit of length, as a word", default="units")
+    add(files, "preview_every", "write the depth seen so far as a picture every so many steps; 0 = never", type=int, default=0)
+    return parser.parse_args(argv)
 
 
-def export(out, video, geometry, w2c, K, fps, scale):
-    """Write every file of a sample; video (3, T, H, W) in [-1, 1], geometry of one clip on the CPU.
-
-    returns  pose_metrics of the predicted against the commanded cameras"""
-    out.mkdir(parents=True, exist_ok=True)
-    rgb = ((video.permute(1, 2, 3, 0) + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).numpy()
-    height, width = rgb.shape[1:3]
-    depth, conf = (geometry[k][0].float().numpy() for k in ("depth", "depth_conf"))
-    predicted, predicted_K = decode_pose(geometry["pose_enc"][-1].float(), (height, width))
-    mask = trusted(depth, conf)
-    points = unproject(geometry["depth"].float(), w2c, K)[0].numpy() * scale
-    coloured = depth_to_rgb(depth, np.quantile(depth, 0.01), np.quantile(depth, 0.99))
-    sure = depth_to_rgb(conf.max() / conf, 1, conf.max() / conf.min())
-    write_video(out / "video.mp4", rgb, fps)
-    write_video(out / "depth.mp4", coloured, fps)
-    in_units = [torch.cat([E[..., :3], E[..., 3:] * scale], -1)[0].numpy() for E in (w2c, predicted)]
-    np.savez_compressed(out / "depth.npz", depth=depth * scale, conf=conf, mask=mask, w2c=in_units[0],
-                        intrinsics=K[0].numpy())
-    write_ply(out / "points.ply", points[mask], rgb[mask])
-    write_cameras(out / "cameras.txt", in_units[0], K[0].numpy(), (height, width))
-    write_cameras(out / "cameras_predicted.txt", in_units[1], predicted_K[0].numpy(), (height, width))
-    pick = np.linspace(0, len(rgb) - 1, min(5, len(rgb))).round().astype(int)
-    rows = [[x[t] for t in pick] for x in (rgb, coloured, sure)]
-    write_png(out / "sheet.png", tile(rows, zoom=max(1, round(240 / width))))
-    return pose_metrics(predicted, w2c)
+def bar(phase, items, unit):
+    """Progress with the time left; one bar for each phase."""
+    return tqdm(items, desc=f"{phase:8s}", unit=unit, dynamic_ncols=True)
 
 
-def parse_arguments():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add = parser.add_argument
-    add("--ckpt", required=True, help="checkpoint of stage 1 or 2")
-    add("--wan_dir", help="folder of the video branch; default: the one it was trained with")
-    add("--prompt", default="a room")
-    add("--negative_prompt", help="default: Wan's official one, in Chinese; empty for the demo")
-    add("--image", help="picture or video file whose first frame starts the video")
-    add("--camera", default="orbit", help="a move (orbit, forward, left, pan_left, zoom_in, ...) or a 19-column file")
-    add("--amount", type=float, default=1.0, help="strength of a named move")
-    add("--fov", type=float, default=65.0, help="horizontal field of view of a named move, degrees")
-    add("--scene_scale", type=float, default=1.0, help="user units per scene unit: divides a camera file's translations")
-    for name, what in (("frames", "4k + 1"), ("height", "multiple of 16"), ("width", "multiple of 16")):
-        add(f"--{name}", type=int, help=f"{what}; default: the training size")
-    add("--steps", type=int, default=50)
-    add("--sampler", default="euler", choices=SAMPLERS)
-    add("--guidance", type=float, default=5.0, help="1 = no guidance, half the work")
-    add("--shift", type=float, default=5.0)
-    add("--seed", type=int, default=0)
-    add("--fps", type=float, default=16)
-    add("--precision", default="auto", choices=["auto", "bf16", "fp32"], help="auto: bf16 on a GPU, fp32 on a CPU")
-    add("--out", default="outputs/sample", type=pathlib.Path)
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    return parser.parse_args()
+def check_arguments(args, trained):
+    """Refuses what cannot work before anything slow; fills sizes in."""
+    args.frames = args.frames or trained["num_frames"]
+    args.height, args.width = args.height or trained["height"], args.width or trained["width"]
+    if args.frames < 5 or args.frames % 4 != 1 or args.height % 16 or args.width % 16 or min(args.height, args.width) < 16:
+        near = max(5, round((args.frames - 1) / 4) * 4 + 1), *(max(16, round(x / 16) * 16) for x in (args.height, args.width))
+        raise ValueError(f"--frames {args.frames} --height {args.height} --width {args.width}: wanted 4k + 1 frames and "
+                         f"multiples of 16, such as --frames {near[0]} --height {near[1]} --width {near[2]}")
+    for name, low, high in (("steps", 1, 1000), ("num_samples", 1, 10 ** 6), ("fov", 1, 170), ("drop", 0, 99),
+                            ("fps", 0.1, 1000), ("scene_scale", 1e-9, 1e9), ("preview_every", 0, 1000)):
+        if not low <= getattr(args, name) <= high:
+            raise ValueError(f"--{name} {getattr(args, name):g}: wanted {low:g} to {high:g}")
+
+
+def read_prompts(text):
+    """The prompt itself, or the lines of a text file of that name; empty lines and # comments are skipped."""
+    path = pathlib.Path(text)
+    if path.suffix != ".txt":
+        return [text]
+    if not path.is_file():
+        raise ValueError(f"--prompt {text}: no such file")
+    lines = [line.strip() for line in path.read_text().splitlines()]
+    if not any(lines):
+        raise ValueError(f"--prompt {text}: no prompt in it; wanted one a line")
+    return [line for line in lines if line and not line.startswith("#")]
+
+
+def plan(args, prompts, meta):
+    """One job for every prompt and seed: prompt, seed, out, settings.  A folder whose report.json holds the same
+    settings is complete; among several jobs it is left out."""
+    shared = {k: str(v) for k, v in vars(args).items() if k not in ("prompt", "seed", "num_samples", "out", "device",
+                                                                    "low_memory", "preview_every")}
+    jobs = [dict(prompt=prompt, seed=args.seed + n) for prompt in prompts for n in range(args.num_samples)]
+    for i, job in enumerate(jobs):
+        slug = re.sub("[^a-z0-9]+", "-", job["prompt"].lower())[:40].strip("-")
+        job["out"] = args.out / f"{i:03d}-{slug}-seed{job['seed']}" if len(jobs) > 1 else args.out
+        job["settings"] = dict(shared, prompt=job["prompt"], seed=job["seed"], step=meta["step"])
+    left = [job for job in jobs if len(jobs) == 1 or not finished(job)]
+    if len(left) < len(jobs):
+        print(f"{args.out}: {len(jobs) - len(left)} of {len(jobs)} samples are there already and are kept")
+    return left
+
+
+def finished(job):
+    try:
+        return json.loads((job["out"] / "report.json").read_text()).get("settings") == job["settings"]
+    except (OSError, ValueError):
+        return False
+
+
+def previewer(folder, every):
+    """watch() of generate: the depth of up to 5 frames as folder/step-0008.png, bright is near."""
+    count = itertools.count(1)
+
+    def watch(look):
+        n = next(count)
+        if n % every == 0:
+            depth = look()["depth"][0].float().cpu().numpy()
+            pick = np.linspace(0, len(depth) - 1, min(5, len(depth))).round().astype(int)
+            folder.mkdir(parents=True, exist_ok=True)
+            write_png(folder / f"step-{n:04d}.png", tile([list(depth_to_rgb(depth[pick], *np.quantile(depth, (.01, .99))))]))
+    return watch if every else None
+
+
+def describe(report, unit):
+    """The numbers of a sample as three lines."""
+    c, a, u = (report[k] for k in ("control", "consistency", "unit"))
+    scale = f"1 scene unit = {u['scale']:.3g} {unit}" + (f", fitted, residual {u['residual']:.2g}" if u["fitted"] else "")
+    heads = f", depth head against point head {a['heads']:.1f} %" if "heads" in a else ""
+    return [f"predicted against commanded cameras: rotation {c['rot_deg']:.2f} deg, position {c['trans']:.3g} {unit}; {scale}",
+            f"neighbouring frames: depth differs by {a['depth']:.1f} %, colour by {a['colour']:.1f} % after warping "
+            f"({a['colour_still']:.1f} % without){heads}; confidence {report['confidence']['p50']:.2f} (median)",
+            *(f"warning: {text}" for text in report["warnings"])]
 
 
 def main():
@@ -221,41 +321,63 @@ def main():
     if meta.get("stage") not in ("1", "2"):
         raise ValueError(f"{args.ckpt}: stage {meta.get('stage')}; wanted a stage 1 or stage 2 checkpoint")
     trained = json.loads(meta["train_config"])
-    frames = args.frames or trained["num_frames"]
-    height, width = args.height or trained["height"], args.width or trained["width"]
-    if frames < 5 or frames % 4 != 1 or height % 16 or width % 16:
-        raise ValueError(f"--frames {frames} --height {height} --width {width}: wanted 4k + 1 frames, multiples of 16")
-    w2c, K = load_camera(args.camera, frames, (height, width), args.fov, args.amount, args.scene_scale)
+    check_arguments(args, trained)
+    names, size = export_names(args.export), (args.height, args.width)
+    w2c, K = load_camera(args.camera, args.frames, size, args.fov, args.amount, args.scene_scale, args.camera_format)
+    jobs = plan(args, read_prompts(args.prompt), meta)
+    if not jobs:
+        return
     device = torch.device(args.device)
     wan_dir = args.wan_dir or trained["wan_dir"]
     real = cache_prefix(wan_dir) != "transform"
     negative = args.negative_prompt if args.negative_prompt is not None else NEGATIVE if real else ""
-    image = load_image(args.image, height, width) if args.image else None
-    encoders = make_encoders(wan_dir=wan_dir if real else "", device=device)
-    text, start, clip, vae = conditions(encoders, [args.prompt, negative], image, frames)
-    half = args.precision == "bf16" or args.precision == "auto" and device.type == "cuda"
-    model = build_model(config_from_metadata(meta), wan_dir, device, torch.bfloat16 if half else None)
+    image = load_image(args.image, *size) if args.image else None
+    encoders = make_encoders(wan_dir=wan_dir if real else "", device=torch.device("cpu") if args.low_memory else device)
+    prompts = list(dict.fromkeys([job["prompt"] for job in jobs] + [negative]))
+    texts, start, clip, vae = conditions(encoders, prompts, image, args.frames, lambda p: bar("text", p, "prompt"))
+    texts = dict(zip(prompts, texts))
+
+    half = args.dtype == "bf16" or args.dtype == "auto" and device.type == "cuda"
+    loading = bar("load", range(2), "part")
+    cfg = config_from_metadata(meta)
+    model = build_model(replace(cfg, head_chunk=4) if args.low_memory else cfg, wan_dir, device,
+                        torch.bfloat16 if half else None)
+    loading.update()
     load_trained(model, args.ckpt)
     model.set_stage(int(meta["stage"])).requires_grad_(False)
-
-    noise = torch.randn(1, 16, (frames - 1) // 4 + 1, height // 8, width // 8,
-                        generator=torch.Generator().manual_seed(args.seed)).to(device)
+    loading.update(), loading.close()
     if image is not None and model.dit.in_dim == 16:
         raise ValueError(f"--image {args.image}: {wan_dir} is a text-to-video family; leave the image out")
-    y = None if start is None else start_condition(start.to(device), model.dit.in_dim, noise.shape[2])
-    with torch.autocast(device.type, torch.bfloat16, enabled=half):
-        latents, geometry = generate(model, noise, text[:1], text[1:], y, clip, w2c.to(device), K.to(device),
-                                     args.sampler, args.steps, args.shift, args.guidance)
-    del model
-    video = vae.decode(latents.float().cpu())[0].cpu()
-    geometry = {k: v.cpu() for k, v in geometry.items() if k != "velocity"}
-    metric = export(args.out, video, geometry, w2c, K, args.fps, args.scene_scale)
-    print(f"{args.out}: video.mp4 depth.mp4 depth.npz points.ply cameras.txt sheet.png | predicted against commanded "
-          f"cameras: rotation {metric['rot_deg']:.2f} deg, translation {metric['trans']:.3f} scene units")
+
+    for i, job in enumerate(jobs):
+        if len(jobs) > 1:
+            print(f"{i + 1} of {len(jobs)}: {job['prompt']}, seed {job['seed']}", flush=True)
+        noise = torch.randn(1, 16, (args.frames - 1) // 4 + 1, args.height // 8, args.width // 8,
+                            generator=torch.Generator().manual_seed(job["seed"])).to(device)
+        y = None if start is None else start_condition(start.to(device), model.dit.in_dim, noise.shape[2])
+        with torch.autocast(device.type, torch.bfloat16, enabled=half):
+            latents, geometry = generate(
+                model.to(device), noise, [texts[job["prompt"]]], [texts[negative]], y, clip, w2c.to(device), K.to(device),
+                args.sampler, args.steps, args.shift, args.guidance, previewer(job["out"] / "preview", args.preview_every))
+        if args.low_memory:
+            model.to("cpu")
+        video = next(iter(bar("decode", map(vae.decode, [latents.float().cpu()]), "clip")))[0].cpu()
+        scene = make_scene(video, {k: v.cpu() for k, v in geometry.items() if k != "velocity"}, w2c, K, args.fps,
+                           args.scene_scale, args.drop)
+        scene.unit, warning = args.unit, scene.report["unit"]["warning"]
+        scene.report.update(
+            prompt=job["prompt"], settings=job["settings"], warnings=[warning] if warning else [],
+            facts=f"{args.frames} frames of {args.height} x {args.width}, camera {args.camera}, {args.sampler} {args.steps} "
+                  f"steps, guidance {args.guidance:g}, seed {job['seed']}; checkpoint stage {meta['stage']}, step {meta['step']}")
+        export(scene, job["out"], names, lambda n: bar("export", n, "file"))
+        print(f"{job['out']}: {' '.join(EXPORTS[n][0] for n in names)} report.json", *describe(scene.report, args.unit),
+              sep="\n", flush=True)
 
 
 if __name__ == "__main__":
     try:
         main()
-    except ValueError as error:
-        raise SystemExit(f"sample.py: {error}") from None
+    except (ValueError, torch.OutOfMemoryError) as error:
+        cure = "; try --low_memory, fewer --frames or a smaller size" if isinstance(error, torch.OutOfMemoryError) else ""
+        print(f"sample.py: {' '.join(str(error).split())}{cure}", file=sys.stderr)
+        sys.exit(2)
