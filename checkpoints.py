@@ -8,7 +8,7 @@ import json
 import os
 import pathlib
 import re
-import subprocess
+import shutil
 from dataclasses import replace
 from functools import partial
 
@@ -111,7 +111,7 @@ def load_trained(model, path):
 
     A checkpoint holds what its stage trains; after stage 1 the interaction keeps its zero start.  Anything else that is
     missing, left over or of another shape is a ValueError."""
-    sd, meta = read_tensors(path)
+    sd, meta = read_checked(path)
     own, untrained = model.state_dict(), ("camera_adapters.", "exchange.") if meta.get("stage") == "1" else ()
     wanted = (k for k in own if k.startswith("dit.") == (meta.get("stage") == "0") and not k.startswith(untrained))
     missing = [k for k in wanted if k not in sd]
@@ -149,37 +149,65 @@ def config_from_metadata(meta):
 
 
 # --------------------------------------------------------------------------------------------------- our checkpoints
-def git_hash():
-    result = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True,
-                            cwd=pathlib.Path(__file__).parent)
-    return result.stdout.strip() or "unknown"
+def digest(tensors):
+    """sha256 over the names and bytes of tensors, in the order of their names."""
+    total = hashlib.sha256()
+    for name in sorted(tensors):
+        total.update(name.encode())
+        total.update(tensors[name].contiguous().reshape(-1).view(torch.uint8).numpy())
+    return total.hexdigest()
 
 
 def write_whole(path, write):
     """write(temporary path), flush to the disk, rename: the file is whole or absent."""
     temporary = path.with_name(path.name + ".tmp")
-    write(temporary)
-    with open(temporary, "rb+") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        write(temporary)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)                # a full disk gets its space back
+    folder = os.open(path.parent, os.O_RDONLY)           # the rename itself reaches the disk
+    os.fsync(folder)
+    os.close(folder)
 
 
-def save_checkpoint(out, step, model, optimizer, metadata, keep_last):
-    """OUT/step-N.safetensors (trainable tensors), its optimizer state beside it, latest as a hard link; prune."""
+def save_checkpoint(out, step, model, optimizer, metadata, keep_last, keep_every=0):
+    """OUT/step-N.safetensors (trainable tensors), its optimizer state beside it, latest as a hard link; prune.
+
+    Raises OSError or SafetensorError when the disk is full or gone; what was saved before is then untouched."""
     names = {id(p): name for name, p in model.named_parameters()}
     moments = {f"{names[id(p)]}|{key}": value.detach().cpu().contiguous()
                for p, state in optimizer.state.items() for key, value in state.items()}
-    path = out / f"step-{step}.safetensors"
-    write_whole(out / f"step-{step}.optim.safetensors", lambda p: save_file(moments, p))
     tensors = {name: p.cpu().contiguous() for name, p in model.trainable_state_dict().items()}
-    write_whole(path, lambda p: save_file(tensors, p, metadata={**metadata, "step": str(step)}))
-    link = out / "latest.tmp"
+    for end, content in ((".optim", moments), ("", tensors)):        # the weights last: they make a checkpoint
+        told = {**metadata, "step": str(step), "sha256": digest(content)}
+        write_whole(out / f"step-{step}{end}.safetensors", lambda path: save_file(content, path, metadata=told))
+    link_latest(out, step)
+    prune(out, step, keep_last, keep_every)
+
+
+def link_latest(out, step):
+    """latest.safetensors becomes a hard link to a checkpoint; it is replaced, so it is never missing."""
+    path, latest, link = out / f"step-{step}.safetensors", out / "latest.safetensors", out / "latest.tmp"
     link.unlink(missing_ok=True)
-    os.link(path, link)
-    os.replace(link, out / "latest.safetensors")
-    for old in saved_steps(out)[:-keep_last]:
-        (out / f"step-{old}.safetensors").unlink()
-        (out / f"step-{old}.optim.safetensors").unlink(missing_ok=True)
+    if latest.exists() and path.samefile(latest):
+        return
+    try:
+        os.link(path, link)
+    except OSError:                                      # a file system without hard links
+        shutil.copyfile(path, link)
+    os.replace(link, latest)
+
+
+def prune(out, newest, keep_last, keep_every):
+    """Delete checkpoints before the newest but keep_last; those at multiples of keep_every lose their optimizer only."""
+    older = [step for step in saved_steps(out) if step < newest]
+    for step in older[:len(older) - keep_last + 1]:
+        if not keep_every or step % keep_every:
+            (out / f"step-{step}.safetensors").unlink()
+        (out / f"step-{step}.optim.safetensors").unlink(missing_ok=True)
 
 
 def saved_steps(out):
@@ -188,21 +216,67 @@ def saved_steps(out):
     return sorted(int(m[1]) for m in found if m)
 
 
-def whole(out, step):
-    """Whether a checkpoint and its optimizer state open; safetensors checks header and length."""
-    for end in ("", ".optim"):
+def newest_whole(out):
+    """The newest step whose weights and optimizer state are undamaged, else None; damaged ones are named and stay."""
+    for step in reversed(saved_steps(out)):
         try:
-            with safe_open(out / f"step-{step}{end}.safetensors", "pt"):
-                pass
-        except Exception as error:
-            print(f"warning: {out}/step-{step}{end}.safetensors is passed over: {error}", flush=True)
-            return False
-    return True
+            for end in ("", ".optim"):
+                read_checked(out / f"step-{step}{end}.safetensors")
+            return step
+        except ValueError as error:
+            print(f"warning: checkpoint passed over: {error}", flush=True)
+
+
+def tidy(out):
+    """Remove what a killed save left: unfinished files, and optimizer states whose weights were never written."""
+    for path in [*out.glob("*.tmp"), *out.glob("step-*.optim.safetensors")]:
+        weights = path.with_name(path.name.replace(".optim", ""))
+        if path.suffix == ".tmp" or not weights.exists():
+            path.unlink()
+
+
+def read_checked(path):
+    """read_tensors of one of our checkpoints; ValueError when its bytes are not those that were saved."""
+    tensors, meta = read_tensors(path)
+    if "sha256" in meta and meta["sha256"] != digest(tensors):
+        raise ValueError(f"{path}: its sha256 is not the one that it was saved with; the file is damaged. "
+                         f"Use an older step, or copy it again")
+    return tensors, meta
 
 
 def load_optimizer(path, model, optimizer):
-    params = dict(model.named_parameters())
-    for name, value in read_tensors(path)[0].items():
+    """Copy saved AdamW moments into an optimizer of the same parameters."""
+    params, tensors = dict(model.named_parameters()), read_tensors(path)[0]
+    wanted = {name for name, p in params.items() if p.requires_grad}
+    if differ := wanted ^ {name.split("|")[0] for name in tensors}:
+        raise ValueError(f"{path}: {len(differ)} parameters differ from this model's, first {min(differ)}; it belongs to "
+                         f"another stage or model_overrides")
+    for name, value in tensors.items():
         parameter, key = name.split("|")
         p = params[parameter]
         optimizer.state[p][key] = value.to(p.device) if key == "step" else torch.empty_like(p).copy_(value)
+
+
+def describe(path):
+    """What a checkpoint holds, as text; ValueError when it is damaged or does not fit the model that it names."""
+    tensors, meta = read_checked(path)
+    if missing := [key for key in ("stage", "step", "model_config") if key not in meta]:
+        raise ValueError(f"{path}: no {', '.join(missing)} in its metadata: not a checkpoint of train.py")
+    with torch.device("meta"):
+        model = FantasyWorld(config_from_metadata(meta))
+    wanted = {k: tuple(v.shape) for k, v in model.set_stage(int(meta["stage"])).trainable_state_dict().items()}
+    found = {k: tuple(v.shape) for k, v in tensors.items()}
+    if differ := [k for k in {**wanted, **found} if wanted.get(k) != found.get(k)]:
+        raise ValueError(f"{path}: {len(differ)} tensors are not those of its model, first {differ[0]}: "
+                         f"{found.get(differ[0])}, wanted {wanted.get(differ[0])}")
+    lines = [f"{path}: whole, and fits its model", f"stage {meta['stage']}, step {meta['step']}, git {meta.get('git')}",
+             f"command {meta.get('command')}", f"versions {meta.get('versions')}",
+             f"{len(tensors)} tensors, {sum(v.numel() for v in tensors.values()):,} parameters, "
+             f"{sum(v.nbytes for v in tensors.values()):,} bytes, sha256 {meta.get('sha256', 'not recorded')}"]
+    if bad := [name for name, value in tensors.items() if not value.isfinite().all()]:
+        raise ValueError(f"{path}: {len(bad)} tensors hold values that are not finite, first {bad[0]}")
+    lines += [f"  {name:60s} {str(tuple(v.shape)):20s} {str(v.dtype).removeprefix('torch.')}"
+              for name, v in list(tensors.items())[:8]]
+    optimizer = pathlib.Path(path).with_name(f"step-{meta['step']}.optim.safetensors")
+    lines.append(f"optimizer state {'beside it' if optimizer.exists() else 'absent'}: {optimizer.name}")
+    return "\n".join(lines)

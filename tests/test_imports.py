@@ -4,10 +4,11 @@ import pathlib
 
 ROOT = pathlib.Path(__file__).parents[1]
 ALLOWED = dict(geometry=set(), cameras={"geometry"}, metrics={"geometry"}, encoders=set(), scenes={"geometry"},
-               model={"geometry"}, checkpoints={"model"}, evaluate={"data", "geometry", "metrics", "model"},
+               model={"geometry"}, checkpoints={"model"}, control=set(), records=set(),
+               evaluate={"checkpoints", "data", "geometry", "metrics", "model"},
                verify={"cameras", "data", "geometry"},
                data={"geometry", "cameras", "scenes", "encoders", "verify"},
-               train={"config", "model", "geometry", "checkpoints", "evaluate", "data"},
+               train={"config", "model", "geometry", "checkpoints", "control", "records", "evaluate", "data"},
                sample={"model", "geometry", "checkpoints", "data", "encoders"})
 
 
