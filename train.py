@@ -424,7 +424,7 @@ def main(options):
             saved = done
         if eval_every and done % eval_every == 0:     # after saving: it can take longer than a preemption's grace
             rows = evaluate(model, clips["val"], dev, autocast, settings, rank, world,
-                            out / "eval" / f"step-{done}.png")
+                            lambda image: records.picture(done, image))
             for name, row in rows.items():
                 log(f"# val step {done} {name} | " + " | ".join(f"{k} {v:.4g}" for k, v in row.items()))
                 records.scalars(done, {f"val {name}/{key}": value for key, value in row.items()})

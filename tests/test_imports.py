@@ -4,12 +4,14 @@ import pathlib
 
 ROOT = pathlib.Path(__file__).parents[1]
 ALLOWED = dict(geometry=set(), cameras={"geometry"}, metrics={"geometry"}, encoders=set(), scenes={"geometry"},
-               model={"geometry"}, checkpoints={"model"}, control=set(), records=set(),
-               evaluate={"checkpoints", "data", "geometry", "metrics", "model"},
+               model={"geometry"}, checkpoints={"model"}, control=set(), records={"data"},
+               draw={"data"},
+               evaluate={"checkpoints", "data", "draw", "geometry", "metrics", "model"},
+               export={"cameras", "data", "draw", "geometry", "metrics"},
                verify={"cameras", "data", "geometry"},
                data={"geometry", "cameras", "scenes", "encoders", "verify"},
                train={"config", "model", "geometry", "checkpoints", "control", "records", "evaluate", "data"},
-               sample={"model", "geometry", "checkpoints", "data", "encoders"})
+               sample={"model", "geometry", "cameras", "checkpoints", "data", "encoders", "export"})
 
 
 def imports(node):
