@@ -22,7 +22,7 @@ from tqdm import tqdm
 import cameras
 from checkpoints import build_model, config_from_metadata, load_trained, read_metadata
 from data import cache_prefix, depth_to_rgb, encode_start, make_encoders, read_video, tile, write_png
-from export import EXPORTS, USUAL, export, export_names, make_scene, pixel_matrix
+from export import EXPORTS, USUAL, describe, export, export_names, make_scene, pixel_matrix
 from geometry import camera_move, encode_pose, plucker_rays, relative_to_first
 from model import shift_sigma, start_condition
 
@@ -44,45 +44,19 @@ def load_image(path, height, width):
     return (frame[..., top:top + height, left:left + width] / 127.5 - 1)[:, :, None]
 
 
-def crop_intrinsics(fractions, aspect, size):
-    """Fractions (T, 4) of a picture of aspect W0 / H0 -> of its centre crop that fills (H, W); pixels stay square."""
-    wide = aspect / (size[1] / size[0])                       # above 1: the sides are cut, below: top and bottom
-    factor = np.array([max(wide, 1), max(1 / wide, 1)] * 2)
-    middle = np.array([0, 0, .5, .5])
-    return (fractions - middle) * factor + middle
-
-
-def key_frames(text, num_frames):
-    """"x,y,z -> x,y,z | ..." or "0: x,y,z -> x,y,z | 0.4: ...": from where to what the camera looks, y down, in the
-    user's unit; times are shares of the clip, evenly spread when left out -> w2c (T, 3, 4) float64."""
-    times, poses, parts = [], [], text.split("|")
-    for i, part in enumerate(parts):
-        found = re.fullmatch(r"\s*(?:([\d.]+)\s*:)?(.*)->(.*)", part)
-        try:
-            centre, target = ([float(x) for x in found[k].split(",")] for k in (2, 3))
-            if not len(centre) == len(target) == 3:
-                raise TypeError
-            times.append(float(found[1] or i / max(1, len(parts) - 1)))
-        except (TypeError, ValueError):
-            raise ValueError(f"--camera, key frame {part.strip()!r}: wanted x,y,z -> x,y,z, as in "
-                             f"'0,0,0 -> 0,0,2 | 0.3,0,0.5 -> 0,0,2'") from None
-        poses.append(cameras.look_at(centre, target))
-    return cameras.interpolate(times, poses, np.linspace(0, 1, num_frames))
-
-
 def load_camera(text, num_frames, size, fov_deg=65.0, amount=1.0, scene_scale=1.0, form=None):
     """A named move, key frames or a camera file -> w2c (1, T, 3, 4) relative to frame 0 in scene units, and pixel
     intrinsics (1, T, 3, 3) of pictures of `size`; files and key frames are in units of 1 / scene_scale scene units."""
     zoom, intrinsics = torch.ones(num_frames), None
     if "->" in text:
-        w2c = key_frames(text, num_frames)
+        w2c = cameras.key_frames(text, num_frames)
     elif pathlib.Path(text).suffix or pathlib.Path(text).exists():
         w2c, intrinsics, source = cameras.read(text, form, size)
         if len(w2c) < num_frames:
             raise ValueError(f"{text}: {len(w2c)} cameras; --frames {num_frames} wants at least that many")
         if intrinsics is not None:                            # files without a size: of square pixels
             aspect = source[1] / source[0] if source else intrinsics[0, 1] / intrinsics[0, 0]
-            intrinsics = crop_intrinsics(intrinsics[:num_frames], aspect, size)
+            intrinsics = cameras.crop_intrinsics(intrinsics[:num_frames], aspect, size)
     else:
         w2c, zoom = camera_move(text, num_frames, amount)
         scene_scale = 1.0
@@ -302,17 +276,6 @@ def previewer(folder, every):
             folder.mkdir(parents=True, exist_ok=True)
             write_png(folder / f"step-{n:04d}.png", tile([list(depth_to_rgb(depth[pick], *np.quantile(depth, (.01, .99))))]))
     return watch if every else None
-
-
-def describe(report, unit):
-    """The numbers of a sample as three lines."""
-    c, a, u = (report[k] for k in ("control", "consistency", "unit"))
-    scale = f"1 scene unit = {u['scale']:.3g} {unit}" + (f", fitted, residual {u['residual']:.2g}" if u["fitted"] else "")
-    heads = f", depth head against point head {a['heads']:.1f} %" if "heads" in a else ""
-    return [f"predicted against commanded cameras: rotation {c['rot_deg']:.2f} deg, position {c['trans']:.3g} {unit}; {scale}",
-            f"neighbouring frames: depth differs by {a['depth']:.1f} %, colour by {a['colour']:.1f} % after warping "
-            f"({a['colour_still']:.1f} % without){heads}; confidence {report['confidence']['p50']:.2f} (median)",
-            *(f"warning: {text}" for text in report["warnings"])]
 
 
 def main():
