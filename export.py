@@ -35,6 +35,7 @@ class Scene:
     predicted_intrinsics: np.ndarray
     fps: float = 16.0
     unit: str = "units"         # word behind lengths
+    drop: float = 20.0          # percent of the pixels, the least confident, that mask leaves out
     report: dict = field(default_factory=dict)
 
     @property
@@ -120,7 +121,7 @@ def make_scene(video, geometry, w2c, K, fps=16.0, told_scale=1.0, drop=20.0):
     depth, conf = (geometry[k][0].float().numpy() for k in ("depth", "depth_conf"))
     mask = off_edges(depth) & (conf >= np.percentile(conf, drop))
     scene = Scene(rgb, depth * np.float32(unit["scale"]), conf, mask, told, fractions(K[0], size),
-                  scaled(seen, unit["scale"]), fractions(seen_K[0], size), fps)
+                  scaled(seen, unit["scale"]), fractions(seen_K[0], size), fps, drop=drop)
     points = geometry["points"].float() if "points" in geometry else None
     scene.report = dict(unit=unit, **measure(scene, points, unit["scale"]))
     return scene
@@ -268,7 +269,7 @@ def write_glb(scene, path):
     xyz = np.ascontiguousarray(xyz * np.float32([1, -1, -1]))
     s = rgb / 255
     linear = np.where(s <= .04045, s / 12.92, ((s + .055) / 1.055) ** 2.4)        # COLOR_0 is linear, pictures are sRGB
-    colour = np.concatenate([(linear * 65535).round(), np.full((len(rgb), 1), 65535)], 1).astype("<u2")
+    colour = np.concatenate([linear, np.ones((len(rgb), 1))], 1).astype("<f4")
     body = xyz.astype("<f4").tobytes() + colour.tobytes()
     n = len(xyz)
     tree = dict(asset=dict(version="2.0", generator="fantasyworld"), scene=0, scenes=[dict(nodes=[0])],
@@ -277,10 +278,10 @@ def write_glb(scene, path):
                 materials=[dict(extensions=dict(KHR_materials_unlit={}), pbrMetallicRoughness=dict(metallicFactor=0))],
                 extensionsUsed=["KHR_materials_unlit"], buffers=[dict(byteLength=len(body))],
                 bufferViews=[dict(buffer=0, byteOffset=0, byteLength=12 * n, target=34962),
-                             dict(buffer=0, byteOffset=12 * n, byteLength=8 * n, target=34962)],
+                             dict(buffer=0, byteOffset=12 * n, byteLength=16 * n, target=34962)],
                 accessors=[dict(bufferView=0, componentType=5126, count=n, type="VEC3",
                                 min=xyz.min(0).tolist(), max=xyz.max(0).tolist()),
-                           dict(bufferView=1, componentType=5123, normalized=True, count=n, type="VEC4")])
+                           dict(bufferView=1, componentType=5126, count=n, type="VEC4")])
     text = json.dumps(tree).encode()
     text += b" " * (-len(text) % 4)
     Path(path).write_bytes(struct.pack("<4sII", b"glTF", 2, 28 + len(text) + len(body)) + struct.pack("<I4s", len(

@@ -45,14 +45,18 @@ def page_stride(frames, size):
     return next(s for s in range(1, max(size)) if frames * -(-size[0] // s) * -(-size[1] // s) <= PAGE_POINTS)
 
 
-def default_view(scene):
-    """Where the page looks at first: as the first camera does, from behind all cameras; target, distance."""
+def default_view(scene, yaw=0.32, pitch=0.22):
+    """Where the page looks at first: turned a little from the first camera, so far back that cameras and points fit."""
     xyz, _, _ = scene.cloud(20_000)
     centres = np.concatenate([inv_se3(torch.from_numpy(E))[..., 3].numpy() for E in (scene.w2c, scene.predicted)])
-    low, high = np.quantile(xyz, [.05, .95], axis=0) if len(xyz) else (centres.min(0), centres.max(0))
-    low, high = np.minimum(low, centres.min(0)), np.maximum(high, centres.max(0))
-    radius = max(np.linalg.norm(high - low) / 2, 1e-3)
-    return dict(target=((low + high) / 2).round(4).tolist(), distance=float(1.75 * radius))
+    (cy, sy), (cp, sp) = ((np.cos(a), np.sin(a)) for a in (yaw, pitch))
+    R = np.array([[cy, -sy * sp, sy * cp], [0, cp, sp], [-sy, -cy * sp, cy * cp]])      # viewer's axes, as turn() in JS
+    cloud = np.quantile(xyz @ R, [.03, .97], axis=0) if len(xyz) else np.zeros((0, 3))
+    corners = np.concatenate([cloud, centres @ R])
+    half = (corners.max(0) - corners.min(0)) / 2
+    distance = max(2.2 * half[1], 1.8 * half[0]) + 0.8 * half[2]
+    return dict(target=(R @ (corners.max(0) - half)).round(4).tolist(), yaw=yaw, pitch=pitch,
+                distance=float(max(distance, 1e-3)))
 
 
 def write_page(scene, path):
@@ -79,7 +83,7 @@ def write_page(scene, path):
     frames = scene.report["control"]["frames"]
     data = dict(title=scene.report.get("prompt") or "A sampled scene", facts=scene.report.get("facts", ""),
                 unit=scene.unit, fps=scene.fps, size=[H, W], grid=list(depth.shape[1:]), stride=stride, near=near, far=far,
-                c2w=poses[0], predicted=poses[1], K=scene.intrinsics.round(7).tolist(), mode=2,
+                c2w=poses[0], predicted=poses[1], K=scene.intrinsics.round(7).tolist(), mode=2, drop=scene.drop,
                 predictedK=scene.predicted_intrinsics.round(7).tolist(), **default_view(scene),
                 errors=[[f["rot_deg"], f["trans"]] for f in frames], map=COLOUR_MAP.astype(int).tolist(),
                 numbers=page_numbers(scene.report, scene.unit), warnings=scene.report.get("warnings", []),

@@ -156,13 +156,16 @@ def test_glb_is_valid_gltf_with_y_up(scene, out):
         a = tree["accessors"][index]
         view = tree["bufferViews"][a["bufferView"]]
         width = {"VEC3": 3, "VEC4": 4}[a["type"]]
-        arrays[name] = np.frombuffer(body, {5126: "<f4", 5123: "<u2"}[a["componentType"]], a["count"] * width,
+        arrays[name] = np.frombuffer(body, {5126: "<f4"}[a["componentType"]], a["count"] * width,
                                      view["byteOffset"]).reshape(-1, width)
     position = tree["accessors"][0]
     np.testing.assert_allclose(arrays["POSITION"].min(0), position["min"], rtol=1e-6)
     np.testing.assert_allclose(arrays["POSITION"].max(0), position["max"], rtol=1e-6)
     np.testing.assert_array_equal(arrays["POSITION"] * [1, -1, -1], scene.points()[scene.mask])
-    assert (arrays["COLOR_0"][:, 3] == 65535).all()
+    linear = (scene.rgb[scene.mask] / 255 + .055) / 1.055                         # sRGB curve above 0.04
+    bright = (scene.rgb[scene.mask] > 11).all(1)
+    np.testing.assert_allclose(arrays["COLOR_0"][bright, :3], linear[bright] ** 2.4, atol=1e-5)
+    assert (arrays["COLOR_0"][:, 3] == 1).all()
 
 
 def test_gaussians_have_the_reference_columns_colours_and_pixel_sized_widths(scene, out):
