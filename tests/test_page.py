@@ -90,10 +90,10 @@ def test_the_page_draws_reacts_and_reports_no_error(made):
         assert browser.run("viewer.state.frame") == 4 and "frame 5 of 5" in browser.run("document.body.innerText")
         for button in (1, 2, 0):
             after(f"document.getElementById('colour').children[{button}].click()", 0.03)
-        after("(e => { e.value = 80; e.dispatchEvent(new Event('input')); })(document.getElementById('unsure'))")
         after("(e => { e.value = 3; e.dispatchEvent(new Event('input')); })(document.getElementById('size'))")
-        after("document.getElementById('ride').click()", 0.05)
-        after("document.getElementById('reset').click()", 0.05)
+        after("(e => { e.value = 80; e.dispatchEvent(new Event('input')); })(document.getElementById('unsure'))")
+        after("document.getElementById('ride').click()", 0.02)
+        after("document.getElementById('reset').click()", 0.02)
         after("document.getElementById('show').children[0].click()")
         assert browser.problems == []
 
