@@ -29,12 +29,13 @@ class Scene:
     depth: np.ndarray           # (T, H, W) float32 z-depth
     conf: np.ndarray            # (T, H, W) float32, above 1, larger is surer; no unit, no probability
     mask: np.ndarray            # (T, H, W) pixels worth drawing: sure enough, and off depth edges
-    w2c: np.ndarray             # (T, 3, 4) float64, commanded: points are lifted with these
+    w2c: np.ndarray             # (T, 3, 4) float64, commanded
     intrinsics: np.ndarray      # (T, 4) fx/W, fy/H, cx/W, cy/H, commanded
     predicted: np.ndarray       # (T, 3, 4), read off the sample by the camera head
     predicted_intrinsics: np.ndarray
     fps: float = 16.0
     unit: str = "units"         # word behind lengths
+    lift: str = "commanded"     # or predicted: the cameras that lift depth to points, and that folders for other tools get
     drop: float = 20.0          # percent of the pixels, the least confident, that mask leaves out
     report: dict = field(default_factory=dict)
 
@@ -46,12 +47,15 @@ class Scene:
         """Pixels (T, H, W) off depth edges."""
         return off_edges(self.depth)
 
+    def cameras(self):
+        """w2c (T, 3, 4) and intrinsics (T, 4) that the points go with."""
+        return (self.w2c, self.intrinsics) if self.lift == "commanded" else (self.predicted, self.predicted_intrinsics)
+
     def points(self):
         """(T, H, W, 3) float32, world."""
-        h, w = self.size
-        K = torch.from_numpy(pixel_matrix(self.intrinsics, self.size))[None]
-        return unproject(torch.from_numpy(self.depth)[None].double(), torch.from_numpy(self.w2c)[None],
-                         K)[0].float().numpy()
+        w2c, intrinsics = self.cameras()
+        return unproject(torch.from_numpy(self.depth)[None].double(), torch.from_numpy(w2c)[None],
+                         torch.from_numpy(pixel_matrix(intrinsics, self.size))[None])[0].float().numpy()
 
     def cloud(self, count, frame=None):
         """At most `count` drawable points, evenly spaced in the pixels: xyz (N, 3) float32, rgb (N, 3) uint8, and the
@@ -102,13 +106,13 @@ def fit_unit(told, predicted, told_scale):
                 warning=f"{why}; lengths are --scene_scale {told_scale:g} times scene units, unchecked")
 
 
-def make_scene(video, geometry, w2c, K, fps=16.0, told_scale=1.0, drop=20.0):
+def make_scene(video, geometry, w2c, K, fps=16.0, told_scale=1.0, drop=20.0, lift="commanded"):
     """Output of a sample -> Scene, its report filled.
 
     video       (3, T, H, W)     [-1, 1]
     geometry    the model's dict for one clip, on the CPU, scene units
     w2c, K      (1, T, 3, 4), (1, T, 3, 3)   commanded, scene units, pixels;   told_scale   user units per scene unit
-    drop        percent of the pixels, the least confident, that point clouds leave out"""
+    drop, lift  as in Scene"""
     rgb = ((video.permute(1, 2, 3, 0) + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).numpy()
     size = rgb.shape[1:3]
     enc = geometry["pose_enc"][-1].double()
@@ -121,7 +125,7 @@ def make_scene(video, geometry, w2c, K, fps=16.0, told_scale=1.0, drop=20.0):
     depth, conf = (geometry[k][0].float().numpy() for k in ("depth", "depth_conf"))
     mask = off_edges(depth) & (conf >= np.percentile(conf, drop))
     scene = Scene(rgb, depth * np.float32(unit["scale"]), conf, mask, told, fractions(K[0], size),
-                  scaled(seen, unit["scale"]), fractions(seen_K[0], size), fps, drop=drop)
+                  scaled(seen, unit["scale"]), fractions(seen_K[0], size), fps, lift=lift, drop=drop)
     points = geometry["points"].float() if "points" in geometry else None
     scene.report = dict(unit=unit, **measure(scene, points, unit["scale"]))
     return scene
@@ -143,16 +147,17 @@ def measure(scene, points=None, scale=1.0):
     points  (1, T, H, W, 3) of the point head in scene units of `scale` user units, or None
     returns dict: control (predicted against commanded cameras), consistency, confidence"""
     told, seen = (torch.from_numpy(E)[None] for E in (scene.w2c, scene.predicted))
-    depth, K = (torch.from_numpy(x)[None].double() for x in (scene.depth, pixel_matrix(scene.intrinsics, scene.size)))
+    w2c, K = scene.cameras()
+    depth, w2c, K = (torch.from_numpy(x)[None].double() for x in (scene.depth, w2c, pixel_matrix(K, scene.size)))
     mask = torch.from_numpy(scene.mask)[None]
     a, b = inv_se3(seen)[0], inv_se3(told)[0]
     control = pose_metrics(seen, told)
     control["frames"] = [dict(rot_deg=r, trans=t) for r, t in zip(rotation_angle(a[:, :, :3], b[:, :, :3]).tolist(),
                                                                   (a - b)[..., 3].norm(dim=-1).tolist())]
-    agree = warp_error(torch.from_numpy(scene.rgb)[None], depth, told, K, mask)
+    agree = warp_error(torch.from_numpy(scene.rgb)[None], depth, w2c, K, mask)
     some = slice(None, None, -(-len(scene.rgb) // 16))                              # at most 16 frames: double precision
     if points is not None:
-        agree["heads"] = 100 * head_agreement(points[:, some] * scale, depth[:, some], told[:, some], K[:, some],
+        agree["heads"] = 100 * head_agreement(points[:, some] * scale, depth[:, some], w2c[:, some], K[:, some],
                                               mask[:, some])
     conf = scene.conf
     return dict(control=control, consistency=agree, confidence=dict(
@@ -252,7 +257,7 @@ def write_splats(scene, path):
     xyz, rgb, index = scene.cloud(MAX_POINTS["splat"])
     n, (h, w) = len(xyz), scene.size
     spacing = np.sqrt(scene.mask.sum() / max(n, 1))                               # thinned points stand further apart
-    width = scene.depth.reshape(-1)[index] / (scene.intrinsics[index // (h * w), 0] * w) * spacing
+    width = scene.depth.reshape(-1)[index] / (scene.cameras()[1][index // (h * w), 0] * w) * spacing
     zero, f = np.zeros(n, np.float32), lambda x: np.asarray(x, np.float32)
     columns = dict(zip("xyz", xyz.T)) | {k: zero for k in ("nx", "ny", "nz")}
     columns |= {f"f_dc_{c}": f((rgb[:, c] / 255 - .5) / 0.28209479177387814) for c in range(3)}      # Y_00 = 0.282...
@@ -311,7 +316,7 @@ def write_colmap_folder(scene, folder):
     xyz, rgb, _ = scene.cloud(MAX_POINTS["colmap"])
     write_frames(scene, folder / "images")
     for place, binary in ((folder / "sparse" / "0", True), (folder / "text", False)):
-        cameras.write(place, "colmap", scene.w2c, scene.intrinsics, scene.size, binary)
+        cameras.write(place, "colmap", *scene.cameras(), scene.size, binary)
     record = np.empty(len(xyz), [("id", "<u8"), ("xyz", "<f8", 3), ("rgb", "u1", 3), ("error", "<f8"), ("track", "<u8")])
     record["id"], record["xyz"], record["rgb"] = np.arange(1, len(xyz) + 1), xyz, rgb
     record["error"] = record["track"] = 0                                          # not matched in pictures: no tracks
@@ -327,7 +332,7 @@ def write_nerfstudio_folder(scene, folder):
     xyz, rgb, _ = scene.cloud(MAX_POINTS["nerfstudio"])
     write_ply(folder / "sparse_pc.ply", xyz, rgb)
     path = folder / "transforms.json"
-    cameras.write(path, "nerfstudio", scene.w2c, scene.intrinsics, scene.size)
+    cameras.write(path, "nerfstudio", *scene.cameras(), scene.size)
     tree = json.loads(path.read_text())
     for t, frame in enumerate(tree["frames"]):
         frame["depth_file_path"] = f"depth/frame_{t:05d}.png"

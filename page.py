@@ -83,7 +83,7 @@ def write_page(scene, path):
     frames = scene.report["control"]["frames"]
     data = dict(title=scene.report.get("prompt") or "A sampled scene", facts=scene.report.get("facts", ""),
                 unit=scene.unit, fps=scene.fps, size=[H, W], grid=list(depth.shape[1:]), stride=stride, near=near, far=far,
-                c2w=poses[0], predicted=poses[1], K=scene.intrinsics.round(7).tolist(), mode=2, drop=scene.drop,
+                c2w=poses[0], predicted=poses[1], K=scene.intrinsics.round(7).tolist(), lift=scene.lift, mode=2, drop=scene.drop,
                 predictedK=scene.predicted_intrinsics.round(7).tolist(), **default_view(scene),
                 errors=[[f["rot_deg"], f["trans"]] for f in frames], map=COLOUR_MAP.astype(int).tolist(),
                 numbers=page_numbers(scene.report, scene.unit), warnings=scene.report.get("warnings", []),

@@ -51,7 +51,10 @@ def load_camera(text, num_frames, size, fov_deg=65.0, amount=1.0, scene_scale=1.
     if "->" in text:
         w2c = cameras.key_frames(text, num_frames)
     elif pathlib.Path(text).suffix or pathlib.Path(text).exists():
-        w2c, intrinsics, source = cameras.read(text, form, size)
+        try:
+            w2c, intrinsics, source = cameras.read(text, form, size)
+        except ValueError as error:
+            raise ValueError(str(error).replace("--from", "--camera_format")) from None
         if len(w2c) < num_frames:
             raise ValueError(f"{text}: {len(w2c)} cameras; --frames {num_frames} wants at least that many")
         if intrinsics is not None:                            # files without a size: of square pixels
@@ -204,6 +207,8 @@ def parse_arguments(argv=None):
     add(files, "out", "folder", default="outputs/sample", type=pathlib.Path)
     add(files, "export", f"all, or names of {','.join(EXPORTS)}", default=USUAL)
     add(files, "drop", "percent of the pixels, the least confident, left out of point clouds", type=float, default=20.0)
+    add(files, "lift", "cameras that lift depth to points: what was asked for, or what the model reports", default="commanded",
+        choices=["commanded", "predicted"])
     add(files, "unit", "your unit of length, as a word", default="units")
     add(files, "preview_every", "write the depth seen so far as a picture every so many steps; 0 = never", type=int, default=0)
     return parser.parse_args(argv)
@@ -326,7 +331,7 @@ def main():
             model.to("cpu")
         video = next(iter(bar("decode", map(vae.decode, [latents.float().cpu()]), "clip")))[0].cpu()
         scene = make_scene(video, {k: v.cpu() for k, v in geometry.items() if k != "velocity"}, w2c, K, args.fps,
-                           args.scene_scale, args.drop)
+                           args.scene_scale, args.drop, args.lift)
         scene.unit, warning = args.unit, scene.report["unit"]["warning"]
         scene.report.update(
             prompt=job["prompt"], settings=job["settings"], warnings=[warning] if warning else [],

@@ -56,7 +56,7 @@ def test_depth_comes_back_in_the_users_unit_when_the_predicted_path_is_the_comma
 
 def test_a_path_of_half_the_commanded_length_means_that_scene_units_are_twice_as_long():
     """Hand computed: centres p = c / 2 are laid on c by the factor 2, whatever scale the model was told."""
-    (full, clip), (half, _) = sampled(), sampled(slow=0.5)
+    (full, _), (half, _) = sampled(), sampled(slow=0.5)
     assert abs(half.report["unit"]["scale"] / full.report["unit"]["scale"] - 2) < 1e-3
     np.testing.assert_allclose(half.depth, 2 * full.depth, rtol=1e-3)
     np.testing.assert_allclose(half.predicted, full.predicted, atol=1e-3)
@@ -234,6 +234,15 @@ def test_nerfstudio_folder_projects_its_points_to_the_pixels_they_came_from(scen
         u, v = (frame["cx"] + frame["fl_x"] * cam[:, 0] / -cam[:, 2], frame["cy"] - frame["fl_y"] * cam[:, 1] / -cam[:, 2])
         np.testing.assert_allclose(u, index[own] % W + .5, atol=1e-3)
         np.testing.assert_allclose(v, index[own] // W % H + .5, atol=1e-3)
+
+
+def test_points_lifted_with_the_predicted_cameras_lie_where_those_see_them(scene):
+    bent, _ = sampled(bend=0.1)
+    seen = E.Scene(**{**bent.__dict__, "lift": "predicted"})
+    w2c, K = seen.cameras()
+    cam = np.einsum("tij,thwj->thwi", w2c[:, :, :3], seen.points()) + w2c[:, None, None, :, 3]
+    np.testing.assert_allclose(cam[..., 2], seen.depth, rtol=1e-4)
+    assert w2c is seen.predicted and not np.allclose(seen.points(), bent.points(), atol=1e-2)
 
 
 # ---- choosing
