@@ -1,6 +1,6 @@
 """Pictures with numpy alone: words, legends, top views of camera paths, contact sheets.
 
-Pictures are uint8 (H, W, 3).  Source of the colours: data.COLOUR_MAP; paths: cyan commanded or true, orange predicted."""
+Pictures are uint8 (H, W, 3).  Colours of depth: data.COLOUR_MAP; paths: cyan commanded or true, orange predicted."""
 import numpy as np
 
 from data import depth_to_rgb

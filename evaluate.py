@@ -60,8 +60,8 @@ def geometry_row(depth, points, w2c, b, out=None):
 def evaluate(model, clips, dev, autocast, options, rank=0, world=1, picture=None, more_sigmas=()):
     """Mean metrics over clips with fixed noise -> {"poses given": row, "no poses": row}, split over ranks.
 
-    options: train.py's globals; picture(image) receives the comparison of the first clip.  The diffusion loss is the mean over five noise levels; geometry is read out at
-    options.eval_sigma, and at more_sigmas in rows of their own."""
+    options: train.py's globals; picture(image) receives the comparison of the first clip.  The diffusion loss is the
+    mean over five noise levels; geometry is read out at options.eval_sigma, and at more_sigmas in rows of their own."""
     eval_sigma = options.eval_sigma
     core = getattr(model, "module", model)
     sums = {}
@@ -115,9 +115,9 @@ def comparison(b, out, frames=None):
     predicted, _ = decode_pose(out["pose_enc"][-1].float(), true.shape[-2:])
     paths = [relative_to_first(E.double())[0].cpu().numpy() for E in (b["w2c"], predicted)]
     h, w = rows[0][0].shape[:2]
-    aside = [("from above: cyan true, orange predicted", top_view(list(zip(paths, (TOLD, SEEN))), (max(200, h), 2 * w + 4))),
-             ("depth, scene units", depth_legend(low, high, 2 * w, ""))]
-    return sheet(rows, titles, aside)
+    above = top_view(list(zip(paths, (TOLD, SEEN))), (max(200, h), 2 * w + 4))
+    return sheet(rows, titles, [("from above: cyan true, orange predicted", above),
+                                ("depth, scene units", depth_legend(low, high, 2 * w))])
 
 
 def baselines(train_clips, val_clips, in_dim, dev, eval_clips):

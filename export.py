@@ -35,7 +35,7 @@ class Scene:
     predicted_intrinsics: np.ndarray
     fps: float = 16.0
     unit: str = "units"         # word behind lengths
-    lift: str = "commanded"     # or predicted: the cameras that lift depth to points, and that folders for other tools get
+    lift: str = "commanded"     # or predicted: the cameras that lift depth to points and that COLMAP, nerfstudio get
     drop: float = 20.0          # percent of the pixels, the least confident, that mask leaves out
     report: dict = field(default_factory=dict)
 
@@ -155,7 +155,7 @@ def measure(scene, points=None, scale=1.0):
     control["frames"] = [dict(rot_deg=r, trans=t) for r, t in zip(rotation_angle(a[:, :, :3], b[:, :, :3]).tolist(),
                                                                   (a - b)[..., 3].norm(dim=-1).tolist())]
     agree = warp_error(torch.from_numpy(scene.rgb)[None], depth, w2c, K, mask)
-    some = slice(None, None, -(-len(scene.rgb) // 16))                              # at most 16 frames: double precision
+    some = slice(None, None, -(-len(scene.rgb) // 16))                           # at most 16 frames: double precision
     if points is not None:
         agree["heads"] = 100 * head_agreement(points[:, some] * scale, depth[:, some], w2c[:, some], K[:, some],
                                               mask[:, some])
@@ -168,9 +168,10 @@ def measure(scene, points=None, scale=1.0):
 def describe(report, unit):
     """The numbers of a sample as three lines."""
     c, a, u = (report[k] for k in ("control", "consistency", "unit"))
-    scale = f"1 scene unit = {u['scale']:.3g} {unit}" + (f", fitted, residual {u['residual']:.2g}" if u["fitted"] else "")
+    fitted = f", fitted, residual {u['residual']:.2g}" if u["fitted"] else ""
     heads = f", depth head against point head {a['heads']:.1f} %" if "heads" in a else ""
-    return [f"predicted against commanded cameras: rotation {c['rot_deg']:.2f} deg, position {c['trans']:.3g} {unit}; {scale}",
+    return [f"predicted against commanded cameras: rotation {c['rot_deg']:.2f} deg, position {c['trans']:.3g} {unit}; "
+            f"1 scene unit = {u['scale']:.3g} {unit}{fitted}",
             f"neighbouring frames: depth differs by {a['depth']:.1f} %, colour by {a['colour']:.1f} % after warping "
             f"({a['colour_still']:.1f} % without){heads}; confidence {report['confidence']['p50']:.2f} (median)",
             *(f"warning: {text}" for text in report["warnings"])]
@@ -317,7 +318,8 @@ def write_colmap_folder(scene, folder):
     write_frames(scene, folder / "images")
     for place, binary in ((folder / "sparse" / "0", True), (folder / "text", False)):
         cameras.write(place, "colmap", *scene.cameras(), scene.size, binary)
-    record = np.empty(len(xyz), [("id", "<u8"), ("xyz", "<f8", 3), ("rgb", "u1", 3), ("error", "<f8"), ("track", "<u8")])
+    record = np.empty(len(xyz), [("id", "<u8"), ("xyz", "<f8", 3), ("rgb", "u1", 3), ("error", "<f8"),
+                                 ("track", "<u8")])
     record["id"], record["xyz"], record["rgb"] = np.arange(1, len(xyz) + 1), xyz, rgb
     record["error"] = record["track"] = 0                                          # not matched in pictures: no tracks
     (folder / "sparse" / "0" / "points3D.bin").write_bytes(struct.pack("<Q", len(xyz)) + record.tobytes())
@@ -385,6 +387,7 @@ def export_names(text):
 def export(scene, out, names, progress=iter):
     """Write the named files and, last, report.json: where it lies, the sample is complete."""
     out.mkdir(parents=True, exist_ok=True)
+    (out / "report.json").unlink(missing_ok=True)
     for name in progress(names):
         target = out / EXPORTS[name][0]
         if target.is_dir():                                                       # of an earlier run: no stale frames

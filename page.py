@@ -29,8 +29,8 @@ def page_numbers(report, unit):
                     "they are: warping should be lower where the camera moves"],
                    ["Depth after warping", f"{a['depth']:.1f} %", "median relative difference of the depths "
                     "that neighbouring frames see at the same place"],
-                   ["Pixels compared", f"{a['seen_percent']:.0f} %", "sure pixels that land inside the next frame, at a depth "
-                    "within 10 % of what is there"]]
+                   ["Pixels compared", f"{a['seen_percent']:.0f} %", "sure pixels that land inside the next frame, "
+                    "at a depth within 10 % of what is there"]]
     if "heads" in a:
         consistency.append(["Depth and point heads", f"{a['heads']:.1f} %", "mean distance of the point map from the "
                             "lifted depth map, relative to the distance of the point"])
@@ -82,9 +82,9 @@ def write_page(scene, path):
     text = lambda x: base64.b64encode(x).decode()
     frames = scene.report["control"]["frames"]
     data = dict(title=scene.report.get("prompt") or "A sampled scene", facts=scene.report.get("facts", ""),
-                unit=scene.unit, fps=scene.fps, size=[H, W], grid=list(depth.shape[1:]), stride=stride, near=near, far=far,
-                c2w=poses[0], predicted=poses[1], K=scene.intrinsics.round(7).tolist(), lift=scene.lift, mode=2, drop=scene.drop,
-                predictedK=scene.predicted_intrinsics.round(7).tolist(), **default_view(scene),
+                unit=scene.unit, fps=scene.fps, size=[H, W], grid=list(depth.shape[1:]), stride=stride,
+                near=near, far=far, lift=scene.lift, mode=2, drop=scene.drop,
+                c2w=poses[0], predicted=poses[1], K=scene.intrinsics.round(7).tolist(), predictedK=scene.predicted_intrinsics.round(7).tolist(), **default_view(scene),
                 errors=[[f["rot_deg"], f["trans"]] for f in frames], map=COLOUR_MAP.astype(int).tolist(),
                 numbers=page_numbers(scene.report, scene.unit), warnings=scene.report.get("warnings", []),
                 depth=text(code.tobytes()), colour=text(colour.tobytes()), video=text(video))

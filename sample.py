@@ -6,13 +6,12 @@ writes into --out: scene.html (open it: everything in one offline page), video.m
 cameras.txt (commanded), cameras_predicted.txt, sheet.png and report.json (how far the sample obeys its cameras and
 agrees with itself); --export all adds the files of other tools.  With several prompts or seeds every sample gets a
 folder of its own, and the same command again goes on where it stopped.  User errors are one line and exit status 2."""
-import argparse
 import itertools
 import json
 import pathlib
-import re
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -22,8 +21,9 @@ from tqdm import tqdm
 import cameras
 from checkpoints import build_model, config_from_metadata, load_trained, read_metadata
 from data import cache_prefix, depth_to_rgb, encode_start, make_encoders, read_video, tile, write_png
-from export import EXPORTS, USUAL, describe, export, export_names, make_scene, pixel_matrix
+from export import EXPORTS, describe, export, export_names, make_scene, pixel_matrix
 from geometry import camera_move, encode_pose, plucker_rays, relative_to_first
+from jobs import check_arguments, parse_arguments, plan, read_prompts
 from model import shift_sigma, start_condition
 
 # The default of the official Wan 2.1 code (shared_config.py, sample_neg_prompt); the demo's word hash gets "".
@@ -158,115 +158,9 @@ def generate(model, noise, text, negative, y, clip, w2c, K, sampler, steps, shif
     return latents, model(x, t, text, **given, poses=poses, video=model.stage == 2)
 
 
-# ---- what a person runs
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        self.exit(2, f"sample.py: {message}; --help lists every option\n")
-
-
-def parse_arguments(argv=None):
-    parser = Parser(description=__doc__.splitlines()[0], formatter_class=lambda prog: argparse.HelpFormatter(
-        prog, max_help_position=34, width=110))
-
-    def add(group, name, help, **options):
-        default = options.get("default")
-        shown = "" if default is None or options.get("action") else " [%(default)s]"
-        group.add_argument(f"--{name}", help=help + shown, **options)
-
-    what = parser.add_argument_group("what to sample")
-    add(what, "ckpt", "checkpoint of stage 1 or 2", required=True)
-    add(what, "wan_dir", "folder of the video branch; default: the one it was trained with")
-    add(what, "prompt", "words, or a text file with one prompt a line", default="a room")
-    add(what, "negative_prompt", "default: Wan's official one, in Chinese; empty for the demo")
-    add(what, "image", "picture or video file whose first frame starts the video")
-    view = parser.add_argument_group("camera")
-    add(view, "camera", "a move (orbit, forward, left, pan_left, zoom_in, ...), a camera file (formats: cameras.py), or "
-        "key frames 'x,y,z -> x,y,z | ...' (stand -> look at, y down)", default="orbit")
-    add(view, "camera_format", "format of a camera file that does not show it", choices=cameras.FORMATS)
-    add(view, "amount", "strength of a named move; 1 travels 0.3 scene units or turns by 30 degrees", type=float, default=1.0)
-    add(view, "fov", "horizontal field of view where the camera has no intrinsics, degrees", type=float, default=65.0)
-    add(view, "scene_scale", "your units per scene unit (mean distance of the first frame's points), a guess: the "
-        "scene is scaled to the path afterwards", type=float, default=1.0)
-    size = parser.add_argument_group("size")
-    for name, rule in (("frames", "4k + 1"), ("height", "multiple of 16"), ("width", "multiple of 16")):
-        add(size, name, f"{rule}; default: the training size", type=int)
-    add(size, "fps", "frames a second of the written videos", type=float, default=16.0)
-    how = parser.add_argument_group("sampling")
-    add(how, "steps", "steps of the sampler", type=int, default=50)
-    add(how, "sampler", "unipc is Wan's own", default="euler", choices=SAMPLERS)
-    add(how, "guidance", "1 = no guidance, half the work", type=float, default=5.0)
-    add(how, "shift", "more of the steps at high noise", type=float, default=5.0)
-    add(how, "seed", "seed of the first sample", type=int, default=0)
-    add(how, "num_samples", "samples of every prompt, of seeds seed, seed + 1, ...", type=int, default=1)
-    machine = parser.add_argument_group("machine")
-    add(machine, "device", "cuda, cuda:1, cpu, ...", default="cuda" if torch.cuda.is_available() else "cpu")
-    add(machine, "dtype", "auto: bf16 on a GPU, fp32 on a CPU", default="auto", choices=["auto", "bf16", "fp32"])
-    add(machine, "low_memory", "slower: encoders on the CPU, heads in small chunks, the model leaves the device while "
-        "the video is decoded", action="store_true")
-    files = parser.add_argument_group("files")
-    add(files, "out", "folder", default="outputs/sample", type=pathlib.Path)
-    add(files, "export", f"all, or names of {','.join(EXPORTS)}", default=USUAL)
-    add(files, "drop", "percent of the pixels, the least confident, left out of point clouds", type=float, default=20.0)
-    add(files, "lift", "cameras that lift depth to points: what was asked for, or what the model reports", default="commanded",
-        choices=["commanded", "predicted"])
-    add(files, "unit", "your unit of length, as a word", default="units")
-    add(files, "preview_every", "write the depth seen so far as a picture every so many steps; 0 = never", type=int, default=0)
-    return parser.parse_args(argv)
-
-
 def bar(phase, items, unit):
     """Progress with the time left; one bar for each phase."""
     return tqdm(items, desc=f"{phase:8s}", unit=unit, dynamic_ncols=True)
-
-
-def check_arguments(args, trained):
-    """Refuses what cannot work before anything slow; fills sizes in."""
-    args.frames = args.frames or trained["num_frames"]
-    args.height, args.width = args.height or trained["height"], args.width or trained["width"]
-    if args.frames < 5 or args.frames % 4 != 1 or args.height % 16 or args.width % 16 or min(args.height, args.width) < 16:
-        near = max(5, round((args.frames - 1) / 4) * 4 + 1), *(max(16, round(x / 16) * 16) for x in (args.height, args.width))
-        raise ValueError(f"--frames {args.frames} --height {args.height} --width {args.width}: wanted 4k + 1 frames and "
-                         f"multiples of 16, such as --frames {near[0]} --height {near[1]} --width {near[2]}")
-    for name, low, high in (("steps", 1, 1000), ("num_samples", 1, 10 ** 6), ("fov", 1, 170), ("drop", 0, 99),
-                            ("fps", 0.1, 1000), ("scene_scale", 1e-9, 1e9), ("preview_every", 0, 1000)):
-        if not low <= getattr(args, name) <= high:
-            raise ValueError(f"--{name} {getattr(args, name):g}: wanted {low:g} to {high:g}")
-
-
-def read_prompts(text):
-    """The prompt itself, or the lines of a text file of that name; empty lines and # comments are skipped."""
-    path = pathlib.Path(text)
-    if path.suffix != ".txt":
-        return [text]
-    if not path.is_file():
-        raise ValueError(f"--prompt {text}: no such file")
-    lines = [line.strip() for line in path.read_text().splitlines()]
-    if not any(lines):
-        raise ValueError(f"--prompt {text}: no prompt in it; wanted one a line")
-    return [line for line in lines if line and not line.startswith("#")]
-
-
-def plan(args, prompts, meta):
-    """One job for every prompt and seed: prompt, seed, out, settings.  A folder whose report.json holds the same
-    settings is complete; among several jobs it is left out."""
-    shared = {k: str(v) for k, v in vars(args).items() if k not in ("prompt", "seed", "num_samples", "out", "device",
-                                                                    "low_memory", "preview_every")}
-    jobs = [dict(prompt=prompt, seed=args.seed + n) for prompt in prompts for n in range(args.num_samples)]
-    for i, job in enumerate(jobs):
-        slug = re.sub("[^a-z0-9]+", "-", job["prompt"].lower())[:40].strip("-")
-        job["out"] = args.out / f"{i:03d}-{slug}-seed{job['seed']}" if len(jobs) > 1 else args.out
-        job["settings"] = dict(shared, prompt=job["prompt"], seed=job["seed"], step=meta["step"])
-    left = [job for job in jobs if len(jobs) == 1 or not finished(job)]
-    if len(left) < len(jobs):
-        print(f"{args.out}: {len(jobs) - len(left)} of {len(jobs)} samples are there already and are kept")
-    return left
-
-
-def finished(job):
-    try:
-        return json.loads((job["out"] / "report.json").read_text()).get("settings") == job["settings"]
-    except (OSError, ValueError):
-        return False
 
 
 def previewer(folder, every):
@@ -279,8 +173,57 @@ def previewer(folder, every):
             depth = look()["depth"][0].float().cpu().numpy()
             pick = np.linspace(0, len(depth) - 1, min(5, len(depth))).round().astype(int)
             folder.mkdir(parents=True, exist_ok=True)
-            write_png(folder / f"step-{n:04d}.png", tile([list(depth_to_rgb(depth[pick], *np.quantile(depth, (.01, .99))))]))
+            pictures = depth_to_rgb(depth[pick], *np.quantile(depth, (.01, .99)))
+            write_png(folder / f"step-{n:04d}.png", tile([list(pictures)]))
     return watch if every else None
+
+
+def load(args, meta, jobs, wan_dir, device):
+    """Everything that the jobs share: model, vae, texts by prompt, negative (its text), start latents and CLIP tokens
+    of the image or None, half (whether to run in bf16)."""
+    real = cache_prefix(wan_dir) != "transform"
+    negative = args.negative_prompt if args.negative_prompt is not None else NEGATIVE if real else ""
+    image = load_image(args.image, args.height, args.width) if args.image else None
+    encoders = make_encoders(wan_dir=wan_dir if real else "", device="cpu" if args.low_memory else device)
+    prompts = list(dict.fromkeys([job["prompt"] for job in jobs] + [negative]))
+    texts, start, clip, vae = conditions(encoders, prompts, image, args.frames, lambda p: bar("text", p, "prompt"))
+    texts = dict(zip(prompts, texts))
+
+    half = args.dtype == "bf16" or args.dtype == "auto" and device.type == "cuda"
+    cfg, model = config_from_metadata(meta), None
+    for part in bar("load", ("video branch", "trained part"), "part"):
+        if part == "video branch":
+            cfg = replace(cfg, head_chunk=4) if args.low_memory else cfg
+            model = build_model(cfg, wan_dir, device, torch.bfloat16 if half else None)
+        else:
+            load_trained(model, args.ckpt)
+    model.set_stage(int(meta["stage"])).requires_grad_(False)
+    if image is not None and model.dit.in_dim == 16:
+        raise ValueError(f"--image {args.image}: {wan_dir} is a text-to-video family; leave the image out")
+    return SimpleNamespace(model=model, vae=vae, texts=texts, negative=texts[negative], start=start, clip=clip, half=half)
+
+
+def sample_one(args, job, meta, have, w2c, K, device):
+    """Run one job -> Scene with its report."""
+    model, frames = have.model.to(device), args.frames
+    noise = torch.randn(1, 16, (frames - 1) // 4 + 1, args.height // 8, args.width // 8,
+                        generator=torch.Generator().manual_seed(job["seed"])).to(device)
+    y = None if have.start is None else start_condition(have.start.to(device), model.dit.in_dim, noise.shape[2])
+    with torch.autocast(device.type, torch.bfloat16, enabled=have.half):
+        latents, geometry = generate(model, noise, [have.texts[job["prompt"]]], [have.negative], y, have.clip,
+                                     w2c.to(device), K.to(device), args.sampler, args.steps, args.shift, args.guidance,
+                                     previewer(job["out"] / "preview", args.preview_every))
+    if args.low_memory:
+        model.to("cpu")
+    video = have.vae.decode(latents.float().cpu(), progress=lambda steps: bar("decode", steps, "step"))[0].cpu()
+    geometry = {k: v.cpu() for k, v in geometry.items() if k != "velocity"}
+    scene = make_scene(video, geometry, w2c, K, args.fps, args.scene_scale, args.drop, args.lift)
+    scene.unit, warning = args.unit, scene.report["unit"]["warning"]
+    scene.report.update(
+        prompt=job["prompt"], settings=job["settings"], warnings=[warning] if warning else [],
+        facts=f"{frames} frames of {args.height} x {args.width}, camera {args.camera}, {args.sampler} {args.steps} steps, "
+              f"guidance {args.guidance:g}, seed {job['seed']}; checkpoint stage {meta['stage']}, step {meta['step']}")
+    return scene
 
 
 def main():
@@ -290,62 +233,25 @@ def main():
         raise ValueError(f"{args.ckpt}: stage {meta.get('stage')}; wanted a stage 1 or stage 2 checkpoint")
     trained = json.loads(meta["train_config"])
     check_arguments(args, trained)
-    names, size = export_names(args.export), (args.height, args.width)
+    names, size, device = export_names(args.export), (args.height, args.width), torch.device(args.device)
     w2c, K = load_camera(args.camera, args.frames, size, args.fov, args.amount, args.scene_scale, args.camera_format)
     jobs = plan(args, read_prompts(args.prompt), meta)
-    if not jobs:
-        return
-    device = torch.device(args.device)
-    wan_dir = args.wan_dir or trained["wan_dir"]
-    real = cache_prefix(wan_dir) != "transform"
-    negative = args.negative_prompt if args.negative_prompt is not None else NEGATIVE if real else ""
-    image = load_image(args.image, *size) if args.image else None
-    encoders = make_encoders(wan_dir=wan_dir if real else "", device=torch.device("cpu") if args.low_memory else device)
-    prompts = list(dict.fromkeys([job["prompt"] for job in jobs] + [negative]))
-    texts, start, clip, vae = conditions(encoders, prompts, image, args.frames, lambda p: bar("text", p, "prompt"))
-    texts = dict(zip(prompts, texts))
-
-    half = args.dtype == "bf16" or args.dtype == "auto" and device.type == "cuda"
-    loading = bar("load", range(2), "part")
-    cfg = config_from_metadata(meta)
-    model = build_model(replace(cfg, head_chunk=4) if args.low_memory else cfg, wan_dir, device,
-                        torch.bfloat16 if half else None)
-    loading.update()
-    load_trained(model, args.ckpt)
-    model.set_stage(int(meta["stage"])).requires_grad_(False)
-    loading.update(), loading.close()
-    if image is not None and model.dit.in_dim == 16:
-        raise ValueError(f"--image {args.image}: {wan_dir} is a text-to-video family; leave the image out")
-
+    have = load(args, meta, jobs, args.wan_dir or trained["wan_dir"], device) if jobs else None
     for i, job in enumerate(jobs):
         if len(jobs) > 1:
             print(f"{i + 1} of {len(jobs)}: {job['prompt']}, seed {job['seed']}", flush=True)
-        noise = torch.randn(1, 16, (args.frames - 1) // 4 + 1, args.height // 8, args.width // 8,
-                            generator=torch.Generator().manual_seed(job["seed"])).to(device)
-        y = None if start is None else start_condition(start.to(device), model.dit.in_dim, noise.shape[2])
-        with torch.autocast(device.type, torch.bfloat16, enabled=half):
-            latents, geometry = generate(
-                model.to(device), noise, [texts[job["prompt"]]], [texts[negative]], y, clip, w2c.to(device), K.to(device),
-                args.sampler, args.steps, args.shift, args.guidance, previewer(job["out"] / "preview", args.preview_every))
-        if args.low_memory:
-            model.to("cpu")
-        video = next(iter(bar("decode", map(vae.decode, [latents.float().cpu()]), "clip")))[0].cpu()
-        scene = make_scene(video, {k: v.cpu() for k, v in geometry.items() if k != "velocity"}, w2c, K, args.fps,
-                           args.scene_scale, args.drop, args.lift)
-        scene.unit, warning = args.unit, scene.report["unit"]["warning"]
-        scene.report.update(
-            prompt=job["prompt"], settings=job["settings"], warnings=[warning] if warning else [],
-            facts=f"{args.frames} frames of {args.height} x {args.width}, camera {args.camera}, {args.sampler} {args.steps} "
-                  f"steps, guidance {args.guidance:g}, seed {job['seed']}; checkpoint stage {meta['stage']}, step {meta['step']}")
+        scene = sample_one(args, job, meta, have, w2c, K, device)
         export(scene, job["out"], names, lambda n: bar("export", n, "file"))
-        print(f"{job['out']}: {' '.join(EXPORTS[n][0] for n in names)} report.json", *describe(scene.report, args.unit),
-              sep="\n", flush=True)
+        print(f"{job['out']}: {' '.join(EXPORTS[n][0] for n in names)} report.json",
+              *describe(scene.report, args.unit), sep="\n", flush=True)
 
 
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, torch.OutOfMemoryError) as error:
-        cure = "; try --low_memory, fewer --frames or a smaller size" if isinstance(error, torch.OutOfMemoryError) else ""
-        print(f"sample.py: {' '.join(str(error).split())}{cure}", file=sys.stderr)
+    except torch.OutOfMemoryError as error:
+        print(f"sample.py: {str(error).splitlines()[0]}; try --low_memory, fewer --frames or a smaller size", file=sys.stderr)
+        sys.exit(2)
+    except ValueError as error:
+        print(f"sample.py: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)

@@ -7,12 +7,12 @@ ALLOWED = dict(geometry=set(), cameras={"geometry"}, metrics={"geometry"}, encod
                model={"geometry"}, checkpoints={"model"}, control=set(), records={"data"},
                draw={"data"},
                evaluate={"checkpoints", "data", "draw", "geometry", "metrics", "model"},
-               page={"data", "geometry"},
+               page={"data", "geometry"}, jobs={"cameras", "export"},
                export={"cameras", "data", "draw", "geometry", "metrics", "page"},
                verify={"cameras", "data", "geometry"},
                data={"geometry", "cameras", "scenes", "encoders", "verify"},
                train={"config", "model", "geometry", "checkpoints", "control", "records", "evaluate", "data"},
-               sample={"model", "geometry", "cameras", "checkpoints", "data", "encoders", "export"})
+               sample={"model", "geometry", "cameras", "checkpoints", "data", "encoders", "export", "jobs"})
 
 
 def imports(node):
