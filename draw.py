@@ -96,7 +96,7 @@ def top_view(paths, size, cloud=None, rgb=None):
     if cloud is not None and len(cloud):
         x, y = pixel(cloud).round().astype(int).T
         inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
-        canvas[y[inside], x[inside]] = np.uint8(DARK) // 2 + rgb[inside] // 2
+        canvas[y[inside], x[inside]] = np.uint8(DARK) // 4 + (rgb[inside] * 0.75).astype(np.uint8)
     for centres, forward, colour in tracks:
         at, tip = pixel(centres), pixel(centres + forward)
         tick = (tip - at) / np.maximum(np.linalg.norm(tip - at, axis=1, keepdims=True), 1e-9) * 0.05 * min(size)

@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 
 from checkpoints import load_trained
-from data import collate, depth_to_rgb
+from data import collate, depth_to_rgb, write_png
 from draw import SEEN, TOLD, depth_legend, enlarge, sheet, sure_to_rgb, top_view
 from geometry import (decode_pose, depth_metrics, encode_pose, normalize_scene, plucker_rays, point_metrics, pose_metrics,
                       relative_to_first, unproject)
@@ -151,14 +151,17 @@ def print_table(rows, file=None):
 
 
 def evaluate_only(model, clips, out, sources, dev, autocast, options, rank=0, world=1):
-    """The trivial baselines and every checkpoint of sources on the val split, as a table and OUT/eval.json."""
+    """The trivial baselines and every checkpoint of sources on the val split, as a table and OUT/eval.json; a picture of
+    the first clip per checkpoint."""
     rows = baselines(clips["train"], clips["val"], model.dit.in_dim, dev, options.eval_clips) if rank == 0 else {}
     for source in sources:
         meta = load_trained(model, source)
         model.set_stage(int(meta["stage"]))
-        found = evaluate(model, clips["val"], dev, autocast, options, rank, world, more_sigmas=options.eval_more_sigmas)
+        out.mkdir(parents=True, exist_ok=True)
+        picture = out / f"eval-stage{meta['stage']}-step{meta['step']}.png"
+        found = evaluate(model, clips["val"], dev, autocast, options, rank, world,
+                         lambda image: write_png(picture, image), options.eval_more_sigmas)
         rows.update({f"stage {meta['stage']} step {meta['step']}, {name}": row for name, row in found.items()})
     if rank == 0:
-        out.mkdir(parents=True, exist_ok=True)
         (out / "eval.json").write_text(json.dumps(rows, indent=2))
         print_table(rows)

@@ -227,11 +227,12 @@ def write_sheet(scene, path):
             for x in (scene.rgb, depth_to_rgb(scene.depth, low, high), sure)]
     xyz, rgb, _ = scene.cloud(60_000)
     h, w = rows[0][0].shape[:2]
-    above = top_view([(scene.w2c, TOLD), (scene.predicted, SEEN)], (max(h, 200), 2 * w), xyz, rgb)
+    size, paths = (max(int(1.3 * h), 240), 2 * w), [(scene.w2c, TOLD), (scene.predicted, SEEN)]
     write_png(path, sheet(rows, (f"frames {', '.join(str(t) for t in pick)}", "depth, bright is near",
                                  "confidence, bright is sure"),
-                          (("from above: cyan commanded, orange predicted", above),
-                           (f"depth, {scene.unit}", depth_legend(low, high, 2 * w, scene.unit)))))
+                          (("from above: cyan commanded, orange predicted", top_view(paths, size, xyz, rgb)),
+                           ("the paths alone", top_view(paths, size)),
+                           ("depth", depth_legend(low, high, w, scene.unit)))))
 
 
 # ---- point clouds -----------------------------------------------------------------------------------------
