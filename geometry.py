@@ -15,7 +15,6 @@ Shapes: B clips, T = 4k + 1 frames, H W pixels, n camera-head iterations.  `size
             vertical then horizontal field of view in radians (2).
 Precision: fp32 or fp64 in, the same out.  No matmul on cameras: autocast would run it in bf16, pixels wrong.
 """
-import difflib
 import math
 from functools import lru_cache
 
@@ -145,55 +144,25 @@ def project(points, w2c, K):
     focal = torch.stack([K[..., 0, 0], K[..., 1, 1]], -1)
     return focal * cam[..., :2] / cam[..., 2:].clamp(min=1e-6) + K[..., :2, 2], cam[..., 2]
 
-def normalize_scene(depth, w2c, K, mask):
-    """Bring clips (shapes as in unproject, mask bool) to their own unit: first frame's mean distance = 1.
+def normalize_scene(depth, w2c, K, mask, frames="first"):
+    """Bring clips (shapes as in unproject, mask bool) to their own unit: mean distance to the first camera = 1.
 
+    frames   first: of frame 0's points, the farthest 5 % dropped (FantasyWorld's release: all that is known when
+             sampling starts); all: of every frame's points, none dropped (VGGT's training)
     returns  depth (0 where invalid), w2c relative to frame 0, scale (B,): user unit = scale * scene unit,
-             1 where frame 0 has no valid pixel.   Source: FantasyWorld's release."""
-    valid = mask & valid_depth(depth)
-    distance = depth[:, 0] * pixel_rays(K[:, 0], depth.shape[-2:]).norm(dim=-1)   # (B, H, W)
-    distance = distance.masked_fill(~valid[:, 0], math.nan).flatten(1)
-    keep = distance <= torch.nanquantile(distance, 0.95, dim=1, keepdim=True)     # NaN compares false
+             1 where those frames have no valid pixel"""
+    valid, rel = mask & valid_depth(depth), relative_to_first(w2c)
+    if frames == "first":
+        distance = depth[:, 0] * pixel_rays(K[:, 0], depth.shape[-2:]).norm(dim=-1)              # (B, H, W)
+        distance = distance.masked_fill(~valid[:, 0], math.nan).flatten(1)
+        keep = distance <= torch.nanquantile(distance, 0.95, dim=1, keepdim=True)                # NaN compares false
+    elif frames == "all":
+        distance, keep = unproject(depth, rel, K).norm(dim=-1).flatten(1), valid.flatten(1)
+    else:
+        raise ValueError(f"frames {frames!r}; known: first, all.")
     scale = torch.where(keep.any(1), torch.where(keep, distance, 0).sum(1) / keep.sum(1).clamp(min=1), 1)
-    unit, rel = scale[:, None, None, None], relative_to_first(w2c)
+    unit = scale[:, None, None, None]
     return torch.where(valid, depth, 0) / unit, torch.cat([rel[..., :3], rel[..., 3:] / unit], -1), scale
-
-TRAVEL = {"static": (0, 0, 0), "forward": (0, 0, 1), "backward": (0, 0, -1),
-          "right": (1, 0, 0), "left": (-1, 0, 0), "up": (0, -1, 0), "down": (0, 1, 0)}
-TURN_AXIS = {"pan_right": (0, 1, 0), "pan_left": (0, -1, 0), "tilt_up": (1, 0, 0), "tilt_down": (-1, 0, 0),
-             "orbit": (0, -1, 0)}
-ZOOM = {"zoom_in": 1, "zoom_out": -1}
-
-def camera_move(name, num_frames, amount=1.0, fov_deg=60.0, pivot_depth=1.0, ease="smooth"):
-    """A named camera move, starting at the identity.
-
-    amount       1 travels 0.3 scene units, turns (pan, tilt, orbit) by fov_deg / 2, zooms by 1.5; < 0 reverts
-    pivot_depth  scene units; orbit circles to the right around the point this far ahead, looking at it;
-                 spiral winds twice around the view axis up to 0.1 * amount off it, looking at that point
-    ease         smooth: at rest at both ends; linear; in, out: at rest at the first, the last frame only
-    returns      w2c (T, 3, 4) in scene units, focal (T,): the factor on fx and fy, 1 unless zooming."""
-    known = [*TRAVEL, *TURN_AXIS, *ZOOM, "spiral"]
-    if name not in known:
-        near = ", ".join(difflib.get_close_matches(name, known, cutoff=0.4)) or "none"
-        raise ValueError(f"unknown camera move {name!r}; nearest: {near}; known: {', '.join(known)}.")
-    s = torch.linspace(0, 1, num_frames)
-    eased = dict(smooth=s * s * (3 - 2 * s), linear=s, out=s * (2 - s), **{"in": s * s})
-    if ease not in eased:
-        raise ValueError(f"ease {ease!r}; known: {', '.join(eased)}.")
-    gone = eased[ease]
-    ease = amount * gone                                              # (T,)
-    half = ease[:, None] * math.radians(fov_deg) / 4                  # (T, 1) half of the angle turned
-    R = quat_to_mat(torch.cat([half.sin() * torch.tensor(TURN_AXIS.get(name, (0, 0, 0))), half.cos()], -1))
-    centre = 0.3 * ease[:, None] * torch.tensor(TRAVEL.get(name, (0, 0, 0)))      # (T, 3)
-    if name == "orbit":
-        centre = pivot_depth * torch.cat([(2 * half).sin(), 0 * half, 1 - (2 * half).cos()], -1)
-    if name == "spiral":
-        off, round_ = 0.1 * ease, 4 * math.pi * gone
-        centre = torch.stack([off * round_.sin(), off * (1 - round_.cos()), torch.zeros_like(off)], -1)
-        z = F.normalize(centre.new_tensor([0, 0, pivot_depth]) - centre, dim=-1)
-        x = F.normalize(torch.linalg.cross(torch.tensor([0, 1.0, 0]).expand_as(z), z, dim=-1), dim=-1)
-        R = torch.stack([x, torch.linalg.cross(z, x, dim=-1), z], -1)
-    return inv_se3(torch.cat([R, centre[..., None]], -1)), 1.5 ** (ZOOM.get(name, 0) * ease)
 
 # ---- modules ----------------------------------------------------------------------------------------------
 # Attribute names are the release's (and VGGT's), so their tensors load by name.  C geometry width, P = 5 + h*w

@@ -14,10 +14,11 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+from cameras import camera_move
 from checkpoints import build_model, config_from_metadata, load_trained, read_metadata
 from data import (cache_prefix, depth_to_rgb, encode_start, make_encoders, read_cameras, read_video, tile,
                   write_cameras, write_png, write_video)
-from geometry import camera_move, decode_pose, encode_pose, plucker_rays, pose_metrics, relative_to_first, unproject
+from geometry import decode_pose, encode_pose, plucker_rays, pose_metrics, relative_to_first, unproject
 from model import shift_sigma, start_condition
 
 # The default of the official Wan 2.1 code (shared_config.py, sample_neg_prompt); the demo's word hash gets "".

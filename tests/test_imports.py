@@ -9,7 +9,7 @@ ALLOWED = dict(geometry=set(), cameras={"geometry"}, metrics={"geometry"}, encod
                verify={"cameras", "data", "geometry"},
                data={"geometry", "cameras", "scenes", "encoders", "verify"},
                train={"config", "model", "geometry", "checkpoints", "control", "records", "evaluate", "data"},
-               sample={"model", "geometry", "checkpoints", "data", "encoders"})
+               sample={"model", "geometry", "cameras", "checkpoints", "data", "encoders"})
 
 
 def imports(node):
