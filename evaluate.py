@@ -38,12 +38,14 @@ COLUMNS = dict(abs_rel="AbsRel", delta1="delta1", tae="TAE", points="points", f_
 
 def geometry_row(depth, points, w2c, b, out=None):
     """Metrics of one batch in scene units; translation is the mean distance of the camera centres.  With the model's
-    output `out` also how far its heads agree and how well its confidence sorts the errors."""
+    output `out` also how far its heads agree and how well its confidence sorts the errors.  TAE leaves out what moves by
+    itself, if the clip says so (cameras alone do not explain its depth)."""
     gt, mask = b["depth"], b["mask"]
+    still = mask & ~b["moving"] if "moving" in b else mask
     row = {name + ("" if align == "none" else f"_{align}"): value for align in ("none", "median", "scale_shift")
            for name, value in depth_metrics(depth, gt, mask, align).items()}
     p = point_metrics(points, b["points"], mask)
-    row.update(points=p["dist"], points_rel=p["rel"], tae=temporal_error(depth, b["w2c"], b["intrinsics"], mask),
+    row.update(points=p["dist"], points_rel=p["rel"], tae=temporal_error(depth, b["w2c"], b["intrinsics"], still),
                **cloud_metrics(points, b["points"], mask), **pose_metrics(w2c, b["w2c"]))
     if out is not None:
         _, K = decode_pose(out["pose_enc"][-1], gt.shape[-2:])
