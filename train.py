@@ -422,6 +422,8 @@ def main(options):
             log(f"step {done}/{max_steps} | " + " | ".join(
                 f"{k} {v:.4g}" for k, v in scalars.items() if not k.startswith("sigma/"))
                 + f" | {spent:.3f} s/step | {left} left")
+            log(f"# sigma step {done} | " + " | ".join(
+                f"{k.removeprefix('sigma/')} {v:.4g}" for k, v in scalars.items() if k.startswith("sigma/")))
             records.scalars(done, scalars)
             watch.update(done, scalars)
             tick, since = time.perf_counter(), 0
