@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 
 from cameras import read_table
-from data import load_samples, read_arrays, read_video, relative_depth
+from data import check_sample, load_samples
 from geometry import compose, inv_se3, pixel_rays, rotate, unproject, valid_depth
+from readers import check_sums, count_frames, read_arrays, read_video, relative_depth
 
 HINTS = {
     "c2w stored as w2c": "invert every matrix: w2c = [R^T | -R^T t]",
@@ -366,6 +367,7 @@ def load_raw(sample):
     for field in ("video", "camera"):
         if not sample[field]:
             raise ValueError(f"no {field}; --cache_only renderings hold none")
+    count_frames(sample["video"])                                                 # damage anywhere in it is named
     (rgb, _), table = read_video(sample["video"]), read_table(sample["camera"], pixels=True)
     points = read_arrays(sample["points"]) if sample["points"] else None
     if sample["depth"]:
@@ -383,9 +385,13 @@ def load_raw(sample):
 
 def verify(root, split=None, fix_hints=False, as_json=False, exact=False):
     """Check every sample, print a table (or JSON); returns how many failed."""
-    reports = []
-    for sample in load_samples(root, split):
+    reports, bad = [], []
+    samples = load_samples(root, split, bad)
+    for sample, problem in [*((s, None) for s in samples), *((dict(id=name), problem) for name, problem in bad)]:
         try:
+            if problem:
+                raise ValueError(problem)
+            check_sums(root, check_sample(root, sample))
             reports.append(inspect(load_raw(sample), "exact" if exact else "data"))
         except ValueError as error:
             reports.append(Report(sample["id"]))

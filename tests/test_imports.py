@@ -3,10 +3,10 @@ import ast
 import pathlib
 
 ROOT = pathlib.Path(__file__).parents[1]
-ALLOWED = dict(geometry=set(), cameras={"geometry"}, metrics={"geometry"}, encoders=set(), scenes={"geometry"},
+ALLOWED = dict(geometry=set(), cameras={"geometry"}, metrics={"geometry"}, encoders=set(), readers=set(), caches={"readers"}, scenes={"geometry"},
                model={"geometry"}, checkpoints={"model"}, evaluate={"data", "geometry", "metrics", "model"},
-               verify={"cameras", "data", "geometry"},
-               data={"geometry", "cameras", "scenes", "encoders", "verify"},
+               verify={"cameras", "data", "geometry", "readers"},
+               data={"geometry", "cameras", "scenes", "readers", "caches", "encoders", "verify"},
                train={"config", "model", "geometry", "checkpoints", "evaluate", "data"},
                sample={"model", "geometry", "checkpoints", "data", "encoders"})
 
