@@ -39,6 +39,8 @@ def write_aside(path, data):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temp, path)
+    except IsADirectoryError:
+        raise ValueError(f"{path}: a folder where the file belongs. Delete it") from None
     finally:
         temp.unlink(missing_ok=True)                                              # after a full disk
 

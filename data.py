@@ -78,15 +78,17 @@ def load_samples(root, split=None, bad=None):
         bad.append((name, problem))
 
     root = Path(root)
-    path, (entries, splits), samples = root / "metadata.json", read_metadata(root), {}
+    path, (entries, splits), samples, twice = root / "metadata.json", read_metadata(root), {}, set()
     for n, entry in enumerate(entries):
         where = f"{path}, sample {n}"
         try:
             sample = read_entry(root, entry, where)
             if samples.setdefault(sample["id"], sample) is not sample:
+                twice.add(sample["id"])                       # which one caches and splits mean is unknown
                 raise ValueError(f"{where}: id {sample['id']!r} is there twice. Give each its own, or remove one")
         except ValueError as error:
             leave_out(str(entry.get("id", f"sample {n}"))[:200], str(error), error)
+    samples = {i: sample for i, sample in samples.items() if i not in twice}
     if not splits:
         cut = len(samples) - (max(1, len(samples) // 10) if len(samples) > 1 else 0)
         splits = dict(train=list(samples)[:cut], val=list(samples)[cut:])
@@ -111,6 +113,7 @@ def read_metadata(root):
     """Entries and splits of metadata.json; without that file, of the folders that hold a video."""
     path, splits = root / "metadata.json", {}
     if not os.path.lexists(path):
+        check_sums(root, [path] if (root / "SHA256SUMS").exists() else [])
         videos = sorted(f for f in root.glob("*/video.*") if f.suffix in (".mp4", ".avi", ".mov", ".webm"))
         return [{f.stem: f"{v.parent.name}/{f.name}" for f in v.parent.iterdir()
                  if f.stem in ("video", "depth", "points", "camera_params")} for v in videos], splits
@@ -600,7 +603,7 @@ def main():
     args = vars(parser.parse_args())
     try:
         raise SystemExit(1 if {"synth": synth, "encode": encode, "verify": verify}[args.pop("command")](**args) else 0)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from None
 
 

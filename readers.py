@@ -81,6 +81,7 @@ def check_sums(root, paths):
     known = sums_at(sums, sums.stat().st_mtime_ns)
     for path in paths:
         name, digest = path.relative_to(root).as_posix(), hashlib.sha256()
+        check_file(path)
         with open(path, "rb") as file:
             for block in iter(lambda: file.read(2 ** 20), b""):
                 digest.update(block)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from cameras import read_table
 from data import check_sample, load_samples
 from geometry import compose, inv_se3, pixel_rays, rotate, unproject, valid_depth
-from readers import check_sums, count_frames, read_arrays, read_video, relative_depth
+from readers import FAR, check_sums, count_frames, read_arrays, read_video, relative_depth
 
 HINTS = {
     "c2w stored as w2c": "invert every matrix: w2c = [R^T | -R^T t]",
@@ -203,6 +203,8 @@ def check_cameras(report, table, size):
     if not .8 < (fx / fy).median() < 1.25:
         report.add("intrinsics", "warn", f"pixels are not square: focal {fx[0]:.4g} x {fy[0]:.4g} px")
     report.add("intrinsics", "ok", f"field of view {2 * math.degrees(math.atan(w / 2 / fx[0].item())):.0f} degrees")
+    if not w2c[..., 3].abs().max() <= FAR:
+        report.add("first pose", "fail", f"translations up to {w2c[..., 3].abs().max():.3g}; wanted metres")
     identity = (w2c[0] - torch.eye(3, 4).to(w2c)).abs().max() < 1e-6
     report.add("first pose", "ok", "identity" if identity else "made the identity on loading")
     zero, one = torch.zeros_like(fx), torch.ones_like(fx)
@@ -231,6 +233,8 @@ def check_depth(report, depth):
         report.add("depth", "fail", "no valid pixel" + (" in frame 0, which sets the scene's scale" if share else ""))
         return None
     low, middle, high = (float(x) for x in np.quantile(depth[valid][::17], (.02, .5, .98)))
+    if depth[valid].max() > FAR:
+        report.add("depth", "fail", f"up to {depth[valid].max():.3g} m; wanted at most {FAR:.0e}, and 0 where it is unknown")
     report.numbers.update(depth_low=low, depth_median=middle, depth_high=high)
     report.add("depth", "ok" if share > .5 and .02 < middle < LARGE else "warn",
                f"{low:.4g} to {high:.4g}, {share:.0%} valid" + ("" if .02 < middle < LARGE else ": metres?"))

@@ -45,9 +45,8 @@ def flipped(path, rng):
 
 def blanked(path, rng):
     data = bytearray(path.read_bytes())
-    size = min(len(data) // 2, 4096)
-    at = rng.integers(0, len(data) - size)
-    data[at:at + size] = bytes(size)
+    at = 512 * rng.integers(0, len(data) // 512 + 1)                              # disks lose sectors
+    data[at:at + 512] = bytes(len(data[at:at + 512]))
     path.write_bytes(data)
 
 
@@ -303,7 +302,7 @@ def linked_folder(place, rng):
 
 
 BAD = dict(id=["../x", "a/b", "a\\b", "..", ".parts", "text_empty", "x" * 5000, "a\0b", "a\nb", ["a"], {"a": 1}, 1.5, "\ud800",
-               "train_000000"],
+               "val_000000"],
            prompt=[["a"], {"a": 1}, 7, "\udcff", "word " * 10 ** 5, "a\0b"], fps=["fast", -1, 0, 1e300, True, [15], "15"],
            depth_scale=["0.001", 0, -1, 1e308, True, [], {"a": 1}], inverse_depth=["false", 1, 0, "yes"],
            video_path=["../outside/video.mp4", "/etc/passwd", lambda p: str(p.outside / "v.mp4"), ".", "nowhere.mp4", 7, ["a"],
@@ -325,7 +324,7 @@ RAW |= {"metadata.json: missing, with SHA256SUMS": ("npy+sums", lambda p, r: (p.
         "metadata: samples by id": meta(lambda m: dict(m, samples={e["id"]: e for e in m["samples"]})),
         "metadata: splits are a list": meta(lambda m: dict(m, splits=["train"])),
         "metadata: a split is a word": meta(lambda m: dict(m, splits=dict(train="train_000001", val=[]))),
-        "metadata: unknown id in a split": meta(lambda m: dict(m, splits=dict(train=["train_000000", "gone"], val=[]))),
+        "metadata: unknown id in a split": meta(lambda m: dict(m, splits=dict(train=["train_000000", f"{VICTIM}_gone"], val=[]))),
         "metadata: in two splits": meta(lambda m: dict(m, splits=dict(train=["train_000000", VICTIM], val=[VICTIM]))),
         "metadata: other frame count": entry(num_frames=77), "metadata: unknown field": entry(colour="red"),
         "metadata: the folder is a link": ("npy", linked_folder),
