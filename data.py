@@ -112,6 +112,11 @@ def load_samples(root, split=None, bad=None):
 def read_metadata(root):
     """Entries and splits of metadata.json; without that file, of the folders that hold a video."""
     path, splits = root / "metadata.json", {}
+    try:
+        os.listdir(root)
+    except OSError as error:
+        raise ValueError(f"{root}: not a folder that can be opened: {error.strerror}. Wanted a dataset; the layout is at the "
+                         "top of data.py") from None
     if not os.path.lexists(path):
         check_sums(root, [path] if (root / "SHA256SUMS").exists() else [])
         videos = sorted(f for f in root.glob("*/video.*") if f.suffix in (".mp4", ".avi", ".mov", ".webm"))

@@ -356,6 +356,7 @@ def inspect(raw, level="data"):
         return report
     with np.errstate(divide="ignore"):
         depth = (1 / depth.astype(np.float64) if raw.get("inverse") else depth) * (raw.get("scale") or 1)
+    depth = np.where(depth <= FAR, depth, 0) if raw.get("inverse") else depth
     depth = check_depth(report, depth)
     if depth is None:
         return report

@@ -328,6 +328,9 @@ RAW |= {"metadata.json: missing, with SHA256SUMS": ("npy+sums", lambda p, r: (p.
         "metadata: in two splits": meta(lambda m: dict(m, splits=dict(train=["train_000000", VICTIM], val=[VICTIM]))),
         "metadata: other frame count": entry(num_frames=77), "metadata: unknown field": entry(colour="red"),
         "metadata: the folder is a link": ("npy", linked_folder),
+        "metadata: an unreadable folder": ("npy", lambda p, r: p.camera.parent.chmod(0)),
+        "metadata: the dataset unreadable": ("npy", lambda p, r: p.root.chmod(0)),
+        "npy: an unreadable folder": ("npy", lambda p, r: p.depth.chmod(0)),
         "SHA256SUMS: missing line": ("npy+sums", lambda p, r: (p.root / "SHA256SUMS").write_text("\n".join(
             x for x in (p.root / "SHA256SUMS").read_text().splitlines() if f"{VICTIM}/camera" not in x) + "\n")),
         "SHA256SUMS: random bytes": ("npy+sums", lambda p, r: (p.root / "SHA256SUMS").write_bytes(r.bytes(999)))}
@@ -419,6 +422,8 @@ CACHE |= {"cache: longer": lambda p, r: p.cache.write_bytes(p.cache.read_bytes()
               k: v for k, v in read_header(p.cache)[0].items() if k != "crc"})),
           "cache: of another video branch": renamed_folder, "cache: the folder is a link": out_link,
           "cache: two encoders": lambda p, r: os.mkdir(p.folder.with_name(p.folder.name + "0")),
+          "cache: an unreadable folder": lambda p, r: p.folder.chmod(0), "cache: a file for the folder": lambda p, r: (
+              p.folder.rename(p.outside / "x"), p.folder.write_text("")),
           "cache: the prompt has changed": lambda p, r: entry(prompt="a dog")[1](p, r),
           "cache: marker of nonsense": lambda p, r: ((p.folder / ".checked").write_bytes(r.bytes(99)), flipped(p.cache, r))}
 
