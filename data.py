@@ -32,7 +32,7 @@ from tqdm import tqdm
 from caches import EMPTY_TEXT, check_folder, fits, gathered, is_whole, read_clip, read_values, save_tensors
 from cameras import inverse, read_cameras, write_cameras
 from geometry import relative_to_first
-from readers import (FAR, MAX_CAMERAS, array_files, check_file, check_inside, check_sums, count_arrays, count_frames,
+from readers import (FAR, array_files, check_file, check_inside, check_lines, check_sums, count_arrays, count_frames,
                      read_arrays, read_depth, read_json, read_video, why_relative)
 from scenes import VARIETY, render_clip
 
@@ -160,8 +160,8 @@ def read_entry(root, entry, where):
     parts = sample["video"].relative_to(root).with_suffix("").parts if sample["video"] else ()
     sample["id"] = str(entry.get("id") or "_".join(parts).removesuffix("_video"))
     if not re.fullmatch(r"[^./\\\x00-\x1f\x7f][^/\\\x00-\x1f\x7f]*", sample["id"]) or sample["id"] == EMPTY_TEXT \
-            or len(sample["id"].encode()) > 200:
-        raise ValueError(f"{where}: id {sample['id'][:60]!r} cannot be a file name of at most 200 bytes")
+            or len(sample["id"].encode()) > 200 or re.search(r"\.\d{4,}$", sample["id"]):        # ID.0004: a window of ID
+        raise ValueError(f"{where}: id {sample['id'][:60]!r} cannot be a file name of at most 200 bytes, or ends like a window's")
     return dict(sample, prompt=sample["prompt"] or "", split=None, fps=entry.get("fps"),
                 depth_scale=entry.get("depth_scale"), inverse_depth=bool(entry.get("inverse_depth")))
 
@@ -176,7 +176,7 @@ def check_sample(root, sample):
         except OSError as error:
             raise ValueError(f"{path}: cannot be opened: {error.strerror}. Make it readable, or remove the clip") from None
     if sample["camera"]:
-        check_file(sample["camera"], MAX_CAMERAS)
+        check_lines(sample["camera"])
     for path in files:
         check_inside(root, path)
         check_file(path)
@@ -185,7 +185,7 @@ def check_sample(root, sample):
 
 def checked_cameras(path):
     """read_cameras, whose matrices must be rotations and translations, and whose centres lie in the picture."""
-    check_file(path, MAX_CAMERAS)
+    check_lines(path)
     w2c, fractions = read_cameras(path)
     try:
         inverse(w2c)

@@ -47,6 +47,15 @@ def check_file(path, limit=MAX_BYTES):
     return info.st_size
 
 
+def check_lines(path):
+    """A text file of a camera path: its last line has an end, or numbers at its end may be lost."""
+    check_file(path, MAX_CAMERAS)
+    with open(path, "rb") as file:
+        file.seek(-1, os.SEEK_END)
+        if file.read(1) not in b"\r\n":
+            raise ValueError(f"{path}: the last line has no end: cut short? Add a line break if it is whole")
+
+
 def no_twins(pairs):
     """A JSON object, keys that stand there twice refused."""
     if len(found := dict(pairs)) < len(pairs):
@@ -117,7 +126,8 @@ def ffmpeg(path, *output):
         if code:
             log.seek(max(0, log.tell() - 4000))
             said = log.read().decode(errors="replace").strip().splitlines()
-            raise ValueError(said[-1] if said else f"ffmpeg ended with {code}")
+            telling = [line for line in said if re.search("rror|nvalid|whitelist|exceed|not found", line)] or said[-1:]
+            raise ValueError(re.sub(r"\[.*? @ 0x\w+\] *", "", telling[0])[:200] if said else f"ffmpeg ended with {code}")
 
 
 def pictures(stream, limit=MAX_BYTES):

@@ -31,11 +31,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import damage                                                                     # noqa: E402
 import data                                                                       # noqa: E402
-import encoders                                                                   # noqa: E402
 import verify                                                                     # noqa: E402
+from damage_arrays import ARRAYS, points_of                                       # noqa: E402
+from damage_caches import CACHE                                                   # noqa: E402
 from readers import read_array                                                    # noqa: E402
 
-SIZE, OTHER = (32, 48, 5), "train_000000"
+RAW, SIZE, OTHER = damage.RAW | ARRAYS, (32, 48, 5), "train_000000"
 OUTCOMES = ("refused", "harmless", "silently wrong", "crash", "hang")
 NOBODY, SECONDS, MEGABYTES = 65534, 60, 600
 
@@ -72,7 +73,7 @@ def build(base, form):
         clip = data.load_clip(data.load_samples(root)[1], 32, 48, 9)
         entry.update(points_dir=f"{damage.VICTIM}/points", depth_dir=None)
         (root / entry["points_dir"]).mkdir()
-        for t, x in enumerate(damage.points_of(place.depth.parent, clip["w2c"], clip["intrinsics"])):
+        for t, x in enumerate(points_of(place.depth.parent, clip["w2c"], clip["intrinsics"])):
             np.save(root / entry["points_dir"] / f"{t}.npy", x)
     if kind != "npy":
         shutil.rmtree(place.depth)
@@ -203,8 +204,8 @@ def tree(top, without):
 
 def trial(base, name, seed):
     """One damage of one copy -> outcome and words."""
-    raw = name in damage.RAW
-    form, change = damage.RAW[name] if raw else ("npy", damage.CACHE[name])
+    raw = name in RAW
+    form, change = RAW[name] if raw else ("npy", CACHE[name])
     clean_root = build(base, form)
     with redirect_stdout(StringIO()):
         clean = items(data.CachedClips(clean_root, "train", *SIZE))
@@ -215,7 +216,7 @@ def trial(base, name, seed):
     place = at(root)
     if not raw:
         data.CachedClips(root, "train", *SIZE)                # leaves its marker: the damage must show all the same
-    change(place, np.random.default_rng([seed, sorted(damage.RAW | damage.CACHE).index(name)]))
+    change(place, np.random.default_rng([seed, sorted(RAW | CACHE).index(name)]))
     if os.geteuid() == 0:
         for path in (work, *work.rglob("*")):
             os.chown(path, NOBODY, NOBODY, follow_symlinks=False)
@@ -239,7 +240,7 @@ def trial(base, name, seed):
 
 def unlisted_flips(base, trials, seed):
     """Bits flipped in raw files without SHA256SUMS: how many nobody can see."""
-    damage.RAW.update({f"{part}: flipped bits, no SHA256SUMS": (form, lambda p, r, find=find: damage.flipped(find(p, r), r))
+    RAW.update({f"{part}: flipped bits, no SHA256SUMS": (form, lambda p, r, find=find: damage.flipped(find(p, r), r))
                        for part, (form, find) in damage.PARTS.items()})
     return {part: Counter(trial(base, f"{part}: flipped bits, no SHA256SUMS", seed + n)[0] for n in range(trials))
             for part in damage.PARTS}
@@ -253,11 +254,11 @@ def main():
     parser.add_argument("--flips", type=int, default=0, help="flipped bits in raw files without SHA256SUMS, so many per format")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    started, found, harmless, kinds = time.time(), {}, [], [k for k in damage.RAW | damage.CACHE if args.only in k]
+    started, found, harmless, kinds = time.time(), {}, [], [k for k in RAW | CACHE if args.only in k]
     with tempfile.TemporaryDirectory() as base:
         os.chmod(base, 0o755)
         with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
-            for form in {form for form, _ in damage.RAW.values()}:
+            for form in {form for form, _ in RAW.values()}:
                 build(Path(base), form)
         if args.flips:
             for part, counts in unlisted_flips(Path(base), args.flips, args.seed).items():

@@ -1,7 +1,9 @@
 """Damaged and hostile datasets end in a named error; training refuses at its start or leaves the clip out."""
 import json
+import multiprocessing
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -9,6 +11,7 @@ from pathlib import Path
 
 import bad_data
 import damage
+import damage_caches
 import numpy as np
 import pytest
 import torch
@@ -53,14 +56,14 @@ def test_damage_is_refused_by_name(base, name):
 
 
 def test_there_are_two_hundred_kinds_of_damage():
-    assert len(damage.RAW | damage.CACHE) >= 200
+    assert len(bad_data.RAW | bad_data.CACHE) >= 200
 
 
 def spoil(path, name="latents", value=torch.nan):
     """A cache file with right checksums and one wrong value."""
     tensors, metadata = load_file(path), caches.read_header(path)[0]
     tensors[name].view(-1)[3] = value
-    damage.forge(path, tensors, metadata)
+    damage_caches.forge(path, tensors, metadata)
 
 
 def test_training_refuses_at_its_start_and_names_the_first_five_and_the_count(tmp_path):
@@ -217,7 +220,50 @@ def test_sums_cover_what_nothing_else_can_see(place):
     assert data.encode(place.root, *SIZE, split="train") == 1
 
 
-def test_train_refuses_in_one_message_and_two_ranks_leave_out_the_same_clip(tmp_path):
+def on_two_ranks(work):
+    """work() in two forked processes as torchrun would start them -> what it returns there."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    def rank_of(rank, pipe):
+        os.environ.update(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT=str(port),
+                          TORCHELASTIC_RUN_ID="here")
+        pipe.send(work())
+    context, found = multiprocessing.get_context("fork"), []
+    for rank in range(2):
+        ours, theirs = context.Pipe(False)
+        found.append((context.Process(target=rank_of, args=(rank, theirs)), ours))
+        found[-1][0].start()
+    values = [pipe.recv() if pipe.poll(60) else "nothing" for _, pipe in found]
+    for process, _ in found:
+        process.kill()
+        process.join()
+    return values
+
+
+def test_ranks_leave_out_the_same_clips_and_share_the_reading(tmp_path, monkeypatch):
+    data.synth(tmp_path, 6, 5, 32, 48, variety="simple", workers=0, cache_only=True)
+    folder = next(tmp_path.glob("cache/*"))
+    spoil(folder / "train_000004.safetensors")
+    os.truncate(folder / "train_000001.safetensors", 999)
+    original, seen = caches.read_clip, []
+    monkeypatch.setattr(caches, "read_clip", lambda path: seen.append(path.stem) or original(path))
+    def start():
+        torch.distributed.init_process_group("gloo")
+        clips = data.CachedClips(tmp_path, "train", *SIZE, skip_bad=True)
+        return [f.stem for f in clips.files], seen
+    (one, first), (two, second) = on_two_ranks(start)
+    assert one == two == [f"train_{n:06d}" for n in (0, 2, 3, 5)]
+    assert sorted(first + second) == [f"train_{n:06d}" for n in (0, 2, 3, 4, 5)] and first and second
+
+
+def test_encode_under_torchrun_fails_on_every_rank_once_all_are_through(place):
+    place.cache.unlink()
+    place.camera.write_text("none\n")                                              # rank 1's clip
+    assert on_two_ranks(lambda: data.encode(place.root, *SIZE, split="train")) == [1, 1]
+
+
+def test_train_refuses_in_one_message_and_goes_on_without_the_clip_when_told(tmp_path):
     data.synth(tmp_path / "clips", 5, 5, 32, 48, variety="simple", workers=0, cache_only=True, val=1)
     spoil(next(tmp_path.glob("clips/cache/*/train_000002.safetensors")), "depth", torch.inf)
     options = ["config/demo0.py", f"--data_dir={tmp_path}/clips", "--height=32", "--width=48", "--num_frames=5", "--batch_size=2",
@@ -225,6 +271,6 @@ def test_train_refuses_in_one_message_and_two_ranks_leave_out_the_same_clip(tmp_
                f"--out_dir={tmp_path}/out"]
     text = run("train.py", *options, ok=False)
     assert "1 of 5 train clips cannot be trained on" in text and "train_000002" in text and "Traceback" not in text
-    text = run("train.py", *options, "--skip_bad=True", ranks=2)
+    text = run("train.py", *options, "--skip_bad=True")
     assert text.count("1 of 5 train clips are left out") == 1 and "clips 4 + 0 val" in text and "step 2/2" in text
     assert json.loads((tmp_path / "out" / "config.json").read_text())["stage"] == "0"
