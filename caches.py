@@ -30,14 +30,12 @@ def header_crc(metadata, specs):
 
 
 def write_aside(path, data):
-    """Write bytes beside path, flush them to the disk, rename: a reader never sees half a file."""
+    """Write bytes beside path, then rename: a reader never sees half a file."""
     temp = path.with_name(f".{path.name}.{os.getpid()}")
     temp.unlink(missing_ok=True)
     try:
         with open(os.open(temp, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644), "wb") as file:  # never through a link
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+            file.write(data)                                                      # no fsync: a loss shows, and is encoded again
         os.replace(temp, path)
     except IsADirectoryError:
         raise ValueError(f"{path}: a folder where the file belongs. Delete it") from None
