@@ -35,7 +35,7 @@ def write_aside(path, data):
     temp.unlink(missing_ok=True)
     try:
         with open(os.open(temp, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644), "wb") as file:  # never through a link
-            file.write(data)                                                      # no fsync: a loss shows, and is encoded again
+            file.write(data)                                  # no fsync: a loss shows, and is encoded again
         os.replace(temp, path)
     except IsADirectoryError:
         raise ValueError(f"{path}: a folder where the file belongs. Delete it") from None
@@ -52,7 +52,8 @@ def save_tensors(path, tensors, metadata):
         if not torch.isfinite(x).all():
             raise ValueError(f"{path}: {name} is not finite; damaged encoder weights, or values that overflow?")
         crc = zlib.crc32(x.flatten().view(torch.uint8).numpy(), crc)
-    metadata["crc"] = f"{crc:08x}" + header_crc(metadata, [(k, names[x.dtype], list(x.shape)) for k, x in tensors.items()])
+    specs = [(k, names[x.dtype], list(x.shape)) for k, x in tensors.items()]
+    metadata["crc"] = f"{crc:08x}" + header_crc(metadata, specs)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_aside(path, save(tensors, metadata))
 
@@ -70,7 +71,8 @@ def read_header(path):
         specs = {k: (v["dtype"], v["shape"], *v["data_offsets"]) for k, v in header.items()}
         for name, (dtype, shape, begin, end) in sorted(specs.items(), key=lambda item: item[1][2]):
             if begin != at or end - begin != math.prod(shape) * DTYPES[dtype].itemsize or min(shape, default=1) < 1:
-                raise ValueError(f"{name}: {dtype} {str(shape)[:60]} at bytes {begin} to {end}; wanted BF16 or F32 from {at} on")
+                raise ValueError(f"{name}: {dtype} {str(shape)[:60]} at bytes {begin} to {end}; wanted BF16 or F32 "
+                                 f"from {at} on")
             at = end
         if 8 + length + at != size:
             raise ValueError(f"{size:,} bytes; its header speaks of {8 + length + at:,}")
@@ -78,7 +80,8 @@ def read_header(path):
             raise ValueError("its header has another checksum, or none: damaged, or of an older version")
         return metadata, specs, 8 + length
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{path}: not a whole cache file: {error if isinstance(error, ValueError) else repr(error)}") from None
+        said = error if isinstance(error, ValueError) else repr(error)
+        raise ValueError(f"{path}: not a whole cache file: {said}") from None
 
 
 def cached_metadata(path):
@@ -102,23 +105,24 @@ def check_header(path, name, sample, size, fingerprint):
                   prompt=sample["prompt"])
     for key, value in wanted.items():
         if metadata.get(key) != str(value):
-            raise ValueError(f"{path}: {key} is {str(metadata.get(key))[:80]!r}; wanted {str(value)[:80]!r}: the file of "
-                             "another clip or encoder, or older than metadata.json")
+            raise ValueError(f"{path}: {key} is {str(metadata.get(key))[:80]!r}; wanted {str(value)[:80]!r}: the file "
+                             "of another clip or encoder, or older than metadata.json")
     text, start = (specs.get(k, ("", [0, 0], 0, 0))[1] for k in ("text", "start_latents"))
     shapes = dict(latents=("BF16", [16, f, h, w]), start_latents=("BF16", [16, f if start[1:2] == [f] else 1, h, w]),
-                  text=("BF16", [min(max(text[0], 1), 512), text[-1]]), depth=("F32", [T, H, W]), w2c=("F32", [T, 3, 4]),
-                  intrinsics=("F32", [T, 3, 3]), **(dict(clip=("BF16", [257, 1280])) if "clip" in specs else {}))
+                  text=("BF16", [min(max(text[0], 1), 512), text[-1]]), depth=("F32", [T, H, W]),
+                  w2c=("F32", [T, 3, 4]), intrinsics=("F32", [T, 3, 3]))
+    shapes |= dict(clip=("BF16", [257, 1280])) if "clip" in specs else {}
     found = {k: (v[0], v[1]) for k, v in specs.items()}
     for key in shapes | found:
         if found.get(key) != shapes.get(key):
-            raise ValueError(f"{path}: {key} is {found.get(key, 'missing')}; wanted {shapes.get(key, 'no such tensor')}")
+            raise ValueError(f"{path}: {key} is {found.get(key, 'missing')}; wanted {shapes.get(key, 'none')}")
     try:
         fps = float(metadata.get("fps", "none"))
     except ValueError:
         fps = math.nan
     if not 0 < fps < FAR or metadata.get("depth", "metric") not in ("metric", "relative"):
-        raise ValueError(f"{path}: fps {metadata.get('fps')!r}, depth {metadata.get('depth')!r}; wanted a number, and metric "
-                         "or relative")
+        raise ValueError(f"{path}: fps {metadata.get('fps')!r}, depth {metadata.get('depth')!r}; wanted a number, and "
+                         "metric or relative")
     return metadata, (text[-1], start[1], "clip" in specs)
 
 
@@ -144,11 +148,11 @@ def read_clip(path):
     depth, R, K = tensors["depth"], tensors["w2c"][:, :, :3], tensors["intrinsics"]
     off = (R @ R.mT - torch.eye(3)).abs().max() + (torch.linalg.det(R) - 1).abs().max()
     if depth.min() < 0 or depth.max() > FAR or not (depth[0] > 1e-3).any():
-        raise ValueError(f"{path}: depth from {depth.min():.3g} to {depth.max():.3g}, {(depth[0] > 1e-3).float().mean():.0%} of "
-                         f"frame 0 has any; wanted 0 to {FAR:.0e} m, some in frame 0")
+        raise ValueError(f"{path}: depth from {depth.min():.3g} to {depth.max():.3g}, "
+                         f"{(depth[0] > 1e-3).float().mean():.0%} of frame 0 has any; wanted 0 to {FAR:.0e} m")
     if off > 2e-3 or (tensors["w2c"][0] - torch.eye(3, 4)).abs().max() > 1e-3 or K[:, (0, 1), (0, 1)].min() <= 0:
-        raise ValueError(f"{path}: w2c off from rotations by {off:.2g}, or not relative to the first camera, or a focal "
-                         f"length of {K[:, (0, 1), (0, 1)].min():.3g}")
+        raise ValueError(f"{path}: w2c off from rotations by {off:.2g}, or not relative to the first camera, or a "
+                         f"focal length of {K[:, (0, 1), (0, 1)].min():.3g}")
     return tensors, metadata
 
 
@@ -171,8 +175,8 @@ def is_whole(path):
 
 
 def check_values(folder, names):
-    """{name: problem} of the windows that read_clip refuses.  Each file is read once, by one of the ranks; FOLDER/.checked
-    remembers size and time of change (which a copy does not keep) of the good ones, so that the next start need not."""
+    """{name: problem} of the windows that read_clip refuses.  Each file is read once, by one of the ranks;
+    FOLDER/.checked remembers size and time of change (which a copy does not keep) of the good ones for later starts."""
     def stamp(name):
         info = (folder / f"{name}.safetensors").stat()
         return [info.st_size, info.st_ctime_ns]
@@ -220,8 +224,8 @@ def check_folder(folder, samples, size):
     usual = Counter(kinds.values()).most_common(1)[0][0] if kinds else None
     for name, kind in kinds.items():
         if kind != usual:
-            bad.append((name, f"{folder / name}.safetensors: width of text, start latents, CLIP are {kind}; wanted {usual}, as "
-                        "the others have"))
+            bad.append((name, f"{folder / name}.safetensors: width of text, start latents, CLIP are {kind}; wanted "
+                        f"{usual}, as the others have"))
     bad = sorted(set(sum(gathered(bad), [])))                                     # every rank leaves out the same
     wrong = {name for name, _ in bad}
     bad += check_values(folder, [name for name in metadata if name not in wrong]).items()

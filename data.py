@@ -33,7 +33,7 @@ from caches import EMPTY_TEXT, check_folder, fits, gathered, is_whole, read_clip
 from cameras import inverse, read_cameras, write_cameras
 from geometry import relative_to_first
 from readers import (FAR, array_files, check_file, check_inside, check_lines, check_sums, count_arrays, count_frames,
-                     read_arrays, read_depth, read_json, read_video, why_relative)
+                     read_arrays, read_depth, read_json, read_video, sums_of, why_relative)
 from scenes import VARIETY, render_clip
 
 
@@ -78,27 +78,29 @@ def load_samples(root, split=None, bad=None):
         bad.append((name, problem))
 
     root = Path(root)
-    path, (entries, splits), samples, twice = root / "metadata.json", read_metadata(root), {}, set()
+    path, (entries, splits), samples, places, twice = root / "metadata.json", read_metadata(root), {}, {}, set()
     for n, entry in enumerate(entries):
         where = f"{path}, sample {n}"
         try:
             sample = read_entry(root, entry, where)
+            places[sample["id"]] = n
             if samples.setdefault(sample["id"], sample) is not sample:
                 twice.add(sample["id"])                       # which one caches and splits mean is unknown
                 raise ValueError(f"{where}: id {sample['id']!r} is there twice. Give each its own, or remove one")
         except ValueError as error:
             leave_out(str(entry.get("id", f"sample {n}"))[:200], str(error), error)
     samples = {i: sample for i, sample in samples.items() if i not in twice}
-    if not splits:
-        cut = len(samples) - (max(1, len(samples) // 10) if len(samples) > 1 else 0)
-        splits = dict(train=list(samples)[:cut], val=list(samples)[cut:])
+    if not splits:                                            # by place in the list: one bad entry moves no other
+        cut = len(entries) - (max(1, len(entries) // 10) if len(entries) > 1 else 0)
+        splits = {name: [i for i in samples if (places[i] < cut) == (name == "train")] for name in ("train", "val")}
     refused = {name for name, _ in bad or ()}
     for name, ids in splits.items():
         for i in map(str, ids):
             if i in samples and samples[i]["split"] is None:
                 samples[i]["split"] = name
             elif i in samples:
-                leave_out(i, f"{path}: {i!r} is listed in split {samples.pop(i)['split']} and in split {name}. Remove one")
+                leave_out(i, f"{path}: {i!r} is listed in split {samples.pop(i)['split']} and in split {name}. "
+                             "Remove one")
             elif split in (None, name) and i not in refused:
                 leave_out(i, f"{path}: split {name} lists {i!r}, which is not among the samples. Add or remove it")
     chosen = [s for s in samples.values() if split in (None, s["split"])]
@@ -110,18 +112,21 @@ def load_samples(root, split=None, bad=None):
 
 
 def read_metadata(root):
-    """Entries and splits of metadata.json; without that file, of the folders that hold a video."""
+    """Entries and splits of metadata.json; without that file, of the folders that hold parts of a sample."""
     path, splits = root / "metadata.json", {}
     try:
         os.listdir(root)
     except OSError as error:
-        raise ValueError(f"{root}: not a folder that can be opened: {error.strerror}. Wanted a dataset; the layout is at the "
-                         "top of data.py") from None
+        raise ValueError(f"{root}: not a folder that can be opened: {error.strerror}. Wanted a dataset; the layout is "
+                         "at the top of data.py") from None
     if not os.path.lexists(path):
-        check_sums(root, [path] if (root / "SHA256SUMS").exists() else [])
-        videos = sorted(f for f in root.glob("*/video.*") if f.suffix in (".mp4", ".avi", ".mov", ".webm"))
-        return [{f.stem: f"{v.parent.name}/{f.name}" for f in v.parent.iterdir()
-                 if f.stem in ("video", "depth", "points", "camera_params")} for v in videos], splits
+        check_sums(root, [path] if "metadata.json" in (sums_of(root) or ()) else [])
+        folders = {}
+        for f in sorted(root.glob("*/*")):
+            if f.stem in ("video", "depth", "points", "camera_params"):
+                folders.setdefault(f.parent.name, {}).setdefault(f.stem, []).append(f"{f.parent.name}/{f.name}")
+        return [dict({k: v if len(v) > 1 else v[0] for k, v in parts.items()}, id=name)
+                for name, parts in folders.items()], splits   # one there twice: a list, which read_entry refuses
     check_inside(root, path)
     check_sums(root, [path])
     entries = read_json(path)
@@ -130,7 +135,7 @@ def read_metadata(root):
     if not isinstance(entries, list) or not all(isinstance(e, dict) for e in entries):
         raise ValueError(f"{path}: wanted a list of samples, or an object with a list called samples")
     if not isinstance(splits, dict) or not all(isinstance(ids, list) for ids in splits.values()):
-        raise ValueError(f"{path}: splits must be lists of ids, for instance {{\"train\": [\"a\"], \"val\": [\"b\"]}}")
+        raise ValueError(f'{path}: splits must be lists of ids, for instance {{"train": ["a"], "val": ["b"]}}')
     return entries, splits
 
 
@@ -155,13 +160,14 @@ def read_entry(root, entry, where):
         if sample[field]:
             inside = os.path.normpath(sample[field])
             if os.path.isabs(inside) or inside.split(os.sep)[0] == "..":
-                raise ValueError(f"{where}: {field} path {sample[field]!r} leaves the dataset folder. Move the file there")
+                raise ValueError(f"{where}: {field} path {sample[field]!r} leaves the dataset folder. Move it there")
             sample[field] = root / inside
     parts = sample["video"].relative_to(root).with_suffix("").parts if sample["video"] else ()
     sample["id"] = str(entry.get("id") or "_".join(parts).removesuffix("_video"))
     if not re.fullmatch(r"[^./\\\x00-\x1f\x7f][^/\\\x00-\x1f\x7f]*", sample["id"]) or sample["id"] == EMPTY_TEXT \
-            or len(sample["id"].encode()) > 200 or re.search(r"\.\d{4,}$", sample["id"]):        # ID.0004: a window of ID
-        raise ValueError(f"{where}: id {sample['id'][:60]!r} cannot be a file name of at most 200 bytes, or ends like a window's")
+            or len(sample["id"].encode()) > 200 or re.search(r"\.\d{4,}$", sample["id"]):    # ID.0004: a window
+        raise ValueError(f"{where}: id {sample['id'][:60]!r} cannot be a file name of at most 200 bytes, or ends "
+                         "like a window's")
     return dict(sample, prompt=sample["prompt"] or "", split=None, fps=entry.get("fps"),
                 depth_scale=entry.get("depth_scale"), inverse_depth=bool(entry.get("inverse_depth")))
 
@@ -174,7 +180,7 @@ def check_sample(root, sample):
         try:
             files += array_files(path) if path.is_dir() else [path]
         except OSError as error:
-            raise ValueError(f"{path}: cannot be opened: {error.strerror}. Make it readable, or remove the clip") from None
+            raise ValueError(f"{path}: cannot be opened: {error.strerror}. Make it readable or remove it") from None
     if sample["camera"]:
         check_lines(sample["camera"])
     for path in files:
@@ -192,8 +198,9 @@ def checked_cameras(path):
     except ValueError as error:
         raise ValueError(f"{path}: {error} `python data.py verify` names the usual mistakes") from None
     if np.abs(w2c[..., 3]).max() > FAR or np.abs(fractions[:, 2:] - .5).max() > .5:
-        raise ValueError(f"{path}: translations up to {np.abs(w2c[..., 3]).max():.3g}, cx cy from {fractions[:, 2:].min():.3g} "
-                         f"to {fractions[:, 2:].max():.3g}; wanted metres below {FAR:.0e} and fractions of the image size")
+        raise ValueError(f"{path}: translations up to {np.abs(w2c[..., 3]).max():.3g}, cx cy from "
+                         f"{fractions[:, 2:].min():.3g} to {fractions[:, 2:].max():.3g}; wanted metres below {FAR:.0e} "
+                         "and fractions of the image size")
     return w2c, fractions
 
 
@@ -203,8 +210,8 @@ def check_window(sample, depth, size, fps):
     if abs(h * wv / (w * hv) - 1) > .02:
         raise ValueError(f"{path}: depth of {h}x{w} for a video of {hv}x{wv}; wanted the same shape of picture")
     if not ((depth[0] > 1e-3) & (depth[0] <= FAR)).mean() > .001 or depth.max() > FAR:
-        raise ValueError(f"{path}: {(depth[0] > 1e-3).mean():.2%} of the window's first frame, which sets the scene's scale, "
-                         f"has depth, up to {depth.max():.3g} m. Choose another start, make it again or remove the clip")
+        raise ValueError(f"{path}: {(depth[0] > 1e-3).mean():.2%} of the window's first frame, which sets the scene's "
+                         f"scale, has depth, up to {depth.max():.3g} m. Choose another start or remove the clip")
     if not .1 <= fps <= 1000:
         raise ValueError(f"{sample['video']}: {fps:g} frames a second; give fps in the sample's entry of metadata.json")
 
@@ -229,8 +236,8 @@ def load_clip(sample, height, width, num_frames, start=0, stride=1):
         raise ValueError(f"clip {sample['id']}: {counts[0]} video frames and {counts[1]} cameras found, {ids[-1] + 1} "
                          "wanted; lower num_frames, start or stride, or remove the clip")
     if len(set(counts)) > 1:
-        raise ValueError(f"clip {sample['id']}: {counts[0]} video frames, {counts[1]} cameras and {counts[2]} depth maps: "
-                         "which belongs to which is unknown. Cut them to the same frames, or remove the clip")
+        raise ValueError(f"clip {sample['id']}: {counts[0]} video frames, {counts[1]} cameras and {counts[2]} depth "
+                         "maps: which belongs to which is unknown. Cut them to the same frames, or remove the clip")
     frames, fps = read_video(sample["video"], ids[-1] + 1)
     w2c, (h0, w0) = torch.from_numpy(w2c[ids]), frames.shape[1:3]
     hc, wc = min(h0, round(w0 * height / width)), min(w0, round(h0 * width / height))
@@ -425,8 +432,8 @@ class CachedClips(torch.utils.data.Dataset):
     """The cached windows of a split: the tensors of save_clip in float32 (metres), and id, prompt, fps;
     relative: its depth has no unit.
 
-    Every file is checked here (see caches.py), so that a run does not meet a bad one half-way: ValueError lists them, or
-    with skip_bad they are left out, each with a line; every rank leaves out the same.  A file that is damaged later
+    Every file is checked here (see caches.py), so that a run does not meet a bad one half-way: ValueError lists them,
+    or with skip_bad they are left out, each with a line; every rank leaves out the same.  A file that is damaged later
     stops the run, or with skip_bad the next one takes its place: batches depend on seed, step and files alone."""
 
     def __init__(self, root, split, height, width, num_frames, wan_dir="", skip_bad=False):
@@ -460,9 +467,10 @@ class CachedClips(torch.utils.data.Dataset):
         lines = [f"  {name}: {problem}" for name, problem in bad]
         if bad and (not self.skip_bad or good < len(bad)):
             more = f"\n  and {len(bad) - 5} more" if len(bad) > 5 else ""
-            raise ValueError(f"{what} cannot be trained on\n" + "\n".join(lines[:5]) + more + "\nDelete what is damaged, run\n"
-                             f"  {cure}\n" + ("skip_bad leaves out the lesser part only" if self.skip_bad else
-                                              "or leave them out with --skip_bad=True"))
+            way_out = ("skip_bad leaves out the lesser part only" if self.skip_bad else
+                       "or leave them out with --skip_bad=True")
+            raise ValueError(f"{what} cannot be trained on\n" + "\n".join(lines[:5]) + more
+                             + f"\nDelete what is damaged, run\n  {cure}\n{way_out}")
         if bad and os.environ.get("RANK", "0") == "0":
             print("\n".join([f"{what} are left out", *lines]), flush=True)
 
@@ -479,7 +487,8 @@ class CachedClips(torch.utils.data.Dataset):
             except Exception as error:                        # of whatever kind: a loader's worker must name the clip
                 if not self.skip_bad or tries + 1 == len(self.files):
                     raise ValueError(f"clip {path.stem}: damaged since the start of the run: {error!r}") from error
-                print(f"clip {path.stem}: damaged since the start of the run, the next one in its place: {error!r}", flush=True)
+                print(f"clip {path.stem}: damaged since the start of the run, the next one in its place: {error!r}",
+                      flush=True)
 
     def count_relative(self):
         """How many of the clips have depth without a unit."""

@@ -80,15 +80,18 @@ def sums_at(path, changed):
     return {name: digest for digest, name in found}
 
 
+def sums_of(root):
+    """{name: digest} of DIR/SHA256SUMS, None where there is no such file."""
+    path = Path(root, "SHA256SUMS")
+    return sums_at(path, path.stat().st_mtime_ns) if path.exists() else None
+
+
 def check_sums(root, paths):
-    """Files must be what DIR/SHA256SUMS says, where there is one: the only way to see a flipped bit in a plausible value.
+    """Files must be what DIR/SHA256SUMS says, where there is one: nothing else sees a flipped bit in a plausible value.
 
         cd DIR && find . -type f -not -path './cache/*' -not -name SHA256SUMS -exec sha256sum {} + > SHA256SUMS"""
-    sums = Path(root, "SHA256SUMS")
-    if not sums.exists():
-        return
-    known = sums_at(sums, sums.stat().st_mtime_ns)
-    for path in paths:
+    sums, known = Path(root, "SHA256SUMS"), sums_of(root)
+    for path in paths if known is not None else ():
         name, digest = path.relative_to(root).as_posix(), hashlib.sha256()
         check_file(path)
         with open(path, "rb") as file:
@@ -96,7 +99,7 @@ def check_sums(root, paths):
                 digest.update(block)
         if known.get(name) != digest.hexdigest():
             raise ValueError(f"{path}: not the file that {sums} lists ({digest.hexdigest()[:12]}, listed: "
-                             f"{known.get(name, 'nothing')[:12]}). Restore it; if the change was meant, write SHA256SUMS again")
+                             f"{known.get(name, 'nothing')[:12]}). Restore it; if it was meant, write SHA256SUMS again")
 
 
 def check_inside(root, path):
@@ -127,7 +130,8 @@ def ffmpeg(path, *output):
             log.seek(max(0, log.tell() - 4000))
             said = log.read().decode(errors="replace").strip().splitlines()
             telling = [line for line in said if re.search("rror|nvalid|whitelist|exceed|not found", line)] or said[-1:]
-            raise ValueError(re.sub(r"\[.*? @ 0x\w+\] *", "", telling[0])[:200] if said else f"ffmpeg ended with {code}")
+            said = telling[0] if telling else f"ffmpeg ended with {code}"
+            raise ValueError(re.sub(r"\[.*? @ 0x\w+\] *", "", said)[:200])
 
 
 def pictures(stream, limit=MAX_BYTES):
@@ -172,8 +176,11 @@ def count_frames(path):
 def count_frames_at(path, changed):
     try:
         with ffmpeg(path, "-nostats", "-progress", "pipe:1", "-f", "null") as (stream, _):
-            return int(re.findall(rb"^frame=(\d+)", stream.read(), re.M)[-1])
-    except (ValueError, IndexError) as error:
+            counts = [0, *map(int, re.findall(rb"^frame=(\d+)", stream.read(), re.M))]
+        if not counts[-1]:
+            raise ValueError("it has no frames")
+        return counts[-1]
+    except ValueError as error:
         raise ValueError(f"{path}: not a readable video: {str(error).removeprefix(f'{path}: ')}. "
                          "Re-encode or remove it.") from None
 
@@ -321,8 +328,8 @@ def read_depth(path, scale=None, frames=None, inverse=False):
                          "count, 0.001 for millimetres) to the sample's entry in metadata.json")
     largest = depth[np.isfinite(depth)].max(initial=0) * float(scale or 1)
     if not inverse and largest > FAR:
-        raise ValueError(f"{path}: depth up to {largest:.3g} m; wanted at most {FAR:.0e}. Write 0 where it is unknown, sky "
-                         "included; check depth_scale")
+        raise ValueError(f"{path}: depth up to {largest:.3g} m; wanted at most {FAR:.0e}. Write 0 where it is unknown, "
+                         "sky included; check depth_scale")
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         depth = depth.astype(np.float32)
         depth = (1 / depth if inverse else depth) * np.float32(scale or 1)

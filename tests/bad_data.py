@@ -75,7 +75,7 @@ def build(base, form):
         (root / entry["points_dir"]).mkdir()
         for t, x in enumerate(points_of(place.depth.parent, clip["w2c"], clip["intrinsics"])):
             np.save(root / entry["points_dir"] / f"{t}.npy", x)
-    if kind != "npy":
+    if kind not in ("npy", "scan"):
         shutil.rmtree(place.depth)
         if "png" in form:
             (root / entry["depth_dir"]).rename(place.depth)
@@ -87,7 +87,7 @@ def build(base, form):
     path = root / "metadata.json"
     meta = json.loads(path.read_text())
     meta["samples"][1].update(entry)
-    path.write_text(json.dumps(meta))
+    path.write_text(json.dumps(meta)) if kind != "scan" else path.unlink()
     if kind in ("avi", "mkv"):
         place.video.unlink()
     if "sums" in form:
@@ -115,7 +115,7 @@ def heard(work, *args, **kwargs):
 
 
 def named(text):
-    return any(word in text for word in (damage.VICTIM, "metadata.json", "text_empty", "5x32x48")) and "Traceback" not in text
+    return any(word in text for word in (damage.VICTIM, "metadata.json", "text_empty", "5x32x48", "data: not a folder")) and "Traceback" not in text
 
 
 def items(clips):

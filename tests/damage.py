@@ -71,7 +71,7 @@ def frame(place, rng):
     return sorted(place.depth.glob("*"))[rng.integers(0, 5)] if place.depth.is_dir() else place.depth
 
 
-PARTS = dict(video=("npy", lambda p, r: p.video), avi=("avi", lambda p, r: p.video), mkv=("mkv", lambda p, r: p.video),
+PARTS = dict(video=("npy", lambda p, r: p.video), scan=("scan", lambda p, r: p.video), avi=("avi", lambda p, r: p.video), mkv=("mkv", lambda p, r: p.video),
              cameras=("npy", lambda p, r: p.camera), npy=("npy", frame), npz=("npz", frame), png=("png", frame),
              one=("one", frame), points=("points", lambda p, r: sorted(p.points.glob("*"))[r.integers(0, 5)]))
 for part, (form, find) in PARTS.items():

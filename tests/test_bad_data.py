@@ -101,14 +101,20 @@ def test_a_second_start_reads_only_the_files_that_changed(place, monkeypatch):
         data.CachedClips(place.root, "train", *SIZE)
 
 
+@pytest.fixture(autouse=True)
+def hurry(monkeypatch):
+    """After an error torch waits so long for each worker: five seconds."""
+    monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", .1)
+
+
 def batches(clips, workers):
     """All batches of a loader as train.py makes it."""
-    loader = iter(torch.utils.data.DataLoader(clips, batch_size=2, collate_fn=data.collate, num_workers=workers))
+    found, loader = [], iter(torch.utils.data.DataLoader(clips, batch_size=2, collate_fn=data.collate, num_workers=workers))
     try:
-        return list(loader)
+        found += loader
+        return found
     finally:
-        for worker in getattr(loader, "_workers", ()):
-            worker.kill()                                     # after an error torch waits five seconds for each
+        del loader
 
 
 @pytest.mark.parametrize("workers", [0, 2])
