@@ -70,6 +70,8 @@ def read_header(path):
         metadata, at = header.pop("__metadata__", {}), 0
         specs = {k: (v["dtype"], v["shape"], *v["data_offsets"]) for k, v in header.items()}
         for name, (dtype, shape, begin, end) in sorted(specs.items(), key=lambda item: item[1][2]):
+            if dtype not in DTYPES:
+                raise ValueError(f"{name} is {dtype}; wanted BF16 or F32")
             if begin != at or end - begin != math.prod(shape) * DTYPES[dtype].itemsize or min(shape, default=1) < 1:
                 raise ValueError(f"{name}: {dtype} {str(shape)[:60]} at bytes {begin} to {end}; wanted BF16 or F32 "
                                  f"from {at} on")
@@ -127,32 +129,35 @@ def check_header(path, name, sample, size, fingerprint):
 
 
 def read_values(path):
-    """Tensors (as stored) and metadata of a cache file; every value is checked against the checksum and is finite."""
+    """Tensors (as stored) and metadata of a cache file; every value is checked against the checksum and is finite.
+
+    Checks are numpy's: in threads of a forked process torch's parallel operations can fail."""
     metadata, specs, start = read_header(path)
     data = np.fromfile(path, np.uint8, offset=start)
-    tensors, crc = {}, 0
+    arrays, crc = {}, 0
     for name, (dtype, shape, begin, end) in sorted(specs.items()):
         crc = zlib.crc32(data[begin:end], crc)
-        tensors[name] = torch.from_numpy(data[begin:end]).view(DTYPES[dtype]).reshape(shape)
+        arrays[name] = data[begin:end].view("<f4" if dtype == "F32" else "<u2").reshape(shape)
     if metadata["crc"][:8] != f"{crc:08x}":
         raise ValueError(f"{path}: its values have the checksum {crc:08x}; {metadata['crc'][:8]} was written: damaged")
-    for name, x in tensors.items():
-        if not torch.stack(torch.aminmax(x)).isfinite().all():
+    for name, x in arrays.items():                            # bfloat16: upper half of a float32, 0x7f80 is infinity
+        if not (np.isfinite(x.min() + x.max()) if x.dtype == "<f4" else (x & 0x7fff).max() < 0x7f80):
             raise ValueError(f"{path}: {name} holds NaN or infinity")
-    return tensors, metadata
+    return {name: torch.from_numpy(x).view(DTYPES[specs[name][0]]) for name, x in arrays.items()}, metadata
 
 
 def read_clip(path):
     """read_values of a clip; its depth, cameras and intrinsics must be such."""
     tensors, metadata = read_values(path)
-    depth, R, K = tensors["depth"], tensors["w2c"][:, :, :3], tensors["intrinsics"]
-    off = (R @ R.mT - torch.eye(3)).abs().max() + (torch.linalg.det(R) - 1).abs().max()
-    if depth.min() < 0 or depth.max() > FAR or not (depth[0] > 1e-3).any():
-        raise ValueError(f"{path}: depth from {depth.min():.3g} to {depth.max():.3g}, "
-                         f"{(depth[0] > 1e-3).float().mean():.0%} of frame 0 has any; wanted 0 to {FAR:.0e} m")
-    if off > 2e-3 or (tensors["w2c"][0] - torch.eye(3, 4)).abs().max() > 1e-3 or K[:, (0, 1), (0, 1)].min() <= 0:
+    depth, w2c, K = (tensors[name].numpy() for name in ("depth", "w2c", "intrinsics"))
+    R, focal, share = w2c[:, :, :3], K[:, (0, 1), (0, 1)].min(), (depth[0] > 1e-3).mean()
+    off = np.abs(R @ R.swapaxes(1, 2) - np.eye(3)).max() + np.abs(np.linalg.det(R) - 1).max()
+    if depth.min() < 0 or depth.max() > FAR or not share:
+        raise ValueError(f"{path}: depth from {depth.min():.3g} to {depth.max():.3g}, {share:.0%} of frame 0 has any; "
+                         f"wanted 0 to {FAR:.0e} m")
+    if not off < 2e-3 or np.abs(w2c[0] - np.eye(3, 4)).max() > 1e-3 or focal <= 0:
         raise ValueError(f"{path}: w2c off from rotations by {off:.2g}, or not relative to the first camera, or a "
-                         f"focal length of {K[:, (0, 1), (0, 1)].min():.3g}")
+                         f"focal length of {focal:.3g}")
     return tensors, metadata
 
 

@@ -103,13 +103,13 @@ def equal(found, clean):
         and known[0].any() and all(torch.equal(found[k], clean[k]) for k in clean if k != "depth")
 
 
-def heard(work, *args, **kwargs):
-    """Result and words of a command; a ValueError is words too."""
+def heard(work, *args, also=ValueError, **kwargs):
+    """Result and words of a command; a ValueError is words too, and what else its main() prints as one line."""
     out = StringIO()
     with redirect_stdout(out), redirect_stderr(out):
         try:
             result = work(*args, **kwargs)
-        except ValueError as error:
+        except (ValueError, also) as error:
             return error, f"error: {error}"
     return result, out.getvalue()
 
@@ -156,6 +156,8 @@ def try_raw(place, clean):
         return ("harmless" if same else "silently wrong"), text + seen
     if not failed or not named(text):
         return "silently wrong" if not failed else "crash", f"verify {failed}, encode {bad}: {seen}{text}"
+    if isinstance(bad, Exception) and not place.whole:
+        return "crash", f"one clip's damage ends it all: {text}"
     if not isinstance(bad, Exception) and (set(stored) != {OTHER} or not equal(stored[OTHER], clean_values[OTHER])):
         return "silently wrong", f"the others: {sorted(stored)} {text}"
     outcome, more = trained_on(place.root, clean)
@@ -165,8 +167,8 @@ def try_raw(place, clean):
 def try_cache(place, clean):
     """Train; then the cure that the error gives: delete what is damaged, encode."""
     outcome, text = trained_on(place.root, clean)
-    heard(data.encode, place.root, *SIZE, split="train")      # whatever it says of what is there: no other exception
-    if not place.folder.resolve().is_relative_to(place.root.resolve()):
+    heard(data.encode, place.root, *SIZE, split="train", also=OSError)            # whatever it says of what is there
+    if not os.access(place.folder, os.W_OK | os.X_OK, effective_ids=True) or not place.cache.resolve().is_relative_to(place.root.resolve()):
         return outcome, text
     for path in (place.cache, place.empty):
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
@@ -214,6 +216,7 @@ def trial(base, name, seed):
     shutil.copytree(clean_root, root, ignore=shutil.ignore_patterns("cache") if raw else None)
     (work / "outside").mkdir()
     place = at(root)
+    place.whole = name.startswith(("metadata", "SHA256SUMS"))                     # damage that is not of one clip
     if not raw:
         data.CachedClips(root, "train", *SIZE)                # leaves its marker: the damage must show all the same
     change(place, np.random.default_rng([seed, sorted(RAW | CACHE).index(name)]))
