@@ -1,7 +1,9 @@
-"""Damage a dataset in every way of damage.py and see what a user would.   `python tests/bad_data.py [--trials N --seed S]`
+"""Damage a dataset in every way of damage*.py and see what a user would.
 
-Each trial damages a fresh copy of a small dataset, then verifies, encodes and starts to train on it in a process of its
-own, as a user who is not root, with limits on time and memory.  It ends as one of
+    python tests/bad_data.py [--trials N --seed S]
+
+Each trial damages a fresh copy of a small dataset, then verifies, encodes and starts to train on it in a process of
+its own, as a user who is not root, with limits on time and memory.  It ends as one of
 
     refused         a ValueError, or a line and exit code, names clip or file; the other clips are as before; training
                     refuses to start, with skip_bad it has the others alone
@@ -52,7 +54,7 @@ def at(root):
 
 
 def build(base, form):
-    """The clean dataset of a form, with its cache: two training clips of 9 frames, of which the second is the victim."""
+    """The clean dataset of a form, with its cache: two training clips of 9 frames, the second is the victim."""
     root, kind = base / form / "data", form.removesuffix("+sums")
     if root.exists():
         return root
@@ -115,7 +117,8 @@ def heard(work, *args, also=ValueError, **kwargs):
 
 
 def named(text):
-    return any(word in text for word in (damage.VICTIM, "metadata.json", "text_empty", "5x32x48", "data: not a folder")) and "Traceback" not in text
+    names = damage.VICTIM, "metadata.json", "text_empty", "5x32x48", "data: not a folder"
+    return any(name in text for name in names) and "Traceback" not in text
 
 
 def items(clips):
@@ -136,8 +139,8 @@ def trained_on(root, clean):
     some, more = start(root, skip_bad=True)
     if not named(text) or isinstance(some, Exception) and not named(more):
         return "crash", f"not named: {text}{more}"
-    rest = isinstance(some, Exception) or list(some) == [OTHER] and equal(some[OTHER], clean[OTHER]) and damage.VICTIM in more
-    return ("refused" if rest else "silently wrong"), text
+    rest = isinstance(some, Exception) or list(some) == [OTHER] and equal(some[OTHER], clean[OTHER])
+    return ("refused" if rest and named(more) else "silently wrong"), text
 
 
 def try_raw(place, clean):
@@ -168,7 +171,8 @@ def try_cache(place, clean):
     """Train; then the cure that the error gives: delete what is damaged, encode."""
     outcome, text = trained_on(place.root, clean)
     heard(data.encode, place.root, *SIZE, split="train", also=OSError)            # whatever it says of what is there
-    if not os.access(place.folder, os.W_OK | os.X_OK, effective_ids=True) or not place.cache.resolve().is_relative_to(place.root.resolve()):
+    if not os.access(place.folder, os.W_OK | os.X_OK, effective_ids=True) or \
+            not place.folder.resolve().is_relative_to(place.root.resolve()):
         return outcome, text
     for path in (place.cache, place.empty):
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
@@ -192,7 +196,8 @@ def child(work, place, clean, pipe):
         outcome, text = work(place, clean)
     except BaseException:
         outcome, text = "crash", traceback.format_exc()
-    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    used = [resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before,
+            resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss]                                # ffmpeg's
     if max(used) > MEGABYTES * 1024:
         outcome, text = "crash", f"{max(used) // 1024} MB: {text}"
     pipe.send((outcome, text))
@@ -224,8 +229,8 @@ def trial(base, name, seed):
         for path in (work, *work.rglob("*")):
             os.chown(path, NOBODY, NOBODY, follow_symlinks=False)
     before, (ours, theirs) = tree(work, root / "cache"), multiprocessing.Pipe(False)
-    process = multiprocessing.get_context("fork").Process(target=child, args=(try_raw if raw else try_cache, place, clean,
-                                                                              theirs))
+    work_of = try_raw if raw else try_cache
+    process = multiprocessing.get_context("fork").Process(target=child, args=(work_of, place, clean, theirs))
     process.start()
     theirs.close()
     try:
@@ -236,7 +241,8 @@ def trial(base, name, seed):
     process.kill()
     process.join()
     if (after := tree(work, root / "cache")) != before:
-        outcome, text = "crash", f"written outside the cache: {sorted(map(str, after.items() ^ before.items()))} {text}"
+        changed = sorted(map(str, after.items() ^ before.items()))
+        outcome, text = "crash", f"written outside the cache: {changed} {text}"
     shutil.rmtree(work)
     return outcome, text
 
@@ -254,7 +260,7 @@ def main():
     parser.add_argument("--trials", type=int, default=0, help="default: every kind of damage once")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", default="", help="part of the name of a damage; prints what a user reads")
-    parser.add_argument("--flips", type=int, default=0, help="flipped bits in raw files without SHA256SUMS, so many per format")
+    parser.add_argument("--flips", type=int, default=0, help="bits of raw files without SHA256SUMS, so many per format")
     args = parser.parse_args()
     torch.set_num_threads(1)
     started, found, harmless, kinds = time.time(), {}, [], [k for k in RAW | CACHE if args.only in k]
@@ -278,7 +284,7 @@ def main():
     for part, counts in [*found.items(), ("all", sum(found.values(), Counter()))]:
         print(f"{part:14s}" + "".join(f"{counts[o]:16d}" for o in OUTCOMES))
     print(f"harmless: {', '.join(harmless)}")
-    print(f"{sum(map(sum, (c.values() for c in found.values())))} trials of {len(kinds)} kinds, {time.time() - started:.0f} s")
+    print(f"{args.trials or len(kinds)} trials of {len(kinds)} kinds, {time.time() - started:.0f} s")
     raise SystemExit(any(c[o] for c in found.values() for o in OUTCOMES[2:]))
 
 

@@ -63,8 +63,8 @@ def archive(members, **kwargs):
 
 
 def pickle_npy(place):
-    return b"\x93NUMPY\x01\0" + struct.pack("<H", 60) + b"{'descr': '|O', 'fortran_order': False, 'shape': (1,)}".ljust(59) \
-        + b"\n" + pickle.dumps([Bomb(place.outside / "EXECUTED")])
+    text = b"{'descr': '|O', 'fortran_order': False, 'shape': (1,)}".ljust(59) + b"\n"
+    return b"\x93NUMPY\x01\0" + struct.pack("<H", 60) + text + pickle.dumps([Bomb(place.outside / "EXECUTED")])
 
 
 def npy_bytes(array):
@@ -82,14 +82,25 @@ def zip_field(offset, value):
     return "npz", damage
 
 
+def all_points(value):
+    def damage(place, rng):
+        for path in place.points.glob("*"):
+            np.save(path, value)
+    return "points", damage
+
+
 FIRST = slice(0, 1)
 for form in ("npy", "npz", "one"):
     ARRAYS |= {f"{form}: NaN in the whole first frame": depth(put(np.nan, .9999, FIRST), form),
-            f"{form}: some NaN": depth(put(np.nan, .05), form), f"{form}: some infinity": depth(put(np.inf, .05), form),
-            f"{form}: all NaN": depth(put(np.nan, .99999), form), f"{form}: all zero": depth(lambda d, r: 0 * d, form),
-            f"{form}: negative": depth(lambda d, r: -d, form), f"{form}: one value of 1e30": depth(put(1e30, .0001), form),
+            f"{form}: some NaN": depth(put(np.nan, .05), form),
+            f"{form}: some infinity": depth(put(np.inf, .05), form),
+            f"{form}: all NaN": depth(put(np.nan, .99999), form),
+            f"{form}: all zero": depth(lambda d, r: 0 * d, form),
+            f"{form}: negative": depth(lambda d, r: -d, form),
+            f"{form}: one value of 1e30": depth(put(1e30, .0001), form),
             f"{form}: beyond float32": depth(lambda d, r: d.astype(np.float64) * 1e300, form),
-            f"{form}: booleans": depth(lambda d, r: d > 3, form), f"{form}: complex": depth(lambda d, r: d + 1j, form),
+            f"{form}: booleans": depth(lambda d, r: d > 3, form),
+            f"{form}: complex": depth(lambda d, r: d + 1j, form),
             f"{form}: words": depth(lambda d, r: d.astype("<U8"), form),
             f"{form}: dates": depth(lambda d, r: d.astype("<i8").astype("<M8[ns]"), form),
             f"{form}: integers": depth(lambda d, r: (1000 * d).astype(np.int64), form),
@@ -106,8 +117,10 @@ ARRAYS |= {"npy: an extra frame": ("npy", lambda p, r: np.save(p.depth / "frame_
         "npy: one frame of another type": one_frame(lambda d: (1000 * d).astype(np.uint16)),
         "npy: records": one_frame(lambda d: np.zeros((32, 48), [("z", "<f4")])),
         "npy: code to execute": ("npy", pickled), "npy: 10^12 values": raw_npy(shape="(1000000, 1000000)"),
-        "npy: 10^36 values": raw_npy(shape="(1000000000000,) * 3"), "npy: negative size": raw_npy(shape="(-32, -48)"),
-        "npy: nested header": raw_npy(descr="", shape="[" * 9000), "npy: deep header": raw_npy(descr="", shape="-" * 9000 + "1"),
+        "npy: 10^36 values": raw_npy(shape="(1000000000000,) * 3"),
+        "npy: negative size": raw_npy(shape="(-32, -48)"),
+        "npy: nested header": raw_npy(descr="", shape="[" * 9000),
+        "npy: deep header": raw_npy(descr="", shape="-" * 9000 + "1"),
         "npy: calling header": raw_npy(shape="(__import__('os').system('touch EXECUTED'),)"),
         "npy: smaller than the file": raw_npy(shape="(16, 48)"), "npy: empty": raw_npy(shape="(0, 48)", rest=b""),
         "npz: code to execute": archive(lambda p: [("depth.npy", pickle_npy(p))]),
@@ -121,10 +134,10 @@ ARRAYS |= {"npy: an extra frame": ("npy", lambda p, r: np.save(p.depth / "frame_
         "png: taller than its data": ("png", lambda p, r: frame(p, r).write_bytes(png_bytes(48, 3200))),
         "png: colour": ("png", lambda p, r: write_png(frame(p, r), np.zeros((32, 48, 3), np.uint8))),
         "png: 8 bits": ("png", lambda p, r: frame(p, r).write_bytes(png_bytes(48, 32, 8))),
-        "points: four numbers": ("points", lambda p, r: [np.save(f, np.ones((32, 48, 4), "f4")) for f in p.points.glob("*")]),
-        "points: flat": ("points", lambda p, r: [np.save(f, np.ones((32, 48), "f4")) for f in p.points.glob("*")]),
-        "points: NaN": ("points", lambda p, r: [np.save(f, np.full((32, 48, 3), np.nan, "f4")) for f in p.points.glob("*")]),
-        "points: far": ("points", lambda p, r: [np.save(f, np.full((32, 48, 3), 1e9, "f4")) for f in p.points.glob("*")])}
+        "points: four numbers": all_points(np.ones((32, 48, 4), "f4")),
+        "points: flat": all_points(np.ones((32, 48), "f4")),
+        "points: NaN": all_points(np.full((32, 48, 3), np.nan, "f4")),
+        "points: far": all_points(np.full((32, 48, 3), 1e9, "f4"))}
 
 
 def points_of(place, w2c, K):

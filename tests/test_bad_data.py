@@ -26,6 +26,8 @@ import verify
 from cameras import read
 
 SIZE = (32, 48, 5)
+# torch ends a loader's workers by force after an error, and its queue complains
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 
 
 @pytest.fixture(scope="module")
@@ -44,9 +46,9 @@ def place(base, tmp_path):
     return bad_data.at(tmp_path / "data")
 
 
-SHORT = ["video: truncated", "npy: pipe", "npy: code to execute", "npz: 10^12 values", "npz: flipped bits", "cameras: 'nan' for a number",
-         "metadata: depth_dir = '../outside'", "metadata: nested", "video: flipped bits, with SHA256SUMS", "cache: flipped bits, draw 0",
-         "cache: NaN latent", "cache: another encoder", "cache: unreadable", "empty text: truncated"]
+SHORT = ["video: truncated", "npy: pipe", "npy: code to execute", "npz: 10^12 values", "npz: flipped bits",
+         "cameras: 'nan' for a number", "metadata: depth_dir = '../outside'", "metadata: nested",
+         "video: flipped bits, with SHA256SUMS", "cache: flipped bits, draw 0", "cache: NaN latent", "cache: another encoder", "cache: unreadable", "empty text: truncated"]
 
 
 @pytest.mark.parametrize("name", SHORT)
@@ -109,12 +111,7 @@ def hurry(monkeypatch):
 
 def batches(clips, workers):
     """All batches of a loader as train.py makes it."""
-    found, loader = [], iter(torch.utils.data.DataLoader(clips, batch_size=2, collate_fn=data.collate, num_workers=workers))
-    try:
-        found += loader
-        return found
-    finally:
-        del loader
+    return list(torch.utils.data.DataLoader(clips, batch_size=2, collate_fn=data.collate, num_workers=workers))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -157,7 +154,7 @@ def test_encode_fails_by_default_skips_when_told_and_leaves_no_halves(place, cap
 
 def test_a_write_that_fails_leaves_the_old_file_and_nothing_beside_it(place):
     before, limits = place.cache.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))                  # as a disk that fills up in the middle
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))              # as a disk that fills up in the middle
     try:
         with pytest.raises(OSError, match="File too large"):
             caches.save_tensors(place.cache, dict(text=torch.ones(2, 999)), {})
@@ -205,7 +202,8 @@ def test_no_source_file_unpickles_or_evaluates():
         for call in ("np.load(", "torch.load(", "read_array(file"):
             for line in (x for x in text.splitlines() if call in x):
                 assert "allow_pickle=False" in line or "weights_only=True" in line, (path.name, line)
-        assert not any(word in text for word in ("pickle.load", "import pickle", " eval(", " exec(", "os.system", "shell=True"))
+        words = "pickle.load", "import pickle", " eval(", " exec(", "os.system", "shell=True"
+        assert not any(word in text for word in words), path.name
 
 
 def test_a_video_that_names_other_files_is_not_followed(place):
@@ -227,8 +225,9 @@ def test_frame_counts_must_agree_and_are_counted_to_the_end(place):
 
 def test_sums_cover_what_nothing_else_can_see(place):
     text = place.camera.read_text()
-    subprocess.run("find . -type f -not -path './cache/*' -not -name SHA256SUMS -exec sha256sum {} + > SHA256SUMS", shell=True,
-                   cwd=place.root, check=True)
+    command = "find . -type f -not -path './cache/*' -not -name SHA256SUMS -exec sha256sum {} + > SHA256SUMS"
+    subprocess.run(command, shell=True, cwd=place.root, check=True)
+    assert command in readers.check_sums.__doc__
     assert verify.verify(place.root, "train") == 0
     changed = text.replace("0.5", "0.6", 1)                                       # a plausible number
     place.camera.write_text(changed)
@@ -283,8 +282,8 @@ def test_encode_under_torchrun_fails_on_every_rank_once_all_are_through(place):
 def test_train_refuses_in_one_message_and_goes_on_without_the_clip_when_told(tmp_path):
     data.synth(tmp_path / "clips", 5, 5, 32, 48, variety="simple", workers=0, cache_only=True, val=1)
     spoil(next(tmp_path.glob("clips/cache/*/train_000002.safetensors")), "depth", torch.inf)
-    options = ["config/demo0.py", f"--data_dir={tmp_path}/clips", "--height=32", "--width=48", "--num_frames=5", "--batch_size=2",
-               "--num_workers=2", "--max_steps=2", f"--model_overrides={SIZES}", "--device=cpu", "--eval_every=0",
+    options = ["config/demo0.py", f"--data_dir={tmp_path}/clips", "--height=32", "--width=48", "--num_frames=5",
+               "--batch_size=2", "--num_workers=2", "--max_steps=2", f"--model_overrides={SIZES}", "--device=cpu", "--eval_every=0",
                f"--out_dir={tmp_path}/out"]
     text = run("train.py", *options, ok=False)
     assert "1 of 5 train clips cannot be trained on" in text and "train_000002" in text and "Traceback" not in text
