@@ -207,7 +207,7 @@ def check_values(folder, names):
         found.update({name: text for name, text in part.items() if text})
     if rank == 0 and todo:
         good = {name: stamps[name] for name in todo if name not in found}
-        with suppress(OSError):                                                   # a disk that cannot be written
+        with suppress(OSError, ValueError):                 # a disk that cannot be written: the next start reads again
             write_aside(folder / ".checked", json.dumps(known | good).encode())
     return found
 

@@ -32,8 +32,8 @@ from tqdm import tqdm
 from caches import EMPTY_TEXT, check_folder, fits, gathered, is_whole, read_clip, read_values, save_tensors
 from cameras import inverse, read_cameras, write_cameras
 from geometry import relative_to_first
-from readers import (FAR, array_files, check_file, check_inside, check_lines, check_sums, count_arrays, count_frames,
-                     read_arrays, read_depth, read_json, read_video, sums_of, why_relative)
+from readers import (FAR, check_inside, check_lines, check_sample, check_sums, count_arrays, count_frames, read_arrays,
+                     read_depth, read_entries, read_video, why_relative)
 from scenes import VARIETY, render_clip
 
 
@@ -72,71 +72,46 @@ def load_samples(root, split=None, bad=None):
     bad      receives (id or "sample N", problem) of each entry that is left out; without it the first is raised
     returns  dicts: id, split, prompt, fps, depth_scale, inverse_depth; paths video, camera, depth, points or None
     Without splits the last tenth (at least one of several) is "val", the rest "train"."""
-    def leave_out(name, problem, cause=None):
-        if bad is None:
-            raise ValueError(problem) from cause
-        bad.append((name, problem))
-
-    root = Path(root)
-    path, (entries, splits), samples, places, twice = root / "metadata.json", read_metadata(root), {}, {}, set()
+    root, samples, wrong, places = Path(root), {}, [], {}
+    path, (entries, splits) = root / "metadata.json", read_entries(root)
     for n, entry in enumerate(entries):
-        where = f"{path}, sample {n}"
         try:
+            where = f"{path}, sample {n}"
             sample = read_entry(root, entry, where)
-            places[sample["id"]] = n
             if samples.setdefault(sample["id"], sample) is not sample:
-                twice.add(sample["id"])                       # which one caches and splits mean is unknown
-                raise ValueError(f"{where}: id {sample['id']!r} is there twice. Give each its own, or remove one")
+                raise ValueError(f"{where}: id {sample['id']!r} is there twice. Give each its own or remove one")
+            places[sample["id"]] = n
         except ValueError as error:
-            leave_out(str(entry.get("id", f"sample {n}"))[:200], str(error), error)
-    samples = {i: sample for i, sample in samples.items() if i not in twice}
+            wrong.append((str(entry.get("id", f"sample {n}"))[:200], str(error)))
+            places[wrong[-1][0]] = n
+    for name, _ in wrong:
+        samples.pop(name, None)                               # there twice: which one caches and splits mean is unknown
     if not splits:                                            # by place in the list: one bad entry moves no other
         cut = len(entries) - (max(1, len(entries) // 10) if len(entries) > 1 else 0)
-        splits = {name: [i for i in samples if (places[i] < cut) == (name == "train")] for name in ("train", "val")}
-    refused = {name for name, _ in bad or ()}
-    for name, ids in splits.items():
-        for i in map(str, ids):
+        splits = {name: [i for i in places if (places[i] < cut) == (name == "train")] for name in ("train", "val")}
+    listed, refused = {name: set(map(str, ids)) for name, ids in splits.items()}, {name for name, _ in wrong}
+    wrong = [(i, problem) for i, problem in wrong
+             if split is None or i in listed.get(split, ()) or not any(i in ids for ids in listed.values())]
+    for name in splits:
+        for i in map(str, splits[name]):
             if i in samples and samples[i]["split"] is None:
                 samples[i]["split"] = name
             elif i in samples:
-                leave_out(i, f"{path}: {i!r} is listed in split {samples.pop(i)['split']} and in split {name}. "
-                             "Remove one")
+                wrong.append((i, f"{path}: {i!r} is listed twice, in split {samples.pop(i)['split']} and in split "
+                              f"{name}. Remove one"))
+                refused.add(i)
             elif split in (None, name) and i not in refused:
-                leave_out(i, f"{path}: split {name} lists {i!r}, which is not among the samples. Add or remove it")
+                wrong.append((i, f"{path}: split {name} lists {i!r}, which is not among the samples. Add or remove it"))
+    if wrong and bad is None:
+        raise ValueError(wrong[0][1])
+    if bad is not None:
+        bad += wrong
     chosen = [s for s in samples.values() if split in (None, s["split"])]
     if not chosen:
         raise ValueError(f"{root}: no samples in split {split!r}; {len(samples)} found, splits "
                          f"{ {k: len(v) for k, v in splits.items()} }. The layout is at the top of data.py."
-                         + "".join(f"\n  {name}: {problem}" for name, problem in (bad or ())[:5]))
+                         + "".join(f"\n  {name}: {problem}" for name, problem in wrong[:5]))
     return chosen
-
-
-def read_metadata(root):
-    """Entries and splits of metadata.json; without that file, of the folders that hold parts of a sample."""
-    path, splits = root / "metadata.json", {}
-    try:
-        os.listdir(root)
-    except OSError as error:
-        raise ValueError(f"{root}: not a folder that can be opened: {error.strerror}. Wanted a dataset; the layout is "
-                         "at the top of data.py") from None
-    if not os.path.lexists(path):
-        check_sums(root, [path] if "metadata.json" in (sums_of(root) or ()) else [])
-        folders = {}
-        for f in sorted(root.glob("*/*")):
-            if f.stem in ("video", "depth", "points", "camera_params"):
-                folders.setdefault(f.parent.name, {}).setdefault(f.stem, []).append(f"{f.parent.name}/{f.name}")
-        return [dict({k: v if len(v) > 1 else v[0] for k, v in parts.items()}, id=name)
-                for name, parts in folders.items()], splits   # one there twice: a list, which read_entry refuses
-    check_inside(root, path)
-    check_sums(root, [path])
-    entries = read_json(path)
-    if isinstance(entries, dict):
-        entries, splits = entries.get("samples"), entries.get("splits") or {}
-    if not isinstance(entries, list) or not all(isinstance(e, dict) for e in entries):
-        raise ValueError(f"{path}: wanted a list of samples, or an object with a list called samples")
-    if not isinstance(splits, dict) or not all(isinstance(ids, list) for ids in splits.values()):
-        raise ValueError(f'{path}: splits must be lists of ids, for instance {{"train": ["a"], "val": ["b"]}}')
-    return entries, splits
 
 
 def read_entry(root, entry, where):
@@ -170,23 +145,6 @@ def read_entry(root, entry, where):
                          "like a window's")
     return dict(sample, prompt=sample["prompt"] or "", split=None, fps=entry.get("fps"),
                 depth_scale=entry.get("depth_scale"), inverse_depth=bool(entry.get("inverse_depth")))
-
-
-def check_sample(root, sample):
-    """Files of a sample: there, regular, readable, inside the dataset -> all of them, folders listed."""
-    files = []
-    for path in (p for p in sample.values() if isinstance(p, Path)):
-        check_inside(root, path)
-        try:
-            files += array_files(path) if path.is_dir() else [path]
-        except OSError as error:
-            raise ValueError(f"{path}: cannot be opened: {error.strerror}. Make it readable or remove it") from None
-    if sample["camera"]:
-        check_lines(sample["camera"])
-    for path in files:
-        check_inside(root, path)
-        check_file(path)
-    return files
 
 
 def checked_cameras(path):

@@ -112,6 +112,52 @@ def check_inside(root, path):
     raise ValueError(f"{path}: a link that leads out of {root}. Put the file or folder itself there")
 
 
+# --- What a dataset lists ----------------------------------------------------------------------------------
+def read_entries(root):
+    """Entries and splits of metadata.json; without that file, of the folders that hold parts of a sample."""
+    path, splits = root / "metadata.json", {}
+    try:
+        os.listdir(root)
+    except OSError as error:
+        raise ValueError(f"{root}: not a folder that can be opened: {error.strerror}. Wanted a dataset; the layout is "
+                         "at the top of data.py") from None
+    if not os.path.lexists(path):
+        check_sums(root, [path] if "metadata.json" in (sums_of(root) or ()) else [])
+        folders = {}
+        for f in sorted(root.glob("*/*")):
+            if f.stem in ("video", "depth", "points", "camera_params"):
+                folders.setdefault(f.parent.name, {}).setdefault(f.stem, []).append(f"{f.parent.name}/{f.name}")
+        return [dict({k: v if len(v) > 1 else v[0] for k, v in parts.items()}, id=name)
+                for name, parts in folders.items()], splits   # one there twice: a list, which read_entry refuses
+    check_inside(root, path)
+    check_sums(root, [path])
+    entries = read_json(path)
+    if isinstance(entries, dict):
+        entries, splits = entries.get("samples"), entries.get("splits") or {}
+    if not isinstance(entries, list) or not all(isinstance(e, dict) for e in entries):
+        raise ValueError(f"{path}: wanted a list of samples, or an object with a list called samples")
+    if not isinstance(splits, dict) or not all(isinstance(ids, list) for ids in splits.values()):
+        raise ValueError(f'{path}: splits must be lists of ids, for instance {{"train": ["a"], "val": ["b"]}}')
+    return entries, splits
+
+
+def check_sample(root, sample):
+    """Files of a sample: there, regular, readable, inside the dataset -> all of them, folders listed."""
+    files = []
+    for path in (p for p in sample.values() if isinstance(p, Path)):
+        check_inside(root, path)
+        try:
+            files += array_files(path) if path.is_dir() else [path]
+        except OSError as error:
+            raise ValueError(f"{path}: cannot be opened: {error.strerror}. Make it readable or remove it") from None
+    if sample["camera"]:
+        check_lines(sample["camera"])
+    for path in files:
+        check_inside(root, path)
+        check_file(path)
+    return files
+
+
 # --- Videos and pictures -----------------------------------------------------------------------------------
 @contextmanager
 def ffmpeg(path, *output):

@@ -58,8 +58,8 @@ def test_damage_is_refused_by_name(base, name):
     assert outcome == "refused", text
 
 
-def test_there_are_two_hundred_kinds_of_damage():
-    assert len(bad_data.RAW | bad_data.CACHE) >= 200
+def test_there_are_four_hundred_kinds_of_damage():
+    assert len(bad_data.RAW | bad_data.CACHE) >= 400
 
 
 def spoil(path, name="latents", value=torch.nan):
@@ -103,14 +103,9 @@ def test_a_second_start_reads_only_the_files_that_changed(place, monkeypatch):
         data.CachedClips(place.root, "train", *SIZE)
 
 
-@pytest.fixture(autouse=True)
-def hurry(monkeypatch):
-    """After an error torch waits so long for each worker: five seconds."""
-    monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", .1)
-
-
 def batches(clips, workers):
     """All batches of a loader as train.py makes it."""
+    torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL = .1     # so long torch waits for a worker after an error: 5 s
     return list(torch.utils.data.DataLoader(clips, batch_size=2, collate_fn=data.collate, num_workers=workers))
 
 
@@ -132,6 +127,19 @@ def test_any_exception_in_a_worker_carries_the_clip(place, monkeypatch):
     monkeypatch.setattr(data, "read_clip", fail)
     with pytest.raises(ValueError, match=f"clip {bad_data.OTHER}: .*RuntimeError.*out of luck"):
         batches(clips, 2)
+
+
+def test_a_bad_entry_counts_in_its_own_split_and_moves_no_other_clip(tmp_path):
+    for named in (True, False):
+        entries = [dict(id=f"c{n}", video=f"c{n}.mp4", fps=0 if n in (3, 4) else 10) for n in range(20)]
+        splits = dict(train=[f"c{n}" for n in range(18)], val=["c18", "c19"])
+        (tmp_path / "metadata.json").write_text(json.dumps(dict(samples=entries, splits=splits) if named else entries))
+        for split, problems, ids in (("train", 2, 16), ("val", 0, 2), (None, 2, 18)):
+            bad = []
+            assert len(data.load_samples(tmp_path, split, bad)) == ids and len(bad) == problems, (named, split)
+        assert [s["id"] for s in data.load_samples(tmp_path, "val")] == ["c18", "c19"]
+        with pytest.raises(ValueError, match="sample 3: fps = 0; wanted"):
+            data.load_samples(tmp_path, "train")
 
 
 def test_encode_fails_by_default_skips_when_told_and_leaves_no_halves(place, capsys, monkeypatch):
