@@ -44,9 +44,10 @@ def read_table(path, pixels=False):
     if not rows:
         raise ValueError(f"{path}: missing, or without cameras; wanted {RE10K}")
     table = np.array(rows)
-    if (step := np.diff(table[:, 0])).any() and (step <= 0).any():
-        raise ValueError(f"{path}: frame {int(np.argmax(step <= 0)) + 1} has index {table[np.argmax(step <= 0) + 1, 0]:g} after "
-                         f"{table[np.argmax(step <= 0), 0]:g}: rows out of order or twice. Sort them by the first column")
+    if (step := np.diff(table[:, 0])).any() and (step <= 0).any():                # all equal: no index was written
+        t = int(np.argmax(step <= 0))
+        raise ValueError(f"{path}: frame {t + 1} has index {table[t + 1, 0]:g} after {table[t, 0]:g}: rows out of order or "
+                         "twice. Sort them by the first column")
     return table
 
 

@@ -75,15 +75,15 @@ def load_samples(root, split=None, bad=None):
     root, samples, wrong, places = Path(root), {}, [], {}
     path, (entries, splits) = root / "metadata.json", read_entries(root)
     for n, entry in enumerate(entries):
+        name, where = str(entry.get("id", f"sample {n}"))[:200], f"{path}, sample {n}"
         try:
-            where = f"{path}, sample {n}"
             sample = read_entry(root, entry, where)
+            name = sample["id"]
             if samples.setdefault(sample["id"], sample) is not sample:
                 raise ValueError(f"{where}: id {sample['id']!r} is there twice. Give each its own or remove one")
-            places[sample["id"]] = n
         except ValueError as error:
-            wrong.append((str(entry.get("id", f"sample {n}"))[:200], str(error)))
-            places[wrong[-1][0]] = n
+            wrong.append((name, str(error)))
+        places[name] = n
     for name, _ in wrong:
         samples.pop(name, None)                               # there twice: which one caches and splits mean is unknown
     if not splits:                                            # by place in the list: one bad entry moves no other
