@@ -337,8 +337,8 @@ class CameraHead(nn.Module):
         self.empty_pose_tokens = nn.Parameter(torch.zeros(1, 1, 9))
         self.embed_pose = nn.Linear(9, dim)
         self.poseLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 3 * dim))
-        self.trunk = nn.ModuleList(GeoBlock(dim, heads, layer_scale, qk_norm=False, modulated=False)
-                                   for _ in range(layers))
+        self.trunk = nn.ModuleList(GeoBlock(dim, heads, layer_scale, qk_norm=False, modulated=released)
+                                   for _ in range(layers))          # the release has modulation here, never used
         self.pose_branch = Mlp(dim, dim // 2, 9)
 
     def frame_tokens(self, tokens):

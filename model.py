@@ -17,7 +17,7 @@ Stages: 0 trains the video branch alone (demo only), 1 trains bridge + geometry,
 import argparse
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 import torch.nn.functional as F
@@ -25,8 +25,9 @@ from einops import rearrange
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+import released
 from geometry import (NUM_SPECIAL, CameraHead, DPTHead, GeoBlock, LatentBridge, PoseEncoder, activate_depth,
-                      activate_points, pack_frames, rope_2d)
+                      activate_points, pack_frames, plucker_rays, rope_2d)
 
 
 @dataclass
@@ -61,7 +62,10 @@ class Config:
     camera_layers: int = 4
     camera_iterations: int = 4
     head_chunk: int = 16            # pixel frames that a DPT head fuses at once
-    released: bool = False          # restores the quirks of the released weights
+    released: bool = False          # the released weights: their quirks and their camera module (released.py)
+    true_rays: bool = False         # released: true per-pixel rays in place of the ones it was trained on
+    ray_sizes: tuple = (384, 768, 5120, 2560, 2048)     # released: widths of the ray encoder, features last
+    adapter_sizes: tuple = (25, 1024, 409)              # released: adapted blocks, hidden widths of an adapter
 
     @property
     def geo_layers(self):
@@ -159,12 +163,12 @@ class WanCrossAttention(nn.Module):
         if has_clip:
             self.k_img, self.v_img, self.norm_k_img = nn.Linear(dim, dim), nn.Linear(dim, dim), RMSNorm(dim)
 
-    def forward(self, x, text, image):
+    def forward(self, x, text, image, adapter=None):
         q = self.norm_q(self.q(x))
         out = attention(q, self.norm_k(self.k(text)), self.v(text), self.heads)
         if self.has_clip:
             out = out + attention(q, self.norm_k_img(self.k_img(image)), self.v_img(image), self.heads)
-        return self.o(out)
+        return self.o(out if adapter is None else adapter(out))
 
 
 class WanBlock(nn.Module):
@@ -180,19 +184,20 @@ class WanBlock(nn.Module):
         self.ffn = nn.Sequential(nn.Linear(dim, ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(ffn_dim, dim))
         self.modulation = nn.Parameter(torch.randn(1, 6, dim) / dim ** 0.5)
 
-    def attend(self, x, rows, text, image, rope):
-        """x (B, N, D) fp32 residual stream; rows (B, 6, D) shift, scale, gate of attention then of the FFN."""
+    def attend(self, x, rows, text, image, rope, adapter=None):
+        """x (B, N, D) fp32 residual stream; rows (B, 6, D) shift, scale, gate of attention then of the FFN; adapter
+        changes the cross-attention's output (released camera module)."""
         m = (self.modulation + rows).unbind(1)
         m = [row[:, None] for row in m]                                                # (B, 1, D) each
         x = x + m[2] * self.self_attn(self.norm1(x) * (1 + m[1]) + m[0], rope)
-        return x + self.cross_attn(self.norm3(x), text, image)
+        return x + self.cross_attn(self.norm3(x), text, image, adapter)
 
     def feed_forward(self, x, rows):
         shift, scale, gate = (self.modulation + rows)[:, 3:].unsqueeze(2).unbind(1)    # (B, 1, D) each
         return x + gate * self.ffn(self.norm2(x) * (1 + scale) + shift)
 
-    def forward(self, x, rows, text, image, rope):
-        return self.feed_forward(self.attend(x, rows, text, image, rope), rows)
+    def forward(self, x, rows, text, image, rope, adapter=None):
+        return self.feed_forward(self.attend(x, rows, text, image, rope, adapter), rows)
 
 
 class WanHead(nn.Module):
@@ -451,8 +456,31 @@ class FantasyWorld(nn.Module):
             for out in (2, 4))
         self.camera_head = CameraHead(2 * C, cfg.camera_dim, cfg.camera_heads, cfg.layer_scale, cfg.camera_layers,
                                       cfg.camera_iterations, cfg.released)
-        self.camera_adapters = nn.ModuleList(CameraAdapter(C, D) for _ in range(cfg.num_pcb))
+        if cfg.released:
+            self.ray_encoder = released.RayEncoder(cfg.ray_sizes)
+            self.camera_adapters = nn.ModuleList(
+                released.AttentionAdapter(D, cfg.ray_sizes[-1], *cfg.adapter_sizes[1:])
+                for _ in range(cfg.adapter_sizes[0]))
+        else:
+            self.camera_adapters = nn.ModuleList(CameraAdapter(C, D) for _ in range(cfg.num_pcb))
         self.exchange = nn.ModuleList(BiCrossAttention(D, C, cfg.irg_dim, cfg.irg_heads) for _ in range(n))
+
+    @classmethod
+    def from_released(cls, sd, wan_state_dict=None, dit_heads=None, irg_heads=None, camera_heads=None, taps=None):
+        """Build from the release's tensors, used as they are; every size is read off their shapes.
+
+        sd              the release's model.pth, name -> tensor
+        wan_state_dict  Wan2.1-I2V-14B-480P in its official names, for the video tensors that sd lacks
+        dit_heads, irg_heads, camera_heads, taps   as in released.sizes; 40, 12, 16, (23, 17, 11, 7) in the release
+        Errors: ValueError for missing, unexpected or misshapen tensors."""
+        shapes, base = ({k: tuple(v.shape) for k, v in d.items()} for d in (sd, wan_state_dict or {}))
+        with torch.device("meta"):
+            model = cls(Config(**released.sizes(shapes, base, dit_heads, irg_heads, camera_heads, taps)))
+        own = {k: tuple(v.shape) for k, v in model.state_dict().items()}
+        plan = released.match(own, shapes, base, model.cfg.num_pcb)
+        model.load_state_dict({k: (sd if of_release else wan_state_dict)[name].reshape(own[k])
+                               for k, (of_release, name) in plan.items()}, assign=True)
+        return model
 
     # ---- stages
     def groups(self):
@@ -460,7 +488,8 @@ class FantasyWorld(nn.Module):
         return dict(wan=[self.dit], bridge=[self.bridge],
                     geodit=[self.frame_blocks, self.global_blocks, self.time_embedding, self.time_projection],
                     heads=[self.depth_head, self.point_head, self.camera_head], pose_encoder=[self.pose_encoder],
-                    tokens=[self.camera_token, self.register_token], camera_adapters=[self.camera_adapters],
+                    tokens=[self.camera_token, self.register_token],
+                    camera_adapters=[self.camera_adapters] + ([self.ray_encoder] if self.cfg.released else []),
                     irg=[self.exchange])
 
     TRAINED = {0: ("wan",), 1: ("bridge", "geodit", "heads", "pose_encoder", "tokens")}
@@ -474,6 +503,9 @@ class FantasyWorld(nn.Module):
         for name, members in self.groups().items():
             for member in members:
                 member.requires_grad_(name in self.TRAINED[stage])
+        for name, p in self.named_parameters() if self.cfg.released else ():
+            if released.dead(name):
+                p.requires_grad_(False)
         return self
 
     def count_parameters(self):
@@ -483,8 +515,9 @@ class FantasyWorld(nn.Module):
         return {name: sum(map(size, members)) for name, members in self.groups().items()}
 
     def trainable_state_dict(self):
-        """name -> tensor of what the current stage trains: the content of a checkpoint."""
-        return {name: p.detach() for name, p in self.named_parameters() if p.requires_grad}
+        """name -> tensor of what the current stage trains (and the release's dead ones): the content of a checkpoint."""
+        return {name: p.detach() for name, p in self.named_parameters()
+                if p.requires_grad or self.cfg.released and released.dead(name)}
 
     # ---- forward
     def run(self, function, *args):
@@ -504,16 +537,28 @@ class FantasyWorld(nn.Module):
         registers = self.register_token[:, first_then_rest].expand(len(x), -1, -1, -1)
         return torch.cat([camera, registers.to(camera.dtype), patches.to(camera.dtype)], 2).flatten(1, 2).float()
 
+    def rays(self, w2c, K, size):
+        """The ray map (B, 6, T, H, W) that this model is conditioned on; arguments as geometry.plucker_rays."""
+        quirk = self.cfg.released and not self.cfg.true_rays
+        return released.constant_rays(w2c, K, size) if quirk else plucker_rays(w2c, K, size)
+
+    def attention_adapters(self, plucker, keep):
+        """Video block -> what the release's camera module does inside its cross-attention; {} for our own models."""
+        if not self.cfg.released or self.stage != 2 or plucker is None:
+            return {}
+        rays = self.ray_encoder(plucker)                                               # (B, N, R)
+        return {i: partial(adapter, rays=rays, keep=keep) for i, adapter in enumerate(self.camera_adapters)}
+
     def irg_step(self, i, x, z, video, geo, ropes):
         """One IRG step: video tokens x (or None: geometry alone), geometry tokens z -> x, z, tap (B, f*P, 2C)."""
         frame_block, global_block = self.frame_blocks[i], self.global_blocks[i]
         block = self.dit.blocks[self.cfg.num_pcb + i]
-        rows, text, image = video
+        rows, text, image, adapters = video
         rows_z, f = geo
         z_frame = frame_block(z, rows_z, f, ropes["frame"])
         z = global_block.attend(z_frame, rows_z, 1, ropes["global"])
         if x is not None:
-            x = block.attend(x, rows, text, image, ropes["video"])
+            x = block.attend(x, rows, text, image, ropes["video"], adapters.get(self.cfg.num_pcb + i))
             if self.stage == 2:
                 x, z = self.exchange[i](x, z, ropes["exchange_x"], ropes["exchange_z"])
             x = block.feed_forward(x, rows)
@@ -545,24 +590,25 @@ class FantasyWorld(nn.Module):
             raise ValueError("video=False leaves the exchange of stage 2 without a gradient")
         dit, cfg = self.dit, self.cfg
         keep = None if pose_keep is None else pose_keep.float().view(-1, 1, 1)
-        pose_embedding = None if poses is None else self.pose_encoder(poses)           # (B, f, C)
+        pose_embedding = None if poses is None or cfg.released else self.pose_encoder(poses)       # (B, f, C)
         pose_weight = 1.0 if keep is None else keep
         with torch.no_grad():                       # nothing trainable lies upstream
             e, rows, text, image = dit.conditions(t, context, clip)
             x, grid = dit.embed(x, y, plucker, pose_keep)
         ropes = self.ropes(grid, x.device)
         with nullcontext() if self.stage == 2 else torch.no_grad():
+            adapters = self.attention_adapters(plucker, pose_weight)
             for i, block in enumerate(dit.blocks[:cfg.num_pcb]):
                 if self.stage == 2 and pose_embedding is not None:
                     x = self.camera_adapters[i](x, pose_embedding, pose_weight)
-                x = self.run(block, x, rows, text, image, ropes["video"])
+                x = self.run(block, x, rows, text, image, ropes["video"], adapters.get(i))
         z = self.geometry_tokens(x, grid, pose_embedding, pose_weight)
         with torch.autocast(x.device.type, enabled=False):
             rows_z = self.time_projection(self.time_embedding(timestep_embedding(t.to(x.device), cfg.freq_dim)))
         geo = (rows_z.unflatten(1, (6, -1)), grid[0])
         x, taps = x if video else None, {}
         for i in range(cfg.geo_layers):
-            x, z, tap = self.run(self.irg_step, i, x, z, (rows, text, image), geo, ropes)
+            x, z, tap = self.run(self.irg_step, i, x, z, (rows, text, image, adapters), geo, ropes)
             if heads and (i in cfg.taps or i == cfg.geo_layers - 1):
                 taps[i] = tap
         out = dict(velocity=dit.unpatchify(dit.head(x, e), grid) if video else None)
