@@ -15,8 +15,10 @@ from functools import partial
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch import nn
 
-from model import Config, FantasyWorld, WanDiT, check_names, half_precision
+import released
+from model import Config, FantasyWorld, WanDiT, check_names, half_geometry, half_precision
 
 # md5 over the names and shapes of each release's DiT.  Source: DiffSynth-Studio's model detection.
 FAMILIES = {"9269f8db9040a9d860eaca435be61814": "Wan2.1-T2V-1.3B", "aafcfd9672c3a2456dc46e1cb6e52c70": "Wan2.1-T2V-14B",
@@ -66,18 +68,31 @@ def lazy_tensors(path):
         if path.endswith(".safetensors"):
             with safe_open(path, "pt") as file:
                 return {k: (tuple(file.get_slice(k).get_shape()), partial(read, k)) for k in file.keys()}
-        sd = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        return {k: (tuple(v.shape), partial(lambda v: v, v)) for k, v in sd.items()}
+        return lazy_pth(path)
     except Exception as error:          # flipped bytes make the two readers raise almost any class of error
         raise ValueError(f"{path}: {os.path.getsize(path):,} bytes that cannot be read ({error}); an incomplete "
                          f"download? Fetch it again") from None
 
 
-def load_wan(folder, cfg, device="cpu", dtype=None):
-    """Frozen WanDiT from a Wan2.1 hub folder (one file or shards) or from the run folder of a stage 0 demo run.
+def lazy_pth(path):
+    """lazy_tensors of a .pth file.  It is mapped anew after every 64th part of it: the pages of a mapping that were
+    touched count against this process until it is closed."""
+    mapped = {}
 
-    Tensors go to device one by one, the big matrices in dtype (default fp32), so the host holds one copy at most.
-    returns  the model, and cfg with the video sizes of what was found"""
+    def load():
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+
+    def read(name):
+        if not mapped or mapped["read"] > os.path.getsize(path) / 64:
+            mapped.clear()
+            mapped.update(tensors=load(), read=0)
+        mapped["read"] += mapped["tensors"][name].nbytes
+        return mapped["tensors"][name]
+    return {k: (tuple(v.shape), partial(read, k)) for k, v in load().items()}
+
+
+def wan_tensors(folder):
+    """name -> (shape, read) of the DiT in a Wan2.1 hub folder (one file or shards) or of a stage 0 demo run."""
     files = wan_files(folder) or glob.glob(os.path.join(folder, "latest.safetensors"))
     if not files:
         raise ValueError(f"wan_dir = {folder}: no diffusion_pytorch_model*.safetensors (a Wan2.1 folder) and no "
@@ -91,6 +106,15 @@ def load_wan(folder, cfg, device="cpu", dtype=None):
     for prefix in ("pipe.", "model.", "dit."):
         if all(name.startswith(prefix) for name in tensors):
             tensors = {name.removeprefix(prefix): value for name, value in tensors.items()}
+    return tensors
+
+
+def load_wan(folder, cfg, device="cpu", dtype=None):
+    """Frozen WanDiT from the folder of a Wan2.1 release or of a stage 0 run.
+
+    Tensors go to device one by one, the big matrices in dtype (default fp32), so the host holds one copy at most.
+    returns  the model, and cfg with the video sizes of what was found"""
+    tensors = wan_tensors(folder)
     shapes = {name: shape for name, (shape, _) in tensors.items()}
     dit = WanDiT.from_shapes(shapes, cfg.head_dim, cfg.text_len, where=folder)
     check_names(dit, shapes, f"{folder}: Wan2.1 DiT")
@@ -110,7 +134,9 @@ def load_trained(model, path):
     """Copy a checkpoint's tensors into the model; returns its metadata (stage, step, config as strings).
 
     A checkpoint holds what its stage trains; after stage 1 the interaction keeps its zero start.  Anything else that is
-    missing, left over or of another shape is a ValueError."""
+    missing, left over or of another shape is a ValueError.  A FantasyWorld release and VGGT-1B load by name too."""
+    if (meta := read_metadata(path)).get("foreign"):
+        return load_foreign(model, path, meta)
     sd, meta = read_tensors(path)
     own, untrained = model.state_dict(), ("camera_adapters.", "exchange.") if meta.get("stage") == "1" else ()
     wanted = (k for k in own if k.startswith("dit.") == (meta.get("stage") == "0") and not k.startswith(untrained))
@@ -125,10 +151,12 @@ def load_trained(model, path):
 
 
 def read_metadata(path):
-    """Metadata of a checkpoint, without its tensors."""
+    """Metadata of a checkpoint, without its tensors; that of other people's files: see foreign_metadata."""
     try:
+        if str(path).endswith((".pth", ".pt")):
+            return foreign_metadata(path)
         with safe_open(path, "pt") as file:
-            return file.metadata() or {}
+            return file.metadata() if "stage" in (file.metadata() or {}) else foreign_metadata(path)
     except Exception as error:
         raise ValueError(f"{path}: not a checkpoint that can be read ({error})") from None
 
@@ -206,3 +234,119 @@ def load_optimizer(path, model, optimizer):
         parameter, key = name.split("|")
         p = params[parameter]
         optimizer.state[p][key] = value.to(p.device) if key == "step" else torch.empty_like(p).copy_(value)
+
+
+# ------------------------------------------------------------------------------- other people's weights (released.py)
+def foreign_metadata(path):
+    """What our checkpoints say about themselves, for a FantasyWorld release or VGGT-1B, recognised by tensor names."""
+    names = lazy_tensors(str(path))
+    if released.is_release(names):
+        return dict(foreign="release", stage="2", step="0", release=os.path.abspath(path),
+                    train_config=json.dumps(dict(num_frames=81, height=336, width=592, wan_dir="")))
+    return dict(foreign="vggt", stage="vggt", step="0") if released.is_vggt(names) else {}
+
+
+def tensor_shapes(tensors):
+    return {name: shape for name, (shape, _) in tensors.items()}
+
+
+def load_release(path, wan_dir="", device="cpu", dtype=None, trains=False, true_rays=False):
+    """FantasyWorld from a release's model.pth, what it lacks from the Wan2.1 folder wan_dir.
+
+    Tensors go to device one by one, the big matrices in dtype (None = fp32; trains=True keeps the trainable ones in
+    fp32), so the host holds one copy at most.   Errors: ValueError for missing, unexpected, misshapen tensors."""
+    files = lazy_tensors(path), wan_tensors(wan_dir) if wan_dir and wan_files(wan_dir) else {}
+    shapes = [tensor_shapes(file) for file in files]
+    cfg = Config(**released.sizes(*shapes), true_rays=true_rays)
+    with torch.device("meta"):
+        model = FantasyWorld(cfg)
+    own = {k: tuple(v.shape) for k, v in model.state_dict().items()}
+    plan = released.match(own, *shapes, cfg.num_pcb, where=path)
+    if dtype:
+        half_precision(model.dit, dtype)
+        if not trains:
+            half_geometry(model, dtype)
+    wanted = model.state_dict()
+    model.load_state_dict({k: files[not of_release][name][1]().reshape(own[k]).to(device, wanted[k].dtype, copy=True)
+                           for k, (of_release, name) in plan.items()}, assign=True)
+    for head in (model.depth_head, model.point_head):
+        head.scratch.to(memory_format=torch.channels_last)
+    if os.environ.get("RANK", "0") == "0":
+        print(f"{path}: FantasyWorld release, {sum(r for r, _ in plan.values())} tensors of it and "
+              f"{sum(not r for r, _ in plan.values())} of {wan_dir or 'no base'}: {cfg.num_pcb} + {cfg.geo_layers} video "
+              f"blocks of width {cfg.dim}, geometry width {cfg.geo_dim}", flush=True)
+    return model
+
+
+def load_foreign(model, path, meta):
+    """Copy a release's or VGGT-1B's tensors into a model; returns meta.  What VGGT has and we lack is listed."""
+    file, own = lazy_tensors(str(path)), {k: tuple(v.shape) for k, v in model.state_dict().items()}
+    shapes = tensor_shapes(file)
+    if meta["foreign"] == "release":
+        if not model.cfg.released:
+            raise ValueError(f"{path}: a FantasyWorld release does not fit a model of our own; start from it alone")
+        base = {k.removeprefix("dit."): shape for k, shape in own.items() if k.startswith("dit.")}
+        plan = {k: name for k, (of_release, name) in
+                released.match(own, shapes, base, model.cfg.num_pcb, path).items() if of_release}
+    else:
+        plan, left = released.from_vggt(shapes, own, model.cfg.geo_layers)
+        kinds = sorted({".".join(re.sub(r"\d+", "*", name).split(".")[:3]) for name in left})
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{path}: VGGT, {len(plan)} tensors taken, {len(left)} left behind: {', '.join(kinds)}", flush=True)
+    parameters = model.state_dict()
+    for k, name in plan.items():
+        parameters[k].copy_(file[name][1]().reshape(own[k]))
+    return meta
+
+
+def open_model(meta, cfg, wan_dir, device, dtype=None, trains=True):
+    """The model that a run starts from, by the metadata of the checkpoint it starts from ({} = from scratch).
+
+    cfg is that of the run; a release, and what was fine-tuned from one, brings its own sizes.  Weights that belong to a
+    checkpoint of ours are not read: load_trained does that."""
+    if meta.get("release"):
+        return load_release(meta["release"], wan_dir, device, dtype, trains, cfg.true_rays)
+    return build_model(cfg, wan_dir, device, dtype)
+
+
+def offload(model, device, keep_gb=0.0):
+    """Let the model run on a device that is too small for it: layers of more than keep_gb stay on the host, each visits
+    the device for its own call.  Costs one copy of their weights over the bus per forward.  Returns the model.
+
+    For sampling, with requires_grad off.  The small parameters between the layers move to the device for good."""
+    left = keep_gb * 1e9
+    layers = [m for m in model.modules() if isinstance(m, (nn.Linear, nn.modules.conv._ConvNd))]
+    for layer in layers:
+        size = sum(p.nbytes for p in layer.parameters())
+        if size <= left:
+            left -= size
+            continue
+        home = {p: p.data for p in layer.parameters()}
+
+        def arrive(*_, home=home):
+            for p, data in home.items():
+                p.data = data.to(device, copy=True)
+
+        def leave(*_, home=home):
+            for p, data in home.items():
+                p.data = data
+        layer.register_forward_pre_hook(arrive)
+        layer.register_forward_hook(leave, always_call=True)
+        layer._apply = lambda *_: layer           # a later .to(device) must not bring it there after all
+    return model.to(device)
+
+
+def export_release(checkpoint, out):
+    """Write a stage 2 checkpoint that was fine-tuned from a release under the release's names (.pth or .safetensors).
+
+    The video branch and whatever else the release's file held are copied from it."""
+    tensors, meta = read_tensors(checkpoint)
+    cfg = config_from_metadata(meta) if "model_config" in meta else Config()
+    if not cfg.released or meta["stage"] != "2":
+        raise ValueError(f"{checkpoint}: wanted a stage 2 checkpoint of a run with --init_from=model.pth of the release")
+    named = {released.release_name(k, cfg.num_pcb): v for k, v in tensors.items()}
+    named["vggt.projection_head.weight"] = named["vggt.projection_head.weight"][..., None, None, None]
+    rest = {k: read() for k, (_, read) in lazy_tensors(meta["release"]).items() if k not in named}
+    save = save_file if str(out).endswith(".safetensors") else torch.save
+    write_whole(pathlib.Path(out), lambda path: save({**rest, **named}, path))
+    return f"{out}: {len(named)} tensors of {checkpoint}, {len(rest)} of {meta['release']}"

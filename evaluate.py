@@ -19,15 +19,16 @@ def generator(*key):
     return torch.Generator().manual_seed(mixed)
 
 
-def prepare(batch, in_dim, dev):
-    """Loader batch -> device tensors in scene units, with rays, pose encodings and points made on the device."""
+def prepare(batch, in_dim, dev, rays=plucker_rays):
+    """Loader batch -> device tensors in scene units, with rays, pose encodings and points made on the device.
+    rays: the model's own kind of ray map (FantasyWorld.rays)."""
     batch = {k: v for k, v in batch.items() if k != "relative" or v.any()}       # rare: a second pass of losses
     b = {k: v.to(dev, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
     mask = torch.isfinite(b["depth"]) & (b["depth"] > 1e-3)
     size = b["depth"].shape[-2:]
     depth, w2c, scale = normalize_scene(b["depth"], b["w2c"], b["intrinsics"], mask)
     return dict(b, depth=depth, w2c=w2c, scale=scale, mask=mask, points=unproject(depth, w2c, b["intrinsics"]),
-                pose_enc=encode_pose(w2c, b["intrinsics"], size), plucker=plucker_rays(w2c, b["intrinsics"], size),
+                pose_enc=encode_pose(w2c, b["intrinsics"], size), plucker=rays(w2c, b["intrinsics"], size),
                 y=start_condition(b["start_latents"], in_dim, b["latents"].shape[2]))
 
 
@@ -62,7 +63,7 @@ def evaluate(model, clips, dev, autocast, options, rank=0, world=1, picture=None
     core = getattr(model, "module", model)
     sums = {}
     for i in range(rank, min(len(clips), options.eval_clips), world):
-        b = prepare(collate([clips[i]]), core.dit.in_dim, dev)
+        b = prepare(collate([clips[i]]), core.dit.in_dim, dev, core.rays)
         noise = torch.randn(b["latents"].shape, generator=generator(options.seed, 3, i)).to(dev)
         for given in (1, 0):
             row, keep = {}, torch.full((1,), float(given), device=dev)

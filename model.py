@@ -646,11 +646,22 @@ def load_strict(module, sd, what):
 
 def half_precision(dit, dtype):
     """Store the big matrices of the frozen branch in dtype; norms, modulation, timestep MLP and head stay fp32."""
-    for module in [dit.patch_embedding, dit.text_embedding, dit.img_emb, dit.control_adapter, dit.blocks]:
-        for layer in module.modules() if module is not None else ():
-            if isinstance(layer, (nn.Linear, nn.Conv2d, nn.Conv3d)):
-                layer.to(dtype)
-    return dit
+    return cast_matrices(dit, dtype, [dit.time_embedding, dit.time_projection, dit.head])
+
+
+def half_geometry(model, dtype):
+    """The same for the geometry branch, when nothing trains: what autocast would cast at every call is cast once."""
+    ends = [head.scratch.output_conv2[2] for head in (model.depth_head, model.point_head)]
+    return cast_matrices(model, dtype, [model.dit, model.time_embedding, model.time_projection, *ends])
+
+
+def cast_matrices(model, dtype, but):
+    """Linear and convolution layers to dtype, except those inside the modules `but`, which run in fp32."""
+    kept = {layer for module in but for layer in module.modules()}
+    for layer in model.modules():
+        if isinstance(layer, (nn.Linear, nn.modules.conv._ConvNd)) and layer not in kept:
+            layer.to(dtype)
+    return model
 
 
 # --------------------------------------------------------------------------------------------------- command line

@@ -89,25 +89,22 @@ def dead(name):
     return name.startswith("pose_encoder.") or bool(re.fullmatch(r"camera_head\.trunk\.\d+\.modulation", name))
 
 
+HOME = {"dit.": "pipe.dit.", "ray_encoder.": "camera_condition.pose_encoder.", "bridge.proj.": "vggt.projection_head.",
+        "pose_encoder.": "vggt.aggregator.CamTokenProjector.", "frame_blocks.": "vggt.aggregator.frame_blocks.",
+        "camera_token": "vggt.aggregator.camera_token", "register_token": "vggt.aggregator.register_token"}
+
+
 def release_name(name, num_pcb):
-    """The release's name of one of our tensors; its video blocks sit in two places, split after num_pcb blocks."""
-    part, _, rest = name.partition(".")
-    index, _, inner = rest.partition(".")
-    if part == "dit" and index == "blocks" or part == "camera_adapters":
-        if part == "dit":
-            index, _, inner = inner.partition(".")
-        else:
-            inner = f"cross_attn.processor.{inner}"
-        j = int(index)
-        return f"pipe.dit.blocks.{j}.{inner}" if j < num_pcb else f"IRGBlock.{j - num_pcb}.x_dit.{inner}"
-    moved = {"exchange": "bicross_attention", "global_blocks": "x_agg"}
-    if part in moved:
-        return f"IRGBlock.{index}.{moved[part]}.{inner}"
-    home = {"dit": "pipe.dit.", "ray_encoder": "camera_condition.pose_encoder.", "bridge": "vggt.projection_head.",
-            "pose_encoder": "vggt.aggregator.CamTokenProjector.", "frame_blocks": "vggt.aggregator.frame_blocks."}
-    if part in home:
-        return home[part] + rest.removeprefix("proj.")
-    return f"vggt.aggregator.{name}" if part.endswith("_token") else f"vggt.{name}"
+    """The release's name of one of our tensors: every block with two branches is kept in an IRGBlock there."""
+    block = re.match(r"(dit\.blocks|camera_adapters|exchange|global_blocks)\.(\d+)\.(.+)", name)
+    if not block:
+        prefix = next((p for p in HOME if name.startswith(p)), "")
+        return HOME.get(prefix, "vggt.") + name[len(prefix):]
+    kind, i, inner = block[1], int(block[2]), block[3]
+    if kind in ("exchange", "global_blocks"):
+        return f"IRGBlock.{i}.{dict(exchange='bicross_attention', global_blocks='x_agg')[kind]}.{inner}"
+    inner = f"cross_attn.processor.{inner}" if kind == "camera_adapters" else inner
+    return f"pipe.dit.blocks.{i}.{inner}" if i < num_pcb else f"IRGBlock.{i - num_pcb}.x_dit.{inner}"
 
 
 ENCODERS = ("pipe.text_encoder.", "pipe.image_encoder.", "pipe.vae.")      # frozen; they come from the Wan folder
@@ -131,6 +128,8 @@ def sizes(release, base=None, dit_heads=None, irg_heads=None, camera_heads=None,
     heads     numbers of attention heads; None: the release's head widths 128, 96 and 128 (40, 12, 16 heads there)
     taps      geometry layers read by the DPT heads, finest level first; None: last, 3/4, 1/2, 1/3 of the depth
     Errors: ValueError when it is another model's file."""
+    if any(name.startswith("pipe.dit.control_adapter.") for name in release):
+        raise ValueError("this is a file of the release's Wan2.2 variant; only the Wan2.1 one is supported")
     base, steps = base or {}, count(release, "IRGBlock.")
     num_pcb = count(base, "blocks.") - steps if base else count(release, "pipe.dit.blocks.")
 

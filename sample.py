@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from checkpoints import build_model, config_from_metadata, load_trained, read_metadata
+from checkpoints import config_from_metadata, load_trained, offload, open_model, read_metadata
 from data import (cache_prefix, depth_to_rgb, encode_start, make_encoders, read_cameras, read_video, tile,
                   write_cameras, write_png, write_video)
 from geometry import camera_move, decode_pose, encode_pose, plucker_rays, pose_metrics, relative_to_first, unproject

@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 
 import config
-from checkpoints import (build_model, git_hash, load_optimizer, load_trained, read_metadata, read_tensors,
+from checkpoints import (git_hash, load_optimizer, load_trained, open_model, read_metadata, read_tensors,
                          save_checkpoint, saved_steps, whole)
 from data import CachedClips, collate
 from evaluate import baselines, evaluate, generator, prepare, print_table
@@ -39,7 +39,8 @@ data_dir = "data/train"         # has metadata.json and the caches that `python 
 out_dir = "outputs/stage1"
 wan_dir = ""                    # folder of the Wan2.1 weights (or of a stage 0 run); "" = random, stage 0 only
 random_wan = False              # allow stages 1 and 2 on a random video branch (benchmarks, tests)
-init_from = ""                  # stage 2: the stage 1 checkpoint, required; eval_only: one or several, comma-separated
+init_from = ""                  # stage 2: the stage 1 checkpoint or a release's model.pth, required; stage 1: also VGGT-1B;
+                                # eval_only: one or several, comma-separated
 resume = "auto"                 # "auto": newest whole checkpoint of out_dir; "": start afresh; or a file
 # ---- how much
 height, width, num_frames = 336, 592, 21
@@ -216,7 +217,7 @@ def matmul_peak(dev):
 def count_flops(model, clips, dev, autocast, options, video):
     """FLOPs of one micro-step's forward and backward.  In a pass of its own: under the counter some operations take
     another path, and a resumed run would differ from an uninterrupted one in the last bit."""
-    b = prepare(collate([clips[i % len(clips)] for i in range(batch_size)]), model.dit.in_dim, dev)
+    b = prepare(collate([clips[i % len(clips)] for i in range(batch_size)]), model.dit.in_dim, dev, model.rays)
     noise, sigma, pose_keep, b = draw(b, 0, range(batch_size), batch_size, b["text"][0])
     with FlopCounterMode(display=False) as counter:
         with autocast:
@@ -246,7 +247,8 @@ def main(options):
     cfg = replace(PRESETS[preset], **model_overrides)
     half = precision == "bf16" or precision == "auto" and dev.type == "cuda"
     autocast = torch.autocast(dev.type, torch.bfloat16) if half else nullcontext()
-    model = build_model(cfg, wan_dir, dev, torch.bfloat16 if half and stage else None).set_stage(stage)
+    origin = read_metadata(init_from.split(",")[0]) if init_from else {}
+    model = open_model(origin, cfg, wan_dir, dev, torch.bfloat16 if half and stage else None).set_stage(stage)
     model.checkpoint_activations = checkpoint_activations
     sources = list(filter(None, init_from.split(",")))
     splits = ("train", "val") if eval_every or eval_only else ("train",)
@@ -270,7 +272,7 @@ def main(options):
     if resume == "auto":
         newest = next((step for step in reversed(saved_steps(out)) if whole(out, step)), None)
         start_from = out / f"step-{newest}.safetensors" if newest else ""
-    if sources and not start_from:
+    if sources and not start_from and origin.get("foreign") != "release":        # that one is already in the model
         load_trained(model, sources[0])
 
     # ---- optimizer, resume
@@ -298,6 +300,7 @@ def main(options):
     total = batch_size * grad_accum * world
     metadata = dict(format="fantasyworld", stage=str(stage), model_config=json.dumps(asdict(model.cfg)),
                     train_config=json.dumps(options), git=git_hash(), torch=torch.__version__,
+                    release=origin.get("release", ""),
                     command=" ".join(sys.argv))
     board, log = None, print if master else lambda line: None
     if master:
@@ -325,7 +328,7 @@ def main(options):
             group["lr"] = lr
         sums = {}
         for micro in range(grad_accum):
-            b = prepare(next(data), in_dim, dev)
+            b = prepare(next(data), in_dim, dev, model.rays)
             noise, sigma, pose_keep, b = draw(b, step, batches.positions(step, micro), total, empty_text)
             last = micro == grad_accum - 1
             with nullcontext() if last or world == 1 else wrapped.no_sync():
