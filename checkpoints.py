@@ -8,17 +8,15 @@ import json
 import os
 import pathlib
 import re
-import subprocess
+import shutil
 from dataclasses import replace
 from functools import partial
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import nn
 
-import released
-from model import Config, FantasyWorld, WanDiT, check_names, half_geometry, half_precision
+from model import Config, FantasyWorld, WanDiT, check_names, half_precision
 
 # md5 over the names and shapes of each release's DiT.  Source: DiffSynth-Studio's model detection.
 FAMILIES = {"9269f8db9040a9d860eaca435be61814": "Wan2.1-T2V-1.3B", "aafcfd9672c3a2456dc46e1cb6e52c70": "Wan2.1-T2V-14B",
@@ -134,10 +132,8 @@ def load_trained(model, path):
     """Copy a checkpoint's tensors into the model; returns its metadata (stage, step, config as strings).
 
     A checkpoint holds what its stage trains; after stage 1 the interaction keeps its zero start.  Anything else that is
-    missing, left over or of another shape is a ValueError.  A FantasyWorld release and VGGT-1B load by name too."""
-    if (meta := read_metadata(path)).get("foreign"):
-        return load_foreign(model, path, meta)
-    sd, meta = read_tensors(path)
+    missing, left over or of another shape is a ValueError."""
+    sd, meta = read_checked(path)
     own, untrained = model.state_dict(), ("camera_adapters.", "exchange.") if meta.get("stage") == "1" else ()
     wanted = (k for k in own if k.startswith("dit.") == (meta.get("stage") == "0") and not k.startswith(untrained))
     missing = [k for k in wanted if k not in sd]
@@ -151,12 +147,10 @@ def load_trained(model, path):
 
 
 def read_metadata(path):
-    """Metadata of a checkpoint, without its tensors; that of other people's files: see foreign_metadata."""
+    """Metadata of a checkpoint, without its tensors."""
     try:
-        if str(path).endswith((".pth", ".pt")):
-            return foreign_metadata(path)
         with safe_open(path, "pt") as file:
-            return file.metadata() if "stage" in (file.metadata() or {}) else foreign_metadata(path)
+            return file.metadata() or {}
     except Exception as error:
         raise ValueError(f"{path}: not a checkpoint that can be read ({error})") from None
 
@@ -177,37 +171,65 @@ def config_from_metadata(meta):
 
 
 # --------------------------------------------------------------------------------------------------- our checkpoints
-def git_hash():
-    result = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True,
-                            cwd=pathlib.Path(__file__).parent)
-    return result.stdout.strip() or "unknown"
+def digest(tensors):
+    """sha256 over the names and bytes of tensors, in the order of their names."""
+    total = hashlib.sha256()
+    for name in sorted(tensors):
+        total.update(name.encode())
+        total.update(tensors[name].contiguous().reshape(-1).view(torch.uint8).numpy())
+    return total.hexdigest()
 
 
 def write_whole(path, write):
     """write(temporary path), flush to the disk, rename: the file is whole or absent."""
     temporary = path.with_name(path.name + ".tmp")
-    write(temporary)
-    with open(temporary, "rb+") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        write(temporary)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)                # a full disk gets its space back
+    folder = os.open(path.parent, os.O_RDONLY)           # the rename itself reaches the disk
+    os.fsync(folder)
+    os.close(folder)
 
 
-def save_checkpoint(out, step, model, optimizer, metadata, keep_last):
-    """OUT/step-N.safetensors (trainable tensors), its optimizer state beside it, latest as a hard link; prune."""
+def save_checkpoint(out, step, model, optimizer, metadata, keep_last, keep_every=0):
+    """OUT/step-N.safetensors (trainable tensors), its optimizer state beside it, latest as a hard link; prune.
+
+    Raises OSError or SafetensorError when the disk is full or gone; what was saved before is then untouched."""
     names = {id(p): name for name, p in model.named_parameters()}
     moments = {f"{names[id(p)]}|{key}": value.detach().cpu().contiguous()
                for p, state in optimizer.state.items() for key, value in state.items()}
-    path = out / f"step-{step}.safetensors"
-    write_whole(out / f"step-{step}.optim.safetensors", lambda p: save_file(moments, p))
     tensors = {name: p.cpu().contiguous() for name, p in model.trainable_state_dict().items()}
-    write_whole(path, lambda p: save_file(tensors, p, metadata={**metadata, "step": str(step)}))
-    link = out / "latest.tmp"
+    for end, content in ((".optim", moments), ("", tensors)):        # the weights last: they make a checkpoint
+        told = {**metadata, "step": str(step), "sha256": digest(content)}
+        write_whole(out / f"step-{step}{end}.safetensors", lambda path: save_file(content, path, metadata=told))
+    link_latest(out, step)
+    prune(out, step, keep_last, keep_every)
+
+
+def link_latest(out, step):
+    """latest.safetensors becomes a hard link to a checkpoint; it is replaced, so it is never missing."""
+    path, latest, link = out / f"step-{step}.safetensors", out / "latest.safetensors", out / "latest.tmp"
     link.unlink(missing_ok=True)
-    os.link(path, link)
-    os.replace(link, out / "latest.safetensors")
-    for old in saved_steps(out)[:-keep_last]:
-        (out / f"step-{old}.safetensors").unlink()
-        (out / f"step-{old}.optim.safetensors").unlink(missing_ok=True)
+    if latest.exists() and path.samefile(latest):
+        return
+    try:
+        os.link(path, link)
+    except OSError:                                      # a file system without hard links
+        shutil.copyfile(path, link)
+    os.replace(link, latest)
+
+
+def prune(out, newest, keep_last, keep_every):
+    """Delete checkpoints before the newest but keep_last; those at multiples of keep_every lose their optimizer only."""
+    older = [step for step in saved_steps(out) if step < newest]
+    for step in older[:len(older) - keep_last + 1]:
+        if not keep_every or step % keep_every:
+            (out / f"step-{step}.safetensors").unlink()
+        (out / f"step-{step}.optim.safetensors").unlink(missing_ok=True)
 
 
 def saved_steps(out):
@@ -216,137 +238,67 @@ def saved_steps(out):
     return sorted(int(m[1]) for m in found if m)
 
 
-def whole(out, step):
-    """Whether a checkpoint and its optimizer state open; safetensors checks header and length."""
-    for end in ("", ".optim"):
+def newest_whole(out):
+    """The newest step whose weights and optimizer state are undamaged, else None; damaged ones are named and stay."""
+    for step in reversed(saved_steps(out)):
         try:
-            with safe_open(out / f"step-{step}{end}.safetensors", "pt"):
-                pass
-        except Exception as error:
-            print(f"warning: {out}/step-{step}{end}.safetensors is passed over: {error}", flush=True)
-            return False
-    return True
+            for end in ("", ".optim"):
+                read_checked(out / f"step-{step}{end}.safetensors")
+            return step
+        except ValueError as error:
+            print(f"warning: checkpoint passed over: {error}", flush=True)
+
+
+def tidy(out):
+    """Remove what a killed save left: unfinished files, and optimizer states whose weights were never written."""
+    for path in [*out.glob("*.tmp"), *out.glob("step-*.optim.safetensors")]:
+        weights = path.with_name(path.name.replace(".optim", ""))
+        if path.suffix == ".tmp" or not weights.exists():
+            path.unlink()
+
+
+def read_checked(path):
+    """read_tensors of one of our checkpoints; ValueError when its bytes are not those that were saved."""
+    tensors, meta = read_tensors(path)
+    if "sha256" in meta and meta["sha256"] != digest(tensors):
+        raise ValueError(f"{path}: its sha256 is not the one that it was saved with; the file is damaged. "
+                         f"Use an older step, or copy it again")
+    return tensors, meta
 
 
 def load_optimizer(path, model, optimizer):
-    params = dict(model.named_parameters())
-    for name, value in read_tensors(path)[0].items():
+    """Copy saved AdamW moments into an optimizer of the same parameters."""
+    params, tensors = dict(model.named_parameters()), read_tensors(path)[0]
+    wanted = {name for name, p in params.items() if p.requires_grad}
+    if differ := wanted ^ {name.split("|")[0] for name in tensors}:
+        raise ValueError(f"{path}: {len(differ)} parameters differ from this model's, first {min(differ)}; it belongs to "
+                         f"another stage or model_overrides")
+    for name, value in tensors.items():
         parameter, key = name.split("|")
         p = params[parameter]
         optimizer.state[p][key] = value.to(p.device) if key == "step" else torch.empty_like(p).copy_(value)
 
 
-# ------------------------------------------------------------------------------- other people's weights (released.py)
-def foreign_metadata(path):
-    """What our checkpoints say about themselves, for a FantasyWorld release or VGGT-1B, recognised by tensor names."""
-    names = lazy_tensors(str(path))
-    if released.is_release(names):
-        return dict(foreign="release", stage="2", step="0", release=os.path.abspath(path),
-                    train_config=json.dumps(dict(num_frames=81, height=336, width=592, wan_dir="")))
-    return dict(foreign="vggt", stage="vggt", step="0") if released.is_vggt(names) else {}
-
-
-def tensor_shapes(tensors):
-    return {name: shape for name, (shape, _) in tensors.items()}
-
-
-def load_release(path, wan_dir="", device="cpu", dtype=None, trains=False, true_rays=False):
-    """FantasyWorld from a release's model.pth, what it lacks from the Wan2.1 folder wan_dir.
-
-    Tensors go to device one by one, the big matrices in dtype (None = fp32; trains=True keeps the trainable ones in
-    fp32), so the host holds one copy at most.   Errors: ValueError for missing, unexpected, misshapen tensors."""
-    files = lazy_tensors(path), wan_tensors(wan_dir) if wan_dir and wan_files(wan_dir) else {}
-    shapes = [tensor_shapes(file) for file in files]
-    cfg = Config(**released.sizes(*shapes), true_rays=true_rays)
+def describe(path):
+    """What a checkpoint holds, as text; ValueError when it is damaged or does not fit the model that it names."""
+    tensors, meta = read_checked(path)
+    if missing := [key for key in ("stage", "step", "model_config") if key not in meta]:
+        raise ValueError(f"{path}: no {', '.join(missing)} in its metadata: not a checkpoint of train.py")
     with torch.device("meta"):
-        model = FantasyWorld(cfg)
-    own = {k: tuple(v.shape) for k, v in model.state_dict().items()}
-    plan = released.match(own, *shapes, cfg.num_pcb, where=path)
-    if dtype:
-        half_precision(model.dit, dtype)
-        if not trains:
-            half_geometry(model, dtype)
-    wanted = model.state_dict()
-    model.load_state_dict({k: files[not of_release][name][1]().reshape(own[k]).to(device, wanted[k].dtype, copy=True)
-                           for k, (of_release, name) in plan.items()}, assign=True)
-    for head in (model.depth_head, model.point_head):
-        head.scratch.to(memory_format=torch.channels_last)
-    if os.environ.get("RANK", "0") == "0":
-        print(f"{path}: FantasyWorld release, {sum(r for r, _ in plan.values())} tensors of it and "
-              f"{sum(not r for r, _ in plan.values())} of {wan_dir or 'no base'}: {cfg.num_pcb} + {cfg.geo_layers} video "
-              f"blocks of width {cfg.dim}, geometry width {cfg.geo_dim}", flush=True)
-    return model
-
-
-def load_foreign(model, path, meta):
-    """Copy a release's or VGGT-1B's tensors into a model; returns meta.  What VGGT has and we lack is listed."""
-    file, own = lazy_tensors(str(path)), {k: tuple(v.shape) for k, v in model.state_dict().items()}
-    shapes = tensor_shapes(file)
-    if meta["foreign"] == "release":
-        if not model.cfg.released:
-            raise ValueError(f"{path}: a FantasyWorld release does not fit a model of our own; start from it alone")
-        base = {k.removeprefix("dit."): shape for k, shape in own.items() if k.startswith("dit.")}
-        plan = {k: name for k, (of_release, name) in
-                released.match(own, shapes, base, model.cfg.num_pcb, path).items() if of_release}
-    else:
-        plan, left = released.from_vggt(shapes, own, model.cfg.geo_layers)
-        kinds = sorted({".".join(re.sub(r"\d+", "*", name).split(".")[:3]) for name in left})
-        if os.environ.get("RANK", "0") == "0":
-            print(f"{path}: VGGT, {len(plan)} tensors taken, {len(left)} left behind: {', '.join(kinds)}", flush=True)
-    parameters = model.state_dict()
-    for k, name in plan.items():
-        parameters[k].copy_(file[name][1]().reshape(own[k]))
-    return meta
-
-
-def open_model(meta, cfg, wan_dir, device, dtype=None, trains=True):
-    """The model that a run starts from, by the metadata of the checkpoint it starts from ({} = from scratch).
-
-    cfg is that of the run; a release, and what was fine-tuned from one, brings its own sizes.  Weights that belong to a
-    checkpoint of ours are not read: load_trained does that."""
-    if meta.get("release"):
-        return load_release(meta["release"], wan_dir, device, dtype, trains, cfg.true_rays)
-    return build_model(cfg, wan_dir, device, dtype)
-
-
-def offload(model, device, keep_gb=0.0):
-    """Let the model run on a device that is too small for it: layers of more than keep_gb stay on the host, each visits
-    the device for its own call.  Costs one copy of their weights over the bus per forward.  Returns the model.
-
-    For sampling, with requires_grad off.  The small parameters between the layers move to the device for good."""
-    left = keep_gb * 1e9
-    layers = [m for m in model.modules() if isinstance(m, (nn.Linear, nn.modules.conv._ConvNd))]
-    for layer in layers:
-        size = sum(p.nbytes for p in layer.parameters())
-        if size <= left:
-            left -= size
-            continue
-        home = {p: p.data for p in layer.parameters()}
-
-        def arrive(*_, home=home):
-            for p, data in home.items():
-                p.data = data.to(device, copy=True)
-
-        def leave(*_, home=home):
-            for p, data in home.items():
-                p.data = data
-        layer.register_forward_pre_hook(arrive)
-        layer.register_forward_hook(leave, always_call=True)
-        layer._apply = lambda *_: layer           # a later .to(device) must not bring it there after all
-    return model.to(device)
-
-
-def export_release(checkpoint, out):
-    """Write a stage 2 checkpoint that was fine-tuned from a release under the release's names (.pth or .safetensors).
-
-    The video branch and whatever else the release's file held are copied from it."""
-    tensors, meta = read_tensors(checkpoint)
-    cfg = config_from_metadata(meta) if "model_config" in meta else Config()
-    if not cfg.released or meta["stage"] != "2":
-        raise ValueError(f"{checkpoint}: wanted a stage 2 checkpoint of a run with --init_from=model.pth of the release")
-    named = {released.release_name(k, cfg.num_pcb): v for k, v in tensors.items()}
-    named["vggt.projection_head.weight"] = named["vggt.projection_head.weight"][..., None, None, None]
-    rest = {k: read() for k, (_, read) in lazy_tensors(meta["release"]).items() if k not in named}
-    save = save_file if str(out).endswith(".safetensors") else torch.save
-    write_whole(pathlib.Path(out), lambda path: save({**rest, **named}, path))
-    return f"{out}: {len(named)} tensors of {checkpoint}, {len(rest)} of {meta['release']}"
+        model = FantasyWorld(config_from_metadata(meta))
+    wanted = {k: tuple(v.shape) for k, v in model.set_stage(int(meta["stage"])).trainable_state_dict().items()}
+    found = {k: tuple(v.shape) for k, v in tensors.items()}
+    if differ := [k for k in {**wanted, **found} if wanted.get(k) != found.get(k)]:
+        raise ValueError(f"{path}: {len(differ)} tensors are not those of its model, first {differ[0]}: "
+                         f"{found.get(differ[0])}, wanted {wanted.get(differ[0])}")
+    lines = [f"{path}: whole, and fits its model", f"stage {meta['stage']}, step {meta['step']}, git {meta.get('git')}",
+             f"command {meta.get('command')}", f"versions {meta.get('versions')}",
+             f"{len(tensors)} tensors, {sum(v.numel() for v in tensors.values()):,} parameters, "
+             f"{sum(v.nbytes for v in tensors.values()):,} bytes, sha256 {meta.get('sha256', 'not recorded')}"]
+    if bad := [name for name, value in tensors.items() if not value.isfinite().all()]:
+        raise ValueError(f"{path}: {len(bad)} tensors hold values that are not finite, first {bad[0]}")
+    lines += [f"  {name:60s} {str(tuple(v.shape)):20s} {str(v.dtype).removeprefix('torch.')}"
+              for name, v in list(tensors.items())[:8]]
+    optimizer = pathlib.Path(path).with_name(f"step-{meta['step']}.optim.safetensors")
+    lines.append(f"optimizer state {'beside it' if optimizer.exists() else 'absent'}: {optimizer.name}")
+    return "\n".join(lines)

@@ -1,10 +1,12 @@
 """Evaluation of a model on cached clips: one row of metrics per condition, trivial baselines, table and picture."""
+import json
 import sys
 
 import torch
 import torch.distributed as dist
 
 from data import collate, depth_to_rgb, tile, write_png
+from foreign import load_weights
 from geometry import (decode_pose, depth_metrics, encode_pose, normalize_scene, plucker_rays, point_metrics, pose_metrics,
                       unproject)
 from metrics import ause, cloud_metrics, head_agreement, temporal_error
@@ -135,3 +137,17 @@ def print_table(rows, file=sys.stdout):
           "point\nhead, F-score at 0.05; agree: point head against unprojected depth head; AUSE: confidence, 0 best; "
           "transl: mean distance\nof the camera centres; lengths in scene units.  With poses given, rotation and "
           "translation are a pass-through check, not\nlearning.  eval.json has all of it.", file=file)
+
+
+def evaluate_only(model, clips, out, sources, dev, autocast, options, rank=0, world=1):
+    """The trivial baselines and every checkpoint of sources on the val split, as a table and OUT/eval.json."""
+    rows = baselines(clips["train"], clips["val"], model.dit.in_dim, dev, options.eval_clips) if rank == 0 else {}
+    for source in sources:
+        meta = load_weights(model, source)
+        model.set_stage(int(meta["stage"]))
+        found = evaluate(model, clips["val"], dev, autocast, options, rank, world, more_sigmas=options.eval_more_sigmas)
+        rows.update({f"stage {meta['stage']} step {meta['step']}, {name}": row for name, row in found.items()})
+    if rank == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "eval.json").write_text(json.dumps(rows, indent=2))
+        print_table(rows)

@@ -686,4 +686,11 @@ def parameter_table(preset):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Print the parameter table of a preset (meta device, no weights).")
     parser.add_argument("--preset", default="1.3b", choices=PRESETS)
-    print(parameter_table(parser.parse_args().preset))
+    parser.add_argument("--export_released", nargs=2, metavar=("CKPT", "OUT"),
+                        help="write a fine-tuned release under the release's tensor names")
+    arguments = parser.parse_args()
+    if arguments.export_released:
+        from foreign import export_release
+        print(export_release(*arguments.export_released))
+    else:
+        print(parameter_table(arguments.preset))

@@ -14,10 +14,12 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from checkpoints import config_from_metadata, load_trained, offload, open_model, read_metadata
-from data import (cache_prefix, depth_to_rgb, encode_start, make_encoders, read_cameras, read_video, tile,
-                  write_cameras, write_png, write_video)
-from geometry import camera_move, decode_pose, encode_pose, plucker_rays, pose_metrics, relative_to_first, unproject
+import cameras
+from data import (cache_prefix, depth_to_rgb, encode_start, make_encoders, read_depth, read_video, tile, write_cameras,
+                  write_png, write_video)
+from foreign import metadata_of, open_checkpoint
+from geometry import (camera_move, decode_pose, encode_pose, normalize_scene, pose_metrics, relative_to_first, unproject,
+                      valid_depth)
 from model import shift_sigma, start_condition
 
 # The default of the official Wan 2.1 code (shared_config.py, sample_neg_prompt); the demo's word hash gets "".
@@ -25,11 +27,20 @@ NEGATIVE = ("色调艳丽，过曝，静态，细节模糊不清，字幕，风�
             "JPEG压缩残留，丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，"
             "形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走")
 READOUT_SIGMA = 0.1             # the noise level at which geometry is read; the release's last step has 0.0926
+# What the release's sampling does unlike ours, by default with its weights; --correct NAME does it our way.
+CORRECTIONS = {
+    "rays": "true per-pixel rays; the release shows one ray per frame, and its weights have seen nothing else",
+    "readout": "geometry in one extra forward on the finished sample; the release reads it in its last step",
+    "image": "start image cropped to the aspect; the release squeezes it",
+    "points": "points lifted with the commanded cameras; the release uses the predicted ones"}
 
 
-def load_image(path, height, width):
-    """First frame of a picture or video file -> (1, 3, 1, H, W) in [-1, 1], centre-cropped to the aspect."""
+def load_image(path, height, width, squeeze=False):
+    """First frame of a picture or video file -> (1, 3, 1, H, W) in [-1, 1], centre-cropped to the aspect or squeezed."""
     frame = torch.from_numpy(read_video(path, max_frames=1)[0].copy()).permute(0, 3, 1, 2).float()
+    if squeeze:
+        frame = F.interpolate(frame, (height, width), mode="bicubic", antialias=True).clamp(0, 255)
+        return (frame / 127.5 - 1)[:, :, None]
     h, w = frame.shape[-2:]
     scale = max(height / h, width / w)
     frame = F.interpolate(frame, (max(height, round(h * scale)), max(width, round(w * scale))), mode="bilinear",
@@ -39,10 +50,11 @@ def load_image(path, height, width):
 
 
 def load_camera(text, num_frames, size, fov_deg, amount, scene_scale):
-    """A named move or a 19-column file -> w2c (1, T, 3, 4) relative to frame 0 in scene units, pixel intrinsics."""
+    """A named move or a camera file -> w2c (1, T, 3, 4) relative to frame 0 in scene units, pixel intrinsics."""
     height, width = size
     if pathlib.Path(text).suffix or pathlib.Path(text).is_file():
-        w2c, fractions = read_cameras(text)
+        released = text.endswith(".json") and "cameras_interp" in pathlib.Path(text).read_text()
+        w2c, fractions, _ = cameras.read(text, "fantasyworld" if released else None, size)
         if len(w2c) < num_frames:
             raise ValueError(f"{text}: {len(w2c)} cameras; --frames {num_frames} wants at least that many")
         w2c = relative_to_first(torch.from_numpy(w2c[:num_frames])[None]).float()
@@ -56,6 +68,16 @@ def load_camera(text, num_frames, size, fov_deg, amount, scene_scale):
         cx, cy = torch.full_like(fx, width / 2), torch.full_like(fx, height / 2)
     zero, one = torch.zeros_like(fx), torch.ones_like(fx)
     return w2c, torch.stack([fx, zero, cx, zero, fy, cy, zero, zero, one], -1).view(1, num_frames, 3, 3)
+
+
+def scale_of(text, K, size):
+    """--scene_scale: a number, or a depth map of the start image (.npy, .npz, .png) whose mean distance it becomes."""
+    try:
+        return float(text)
+    except ValueError:
+        depth = torch.from_numpy(read_depth(text, frames=[0]))[None]                   # (1, 1, h, w)
+        depth = F.interpolate(depth, size, mode="nearest-exact")
+        return normalize_scene(depth, torch.eye(4)[None, None, :3], K[:, :1], valid_depth(depth))[2].item()
 
 
 def sample_euler(velocity, noise, steps=50, shift=5.0, progress=iter):
@@ -120,14 +142,20 @@ def conditions(encoders, prompts, image, frames):
 
 
 @torch.no_grad()
-def generate(model, noise, text, negative, y, clip, w2c, K, sampler, steps, shift, guidance):
+def generate(model, noise, text, negative, y, clip, w2c, K, sampler, steps, shift, guidance, last_step=False):
     """Sample latents (1, 16, f, h, w), then read the geometry once at READOUT_SIGMA -> latents, geometry dict.
 
-    Guidance is v_neg + g (v_pos - v_neg); camera and image are the same in both passes."""
+    Guidance is v_neg + g (v_pos - v_neg); camera and image are the same in both passes.  last_step: read the geometry in
+    the last step's pass with the prompt instead, as the release does."""
     size = (8 * noise.shape[-2], 8 * noise.shape[-1])
-    given, poses = dict(y=y, clip=clip, plucker=plucker_rays(w2c, K, size)), encode_pose(w2c, K, size)
+    given, poses = dict(y=y, clip=clip, plucker=model.rays(w2c, K, size)), encode_pose(w2c, K, size)
+    passes, geometry = [], {}
 
     def velocity(x, t, context):
+        passes.extend([1] * (context is text))
+        if last_step and context is text and len(passes) == steps:
+            geometry.update(model(x, t, context, **given, poses=poses))
+            return geometry["velocity"]
         if model.stage == 2:
             return model(x, t, context, **given, poses=poses, heads=False)["velocity"]
         return model.dit(x, t, context, **given)              # stage 1: geometry does not reach the video
@@ -137,6 +165,8 @@ def generate(model, noise, text, negative, y, clip, w2c, K, sampler, steps, shif
         return v if guidance == 1 else torch.lerp(velocity(x, t, negative), v, guidance)
 
     latents = SAMPLERS[sampler](guided, noise, steps, shift, lambda grid: tqdm(grid, desc="sampling", unit="step"))
+    if last_step:
+        return latents, geometry
     t = torch.full((1,), 1000 * READOUT_SIGMA, device=noise.device)
     x = (1 - READOUT_SIGMA) * latents + READOUT_SIGMA * noise
     return latents, model(x, t, text, **given, poses=poses, video=model.stage == 2)
@@ -161,9 +191,10 @@ def write_ply(path, points, rgb):
     path.write_bytes("\n".join(header).encode() + vertex.tobytes())
 
 
-def export(out, video, geometry, w2c, K, fps, scale):
+def export(out, video, geometry, w2c, K, fps, scale, lift_predicted=False):
     """Write every file of a sample; video (3, T, H, W) in [-1, 1], geometry of one clip on the CPU.
 
+    lift_predicted  points are lifted with the predicted cameras, not with the commanded w2c, K
     returns  pose_metrics of the predicted against the commanded cameras"""
     out.mkdir(parents=True, exist_ok=True)
     rgb = ((video.permute(1, 2, 3, 0) + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).numpy()
@@ -171,7 +202,8 @@ def export(out, video, geometry, w2c, K, fps, scale):
     depth, conf = (geometry[k][0].float().numpy() for k in ("depth", "depth_conf"))
     predicted, predicted_K = decode_pose(geometry["pose_enc"][-1].float(), (height, width))
     mask = trusted(depth, conf)
-    points = unproject(geometry["depth"].float(), w2c, K)[0].numpy() * scale
+    lift = (predicted, predicted_K) if lift_predicted else (w2c, K)
+    points = unproject(geometry["depth"].float(), *lift)[0].numpy() * scale
     coloured = depth_to_rgb(depth, np.quantile(depth, 0.01), np.quantile(depth, 0.99))
     sure = depth_to_rgb(conf.max() / conf, 1, conf.max() / conf.min())
     write_video(out / "video.mp4", rgb, fps)
@@ -192,15 +224,21 @@ def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
-    add("--ckpt", required=True, help="checkpoint of stage 1 or 2")
-    add("--wan_dir", help="folder of the video branch; default: the one it was trained with")
+    add("--ckpt", required=True, help="checkpoint of stage 1 or 2, or a release's model.pth")
+    add("--wan_dir", help="folder of the video branch; default: the one it was trained with; a release needs it")
+    add("--correct", nargs="+", choices=CORRECTIONS, default=[], metavar="NAME",
+        help="with a release's weights, do not as the release does: "
+             + "; ".join(f"{name}: {what}" for name, what in CORRECTIONS.items()))
+    add("--offload", type=float, metavar="GB", help="keep so many GB of weights on the device (0 = none), the others "
+        "visit it layer by layer; for a GPU that is smaller than the model")
     add("--prompt", default="a room")
     add("--negative_prompt", help="default: Wan's official one, in Chinese; empty for the demo")
     add("--image", help="picture or video file whose first frame starts the video")
-    add("--camera", default="orbit", help="a move (orbit, forward, left, pan_left, zoom_in, ...) or a 19-column file")
+    add("--camera", default="orbit", help="a move (orbit, forward, left, pan_left, zoom_in, ...) or a camera file")
     add("--amount", type=float, default=1.0, help="strength of a named move")
     add("--fov", type=float, default=65.0, help="horizontal field of view of a named move, degrees")
-    add("--scene_scale", type=float, default=1.0, help="user units per scene unit: divides a camera file's translations")
+    add("--scene_scale", default="1", help="user units per scene unit: divides a camera file's translations; a number, "
+        "or a depth map of the start image (.npy, .npz, .png), whose mean distance it becomes")
     for name, what in (("frames", "4k + 1"), ("height", "multiple of 16"), ("width", "multiple of 16")):
         add(f"--{name}", type=int, help=f"{what}; default: the training size")
     add("--steps", type=int, default=50)
@@ -217,7 +255,7 @@ def parse_arguments():
 
 def main():
     args = parse_arguments()
-    meta = read_metadata(args.ckpt)
+    meta = metadata_of(args.ckpt)
     if meta.get("stage") not in ("1", "2"):
         raise ValueError(f"{args.ckpt}: stage {meta.get('stage')}; wanted a stage 1 or stage 2 checkpoint")
     trained = json.loads(meta["train_config"])
@@ -225,19 +263,22 @@ def main():
     height, width = args.height or trained["height"], args.width or trained["width"]
     if frames < 5 or frames % 4 != 1 or height % 16 or width % 16:
         raise ValueError(f"--frames {frames} --height {height} --width {width}: wanted 4k + 1 frames, multiples of 16")
-    w2c, K = load_camera(args.camera, frames, (height, width), args.fov, args.amount, args.scene_scale)
+    _, K = load_camera(args.camera, frames, (height, width), args.fov, args.amount, 1.0)
+    scale = scale_of(args.scene_scale, K, (height, width))
+    w2c, K = load_camera(args.camera, frames, (height, width), args.fov, args.amount, scale)
     device = torch.device(args.device)
     wan_dir = args.wan_dir or trained["wan_dir"]
+    quirks = set(CORRECTIONS) - set(args.correct) if meta.get("release") else set()
+    if meta.get("release") and not wan_dir:
+        raise ValueError(f"{args.ckpt}: a release needs --wan_dir, the folder of Wan2.1-I2V-14B-480P, for its encoders")
     real = cache_prefix(wan_dir) != "transform"
     negative = args.negative_prompt if args.negative_prompt is not None else NEGATIVE if real else ""
-    image = load_image(args.image, height, width) if args.image else None
+    image = load_image(args.image, height, width, "image" in quirks) if args.image else None
     encoders = make_encoders(wan_dir=wan_dir if real else "", device=device)
     text, start, clip, vae = conditions(encoders, [args.prompt, negative], image, frames)
     half = args.precision == "bf16" or args.precision == "auto" and device.type == "cuda"
-    model = build_model(config_from_metadata(meta), wan_dir, device, torch.bfloat16 if half else None)
-    load_trained(model, args.ckpt)
-    model.set_stage(int(meta["stage"])).requires_grad_(False)
-
+    model = open_checkpoint(args.ckpt, wan_dir, device, torch.bfloat16 if half else None, args.offload,
+                            "rays" in args.correct)
     noise = torch.randn(1, 16, (frames - 1) // 4 + 1, height // 8, width // 8,
                         generator=torch.Generator().manual_seed(args.seed)).to(device)
     if image is not None and model.dit.in_dim == 16:
@@ -245,11 +286,11 @@ def main():
     y = None if start is None else start_condition(start.to(device), model.dit.in_dim, noise.shape[2])
     with torch.autocast(device.type, torch.bfloat16, enabled=half):
         latents, geometry = generate(model, noise, text[:1], text[1:], y, clip, w2c.to(device), K.to(device),
-                                     args.sampler, args.steps, args.shift, args.guidance)
+                                     args.sampler, args.steps, args.shift, args.guidance, "readout" in quirks)
     del model
     video = vae.decode(latents.float().cpu())[0].cpu()
     geometry = {k: v.cpu() for k, v in geometry.items() if k != "velocity"}
-    metric = export(args.out, video, geometry, w2c, K, args.fps, args.scene_scale)
+    metric = export(args.out, video, geometry, w2c, K, args.fps, scale, "points" in quirks)
     print(f"{args.out}: video.mp4 depth.mp4 depth.npz points.ply cameras.txt sheet.png | predicted against commanded "
           f"cameras: rotation {metric['rot_deg']:.2f} deg, translation {metric['trans']:.3f} scene units")
 

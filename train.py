@@ -1,17 +1,18 @@
 """Train one stage of FantasyWorld: `python train.py CONFIG.py [--key=value ...]`, or the same under torchrun.
 
-    stage 0  video branch from scratch (demo only)      writes OUT/{training.log, config.json, tensorboard/,
+    stage 0  video branch from scratch (demo only)      writes OUT/{training.log, starts.jsonl, tensorboard/, eval/,
     stage 1  geometry branch on the frozen video branch         step-N.safetensors, step-N.optim.safetensors,
-    stage 2  + camera adapters + exchange                       latest.safetensors, eval/}
+    stage 2  + camera adapters + exchange                       latest.safetensors}
 
 Every option below is a plain global; a config file and --key=value override them.  World size 1 is the same code.
 The batch of a step (clips, noise, sigma, drops) is a pure function of (seed, step, position in the global batch), so a
-resumed run needs no random state, and neither the number of ranks nor of loader workers changes what is trained on."""
+resumed run needs no random state, and neither the number of ranks nor of loader workers changes what is trained on.
+SIGTERM or Ctrl-C saves and leaves with 128 + the signal's number.  `python train.py --check CKPT` examines a file."""
 import json
 import math
-import os
 import pathlib
 import resource
+import signal
 import sys
 import time
 from contextlib import nullcontext
@@ -20,16 +21,19 @@ from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 
 import config
-from checkpoints import (git_hash, load_optimizer, load_trained, open_model, read_metadata, read_tensors,
-                         save_checkpoint, saved_steps, whole)
+from checkpoints import describe, link_latest, load_optimizer, newest_whole, read_tensors, save_checkpoint, tidy
+from control import BadSteps, Stop, from_first, ignore_signals, start_processes
 from data import CachedClips, collate
-from evaluate import baselines, evaluate, generator, prepare, print_table
+from evaluate import evaluate, evaluate_only, generator, prepare
+from foreign import load_weights, metadata_of, open_model
 from geometry import clip_mean, geometry_losses
 from model import PRESETS, flow_matching_loss, shift_sigma
+from records import Records, Watch, changed_options, provenance
 
 # ---- what
 preset = "1.3b"                 # 1.3b, 14b or demo: widths in model.PRESETS
@@ -45,7 +49,8 @@ resume = "auto"                 # "auto": newest whole checkpoint of out_dir; ""
 # ---- how much
 height, width, num_frames = 336, 592, 21
 batch_size, grad_accum = 8, 1   # per GPU and micro-step; global batch = batch_size * grad_accum * GPUs
-max_steps, save_every, keep_last, log_every, eval_every = 20000, 1000, 3, 10, 1000
+max_steps, save_every, log_every, eval_every = 20000, 1000, 10, 1000
+keep_last, keep_every = 3, 0    # checkpoints to keep: the newest ones, and the weights of every multiple of keep_every
 eval_clips, eval_only = 16, False
 eval_sigma = 0.1                # noise level of the geometry read-out; the release reads out at 0.0926
 eval_more_sigmas = (0.5, 0.9)   # further noise levels of --eval_only=True
@@ -56,8 +61,12 @@ shift, pose_dropout, prompt_dropout, image_dropout = 5.0, 0.1, 0.1, 0.1      # d
 lambda_diffusion, lambda_geo, depth_mode, alpha_tgm, beta_frame = 1.0, 1.0, "metric", 10.0, 1.0
 gamma_conf, camera_delta, camera_weight = 0.2, 0.1, 3.0
 geo_sigma_power = 0.0           # geometry loss of a clip is weighted by (1 - sigma) ** this
+max_bad_steps, spike_guard = 10, 0.0     # end after so many non-finite steps in a row; skip norms over guard * mean
+late_limits = {"depth": 0.2, "point": 0.5, "camera": 0.1}    # warn when a loss is above this late in the run
 # ---- machine
 device, seed, num_workers, compile, checkpoint_activations = "auto", 0, 2, False, False
+step_timeout, wait_timeout = 600, 3600   # seconds a rank waits for the others: in a step; around saving, evaluating
+on_save_error = "continue"      # or "stop", when the disk is full
 precision = "auto"              # bf16: frozen matrices in bf16, the rest under autocast; fp32; auto: bf16 on a GPU
 
 
@@ -143,7 +152,9 @@ def check_options():
     for key, known in (("lr_schedule", ("constant", "cosine", "linear")), ("depth_mode", ("metric", "ssi"))):
         if globals()[key] not in known:
             raise SystemExit(f"{key} = {globals()[key]!r}: wanted one of {', '.join(known)}")
-    for key in ("batch_size", "grad_accum", "log_every", "save_every", "keep_last"):
+    if on_save_error not in ("continue", "stop"):
+        raise SystemExit(f"on_save_error = {on_save_error!r}: wanted continue or stop")
+    for key in ("batch_size", "grad_accum", "log_every", "save_every", "keep_last", "max_bad_steps", "step_timeout"):
         if globals()[key] < 1:
             raise SystemExit(f"{key} = {globals()[key]}: wanted at least 1")
     if num_frames < 5 or num_frames % 4 != 1 or height % 16 or width % 16:
@@ -151,11 +162,11 @@ def check_options():
                          f"4k + 1 frames (21, 81) and multiples of 16")
     if stage and not wan_dir and not random_wan:
         raise SystemExit(f"stage {stage} needs --wan_dir=FOLDER (Wan2.1 weights, or the run folder of stage 0)")
-    if stage == 2 and not eval_only and (not init_from or read_metadata(init_from).get("stage") not in ("1", "2")):
+    if stage == 2 and not eval_only and (not init_from or metadata_of(init_from).get("stage") not in ("1", "2")):
         raise SystemExit(f"stage 2 starts from a stage 1 checkpoint; init_from = {init_from!r} is not one. "
                          f"Train config/stage1.py first, then --init_from=outputs/stage1/latest.safetensors")
     for path in filter(None, init_from.split(",")):
-        read_metadata(path)
+        metadata_of(path)
 
 
 def check_depth_kinds(clips, master):
@@ -170,18 +181,6 @@ def check_depth_kinds(clips, master):
     if count["train"] and stage and master:
         print(f"warning: {count['train']} of {len(clips['train'])} clips have depth without a unit (8-bit or min-max "
               "normalised); they train the depth head alone, with depth_mode ssi", flush=True)
-
-
-def setup():
-    """Rank, world size and device; the process group when torchrun started us."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    name = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    if name == "cuda":
-        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-        torch.cuda.set_device(name)
-    if world > 1:
-        dist.init_process_group("nccl" if name.startswith("cuda") else "gloo")
-    return rank, world, torch.device(name)
 
 
 def make_optimizer(model, dev):
@@ -237,9 +236,75 @@ def clock(seconds):
     return f"{int(seconds) // 3600:d}:{int(seconds) // 60 % 60:02d}:{int(seconds) % 60:02d}"
 
 
+def choose_start(out):
+    """The checkpoint to go on from ("" = none), after tidying what a killed run left; for rank 0."""
+    if out.is_dir():
+        tidy(out)
+    newest = newest_whole(out)
+    if resume == "auto":
+        if newest is not None:
+            link_latest(out, newest)
+        return "" if newest is None else f"{out}/step-{newest}.safetensors"
+    first = int(metadata_of(resume).get("step", 0)) if resume else 0
+    if newest is not None and newest > first:
+        raise SystemExit(f"{out} holds checkpoints later than step {first}, up to {newest}; this run would mix with them. "
+                         f"Use another --out_dir, or delete them")
+    return resume
+
+
+def keep_global_batch(meta, world):
+    """On another number of GPUs: set batch_size and grad_accum so that the run's global batch stays; returns a remark."""
+    global batch_size, grad_accum
+    before, total = json.loads(meta["train_config"]), int(meta.get("global_batch", 0))
+    same = (before["batch_size"], before["grad_accum"]) == (batch_size, grad_accum)
+    if not total or not same or total == batch_size * grad_accum * world:
+        return []
+    if total % world:
+        raise SystemExit(f"the run to resume has a global batch of {total}, which {world} GPUs cannot share; start a "
+                         f"number of GPUs that divides it, or set --batch_size and --grad_accum to change it")
+    batch_size = max(b for b in range(1, batch_size + 1) if total % (b * world) == 0)
+    grad_accum = total // (batch_size * world)
+    return [f"global batch kept at {total} on {world} GPUs: batch_size {batch_size}, grad_accum {grad_accum}"]
+
+
+def resume_from(path, model, optimizer, options, world):
+    """Load a checkpoint of this stage and its optimizer state -> its metadata, remarks for the log."""
+    meta = metadata_of(path)
+    if meta.get("stage") != str(stage):
+        raise SystemExit(f"resume = {path} is of stage {meta.get('stage')}, this run is stage {stage}; "
+                         f"use --init_from to start a stage from another one, or another --out_dir")
+    load_weights(model, path)
+    load_optimizer(pathlib.Path(path).with_name(f"step-{meta['step']}.optim.safetensors"), model, optimizer)
+    changes = changed_options(json.loads(meta["train_config"]), options)
+    remarks = [f"changed since step {meta['step']}: {c}" for c in changes]
+    for name in ("learning_rate", "min_lr", "warmup_steps", "lr_schedule"):
+        remarks += [f"warning: the learning rate changes at this resume: {c}" for c in changes if c.startswith(name + " ")]
+    return meta, remarks + keep_global_batch(meta, world)
+
+
+def average(values, group):
+    """Dict of scalars of this rank -> means over the ranks, floats."""
+    stacked = torch.stack([torch.as_tensor(v, dtype=torch.float32) for v in values.values()])
+    if group is not None:
+        dist.all_reduce(stacked, group=group)
+        stacked /= dist.get_world_size()
+    return dict(zip(values, stacked.tolist()))
+
+
+def by_bin(seen, group):
+    """Sums of by_sigma since the last line of the log -> {"sigma/NAME 0.25-0.50": mean over all ranks}."""
+    scalars = {}
+    for key, value in seen.items():
+        if group is not None:
+            dist.all_reduce(value, group=group)
+        scalars.update({f"sigma/{key} {k / 4:.2f}-{(k + 1) / 4:.2f}": total / n
+                        for k, (total, n) in enumerate(value.tolist()) if n})
+    return scalars
+
+
 def main(options):
     check_options()
-    rank, world, dev = setup()
+    rank, world, dev, group = start_processes(device, step_timeout, wait_timeout)
     torch.manual_seed(seed)
     out, master = pathlib.Path(out_dir), rank == 0
 
@@ -247,7 +312,7 @@ def main(options):
     cfg = replace(PRESETS[preset], **model_overrides)
     half = precision == "bf16" or precision == "auto" and dev.type == "cuda"
     autocast = torch.autocast(dev.type, torch.bfloat16) if half else nullcontext()
-    origin = read_metadata(init_from.split(",")[0]) if init_from else {}
+    origin = metadata_of(init_from.split(",")[0]) if init_from else {}
     model = open_model(origin, cfg, wan_dir, dev, torch.bfloat16 if half and stage else None).set_stage(stage)
     model.checkpoint_activations = checkpoint_activations
     sources = list(filter(None, init_from.split(",")))
@@ -256,78 +321,71 @@ def main(options):
     in_dim, settings = model.dit.in_dim, SimpleNamespace(**options)
     check_depth_kinds(clips, master)
     if eval_only:
-        rows = baselines(clips["train"], clips["val"], in_dim, dev, eval_clips) if master else {}
-        for source in sources:
-            meta = load_trained(model, source)
-            model.set_stage(int(meta["stage"]))
-            found = evaluate(model, clips["val"], dev, autocast, settings, rank, world,
-                             more_sigmas=eval_more_sigmas)
-            rows.update({f"stage {meta['stage']} step {meta['step']}, {name}": row for name, row in found.items()})
-        if master:
-            out.mkdir(parents=True, exist_ok=True)
-            (out / "eval.json").write_text(json.dumps(rows, indent=2))
-            print_table(rows)
-        return
-    start_from = resume
-    if resume == "auto":
-        newest = next((step for step in reversed(saved_steps(out)) if whole(out, step)), None)
-        start_from = out / f"step-{newest}.safetensors" if newest else ""
-    if sources and not start_from and origin.get("foreign") != "release":        # that one is already in the model
-        load_trained(model, sources[0])
+        return evaluate_only(model, clips, out, sources, dev, autocast, settings, rank, world)
 
     # ---- optimizer, resume
-    optimizer, first_step = make_optimizer(model, dev), 0
+    optimizer, meta, remarks = make_optimizer(model, dev), {}, []
+    start_from = from_first(choose_start(out) if master else None)
     if start_from:
-        meta = load_trained(model, start_from)
-        if meta["stage"] != str(stage):
-            raise SystemExit(f"resume = {start_from} is of stage {meta['stage']}, this run is stage {stage}; "
-                             f"use --init_from to start a stage from another one, or another --out_dir")
-        first_step = int(meta["step"])
-        load_optimizer(pathlib.Path(start_from).with_name(f"step-{first_step}.optim.safetensors"), model, optimizer)
-    if any(step > first_step and whole(out, step) for step in saved_steps(out)):
-        raise SystemExit(f"{out} holds checkpoints later than step {first_step}, which pruning would keep in place of this "
-                         f"run's; use another --out_dir, or delete them")
+        meta, remarks = resume_from(start_from, model, optimizer, options, world)
+    elif sources and origin.get("foreign") != "release":          # a release's weights are in the model already
+        load_weights(model, sources[0])
+    first_step, total = int(meta.get("step", 0)), batch_size * grad_accum * world
     video, wrapped = stage != 1, model
     flops = count_flops(model, clips["train"], dev, autocast, settings, video)
     if compile:
         for block in [*model.dit.blocks, *model.frame_blocks, *model.global_blocks]:
             block.attend, block.feed_forward = torch.compile(block.attend), torch.compile(block.feed_forward)
     if world > 1:
-        wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True,
+        dist.barrier()                            # loading took each rank its own time; a step must not
+        wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True, process_group=group,
                                           device_ids=[dev] if dev.type == "cuda" else None)
 
     # ---- records
-    total = batch_size * grad_accum * world
-    metadata = dict(format="fantasyworld", stage=str(stage), model_config=json.dumps(asdict(model.cfg)),
-                    train_config=json.dumps(options), git=git_hash(), torch=torch.__version__,
-                    release=origin.get("release", ""),
-                    command=" ".join(sys.argv))
-    board, log = None, print if master else lambda line: None
-    if master:
-        from torch.utils.tensorboard import SummaryWriter
-        (out / "eval").mkdir(parents=True, exist_ok=True)
-        (out / "config.json").write_text(json.dumps(dict(metadata, first_step=first_step), indent=2))
-        board = SummaryWriter(out / "tensorboard", purge_step=first_step + 1)
-        log_file = open(out / "training.log", "a", buffering=1)
-        log = lambda line: (print(line, flush=True), log_file.write(line + "\n"))
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    log(f"# stage {stage}, {trained / 1e6:.1f}M trainable, clips {len(clips['train'])} + {len(clips.get('val', ()))} val, "
-        f"global batch {batch_size} x {grad_accum} x {world} = {total}, {dev}, git {metadata['git']}, "
-        f"steps {first_step} .. {max_steps}")
+    metadata = dict(provenance(options), format="fantasyworld", stage=str(stage), global_batch=str(total),
+                    world=str(world), model_config=json.dumps(asdict(model.cfg)), release=origin.get("release", ""))
+    records = Records(out if master else None, metadata, first_step)
+    log, watch = records.line, Watch(max_steps, late_limits, records.line)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    log(f"# stage {stage}, {sum(p.numel() for p in trained) / 1e6:.1f}M trainable, clips {len(clips['train'])} + "
+        f"{len(clips.get('val', ()))} val, global batch {batch_size} x {grad_accum} x {world} = {total}, {dev}, "
+        f"git {metadata['git']}, steps {first_step} .. {max_steps}")
+    for remark in remarks:
+        log(f"# {remark}")
+
+    bad = BadSteps(group, spike_guard, max_bad_steps, float(meta.get("norm_mean", 0)), dev)
+
+    def save(step):
+        """Write the checkpoint of a step on rank 0, every rank waiting; a failed write ends the run if it should."""
+        bad.report(log)
+        error = ""
+        if master:
+            try:
+                told = dict(metadata, norm_mean=repr(float(bad.mean)))
+                save_checkpoint(out, step, model, optimizer, told, keep_last, keep_every)
+            except (OSError, SafetensorError) as caught:
+                error = f"step {step} is not saved ({caught}); earlier checkpoints in {out} are untouched. Free some space"
+                log(f"# warning: {error}")
+        if (error := from_first(error)) and (on_save_error == "stop" or step == max_steps):
+            raise SystemExit(f"{error}, then start the same command again")
 
     # ---- loop
     batches = Batches(len(clips["train"]), first_step, rank, world)
     loader = torch.utils.data.DataLoader(clips["train"], batch_sampler=batches, collate_fn=collate,
-                                         num_workers=num_workers, pin_memory=dev.type == "cuda")
+                                         num_workers=num_workers, pin_memory=dev.type == "cuda",
+                                         worker_init_fn=ignore_signals)
     seen, peak, started, tick, since = {}, matmul_peak(dev), time.perf_counter(), time.perf_counter(), 0
+    stop, stopped, done, saved = Stop(group), 0, first_step, first_step
     data = iter(loader)
     empty_text = read_tensors(clips["train"].empty_text)[0]["text"].float()
     for step in range(first_step, max_steps):
         lr = learning_rate_at(step)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        sums = {}
+        for param_group in optimizer.param_groups:
+            param_group["lr"] = lr
+        sums, losses, names = {}, [], []
         for micro in range(grad_accum):
+            if stopped := stop.agreed():
+                break
             b = prepare(next(data), in_dim, dev, model.rays)
             noise, sigma, pose_keep, b = draw(b, step, batches.positions(step, micro), total, empty_text)
             last = micro == grad_accum - 1
@@ -335,55 +393,62 @@ def main(options):
                 with autocast:
                     loss, parts, bins = compute_loss(wrapped, b, noise, sigma, pose_keep, settings, video)
                 (loss / grad_accum).backward()
+            losses.append(loss.detach())
+            names.append(b["id"])
             for key, value in bins.items():
                 seen[key] = seen.get(key, 0) + value
             for key, value in parts.items():          # stays on the device: .item() here would stall every step
                 sums[key] = sums.get(key, 0) + value / grad_accum
-        norm = torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], grad_clip)
+        if stopped:                                   # the micro-steps of an unfinished step are repeated by the resume
+            break
+        norm = torch.nn.utils.clip_grad_norm_(trained, grad_clip)
+        bad.judge(optimizer, step, norm, losses, names)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        since += 1
+        done, since = step + 1, since + 1
 
-        if (step + 1) % log_every == 0 or step + 1 == max_steps:
-            values = torch.stack([torch.as_tensor(v, dtype=torch.float32, device=dev) for v in sums.values()])
-            if world > 1:
-                dist.all_reduce(values, dist.ReduceOp.AVG if dev.type == "cuda" else dist.ReduceOp.SUM)
-                values = values if dev.type == "cuda" else values / world
-            scalars = {f"loss/{k}": v for k, v in zip(sums, values.tolist())}
-            for key, value in seen.items():           # since the last line of the log
-                if world > 1:
-                    dist.all_reduce(value)
-                scalars.update({f"sigma/{key} {k / 4:.2f}-{(k + 1) / 4:.2f}": total_ / n
-                                for k, (total_, n) in enumerate(value.tolist()) if n})
+        if done % log_every == 0 or done == max_steps:
+            bad.report(log)
+            scalars = {f"loss/{k}": v for k, v in average(sums, group).items()}
+            scalars.update(by_bin(seen, group))
             seen, spent = {}, (time.perf_counter() - tick) / since
             scalars.update(learning_rate=lr, gradient_norm=float(norm), samples_per_second=total / spent,
                            gpu_memory=memory_gb(dev), mfu=flops * grad_accum / spent / peak)
-            left = clock((max_steps - step - 1) * (time.perf_counter() - started) / (step + 1 - first_step))
-            log(f"step {step + 1}/{max_steps} | " + " | ".join(
+            left = clock((max_steps - done) * (time.perf_counter() - started) / (done - first_step))
+            log(f"step {done}/{max_steps} | " + " | ".join(
                 f"{k} {v:.4g}" for k, v in scalars.items() if not k.startswith("sigma/"))
                 + f" | {spent:.3f} s/step | {left} left")
-            if master:
-                for key, value in scalars.items():
-                    board.add_scalar(key, value, step + 1)
+            records.scalars(done, scalars)
+            watch.update(done, scalars)
             tick, since = time.perf_counter(), 0
-        if eval_every and (step + 1) % eval_every == 0:
+        if done % save_every == 0 or done == max_steps:
+            save(done)
+            saved = done
+        if eval_every and done % eval_every == 0:     # after saving: it can take longer than a preemption's grace
             rows = evaluate(model, clips["val"], dev, autocast, settings, rank, world,
-                            out / "eval" / f"step-{step + 1}.png")
+                            out / "eval" / f"step-{done}.png")
             for name, row in rows.items():
-                log(f"# val step {step + 1} {name} | " + " | ".join(f"{k} {v:.4g}" for k, v in row.items()))
-                for key, value in row.items() if master else ():
-                    board.add_scalar(f"val {name}/{key}", value, step + 1)
+                log(f"# val step {done} {name} | " + " | ".join(f"{k} {v:.4g}" for k, v in row.items()))
+                records.scalars(done, {f"val {name}/{key}": value for key, value in row.items()})
             tick, since = time.perf_counter(), 0
-        if master and ((step + 1) % save_every == 0 or step + 1 == max_steps):
-            save_checkpoint(out, step + 1, model, optimizer, metadata, keep_last)
-    log(f"# done: {out / 'latest.safetensors'}, {clock(time.perf_counter() - started)}")
+    if stopped and done > saved:
+        save(done)
+    log(f"# stopped by {signal.Signals(stopped).name} after step {done}; the same command goes on from there" if stopped
+        else f"# done: {out / 'latest.safetensors'}, {clock(time.perf_counter() - started)}")
+    records.close()
     if world > 1:
         dist.barrier()
         dist.destroy_process_group()
+    if stopped:
+        raise SystemExit(128 + stopped)
 
 
 if __name__ == "__main__":
     try:
-        main(config.apply(globals(), sys.argv[1:]))
+        if sys.argv[1:2] == ["--check"]:
+            for path in sys.argv[2:]:
+                print(describe(path))
+        else:
+            main(config.apply(globals(), sys.argv[1:]))
     except ValueError as error:                 # bad input: one line that names it, no traceback
         raise SystemExit(f"train.py: {error}") from None
