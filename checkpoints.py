@@ -200,12 +200,12 @@ def save_checkpoint(out, step, model, optimizer, metadata, keep_last, keep_every
 
     Raises OSError or SafetensorError when the disk is full or gone; what was saved before is then untouched."""
     names = {id(p): name for name, p in model.named_parameters()}
-    moments = {f"{names[id(p)]}|{key}": value.detach().cpu().contiguous()
-               for p, state in optimizer.state.items() for key, value in state.items()}
-    tensors = {name: p.cpu().contiguous() for name, p in model.trainable_state_dict().items()}
-    for end, content in ((".optim", moments), ("", tensors)):        # the weights last: they make a checkpoint
+    moments = {f"{names[id(p)]}|{key}": value for p, state in optimizer.state.items() for key, value in state.items()}
+    for end, tensors in ((".optim", moments), ("", model.trainable_state_dict())):     # the weights make a checkpoint: last
+        content = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
         told = {**metadata, "step": str(step), "sha256": digest(content)}
         write_whole(out / f"step-{step}{end}.safetensors", lambda path: save_file(content, path, metadata=told))
+        del content                                      # one of the two copies at a time
     link_latest(out, step)
     prune(out, step, keep_last, keep_every)
 

@@ -1,6 +1,5 @@
 """Evaluation of a model on cached clips: one row of metrics per condition, trivial baselines, table and picture."""
 import json
-import sys
 
 import torch
 import torch.distributed as dist
@@ -129,7 +128,7 @@ def baselines(train_clips, val_clips, in_dim, dev, eval_clips):
             "baseline oracle (clip's own mean depth)": rows["oracle"]}
 
 
-def print_table(rows, file=sys.stdout):
+def print_table(rows, file=None):
     print(f"{'':50s}" + "".join(f"{title:>8s}" for title in COLUMNS.values()), file=file)
     for name, row in rows.items():
         print(f"{name:50s}" + "".join(f"{row[k]:8.3f}" if k in row else f"{'-':>8s}" for k in COLUMNS), file=file)

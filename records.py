@@ -92,6 +92,11 @@ class Records:
         if self.out and not self.attempt("tensorboard", write):
             self.board, self.purge = None, step + 1             # its writer thread has died: a new file next time
 
+    def flush(self):
+        """With every checkpoint, or a kill after it would leave a gap in the curves."""
+        if self.board:
+            self.attempt("tensorboard", self.board.flush)
+
     def close(self):
         if self.board:
             self.attempt("tensorboard", self.board.close)

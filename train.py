@@ -358,6 +358,7 @@ def main(options):
     def save(step):
         """Write the checkpoint of a step on rank 0, every rank waiting; a failed write ends the run if it should."""
         bad.report(log)
+        records.flush()
         error = ""
         if master:
             try:

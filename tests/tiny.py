@@ -1,5 +1,13 @@
-"""A real FantasyWorld at the smallest sizes at which every part still has its shape."""
+"""A real FantasyWorld at the smallest sizes at which every part still has its shape, and train.py on it in-process."""
+import contextlib
+import io
+import pathlib
+import signal
+import sys
+
 import torch
+
+import config
 
 from model import Config, FantasyWorld
 
@@ -32,3 +40,28 @@ def tiny_inputs(batch=2, frames=5, height=32, width=48, seed=1):
 
 def loss_of(out):
     return sum(v.float().square().mean() for v in out.values() if v is not None)
+
+
+def train_here(*arguments, **patches):
+    """train.py in this process, four seconds quicker than a new one; patches replace its functions.
+
+    returns  exit code (0, a number or a message) and everything printed"""
+    import train
+    before, handlers = dict(vars(train)), {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
+    text, argv, code = io.StringIO(), sys.argv, 0
+    arguments = [str(a) for a in arguments]
+    arguments[0] = str(pathlib.Path(train.__file__).parent / arguments[0])
+    try:
+        vars(train).update(patches)
+        sys.argv = ["train.py", *arguments]
+        with contextlib.redirect_stdout(text), contextlib.redirect_stderr(text):
+            train.main(config.apply(vars(train), arguments))
+    except (SystemExit, ValueError) as left:         # the script turns a ValueError into a line and code 1
+        code = left.code if isinstance(left, SystemExit) else f"train.py: {left}"
+    finally:
+        sys.argv = argv
+        vars(train).clear()
+        vars(train).update(before)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    return code, text.getvalue()
