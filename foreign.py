@@ -57,14 +57,19 @@ def load_weights(model, path):
     return meta
 
 
+def release_tensors(path):
+    if not os.path.isfile(path):
+        raise ValueError(f"{path}: no such file; a model fine-tuned from a release needs the release's model.pth too "
+                         f"(sample.py --release=PATH, if it was moved)")
+    return lazy_tensors(path)
+
+
 def load_release(path, wan_dir="", device="cpu", dtype=None, trains=False, true_rays=False):
     """FantasyWorld from a release's model.pth, what it lacks from the Wan2.1 folder wan_dir.
 
     Tensors go to device one by one, the big matrices in dtype (None = fp32; trains=True keeps the trainable ones in
     fp32), so the host holds one copy at most.   Errors: ValueError for missing, unexpected, misshapen tensors."""
-    if not os.path.isfile(path):
-        raise ValueError(f"{path}: no such file; a model fine-tuned from a release needs the release's model.pth too")
-    files = lazy_tensors(path), wan_tensors(wan_dir) if wan_dir and wan_files(wan_dir) else {}
+    files = release_tensors(path), wan_tensors(wan_dir) if wan_dir and wan_files(wan_dir) else {}
     shapes = [tensor_shapes(file) for file in files]
     cfg = Config(**released.sizes(*shapes), true_rays=true_rays)
     with torch.device("meta"):
@@ -97,12 +102,14 @@ def open_model(meta, cfg, wan_dir, device, dtype=None, trains=True):
     return build_model(cfg, wan_dir, device, dtype)
 
 
-def open_checkpoint(path, wan_dir, device, dtype=None, keep_gb=None, true_rays=False):
+def open_checkpoint(path, wan_dir, device, dtype=None, keep_gb=None, true_rays=False, release=None):
     """Any checkpoint with its video branch, ready for sampling: the matrices of a release in dtype (None = fp32).
 
     keep_gb    None, or how many GB of weights stay on the device: see offload
-    true_rays  a release is shown true per-pixel rays in place of the ones that it was trained on"""
+    true_rays  a release is shown true per-pixel rays in place of the ones that it was trained on
+    release    where the model.pth is now that the checkpoint was fine-tuned from"""
     meta = metadata_of(path)
+    meta["release"] = meta.get("release") and (release or meta["release"])
     cfg = config_from_metadata(meta) if "model_config" in meta else Config()
     cfg = replace(cfg, true_rays=cfg.true_rays or true_rays)
     model = open_model(meta, cfg, wan_dir, device if keep_gb is None else "cpu", dtype, trains=False)
@@ -113,26 +120,27 @@ def open_checkpoint(path, wan_dir, device, dtype=None, keep_gb=None, true_rays=F
 
 
 def offload(model, device, keep_gb=0.0):
-    """Let the model run on a device that is too small for it: layers of more than keep_gb stay on the host, each visits
-    the device for its own call.  Costs one copy of their weights over the bus per forward.  Returns the model.
+    """Let the model run on a device that is too small for it: the blocks' layers, but keep_gb of them, stay on the host,
+    and each visits the device for its own call.  Returns the model, for sampling, requires_grad off.
 
-    For sampling, with requires_grad off.  The small parameters between the layers move to the device for good."""
+    Costs one copy of the layers over the bus per forward.  Everything else moves to the device for good: stem, heads,
+    norms, modulation, gates, tokens."""
     left = keep_gb * 1e9
-    layers = [m for m in model.modules() if isinstance(m, (nn.Linear, nn.modules.conv._ConvNd))]
-    for layer in layers:
+    blocks = [model.dit.blocks, model.frame_blocks, model.global_blocks, model.exchange, model.camera_adapters]
+    for layer in (m for part in blocks for m in part.modules() if isinstance(m, nn.Linear)):
         size = sum(p.nbytes for p in layer.parameters())
         if size <= left:
             left -= size
             continue
-        home = {p: p.data for p in layer.parameters()}
+        home = dict(layer.named_parameters())
 
-        def arrive(*_, home=home):
-            for p, data in home.items():
-                p.data = data.to(device, copy=True)
+        def arrive(layer, _, home=home):
+            for name, p in home.items():
+                layer.register_parameter(name, nn.Parameter(p.detach().to(device, copy=True), requires_grad=False))
 
-        def leave(*_, home=home):
-            for p, data in home.items():
-                p.data = data
+        def leave(layer, *_, home=home):
+            for name, p in home.items():
+                layer.register_parameter(name, p)
         layer.register_forward_pre_hook(arrive)
         layer.register_forward_hook(leave, always_call=True)
         layer._apply = lambda *_: layer           # a later .to(device) must not bring it there after all
@@ -149,7 +157,7 @@ def export_release(checkpoint, out):
         raise ValueError(f"{checkpoint}: wanted a stage 2 checkpoint of a run with --init_from=model.pth of the release")
     named = {released.release_name(k, cfg.num_pcb): v for k, v in tensors.items()}
     named["vggt.projection_head.weight"] = named["vggt.projection_head.weight"][..., None, None, None]
-    rest = {k: read() for k, (_, read) in lazy_tensors(meta["release"]).items() if k not in named}
+    rest = {k: read() for k, (_, read) in release_tensors(meta["release"]).items() if k not in named}
     save = save_file if str(out).endswith(".safetensors") else torch.save
     write_whole(pathlib.Path(out), lambda path: save({**rest, **named}, path))
     return f"{out}: {len(named)} tensors of {checkpoint}, {len(rest)} of {meta['release']}"

@@ -1,8 +1,8 @@
 """The released FantasyWorld weights (Wan2.1 variant): their camera module, their tensor names, and VGGT's.
 
-The release's modules are ours under other names, but for its camera module, which is the second half of this file's
-reason to be: a Pluecker encoder and one adapter inside the cross-attention of video blocks 0 .. 24.  Its quirks are
-kept behind Config.released, because the weights were trained with them:
+The release's modules are ours under other names, but for its camera module: a Pluecker encoder, and one adapter inside
+the cross-attention of each of video blocks 0 .. 24.  Its quirks are kept, behind Config.released, as its weights expect
+them:
 
     ray map          intrinsics scaled twice: one ray a frame, the top-left pixel's          constant_rays, below
     camera adapter   called adaLN, but a pure shift; added before the output projection      AttentionAdapter, below

@@ -226,6 +226,7 @@ def parse_arguments():
     add = parser.add_argument
     add("--ckpt", required=True, help="checkpoint of stage 1 or 2, or a release's model.pth")
     add("--wan_dir", help="folder of the video branch; default: the one it was trained with; a release needs it")
+    add("--release", help="model.pth of the release that --ckpt was fine-tuned from, if it was moved since")
     add("--correct", nargs="+", choices=CORRECTIONS, default=[], metavar="NAME",
         help="with a release's weights, do not as the release does: "
              + "; ".join(f"{name}: {what}" for name, what in CORRECTIONS.items()))
@@ -278,7 +279,7 @@ def main():
     text, start, clip, vae = conditions(encoders, [args.prompt, negative], image, frames)
     half = args.precision == "bf16" or args.precision == "auto" and device.type == "cuda"
     model = open_checkpoint(args.ckpt, wan_dir, device, torch.bfloat16 if half else None, args.offload,
-                            "rays" in args.correct)
+                            "rays" in args.correct, args.release)
     noise = torch.randn(1, 16, (frames - 1) // 4 + 1, height // 8, width // 8,
                         generator=torch.Generator().manual_seed(args.seed)).to(device)
     if image is not None and model.dit.in_dim == 16:

@@ -5,6 +5,7 @@ import runpy
 import subprocess
 import sys
 import weakref
+from contextlib import nullcontext
 from dataclasses import asdict
 
 import numpy as np
@@ -27,7 +28,6 @@ from model import FantasyWorld
 from sample import CORRECTIONS
 
 ROOT = pathlib.Path(__file__).parents[1]
-MATRICES = (torch.nn.Linear, torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d, torch.nn.ConvTranspose2d)
 
 
 @pytest.fixture(scope="module")
@@ -98,19 +98,29 @@ def test_offload_keeps_one_layer_on_the_device_beside_its_share_and_changes_no_v
     model, inputs = FantasyWorld.from_released(release_tensors(sizes)), inputs_of(sizes, frames=5)
     model.set_stage(2).requires_grad_(False)
     with LiveBytes(model) as plain:
-        want = model(**inputs)
+        want = model(**inputs, heads=False)
     weights = sum(p.nbytes for p in model.parameters())
-    layers = [[p.nbytes for p in m.parameters()] for m in model.modules() if isinstance(m, MATRICES)]
-    between = weights - sum(map(sum, layers))                            # norms, gates, modulation, tokens: these stay
+    blocks = [model.dit.blocks, model.frame_blocks, model.global_blocks, model.exchange, model.camera_adapters]
+    layers = [[p.nbytes for p in m.parameters()] for part in blocks for m in part.modules()
+              if isinstance(m, torch.nn.Linear)]
+    stays = weights - sum(map(sum, layers))                              # stem, heads, norms, modulation, gates, tokens
     homes = {n: p.data_ptr() for n, p in offload(model, "cpu", share * weights / 1e9).named_parameters()}
     with LiveBytes(model) as counted:
-        got = model(**inputs)
-    assert all(torch.equal(got[k], want[k]) for k in want)
+        got = model(**inputs, heads=False)
+    assert torch.equal(got["velocity"], want["velocity"])
     assert homes == {n: p.data_ptr() for n, p in model.named_parameters()}
     assert plain.peak < counted.peak <= plain.peak + max(map(sum, layers))
-    print(f"weights {weights:,}, on the device {between + share * weights:,.0f} + peak {counted.peak:,}, "
-          f"of which activations {plain.peak:,}")
-    assert between + counted.peak < 0.2 * weights
+    print(f"weights {weights:,}: {stays:,} stay on the device + {share:.0%}, one layer at a time and activations reach "
+          f"{counted.peak:,}, activations alone {plain.peak:,}")
+    assert stays + counted.peak < 0.45 * weights                         # stays: 5 % of the release, 28 % of this one
+
+
+def test_offloaded_layers_compute_on_the_device(monkeypatch):
+    model = offload(FantasyWorld.from_released(release_tensors(TINY)).set_stage(2).requires_grad_(False), "meta")
+    monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: nullcontext())       # knows no meta device
+    out = model(**{k: v.to("meta") for k, v in inputs_of(TINY).items()})                # mixing devices would raise
+    assert {v.device.type for v in out.values()} == {"meta"}
+    assert model.dit.blocks[0].ffn[0].weight.device.type == "cpu"
 
 
 def test_matrices_cast_once_give_what_autocast_gives(folder):
