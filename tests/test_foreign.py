@@ -104,7 +104,6 @@ def test_offload_keeps_one_layer_on_the_device_beside_its_share_and_changes_no_v
     blocks = [model.dit.blocks, model.frame_blocks, model.global_blocks, model.exchange, model.camera_adapters]
     layers = [[p.nbytes for p in m.parameters()] for part in blocks for m in part.modules()
               if isinstance(m, torch.nn.Linear)]
-    stays = weights - sum(map(sum, layers))                              # stem, heads, norms, modulation, gates, tokens
     homes = {n: p.data_ptr() for n, p in offload(model, "cpu", share * weights / 1e9).named_parameters()}
     with LiveBytes(model) as counted:
         got = model(**inputs, heads=False)
@@ -112,10 +111,10 @@ def test_offload_keeps_one_layer_on_the_device_beside_its_share_and_changes_no_v
     assert homes == {n: p.data_ptr() for n, p in model.named_parameters()}
     assert counted.peak <= plain.peak + max(map(sum, layers))            # one layer beside the activations
     visits = counted.total - plain.total
-    assert visits == sum(map(sum, layers)) if not share else 0.6 < visits / sum(map(sum, layers)) < 0.75
-    print(f"weights {weights:,}: {stays:,} + {share:.0%} stay on the device, layers of {visits:,} visit it; peak with "
-          f"activations {counted.peak:,}, activations alone {plain.peak:,}")
-    assert stays + counted.peak < 0.45 * weights                         # stays: 5 % of the release, 28 % of this one
+    total, largest = sum(map(sum, layers)), max(map(sum, layers))
+    assert total - share * weights <= visits < total - share * weights + largest + 1
+    print(f"weights {weights:,}: {total - visits:,} of the blocks' {total:,} stay on the device, one layer of at most "
+          f"{largest:,} visits it at a time; peak with activations {counted.peak:,}, activations alone {plain.peak:,}")
 
 
 def test_offloaded_layers_compute_on_the_device(monkeypatch):
