@@ -163,7 +163,8 @@ def check_options():
     if stage and not wan_dir and not random_wan:
         raise SystemExit(f"stage {stage} needs --wan_dir=FOLDER (Wan2.1 weights, or the run folder of stage 0)")
     if stage == 2 and not eval_only and (not init_from or metadata_of(init_from).get("stage") not in ("1", "2")):
-        raise SystemExit(f"stage 2 starts from a stage 1 checkpoint; init_from = {init_from!r} is not one. "
+        raise SystemExit(f"stage 2 starts from a stage 1 checkpoint or a release's model.pth; init_from = "
+                         f"{init_from!r} is neither. "
                          f"Train config/stage1.py first, then --init_from=outputs/stage1/latest.safetensors")
     for path in filter(None, init_from.split(",")):
         metadata_of(path)

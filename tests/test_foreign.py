@@ -22,7 +22,7 @@ from wan_folder import random_tensors, write_wan_folder
 import released
 from checkpoints import save_checkpoint
 from data import encode, read_video, synth
-from foreign import export_release, load_release, load_weights, metadata_of, offload
+from foreign import export_release, load_release, load_weights, metadata_of, offload, open_checkpoint
 from geometry import GeoBlock, rope_2d
 from model import FantasyWorld
 from sample import CORRECTIONS
@@ -180,6 +180,8 @@ def test_a_release_is_fine_tuned_loaded_back_sampled_and_written_again(folder, c
                "--learning_rate=1e-2", "--warmup_steps=0", f"--out_dir={tmp_path}/run")
     assert "step 1/1 | loss/diffusion" in text and "487 tensors of it and 183 of" in text
     sample(monkeypatch, tuned, tmp_path / "sampled", clips)
+    with pytest.raises(ValueError, match="elsewhere.pth: no such file"):                # where it is said to be now
+        open_checkpoint(str(tuned), str(wan), "cpu", release="elsewhere.pth")
     command(monkeypatch, "model.py", "--export_released", tuned, tmp_path / "tuned.safetensors")
     by_file, by_export, before = (load_release(str(release), str(wan)) for _ in range(3))
     load_weights(by_file, tuned)
