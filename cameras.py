@@ -9,6 +9,7 @@ intrinsics (T, 4) float64 = fx/W, fy/H, cx/W, cy/H, pixel centres at +0.5, or No
 size (H, W) of the images in pixels, or None."""
 import argparse
 import json
+import re
 import struct
 from pathlib import Path
 
@@ -378,6 +379,32 @@ def interpolate(times, w2c, at):
     share = ((at - times[i]) / (times[i + 1] - times[i])).clamp(0, 1)
     twist = log_se3(compose(w2c[i + 1], inv_se3(w2c[i])))
     return compose(exp_se3(share[:, None] * twist), w2c[i]).numpy()
+
+
+def crop_intrinsics(fractions, aspect, size):
+    """Fractions (T, 4) of a picture of aspect W0 / H0 -> of its centre crop that fills (H, W); pixels stay square."""
+    wide = aspect / (size[1] / size[0])                       # above 1: the sides are cut, below: top and bottom
+    factor = np.array([max(wide, 1), max(1 / wide, 1)] * 2)
+    middle = np.array([0, 0, .5, .5])
+    return (fractions - middle) * factor + middle
+
+
+def key_frames(text, num_frames):
+    """"x,y,z -> x,y,z | ..." or "0: x,y,z -> x,y,z | 0.4: ...": from where to what the camera looks, y down, in the
+    user's unit; times are shares of the clip, evenly spread when left out -> w2c (T, 3, 4) float64."""
+    times, poses, parts = [], [], text.split("|")
+    for i, part in enumerate(parts):
+        found = re.fullmatch(r"\s*(?:([\d.]+)\s*:)?(.*)->(.*)", part)
+        try:
+            centre, target = ([float(x) for x in found[k].split(",")] for k in (2, 3))
+            if not len(centre) == len(target) == 3:
+                raise TypeError
+            times.append(float(found[1] or i / max(1, len(parts) - 1)))
+        except (TypeError, ValueError):
+            raise ValueError(f"--camera, key frame {part.strip()!r}: wanted x,y,z -> x,y,z, as in "
+                             f"'0,0,0 -> 0,0,2 | 0.3,0,0.5 -> 0,0,2'") from None
+        poses.append(look_at(centre, target))
+    return interpolate(times, poses, np.linspace(0, 1, num_frames))
 
 
 def main():

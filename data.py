@@ -426,7 +426,9 @@ class CachedClips(torch.utils.data.Dataset):
     relative: its depth has no unit."""
 
     def __init__(self, root, split, height, width, num_frames, wan_dir=""):
-        ids, prefix = {s["id"] for s in load_samples(root, split)}, cache_prefix(wan_dir)
+        self.samples = {s["id"]: s for s in load_samples(root, split)}
+        ids, prefix = set(self.samples), cache_prefix(wan_dir)
+        self.prefix = prefix
         option = "--codec transform" if prefix == "transform" else f"--wan_dir {wan_dir}"
         size = f"--height {height} --width {width} --num_frames {num_frames}"
         cure = f"Run\n  python data.py encode {root} {option} {size}"
@@ -453,6 +455,20 @@ class CachedClips(torch.utils.data.Dataset):
             tensors, meta = {k: f.get_tensor(k).float() for k in f.keys()}, f.metadata()
         return dict(tensors, id=meta["id"], prompt=meta["prompt"], fps=float(meta["fps"]),
                     relative=torch.tensor(meta.get("depth") == "relative"))
+
+    def frames(self, i):
+        """Pictures of a clip, uint8 (T, H, W, 3): its video cropped and resized, or what the demo's codec holds; None
+        where a Wan cache has outlived the video."""
+        meta = cached_metadata(self.files[i])
+        sample = self.samples[meta["sample"]]
+        if sample["video"] and sample["video"].is_file():
+            size = (int(meta[k]) for k in ("height", "width", "num_frames", "start", "stride"))
+            video = load_clip(sample, *size)["video"]
+        elif self.prefix == "transform":
+            video = make_encoders().load_vae().decode(self[i]["latents"][None])[0]
+        else:
+            return None
+        return ((video.permute(1, 2, 3, 0) + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).numpy()
 
     def count_relative(self):
         """How many of the clips have depth without a unit."""

@@ -23,4 +23,4 @@ say "6/6 sample a world from a start image, a prompt and a camera path"
 $PYTHON data.py synth data/demo_start --num 1 --num_frames 9 --height 64 --width 96 --seed 20000000 --variety simple --workers 0
 $PYTHON sample.py --ckpt outputs/demo/stage2/latest.safetensors --image data/demo_start/train_000000/video.mp4 \
     --prompt "a room with a red box, the camera moves forward" --camera forward --steps 8 --guidance 1 --out outputs/demo/sample
-say "done: look at outputs/demo/sample/sheet.png, video.mp4, depth.mp4, points.ply; table in outputs/demo/eval.json"
+say "done: open outputs/demo/sample/scene.html in a browser, look at sheet.png beside it; table in outputs/demo/eval.json"

@@ -98,8 +98,9 @@ class TransformCodec(nn.Module):
         group = (patches @ self.group.T - self.group_mean) / self.group_std              # (B, f-1, h, w, 16)
         return rearrange(torch.cat([first[:, None], group], 1), "b f h w c -> b c f h w")
 
-    def decode(self, latents):
-        """Latents (B, 16, f, h, w) to video (B, 3, 4f - 3, 8h, 8w), clamped to [-1, 1]."""
+    def decode(self, latents, progress=iter):
+        """Latents (B, 16, f, h, w) to video (B, 3, 4f - 3, 8h, 8w), clamped to [-1, 1]; in one step."""
+        list(progress(range(1)))
         x = rearrange(latents, "b c f h w -> b f h w c")
         first = (x[:, :1] * self.first_std + self.first_mean) @ self.first
         group = (x[:, 1:] * self.group_std + self.group_mean) @ self.group
@@ -340,11 +341,12 @@ class WanVAE(nn.Module):
         return (torch.cat(mu, dim=2) - mean) / std
 
     @torch.no_grad()
-    def decode(self, latents, chunk=1):
+    def decode(self, latents, chunk=1, progress=iter):
         """Video of latents as encode returns them.
 
         latents   (B, 16, f, h, w)    normalised
         chunk     int >= 1            latent frames per step; None: the clip in one step
+        progress  f(list of steps)    passes the steps on, and may show them
         returns   (B, 3, T, H, W)     fp32, clamped to [-1, 1], on the VAE's device"""
         B, c, f, h, w = latents.shape
         if c != len(LATENT_MEAN) or f < 1 or (chunk is not None and chunk < 1):
@@ -352,7 +354,7 @@ class WanVAE(nn.Module):
         state, device = {}, self.conv2.weight.device
         mean, std = torch.tensor([LATENT_MEAN, LATENT_STD], device=device).view(2, 1, -1, 1, 1, 1)
         video = torch.empty(B, 3, 4 * f - 3, 8 * h, 8 * w, device=device)
-        for start, end in itertools.pairwise([*range(0, f, chunk or f), f]):
+        for start, end in progress(list(itertools.pairwise([*range(0, f, chunk or f), f]))):
             z = (latents[:, :, start:end].to(mean) * std + mean).to(self.conv2.weight)
             video[:, :, max(0, 4 * start - 3):4 * end - 3] = self.decoder(self.conv2(z), state)
         return video.clamp_(-1, 1)

@@ -1,13 +1,15 @@
 """Evaluation of a model on cached clips: one row of metrics per condition, trivial baselines, table and picture."""
 import json
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
-from data import collate, depth_to_rgb, tile, write_png
+from data import collate, depth_to_rgb, write_png
+from draw import SEEN, TOLD, depth_legend, enlarge, sheet, sure_to_rgb, top_view
 from foreign import load_weights
 from geometry import (decode_pose, depth_metrics, encode_pose, normalize_scene, plucker_rays, point_metrics, pose_metrics,
-                      unproject)
+                      relative_to_first, unproject)
 from metrics import ause, cloud_metrics, head_agreement, temporal_error
 from model import flow_matching_loss, start_condition
 
@@ -58,8 +60,8 @@ def geometry_row(depth, points, w2c, b, out=None):
 def evaluate(model, clips, dev, autocast, options, rank=0, world=1, picture=None, more_sigmas=()):
     """Mean metrics over clips with fixed noise -> {"poses given": row, "no poses": row}, split over ranks.
 
-    options: train.py's globals.  The diffusion loss is the mean over five noise levels; geometry is read out at
-    options.eval_sigma, and at more_sigmas in rows of their own."""
+    options: train.py's globals; picture(image) receives the comparison of the first clip.  The diffusion loss is the
+    mean over five noise levels; geometry is read out at options.eval_sigma, and at more_sigmas in rows of their own."""
     eval_sigma = options.eval_sigma
     core = getattr(model, "module", model)
     sums = {}
@@ -86,7 +88,7 @@ def evaluate(model, clips, dev, autocast, options, rank=0, world=1, picture=None
                 name = title if sigma == eval_sigma else f"{title}, sigma {sigma:g}"
                 rows.setdefault(name, {}).update(geometry_row(out["depth"], out["points"], w2c, b, out))
                 if picture and i == 0 and given and sigma == eval_sigma:
-                    write_png(picture, comparison(b, out))
+                    picture(comparison(b, out, clips.frames(i)))
             for name, row in rows.items():
                 for key, value in row.items():
                     sums.setdefault(name, {}).setdefault(key, []).append(float(value))
@@ -98,13 +100,24 @@ def evaluate(model, clips, dev, autocast, options, rank=0, world=1, picture=None
     return {name: {key: sum(v) / len(v) for key, v in row.items()} for name, row in sums.items()}
 
 
-def comparison(b, out):
-    """Rows: true depth, predicted depth, confidence of up to 5 frames of one clip; bright is near, and sure."""
+def comparison(b, out, frames=None):
+    """Frames, true depth, predicted depth, confidence of up to 5 frames of the first clip in a batch, bright is near, and
+    sure; below them the true and the predicted camera path from above.   frames (T, H, W, 3) uint8, or None."""
     true, depth, conf = (x[0].float().cpu().numpy() for x in (b["depth"], out["depth"], out["depth_conf"]))
-    pick = range(0, len(true), max(1, (len(true) - 1) // 4))
-    low, high = true[true > 0].min(), true.max()
-    return tile([[depth_to_rgb(true[t], low, high) for t in pick], [depth_to_rgb(depth[t], low, high) for t in pick],
-                 [depth_to_rgb(conf.max() / conf[t], 1, conf.max() / conf.min()) for t in pick]])
+    pick = list(range(0, len(true), max(1, (len(true) - 1) // 4)))[:5]
+    low, high = (float(x) for x in np.quantile(true[true > 0], (.01, .99))) if (true > 0).any() else (1.0, 2.0)
+    rows = [depth_to_rgb(true[pick], low, high), depth_to_rgb(depth[pick], low, high),
+            sure_to_rgb(conf[pick], conf.min(), conf.max())]
+    titles = ["true depth, bright is near", "predicted depth", "confidence, bright is sure"]
+    if frames is not None:
+        rows, titles = [frames[pick], *rows], [f"frames {', '.join(map(str, pick))}", *titles]
+    rows = [[enlarge(picture, 200) for picture in row] for row in rows]
+    predicted, _ = decode_pose(out["pose_enc"][-1].float(), true.shape[-2:])
+    paths = [relative_to_first(E.double())[0].cpu().numpy() for E in (b["w2c"], predicted)]
+    h, w = rows[0][0].shape[:2]
+    above = top_view(list(zip(paths, (TOLD, SEEN))), (max(200, h), 2 * w + 4))
+    return sheet(rows, titles, [("from above: cyan true, orange predicted", above),
+                                ("depth, scene units", depth_legend(low, high, 2 * w))])
 
 
 def baselines(train_clips, val_clips, in_dim, dev, eval_clips):
@@ -139,14 +152,17 @@ def print_table(rows, file=None):
 
 
 def evaluate_only(model, clips, out, sources, dev, autocast, options, rank=0, world=1):
-    """The trivial baselines and every checkpoint of sources on the val split, as a table and OUT/eval.json."""
+    """The trivial baselines and every checkpoint of sources on the val split, as a table and OUT/eval.json; a picture of
+    the first clip per checkpoint."""
     rows = baselines(clips["train"], clips["val"], model.dit.in_dim, dev, options.eval_clips) if rank == 0 else {}
     for source in sources:
         meta = load_weights(model, source)
         model.set_stage(int(meta["stage"]))
-        found = evaluate(model, clips["val"], dev, autocast, options, rank, world, more_sigmas=options.eval_more_sigmas)
+        out.mkdir(parents=True, exist_ok=True)
+        picture = out / f"eval-stage{meta['stage']}-step{meta['step']}.png"
+        found = evaluate(model, clips["val"], dev, autocast, options, rank, world,
+                         lambda image: write_png(picture, image), options.eval_more_sigmas)
         rows.update({f"stage {meta['stage']} step {meta['step']}, {name}": row for name, row in found.items()})
     if rank == 0:
-        out.mkdir(parents=True, exist_ok=True)
         (out / "eval.json").write_text(json.dumps(rows, indent=2))
         print_table(rows)

@@ -4,8 +4,9 @@ Sources: Video Depth Anything 2025 (TAE), Knapitsch et al. 2017 (F-score), Ilg e
 Shapes: B clips, T frames of H x W pixels; lengths in the unit of the input, scene units in train.py.  Results are
 Python floats, averaged over clips."""
 import torch
+import torch.nn.functional as F
 
-from geometry import inv_se3, pixel_rays, rotate, unproject, valid_depth
+from geometry import inv_se3, pixel_rays, project, rotate, unproject, valid_depth
 
 
 def nearest(a, b, chunk=2048):
@@ -69,6 +70,36 @@ def temporal_error(depth, w2c, K, mask):
             if keep.any():
                 errors.append(((d[b] - warped).abs() / d[b])[keep].mean())
     return 100 * torch.stack(errors).mean().item() if errors else float("nan")
+
+
+@torch.no_grad()
+def warp_error(rgb, depth, w2c, K, mask, tolerance=0.1):
+    """How well depth and cameras carry the colours of a frame to the next one; needs no truth.
+
+    rgb  (B, T >= 2, H, W, 3) uint8;   depth, mask  (B, T, H, W);   w2c  (B, T, 3, 4);   K  (B, T, 3, 3)
+    returns  depth         median over frames and pixels of |D - z| / z, in percent: the next frame's depth D where a
+                           pixel lands against the depth z that it then has; hidden pixels weigh little in a median
+             colour        mean absolute difference of the colours where depths agree within `tolerance`, in percent
+             colour_still  the same pixels against the next frame unmoved: what warping has to beat
+             seen_percent  share of the masked pixels that land inside and agree within `tolerance`
+             all NaN where nothing can be compared"""
+    moved, still, seen, wanted, depths = 0.0, 0.0, 0, 0, []
+    for c, d, e, k, m in zip(rgb, depth.float(), w2c.float(), K.float(), mask):
+        for t in range(len(d) - 1):
+            points = unproject(d[None, t:t + 1], e[None, t:t + 1], k[None, t:t + 1])
+            uv, z = project(points, e[None, t + 1:t + 2], k[None, t + 1:t + 2])
+            grid, z = (2 * uv / uv.new_tensor([d.shape[2], d.shape[1]]) - 1)[0], z[0, 0]   # (1, H, W, 2), (H, W)
+            there = torch.cat([c[t + 1].movedim(-1, 0).float(), d[t + 1][None]])[None]
+            there = F.grid_sample(there, grid, align_corners=False, padding_mode="border")[0]
+            inside = m[t] & (z > 0) & (grid[0].abs() < 1).all(-1)
+            off = (there[3] - z).abs() / z
+            keep, wanted = inside & (off < tolerance), wanted + int(m[t].sum())
+            depths, seen = depths + ([off[inside].median()] if inside.any() else []), seen + int(keep.sum())
+            moved += (there[:3].movedim(0, -1) - c[t].float()).abs().mean(-1)[keep].sum().item()
+            still += (c[t + 1].float() - c[t].float()).abs().mean(-1)[keep].sum().item()
+    share = lambda x, of: 100 * x / of if of else float("nan")
+    return dict(depth=share(sum(depths, torch.zeros(())).item(), len(depths)), colour=share(moved, 255 * seen),
+                colour_still=share(still, 255 * seen), seen_percent=share(seen, wanted))
 
 
 @torch.no_grad()

@@ -66,6 +66,9 @@ class Config:
     true_rays: bool = False         # released: true per-pixel rays in place of the ones it was trained on
     ray_sizes: tuple = (384, 768, 5120, 2560, 2048)     # released: widths of the ray encoder, features last
     adapter_sizes: tuple = (25, 1024, 409)              # released: adapted blocks, hidden widths of an adapter
+    # ablations: what is switched off is not built, so checkpoints, counts and gradients lack it too
+    exchange: str = "both"          # of the IRG steps: both, to_geometry, to_video (one way) or none
+    camera_adapters: bool = True
 
     @property
     def geo_layers(self):
@@ -370,11 +373,14 @@ class CameraAdapter(nn.Module):
 
 
 class ExchangeProjections(nn.Module):
-    def __init__(self, video_dim, geo_dim, dim):
+    def __init__(self, video_dim, geo_dim, dim, ways):
         super().__init__()
-        self.m1_proj, self.values_m1_proj = nn.Linear(video_dim, dim), nn.Linear(video_dim, dim)
-        self.m2_proj, self.values_m2_proj = nn.Linear(geo_dim, dim), nn.Linear(geo_dim, dim)
-        self.out_m1_proj, self.out_m2_proj = nn.Linear(dim, video_dim), nn.Linear(dim, geo_dim)
+        sizes = dict(m1_proj=(video_dim, dim), values_m1_proj=(video_dim, dim), m2_proj=(geo_dim, dim),
+                     values_m2_proj=(geo_dim, dim), out_m1_proj=(dim, video_dim), out_m2_proj=(dim, geo_dim))
+        unused = dict(to_geometry=("values_m2_proj", "out_m1_proj"), to_video=("values_m1_proj", "out_m2_proj"))
+        for name, (inputs, outputs) in sizes.items():
+            if name not in unused.get(ways, ()):
+                setattr(self, name, nn.Linear(inputs, outputs))
         for layer in self.children():
             nn.init.xavier_uniform_(layer.weight)
             nn.init.zeros_(layer.bias)
@@ -384,11 +390,14 @@ class BiCrossAttention(nn.Module):
     """Bidirectional video <-> geometry attention between the halves of both blocks: one score matrix, normalised
     along either direction; both streams are updated from the same pair; the gates start at zero."""
 
-    def __init__(self, video_dim, geo_dim, dim, heads):
+    def __init__(self, video_dim, geo_dim, dim, heads, ways="both"):
         super().__init__()
-        self.heads = heads
-        self.cross_attn = ExchangeProjections(video_dim, geo_dim, dim)
-        self.gamma_m1, self.gamma_m2 = nn.Parameter(torch.zeros(video_dim)), nn.Parameter(torch.zeros(geo_dim))
+        self.heads, self.ways = heads, ways
+        self.cross_attn = ExchangeProjections(video_dim, geo_dim, dim, ways)
+        if ways != "to_geometry":
+            self.gamma_m1 = nn.Parameter(torch.zeros(video_dim))
+        if ways != "to_video":
+            self.gamma_m2 = nn.Parameter(torch.zeros(geo_dim))
 
     def forward(self, x, z, rope_x, rope_z):
         """x (B, N, D), z (B, f*P, C) -> both, updated."""
@@ -396,9 +405,11 @@ class BiCrossAttention(nn.Module):
         a, b = F.layer_norm(x, x.shape[-1:], eps=1e-6), F.layer_norm(z, z.shape[-1:], eps=1e-6)
         q, k = (rearrange(y, "b n (h d) -> b h n d", h=self.heads) for y in (p.m1_proj(a), p.m2_proj(b)))
         q, k = rotate_pairs(q, *rope_x), rotate_pairs(k, *rope_z)
-        to_x = p.out_m1_proj(attention(q, k, p.values_m2_proj(b), self.heads))
-        to_z = p.out_m2_proj(attention(k, q, p.values_m1_proj(a), self.heads))
-        return x + self.gamma_m1 * to_x, z + self.gamma_m2 * to_z
+        if self.ways != "to_geometry":
+            x = x + self.gamma_m1 * p.out_m1_proj(attention(q, k, p.values_m2_proj(b), self.heads))
+        if self.ways != "to_video":
+            z = z + self.gamma_m2 * p.out_m2_proj(attention(k, q, p.values_m1_proj(a), self.heads))
+        return x, z
 
 
 # ---------------------------------------------------------------------------------------------------- flow matching
@@ -438,6 +449,8 @@ class FantasyWorld(nn.Module):
         n, C, D = cfg.geo_layers, cfg.geo_dim, cfg.dim
         if max(cfg.taps) >= n:
             raise ValueError(f"taps {cfg.taps}: this model has geometry layers 0 .. {n - 1}")
+        if cfg.exchange not in ("both", "to_geometry", "to_video", "none"):
+            raise ValueError(f"exchange = {cfg.exchange!r}; wanted both, to_geometry, to_video or none")
         self.dit = dit or WanDiT(D, cfg.ffn_dim, cfg.num_layers, cfg.in_dim, cfg.head_dim, cfg.text_dim, cfg.text_len,
                                  cfg.freq_dim, cfg.has_clip, cfg.has_control)
         self.bridge = LatentBridge(D, C, cfg.bridge_layers, cfg.bridge_width, cfg.layer_scale)
@@ -462,8 +475,10 @@ class FantasyWorld(nn.Module):
                 released.AttentionAdapter(D, cfg.ray_sizes[-1], *cfg.adapter_sizes[1:])
                 for _ in range(cfg.adapter_sizes[0]))
         else:
-            self.camera_adapters = nn.ModuleList(CameraAdapter(C, D) for _ in range(cfg.num_pcb))
-        self.exchange = nn.ModuleList(BiCrossAttention(D, C, cfg.irg_dim, cfg.irg_heads) for _ in range(n))
+            self.camera_adapters = nn.ModuleList(CameraAdapter(C, D)
+                                                 for _ in range(cfg.num_pcb if cfg.camera_adapters else 0))
+        self.exchange = nn.ModuleList(BiCrossAttention(D, C, cfg.irg_dim, cfg.irg_heads, cfg.exchange)
+                                      for _ in range(n if cfg.exchange != "none" else 0))
 
     @classmethod
     def from_released(cls, sd, wan_state_dict=None, dit_heads=None, irg_heads=None, camera_heads=None, taps=None):
@@ -559,7 +574,7 @@ class FantasyWorld(nn.Module):
         z = global_block.attend(z_frame, rows_z, 1, ropes["global"])
         if x is not None:
             x = block.attend(x, rows, text, image, ropes["video"], adapters.get(self.cfg.num_pcb + i))
-            if self.stage == 2:
+            if self.stage == 2 and self.exchange:
                 x, z = self.exchange[i](x, z, ropes["exchange_x"], ropes["exchange_z"])
             x = block.feed_forward(x, rows)
         z = global_block.feed_forward(z, rows_z)
@@ -599,7 +614,7 @@ class FantasyWorld(nn.Module):
         with nullcontext() if self.stage == 2 else torch.no_grad():
             adapters = self.attention_adapters(plucker, pose_weight)
             for i, block in enumerate(dit.blocks[:cfg.num_pcb]):
-                if self.stage == 2 and pose_embedding is not None:
+                if self.stage == 2 and pose_embedding is not None and self.camera_adapters:
                     x = self.camera_adapters[i](x, pose_embedding, pose_weight)
                 x = self.run(block, x, rows, text, image, ropes["video"], adapters.get(i))
         z = self.geometry_tokens(x, grid, pose_embedding, pose_weight)

@@ -13,6 +13,8 @@ import sys
 import time
 from pathlib import Path
 
+from data import write_png
+
 PACKAGES = ("torch", "safetensors", "numpy", "einops", "tokenizers", "tensorboard")
 
 
@@ -82,13 +84,22 @@ class Records:
             self.append("training.log", text)
 
     def scalars(self, step, values):
-        """TensorBoard; purge_step makes it forget what a killed run wrote after the checkpoint that we resume."""
+        """TensorBoard."""
+        self.to_board(step, lambda board: [board.add_scalar(key, value, step) for key, value in values.items()])
+
+    def picture(self, step, image):
+        """uint8 (H, W, 3) -> eval/step-N.png and TensorBoard."""
+        if self.out:
+            self.attempt(f"eval/step-{step}.png", lambda: write_png(self.out / "eval" / f"step-{step}.png", image))
+            self.to_board(step, lambda board: board.add_image("val", image, step, dataformats="HWC"))
+
+    def to_board(self, step, add):
+        """purge_step makes TensorBoard forget what a killed run wrote after the checkpoint that we resume."""
         def write():
             if self.board is None:
                 from torch.utils.tensorboard import SummaryWriter
                 self.board = SummaryWriter(self.out / "tensorboard", purge_step=self.purge)
-            for key, value in values.items():
-                self.board.add_scalar(key, value, step)
+            add(self.board)
         if self.out and not self.attempt("tensorboard", write):
             self.board, self.purge = None, step + 1             # its writer thread has died: a new file next time
 

@@ -1,13 +1,16 @@
-"""Sample a world: checkpoint + prompt (+ start image) + camera path -> video, depth, point cloud, cameras, pictures.
+"""Sample a world: checkpoint + prompt (+ start image) + camera path -> video, depth, point cloud, cameras, a page.
 
     python sample.py --ckpt outputs/demo/stage2/latest.safetensors --prompt "a room with two boxes" --camera orbit
 
-writes into --out: video.mp4, depth.mp4 (near is bright), depth.npz (depth, conf, mask, w2c, intrinsics), points.ply,
-cameras.txt (commanded) and cameras_predicted.txt (19 columns, RealEstate10K order), sheet.png (frames | depth | conf).
-Lengths are scene units (mean distance of the first frame's points = 1) times --scene_scale."""
-import argparse
+writes into --out: scene.html (open it: everything in one offline page), video.mp4, depth.mp4, depth.npz, points.ply,
+cameras.txt (commanded), cameras_predicted.txt, sheet.png and report.json (how far the sample obeys its cameras and
+agrees with itself); --export all adds the files of other tools.  With several prompts or seeds every sample gets a
+folder of its own, and the same command again goes on where it stopped.  User errors are one line and exit status 2."""
+import itertools
 import json
 import pathlib
+import sys
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -15,11 +18,11 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import cameras
-from data import (cache_prefix, depth_to_rgb, encode_start, make_encoders, read_depth, read_video, tile, write_cameras,
-                  write_png, write_video)
+from data import cache_prefix, depth_to_rgb, encode_start, make_encoders, read_depth, read_video, tile, write_png
+from export import EXPORTS, describe, export, export_names, make_scene, pixel_matrix
 from foreign import metadata_of, open_checkpoint
-from geometry import (camera_move, decode_pose, encode_pose, normalize_scene, pose_metrics, relative_to_first, unproject,
-                      valid_depth)
+from geometry import camera_move, encode_pose, normalize_scene, relative_to_first, valid_depth
+from jobs import CORRECTIONS, check_arguments, parse_arguments, plan, read_prompts
 from model import shift_sigma, start_condition
 
 # The default of the official Wan 2.1 code (shared_config.py, sample_neg_prompt); the demo's word hash gets "".
@@ -27,12 +30,6 @@ NEGATIVE = ("色调艳丽，过曝，静态，细节模糊不清，字幕，风�
             "JPEG压缩残留，丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，"
             "形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走")
 READOUT_SIGMA = 0.1             # the noise level at which geometry is read; the release's last step has 0.0926
-# What the release's sampling does unlike ours, by default with its weights; --correct NAME does it our way.
-CORRECTIONS = {
-    "rays": "true per-pixel rays; the release shows one ray per frame, and its weights have seen nothing else",
-    "readout": "geometry in one extra forward on the finished sample; the release reads it in its last step",
-    "image": "start image cropped to the aspect; the release squeezes it",
-    "points": "points lifted with the commanded cameras; the release uses the predicted ones"}
 
 
 def load_image(path, height, width, squeeze=False):
@@ -49,35 +46,37 @@ def load_image(path, height, width, squeeze=False):
     return (frame[..., top:top + height, left:left + width] / 127.5 - 1)[:, :, None]
 
 
-def load_camera(text, num_frames, size, fov_deg, amount, scene_scale):
-    """A named move or a camera file -> w2c (1, T, 3, 4) relative to frame 0 in scene units, pixel intrinsics."""
-    height, width = size
-    if pathlib.Path(text).suffix or pathlib.Path(text).is_file():
-        released = text.endswith(".json") and "cameras_interp" in pathlib.Path(text).read_text()
-        w2c, fractions, _ = cameras.read(text, "fantasyworld" if released else None, size)
+def load_camera(text, num_frames, size, fov_deg=65.0, amount=1.0, scene_scale=1.0, form=None):
+    """A named move, key frames or a camera file -> w2c (1, T, 3, 4) relative to frame 0 in scene units, and pixel
+    intrinsics (1, T, 3, 3) of pictures of `size`; files and key frames are in units of 1 / scene_scale scene units."""
+    zoom, intrinsics = torch.ones(num_frames), None
+    if "->" in text:
+        w2c = cameras.key_frames(text, num_frames)
+    elif pathlib.Path(text).suffix or pathlib.Path(text).exists():
+        try:
+            w2c, intrinsics, source = cameras.read(text, form, size)
+        except ValueError as error:
+            raise ValueError(str(error).replace("--from", "--camera_format")) from None
         if len(w2c) < num_frames:
             raise ValueError(f"{text}: {len(w2c)} cameras; --frames {num_frames} wants at least that many")
-        w2c = relative_to_first(torch.from_numpy(w2c[:num_frames])[None]).float()
-        w2c = torch.cat([w2c[..., :3], w2c[..., 3:] / scene_scale], -1)
-        fx, fy, cx, cy = torch.from_numpy(fractions[:num_frames]).float().unbind(-1)
-        fx, fy, cx, cy = fx * width, fy * height, cx * width, cy * height
+        if intrinsics is not None:                            # files without a size: of square pixels
+            aspect = source[1] / source[0] if source else intrinsics[0, 1] / intrinsics[0, 0]
+            intrinsics = cameras.crop_intrinsics(intrinsics[:num_frames], aspect, size)
     else:
         w2c, zoom = camera_move(text, num_frames, amount)
-        w2c = w2c[None].float()
-        fx = fy = width / 2 / np.tan(np.radians(fov_deg) / 2) * zoom.float()
-        cx, cy = torch.full_like(fx, width / 2), torch.full_like(fx, height / 2)
-    zero, one = torch.zeros_like(fx), torch.ones_like(fx)
-    return w2c, torch.stack([fx, zero, cx, zero, fy, cy, zero, zero, one], -1).view(1, num_frames, 3, 3)
+        scene_scale = 1.0
+    w2c = relative_to_first(torch.as_tensor(w2c[:num_frames])[None].double())
+    w2c = torch.cat([w2c[..., :3], w2c[..., 3:] / scene_scale], -1).float()
+    if intrinsics is None:
+        fx = zoom.double().numpy() / 2 / np.tan(np.radians(fov_deg) / 2)
+        intrinsics = np.stack([fx, fx * size[1] / size[0], fx * 0 + .5, fx * 0 + .5], -1)
+    return w2c, torch.from_numpy(pixel_matrix(intrinsics, size)).float()[None]
 
 
-def scale_of(text, K, size):
-    """--scene_scale: a number, or a depth map of the start image (.npy, .npz, .png) whose mean distance it becomes."""
-    try:
-        return float(text)
-    except ValueError:
-        depth = torch.from_numpy(read_depth(text, frames=[0]))[None]                   # (1, 1, h, w)
-        depth = F.interpolate(depth, size, mode="nearest-exact")
-        return normalize_scene(depth, torch.eye(4)[None, None, :3], K[:, :1], valid_depth(depth))[2].item()
+def mean_distance(path, K, size):
+    """Mean distance of a depth map of the start image (.npy, .npz, .png), in its unit, as seen with the cameras' K."""
+    depth = F.interpolate(torch.from_numpy(read_depth(path, frames=[0]))[None], size, mode="nearest-exact")
+    return normalize_scene(depth, torch.eye(4)[None, None, :3], K[:, :1], valid_depth(depth))[2].item()
 
 
 def sample_euler(velocity, noise, steps=50, shift=5.0, progress=iter):
@@ -129,12 +128,12 @@ SAMPLERS = {"euler": sample_euler, "unipc": sample_unipc}
 
 
 @torch.no_grad()
-def conditions(encoders, prompts, image, frames):
+def conditions(encoders, prompts, image, frames, progress=iter):
     """One encoder after another -> list of text (L, dim), y or None, clip (1, 257, 1280) or None, and the VAE.
 
     image (1, 3, 1, H, W) in [-1, 1] or None: then the model gets zeros, as for a clip whose image training dropped."""
     text = encoders.load_text()
-    texts = text(prompts)
+    texts = [text([prompt])[0] for prompt in progress(prompts)]
     del text                                                  # freed before the next encoder is loaded
     clip = encoders.load_image()(image[:, :, 0]) if image is not None and encoders.load_image else None
     vae = encoders.load_vae()
@@ -142,11 +141,13 @@ def conditions(encoders, prompts, image, frames):
 
 
 @torch.no_grad()
-def generate(model, noise, text, negative, y, clip, w2c, K, sampler, steps, shift, guidance, last_step=False):
+def generate(model, noise, text, negative, y, clip, w2c, K, sampler, steps, shift, guidance, watch=None,
+             last_step=False):
     """Sample latents (1, 16, f, h, w), then read the geometry once at READOUT_SIGMA -> latents, geometry dict.
 
-    Guidance is v_neg + g (v_pos - v_neg); camera and image are the same in both passes.  last_step: read the geometry in
-    the last step's pass with the prompt instead, as the release does."""
+    Guidance is v_neg + g (v_pos - v_neg); camera and image are the same in both passes.  watch(look) is called at
+    every step; look() is one more forward and returns the geometry seen so far.  last_step: read the geometry in the last
+    step's pass with the prompt instead, as the release does."""
     size = (8 * noise.shape[-2], 8 * noise.shape[-1])
     given, poses = dict(y=y, clip=clip, plucker=model.rays(w2c, K, size)), encode_pose(w2c, K, size)
     passes, geometry = [], {}
@@ -161,10 +162,12 @@ def generate(model, noise, text, negative, y, clip, w2c, K, sampler, steps, shif
         return model.dit(x, t, context, **given)              # stage 1: geometry does not reach the video
 
     def guided(x, t):
+        if watch:
+            watch(lambda: model(x, t, text, **given, poses=poses, video=model.stage == 2))
         v = velocity(x, t, text)
         return v if guidance == 1 else torch.lerp(velocity(x, t, negative), v, guidance)
 
-    latents = SAMPLERS[sampler](guided, noise, steps, shift, lambda grid: tqdm(grid, desc="sampling", unit="step"))
+    latents = SAMPLERS[sampler](guided, noise, steps, shift, lambda grid: bar("sampling", grid, "step"))
     if last_step:
         return latents, geometry
     t = torch.full((1,), 1000 * READOUT_SIGMA, device=noise.device)
@@ -172,86 +175,69 @@ def generate(model, noise, text, negative, y, clip, w2c, K, sampler, steps, shif
     return latents, model(x, t, text, **given, poses=poses, video=model.stage == 2)
 
 
-def trusted(depth, conf, drop=0.2):
-    """Pixels worth drawing (T, H, W): not among the least confident share, no depth edge of 5 % beside them."""
-    keep = conf >= np.quantile(conf, drop)
-    for axis in (1, 2):
-        nearer = np.minimum(depth, np.roll(depth, -1, axis))
-        edge = np.abs(np.roll(depth, -1, axis) - depth) > 0.05 * nearer
-        keep &= ~edge & ~np.roll(edge, 1, axis)               # the last row or column meets the first: a border anyway
-    return keep
+def bar(phase, items, unit):
+    """Progress with the time left; one bar for each phase."""
+    return tqdm(items, desc=f"{phase:8s}", unit=unit, dynamic_ncols=True)
 
 
-def write_ply(path, points, rgb):
-    """Binary point cloud; points (N, 3), rgb uint8 (N, 3)."""
-    vertex = np.empty(len(points), [("xyz", "<f4", 3), ("rgb", "u1", 3)])
-    vertex["xyz"], vertex["rgb"] = points, rgb
-    names = [f"property float {c}" for c in "xyz"] + [f"property uchar {c}" for c in ("red", "green", "blue")]
-    header = ["ply", "format binary_little_endian 1.0", f"element vertex {len(points)}", *names, "end_header", ""]
-    path.write_bytes("\n".join(header).encode() + vertex.tobytes())
+def previewer(folder, every):
+    """watch() of generate: the depth of up to 5 frames as folder/step-0008.png, bright is near."""
+    count = itertools.count(1)
+
+    def watch(look):
+        n = next(count)
+        if n % every == 0:
+            depth = look()["depth"][0].float().cpu().numpy()
+            pick = np.linspace(0, len(depth) - 1, min(5, len(depth))).round().astype(int)
+            folder.mkdir(parents=True, exist_ok=True)
+            pictures = depth_to_rgb(depth[pick], *np.quantile(depth, (.01, .99)))
+            write_png(folder / f"step-{n:04d}.png", tile([list(pictures)]))
+    return watch if every else None
 
 
-def export(out, video, geometry, w2c, K, fps, scale, lift_predicted=False):
-    """Write every file of a sample; video (3, T, H, W) in [-1, 1], geometry of one clip on the CPU.
+def load(args, meta, jobs, wan_dir, device):
+    """Everything that the jobs share: model, vae, texts by prompt, negative (its text), start latents and CLIP tokens
+    of the image or None, half (whether to run in bf16)."""
+    real = cache_prefix(wan_dir) != "transform"
+    negative = args.negative_prompt if args.negative_prompt is not None else NEGATIVE if real else ""
+    image = load_image(args.image, args.height, args.width, "image" in args.quirks) if args.image else None
+    encoders = make_encoders(wan_dir=wan_dir if real else "", device="cpu" if args.low_memory else device)
+    prompts = list(dict.fromkeys([job["prompt"] for job in jobs] + [negative]))
+    texts, start, clip, vae = conditions(encoders, prompts, image, args.frames, lambda p: bar("text", p, "prompt"))
+    texts = dict(zip(prompts, texts))
 
-    lift_predicted  points are lifted with the predicted cameras, not with the commanded w2c, K
-    returns  pose_metrics of the predicted against the commanded cameras"""
-    out.mkdir(parents=True, exist_ok=True)
-    rgb = ((video.permute(1, 2, 3, 0) + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).numpy()
-    height, width = rgb.shape[1:3]
-    depth, conf = (geometry[k][0].float().numpy() for k in ("depth", "depth_conf"))
-    predicted, predicted_K = decode_pose(geometry["pose_enc"][-1].float(), (height, width))
-    mask = trusted(depth, conf)
-    lift = (predicted, predicted_K) if lift_predicted else (w2c, K)
-    points = unproject(geometry["depth"].float(), *lift)[0].numpy() * scale
-    coloured = depth_to_rgb(depth, np.quantile(depth, 0.01), np.quantile(depth, 0.99))
-    sure = depth_to_rgb(conf.max() / conf, 1, conf.max() / conf.min())
-    write_video(out / "video.mp4", rgb, fps)
-    write_video(out / "depth.mp4", coloured, fps)
-    in_units = [torch.cat([E[..., :3], E[..., 3:] * scale], -1)[0].numpy() for E in (w2c, predicted)]
-    np.savez_compressed(out / "depth.npz", depth=depth * scale, conf=conf, mask=mask, w2c=in_units[0],
-                        intrinsics=K[0].numpy())
-    write_ply(out / "points.ply", points[mask], rgb[mask])
-    write_cameras(out / "cameras.txt", in_units[0], K[0].numpy(), (height, width))
-    write_cameras(out / "cameras_predicted.txt", in_units[1], predicted_K[0].numpy(), (height, width))
-    pick = np.linspace(0, len(rgb) - 1, min(5, len(rgb))).round().astype(int)
-    rows = [[x[t] for t in pick] for x in (rgb, coloured, sure)]
-    write_png(out / "sheet.png", tile(rows, zoom=max(1, round(240 / width))))
-    return pose_metrics(predicted, w2c)
+    half = args.dtype == "bf16" or args.dtype == "auto" and device.type == "cuda"
+    for path in bar("load", (args.ckpt,), "model"):
+        model = open_checkpoint(path, wan_dir, device, torch.bfloat16 if half else None, args.offload,
+                                "rays" in args.correct, args.release)
+    if args.low_memory:
+        model.depth_head.chunk = model.point_head.chunk = 4
+    if image is not None and model.dit.in_dim == 16:
+        raise ValueError(f"--image {args.image}: {wan_dir} is a text-to-video family; leave the image out")
+    return SimpleNamespace(model=model, vae=vae, texts=texts, negative=texts[negative], start=start, clip=clip, half=half)
 
 
-def parse_arguments():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add = parser.add_argument
-    add("--ckpt", required=True, help="checkpoint of stage 1 or 2, or a release's model.pth")
-    add("--wan_dir", help="folder of the video branch; default: the one it was trained with; a release needs it")
-    add("--release", help="model.pth of the release that --ckpt was fine-tuned from, if it was moved since")
-    add("--correct", nargs="+", choices=CORRECTIONS, default=[], metavar="NAME",
-        help="with a release's weights, do not as the release does: "
-             + "; ".join(f"{name}: {what}" for name, what in CORRECTIONS.items()))
-    add("--offload", type=float, metavar="GB", help="keep so many GB of weights on the device (0 = none), the others "
-        "visit it layer by layer; for a GPU that is smaller than the model")
-    add("--prompt", default="a room")
-    add("--negative_prompt", help="default: Wan's official one, in Chinese; empty for the demo")
-    add("--image", help="picture or video file whose first frame starts the video")
-    add("--camera", default="orbit", help="a move (orbit, forward, left, pan_left, zoom_in, ...) or a camera file")
-    add("--amount", type=float, default=1.0, help="strength of a named move")
-    add("--fov", type=float, default=65.0, help="horizontal field of view of a named move, degrees")
-    add("--scene_scale", default="1", help="user units per scene unit: divides a camera file's translations; a number, "
-        "or a depth map of the start image (.npy, .npz, .png), whose mean distance it becomes")
-    for name, what in (("frames", "4k + 1"), ("height", "multiple of 16"), ("width", "multiple of 16")):
-        add(f"--{name}", type=int, help=f"{what}; default: the training size")
-    add("--steps", type=int, default=50)
-    add("--sampler", default="euler", choices=SAMPLERS)
-    add("--guidance", type=float, default=5.0, help="1 = no guidance, half the work")
-    add("--shift", type=float, default=5.0)
-    add("--seed", type=int, default=0)
-    add("--fps", type=float, default=16)
-    add("--precision", default="auto", choices=["auto", "bf16", "fp32"], help="auto: bf16 on a GPU, fp32 on a CPU")
-    add("--out", default="outputs/sample", type=pathlib.Path)
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    return parser.parse_args()
+def sample_one(args, job, meta, have, w2c, K, device):
+    """Run one job -> Scene with its report."""
+    model, frames = have.model.to(device), args.frames
+    noise = torch.randn(1, 16, (frames - 1) // 4 + 1, args.height // 8, args.width // 8,
+                        generator=torch.Generator().manual_seed(job["seed"])).to(device)
+    y = None if have.start is None else start_condition(have.start.to(device), model.dit.in_dim, noise.shape[2])
+    with torch.autocast(device.type, torch.bfloat16, enabled=have.half):
+        latents, geometry = generate(model, noise, [have.texts[job["prompt"]]], [have.negative], y, have.clip,
+                                     w2c.to(device), K.to(device), args.sampler, args.steps, args.shift, args.guidance,
+                                     previewer(job["out"] / "preview", args.preview_every), "readout" in args.quirks)
+    if args.low_memory:
+        model.to("cpu")
+    video = have.vae.decode(latents.float().cpu(), progress=lambda steps: bar("decode", steps, "step"))[0].cpu()
+    geometry = {k: v.cpu() for k, v in geometry.items() if k != "velocity"}
+    scene = make_scene(video, geometry, w2c, K, args.fps, args.scene_scale, args.drop, args.lift)
+    scene.unit, warning = args.unit, scene.report["unit"]["warning"]
+    scene.report.update(
+        prompt=job["prompt"], settings=job["settings"], warnings=[warning] if warning else [],
+        facts=f"{frames} frames of {args.height} x {args.width}, camera {args.camera}, {args.sampler} {args.steps} steps, "
+              f"guidance {args.guidance:g}, seed {job['seed']}; checkpoint stage {meta['stage']}, step {meta['step']}")
+    return scene
 
 
 def main():
@@ -260,44 +246,36 @@ def main():
     if meta.get("stage") not in ("1", "2"):
         raise ValueError(f"{args.ckpt}: stage {meta.get('stage')}; wanted a stage 1 or stage 2 checkpoint")
     trained = json.loads(meta["train_config"])
-    frames = args.frames or trained["num_frames"]
-    height, width = args.height or trained["height"], args.width or trained["width"]
-    if frames < 5 or frames % 4 != 1 or height % 16 or width % 16:
-        raise ValueError(f"--frames {frames} --height {height} --width {width}: wanted 4k + 1 frames, multiples of 16")
-    _, K = load_camera(args.camera, frames, (height, width), args.fov, args.amount, 1.0)
-    scale = scale_of(args.scene_scale, K, (height, width))
-    w2c, K = load_camera(args.camera, frames, (height, width), args.fov, args.amount, scale)
-    device = torch.device(args.device)
+    check_arguments(args, trained)
+    names, size, device = export_names(args.export), (args.height, args.width), torch.device(args.device)
     wan_dir = args.wan_dir or trained["wan_dir"]
-    quirks = set(CORRECTIONS) - set(args.correct) if meta.get("release") else set()
     if meta.get("release") and not wan_dir:
         raise ValueError(f"{args.ckpt}: a release needs --wan_dir, the folder of Wan2.1-I2V-14B-480P, for its encoders")
-    real = cache_prefix(wan_dir) != "transform"
-    negative = args.negative_prompt if args.negative_prompt is not None else NEGATIVE if real else ""
-    image = load_image(args.image, height, width, "image" in quirks) if args.image else None
-    encoders = make_encoders(wan_dir=wan_dir if real else "", device=device)
-    text, start, clip, vae = conditions(encoders, [args.prompt, negative], image, frames)
-    half = args.precision == "bf16" or args.precision == "auto" and device.type == "cuda"
-    model = open_checkpoint(args.ckpt, wan_dir, device, torch.bfloat16 if half else None, args.offload,
-                            "rays" in args.correct, args.release)
-    noise = torch.randn(1, 16, (frames - 1) // 4 + 1, height // 8, width // 8,
-                        generator=torch.Generator().manual_seed(args.seed)).to(device)
-    if image is not None and model.dit.in_dim == 16:
-        raise ValueError(f"--image {args.image}: {wan_dir} is a text-to-video family; leave the image out")
-    y = None if start is None else start_condition(start.to(device), model.dit.in_dim, noise.shape[2])
-    with torch.autocast(device.type, torch.bfloat16, enabled=half):
-        latents, geometry = generate(model, noise, text[:1], text[1:], y, clip, w2c.to(device), K.to(device),
-                                     args.sampler, args.steps, args.shift, args.guidance, "readout" in quirks)
-    del model
-    video = vae.decode(latents.float().cpu())[0].cpu()
-    geometry = {k: v.cpu() for k, v in geometry.items() if k != "velocity"}
-    metric = export(args.out, video, geometry, w2c, K, args.fps, scale, "points" in quirks)
-    print(f"{args.out}: video.mp4 depth.mp4 depth.npz points.ply cameras.txt sheet.png | predicted against commanded "
-          f"cameras: rotation {metric['rot_deg']:.2f} deg, translation {metric['trans']:.3f} scene units")
+    args.quirks = sorted(set(CORRECTIONS) - set(args.correct)) if meta.get("release") else []
+    args.lift = args.lift or ("predicted" if meta.get("release") else "commanded")
+    if meta.get("release") and args.camera.endswith(".json"):
+        args.camera_format = args.camera_format or "fantasyworld"
+    if isinstance(args.scene_scale, pathlib.Path):
+        _, K = load_camera(args.camera, args.frames, size, args.fov, args.amount, 1.0, args.camera_format)
+        args.scene_scale = mean_distance(args.scene_scale, K, size)
+    w2c, K = load_camera(args.camera, args.frames, size, args.fov, args.amount, args.scene_scale, args.camera_format)
+    jobs = plan(args, read_prompts(args.prompt), meta)
+    have = load(args, meta, jobs, wan_dir, device) if jobs else None
+    for i, job in enumerate(jobs):
+        if len(jobs) > 1:
+            print(f"{i + 1} of {len(jobs)}: {job['prompt']}, seed {job['seed']}", flush=True)
+        scene = sample_one(args, job, meta, have, w2c, K, device)
+        export(scene, job["out"], names, lambda n: bar("export", n, "file"))
+        print(f"{job['out']}: {' '.join(EXPORTS[n][0] for n in names)} report.json",
+              *describe(scene.report, args.unit), sep="\n", flush=True)
 
 
 if __name__ == "__main__":
     try:
         main()
+    except torch.OutOfMemoryError as error:
+        print(f"sample.py: {str(error).splitlines()[0]}; try --low_memory, fewer --frames or a smaller size", file=sys.stderr)
+        sys.exit(2)
     except ValueError as error:
-        raise SystemExit(f"sample.py: {error}") from None
+        print(f"sample.py: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)

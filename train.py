@@ -428,7 +428,7 @@ def main(options):
             saved = done
         if eval_every and done % eval_every == 0:     # after saving: it can take longer than a preemption's grace
             rows = evaluate(model, clips["val"], dev, autocast, settings, rank, world,
-                            out / "eval" / f"step-{done}.png")
+                            lambda image: records.picture(done, image))
             for name, row in rows.items():
                 log(f"# val step {done} {name} | " + " | ".join(f"{k} {v:.4g}" for k, v in row.items()))
                 records.scalars(done, {f"val {name}/{key}": value for key, value in row.items()})
@@ -452,5 +452,8 @@ if __name__ == "__main__":
                 print(describe(path))
         else:
             main(config.apply(globals(), sys.argv[1:]))
+    except torch.OutOfMemoryError as error:
+        raise SystemExit(f"train.py: {str(error).splitlines()[0]} Halve --batch_size and double --grad_accum, or set "
+                         f"--checkpoint_activations=True") from None
     except ValueError as error:                 # bad input: one line that names it, no traceback
         raise SystemExit(f"train.py: {error}") from None

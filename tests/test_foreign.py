@@ -24,8 +24,8 @@ from checkpoints import save_checkpoint
 from data import encode, read_video, synth
 from foreign import export_release, load_release, load_weights, metadata_of, offload, open_checkpoint
 from geometry import GeoBlock, rope_2d
+from jobs import CORRECTIONS
 from model import FantasyWorld
-from sample import CORRECTIONS
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -168,7 +168,8 @@ def test_a_release_is_sampled_its_way_and_with_corrections(folder, clips, tmp_pa
     first, video = sample(monkeypatch, folder / "model.pth", tmp_path / "theirs", clips)
     assert video.shape == (5, 32, 48, 3)
     np.testing.assert_allclose(first["w2c"][-1, :, 3], [0, 0, -1], atol=1e-5)      # in the file's unit: 1 forward
-    ours, _ = sample(monkeypatch, folder / "model.pth", tmp_path / "ours", clips, "--offload", 0, "--correct", *CORRECTIONS)
+    ours, _ = sample(monkeypatch, folder / "model.pth", tmp_path / "ours", clips, "--offload", 0, "--correct",
+                     *CORRECTIONS, "--lift", "commanded")
     assert not np.allclose(first["depth"], ours["depth"], rtol=1e-3)
 
 
@@ -206,9 +207,10 @@ def test_a_release_that_was_loaded_and_saved_is_exported_as_it_was(tmp_path):
         export_release(tmp_path / "other.safetensors", tmp_path / "no.pth")
 
 
-def test_what_a_release_lacks_is_asked_for_with_the_cure(folder, tmp_path, monkeypatch):
-    with pytest.raises(SystemExit, match="a release needs --wan_dir"):
+def test_what_a_release_lacks_is_asked_for_with_the_cure(folder, tmp_path, monkeypatch, capsys):
+    with pytest.raises(SystemExit):
         command(monkeypatch, "sample.py", "--ckpt", folder / "model.pth", "--camera", "forward")
+    assert "a release needs --wan_dir" in capsys.readouterr().err
     with pytest.raises(ValueError, match="patch_embedding.weight is missing; without --wan_dir"):
         load_release(str(folder / "model.pth"))
     with pytest.raises(ValueError, match="gone.pth: no such file; a model fine-tuned from a release needs"):

@@ -5,12 +5,15 @@ import pathlib
 ROOT = pathlib.Path(__file__).parents[1]
 ALLOWED = dict(geometry=set(), cameras={"geometry"}, metrics={"geometry"}, encoders=set(), scenes={"geometry"},
                model={"geometry", "released", "foreign"}, released={"geometry"}, checkpoints={"model"},
-               foreign={"checkpoints", "model", "released"}, control=set(), records=set(),
-               evaluate={"foreign", "data", "geometry", "metrics", "model"},
+               foreign={"checkpoints", "model", "released"}, control=set(), records={"data"},
+               draw={"data"},
+               evaluate={"foreign", "data", "draw", "geometry", "metrics", "model"},
+               page={"data", "geometry"}, jobs={"cameras", "export"},
+               export={"cameras", "data", "draw", "geometry", "metrics", "page"},
                verify={"cameras", "data", "geometry"},
                data={"geometry", "cameras", "scenes", "encoders", "verify"},
                train={"config", "model", "geometry", "checkpoints", "foreign", "control", "records", "evaluate", "data"},
-               sample={"model", "geometry", "cameras", "foreign", "data", "encoders"})
+               sample={"model", "geometry", "cameras", "foreign", "data", "encoders", "export", "jobs"})
 
 
 def imports(node):

@@ -147,7 +147,7 @@ def test_sampling_writes_every_file_and_repeats_itself(stages):
         assert "predicted against commanded" in text
         out = root / f"sample{stage}"
         assert read_video(out / "video.mp4")[0].shape == (5, 32, 48, 3)
-        assert read_video(out / "depth.mp4")[0].shape == (5, 32, 48, 3)
+        assert read_video(out / "depth.mp4")[0].shape == (5, 32 + 14, 48, 3)           # and its legend
         w2c, fractions = read_cameras(out / "cameras.txt")
         assert len(w2c) == 5 and abs(w2c[0] - torch.eye(4).numpy()[:3]).max() < 1e-6
         header, _, body = (out / "points.ply").read_bytes().partition(b"end_header\n")

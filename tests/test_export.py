@@ -1,0 +1,267 @@
+"""Files of a sample, read back by readers written from the formats' own descriptions."""
+import json
+import struct
+
+import numpy as np
+import pytest
+import torch
+
+import cameras
+import export as E
+from data import read_array, read_video
+from geometry import encode_pose, inv_se3, normalize_scene, unproject
+from scenes import render_clip
+
+T, H, W = 5, 32, 48
+
+
+def sampled(seed=4, bend=0.0, told_scale=None, slow=1.0, drop=20.0):
+    """A rendered room as a perfect model would sample it; slow: the predicted path's length, bend: its rotation error."""
+    clip = render_clip(seed, T, H, W, "simple")
+    depth, w2c = torch.from_numpy(clip["depth"])[None], torch.from_numpy(clip["w2c"]).float()[None]
+    K = torch.from_numpy(clip["intrinsics"]).float().expand(1, T, 3, 3)
+    depth, w2c, scale = normalize_scene(depth, w2c, K, depth > 0)
+    seen = w2c.clone()
+    seen[..., 3] *= slow
+    turn = torch.tensor([[np.cos(bend), 0, np.sin(bend)], [0, 1, 0], [-np.sin(bend), 0, np.cos(bend)]]).float()
+    seen[:, 1:, :, :3] = turn @ seen[:, 1:, :, :3]
+    conf = (1 + torch.linspace(0, 1, H * W)).view(1, 1, H, W).repeat(1, T, 1, 1)
+    geometry = dict(depth=depth, depth_conf=conf, pose_enc=encode_pose(seen, K, (H, W))[None], points=unproject(depth, w2c, K))
+    scene = E.make_scene(torch.from_numpy(clip["rgb"]).permute(3, 0, 1, 2) / 127.5 - 1, geometry, w2c, K, 16.0,
+                         float(scale) if told_scale is None else told_scale, drop)
+    scene.report.update(prompt="a room", facts="rendered", warnings=[])
+    return scene, clip
+
+
+@pytest.fixture(scope="module")
+def scene():
+    return sampled()[0]
+
+
+@pytest.fixture(scope="module")
+def out(scene, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("all")
+    E.export(scene, folder, E.export_names("all"))
+    return folder
+
+
+# ---- the user's unit
+def test_depth_comes_back_in_the_users_unit_when_the_predicted_path_is_the_commanded_one():
+    scene, clip = sampled()
+    unit = scene.report["unit"]
+    assert unit["fitted"] and unit["residual"] < 1e-5 * unit["scale"]
+    np.testing.assert_allclose(scene.depth, clip["depth"], rtol=2e-4)
+    assert scene.report["control"]["rot_deg"] < 0.05 and scene.report["control"]["trans"] < 1e-4 * unit["scale"]
+
+
+def test_a_path_of_half_the_commanded_length_means_that_scene_units_are_twice_as_long():
+    """Hand computed: centres p = c / 2 are laid on c by the factor 2, whatever scale the model was told."""
+    (full, _), (half, _) = sampled(), sampled(slow=0.5)
+    assert abs(half.report["unit"]["scale"] / full.report["unit"]["scale"] - 2) < 1e-3
+    np.testing.assert_allclose(half.depth, 2 * full.depth, rtol=1e-3)
+    np.testing.assert_allclose(half.predicted, full.predicted, atol=1e-3)
+    np.testing.assert_array_equal(half.w2c, full.w2c)                             # the commanded path is the user's
+
+
+def test_a_path_too_short_or_not_followed_keeps_the_told_scale_and_says_so():
+    still = np.tile(np.eye(4)[:3], (T, 1, 1))
+    unit = E.fit_unit(still, still, 3.0)
+    assert unit["scale"] == 3 and not unit["fitted"] and "move too little" in unit["warning"]
+    walk, away = still.copy(), still.copy()
+    walk[:, 0, 3], away[:, 1, 3] = np.linspace(0, 1, T), np.random.default_rng(0).normal(size=T)
+    unit = E.fit_unit(walk, away, 3.0)
+    assert unit["scale"] == 3 and "do not follow the commanded path" in unit["warning"] and unit["residual"] > 0
+
+
+def test_a_rotation_error_of_3_degrees_is_reported_as_3_degrees():
+    frames = sampled(bend=np.radians(3))[0].report["control"]["frames"]
+    assert frames[0]["rot_deg"] < 0.01 and all(abs(f["rot_deg"] - 3) < 0.01 for f in frames[1:])
+
+
+def test_consistency_is_near_perfect_on_a_true_scene_and_worse_with_depth_off_by_a_tenth(scene):
+    true = scene.report["consistency"]
+    assert true["depth"] < 0.5 and true["colour"] < true["colour_still"] and true["heads"] < 0.1
+    depth = scene.depth * (1 + 0.1 * np.arange(T)[:, None, None] / T).astype(np.float32)
+    wrong = E.measure(E.Scene(**{**scene.__dict__, "depth": depth}))["consistency"]
+    assert wrong["depth"] > 3 * true["depth"] and wrong["colour"] > true["colour"]
+
+
+def test_nan_geometry_is_refused_with_the_cure():
+    bad = torch.full((1, T, H, W), float("nan"))
+    with pytest.raises(ValueError, match="NaN.*--dtype fp32"):
+        E.make_scene(torch.zeros(3, T, H, W), dict(depth=bad, depth_conf=bad, pose_enc=torch.zeros(1, 1, T, 9)),
+                     torch.eye(4)[:3].expand(1, T, 3, 4), torch.eye(3).expand(1, T, 3, 3))
+
+
+# ---- videos and depth
+def test_video_and_depth_video_with_its_legend(scene, out):
+    frames, fps = read_video(out / "video.mp4")
+    assert frames.shape == (T, H, W, 3) and fps == 16 and np.abs(frames.astype(int) - scene.rgb).mean() < 6
+    depth, _ = read_video(out / "depth.mp4")
+    assert depth.shape == (T, H + 14, W, 3)
+    strip = depth[0, H + 1:H + 3].mean(0).astype(int)
+    assert strip[0].sum() > 450 and strip[-1].sum() < 250                          # near is bright, far is dark
+
+
+def test_depth_arrays_and_16_bit_pictures_hold_the_depth(scene, out):
+    with np.load(out / "depth.npz") as f:
+        assert f["depth"].dtype == np.float32 and f["mask"].dtype == bool and f["conf"].min() >= 1
+        np.testing.assert_array_equal(f["depth"], scene.depth)
+        np.testing.assert_allclose(f["w2c"], scene.w2c, atol=1e-6)
+    step = json.loads((out / "depth_png" / "scale.json").read_text())["depth_scale"]
+    for t in range(T):
+        assert np.abs(read_array(out / "depth_png" / f"frame_{t:05d}.png") * step - scene.depth[t]).max() <= step * .51
+    assert scene.depth.max() / step > 6500                                         # at least that many levels are used
+
+
+# ---- point clouds
+def read_ply(path):
+    header, _, body = path.read_bytes().partition(b"end_header\n")
+    lines = header.decode().split("\n")
+    assert lines[:2] == ["ply", "format binary_little_endian 1.0"]
+    names = [(line.split()[2], dict(float="<f4", uchar="u1")[line.split()[1]]) for line in lines if line[:8] == "property"]
+    table = np.frombuffer(body, names)
+    assert len(table) == int(lines[2].split()[2])
+    return table
+
+
+def test_ply_holds_the_sure_points_off_edges_and_frames_add_up(scene, out):
+    table = read_ply(out / "points.ply")
+    assert len(table) == scene.mask.sum() < 0.81 * T * H * W
+    np.testing.assert_array_equal(np.stack([table[c] for c in "xyz"], 1), scene.points()[scene.mask])
+    np.testing.assert_array_equal(np.stack([table[c] for c in ("red", "green", "blue")], 1), scene.rgb[scene.mask])
+    assert sum(len(read_ply(out / "points" / f"frame_{t:05d}.ply")) for t in range(T)) == len(table)
+
+
+def test_depth_edges_and_the_picture_border_at_a_jump_are_left_out():
+    depth = np.ones((1, 6, 8), np.float32)
+    depth[..., 4:] = 2
+    keep = E.off_edges(depth)
+    assert not keep[0, :, [0, 3, 4, 7]].any() and keep[0, :, [1, 2, 5, 6]].all()
+
+
+def test_glb_is_valid_gltf_with_y_up(scene, out):
+    data = (out / "points.glb").read_bytes()
+    magic, version, length = struct.unpack_from("<4sII", data)
+    assert (magic, version, length) == (b"glTF", 2, len(data))
+    size, kind = struct.unpack_from("<I4s", data, 12)
+    assert kind == b"JSON" and size % 4 == 0
+    tree, (body_size, kind) = json.loads(data[20:20 + size]), struct.unpack_from("<I4s", data, 20 + size)
+    body = data[28 + size:]
+    assert kind == b"BIN\0" and body_size == len(body) == tree["buffers"][0]["byteLength"] and body_size % 4 == 0
+    primitive = tree["meshes"][0]["primitives"][0]
+    assert primitive["mode"] == 0 and tree["scenes"][0]["nodes"] == [0]
+    arrays = {}
+    for name, index in primitive["attributes"].items():
+        a = tree["accessors"][index]
+        view = tree["bufferViews"][a["bufferView"]]
+        width = {"VEC3": 3, "VEC4": 4}[a["type"]]
+        arrays[name] = np.frombuffer(body, {5126: "<f4"}[a["componentType"]], a["count"] * width,
+                                     view["byteOffset"]).reshape(-1, width)
+    position = tree["accessors"][0]
+    np.testing.assert_allclose(arrays["POSITION"].min(0), position["min"], rtol=1e-6)
+    np.testing.assert_allclose(arrays["POSITION"].max(0), position["max"], rtol=1e-6)
+    np.testing.assert_array_equal(arrays["POSITION"] * [1, -1, -1], scene.points()[scene.mask])
+    linear = (scene.rgb[scene.mask] / 255 + .055) / 1.055                         # sRGB curve above 0.04
+    bright = (scene.rgb[scene.mask] > 11).all(1)
+    np.testing.assert_allclose(arrays["COLOR_0"][bright, :3], linear[bright] ** 2.4, atol=1e-5)
+    assert (arrays["COLOR_0"][:, 3] == 1).all()
+
+
+def test_gaussians_have_the_reference_columns_colours_and_pixel_sized_widths(scene, out):
+    table = read_ply(out / "gaussians.ply")
+    wanted = ["x", "y", "z", "nx", "ny", "nz", *(f"f_dc_{i}" for i in range(3)), *(f"f_rest_{i}" for i in range(45)),
+              "opacity", *(f"scale_{i}" for i in range(3)), *(f"rot_{i}" for i in range(4))]
+    assert list(table.dtype.names) == wanted and len(table) == scene.mask.sum()
+    rgb = np.stack([0.5 + 0.28209479 * table[f"f_dc_{c}"] for c in range(3)], 1) * 255
+    np.testing.assert_allclose(rgb, scene.rgb[scene.mask], atol=0.01)
+    fx = scene.intrinsics[0, 0] * W
+    np.testing.assert_allclose(np.exp(table["scale_0"]), scene.depth[scene.mask] / fx, rtol=1e-4)
+    assert (table["rot_0"] == 1).all() and np.allclose(1 / (1 + np.exp(-table["opacity"])), 0.8)
+
+
+# ---- cameras and folders
+def test_cameras_come_back_from_every_format(scene, out):
+    assert len(list((out / "cameras" / "commanded").iterdir())) == len(cameras.FORMATS)
+    for who, w2c in (("commanded", scene.w2c), ("predicted", scene.predicted)):
+        for path in (out / "cameras" / who).iterdir():
+            form = path.stem if path.suffix == ".json" and path.stem in cameras.FORMATS else None
+            found, intrinsics, _ = cameras.read(path, form, (H, W))
+            np.testing.assert_allclose(found, w2c, atol=1e-6, err_msg=str(path))
+            if intrinsics is not None and who == "commanded":
+                np.testing.assert_allclose(intrinsics, scene.intrinsics, atol=1e-6, err_msg=str(path))
+    np.testing.assert_allclose(cameras.read(out / "cameras.txt")[0], scene.w2c, atol=1e-9)
+    np.testing.assert_allclose(cameras.read(out / "cameras_predicted.txt")[0], scene.predicted, atol=1e-9)
+
+
+def test_a_zooming_camera_is_left_out_of_formats_that_hold_one_focal_length(scene, tmp_path):
+    zoom = E.Scene(**{**scene.__dict__, "intrinsics": scene.intrinsics * np.linspace(1, 1.5, T)[:, None] ** [1, 1, 0, 0]})
+    left_out = E.write_camera_files(zoom, tmp_path / "cameras")
+    assert left_out == ["commanded/fantasyworld.json", "commanded/worldscore.json"]
+
+
+def test_colmap_folder_in_bytes_and_in_text(scene, out):
+    for place in ("sparse/0", "text"):
+        w2c, intrinsics, size = cameras.read_colmap(out / "colmap" / place)
+        np.testing.assert_allclose(w2c, scene.w2c, atol=1e-9)
+        np.testing.assert_allclose(intrinsics, scene.intrinsics, atol=1e-9)
+        assert size == (H, W)
+    data = (out / "colmap" / "sparse" / "0" / "points3D.bin").read_bytes()
+    (count,), at, found = struct.unpack_from("<Q", data), 8, []
+    for _ in range(count):                                  # id, xyz, rgb, error, track length, (image, point) pairs
+        point = struct.unpack_from("<Q3d3BdQ", data, at)
+        found.append(point[1:7])
+        at += 43 + 8 + 8 * point[-1]
+    assert at == len(data) and count == scene.mask.sum()
+    np.testing.assert_allclose(np.array(found)[:, :3], scene.points()[scene.mask], rtol=1e-6)
+    text = [line.split() for line in (out / "colmap" / "text" / "points3D.txt").read_text().splitlines()]
+    np.testing.assert_allclose(np.array(text, float)[:, 1:7], np.array(found), rtol=1e-5, atol=1e-6)
+    assert sorted(p.name for p in (out / "colmap" / "images").iterdir()) == [f"frame_{t:05d}.png" for t in range(T)]
+
+
+def test_nerfstudio_folder_projects_its_points_to_the_pixels_they_came_from(scene, out):
+    """OpenGL camera: x right, y up, looks along -z; u = cx + fl_x x / -z, v = cy - fl_y y / -z."""
+    tree = json.loads((out / "nerfstudio" / "transforms.json").read_text())
+    ply = read_ply(out / "nerfstudio" / tree["ply_file_path"])
+    xyz = np.stack([ply[c] for c in "xyz"] + [np.ones(len(ply))], 1)
+    index = np.flatnonzero(scene.mask)
+    for t, frame in enumerate(tree["frames"]):
+        assert (out / "nerfstudio" / frame["file_path"]).is_file()
+        depth = read_array(out / "nerfstudio" / frame["depth_file_path"]) * tree["depth_unit_scale_factor"]
+        np.testing.assert_allclose(depth, scene.depth[t], atol=tree["depth_unit_scale_factor"])
+        own = index // (H * W) == t
+        cam = xyz[own] @ np.linalg.inv(frame["transform_matrix"]).T
+        u, v = (frame["cx"] + frame["fl_x"] * cam[:, 0] / -cam[:, 2], frame["cy"] - frame["fl_y"] * cam[:, 1] / -cam[:, 2])
+        np.testing.assert_allclose(u, index[own] % W + .5, atol=1e-3)
+        np.testing.assert_allclose(v, index[own] // W % H + .5, atol=1e-3)
+
+
+def test_points_lifted_with_the_predicted_cameras_lie_where_those_see_them(scene):
+    bent, _ = sampled(bend=0.1)
+    seen = E.Scene(**{**bent.__dict__, "lift": "predicted"})
+    w2c, K = seen.cameras()
+    cam = np.einsum("tij,thwj->thwi", w2c[:, :, :3], seen.points()) + w2c[:, None, None, :, 3]
+    np.testing.assert_allclose(cam[..., 2], seen.depth, rtol=1e-4)
+    assert w2c is seen.predicted and not np.allclose(seen.points(), bent.points(), atol=1e-2)
+
+
+# ---- choosing
+def test_export_all_writes_every_name_and_unknown_names_are_refused(out):
+    assert all((out / name).exists() for name, _ in E.EXPORTS.values()) and (out / "report.json").is_file()
+    with pytest.raises(ValueError, match="--export obj: unknown; wanted all, or names of video,"):
+        E.export_names("video,obj")
+
+
+def test_a_rerun_with_fewer_frames_leaves_no_stale_picture(scene, tmp_path):
+    E.export(scene, tmp_path, ["png"])
+    short = E.Scene(**{**scene.__dict__, "depth": scene.depth[:3]})
+    E.export(short, tmp_path, ["png"])
+    assert len(list((tmp_path / "depth_png").glob("*.png"))) == 3
+
+
+def test_points_are_thinned_evenly_to_the_number_asked_for(scene):
+    xyz, rgb, index = scene.cloud(100)
+    assert xyz.shape == (100, 3) and rgb.shape == (100, 3) and (np.diff(index) > 0).all()
+    assert {int(i) // (H * W) for i in index} == set(range(T))
+    centre = inv_se3(torch.from_numpy(scene.w2c))[index // (H * W), :, 3].numpy()
+    assert (np.linalg.norm(xyz - centre, axis=1) >= scene.depth.reshape(-1)[index] - 1e-4).all()

@@ -1,0 +1,153 @@
+"""scene.html: what is inside, and how it behaves in a browser without network."""
+import base64
+import json
+import re
+
+import numpy as np
+import pytest
+
+import page
+from browser import BROWSER, opened
+from export import Scene, write_page
+from test_export import H, T, W, sampled
+
+needs_browser = pytest.mark.skipif(BROWSER is None, reason="no Chromium here (apt-get install chromium-headless-shell)")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    scene = sampled()[0]
+    scene.report.update(prompt='a </script><b>"room"</b>', warnings=["lengths are unchecked"])
+    path = tmp_path_factory.mktemp("page") / "scene.html"
+    write_page(scene, path)
+    return scene, path
+
+
+def contents(path):
+    return json.loads(re.search(r"<script>const S = (.*?);</script>", path.read_text(), re.S)[1])
+
+
+def test_the_page_asks_for_nothing_from_outside_and_no_prompt_can_break_it(made):
+    text, data = made[1].read_text(), contents(made[1])
+    assert not re.search(r"""(src|href)\s*=\s*["']?(http|//)|import |fetch\(|url\(""", text)
+    assert data["title"] == 'a </script><b>"room"</b>' and text.count("</script>") == 2
+    assert base64.b64decode(data["video"])[4:8] == b"ftyp" and list(made[1].parent.iterdir()) == [made[1]]
+
+
+def test_the_page_holds_depth_to_a_thousandth_and_drops_edges(made):
+    scene, data = made[0], contents(made[1])
+    code = np.frombuffer(base64.b64decode(data["depth"]), "<u2").reshape(T, *data["grid"])
+    assert data["stride"] == 1 and data["grid"] == [H, W]
+    np.testing.assert_array_equal(code > 0, scene.solid())
+    depth = 1 / (1 / data["far"] + code / 65535 * (1 / data["near"] - 1 / data["far"]))
+    inside = (code > 1) & (code < 65535)
+    np.testing.assert_allclose(depth[inside], scene.depth[inside], rtol=1e-3)
+    rank = np.frombuffer(base64.b64decode(data["colour"]), np.uint8).reshape(T, H, W, 4)[..., 3]
+    assert abs(np.mean(rank < 0.2 * 255) - 0.2) < 0.02                              # a rank: 20 % are below 20 %
+
+
+def test_81_frames_stay_below_15_mb_at_default_density():
+    """6 bytes a sample, 4/3 in base64; noise that no codec can shrink costs 81 frames of 592 x 336 about 3 MB more."""
+    for size in ((336, 592), (592, 336)):
+        stride = page.page_stride(81, size)
+        assert 81 * -(-size[0] // stride) * -(-size[1] // stride) * 8 < 9e6
+
+
+def changed(a, b):
+    return np.mean(np.abs(a.astype(int) - b.astype(int)).max(-1) > 12)
+
+
+PIXELS = """(() => { viewer.draw(); const g = viewer.gl, w = g.drawingBufferWidth, h = g.drawingBufferHeight,
+  a = new Uint8Array(4 * w * h); g.readPixels(0, 0, w, h, g.RGBA, g.UNSIGNED_BYTE, a);
+  let s = ""; for (let i = 0; i < a.length; i += 4) s += String.fromCharCode(a[i], a[i + 1], a[i + 2]); return [w, h, btoa(s)]; })()"""
+
+
+def pixels(browser):
+    w, h, data = browser.run(PIXELS)
+    return np.frombuffer(base64.b64decode(data), np.uint8).reshape(h, w, 3)
+
+
+def touch(browser, kind, *points):
+    browser.call("Input.dispatchTouchEvent", type=kind, touchPoints=[dict(x=x, y=y, id=i) for i, (x, y) in enumerate(points)])
+
+
+@needs_browser
+def test_the_page_draws_reacts_and_reports_no_error(made):
+    with opened(made[1], 900, 600) as browser:
+        first = pixels(browser)
+        background = (first == first[0, 0]).all(-1).mean()
+        assert 0.1 < 1 - background < 0.95, background
+        assert browser.run("document.querySelector('h1').textContent") == 'a </script><b>"room"</b>'
+        assert "lengths are unchecked" in browser.run("document.body.innerText")
+
+        def after(script, least=0.01):
+            before = pixels(browser)
+            browser.run(script)
+            assert changed(before, pixels(browser)) > least, script
+
+        after("document.querySelector('[data-v=\"0\"][title]').click()")            # this frame alone
+        after("(e => { e.value = 4; e.dispatchEvent(new Event('input')); })(document.getElementById('time'))", 0.002)
+        assert browser.run("viewer.state.frame") == 4 and "frame 5 of 5" in browser.run("document.body.innerText")
+        for button in (1, 2, 0):
+            after(f"document.getElementById('colour').children[{button}].click()", 0.03)
+        after("(e => { e.value = 3; e.dispatchEvent(new Event('input')); })(document.getElementById('size'))")
+        after("(e => { e.value = 80; e.dispatchEvent(new Event('input')); })(document.getElementById('unsure'))")
+        after("document.getElementById('ride').click()", 0.02)
+        after("document.getElementById('reset').click()", 0.02)
+        after("document.getElementById('show').children[0].click()")
+        assert browser.problems == []
+
+
+@needs_browser
+def test_mouse_wheel_keys_and_two_fingers_move_the_view(made):
+    view = "JSON.stringify(viewer.state.view)"
+    with opened(made[1], 900, 600) as browser:
+        def moved(*names):
+            now = json.loads(browser.run(view))
+            found = {k for k in now if now[k] != moved.before[k]}
+            moved.before = now
+            assert found == set(names), found
+        moved.before = json.loads(browser.run(view))
+        mouse = lambda kind, x, y, **more: browser.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, **more)
+        mouse("mousePressed", 200, 200, button="left", buttons=1, clickCount=1)
+        mouse("mouseMoved", 260, 230, button="left", buttons=1)
+        mouse("mouseReleased", 260, 230, button="left", clickCount=1)
+        moved("yaw", "pitch")
+        mouse("mouseWheel", 200, 200, deltaX=0, deltaY=120)
+        moved("distance")
+        mouse("mousePressed", 200, 200, button="right", buttons=2, clickCount=1)
+        mouse("mouseMoved", 260, 230, button="right", buttons=2)
+        mouse("mouseReleased", 260, 230, button="right", clickCount=1)
+        moved("target")
+        touch(browser, "touchStart", (200, 200))
+        touch(browser, "touchMove", (240, 200))
+        touch(browser, "touchEnd")
+        moved("yaw")
+        touch(browser, "touchStart", (200, 200), (300, 200))
+        touch(browser, "touchMove", (180, 200), (320, 220))
+        touch(browser, "touchEnd")
+        moved("distance", "target")
+        for key, check in (("2", "viewer.state.colour === 1"), ("s", "viewer.state.mode === 1"), ("]", "viewer.state.size > 1.3"),
+                           ("ArrowRight", "viewer.state.frame === 1"), ("c", "viewer.state.ride"), ("h", "!!document.querySelector('#help.open')")):
+            browser.call("Input.dispatchKeyEvent", type="keyDown", key=key)
+            assert browser.run(check), key
+        assert browser.problems == []
+
+
+@needs_browser
+def test_the_video_plays_and_without_its_codec_the_points_own_colours_do(made, tmp_path):
+    ended = "new Promise(done => { viewer.play(true); const wait = () => viewer.state.playing ? setTimeout(wait, 30) : done(viewer.state.frame); wait(); })"
+    with opened(made[1], 900, 600) as browser:
+        ready = browser.run("new Promise(done => { const v = document.getElementById('video'), wait = () => v.readyState > 1 ? "
+                            "done('plays') : v.error ? done('no codec') : setTimeout(wait, 20); wait(); })")
+        assert browser.run(ended) == T - 1 and browser.problems == []
+        assert ready == "plays" or browser.run("!document.getElementById('frame').hidden")
+    scene = Scene(**made[0].__dict__)
+    write_page(scene, tmp_path / "scene.html")
+    text = (tmp_path / "scene.html").read_text()
+    data = contents(tmp_path / "scene.html")
+    (tmp_path / "broken.html").write_text(text.replace(data["video"], base64.b64encode(b"no video at all").decode()))
+    with opened(tmp_path / "broken.html", 900, 600) as browser:
+        browser.run("new Promise(done => setTimeout(done, 300))")
+        assert browser.run("document.getElementById('video').hidden && !document.getElementById('frame').hidden")
+        assert browser.run(ended) == T - 1
