@@ -557,12 +557,14 @@ class FantasyWorld(nn.Module):
         quirk = self.cfg.released and not self.cfg.true_rays
         return released.constant_rays(w2c, K, size) if quirk else plucker_rays(w2c, K, size)
 
-    def attention_adapters(self, plucker, keep):
-        """Video block -> what the release's camera module does inside its cross-attention; {} for our own models."""
-        if not self.cfg.released or self.stage != 2 or plucker is None:
-            return {}
-        rays = self.ray_encoder(plucker)                                               # (B, N, R)
-        return {i: partial(adapter, rays=rays, keep=keep) for i, adapter in enumerate(self.camera_adapters)}
+    def ray_features(self, plucker):
+        """Rays (B, 6, T, H, W) or None -> (B, N, R) for the release's camera module; None without one, or without rays."""
+        return self.ray_encoder(plucker) if self.cfg.released and self.stage == 2 and plucker is not None else None
+
+    def attention_adapters(self, rays, keep):
+        """Video block -> what the release's camera module does inside its cross-attention, for ray features or None."""
+        adapters = () if rays is None else self.camera_adapters
+        return {i: partial(adapter, rays=rays, keep=keep) for i, adapter in enumerate(adapters)}
 
     def irg_step(self, i, x, z, video, geo, ropes):
         """One IRG step: video tokens x (or None: geometry alone), geometry tokens z -> x, z, tap (B, f*P, 2C)."""
@@ -612,7 +614,7 @@ class FantasyWorld(nn.Module):
             x, grid = dit.embed(x, y, plucker, pose_keep)
         ropes = self.ropes(grid, x.device)
         with nullcontext() if self.stage == 2 else torch.no_grad():
-            adapters = self.attention_adapters(plucker, pose_weight)
+            adapters = self.attention_adapters(self.ray_features(plucker), pose_weight)
             for i, block in enumerate(dit.blocks[:cfg.num_pcb]):
                 if self.stage == 2 and pose_embedding is not None and self.camera_adapters:
                     x = self.camera_adapters[i](x, pose_embedding, pose_weight)
