@@ -8,6 +8,7 @@ import json
 import shutil
 import struct
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -51,6 +52,7 @@ class Scene:
         """w2c (T, 3, 4) and intrinsics (T, 4) that the points go with."""
         return (self.w2c, self.intrinsics) if self.lift == "commanded" else (self.predicted, self.predicted_intrinsics)
 
+    @cached_property
     def points(self):
         """(T, H, W, 3) float32, world."""
         w2c, intrinsics = self.cameras()
@@ -60,10 +62,10 @@ class Scene:
     def cloud(self, count, frame=None):
         """At most `count` drawable points, evenly spaced in the pixels: xyz (N, 3) float32, rgb (N, 3) uint8, and the
         flat index (t H + i) W + j of their pixels (N,).   frame: of that one alone."""
-        mask = self.mask if frame is None else self.mask & (np.arange(len(self.mask)) == frame)[:, None, None]
-        index = np.flatnonzero(mask)
+        index = np.flatnonzero(self.mask if frame is None else self.mask[frame])
+        index = index + (frame or 0) * self.mask[0].size
         index = index[np.linspace(0, len(index) - 1, min(count, len(index))).round().astype(int)]
-        return self.points().reshape(-1, 3)[index], self.rgb.reshape(-1, 3)[index], index
+        return self.points.reshape(-1, 3)[index], self.rgb.reshape(-1, 3)[index], index
 
 
 # ---- from the model's output to a scene in the user's unit ------------------------------------------------

@@ -10,6 +10,7 @@ from data import COLOUR_MAP, write_video
 from geometry import inv_se3
 
 PAGE_POINTS = 1_100_000         # depth samples in the page, 6 bytes each (8 in base64)
+PAGE_VIDEO = 4_000_000          # bytes of its video, which is compressed harder until it fits
 
 
 def page_numbers(report, unit):
@@ -75,8 +76,11 @@ def write_page(scene, path):
     rank = np.searchsorted(np.sort(scene.conf[pick], None), conf.ravel()) / conf.size * 255
     colour = np.concatenate([rgb, rank.reshape(*conf.shape, 1).astype(np.uint8)], -1)
     temporary = path.with_name("page.tmp.mp4")
-    write_video(temporary, scene.rgb, scene.fps, crf=20)
-    video = temporary.read_bytes()
+    for crf in (20, 26, 32, 38, 44, 51):
+        write_video(temporary, scene.rgb, scene.fps, crf)
+        video = temporary.read_bytes()
+        if len(video) <= PAGE_VIDEO:
+            break
     temporary.unlink()
     poses = [inv_se3(torch.from_numpy(E)).flatten(1).numpy().round(7).tolist() for E in (scene.w2c, scene.predicted)]
     text = lambda x: base64.b64encode(x).decode()

@@ -60,7 +60,8 @@ class Page:
             file.write(base64.b64decode(self.call("Page.captureScreenshot", format="png")["data"]))
 
     def resize(self, width, height, ratio=1, mobile=False):
-        self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=ratio, mobile=mobile)
+        self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=ratio,
+                  mobile=mobile)
 
 
 @contextlib.contextmanager
@@ -82,7 +83,8 @@ def opened(path, width=1280, height=800):
             page.session = page.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
             for domain in ("Runtime", "Log", "Page", "Network"):
                 page.call(f"{domain}.enable")
-            page.call("Network.emulateNetworkConditions", offline=True, latency=0, downloadThroughput=0, uploadThroughput=0)
+            page.call("Network.emulateNetworkConditions", offline=True, latency=0, downloadThroughput=0,
+                      uploadThroughput=0)
             page.resize(width, height)
             page.call("Page.navigate", url=f"file://{os.path.abspath(path)}")
             deadline = time.monotonic() + 60

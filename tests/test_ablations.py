@@ -1,4 +1,4 @@
-"""The switches of the ablation table: what is off is not there, the rest trains, and stage 2 starts where stage 1 ended."""
+"""The switches of the ablation table: what is off is not there, the rest trains, stage 2 starts where stage 1 ended."""
 import json
 
 import pytest
@@ -10,15 +10,17 @@ from model import FantasyWorld
 from tiny import loss_of, tiny_inputs, tiny_model
 
 SWITCHES = [dict(exchange="none"), dict(exchange="to_geometry"), dict(exchange="to_video"), dict(camera_adapters=False),
-            dict(exchange="none", camera_adapters=False), dict(num_pcb=1, taps=(0, 1, 1, 2)), dict(num_pcb=3, taps=(0,) * 4)]
+            dict(exchange="none", camera_adapters=False), dict(num_pcb=1, taps=(0, 1, 1, 2)),
+            dict(num_pcb=3, taps=(0, 0, 0, 0))]
 
 
 @pytest.mark.parametrize("switches", SWITCHES, ids=str)
 def test_every_trainable_parameter_of_an_ablation_gets_a_gradient(switches):
     model = tiny_model(2, awake=True, **switches)
     loss_of(model(**tiny_inputs())).backward()
-    lost = [n for n, p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.abs().sum() > 0)]
-    assert not lost, lost
+    trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    lost = [n for n, p in trained if p.grad is None or not p.grad.abs().sum() > 0]
+    assert trained and not lost, lost
 
 
 @pytest.mark.parametrize("switches", SWITCHES, ids=str)

@@ -1,6 +1,7 @@
 """Files of a sample, read back by readers written from the formats' own descriptions."""
 import json
 import struct
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ T, H, W = 5, 32, 48
 
 
 def sampled(seed=4, bend=0.0, told_scale=None, slow=1.0, drop=20.0):
-    """A rendered room as a perfect model would sample it; slow: the predicted path's length, bend: its rotation error."""
+    """A rendered room as a perfect model would sample it; slow: length of the predicted path, bend: its turn."""
     clip = render_clip(seed, T, H, W, "simple")
     depth, w2c = torch.from_numpy(clip["depth"])[None], torch.from_numpy(clip["w2c"]).float()[None]
     K = torch.from_numpy(clip["intrinsics"]).float().expand(1, T, 3, 3)
@@ -26,7 +27,8 @@ def sampled(seed=4, bend=0.0, told_scale=None, slow=1.0, drop=20.0):
     turn = torch.tensor([[np.cos(bend), 0, np.sin(bend)], [0, 1, 0], [-np.sin(bend), 0, np.cos(bend)]]).float()
     seen[:, 1:, :, :3] = turn @ seen[:, 1:, :, :3]
     conf = (1 + torch.linspace(0, 1, H * W)).view(1, 1, H, W).repeat(1, T, 1, 1)
-    geometry = dict(depth=depth, depth_conf=conf, pose_enc=encode_pose(seen, K, (H, W))[None], points=unproject(depth, w2c, K))
+    geometry = dict(depth=depth, depth_conf=conf, pose_enc=encode_pose(seen, K, (H, W))[None],
+                    points=unproject(depth, w2c, K))
     scene = E.make_scene(torch.from_numpy(clip["rgb"]).permute(3, 0, 1, 2) / 127.5 - 1, geometry, w2c, K, 16.0,
                          float(scale) if told_scale is None else told_scale, drop)
     scene.report.update(prompt="a room", facts="rendered", warnings=[])
@@ -82,7 +84,7 @@ def test_consistency_is_near_perfect_on_a_true_scene_and_worse_with_depth_off_by
     true = scene.report["consistency"]
     assert true["depth"] < 0.5 and true["colour"] < true["colour_still"] and true["heads"] < 0.1
     depth = scene.depth * (1 + 0.1 * np.arange(T)[:, None, None] / T).astype(np.float32)
-    wrong = E.measure(E.Scene(**{**scene.__dict__, "depth": depth}))["consistency"]
+    wrong = E.measure(replace(scene, depth=depth))["consistency"]
     assert wrong["depth"] > 3 * true["depth"] and wrong["colour"] > true["colour"]
 
 
@@ -119,7 +121,8 @@ def read_ply(path):
     header, _, body = path.read_bytes().partition(b"end_header\n")
     lines = header.decode().split("\n")
     assert lines[:2] == ["ply", "format binary_little_endian 1.0"]
-    names = [(line.split()[2], dict(float="<f4", uchar="u1")[line.split()[1]]) for line in lines if line[:8] == "property"]
+    kinds = dict(float="<f4", uchar="u1")
+    names = [(line.split()[2], kinds[line.split()[1]]) for line in lines if line.startswith("property")]
     table = np.frombuffer(body, names)
     assert len(table) == int(lines[2].split()[2])
     return table
@@ -128,7 +131,7 @@ def read_ply(path):
 def test_ply_holds_the_sure_points_off_edges_and_frames_add_up(scene, out):
     table = read_ply(out / "points.ply")
     assert len(table) == scene.mask.sum() < 0.81 * T * H * W
-    np.testing.assert_array_equal(np.stack([table[c] for c in "xyz"], 1), scene.points()[scene.mask])
+    np.testing.assert_array_equal(np.stack([table[c] for c in "xyz"], 1), scene.points[scene.mask])
     np.testing.assert_array_equal(np.stack([table[c] for c in ("red", "green", "blue")], 1), scene.rgb[scene.mask])
     assert sum(len(read_ply(out / "points" / f"frame_{t:05d}.ply")) for t in range(T)) == len(table)
 
@@ -161,7 +164,7 @@ def test_glb_is_valid_gltf_with_y_up(scene, out):
     position = tree["accessors"][0]
     np.testing.assert_allclose(arrays["POSITION"].min(0), position["min"], rtol=1e-6)
     np.testing.assert_allclose(arrays["POSITION"].max(0), position["max"], rtol=1e-6)
-    np.testing.assert_array_equal(arrays["POSITION"] * [1, -1, -1], scene.points()[scene.mask])
+    np.testing.assert_array_equal(arrays["POSITION"] * [1, -1, -1], scene.points[scene.mask])
     linear = (scene.rgb[scene.mask] / 255 + .055) / 1.055                         # sRGB curve above 0.04
     bright = (scene.rgb[scene.mask] > 11).all(1)
     np.testing.assert_allclose(arrays["COLOR_0"][bright, :3], linear[bright] ** 2.4, atol=1e-5)
@@ -195,7 +198,7 @@ def test_cameras_come_back_from_every_format(scene, out):
 
 
 def test_a_zooming_camera_is_left_out_of_formats_that_hold_one_focal_length(scene, tmp_path):
-    zoom = E.Scene(**{**scene.__dict__, "intrinsics": scene.intrinsics * np.linspace(1, 1.5, T)[:, None] ** [1, 1, 0, 0]})
+    zoom = replace(scene, intrinsics=scene.intrinsics * np.linspace(1, 1.5, T)[:, None] ** [1, 1, 0, 0])
     left_out = E.write_camera_files(zoom, tmp_path / "cameras")
     assert left_out == ["commanded/fantasyworld.json", "commanded/worldscore.json"]
 
@@ -213,7 +216,7 @@ def test_colmap_folder_in_bytes_and_in_text(scene, out):
         found.append(point[1:7])
         at += 43 + 8 + 8 * point[-1]
     assert at == len(data) and count == scene.mask.sum()
-    np.testing.assert_allclose(np.array(found)[:, :3], scene.points()[scene.mask], rtol=1e-6)
+    np.testing.assert_allclose(np.array(found)[:, :3], scene.points[scene.mask], rtol=1e-6)
     text = [line.split() for line in (out / "colmap" / "text" / "points3D.txt").read_text().splitlines()]
     np.testing.assert_allclose(np.array(text, float)[:, 1:7], np.array(found), rtol=1e-5, atol=1e-6)
     assert sorted(p.name for p in (out / "colmap" / "images").iterdir()) == [f"frame_{t:05d}.png" for t in range(T)]
@@ -231,18 +234,19 @@ def test_nerfstudio_folder_projects_its_points_to_the_pixels_they_came_from(scen
         np.testing.assert_allclose(depth, scene.depth[t], atol=tree["depth_unit_scale_factor"])
         own = index // (H * W) == t
         cam = xyz[own] @ np.linalg.inv(frame["transform_matrix"]).T
-        u, v = (frame["cx"] + frame["fl_x"] * cam[:, 0] / -cam[:, 2], frame["cy"] - frame["fl_y"] * cam[:, 1] / -cam[:, 2])
+        u = frame["cx"] + frame["fl_x"] * cam[:, 0] / -cam[:, 2]
+        v = frame["cy"] - frame["fl_y"] * cam[:, 1] / -cam[:, 2]
         np.testing.assert_allclose(u, index[own] % W + .5, atol=1e-3)
         np.testing.assert_allclose(v, index[own] // W % H + .5, atol=1e-3)
 
 
 def test_points_lifted_with_the_predicted_cameras_lie_where_those_see_them(scene):
     bent, _ = sampled(bend=0.1)
-    seen = E.Scene(**{**bent.__dict__, "lift": "predicted"})
+    seen = replace(bent, lift="predicted")
     w2c, K = seen.cameras()
-    cam = np.einsum("tij,thwj->thwi", w2c[:, :, :3], seen.points()) + w2c[:, None, None, :, 3]
+    cam = np.einsum("tij,thwj->thwi", w2c[:, :, :3], seen.points) + w2c[:, None, None, :, 3]
     np.testing.assert_allclose(cam[..., 2], seen.depth, rtol=1e-4)
-    assert w2c is seen.predicted and not np.allclose(seen.points(), bent.points(), atol=1e-2)
+    assert w2c is seen.predicted and not np.allclose(seen.points, bent.points, atol=1e-2)
 
 
 # ---- choosing
@@ -254,7 +258,7 @@ def test_export_all_writes_every_name_and_unknown_names_are_refused(out):
 
 def test_a_rerun_with_fewer_frames_leaves_no_stale_picture(scene, tmp_path):
     E.export(scene, tmp_path, ["png"])
-    short = E.Scene(**{**scene.__dict__, "depth": scene.depth[:3]})
+    short = replace(scene, depth=scene.depth[:3])
     E.export(short, tmp_path, ["png"])
     assert len(list((tmp_path / "depth_png").glob("*.png"))) == 3
 

@@ -2,13 +2,14 @@
 import base64
 import json
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 import page
 from browser import BROWSER, opened
-from export import Scene, write_page
+from export import write_page
 from test_export import H, T, W, sampled
 
 needs_browser = pytest.mark.skipif(BROWSER is None, reason="no Chromium here (apt-get install chromium-headless-shell)")
@@ -46,11 +47,17 @@ def test_the_page_holds_depth_to_a_thousandth_and_drops_edges(made):
     assert abs(np.mean(rank < 0.2 * 255) - 0.2) < 0.02                              # a rank: 20 % are below 20 %
 
 
-def test_81_frames_stay_below_15_mb_at_default_density():
-    """6 bytes a sample, 4/3 in base64; noise that no codec can shrink costs 81 frames of 592 x 336 about 3 MB more."""
+def test_81_frames_stay_below_15_mb_at_default_density(made, tmp_path, monkeypatch):
+    """6 bytes a sample and 4 MB of video, times 4/3 in base64, and 40 kB of page and poses."""
     for size in ((336, 592), (592, 336)):
         stride = page.page_stride(81, size)
-        assert 81 * -(-size[0] // stride) * -(-size[1] // stride) * 8 < 9e6
+        samples = 81 * -(-size[0] // stride) * -(-size[1] // stride)
+        assert 0.9e6 < samples and (6 * samples + page.PAGE_VIDEO) * 4 / 3 + 4e4 < 15e6
+    noise = replace(made[0], rgb=np.random.default_rng(0).integers(0, 255, made[0].rgb.shape, dtype=np.uint8))
+    for limit, check in ((10 ** 9, lambda n: n > 5000), (5000, lambda n: n <= 5000)):
+        monkeypatch.setattr(page, "PAGE_VIDEO", limit)
+        write_page(noise, tmp_path / "scene.html")
+        assert check(len(base64.b64decode(contents(tmp_path / "scene.html")["video"])))
 
 
 def changed(a, b):
@@ -59,7 +66,8 @@ def changed(a, b):
 
 PIXELS = """(() => { viewer.draw(); const g = viewer.gl, w = g.drawingBufferWidth, h = g.drawingBufferHeight,
   a = new Uint8Array(4 * w * h); g.readPixels(0, 0, w, h, g.RGBA, g.UNSIGNED_BYTE, a);
-  let s = ""; for (let i = 0; i < a.length; i += 4) s += String.fromCharCode(a[i], a[i + 1], a[i + 2]); return [w, h, btoa(s)]; })()"""
+  let s = ""; for (let i = 0; i < a.length; i += 4) s += String.fromCharCode(a[i], a[i + 1], a[i + 2]);
+  return [w, h, btoa(s)]; })()"""
 
 
 def pixels(browser):
@@ -68,7 +76,8 @@ def pixels(browser):
 
 
 def touch(browser, kind, *points):
-    browser.call("Input.dispatchTouchEvent", type=kind, touchPoints=[dict(x=x, y=y, id=i) for i, (x, y) in enumerate(points)])
+    browser.call("Input.dispatchTouchEvent", type=kind,
+                 touchPoints=[dict(x=x, y=y, id=i) for i, (x, y) in enumerate(points)])
 
 
 @needs_browser
@@ -127,8 +136,9 @@ def test_mouse_wheel_keys_and_two_fingers_move_the_view(made):
         touch(browser, "touchMove", (180, 200), (320, 220))
         touch(browser, "touchEnd")
         moved("distance", "target")
-        for key, check in (("2", "viewer.state.colour === 1"), ("s", "viewer.state.mode === 1"), ("]", "viewer.state.size > 1.3"),
-                           ("ArrowRight", "viewer.state.frame === 1"), ("c", "viewer.state.ride"), ("h", "!!document.querySelector('#help.open')")):
+        for key, check in (("2", "viewer.state.colour === 1"), ("s", "viewer.state.mode === 1"),
+                           ("]", "viewer.state.size > 1.3"), ("ArrowRight", "viewer.state.frame === 1"),
+                           ("c", "viewer.state.ride"), ("h", "!!document.querySelector('#help.open')")):
             browser.call("Input.dispatchKeyEvent", type="keyDown", key=key)
             assert browser.run(check), key
         assert browser.problems == []
@@ -136,16 +146,14 @@ def test_mouse_wheel_keys_and_two_fingers_move_the_view(made):
 
 @needs_browser
 def test_the_video_plays_and_without_its_codec_the_points_own_colours_do(made, tmp_path):
-    ended = "new Promise(done => { viewer.play(true); const wait = () => viewer.state.playing ? setTimeout(wait, 30) : done(viewer.state.frame); wait(); })"
+    ended = ("new Promise(done => { viewer.play(true); const wait = () => viewer.state.playing ? setTimeout(wait, 30) : "
+             "done(viewer.state.frame); wait(); })")
     with opened(made[1], 900, 600) as browser:
-        ready = browser.run("new Promise(done => { const v = document.getElementById('video'), wait = () => v.readyState > 1 ? "
-                            "done('plays') : v.error ? done('no codec') : setTimeout(wait, 20); wait(); })")
+        ready = browser.run("new Promise(done => { const v = document.getElementById('video'), wait = () => "
+                            "v.readyState > 1 ? done('plays') : v.error ? done('no codec') : setTimeout(wait, 20); wait(); })")
         assert browser.run(ended) == T - 1 and browser.problems == []
         assert ready == "plays" or browser.run("!document.getElementById('frame').hidden")
-    scene = Scene(**made[0].__dict__)
-    write_page(scene, tmp_path / "scene.html")
-    text = (tmp_path / "scene.html").read_text()
-    data = contents(tmp_path / "scene.html")
+    text, data = made[1].read_text(), contents(made[1])
     (tmp_path / "broken.html").write_text(text.replace(data["video"], base64.b64encode(b"no video at all").decode()))
     with opened(tmp_path / "broken.html", 900, 600) as browser:
         browser.run("new Promise(done => setTimeout(done, 300))")

@@ -13,6 +13,7 @@ import cameras
 import sample
 from data import read_video
 from geometry import camera_move
+from jobs import parse_arguments
 from tiny import tiny_model
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -33,7 +34,8 @@ def ckpt(tmp_path_factory):
 
 
 def run(monkeypatch, ckpt, out, *more):
-    monkeypatch.setattr(sys, "argv", ["sample.py", f"--ckpt={ckpt}", f"--out={out}", "--steps=2", "--device=cpu", *more])
+    arguments = [f"--ckpt={ckpt}", f"--out={out}", "--steps=2", "--device=cpu", *more]
+    monkeypatch.setattr(sys, "argv", ["sample.py", *arguments])
     sample.main()
 
 
@@ -96,7 +98,7 @@ def test_intrinsics_of_a_wide_picture_are_cropped_as_the_picture_would_be():
     """Hand computed: 1600 x 900, f = 800 px.  Filling 100 x 100 scales by 1/9 and cuts 350 px a side: f = 800/9 px."""
     K = cameras.crop_intrinsics(np.array([[.5, 800 / 900, .5, .5]]), 1600 / 900, (100, 100))
     np.testing.assert_allclose(K * 100, [[800 / 9, 800 / 9, 50, 50]])
-    K = cameras.crop_intrinsics(np.array([[.5, 800 / 900, .25, .5]]), 1600 / 900, (100, 100))   # cx 400 px: 50 right of the cut
+    K = cameras.crop_intrinsics(np.array([[.5, 800 / 900, .25, .5]]), 1600 / 900, (100, 100))   # 400 px: 50 past the cut
     np.testing.assert_allclose(K[0, 2] * 100, 50 / 9)
 
 
@@ -134,11 +136,17 @@ def test_user_errors_are_one_line_with_exit_status_2(ckpt, tmp_path, monkeypatch
         assert caught.value.code == 2 and said.count("\n") == 1
 
 
-def test_the_command_itself_exits_with_2_and_one_line_and_help_is_grouped(ckpt, tmp_path):
-    command = [sys.executable, str(ROOT / "sample.py"), f"--ckpt={ckpt}", f"--out={tmp_path}/o"]
-    failed = subprocess.run([*command, "--camera=orbitt"], capture_output=True, text=True)
-    assert failed.returncode == 2 and failed.stderr.count("\n") == 1 and failed.stderr.startswith("sample.py: unknown camera move")
-    help_ = subprocess.run([*command, "--help"], capture_output=True, text=True).stdout
+def test_the_command_itself_exits_with_2_and_one_line(ckpt, tmp_path):
+    command = [sys.executable, str(ROOT / "sample.py"), f"--ckpt={ckpt}", f"--out={tmp_path}/o", "--camera=orbitt"]
+    failed = subprocess.run(command, capture_output=True, text=True)
+    assert failed.returncode == 2 and failed.stderr.count("\n") == 1
+    assert failed.stderr.startswith("sample.py: unknown camera move")
+
+
+def test_help_is_grouped_and_shows_defaults(capsys):
+    with pytest.raises(SystemExit) as caught:
+        parse_arguments(["--help"])
+    said = capsys.readouterr().out
     for words in ("what to sample:", "camera:", "size:", "sampling:", "machine:", "files:", "[50]", "[orbit]", "--low_memory"):
-        assert words in help_, words
-    assert "None" not in help_
+        assert words in said, words
+    assert caught.value.code == 0 and "None" not in said
