@@ -1,7 +1,18 @@
 """Name -> shape of every tensor of the released FantasyWorld model (Wan2.1 variant), for any sizes.
 
 Written from the list in the specification, not from our modules: at the release's sizes it has 3132 names and
-18,542,823,881 parameters, at the golden file's sizes exactly the 814 names and shapes of that file (tests)."""
+18,542,823,881 parameters, at the golden file's sizes exactly the 814 names and shapes of that file (tests).
+
+    python tests/released_keys.py DIR [--pcb 1 --irg 1]
+
+writes a model.pth and its base at the release's true widths with fewer blocks, fp32, and measures loading it in bf16."""
+import argparse
+import pathlib
+import subprocess
+import sys
+
+import torch
+from safetensors.torch import save_file
 from wan_folder import keys, random_tensors
 
 RELEASE = dict(dim=5120, ffn=13824, text=4096, freq=256, pcb=16, irg=24, geo=1024, geo_head=64, pose=128, bicross=1152,
@@ -120,10 +131,52 @@ def release_shapes(s, video=True):
 
 def release_tensors(s, seed=0, video=True, dtype=None):
     """Random tensors in the release's names: every part awake, gates and zero starts included."""
-    import torch
     sd = random_tensors(release_shapes(s, video), dtype or torch.float32, seed)
     g = torch.Generator().manual_seed(seed + 1)
     for name, value in sd.items():
         if value.dim() == 1 or name.endswith(("modulation", "_tokens", "_token")):
             value.add_(0.3 * torch.randn(value.shape, generator=g).to(value.dtype))
     return sd
+
+
+def write_zeros(s, folder):
+    """model.pth without the video branch and its base in one file, fp32."""
+    torch.save({name: torch.zeros(shape) for name, shape in release_shapes(s, video=False).items()}, folder / "model.pth")
+    save_file({name: torch.zeros(shape) for name, shape in wan_shapes(s).items()},
+              folder / "diffusion_pytorch_model.safetensors")
+
+
+# VmHWM, not ru_maxrss: that one starts at the size of the process that we were started from.  A small model first: the
+# meta device makes torch import 70 MB of its own code.
+MEASURE = """
+import re, sys, torch
+from foreign import load_release
+from model import PRESETS, FantasyWorld
+peak = lambda: 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
+with torch.device("meta"):
+    FantasyWorld(PRESETS["demo"])
+before = peak()
+model = load_release(sys.argv[1] + "/model.pth", sys.argv[1], "cpu", torch.bfloat16)
+weights = sum(p.nbytes for p in model.parameters())
+print((peak() - before) / weights, weights)
+"""
+
+
+def measure_loading(folder):
+    """Peak host memory of loading model.pth over the base in bf16 as a multiple of the result's bytes, and those."""
+    result = subprocess.run([sys.executable, "-c", MEASURE, str(folder)], capture_output=True, text=True,
+                            cwd=pathlib.Path(__file__).parents[1])
+    assert result.returncode == 0, result.stderr
+    ratio, weights = result.stdout.split()[-2:]
+    return float(ratio), int(weights)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=pathlib.Path)
+    for name in ("pcb", "irg"):
+        parser.add_argument(f"--{name}", type=int, default=1)
+    args = parser.parse_args()
+    args.folder.mkdir(parents=True, exist_ok=True)
+    write_zeros(dict(RELEASE, pcb=args.pcb, irg=args.irg, adapted=min(25, args.pcb + args.irg)), args.folder)
+    print("peak host memory {:.3f} x the {:,} bytes of the result".format(*measure_loading(args.folder)))
