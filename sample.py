@@ -21,7 +21,7 @@ import cameras
 from data import cache_prefix, depth_to_rgb, encode_start, make_encoders, read_depth, read_video, tile, write_png
 from export import EXPORTS, describe, export, export_names, make_scene, pixel_matrix
 from foreign import metadata_of, open_checkpoint
-from geometry import camera_move, encode_pose, normalize_scene, relative_to_first, valid_depth
+from geometry import encode_pose, normalize_scene, relative_to_first, valid_depth
 from jobs import CORRECTIONS, check_arguments, parse_arguments, plan, read_prompts
 from model import shift_sigma, start_condition
 
@@ -63,7 +63,7 @@ def load_camera(text, num_frames, size, fov_deg=65.0, amount=1.0, scene_scale=1.
             aspect = source[1] / source[0] if source else intrinsics[0, 1] / intrinsics[0, 0]
             intrinsics = cameras.crop_intrinsics(intrinsics[:num_frames], aspect, size)
     else:
-        w2c, zoom = camera_move(text, num_frames, amount)
+        w2c, zoom = cameras.camera_move(text, num_frames, amount)
         scene_scale = 1.0
     w2c = relative_to_first(torch.as_tensor(w2c[:num_frames])[None].double())
     w2c = torch.cat([w2c[..., :3], w2c[..., 3:] / scene_scale], -1).float()

@@ -12,7 +12,6 @@ from safetensors.torch import save_file
 import cameras
 import sample
 from data import read_video
-from geometry import camera_move
 from jobs import parse_arguments
 from tiny import tiny_model
 
@@ -80,7 +79,7 @@ def test_one_line_of_the_summary_names_control_error_scale_and_consistency(ckpt,
 
 # ---- cameras
 def test_a_camera_file_of_any_format_gives_the_same_path(tmp_path):
-    w2c, _ = camera_move("orbit", 5, 1.0)
+    w2c, _ = cameras.camera_move("orbit", 5, 1.0)
     w2c, K = w2c.double().numpy(), np.tile([.9, 1.2, .5, .5], (5, 1))              # square pixels at 4 : 3
     want, want_K = sample.load_camera("orbit", 5, (48, 64))
     for form, name in (("re10k", "a.txt"), ("nerfstudio", "t.json"), ("colmap", "folder"), ("npz", "a.npz"),
