@@ -1,4 +1,4 @@
-"""Camera files in and out, one convention inside; key frames to paths.
+"""Camera files in and out, one convention inside; named moves, key frames to paths.
 
     python cameras.py IN OUT [--from F] [--to F] [--size HxW] [--axes opencv|opengl] [--matrices w2c|c2w]
 
@@ -8,7 +8,9 @@ Inside: w2c (T, 3, 4) float64, OpenCV axes (x right, y down, z forward), in the 
 intrinsics (T, 4) float64 = fx/W, fy/H, cx/W, cy/H, pixel centres at +0.5, or None where the file holds none;
 size (H, W) of the images in pixels, or None."""
 import argparse
+import difflib
 import json
+import math
 import struct
 from pathlib import Path
 
@@ -121,6 +123,8 @@ def read_nerfstudio(path, size):
     """transforms.json: camera-to-world in OpenGL axes, frames by file name; intrinsics shared or per frame."""
     data = json.loads(Path(path).read_text())
     frames = sorted(data["frames"], key=lambda f: f.get("file_path", ""))
+    if (model := data.get("camera_model", "PINHOLE")) not in (*MODELS, "PERSPECTIVE"):
+        raise ValueError(f"{path}: camera model {model}; wanted a pinhole camera: undistort the images first")
     rows = []
     for f in ({**data, **f} for f in frames):
         if any(abs(f.get(k, 0)) > 1e-9 for k in ("k1", "k2", "k3", "k4", "p1", "p2")):
@@ -330,6 +334,48 @@ def write(path, form, w2c, intrinsics=None, size=None, binary=False):
         np.savez(path, w2c=w2c, **extra)
     else:
         raise ValueError(f"format {form!r}; known: {', '.join(FORMATS)}")
+
+
+# --- Named moves -------------------------------------------------------------------------------------------
+TRAVEL = {"static": (0, 0, 0), "forward": (0, 0, 1), "backward": (0, 0, -1),
+          "right": (1, 0, 0), "left": (-1, 0, 0), "up": (0, -1, 0), "down": (0, 1, 0)}
+TURN_AXIS = {"pan_right": (0, 1, 0), "pan_left": (0, -1, 0), "tilt_up": (1, 0, 0), "tilt_down": (-1, 0, 0),
+             "tilt": (1, 0, 0), "orbit": (0, -1, 0)}
+ZOOM = {"zoom_in": 1, "zoom_out": -1, "zoom": 1}
+
+
+def camera_move(name, num_frames, amount=1.0, fov_deg=60.0, pivot_depth=1.0, ease="smooth"):
+    """A named camera move, starting at the identity.
+
+    name         static; forward, backward, left, right, up, down; pan_left, pan_right, tilt_up (or tilt), tilt_down;
+                 zoom_in (or zoom), zoom_out; orbit; spiral
+    amount       1 travels 0.3 scene units, turns (pan, tilt, orbit) by fov_deg / 2, zooms by 1.5; < 0 reverts
+    pivot_depth  scene units; orbit circles to the right around the point this far ahead, looking at it;
+                 spiral winds twice around the view axis up to 0.1 * amount off it, looking at that point
+    ease         smooth: at rest at both ends; linear; in, out: at rest at the first, the last frame only
+    returns      w2c (T, 3, 4) in scene units, focal (T,): the factor on fx and fy, 1 unless zooming."""
+    known = [*TRAVEL, *TURN_AXIS, *ZOOM, "spiral"]
+    if name not in known:
+        near = ", ".join(difflib.get_close_matches(name, known, cutoff=0.4)) or "none"
+        raise ValueError(f"unknown camera move {name!r}; nearest: {near}; known: {', '.join(known)}.")
+    s = torch.linspace(0, 1, num_frames)
+    eased = dict(smooth=s * s * (3 - 2 * s), linear=s, out=s * (2 - s), **{"in": s * s})
+    if ease not in eased:
+        raise ValueError(f"ease {ease!r}; known: {', '.join(eased)}.")
+    gone = eased[ease]
+    ease = amount * gone                                              # (T,)
+    half = ease[:, None] * math.radians(fov_deg) / 4                  # (T, 1) half of the angle turned
+    R = quat_to_mat(torch.cat([half.sin() * torch.tensor(TURN_AXIS.get(name, (0, 0, 0))), half.cos()], -1))
+    centre = 0.3 * ease[:, None] * torch.tensor(TRAVEL.get(name, (0, 0, 0)))      # (T, 3)
+    if name == "orbit":
+        centre = pivot_depth * torch.cat([(2 * half).sin(), 0 * half, 1 - (2 * half).cos()], -1)
+    if name == "spiral":
+        off, round_ = 0.1 * ease, 4 * math.pi * gone
+        centre = torch.stack([off * round_.sin(), off * (1 - round_.cos()), torch.zeros_like(off)], -1)
+        z = F.normalize(centre.new_tensor([0, 0, pivot_depth]) - centre, dim=-1)
+        x = F.normalize(torch.linalg.cross(torch.tensor([0, 1.0, 0]).expand_as(z), z, dim=-1), dim=-1)
+        R = torch.stack([x, torch.linalg.cross(z, x, dim=-1), z], -1)
+    return inv_se3(torch.cat([R, centre[..., None]], -1)), 1.5 ** (ZOOM.get(name, 0) * ease)
 
 
 # --- Paths from key frames ---------------------------------------------------------------------------------

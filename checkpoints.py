@@ -204,7 +204,7 @@ def save_checkpoint(out, step, model, optimizer, metadata, keep_last, keep_every
     for end, tensors in ((".optim", moments), ("", model.trainable_state_dict())):     # the weights make a checkpoint: last
         content = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
         told = {**metadata, "step": str(step), "sha256": digest(content)}
-        write_whole(out / f"step-{step}{end}.safetensors", lambda path: save_file(content, path, metadata=told))
+        write_whole(out / f"step-{step}{end}.safetensors", partial(save_file, content, metadata=told))
         del content                                      # one of the two copies at a time
     link_latest(out, step)
     prune(out, step, keep_last, keep_every)

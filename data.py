@@ -1,11 +1,12 @@
 """Datasets: readers and writers of the documented layout, encoded caches, pictures, rendered datasets.
 
-    python data.py synth DIR --num N --num_frames T --height H --width W --seed S [--variety simple --val M]
-    python data.py verify DIR [--fix_hints True] [--exact True] [--json]
+    python data.py synth DIR --num N --num_frames T --height H --width W --seed S [--variety simple --val M --moving]
+    python data.py verify DIR [--fix-hints] [--exact] [--json]
     python data.py encode DIR --codec transform | --wan_dir WAN --height H --width W --num_frames T
                               [--start 0 --stride 1 --windows 1 --window_seed -1]    (or torchrun ... data.py encode)
 
-Layout: DIR/metadata.json, DIR/ID/{video.mp4, depth/frame_%04d.npy, camera_params.txt}, DIR/cache/TxHxW-KEY/.
+Layout: DIR/metadata.json, DIR/ID/{video.mp4, depth/frame_%04d.npy, camera_params.txt}, DIR/cache/TxHxW-KEY/;
+optional DIR/ID/{points/frame_%04d.npy, moving.npz}: a mask (T, H, W), True on what moves by itself.
 Shapes: T = 4k + 1 frames of H x W pixels, f h w latent grid, L words.
 Cameras: OpenCV (x right, y down, z forward), w2c 3x4, world = first camera of the clip; metres; z-depth,
 0 = invalid.  Intrinsics: fractions of width / height in files, pixels in tensors, centres at +0.5."""
@@ -75,13 +76,13 @@ def write_png(path, image):
         struct.pack(">I", len(c) - 4) + c + struct.pack(">I", zlib.crc32(c)) for c in chunks))
 
 
-def read_array(path):
-    """One .npy, .npz (the array depth, or the first) or 16-bit grey .png file."""
+def read_array(path, mask=False):
+    """One .npy, .npz (the array depth, or the first) or 16-bit grey .png file; mask: any .png will do."""
     try:
         if path.suffix != ".png":
             a = np.load(path)
             return a if path.suffix == ".npy" else a["depth" if "depth" in a else a.files[0]]
-        if path.read_bytes()[24:26] != b"\x10\x00":
+        if not mask and path.read_bytes()[24:26] != b"\x10\x00":
             raise ValueError("not a 16-bit grey PNG; other kinds do not hold metric depth")
         reader = imageio_ffmpeg.read_frames(str(path), pix_fmt="gray16le", bits_per_pixel=16)
         w, h = next(reader)["size"]
@@ -90,15 +91,15 @@ def read_array(path):
         raise ValueError(f"{path}: cannot be read: {error}") from None
 
 
-def read_arrays(path, frames=None):
-    """Chosen frames (default all) of one file (T, ...), or of a folder with one file per frame."""
+def read_arrays(path, frames=None, mask=False):
+    """Chosen frames (default all) of one file (T, ...), or of a folder with one file per frame; see read_array."""
     path = Path(path)
     files = [f for f in path.glob("*") if f.suffix in (".npy", ".npz", ".png")]
-    source = read_array(path) if path.is_file() else sorted(files, key=lambda f: (len(f.name), f.name))
+    source = read_array(path, mask) if path.is_file() else sorted(files, key=lambda f: (len(f.name), f.name))
     frames = range(len(source)) if frames is None else frames
     if len(source) <= max(frames, default=0):
         raise ValueError(f"{path}: {len(source)} frames found, {max(frames, default=0) + 1} wanted")
-    return np.stack([source[t] if path.is_file() else read_array(source[t]) for t in frames])
+    return np.stack([source[t] if path.is_file() else read_array(source[t], mask) for t in frames])
 
 
 def relative_depth(depth):
@@ -150,13 +151,14 @@ def read_depth(path, scale=None, frames=None, inverse=False):
 
 # --- Samples -----------------------------------------------------------------------------------------------
 FIELDS = dict(video=("video_path", "video"), depth=("depth_dir", "depth"), points=("points_dir", "points"),
-              camera=("camera_file", "camera_params"), prompt=("prompt", "caption", "note"))
+              camera=("camera_file", "camera_params"), moving=("moving_path", "moving"),
+              prompt=("prompt", "caption", "note"))
 
 
 def load_samples(root, split=None):
     """List a dataset: metadata.json with samples and splits, a flat list, or a scan of the sample folders.
 
-    returns  dicts: id, split, prompt, fps, depth_scale, inverse_depth; paths video, camera, depth, points or None
+    returns  dicts: id, split, prompt, fps, depth_scale, inverse_depth; video, camera, depth, points, moving: path or None
     Without splits the last tenth (at least one of several) is "val", the rest "train"."""
     root, splits = Path(root), {}
     path = root / "metadata.json"
@@ -172,7 +174,7 @@ def load_samples(root, split=None):
     else:                                                                         # folders that hold a video
         videos = sorted(f for f in root.glob("*/video.*") if f.suffix in (".mp4", ".avi", ".mov", ".webm"))
         entries = [{f.stem: f"{v.parent.name}/{f.name}" for f in v.parent.iterdir()
-                    if f.stem in ("video", "depth", "points", "camera_params")} for v in videos]
+                    if f.stem in ("video", "depth", "points", "moving", "camera_params")} for v in videos]
     samples = {}
     for n, entry in enumerate(entries):
         sample = read_entry(root, entry, f"{path}, sample {n}")
@@ -198,7 +200,7 @@ def read_entry(root, entry, where):
     sample = {field: next((entry[n] for n in names if entry.get(n)), None) for field, names in FIELDS.items()}
     if not sample["video"] and not entry.get("cached"):
         raise ValueError(f"{where}: no video_path; found {', '.join(entry) or 'nothing'}")
-    for field in ("video", "depth", "points", "camera"):
+    for field in ("video", "depth", "points", "camera", "moving"):
         if sample[field]:
             inside = os.path.normpath(str(sample[field]))
             if os.path.isabs(inside) or inside.split(os.sep)[0] == "..":
@@ -219,7 +221,8 @@ def load_clip(sample, height, width, num_frames, start=0, stride=1):
              depth       (T, H, W)     float32, metres, 0 = invalid, nearest pixel
              w2c         (T, 3, 4)     float64, metres, world = first camera of the window
              intrinsics  (T, 3, 3)     float64, pixels at (H, W);   prompt, id: str;   fps: float
-             relative    "" or why its depth has no unit (see relative_depth)"""
+             relative    "" or why its depth has no unit (see relative_depth)
+             moving      (T, H, W)     bool, True on what moves by itself; only where the sample has such a mask"""
     if num_frames % 4 != 1:
         raise ValueError(f"num_frames = {num_frames}; wanted 4k + 1, for instance {num_frames // 4 * 4 + 1}")
     if not (sample["video"] and sample["camera"] and (sample["depth"] or sample["points"])):
@@ -242,16 +245,19 @@ def load_clip(sample, height, width, num_frames, start=0, stride=1):
         points = read_arrays(sample["points"], ids).astype(np.float64)
         z = np.einsum("tc,thwc->thw", w2c[:, 2, :3], points) + w2c[:, 2, 3, None, None].numpy()
         depth = np.where((points != 0).any(-1) & np.isfinite(z) & (z > 0), z, 0).astype(np.float32)
-    # the depth pixels under the target's pixel centres; depth may have another resolution than the video
-    rows = ((y + (np.arange(height) + .5) * hc / height) * depth.shape[1] / h0).astype(int)
-    cols = ((x + (np.arange(width) + .5) * wc / width) * depth.shape[2] / w0).astype(int)
+    def under(maps):
+        """The values (T, h, w) under the target's pixel centres; they may have another resolution than the video."""
+        rows = ((y + (np.arange(height) + .5) * hc / height) * maps.shape[1] / h0).astype(int)
+        cols = ((x + (np.arange(width) + .5) * wc / width) * maps.shape[2] / w0).astype(int)
+        return torch.from_numpy(maps[:, rows][:, :, cols])
     fx, fy, cx, cy = fractions[ids].T * [[w0], [h0], [w0], [h0]]                  # pixels of the source
     k = np.zeros((num_frames, 3, 3)) + np.eye(3)
     k[:, 0, 0], k[:, 0, 2] = fx * width / wc, (cx - x) * width / wc
     k[:, 1, 1], k[:, 1, 2] = fy * height / hc, (cy - y) * height / hc
-    return dict(video=video.permute(1, 0, 2, 3) / 127.5 - 1, w2c=relative_to_first(w2c),
-                depth=torch.from_numpy(depth[:, rows][:, :, cols]), intrinsics=torch.from_numpy(k),
-                prompt=sample["prompt"], id=sample["id"], fps=float(sample["fps"] or fps) / stride,
+    moving = {"moving": under(read_arrays(sample["moving"], ids, mask=True) > 0)} if sample["moving"] else {}
+    return dict(moving, video=video.permute(1, 0, 2, 3) / 127.5 - 1, w2c=relative_to_first(w2c), depth=under(depth),
+                intrinsics=torch.from_numpy(k), prompt=sample["prompt"], id=sample["id"],
+                fps=float(sample["fps"] or fps) / stride,
                 relative=(not sample["depth_scale"] and sample["depth"] and why_relative(sample["depth"])) or "")
 
 
@@ -294,12 +300,13 @@ def save_clip(path, clip, vae, grey, conditions, metadata):
 
     bfloat16: latents (16, f, h, w), start_latents (16, 1 or f, h, w) of frame 0, and the conditions, which are
               text (L, dim) and, where the family has CLIP, clip (257, 1280)
-    float32:  depth (T, H, W), w2c (T, 3, 4), intrinsics (T, 3, 3)"""
+    float32:  depth (T, H, W), w2c (T, 3, 4), intrinsics (T, 3, 3);   bool: moving (T, H, W), if the clip has it"""
     video = clip["video"][None]
     start = encode_start(vae, video[:, :, :1], video.shape[2], grey)
     half = dict(conditions, latents=vae.encode(video)[0], start_latents=start[0])
     tensors = {name: x.bfloat16().cpu() for name, x in half.items()}
-    save_tensors(path, tensors | {n: clip[n].float() for n in ("depth", "w2c", "intrinsics")}, metadata)
+    tensors |= {name: clip[name].float() for name in ("depth", "w2c", "intrinsics")}
+    save_tensors(path, tensors | ({"moving": clip["moving"]} if "moving" in clip else {}), metadata)
 
 
 def cached_metadata(path):
@@ -422,7 +429,7 @@ def encode(root, height, width, num_frames, codec="transform", wan_dir="", devic
 
 
 class CachedClips(torch.utils.data.Dataset):
-    """The cached windows of a split: the tensors of save_clip in float32 (metres), and id, prompt, fps;
+    """The cached windows of a split: the tensors of save_clip in float32 (metres; moving: bool), and id, prompt, fps;
     relative: its depth has no unit."""
 
     def __init__(self, root, split, height, width, num_frames, wan_dir=""):
@@ -450,7 +457,8 @@ class CachedClips(torch.utils.data.Dataset):
 
     def __getitem__(self, i):
         with safe_open(self.files[i], "pt") as f:  # mapped: repeats cost no disk
-            tensors, meta = {k: f.get_tensor(k).float() for k in f.keys()}, f.metadata()
+            tensors, meta = {k: f.get_tensor(k) for k in f.keys()}, f.metadata()
+        tensors = {k: x if x.dtype == torch.bool else x.float() for k, x in tensors.items()}
         return dict(tensors, id=meta["id"], prompt=meta["prompt"], fps=float(meta["fps"]),
                     relative=torch.tensor(meta.get("depth") == "relative"))
 
@@ -460,8 +468,8 @@ class CachedClips(torch.utils.data.Dataset):
 
 
 def collate(items):
-    """Stack the clips of a batch; text stays a list of (L, dim), id, prompt and fps lists."""
-    columns = {k: [item[k] for item in items] for k in items[0]}
+    """Stack what all clips of a batch have; text stays a list of (L, dim), id, prompt and fps lists."""
+    columns = {k: [item[k] for item in items] for k in items[0] if all(k in item for item in items)}
     return {k: c if k in ("text", "id", "prompt", "fps") else torch.stack(c) for k, c in columns.items()}
 
 
@@ -493,15 +501,15 @@ def tile(rows, gap=2, zoom=1):
 # --- Commands ----------------------------------------------------------------------------------------------
 def synth_one(job):
     """Render one clip and write it, as a sample folder or as a cache file; returns its metadata entry."""
-    out, name, seed, split, num_frames, height, width, variety, cache_only = job
-    clip = render_clip(seed, num_frames, height, width, variety)
+    out, name, seed, split, num_frames, height, width, variety, cache_only, moving = job
+    clip = render_clip(seed, num_frames, height, width, variety, moving)
     clip["intrinsics"] = np.repeat(clip["intrinsics"][None], num_frames, 0)
     entry = dict(id=name, prompt=clip["prompt"], num_frames=num_frames, height=height, width=width, fps=15)
     if cache_only:
         encoders = make_encoders()
         text = encoders.load_text()
         clip["video"] = torch.from_numpy(clip.pop("rgb")).permute(3, 0, 1, 2) / 127.5 - 1
-        clip.update({key: torch.from_numpy(clip[key]) for key in ("depth", "w2c", "intrinsics")})
+        clip.update({k: torch.from_numpy(clip[k]) for k in ("depth", "w2c", "intrinsics", "moving") if k in clip})
         folder = out / "cache" / f"{num_frames}x{height}x{width}-{encoders.fingerprint}"
         save_clip(folder / f"{name}.safetensors", clip, encoders.load_vae(), False,
                   dict(text=text([clip["prompt"]])[0]),
@@ -514,13 +522,21 @@ def synth_one(job):
     for t, depth in enumerate(clip["depth"]):
         np.save(out / name / "depth" / f"frame_{t:04d}.npy", depth)
     write_cameras(out / name / "camera_params.txt", clip["w2c"], clip["intrinsics"], (height, width))
+    if moving:
+        np.savez_compressed(out / name / "moving.npz", mask=clip["moving"],   # first: the array that is read
+                            track=clip["track"], radius=clip["radius"])
+        entry["moving_path"] = f"{name}/moving.npz"
     return dict(entry, video_path=f"{name}/video.mp4", depth_dir=f"{name}/depth",
                 camera_file=f"{name}/camera_params.txt")
 
 
-def synth(out, num, num_frames, height, width, seed=0, variety="full", workers=0, cache_only=False, val=0):
-    """Render num training and val validation clips (other seeds): sample folders, or the cache alone."""
+def synth(out, num, num_frames, height, width, seed=0, variety="full", workers=0, cache_only=False, val=0,
+          moving=False):
+    """Render num training and val validation clips (other seeds): sample folders, or the cache alone.
+
+    moving   one sphere of each clip moves by itself; moving.npz holds its mask, track and radius (scenes.render_clip)"""
     out, recipe = Path(out), [num, num_frames, height, width, seed, variety, cache_only, val]
+    recipe += ["moving"] if moving else []
     if num_frames % 4 != 1 or height % 16 or width % 16:
         raise ValueError(f"{num_frames} frames of {height}x{width}; wanted 4k + 1 and multiples of 16")
     if (out / "metadata.json").is_file():
@@ -528,7 +544,7 @@ def synth(out, num, num_frames, height, width, seed=0, variety="full", workers=0
         if not isinstance(meta, dict) or meta.get("synth") != recipe:
             raise ValueError(f"{out}: holds another dataset; choose a new folder or delete it")
         return print(f"{out}: already rendered")
-    jobs = [(out, f"{split}_{n:06d}", first + n, split, num_frames, height, width, variety, cache_only)
+    jobs = [(out, f"{split}_{n:06d}", first + n, split, num_frames, height, width, variety, cache_only, moving)
             for split, count, first in (("train", num, seed), ("val", val, seed + 10_000_000))
             for n in range(count)]
     os.environ["OMP_NUM_THREADS"] = os.environ["OPENBLAS_NUM_THREADS"] = "1"      # read by the workers' numpy
@@ -558,6 +574,8 @@ def main():
     p.add_argument("out")
     p.add_argument("--variety", choices=VARIETY, default="full")
     p.add_argument("--cache_only", type=["False", "True"].index, default=False, metavar="True|False")
+    p.add_argument("--moving", type=["False", "True"].index, nargs="?", const=1, default=0, metavar="True|False",
+                   help="one object moves by itself; its mask goes to moving.npz")
     q.add_argument("root")
     q.add_argument("--codec", default="transform")
     q.add_argument("--wan_dir", default="", help="folder of a Wan2.1 release, in place of --codec")

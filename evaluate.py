@@ -39,12 +39,14 @@ COLUMNS = dict(abs_rel="AbsRel", delta1="delta1", tae="TAE", points="points", f_
 
 def geometry_row(depth, points, w2c, b, out=None):
     """Metrics of one batch in scene units; translation is the mean distance of the camera centres.  With the model's
-    output `out` also how far its heads agree and how well its confidence sorts the errors."""
+    output `out` also how far its heads agree and how well its confidence sorts the errors.  TAE leaves out what moves by
+    itself, if the clip says so (cameras alone do not explain its depth)."""
     gt, mask = b["depth"], b["mask"]
+    still = mask & ~b["moving"] if "moving" in b else mask
     row = {name + ("" if align == "none" else f"_{align}"): value for align in ("none", "median", "scale_shift")
            for name, value in depth_metrics(depth, gt, mask, align).items()}
     p = point_metrics(points, b["points"], mask)
-    row.update(points=p["dist"], points_rel=p["rel"], tae=temporal_error(depth, b["w2c"], b["intrinsics"], mask),
+    row.update(points=p["dist"], points_rel=p["rel"], tae=temporal_error(depth, b["w2c"], b["intrinsics"], still),
                **cloud_metrics(points, b["points"], mask), **pose_metrics(w2c, b["w2c"]))
     if out is not None:
         _, K = decode_pose(out["pose_enc"][-1], gt.shape[-2:])
@@ -129,13 +131,20 @@ def baselines(train_clips, val_clips, in_dim, dev, eval_clips):
 
 
 def print_table(rows, file=None):
+    """The headline metrics of each condition in a row, then every other metric in a line of its own."""
+    def cells(pairs):
+        return "".join(f"{row[key]:8.3f}" if key in row else f"{'-':>8s}" for row, key in pairs)
+
     print(f"{'':50s}" + "".join(f"{title:>8s}" for title in COLUMNS.values()), file=file)
     for name, row in rows.items():
-        print(f"{name:50s}" + "".join(f"{row[k]:8.3f}" if k in row else f"{'-':>8s}" for k in COLUMNS), file=file)
+        print(f"{name:50s}" + cells((row, key) for key in COLUMNS), file=file)
     print("AbsRel, delta1 of the depth head without alignment; TAE: its flicker in percent; points, F: mean distance of the "
           "point\nhead, F-score at 0.05; agree: point head against unprojected depth head; AUSE: confidence, 0 best; "
           "transl: mean distance\nof the camera centres; lengths in scene units.  With poses given, rotation and "
-          "translation are a pass-through check, not\nlearning.  eval.json has all of it.", file=file)
+          "translation are a pass-through check, not\nlearning.  eval.json has all of it.\n\nEvery other metric; its "
+          "columns are the rows above, in their order:", file=file)
+    for key in dict.fromkeys(key for row in rows.values() for key in row if key not in COLUMNS):
+        print(f"{key:20s}" + cells((row, key) for row in rows.values()), file=file)
 
 
 def evaluate_only(model, clips, out, sources, dev, autocast, options, rank=0, world=1):

@@ -15,7 +15,6 @@ Shapes: B clips, T = 4k + 1 frames, H W pixels, n camera-head iterations.  `size
             vertical then horizontal field of view in radians (2).
 Precision: fp32 or fp64 in, the same out.  No matmul on cameras: autocast would run it in bf16, pixels wrong.
 """
-import difflib
 import math
 from functools import lru_cache
 
@@ -145,55 +144,25 @@ def project(points, w2c, K):
     focal = torch.stack([K[..., 0, 0], K[..., 1, 1]], -1)
     return focal * cam[..., :2] / cam[..., 2:].clamp(min=1e-6) + K[..., :2, 2], cam[..., 2]
 
-def normalize_scene(depth, w2c, K, mask):
-    """Bring clips (shapes as in unproject, mask bool) to their own unit: first frame's mean distance = 1.
+def normalize_scene(depth, w2c, K, mask, frames="first"):
+    """Bring clips (shapes as in unproject, mask bool) to their own unit: mean distance to the first camera = 1.
 
+    frames   first: of frame 0's points, the farthest 5 % dropped (FantasyWorld's release: all that is known when
+             sampling starts); all: of every frame's points, none dropped (VGGT's training)
     returns  depth (0 where invalid), w2c relative to frame 0, scale (B,): user unit = scale * scene unit,
-             1 where frame 0 has no valid pixel.   Source: FantasyWorld's release."""
-    valid = mask & valid_depth(depth)
-    distance = depth[:, 0] * pixel_rays(K[:, 0], depth.shape[-2:]).norm(dim=-1)   # (B, H, W)
-    distance = distance.masked_fill(~valid[:, 0], math.nan).flatten(1)
-    keep = distance <= torch.nanquantile(distance, 0.95, dim=1, keepdim=True)     # NaN compares false
+             1 where those frames have no valid pixel"""
+    valid, rel = mask & valid_depth(depth), relative_to_first(w2c)
+    if frames == "first":
+        distance = depth[:, 0] * pixel_rays(K[:, 0], depth.shape[-2:]).norm(dim=-1)              # (B, H, W)
+        distance = distance.masked_fill(~valid[:, 0], math.nan).flatten(1)
+        keep = distance <= torch.nanquantile(distance, 0.95, dim=1, keepdim=True)                # NaN compares false
+    elif frames == "all":
+        distance, keep = unproject(depth, rel, K).norm(dim=-1).flatten(1), valid.flatten(1)
+    else:
+        raise ValueError(f"frames {frames!r}; known: first, all.")
     scale = torch.where(keep.any(1), torch.where(keep, distance, 0).sum(1) / keep.sum(1).clamp(min=1), 1)
-    unit, rel = scale[:, None, None, None], relative_to_first(w2c)
+    unit = scale[:, None, None, None]
     return torch.where(valid, depth, 0) / unit, torch.cat([rel[..., :3], rel[..., 3:] / unit], -1), scale
-
-TRAVEL = {"static": (0, 0, 0), "forward": (0, 0, 1), "backward": (0, 0, -1),
-          "right": (1, 0, 0), "left": (-1, 0, 0), "up": (0, -1, 0), "down": (0, 1, 0)}
-TURN_AXIS = {"pan_right": (0, 1, 0), "pan_left": (0, -1, 0), "tilt_up": (1, 0, 0), "tilt_down": (-1, 0, 0),
-             "orbit": (0, -1, 0)}
-ZOOM = {"zoom_in": 1, "zoom_out": -1}
-
-def camera_move(name, num_frames, amount=1.0, fov_deg=60.0, pivot_depth=1.0, ease="smooth"):
-    """A named camera move, starting at the identity.
-
-    amount       1 travels 0.3 scene units, turns (pan, tilt, orbit) by fov_deg / 2, zooms by 1.5; < 0 reverts
-    pivot_depth  scene units; orbit circles to the right around the point this far ahead, looking at it;
-                 spiral winds twice around the view axis up to 0.1 * amount off it, looking at that point
-    ease         smooth: at rest at both ends; linear; in, out: at rest at the first, the last frame only
-    returns      w2c (T, 3, 4) in scene units, focal (T,): the factor on fx and fy, 1 unless zooming."""
-    known = [*TRAVEL, *TURN_AXIS, *ZOOM, "spiral"]
-    if name not in known:
-        near = ", ".join(difflib.get_close_matches(name, known, cutoff=0.4)) or "none"
-        raise ValueError(f"unknown camera move {name!r}; nearest: {near}; known: {', '.join(known)}.")
-    s = torch.linspace(0, 1, num_frames)
-    eased = dict(smooth=s * s * (3 - 2 * s), linear=s, out=s * (2 - s), **{"in": s * s})
-    if ease not in eased:
-        raise ValueError(f"ease {ease!r}; known: {', '.join(eased)}.")
-    gone = eased[ease]
-    ease = amount * gone                                              # (T,)
-    half = ease[:, None] * math.radians(fov_deg) / 4                  # (T, 1) half of the angle turned
-    R = quat_to_mat(torch.cat([half.sin() * torch.tensor(TURN_AXIS.get(name, (0, 0, 0))), half.cos()], -1))
-    centre = 0.3 * ease[:, None] * torch.tensor(TRAVEL.get(name, (0, 0, 0)))      # (T, 3)
-    if name == "orbit":
-        centre = pivot_depth * torch.cat([(2 * half).sin(), 0 * half, 1 - (2 * half).cos()], -1)
-    if name == "spiral":
-        off, round_ = 0.1 * ease, 4 * math.pi * gone
-        centre = torch.stack([off * round_.sin(), off * (1 - round_.cos()), torch.zeros_like(off)], -1)
-        z = F.normalize(centre.new_tensor([0, 0, pivot_depth]) - centre, dim=-1)
-        x = F.normalize(torch.linalg.cross(torch.tensor([0, 1.0, 0]).expand_as(z), z, dim=-1), dim=-1)
-        R = torch.stack([x, torch.linalg.cross(z, x, dim=-1), z], -1)
-    return inv_se3(torch.cat([R, centre[..., None]], -1)), 1.5 ** (ZOOM.get(name, 0) * ease)
 
 # ---- modules ----------------------------------------------------------------------------------------------
 # Attribute names are the release's (and VGGT's), so their tensors load by name.  C geometry width, P = 5 + h*w
@@ -585,44 +554,86 @@ def fit_scale_shift(pred, gt, mask):
     s = total(p * g) / total(p * p).clamp(min=1e-12)
     return s, g_mean - s * p_mean
 
-def tgm_loss(pred, gt, mask, rel_th=0.05, align=False, clip_weight=None):
-    """Temporal gradient matching: depth must change between frames as the true depth does, sign included.
+def still_pairs(gt, mask, rel_th):
+    """Pairs of neighbouring frames whose depth changes by less than rel_th of the later frame's range: (B, T-1, H, W)."""
+    gt = fp32(gt)
+    high = gt.masked_fill(~mask, -math.inf).amax((2, 3), keepdim=True)                # (B, T, 1, 1)
+    low = gt.masked_fill(~mask, math.inf).amin((2, 3), keepdim=True)
+    return mask[:, 1:] & mask[:, :-1] & ((gt[:, 1:] - gt[:, :-1]).abs() < rel_th * (high - low)[:, 1:])
+
+def tgm_loss(pred, gt, mask, rel_th=0.05, align=False, clip_weight=None, signed=True):
+    """Temporal gradient matching: depth must change between frames as the true depth does.
 
     pred, gt, mask  (B, T, H, W)
     rel_th          true changes beyond this share of the later frame's depth range are passing edges: skipped
     align           fit one scale and shift per clip first, for relative depth
-    returns         scalar, 0 for T = 1.   Source: Video Depth Anything's code."""
-    pred, gt = fp32(pred), fp32(gt)
+    signed          |dp - dg| as in Video Depth Anything's code; False: ||dp| - |dg|| as in its paper, which does not
+                    tell coming from going
+    returns         scalar, 0 for T = 1"""
+    pairs = still_pairs(gt, mask, rel_th)
+    p, g = (torch.where(mask, fp32(x), 0) for x in (pred, gt))
     if align:
-        s, b = fit_scale_shift(pred, gt, mask)
-        pred = s * torch.where(mask, pred, 0) + b
-    r = residual(pred, gt, mask)
-    with torch.no_grad():
-        high = gt.masked_fill(~mask, -math.inf).amax((2, 3), keepdim=True)            # (B, T, 1, 1)
-        low = gt.masked_fill(~mask, math.inf).amin((2, 3), keepdim=True)
-        still = (gt[:, 1:] - gt[:, :-1]).abs() < rel_th * (high - low)[:, 1:]
-        pairs = mask[:, 1:] & mask[:, :-1] & still
-    return over_clips(clip_mean((r[:, 1:] - r[:, :-1]).abs() * pairs, pairs), clip_weight)
+        s, b = fit_scale_shift(p, g, mask)
+        p = s * p + b
+    p, g = p.diff(dim=1), g.diff(dim=1)
+    return over_clips(clip_mean((p - g if signed else p.abs() - g.abs()).abs() * pairs, pairs), clip_weight)
 
 def confident(error, conf, mask, gamma):
     """c * error - gamma log c per clip; error is finite everywhere, conf is 1 where masked."""
     return clip_mean(conf * error * mask - gamma * conf.log(), mask)
 
-def conf_loss(pred, conf, gt, mask, gamma=0.2, clip_weight=None):
-    """mean(c |r| - gamma log c) of depth; all (B, T, H, W), conf > 0; best c = gamma / |r|.  Source: VGGT."""
-    conf = torch.where(mask, fp32(conf), 1)
-    return over_clips(confident(residual(pred, gt, mask).abs(), conf, mask, gamma), clip_weight)
+def below_quantile(error, mask, q):
+    """The mask without each clip's largest errors, those from the q-quantile of its valid pixels on: wrong labels.
+    Clips of up to 1000 valid pixels, or that would be left with so few, stay whole; q = 1 too.   Source: VGGT."""
+    if q >= 1:
+        return mask
+    error, count = error.detach().masked_fill(~mask, math.inf), mask.flatten(1).sum(1)           # (B,)
+    kth = (q * (count - 1).clamp(min=0)).round().long()[:, None]                  # tensors only: .item() would stall
+    keep = mask & (error < error.flatten(1).sort(1).values.gather(1, kth)[..., None, None])
+    cut = (count > 1000) & (keep.flatten(1).sum(1) > 1000)
+    return torch.where(cut[:, None, None, None], keep, mask)
 
-def points_loss(pred, conf, gt, mask, gamma=0.2, clip_weight=None):
+def conf_loss(pred, conf, gt, mask, gamma=0.2, clip_weight=None, quantile=1.0):
+    """mean(c |r| - gamma log c) of depth below its quantile; all (B, T, H, W), conf > 0; best c = gamma / |r|.
+    Source: VGGT."""
+    error = residual(pred, gt, mask).abs()
+    mask = below_quantile(error, mask, quantile)
+    return over_clips(confident(error, torch.where(mask, fp32(conf), 1), mask, gamma), clip_weight)
+
+def points_loss(pred, conf, gt, mask, gamma=0.2, clip_weight=None, quantile=1.0):
     """Point map error: mean(c |r| - gamma log c) + c |grad r| averaged over four scales.
 
     pred, gt    (B, T, H, W, 3)   world frame, scene units
     conf, mask  (B, T, H, W)      conf > 0
+    quantile    of the first term: see below_quantile
     The value goes negative once confidence is earned.   Source: FantasyWorld's L_pmap, VGGT."""
     r = [residual(p, g, mask) for p, g in zip(pred.unbind(-1), gt.unbind(-1))]
-    conf = torch.where(mask, fp32(conf), 1)
-    loss = confident(length(r), conf, mask, gamma) + gradient_levels(r, mask, conf).mean(1)
+    error, conf = length(r), torch.where(mask, fp32(conf), 1)
+    kept = below_quantile(error, mask, quantile)
+    loss = confident(error, torch.where(kept, conf, 1), kept, gamma) + gradient_levels(r, mask, conf).mean(1)
     return over_clips(loss, clip_weight)
+
+def corner_normals(points, mask):
+    """Unit normals of the four corner triangles of every 2x2 block of pixels, and which triangles are all valid:
+    points (B, T, H, W, 3), mask (B, T, H, W) -> (B, T, H-1, W-1, 4, 3), (B, T, H-1, W-1, 4)."""
+    points = torch.where(mask[..., None], fp32(points), 0)
+    across, down = points.diff(dim=-2), points.diff(dim=-3)
+    normal = torch.stack([torch.linalg.cross(d, a, dim=-1) for a in (across[..., :-1, :, :], across[..., 1:, :, :])
+                          for d in (down[..., :-1, :], down[..., 1:, :])], -2)
+    corners = torch.stack([mask[..., :-1, :-1], mask[..., :-1, 1:], mask[..., 1:, :-1], mask[..., 1:, 1:]], -1)
+    whole = corners.sum(-1, keepdim=True) - corners.flip(-1).long() == 3              # all but the opposite corner
+    return F.normalize(normal, dim=-1, eps=1e-8), whole
+
+def normal_loss(pred, gt, mask, clip_weight=None):
+    """Mean 1 - cos of the angle between surface normals of two point maps (shapes as in points_loss), over strides
+    1, 2, 4: what neighbouring points say about the surface, blind to where it is.  Keeps 17 point maps of memory for
+    the backward pass (points_loss 6).   Source: VGGT."""
+    levels = []
+    for k in (1, 2, 4):
+        m = mask[..., ::k, ::k]
+        (n, whole), (n_gt, _) = (corner_normals(x[..., ::k, ::k, :], m) for x in (pred, gt))
+        levels.append(clip_mean((1 - (n * n_gt).sum(-1)) * whole, whole))
+    return over_clips(sum(levels) / 3, clip_weight)
 
 def camera_loss(pred_iterations, gt, delta=0.1, clip_weight=None):
     """Huber / delta on the pose encoding: translation + rotation + 0.5 fov; iteration k weighs 0.6^(n-1-k)/n.
@@ -644,29 +655,35 @@ def geometry_losses(pred, batch, cfg):
     batch  depth, mask (B, T, H, W), points (B, T, H, W, 3), pose_enc (B, T, 9), all in scene units;
            optional geo_weight (B,), the clip_weight of every part; optional relative (B,) bool: clips whose
            depth has no unit train the depth head alone, in ssi mode
-    cfg    depth_mode "metric", alpha_tgm 10, beta_frame 1, gamma_conf 0.2, camera_delta 0.1, camera_weight 3
-    returns  loss, parts: detached scalars depth, point, camera, tgm, frame, depth_conf_mean, point_conf_mean,
-             valid_fraction.   L_depth = alpha TGM + beta (frame + conf).   Source: FantasyWorld 2025."""
-    mask = batch["mask"]
+    cfg    depth_mode "metric", alpha_tgm 10, beta_frame 1, gamma_conf 0.2, camera_delta 0.1, camera_weight 3;
+           optional tgm_signed True, valid_quantile 1, normal_weight 0
+    returns  loss, parts: detached scalars depth, point, camera, tgm, frame, normal (if it has a weight),
+             depth_conf_mean, point_conf_mean, valid_fraction, and tgm_fraction of the pixel pairs.
+    L_depth = alpha TGM + beta (frame + conf), L_pmap = points + normal_weight * normal.  Source: FantasyWorld 2025."""
+    mask, q, signed = batch["mask"], getattr(cfg, "valid_quantile", 1.0), getattr(cfg, "tgm_signed", True)
     weight = batch.get("geo_weight", torch.ones(len(mask), device=mask.device))
     relative = batch.get("relative")
     metric = weight if relative is None else weight * ~relative
     tgm, frame, conf = 0, 0, 0
     for mode, w in ((cfg.depth_mode, metric),) + ((("ssi", weight * relative),) if relative is not None else ()):
         depth, gt = pred["depth"], batch["depth"]
-        tgm = tgm + tgm_loss(depth, gt, mask, align=mode == "ssi", clip_weight=w)
+        tgm = tgm + tgm_loss(depth, gt, mask, align=mode == "ssi", clip_weight=w, signed=signed)
         frame = frame + frame_loss(depth, gt, mask, mode, w)
         if mode == "ssi":
             depth, gt = standardize(depth, mask), standardize(gt, mask)
-        conf = conf + conf_loss(depth, pred["depth_conf"], gt, mask, cfg.gamma_conf, w)
-    point = points_loss(pred["points"], pred["points_conf"], batch["points"], mask, cfg.gamma_conf, metric)
+        conf = conf + conf_loss(depth, pred["depth_conf"], gt, mask, cfg.gamma_conf, w, q)
+    point = points_loss(pred["points"], pred["points_conf"], batch["points"], mask, cfg.gamma_conf, metric, q)
     has_scale = mask[:, 0].flatten(1).any(1)                          # else translations have no unit
     camera = camera_loss(pred["pose_enc"], batch["pose_enc"], cfg.camera_delta, metric * has_scale)
-    depth = cfg.alpha_tgm * tgm + cfg.beta_frame * (frame + conf)
-    parts = dict(depth=depth, point=point, camera=camera, tgm=tgm, frame=frame,
-                 depth_conf_mean=torch.where(mask, pred["depth_conf"], 0).sum() / mask.sum().clamp(min=1),
-                 point_conf_mean=torch.where(mask, pred["points_conf"], 0).sum() / mask.sum().clamp(min=1),
-                 valid_fraction=mask.float().mean())
+    depth, parts = cfg.alpha_tgm * tgm + cfg.beta_frame * (frame + conf), {}
+    if normal_weight := getattr(cfg, "normal_weight", 0):
+        parts["normal"] = normal_loss(pred["points"], batch["points"], mask, metric)
+        point = point + normal_weight * parts["normal"]
+    pairs = still_pairs(batch["depth"], mask, 0.05)
+    parts.update(depth=depth, point=point, camera=camera, tgm=tgm, frame=frame, valid_fraction=mask.float().mean(),
+                 tgm_fraction=pairs.sum() / max(1, pairs.numel()),
+                 **{f"{name}_conf_mean": torch.where(mask, pred[key], 0).sum() / mask.sum().clamp(min=1)
+                    for name, key in (("depth", "depth_conf"), ("point", "points_conf"))})
     return depth + point + cfg.camera_weight * camera, {name: value.detach() for name, value in parts.items()}
 
 # ---- metrics -----------------------------------------------------------------------------------------------
@@ -679,7 +696,8 @@ def depth_metrics(pred, gt, mask, align="none"):
     """abs_rel = mean |p - g| / g, delta1 2 3 = share within a factor of 1.25 ** k (exclusive), rmse in gt's unit.
 
     pred, gt, mask  (B, T, H, W)   gt > 0 where valid
-    align           per clip: none; median: one scale; scale_shift: least-squares scale and shift"""
+    align           per clip: none; median: one scale; scale_shift: least-squares scale and shift
+    Source: Eigen et al. 2014; one alignment for all frames of a clip as in Video Depth Anything."""
     pred, gt = (torch.where(mask, x.double(), 1) for x in (pred, gt))
     if align == "median":
         scale = torch.where(mask, gt / pred, math.nan).flatten(1).nanmedian(1).values
@@ -733,7 +751,8 @@ def pose_metrics(pred_w2c, gt_w2c):
              trans      mean distance of the camera centres, gt's unit, no alignment
              ate        RMSE of the centres after the best similarity: blind to scale, 0 if gt stands still
              rpe_trans  RMSE of frame-to-frame motion at that similarity's scale; rpe_rot: its mean angle
-             auc30      pair accuracy averaged over 1 .. 30 degrees, in [0, 1]"""
+             auc30      pair accuracy averaged over 1 .. 30 degrees, in [0, 1]
+    Source: CameraCtrl (rot, trans), Sturm et al. 2012 (ATE, RPE), VGGT (AUC)."""
     assert pred_w2c.shape == gt_w2c.shape and gt_w2c.shape[1] > 1, (pred_w2c.shape, gt_w2c.shape)
     pred, gt = relative_to_first(pred_w2c.double()), relative_to_first(gt_w2c.double())
     p, g = inv_se3(pred), inv_se3(gt)                                 # camera-to-world
@@ -751,7 +770,7 @@ def pose_metrics(pred_w2c, gt_w2c):
 def point_metrics(pred, gt, mask):
     """Point map errors without alignment: rel = mean |P - P_hat| / |P|, dist = mean |P - P_hat| in gt's unit.
 
-    pred, gt  (B, T, H, W, 3)   same frame and unit;   mask  (B, T, H, W)"""
+    pred, gt  (B, T, H, W, 3)   same frame and unit;   mask  (B, T, H, W).   Source: MoGe (rel)."""
     pred, gt = (torch.where(mask[..., None], x.double(), 0) for x in (pred, gt))
     dist = (pred - gt).norm(dim=-1)                                   # 0 where masked
     rel = dist / gt.norm(dim=-1).clamp(min=1e-6)

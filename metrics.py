@@ -56,7 +56,8 @@ def splat(depth, motion, K, size):
 def temporal_error(depth, w2c, K, mask):
     """TAE: 100 times the mean |D - warped neighbour| / D over neighbouring frames in both directions.
 
-    depth, mask  (B, T >= 2, H, W)   predicted depth in the unit of the true cameras w2c (B, T, 3, 4); K (B, T, 3, 3)
+    depth, mask  (B, T >= 2, H, W)   predicted depth in the unit of the true cameras w2c (B, T, 3, 4); K (B, T, 3, 3);
+                                     mask without what moves by itself: only the cameras' motion is undone
     The true depth has a small error too: points land between pixels.   Source: VDA, here with a z-buffer."""
     depth, w2c, K = depth.double(), w2c.double(), K.double()
     errors = []

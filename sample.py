@@ -18,7 +18,7 @@ import cameras
 from data import (cache_prefix, depth_to_rgb, encode_start, make_encoders, read_depth, read_video, tile, write_cameras,
                   write_png, write_video)
 from foreign import metadata_of, open_checkpoint
-from geometry import (camera_move, decode_pose, encode_pose, normalize_scene, pose_metrics, relative_to_first, unproject,
+from geometry import (decode_pose, encode_pose, normalize_scene, pose_metrics, relative_to_first, unproject,
                       valid_depth)
 from model import shift_sigma, start_condition
 
@@ -62,7 +62,7 @@ def load_camera(text, num_frames, size, fov_deg, amount, scene_scale):
         fx, fy, cx, cy = torch.from_numpy(fractions[:num_frames]).float().unbind(-1)
         fx, fy, cx, cy = fx * width, fy * height, cx * width, cy * height
     else:
-        w2c, zoom = camera_move(text, num_frames, amount)
+        w2c, zoom = cameras.camera_move(text, num_frames, amount)
         w2c = w2c[None].float()
         fx = fy = width / 2 / np.tan(np.radians(fov_deg) / 2) * zoom.float()
         cx, cy = torch.full_like(fx, width / 2), torch.full_like(fx, height / 2)

@@ -92,6 +92,37 @@ def camera_path(rng, v, scene, num_frames):
     return None
 
 
+def add_mover(rng, scene, c2w, k):
+    """The scene with one more sphere that glides along a line across the cameras' view, clear of everything; None where
+    none fits.  Its texture goes along; scene["track"] (T, 3): its centres in the room's frame."""
+    radius, name, eyes, middle = rng.uniform(.15, .35), rng.choice(list(COLOURS)), c2w[:, :, 3], c2w[len(c2w) // 2]
+    s, between = np.linspace(0, 1, len(c2w))[:, None], np.linspace(.1, .9, 9)[:, None, None]
+    for _ in range(300):
+        rays = np.append(rng.uniform(-.7, .7, (2, 2)) * k[:2, 2] / k[0, 0], np.ones((2, 1)), 1)
+        a, b = (rays * rng.uniform(1, 3, (2, 1))) @ middle[:, :3].T + middle[:, 3]     # ends, in the middle view
+        track = a + s * (b - a)
+        x, y, z = np.einsum("tji,tj->it", c2w[:, :, :3], track - eyes)                # camera frames
+        inside = (z > .1) & (np.abs(x) * k[0, 0] < k[0, 2] * z) & (np.abs(y) * k[1, 1] < k[1, 2] * z)
+        free = clearance(scene, (eyes + between * (track - eyes)).reshape(-1, 3)).reshape(9, -1).min(0) > 0
+        if (.4 < np.linalg.norm(b - a) < 2 and clearance(scene, track).min() > radius + .03
+                and (inside & free).mean() > .6 and np.linalg.norm(track - eyes, axis=1).min() > radius + .5):
+            colour = np.array(COLOURS[name])
+            more = dict(sphere=track[0], radius=radius, names=name, base=colour, dark=.3 * colour,
+                        frequency=min(6, scene["frequency"][:6].max()), contrast=.8, offset=rng.uniform(-9, 9, 3))
+            return scene | {key: np.append(scene[key], [value], 0) for key, value in more.items()} | dict(track=track)
+    return None
+
+
+def at_frame(scene, t):
+    """The scene with its moving sphere, if it has one, where it is at frame t."""
+    if "track" not in scene:
+        return scene
+    sphere, offset = scene["sphere"].copy(), scene["offset"].copy()
+    sphere[-1] = scene["track"][t]
+    offset[-1] -= scene["track"][t]
+    return dict(scene, sphere=sphere, offset=offset)
+
+
 def trace(scene, c2w, k, height, width):
     """First hit of every pixel-centre ray.  Rays have camera z = 1: their parameter is exactly the z-depth.
 
@@ -127,7 +158,7 @@ def trace(scene, c2w, k, height, width):
 
 def shade(scene, material, points, normals):
     """Colours (P, 3) in [0, 1] of surface points (3, P)."""
-    s = {k: np.asarray(x, np.float32) for k, x in scene.items() if k != "names"}  # float32: twice as fast
+    s = {k: np.asarray(x, np.float32) for k, x in scene.items() if k not in ("names", "track")}   # twice as fast
     points, normals = points.astype(np.float32), normals.astype(np.float32)
     q = (points + s["offset"][material].T) * s["frequency"][material]
     bend = np.sin(s["warp"][0] @ q + s["phase"][:, None])
@@ -146,11 +177,12 @@ def shade(scene, material, points, normals):
 
 def caption(scene, seen, c2w, kind):
     """Prompt: the objects seen (boolean each) and the move from the first camera's point of view."""
-    things, boxes = [], len(scene["half"]) - 1
-    for part, one, many in ((slice(0, boxes), "box", "boxes"), (slice(boxes, None), "sphere", "spheres")):
+    things, boxes, still = [], len(scene["half"]) - 1, len(scene["names"]) - ("track" in scene)
+    for part, one, many in ((slice(0, boxes), "box", "boxes"), (slice(boxes, still), "sphere", "spheres")):
         names = scene["names"][part][seen[part]]
         number = ["", "", "two", "three", "four", "five", "six"][len(names)]
         things += [f"a {names[0]} {one}" if len(names) == 1 else f"{number} {many}"] if len(names) else []
+    things += [f"a moving {scene['names'][-1]} sphere"] if seen[still:].any() else []
     side = "right" if c2w[0, :, 0] @ c2w[-1, :, 2] > 0 else "left"                # where the view turns to
     move = c2w[0, :, :3].T @ (c2w[-1, :, 3] - c2w[0, :, 3])
     axis = np.abs(move).argmax()
@@ -160,23 +192,35 @@ def caption(scene, seen, c2w, kind):
     return f"{room}, the camera {words.get(kind, f'moves {word}')}"
 
 
-def render_clip(seed, num_frames, height, width, variety="full"):
+def render_clip(seed, num_frames, height, width, variety="full", moving=False):
     """Render the clip of a seed: rgb (T, H, W, 3) uint8, depth (T, H, W) float32 metres, exact at the pixel
-    centres, w2c (T, 3, 4) float64 relative to frame 0, intrinsics (3, 3) pixels, prompt."""
+    centres, w2c (T, 3, 4) float64 relative to frame 0, intrinsics (3, 3) pixels, prompt.
+
+    moving   adds one sphere that moves by itself to the same room and path, and to the result: moving (T, H, W) bool,
+             True on its pixels; track (T, 3) float64, its centres in the first camera's frame, metres; radius"""
     v, rng, path = VARIETY[variety], np.random.default_rng(seed), None
     focal = width / 2 / np.tan(np.radians(rng.uniform(*v["fov"])) / 2)
     k = np.array([[focal, 0, width / 2], [0, focal, height / 2], [0, 0, 1]])
     while path is None:                                                           # too crowded: draw again
         scene = make_scene(rng, v, focal)
         path = camera_path(rng, v, scene, num_frames)
-    (c2w, kind), rgb, depths, pixels = path, [], [], np.zeros(len(scene["base"]), int)
-    for pose in c2w:
-        depth, material, points, normals = trace(scene, pose, k, height, width)
-        colour = shade(scene, material, points, normals) * 255 + .5
+        if moving and path:
+            scene = add_mover(np.random.default_rng([seed, 1]), scene, path[0], k)
+            path = scene and path
+    (c2w, kind), rgb, depths, masks, pixels = path, [], [], [], np.zeros(len(scene["base"]), int)
+    for t, pose in enumerate(c2w):
+        now = at_frame(scene, t)
+        depth, material, points, normals = trace(now, pose, k, height, width)
+        colour = shade(now, material, points, normals) * 255 + .5
         rgb.append(colour.astype(np.uint8).reshape(height, width, 3))
         depths.append(depth.astype(np.float32).reshape(height, width))
+        masks.append((material == len(pixels) - 1).reshape(height, width))       # the last object
         pixels += np.bincount(material, minlength=len(pixels))
     seen = pixels[6:] > .004 * pixels.sum()
     w2c = relative_to_first(inv_se3(torch.from_numpy(c2w))).numpy()
-    return dict(rgb=np.stack(rgb), depth=np.stack(depths), w2c=w2c, intrinsics=k,
+    clip = dict(rgb=np.stack(rgb), depth=np.stack(depths), w2c=w2c, intrinsics=k,
                 prompt=caption(scene, seen, c2w, kind))
+    if moving:
+        clip.update(moving=np.stack(masks), track=(scene["track"] - c2w[0, :, 3]) @ c2w[0, :, :3],
+                    radius=scene["radius"][-1])
+    return clip

@@ -60,6 +60,9 @@ weight_decay, beta2, grad_clip = 0.01, 0.999, 1.0
 shift, pose_dropout, prompt_dropout, image_dropout = 5.0, 0.1, 0.1, 0.1      # dropped for whole clips
 lambda_diffusion, lambda_geo, depth_mode, alpha_tgm, beta_frame = 1.0, 1.0, "metric", 10.0, 1.0
 gamma_conf, camera_delta, camera_weight = 0.2, 0.1, 3.0
+tgm_signed = True               # False: TGM as in the VDA paper, ||dp| - |dg||, blind to the direction of change
+valid_quantile = 1.0            # 0.98: a clip's largest errors are taken for wrong labels and left out, as in VGGT
+normal_weight = 0.0             # of a loss on the surface normals of the point map
 geo_sigma_power = 0.0           # geometry loss of a clip is weighted by (1 - sigma) ** this
 max_bad_steps, spike_guard = 10, 0.0     # end after so many non-finite steps in a row; skip norms over guard * mean
 late_limits = {"depth": 0.2, "point": 0.5, "camera": 0.1}    # warn when a loss is above this late in the run
@@ -157,6 +160,8 @@ def check_options():
     for key in ("batch_size", "grad_accum", "log_every", "save_every", "keep_last", "max_bad_steps", "step_timeout"):
         if globals()[key] < 1:
             raise SystemExit(f"{key} = {globals()[key]}: wanted at least 1")
+    if not 0 < valid_quantile <= 1:
+        raise SystemExit(f"valid_quantile = {valid_quantile}: wanted a share above 0, at most 1 (all)")
     if num_frames < 5 or num_frames % 4 != 1 or height % 16 or width % 16:
         raise SystemExit(f"num_frames = {num_frames}, height x width = {height} x {width}: the video latents need "
                          f"4k + 1 frames (21, 81) and multiples of 16")
@@ -420,6 +425,8 @@ def main(options):
             log(f"step {done}/{max_steps} | " + " | ".join(
                 f"{k} {v:.4g}" for k, v in scalars.items() if not k.startswith("sigma/"))
                 + f" | {spent:.3f} s/step | {left} left")
+            log(f"# sigma step {done} | " + " | ".join(
+                f"{k.removeprefix('sigma/')} {v:.4g}" for k, v in scalars.items() if k.startswith("sigma/")))
             records.scalars(done, scalars)
             watch.update(done, scalars)
             tick, since = time.perf_counter(), 0

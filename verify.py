@@ -236,8 +236,8 @@ def check_depth(report, depth):
     return torch.from_numpy(np.where(valid, depth, 0).astype(np.float64))
 
 
-def check_points(report, points, depth, w2c, K):
-    """Given points must be unproject(depth, cameras) in the frame of the first camera, to a pixel."""
+def check_points(report, points, depth, w2c, K, level):
+    """Given points must be unproject(depth, cameras) in the frame of the first camera: to a pixel, exact ones to 1e-4."""
     if points.shape[:3] != depth.shape or points.shape[-1] != 3:
         return report.add("points", "fail", f"shape {points.shape[1:]}; wanted {(*depth.shape[1:], 3)}")
     points = torch.from_numpy(points.astype(np.float64))[None]
@@ -248,12 +248,23 @@ def check_points(report, points, depth, w2c, K):
         want = unproject(depth[None], cameras, K[None])
         return ((points - want).norm(dim=-1) / want.norm(dim=-1).clamp(min=1e-9))[used].median().item()
     error = {name: off(cameras) for name, cameras in frames.items()}
-    limit, best = 1 / K[0, 0, 0].item(), min(error, key=error.get)
+    limit, best = dict(data=1 / K[0, 0, 0].item(), exact=1e-4)[level], min(error, key=error.get)
     report.numbers.update(points_error=error["ok"])
     why = "" if best == "ok" or error[best] > limit else dict(
         camera="; they fit in each camera's own frame", file="; they fit in the file's world frame")[best]
     report.add("points", "ok" if error["ok"] < limit else "fail",
                f"off from unproject(depth, cameras) by {error['ok']:.1e} of their distance{why}")
+
+
+def leave_out(report, depth, moving):
+    """Depth without what moves by itself: cameras alone do not explain where that is seen from another frame."""
+    rows, cols = (((np.arange(n) + .5) * m / n).astype(int) for n, m in zip(depth.shape[1:], moving.shape[1:]))
+    moving = torch.from_numpy(moving[:, rows][:, :, cols] > 0)
+    share = moving.double().mean().item()
+    report.numbers.update(moving=share)
+    report.add("moving", "ok" if share < .7 else "warn", f"{share:.1%} of the pixels are left out of the views"
+               + ("" if share < .7 else ": is the mask inverted?  True marks what moves"))
+    return torch.where(moving, 0, depth)
 
 
 def check_views(report, depth, w2c, K, rgb, level):
@@ -319,9 +330,9 @@ def inspect(raw, level="data"):
     """Every check of one sample.
 
     raw   id, table (T, 19) as read_table gives it, depth (T, H, W), size (H, W) of the video; optional rgb (T, H, W, 3)
-          uint8, points (T, H, W, 3), scale (metres per unit), inverse
+          uint8, points (T, H, W, 3), scale (metres per unit), inverse, moving (T, H, W): what moves by itself
     level data: thresholds for recordings and estimates; exact: for renderings"""
-    report, kinds = Report(raw["id"]), ("rgb", "table", "depth", "points")
+    report, kinds = Report(raw["id"]), ("rgb", "table", "depth", "points", "moving")
     counts = {k: len(raw[k]) for k in kinds if raw.get(k) is not None}
     n = min(counts.values())
     text = " ".join(f"{dict(table='cameras').get(k, k)} {c}" for k, c in counts.items())
@@ -355,7 +366,9 @@ def inspect(raw, level="data"):
     if depth is None:
         return report
     if raw.get("points") is not None:
-        check_points(report, raw["points"][:n], depth, w2c, K)
+        check_points(report, raw["points"][:n], depth, w2c, K, level)
+    if raw.get("moving") is not None:
+        depth = leave_out(report, depth, raw["moving"][:n])
     check_views(report, depth, w2c, K, raw["rgb"][:n] if raw.get("rgb") is not None else None, level)
     return report
 
@@ -378,7 +391,8 @@ def load_raw(sample):
     if depth.ndim != 3:
         raise ValueError(f"{sample['depth']}: array of shape {depth.shape}; wanted z-depth (T, H, W)")
     return dict(id=sample["id"], table=table, depth=depth, size=rgb.shape[1:3], rgb=rgb, points=points,
-                scale=sample["depth_scale"], inverse=sample["inverse_depth"])
+                scale=sample["depth_scale"], inverse=sample["inverse_depth"],
+                moving=read_arrays(sample["moving"], mask=True) if sample["moving"] else None)
 
 
 def verify(root, split=None, fix_hints=False, as_json=False, exact=False):

@@ -22,12 +22,13 @@ KINDS = ("clean", "c2w stored as w2c", "OpenGL camera axes", "c2w in OpenGL axes
 
 
 @functools.lru_cache(maxsize=64)
-def rendered(seed, num_frames=17, size=(64, 96), variety="simple"):
+def rendered(seed, num_frames=17, size=(64, 96), variety="simple", moving=False):
     """A rendered clip with two spare cameras around it, as inspect reads it: raw, w2c (T + 2, 3, 4)."""
-    clip = render_clip(seed, num_frames + 2, *size, variety)
+    clip = render_clip(seed, num_frames + 2, *size, variety, moving)
     k, w2c = clip["intrinsics"], clip["w2c"]
     fractions = k[0, 0] / size[1], k[1, 1] / size[0], .5, .5
-    return as_raw(f"{variety} {seed}", clip["rgb"][1:-1], clip["depth"][1:-1], w2c, fractions)
+    raw, w2c = as_raw(f"{variety} {seed}", clip["rgb"][1:-1], clip["depth"][1:-1], w2c, fractions)
+    return dict(raw, moving=clip["moving"][1:-1]) if moving else raw, w2c
 
 
 def livingroom(seed, num_frames=41, size=(240, 320), folder=LIVINGROOM, cache={}):
@@ -144,11 +145,14 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--trials", type=int, default=20)
     parser.add_argument("--livingroom", type=Path, default=LIVINGROOM)
+    parser.add_argument("--only", default="", help="simple, full, moving or recording")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    sources = dict(simple=rendered, full=lambda s: rendered(s, variety="full"))
+    sources = dict(simple=rendered, full=lambda s: rendered(s, variety="full"),
+                   moving=lambda s: rendered(s, moving=True))
     if args.livingroom.is_dir():
         sources["recording"] = lambda s: livingroom(s, folder=args.livingroom)
+    sources = {name: source for name, source in sources.items() if args.only in ("", name)}
     for name, source in sources.items():
         start = time.time()
         for kind, found in sweep(source, args.trials).items():

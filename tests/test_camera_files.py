@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import cameras
-from geometry import camera_move, inv_se3, quat_to_mat, rotation_angle
+from geometry import inv_se3, quat_to_mat
 
 SIZE = (120, 160)
 # The hand-made camera of every example stands at (1, 2, 3) and is turned by 90 degrees about y: its z axis is the
@@ -87,9 +87,10 @@ def test_nerfstudio_by_hand_with_shared_frame_and_angle_intrinsics(tmp_path):
         got = cameras.read(tmp_path / "transforms.json")
         check(got)
         np.testing.assert_allclose(got[0][1], np.diag([1, -1, -1, 0])[:3], atol=1e-12)
-    (tmp_path / "transforms.json").write_text(json.dumps(dict(shared, k1=.1, frames=frames)))
-    with pytest.raises(ValueError, match="undistort"):
-        cameras.read(tmp_path / "transforms.json")
+    for lens in (dict(k1=.1), dict(camera_model="OPENCV_FISHEYE")):
+        (tmp_path / "transforms.json").write_text(json.dumps(dict(shared, frames=frames, **lens)))
+        with pytest.raises(ValueError, match="undistort"):
+            cameras.read(tmp_path / "transforms.json")
 
 
 def test_colmap_text_and_binary_by_hand(tmp_path):
@@ -179,16 +180,3 @@ def test_half_way_of_a_quarter_turn_about_a_pivot_stays_on_the_circle():
     keys = np.stack([cameras.look_at((0, 0, -2), (0, 0, 0)), cameras.look_at((-2, 0, 0), (0, 0, 0))])
     middle = cameras.interpolate([0, 1], keys, [.5])
     np.testing.assert_allclose(middle[0], cameras.look_at((-math.sqrt(2), 0, -math.sqrt(2)), (0, 0, 0)), atol=1e-12)
-
-
-def test_spiral_returns_to_its_axis_and_easing_is_a_choice():
-    w2c, focal = camera_move("spiral", 33)
-    centre = inv_se3(w2c)[..., 3]
-    assert centre[0].norm() == 0 and (focal == 1).all() and centre[:, 0].abs().max() > .05
-    assert rotation_angle(w2c[:, :, :3], torch.eye(3).expand(33, 3, 3)).max() > 2
-    linear = inv_se3(camera_move("forward", 5, ease="linear")[0])[:, 2, 3]
-    torch.testing.assert_close(linear, torch.tensor([0, .075, .15, .225, .3]))
-    smooth = inv_se3(camera_move("forward", 5)[0])[:, 2, 3]
-    assert smooth[1] < linear[1] and smooth[4] == linear[4]
-    with pytest.raises(ValueError, match="ease 'fast'.*smooth"):
-        camera_move("forward", 5, ease="fast")

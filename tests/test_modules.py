@@ -128,8 +128,10 @@ def test_activations_have_the_specified_values_and_gradients():
     raw = torch.tensor([[0.0, 0.0], [1.0, 1.0], [99.0, 99.0]], requires_grad=True)
     depth, conf = activate_depth(raw)
     assert torch.allclose(depth[:2], torch.tensor([1.0, 2.7182818])) and torch.isfinite(conf).all() and (conf > 1).all()
-    raw = torch.tensor([[0.0, 1.0, -1.0, 0.0]], requires_grad=True)
-    points, conf = activate_points(raw)
-    torch.testing.assert_close(points, torch.tensor([[0.0, 1.71828183, -1.71828183]]), rtol=1e-6, atol=1e-7)
-    points[0, 0].backward()
-    assert abs(raw.grad[0, 0].item() - 1) < 1e-5 and conf.item() == 2
+    for dtype in (torch.float64, torch.float32):
+        raw = torch.tensor([[0.0, 1.0, -1.0, 0.0]], dtype=dtype, requires_grad=True)
+        points, conf = activate_points(raw)
+        want = torch.tensor([[0.0, 1.71828183, -1.71828183]], dtype=dtype)
+        torch.testing.assert_close(points, want, rtol=1e-6, atol=1e-7)
+        points[0, 0].backward()
+        assert abs(raw.grad[0, 0].item() - 1) < 1e-5 and conf.item() == 2

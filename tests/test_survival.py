@@ -37,8 +37,8 @@ def stuck(survivor):
     root, arguments = survivor
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "tests/inject.py", "1",
                "2", "0", "hang", *arguments, "--batch_size=1", "--step_timeout=4", f"--out_dir={root}/hang"]
-    process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE,
-                               text=True)
+    process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"},
+                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     yield process
     process.kill()
 
@@ -150,7 +150,8 @@ def test_nan_weights_end_the_run_with_the_last_good_checkpoint_intact(survivor, 
     capture = dict(make_optimizer=lambda model, dev: (models.append(model), make(model, dev))[1])
     code, text = train_here(*survivor[1], f"--out_dir={tmp_path}", "--max_bad_steps=2", **poison, **capture)
     assert str(code).startswith("2 bad steps in a row (max_bad_steps), last at step 4") and text.count("skipped") == 2
-    assert checkpoints.saved_steps(tmp_path) == [2] and "whole, and fits" in checkpoints.describe(tmp_path / "latest.safetensors")
+    assert checkpoints.saved_steps(tmp_path) == [2]
+    assert "whole, and fits" in checkpoints.describe(tmp_path / "latest.safetensors")
 
 
 def test_infinite_depth_is_masked_and_harms_nothing(survivor, tmp_path):
@@ -247,7 +248,8 @@ def test_changed_options_are_listed_at_a_resume(survivor):
     text = train_here(*arguments, f"--out_dir={root}/changed", "--learning_rate=2e-3", "--max_steps=3")[1]
     assert "changed since step 2: max_steps 2 -> 3" in text and "warning: the learning rate changes at this resume" in text
     assert changed_options(dict(a=[1, 2], b=1, resume=""), dict(a=(1, 2), b=2, resume="x")) == ["b 1 -> 2"]
-    code, _ = train_here(*arguments, "--stage=0", "--out_dir=" + str(root / "new"), f"--resume={root}/changed/latest.safetensors")
+    code, _ = train_here(*arguments, "--stage=0", f"--out_dir={root}/new",
+                         f"--resume={root}/changed/latest.safetensors")
     assert "is of stage 1, this run is stage 0" in code
 
 

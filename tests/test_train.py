@@ -1,5 +1,6 @@
 """train.py and sample.py as a user runs them: the three stages, two ranks, resume, records, refusals."""
 import json
+import math
 import os
 import pathlib
 import struct
@@ -66,7 +67,14 @@ def test_each_stage_leaves_its_trainable_tensors_a_latest_link_and_records(stage
         assert any(n.startswith(has) for n in names) and not any(n.startswith(has_not) for n in names)
         assert meta["stage"] == str(stage) and meta["step"] == "2" and meta["git"] and json.loads(meta["train_config"])
         assert (out / "config.json").is_file() and list((out / "tensorboard").iterdir())
-        assert "step 2/2 | loss/" in (out / "training.log").read_text()
+        log = (out / "training.log").read_text()
+        assert "step 2/2 | loss/" in log
+        bins = [line.split(" | ")[1:] for line in log.splitlines() if line.startswith("# sigma step 2 ")]
+        names = {part.split()[0] for part in bins[0]}
+        assert names == [{"diffusion"}, {"depth_l1"}, {"diffusion", "depth_l1"}][stage]
+        for name, share, value in (part.split() for part in bins[0]):                  # depth_l1 0.75-1.00 0.4
+            low, high = map(float, share.split("-"))
+            assert high - low == .25 and float(value) > 0
     assert (root / "s1" / "eval" / "step-2.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -75,6 +83,9 @@ def test_tensorboard_has_the_scalars_of_the_guide(stages):
     board = EventAccumulator(str(stages[0] / "s2" / "tensorboard")).Reload()
     assert {"loss/diffusion", "loss/depth", "loss/point", "loss/camera", "loss/total", "learning_rate", "gpu_memory",
             "samples_per_second", "gradient_norm", "mfu"} <= set(board.Tags()["scalars"])
+    assert {"loss/tgm", "loss/frame", "loss/depth_conf_mean", "loss/point_conf_mean", "loss/valid_fraction",
+            "loss/tgm_fraction"} <= set(board.Tags()["scalars"])
+    assert any(tag.startswith("sigma/depth_l1 ") for tag in board.Tags()["scalars"])
 
 
 def test_evaluation_prints_both_stages_beside_both_baselines(stages):
@@ -85,7 +96,19 @@ def test_evaluation_prints_both_stages_beside_both_baselines(stages):
                 "stage 2 step 2, poses given", "stage 2 step 2, no poses"):
         assert row in text
     rows = json.loads((root / "eval" / "eval.json").read_text())
-    assert rows["stage 2 step 2, poses given"]["abs_rel"] > 0
+    aligned = {f"{name}{how}" for name in ("abs_rel", "delta1", "delta2", "delta3", "rmse")
+               for how in ("", "_median", "_scale_shift")}
+    geometry = aligned | {"tae", "points", "points_rel", "accuracy", "completeness", "chamfer", "f_score"}
+    cameras = {"rot_deg", "trans", "ate", "rpe_trans", "rpe_rot", "auc30"}
+    own = geometry | cameras | {"agreement", "ause", "ause_points"}
+    for name, row in rows.items():
+        want = geometry if "oracle" in name else geometry | cameras if "fair" in name else own
+        assert want <= set(row) and all(math.isfinite(row[k]) for k in want), (name, want ^ set(row))
+    for given in ("poses given", "no poses"):                                     # and read out at more noise levels
+        assert {f"stage 2 step 2, {given}{s}" for s in ("", ", sigma 0.5", ", sigma 0.9")} <= set(rows)
+    table = text[text.index("AbsRel"):]
+    assert all(f"\n{key} " in table for key in own - {"abs_rel", "delta1", "tae", "points", "f_score", "agreement", "ause",
+                                                      "rot_deg", "trans"})
 
 
 def test_resumed_run_equals_uninterrupted_run_bitwise(stages):
@@ -138,6 +161,14 @@ def test_the_batch_of_a_step_does_not_depend_on_the_number_of_ranks(monkeypatch)
     assert list(train.Batches(7, 1, 0, 2)) == two[0][1:]
 
 
+def test_values_are_summed_and_counted_in_four_bins_of_the_noise_level():
+    """Sigma .1 .2 | .25 | none | .8 1: sums 1 + 2, 4, 0, 8 + 16 of the first value, ten times that of the second."""
+    import train
+    sigma, value = torch.tensor([.1, .2, .25, .8, 1]), torch.tensor([1., 2, 4, 8, 16], requires_grad=True)
+    sums = train.by_sigma(sigma, value=value, tenfold=10 * value)
+    assert sums.tolist() == [[3, 30, 2], [4, 40, 1], [0, 0, 0], [24, 240, 2]] and not sums.requires_grad
+
+
 def test_sampling_writes_every_file_and_repeats_itself(stages):
     root, _ = stages
     for stage in (1, 2):
@@ -166,6 +197,7 @@ def test_sampling_writes_every_file_and_repeats_itself(stages):
     (["config/demo1.py", "--num_frames=10"], ["num_frames = 10", "4k + 1"]),
     (["config/demo1.py", "--lr_schedule=cosin"], ["lr_schedule = 'cosin'", "cosine"]),
     (["config/demo1.py", "--save_every=0"], ["save_every = 0", "at least 1"]),
+    (["config/demo1.py", "--valid_quantile=98"], ["valid_quantile = 98.0", "a share above 0, at most 1"]),
     (["config/demo2.py", "--init_from="], ["stage 2 starts from a stage 1 checkpoint"]),
     (["config/demo2.py", "--init_from=nowhere.safetensors"], ["nowhere.safetensors"]),
     (["config/demo1.py", "--wan_dir="], ["needs --wan_dir"]),

@@ -93,6 +93,12 @@ def test_frame_counts_sizes_rotations_points_and_jumps_are_checked():
     w2c, K = verify.check_cameras(verify.Report("x"), raw["table"], (64, 96))
     right = unproject(torch.from_numpy(raw["depth"]).double()[None], w2c[None], K[None])[0].numpy()
     assert status("points", points=right) == "ok" and status("points", points=1.1 * right) == "fail"
+    longer = raw["table"].copy()
+    longer[:, [10, 14, 18]] *= 1.1                                                # depth cannot tell, points can
+    for table, level, want in ((raw["table"], "exact", "ok"), (longer, "data", "ok"), (longer, "exact", "fail")):
+        report = verify.inspect(dict(raw, points=right, table=table), level)
+        assert report.checks["points"][0] == want and (report.numbers["points_error"] > 1e-3) == (table is longer)
+    assert status("points", points=right[:, ::2]) == "fail"
     jumpy = np.delete(raw["table"], 4, 0)
     jumpy[:, [10, 14, 18]] = np.arange(9)[np.arange(9) != 4, None] * [.1, 0, 0]
     assert "jumps between frames 3 and 4" in verify.inspect(dict(raw, table=jumpy)).checks["rotations"][1]
@@ -112,6 +118,8 @@ def test_command_prints_a_table_names_the_cure_and_fails(tmp_path, capsys, monke
     assert verify.verify(tmp_path, as_json=True) == 2
     found = json.loads(capsys.readouterr().out)["samples"]
     assert found[1]["suspects"] == ["translation scale off"] and found[1]["hints"]
-    monkeypatch.setattr(sys, "argv", ["data.py", "verify", str(tmp_path)])
-    with pytest.raises(SystemExit, match="1"):
-        data.main()
+    for option, words in (("--fix-hints", "    cure of translation scale off: "), ("--json", '"failed": 2')):
+        monkeypatch.setattr(sys, "argv", ["data.py", "verify", str(tmp_path), option])
+        with pytest.raises(SystemExit, match="1"):
+            data.main()
+        assert words in capsys.readouterr().out
