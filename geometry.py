@@ -17,7 +17,7 @@ Precision: fp32 or fp64 in, the same out.  No matmul on cameras: autocast would 
 """
 import difflib
 import math
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 import torch.nn.functional as F
@@ -455,7 +455,8 @@ class DPTHead(nn.Module):
     in_dim       2C, width of concat(frame output, global output)
     channels     4 widths, finest level first (token grid x4, x2, x1, x1/2)
     forward      maps: 4 x (B, f, h*w, 2C) finest first, grid (f, h, w) -> (B, T, 16h, 16w, out_dim) fp32, not activated
-    chunk        pixel frames fused at once; under grad each chunk is recomputed in backward (memory, not values)"""
+    chunk        pixel frames fused at once; under grad each chunk, and before it the stage that runs along time, is
+                 recomputed in backward when there are several (memory, not values)"""
 
     def __init__(self, in_dim, out_dim, channels, features, tail=32, released=False, chunk=16):
         super().__init__()
@@ -501,16 +502,14 @@ class DPTHead(nn.Module):
     def forward(self, maps, grid):
         f, h, w = grid
         aspect, size, batch = w / h, (16 * h, 16 * w), maps[0].shape[0]
-        levels = [self.level(i, tokens, grid, aspect) for i, tokens in enumerate(maps)]
+        again = torch.is_grad_enabled() and 4 * f - 3 > self.chunk
+        run = partial(checkpoint, use_reentrant=False) if again else lambda function, *args: function(*args)
+        levels = [run(self.level, i, tokens, grid, aspect) for i, tokens in enumerate(maps)]
         out = []
         for start in range(0, 4 * f - 3, self.chunk):
             parts = [rearrange(x[:, :, start:start + self.chunk], "b c t h w -> (b t) h w c").permute(0, 3, 1, 2)
                      for x in levels]                              # channels last in memory: twice as fast on a CPU
-            if torch.is_grad_enabled() and 4 * f - 3 > self.chunk:
-                y = checkpoint(self.fuse, size, aspect, *parts, use_reentrant=False)
-            else:
-                y = self.fuse(size, aspect, *parts)
-            out.append(rearrange(y, "(b t) h w k -> b t h w k", b=batch))
+            out.append(rearrange(run(self.fuse, size, aspect, *parts), "(b t) h w k -> b t h w k", b=batch))
         return torch.cat(out, 1)
 
 def activate_depth(raw):

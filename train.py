@@ -21,7 +21,6 @@ from types import SimpleNamespace
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.flop_counter import FlopCounterMode
 
 import config
 from checkpoints import (build_model, git_hash, load_optimizer, load_trained, read_metadata, read_tensors,
@@ -29,7 +28,8 @@ from checkpoints import (build_model, git_hash, load_optimizer, load_trained, re
 from data import CachedClips, collate
 from evaluate import baselines, evaluate, generator, prepare, print_table
 from geometry import clip_mean, geometry_losses
-from model import PRESETS, flow_matching_loss, shift_sigma
+from model import CHECKPOINTING, PRESETS, flow_matching_loss, shift_sigma
+from plan import HARDWARE, Count, report
 
 # ---- what
 preset = "1.3b"                 # 1.3b, 14b or demo: widths in model.PRESETS
@@ -56,7 +56,10 @@ lambda_diffusion, lambda_geo, depth_mode, alpha_tgm, beta_frame = 1.0, 1.0, "met
 gamma_conf, camera_delta, camera_weight = 0.2, 0.1, 3.0
 geo_sigma_power = 0.0           # geometry loss of a clip is weighted by (1 - sigma) ** this
 # ---- machine
-device, seed, num_workers, compile, checkpoint_activations = "auto", 0, 2, False, False
+device, seed, num_workers, compile = "auto", 0, 2, False
+checkpoint_activations = "none" # none, selective (keeps attention and wide MLPs) or full: memory against recomputation
+shard_optimizer = False         # every rank keeps AdamW's moments of its share of the parameters (ZeRO stage 1)
+plan, plan_gpus, plan_gb = False, 8, 80     # print memory, FLOPs and the settings that fit, then stop; see plan.py
 precision = "auto"              # bf16: frozen matrices in bf16, the rest under autocast; fp32; auto: bf16 on a GPU
 
 
@@ -139,7 +142,8 @@ def check_options():
         raise SystemExit(f"stage = {stage}: wanted 0, 1 or 2")
     if preset not in PRESETS:
         raise SystemExit(f"preset = {preset!r}: wanted one of {', '.join(PRESETS)}")
-    for key, known in (("lr_schedule", ("constant", "cosine", "linear")), ("depth_mode", ("metric", "ssi"))):
+    for key, known in (("lr_schedule", ("constant", "cosine", "linear")), ("depth_mode", ("metric", "ssi")),
+                       ("checkpoint_activations", CHECKPOINTING)):
         if globals()[key] not in known:
             raise SystemExit(f"{key} = {globals()[key]!r}: wanted one of {', '.join(known)}")
     for key in ("batch_size", "grad_accum", "log_every", "save_every", "keep_last"):
@@ -148,6 +152,8 @@ def check_options():
     if num_frames < 5 or num_frames % 4 != 1 or height % 16 or width % 16:
         raise SystemExit(f"num_frames = {num_frames}, height x width = {height} x {width}: the video latents need "
                          f"4k + 1 frames (21, 81) and multiples of 16")
+    if plan:
+        return
     if stage and not wan_dir and not random_wan:
         raise SystemExit(f"stage {stage} needs --wan_dir=FOLDER (Wan2.1 weights, or the run folder of stage 0)")
     if stage == 2 and not eval_only and (not init_from or read_metadata(init_from).get("stage") not in ("1", "2")):
@@ -218,12 +224,21 @@ def count_flops(model, clips, dev, autocast, options, video):
     another path, and a resumed run would differ from an uninterrupted one in the last bit."""
     b = prepare(collate([clips[i % len(clips)] for i in range(batch_size)]), model.dit.in_dim, dev)
     noise, sigma, pose_keep, b = draw(b, 0, range(batch_size), batch_size, b["text"][0])
-    with FlopCounterMode(display=False) as counter:
+    with Count() as counter:
         with autocast:
             loss, *_ = compute_loss(model, b, noise, sigma, pose_keep, options, video)
         loss.backward()
     model.zero_grad(set_to_none=True)
-    return counter.get_total_flops()
+    return counter.flops
+
+
+def print_plan(options):
+    """--plan=True: what the configured step needs and which settings fit; the global batch is the config's on 8 GPUs."""
+    hardware = dict.fromkeys((*HARDWARE, (plan_gpus, plan_gb)))
+    for line in report(replace(PRESETS[preset], **model_overrides), stage,
+                       lambda model, *batch: compute_loss(model, *batch, options, stage != 1)[0],
+                       (num_frames, height, width), 8 * batch_size * grad_accum, hardware, precision != "fp32"):
+        print(line, flush=True)
 
 
 def memory_gb(dev):
@@ -238,6 +253,8 @@ def clock(seconds):
 
 def main(options):
     check_options()
+    if plan:
+        return print_plan(SimpleNamespace(**options))
     rank, world, dev = setup()
     torch.manual_seed(seed)
     out, master = pathlib.Path(out_dir), rank == 0
