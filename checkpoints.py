@@ -168,7 +168,7 @@ def save_checkpoint(out, step, model, optimizer, metadata, keep_last):
     """OUT/step-N.safetensors (trainable tensors), its optimizer state beside it, latest as a hard link; prune."""
     names = {id(p): name for name, p in model.named_parameters()}
     moments = {f"{names[id(p)]}|{key}": value.detach().cpu().contiguous()
-               for p, state in optimizer.state.items() for key, value in state.items()}
+               for p, state in optimizer_state(optimizer).items() for key, value in state.items()}
     path = out / f"step-{step}.safetensors"
     write_whole(out / f"step-{step}.optim.safetensors", lambda p: save_file(moments, p))
     tensors = {name: p.cpu().contiguous() for name, p in model.trainable_state_dict().items()}
@@ -180,6 +180,14 @@ def save_checkpoint(out, step, model, optimizer, metadata, keep_last):
     for old in saved_steps(out)[:-keep_last]:
         (out / f"step-{old}.safetensors").unlink()
         (out / f"step-{old}.optim.safetensors").unlink(missing_ok=True)
+
+
+def optimizer_state(optimizer):
+    """parameter -> its state; of a sharded optimizer all ranks' shares, which it must have consolidated here."""
+    if not hasattr(optimizer, "consolidate_state_dict"):
+        return optimizer.state
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    return {parameters[i]: state for i, state in optimizer.state_dict()["state"].items()}
 
 
 def saved_steps(out):
@@ -201,8 +209,11 @@ def whole(out, step):
 
 
 def load_optimizer(path, model, optimizer):
-    params = dict(model.named_parameters())
+    params, local = dict(model.named_parameters()), getattr(optimizer, "optim", optimizer)
+    own = {p for group in local.param_groups for p in group["params"]}              # sharded: a part of them
     for name, value in read_tensors(path)[0].items():
         parameter, key = name.split("|")
         p = params[parameter]
-        optimizer.state[p][key] = value.to(p.device) if key == "step" else torch.empty_like(p).copy_(value)
+        if p not in own:
+            continue
+        local.state[p][key] = value.to(p.device) if key == "step" else torch.empty_like(p).copy_(value)

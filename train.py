@@ -20,6 +20,7 @@ from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
 import config
@@ -189,14 +190,18 @@ def setup():
     return rank, world, torch.device(name)
 
 
-def make_optimizer(model, dev):
-    """AdamW; no decay on norms, gates, biases, modulation and tokens."""
+def make_optimizer(model, world):
+    """AdamW; no decay on norms, gates, biases, modulation and tokens.  Sharded: each rank updates its share of the
+    parameters and sends them to the others, so the moments are kept once in all (ZeRO, Rajbhandari et al. 2020)."""
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     plain = [p for n, p in named if p.dim() < 2 or n.endswith(("modulation", "_token", "_tokens"))]
     ids = {id(p) for p in plain}
-    return torch.optim.AdamW([dict(params=[p for _, p in named if id(p) not in ids], weight_decay=weight_decay),
-                              dict(params=plain, weight_decay=0.0)], lr=learning_rate, betas=(0.9, beta2),
-                             fused=True)
+    groups = [dict(params=[p for _, p in named if id(p) not in ids], weight_decay=weight_decay),
+              dict(params=plain, weight_decay=0.0)]
+    how = dict(lr=learning_rate, betas=(0.9, beta2), fused=True)
+    if shard_optimizer and world > 1:
+        return ZeroRedundancyOptimizer(groups, torch.optim.AdamW, **how)
+    return torch.optim.AdamW(groups, **how)
 
 
 def learning_rate_at(step):
@@ -291,7 +296,7 @@ def main(options):
         load_trained(model, sources[0])
 
     # ---- optimizer, resume
-    optimizer, first_step = make_optimizer(model, dev), 0
+    optimizer, first_step = make_optimizer(model, world), 0
     if start_from:
         meta = load_trained(model, start_from)
         if meta["stage"] != str(stage):
@@ -388,7 +393,10 @@ def main(options):
                 for key, value in row.items() if master else ():
                     board.add_scalar(f"val {name}/{key}", value, step + 1)
             tick, since = time.perf_counter(), 0
-        if master and ((step + 1) % save_every == 0 or step + 1 == max_steps):
+        saving = (step + 1) % save_every == 0 or step + 1 == max_steps
+        if saving and hasattr(optimizer, "consolidate_state_dict"):
+            optimizer.consolidate_state_dict()              # sharded: every rank sends its moments to rank 0
+        if master and saving:
             save_checkpoint(out, step + 1, model, optimizer, metadata, keep_last)
     log(f"# done: {out / 'latest.safetensors'}, {clock(time.perf_counter() - started)}")
     if world > 1:
