@@ -8,6 +8,7 @@ Lengths are scene units (mean distance of the first frame's points = 1) times --
 import argparse
 import json
 import pathlib
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -120,26 +121,44 @@ def conditions(encoders, prompts, image, frames):
 
 
 @torch.no_grad()
-def generate(model, noise, text, negative, y, clip, w2c, K, sampler, steps, shift, guidance):
-    """Sample latents (1, 16, f, h, w), then read the geometry once at READOUT_SIGMA -> latents, geometry dict.
+def generate(model, noise, text, negative, y, clip, w2c, K, sampler, steps, shift, guidance, decode=None):
+    """Sample latents (1, 16, f, h, w), then read the geometry once at READOUT_SIGMA -> latents, geometry dict, video.
 
-    Guidance is v_neg + g (v_pos - v_neg); camera and image are the same in both passes."""
+    Guidance is v_neg + g (v_pos - v_neg), both in one batch; camera and image are the same in both.  What does not
+    change with the noise level is computed once.  decode(latents) -> video runs beside the read-out (None: no video)."""
     size = (8 * noise.shape[-2], 8 * noise.shape[-1])
-    given, poses = dict(y=y, clip=clip, plucker=plucker_rays(w2c, K, size)), encode_pose(w2c, K, size)
+    contexts = [*text, *negative][:1 if guidance == 1 else 2]
+    if clip is not None:
+        clip = clip.expand(len(contexts), -1, -1)
+    constants = model.constants(contexts, clip, plucker_rays(w2c, K, size), encode_pose(w2c, K, size))
+    first = dict(constants, keys=[[(k[:1], v[:1]) for k, v in block] for block in constants["keys"]])
+    second = dict(constants, keys=[[(k[1:], v[1:]) for k, v in block] for block in constants["keys"]])
+    passes = [constants]
 
-    def velocity(x, t, context):
+    def velocity(x, t, given):
+        x, t = (z.expand(len(given["keys"][0][0][0]), *z.shape[1:]) for z in (x, t))
+        image = None if y is None else y.expand(len(x), *y.shape[1:])
         if model.stage == 2:
-            return model(x, t, context, **given, poses=poses, heads=False)["velocity"]
-        return model.dit(x, t, context, **given)              # stage 1: geometry does not reach the video
+            return model(x, t, None, image, heads=False, constants=given)["velocity"]
+        return model.dit(x, t, None, image, constants=given)      # stage 1: geometry does not reach the video
 
     def guided(x, t):
-        v = velocity(x, t, text)
-        return v if guidance == 1 else torch.lerp(velocity(x, t, negative), v, guidance)
+        try:
+            v = torch.cat([velocity(x, t, given) for given in passes])
+        except torch.cuda.OutOfMemoryError:
+            if guidance == 1 or len(passes) == 2:
+                raise
+            passes[:] = first, second                         # no room for a batch of two: one after the other
+            return guided(x, t)
+        return v if guidance == 1 else torch.lerp(v[1:], v[:1], guidance)
 
     latents = SAMPLERS[sampler](guided, noise, steps, shift, lambda grid: tqdm(grid, desc="sampling", unit="step"))
     t = torch.full((1,), 1000 * READOUT_SIGMA, device=noise.device)
     x = (1 - READOUT_SIGMA) * latents + READOUT_SIGMA * noise
-    return latents, model(x, t, text, **given, poses=poses, video=model.stage == 2)
+    with ThreadPoolExecutor(1) as beside:
+        video = beside.submit(decode, latents) if decode else None
+        geometry = model(x, t, None, y, constants=first, video=model.stage == 2)
+        return latents, geometry, video.result() if video else None
 
 
 def trusted(depth, conf, drop=0.2):
@@ -244,12 +263,11 @@ def main():
         raise ValueError(f"--image {args.image}: {wan_dir} is a text-to-video family; leave the image out")
     y = None if start is None else start_condition(start.to(device), model.dit.in_dim, noise.shape[2])
     with torch.autocast(device.type, torch.bfloat16, enabled=half):
-        latents, geometry = generate(model, noise, text[:1], text[1:], y, clip, w2c.to(device), K.to(device),
-                                     args.sampler, args.steps, args.shift, args.guidance)
-    del model
-    video = vae.decode(latents.float().cpu())[0].cpu()
+        _, geometry, video = generate(model, noise, text[:1], text[1:], y, clip, w2c.to(device), K.to(device),
+                                      args.sampler, args.steps, args.shift, args.guidance,
+                                      lambda latents: vae.decode(latents.float().cpu()).cpu())
     geometry = {k: v.cpu() for k, v in geometry.items() if k != "velocity"}
-    metric = export(args.out, video, geometry, w2c, K, args.fps, args.scene_scale)
+    metric = export(args.out, video[0], geometry, w2c, K, args.fps, args.scene_scale)
     print(f"{args.out}: video.mp4 depth.mp4 depth.npz points.ply cameras.txt sheet.png | predicted against commanded "
           f"cameras: rotation {metric['rot_deg']:.2f} deg, translation {metric['trans']:.3f} scene units")
 
