@@ -455,8 +455,9 @@ class DPTHead(nn.Module):
     in_dim       2C, width of concat(frame output, global output)
     channels     4 widths, finest level first (token grid x4, x2, x1, x1/2)
     forward      maps: 4 x (B, f, h*w, 2C) finest first, grid (f, h, w) -> (B, T, 16h, 16w, out_dim) fp32, not activated
-    chunk        pixel frames fused at once; under grad each chunk, and before it the stage that runs along time, is
-                 recomputed in backward when there are several (memory, not values)"""
+    chunk        pixel frames fused at once
+    recompute    each chunk, and before it the stage that runs along time, is recomputed in backward where there are
+                 several chunks (memory, not values)"""
 
     def __init__(self, in_dim, out_dim, channels, features, tail=32, released=False, chunk=16):
         super().__init__()
@@ -499,10 +500,10 @@ class DPTHead(nn.Module):
         with torch.autocast(x.device.type, enabled=False):         # exp of a bf16 logit moves in 0.8 % steps
             return s.output_conv2[2](x.float()).permute(0, 2, 3, 1)
 
-    def forward(self, maps, grid):
+    def forward(self, maps, grid, recompute=False):
         f, h, w = grid
         aspect, size, batch = w / h, (16 * h, 16 * w), maps[0].shape[0]
-        again = torch.is_grad_enabled() and 4 * f - 3 > self.chunk
+        again = recompute and torch.is_grad_enabled() and 4 * f - 3 > self.chunk
         run = partial(checkpoint, use_reentrant=False) if again else lambda function, *args: function(*args)
         levels = [run(self.level, i, tokens, grid, aspect) for i, tokens in enumerate(maps)]
         out = []

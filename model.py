@@ -466,7 +466,8 @@ def keep_costly(ctx, op, *args, **kwargs):
     Attention over n keys costs 4 n FLOPs per output value, a linear layer 2 in_features.  In bf16 at the 1.3B sizes that
     keeps attention among all tokens of a clip (9,000 to 33,000) and the second layer of every MLP (5,632 and 8,960), and
     recomputes the other layers (1,152 to 1,536), attention to text and inside a latent frame (1,024 to 1,564), and
-    everything elementwise.  "full" keeps the input of a block only, "none" everything."""
+    everything elementwise.  "full" keeps the input of a block only, "none" everything.  The DPT heads, whose maps at
+    half resolution are the largest tensors of all, run in chunks of frames and are recomputed unless it is "none"."""
     packet = op.overloadpacket
     if packet in ATTENTION_OPS:
         cost = 4 * args[1].shape[-2] / args[0].element_size()
@@ -647,8 +648,9 @@ class FantasyWorld(nn.Module):
         f = grid[0]
         taps = {i: rearrange(tap, "b (f p) c -> b f p c", f=f) for i, tap in taps.items()}
         maps = [taps[i][:, :, NUM_SPECIAL:] for i in self.cfg.taps]
-        depth, depth_conf = activate_depth(self.depth_head(maps, grid))
-        points, points_conf = activate_points(self.point_head(maps, grid))
+        recompute = self.checkpoint_activations != "none"
+        depth, depth_conf = activate_depth(self.depth_head(maps, grid, recompute))
+        points, points_conf = activate_points(self.point_head(maps, grid, recompute))
         cameras = self.camera_head(taps[self.cfg.geo_layers - 1][:, :, 0])
         return dict(depth=depth, depth_conf=depth_conf, points=points, points_conf=points_conf, pose_enc=cameras)
 

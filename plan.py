@@ -35,7 +35,7 @@ def backward_flops(gradient, query, key, value, *args, out_shape=None, **kwargs)
 
 
 class Count(TorchDispatchMode):
-    """FLOPs of what runs inside, and bytes of the tensors made inside that are alive: .now, and .peak per .phase.
+    """FLOPs of what runs inside (.attention: the part of attention), and bytes of the tensors made inside that are alive: .now, and .peak per .phase.
 
     Recomputation counts.  A fused attention's backward counts 2.5 times its forward, for it recomputes the scores that
     were never stored.  torch's table of formulas lacks the CPU's attention: it is added above.  (FlopCounterMode
@@ -43,7 +43,8 @@ class Count(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.flops, self.now, self.phase, self.peak, self.seen = 0, 0, "", {}, weakref.WeakKeyDictionary()
+        self.flops, self.attention, self.now, self.phase, self.peak = 0, 0, 0, "", {}
+        self.seen = weakref.WeakKeyDictionary()
 
     def release(self, size):
         self.now -= size
@@ -52,7 +53,9 @@ class Count(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         formula = flop_registry.get(func.overloadpacket)
         if formula:
-            self.flops += formula(*args, **(kwargs or {}), out_val=out)
+            flops = formula(*args, **(kwargs or {}), out_val=out)
+            self.flops += flops
+            self.attention += flops if "attention" in func.__name__ else 0
         for x in tree_iter(out):
             if torch.is_tensor(x) and x.untyped_storage() not in self.seen:
                 storage = x.untyped_storage()
@@ -77,18 +80,26 @@ def fake_tensors():
             table.cache_clear()
 
 
-def fake_model(cfg, stage, half=True):
-    """FantasyWorld of fake tensors, to be called inside fake_tensors(); frozen matrices in bf16 when half."""
+def fake(build):
+    """The module that build() makes, with fake parameters; to be called inside fake_tensors()."""
     with unset_fake_temporarily(), torch.device("meta"):
+        module = build()
+    for part in module.modules():
+        for name, p in part._parameters.items():
+            if p is not None:
+                part._parameters[name] = nn.Parameter(torch.empty_strided(p.shape, p.stride(), dtype=p.dtype),
+                                                      requires_grad=p.requires_grad)
+    return module
+
+
+def fake_model(cfg, stage, half=True):
+    """FantasyWorld of fake tensors; frozen matrices in bf16 when half."""
+    def build():
         model = FantasyWorld(cfg)
         if half and stage:
             half_precision(model.dit, torch.bfloat16)
-    for module in model.modules():
-        for name, p in module._parameters.items():
-            if p is not None:
-                empty = torch.empty_strided(p.shape, p.stride(), dtype=p.dtype)
-                module._parameters[name] = nn.Parameter(empty)
-    return model.set_stage(stage)
+        return model.set_stage(stage)
+    return fake(build)
 
 
 def example_batch(cfg, batch, num_frames, height, width, words=None):
