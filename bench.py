@@ -8,8 +8,9 @@
 
 Straightforward (a) is what the method's description says, taken literally: every block forward and backward with
 autograd, the exchange in stage 1 too, encoders online, heads over all frames at once, one clip at a time.  Then each
-optimisation is switched off alone (b).  All variants of a table are timed in turn in every round and the median is given,
-so ratios hold on a machine that others use too.  "Ideal" is stated in ideal()."""
+optimisation is switched off alone (b).  All variants of a table are timed in turn in every round, in seconds of one
+thread's processor time, and the median is given, so ratios hold on a machine that others use too.  "Ideal" is stated in
+ideal().  There is no GPU part: nothing here was ever run on one."""
 import argparse
 import json
 import math
@@ -190,15 +191,15 @@ def variants(model, stage, batch, online):
 
 # ---------------------------------------------------------------------------------------------------------- measuring
 def interleaved(rows, rounds):
-    """Median seconds of each call and the spread (max - min) / median; every round runs all of them."""
+    """Median processor seconds of each call and the spread (max - min) / median; every round runs all of them."""
     spent = {name: [] for name in rows}
     for name, call in rows.items():
         call()                                              # once for the caches
     for _ in range(rounds):
         for name, call in rows.items():
-            start = time.perf_counter()
+            start = time.process_time()                     # not the clock's: others run on this machine
             call()
-            spent[name].append(time.perf_counter() - start)
+            spent[name].append(time.process_time() - start)
     return {name: (statistics.median(t), (max(t) - min(t)) / statistics.median(t)) for name, t in spent.items()}
 
 
@@ -346,6 +347,10 @@ def data_table(seconds=10):
             clips = write_caches(root, 8, *size, PRESETS["1.3b"])
             order = [[i % 8 for i in range(batch)]] * 10 ** 6
             loader = iter(torch.utils.data.DataLoader(clips, batch_sampler=order, collate_fn=collate, num_workers=2))
+            start = time.process_time()
+            for _ in range(4):
+                collate([clips[i] for i in order[0]])
+            cost = (time.process_time() - start) / 4 / batch
             for _ in range(4):
                 next(loader)
             start, done = time.perf_counter(), 0
@@ -355,8 +360,9 @@ def data_table(seconds=10):
             rate = done / (time.perf_counter() - start)
             need = share * H200_PEAK / ideal(PRESETS["1.3b"], stage, size)["ideal"]
             size_mb = clips.files[0].stat().st_size / 1e6
-            print(f"  stage {stage}, {size}: {rate:.1f} clips/s of {size_mb:.0f} MB; an H200 at {share:.0%} of "
-                  f"{H200_PEAK / 1e12:.0f} TFLOP/s would take {need:.1f}, {rate / need:.1f} x", flush=True)
+            print(f"  stage {stage}, {size}, {size_mb:.0f} MB a clip: {rate:.1f} clips/s as measured; {1e3 * cost:.1f} ms of "
+                  f"processor time a clip, so {2 / cost:.1f} clips/s on two idle cores; an H200 at {share:.0%} of "
+                  f"{H200_PEAK / 1e12:.0f} TFLOP/s would take {need:.1f}, {2 / cost / need:.1f} x", flush=True)
             del loader
     with tempfile.TemporaryDirectory() as root:
         clips = write_caches(root, 8, *SMALL_SIZE, SMALL)
@@ -446,6 +452,7 @@ def main():
     parser.add_argument("parts", nargs="*", default=["work", "train", "sample", "data", "scaling"])
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
+    torch.set_num_threads(1)
     if args.parts == ["rank"]:
         return scaling_rank()
     tables = dict(work=train_true, train=lambda: train_small(args.rounds), sample=lambda: sample_table(args.rounds),

@@ -50,6 +50,9 @@ class Count(TorchDispatchMode):
         self.now -= size
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        for x in tree_iter((args, kwargs)):                     # what comes from outside, weights say, is not ours
+            if torch.is_tensor(x):
+                self.seen.setdefault(x.untyped_storage())
         out = func(*args, **(kwargs or {}))
         formula = flop_registry.get(func.overloadpacket)
         if formula:
