@@ -276,7 +276,7 @@ def straightforward_sample(model, noise, text, negative, y, w2c, K, steps, guida
     return latents, out, decode(latents)
 
 
-def sample_table(rounds, steps=4, guidance=5.0):
+def sample_table(rounds, steps=20, guidance=5.0):
     """A guided video by our loop and by the literal one: FLOPs of a step at true size, seconds at the reduced width."""
     print("\nsampling, two guided passes per step; FLOPs of a step at true size, 81 x 592 x 336")
     with fake_tensors(), torch.no_grad(), torch.autocast("cpu", torch.bfloat16):

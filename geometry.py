@@ -353,8 +353,9 @@ class CameraHead(nn.Module):
         tokens = self.frame_tokens(self.proj_in(tokens))
         plain = F.layer_norm(tokens, tokens.shape[-1:], eps=1e-6)
         # identity rotation and a 1 rad view as the first guess; the release starts from zeros
-        start = [0.0] * 9 if self.released else [0.0] * 6 + [1.0] * 3
-        pose = torch.tensor(start, device=tokens.device).expand(*tokens.shape[:2], 9)
+        start = torch.zeros(9, device=tokens.device)
+        start[6:] = 0.0 if self.released else 1.0
+        pose = start.expand(*tokens.shape[:2], 9)
         previous, out = self.empty_pose_tokens.expand_as(pose), []
         for _ in range(self.iterations):
             shift, scale, gate = self.poseLN_modulation(self.embed_pose(previous)).chunk(3, -1)

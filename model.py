@@ -554,7 +554,7 @@ class FantasyWorld(nn.Module):
         """PCB output (B, N, D) -> [camera, registers, patches] of every latent frame (B, f*P, C)."""
         f, h, w = grid
         patches = rearrange(self.bridge(x, f), "b (f n) c -> b f n c", f=f)
-        first_then_rest = torch.tensor([0] + [1] * (f - 1), device=x.device)
+        first_then_rest = (torch.arange(f, device=x.device) > 0).long()                # made on the device: no wait
         camera = self.camera_token[:, first_then_rest].expand(len(x), -1, -1, -1)      # (B, f, 1, C)
         if pose_embedding is not None:
             camera = camera + (pose_embedding * keep)[:, :, None]

@@ -101,13 +101,17 @@ def draw(b, step, positions, total, empty_text):
         uniform.append(u)
         noise.append(torch.randn(b["latents"].shape[1:], generator=g))
     u, dev = torch.stack(uniform), b["latents"].device
-    pose_keep, image_keep = ((u[:, i] >= p).float().to(dev) for i, p in ((1, pose_dropout), (3, image_dropout)))
+
+    def send(x):                                         # a copy from memory that is not pinned waits for the device
+        return (x.pin_memory() if dev.type == "cuda" else x).to(dev, non_blocking=True)
+
+    pose_keep, image_keep = (send((u[:, i] >= p).float()) for i, p in ((1, pose_dropout), (3, image_dropout)))
     if "relative" in b:                                  # without metric depth, translations have no scene unit
         pose_keep = pose_keep * ~b["relative"]
     text = [text if keep else empty_text for text, keep in zip(b["text"], u[:, 2] >= prompt_dropout)]
     y = None if b["y"] is None else b["y"] * image_keep.view(-1, 1, 1, 1, 1)
     image = {"clip": b["clip"] * image_keep.view(-1, 1, 1)} if "clip" in b else {}
-    return torch.stack(noise).to(dev), shift_sigma(u[:, 0], shift).to(dev), pose_keep, dict(b, **image, text=text, y=y)
+    return send(torch.stack(noise)), send(shift_sigma(u[:, 0], shift)), pose_keep, dict(b, **image, text=text, y=y)
 
 
 def by_sigma(sigma, **per_clip):
@@ -340,7 +344,7 @@ def main(options):
                                          num_workers=num_workers, pin_memory=dev.type == "cuda")
     seen, peak, started, tick, since = {}, matmul_peak(dev), time.perf_counter(), time.perf_counter(), 0
     data = iter(loader)
-    empty_text = read_tensors(clips["train"].empty_text)[0]["text"].float()
+    empty_text = read_tensors(clips["train"].empty_text)[0]["text"].float().to(dev)
     for step in range(first_step, max_steps):
         lr = learning_rate_at(step)
         for group in optimizer.param_groups:

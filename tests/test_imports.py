@@ -7,8 +7,10 @@ ALLOWED = dict(geometry=set(), cameras={"geometry"}, metrics={"geometry"}, encod
                model={"geometry"}, checkpoints={"model"}, evaluate={"data", "geometry", "metrics", "model"},
                verify={"cameras", "data", "geometry"},
                data={"geometry", "cameras", "scenes", "encoders", "verify"},
-               train={"config", "model", "geometry", "checkpoints", "evaluate", "data"},
-               sample={"model", "geometry", "checkpoints", "data", "encoders"})
+               plan={"geometry", "model"},
+               train={"config", "model", "geometry", "checkpoints", "evaluate", "data", "plan"},
+               sample={"model", "geometry", "checkpoints", "data", "encoders"},
+               bench={"data", "encoders", "evaluate", "geometry", "model", "plan", "sample", "train"})
 
 
 def imports(node):
