@@ -200,7 +200,7 @@ def save_checkpoint(out, step, model, optimizer, metadata, keep_last, keep_every
 
     Raises OSError or SafetensorError when the disk is full or gone; what was saved before is then untouched."""
     names = {id(p): name for name, p in model.named_parameters()}
-    moments = {f"{names[id(p)]}|{key}": value for p, state in optimizer.state.items() for key, value in state.items()}
+    moments = {f"{names[id(p)]}|{key}": value for p, state in optimizer_state(optimizer).items() for key, value in state.items()}
     for end, tensors in ((".optim", moments), ("", model.trainable_state_dict())):     # the weights make a checkpoint: last
         content = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
         told = {**metadata, "step": str(step), "sha256": digest(content)}
@@ -230,6 +230,14 @@ def prune(out, newest, keep_last, keep_every):
         if not keep_every or step % keep_every:
             (out / f"step-{step}.safetensors").unlink()
         (out / f"step-{step}.optim.safetensors").unlink(missing_ok=True)
+
+
+def optimizer_state(optimizer):
+    """parameter -> its state; of a sharded optimizer all ranks' shares, which it must have consolidated here."""
+    if not hasattr(optimizer, "consolidate_state_dict"):
+        return optimizer.state
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    return {parameters[i]: state for i, state in optimizer.state_dict()["state"].items()}
 
 
 def saved_steps(out):
@@ -273,10 +281,13 @@ def load_optimizer(path, model, optimizer):
     if differ := wanted ^ {name.split("|")[0] for name in tensors}:
         raise ValueError(f"{path}: {len(differ)} parameters differ from this model's, first {min(differ)}; it belongs to "
                          f"another stage or model_overrides")
+    local = getattr(optimizer, "optim", optimizer)
+    own = {p for group in local.param_groups for p in group["params"]}              # sharded: a part of them
     for name, value in tensors.items():
         parameter, key = name.split("|")
         p = params[parameter]
-        optimizer.state[p][key] = value.to(p.device) if key == "step" else torch.empty_like(p).copy_(value)
+        if p in own:
+            local.state[p][key] = value.to(p.device) if key == "step" else torch.empty_like(p).copy_(value)
 
 
 def describe(path):

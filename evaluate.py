@@ -27,6 +27,7 @@ def prepare(batch, in_dim, dev, rays=plucker_rays):
     rays: the model's own kind of ray map (FantasyWorld.rays)."""
     batch = {k: v for k, v in batch.items() if k != "relative" or v.any()}       # rare: a second pass of losses
     b = {k: v.to(dev, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
+    b["text"] = [text.to(dev, non_blocking=True) for text in batch["text"]]
     mask = torch.isfinite(b["depth"]) & (b["depth"] > 1e-3)
     size = b["depth"].shape[-2:]
     depth, w2c, scale = normalize_scene(b["depth"], b["w2c"], b["intrinsics"], mask)

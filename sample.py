@@ -10,6 +10,7 @@ import itertools
 import json
 import pathlib
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import numpy as np
@@ -142,37 +143,56 @@ def conditions(encoders, prompts, image, frames, progress=iter):
 
 @torch.no_grad()
 def generate(model, noise, text, negative, y, clip, w2c, K, sampler, steps, shift, guidance, watch=None,
-             last_step=False):
-    """Sample latents (1, 16, f, h, w), then read the geometry once at READOUT_SIGMA -> latents, geometry dict.
+             last_step=False, decode=None):
+    """Sample latents (1, 16, f, h, w), then read the geometry once at READOUT_SIGMA -> latents, geometry dict, video.
 
-    Guidance is v_neg + g (v_pos - v_neg); camera and image are the same in both passes.  watch(look) is called at
-    every step; look() is one more forward and returns the geometry seen so far.  last_step: read the geometry in the last
-    step's pass with the prompt instead, as the release does."""
+    Guidance is v_neg + g (v_pos - v_neg), both in one batch; camera and image are the same in both.  What does not
+    change with the noise level is computed once.  watch(look) is called at every step; look() is one more forward and
+    returns the geometry seen so far.  last_step: that of the last step is the result, as in the release.
+    decode(latents) -> video runs beside the read-out (None: no video)."""
     size = (8 * noise.shape[-2], 8 * noise.shape[-1])
-    given, poses = dict(y=y, clip=clip, plucker=model.rays(w2c, K, size)), encode_pose(w2c, K, size)
-    passes, geometry = [], {}
+    contexts = [*text, *negative][:1 if guidance == 1 else 2]
+    if clip is not None:
+        clip = clip.expand(len(contexts), -1, -1)
+    constants = model.constants(contexts, clip, model.rays(w2c, K, size), encode_pose(w2c, K, size))
+    first = dict(constants, keys=[[(k[:1], v[:1]) for k, v in block] for block in constants["keys"]])
+    second = dict(constants, keys=[[(k[1:], v[1:]) for k, v in block] for block in constants["keys"]])
+    passes, seen, count = [constants], {}, itertools.count(1)
 
-    def velocity(x, t, context):
-        passes.extend([1] * (context is text))
-        if last_step and context is text and len(passes) == steps:
-            geometry.update(model(x, t, context, **given, poses=poses))
-            return geometry["velocity"]
+    def read(x, t):
+        return model(x, t, None, y, constants=first, video=model.stage == 2)
+
+    def velocity(x, t, given):
+        x, t = (z.expand(len(given["keys"][0][0][0]), *z.shape[1:]) for z in (x, t))
+        image = None if y is None else y.expand(len(x), *y.shape[1:])
         if model.stage == 2:
-            return model(x, t, context, **given, poses=poses, heads=False)["velocity"]
-        return model.dit(x, t, context, **given)              # stage 1: geometry does not reach the video
+            return model(x, t, None, image, heads=False, constants=given)["velocity"]
+        return model.dit(x, t, None, image, constants=given)      # stage 1: geometry does not reach the video
 
     def guided(x, t):
-        if watch:
-            watch(lambda: model(x, t, text, **given, poses=poses, video=model.stage == 2))
-        v = velocity(x, t, text)
-        return v if guidance == 1 else torch.lerp(velocity(x, t, negative), v, guidance)
+        try:
+            v = torch.cat([velocity(x, t, given) for given in passes])
+        except torch.cuda.OutOfMemoryError:
+            if guidance == 1 or len(passes) == 2:
+                raise
+            passes[:] = first, second                         # no room for a batch of two: one after the other
+            return guided(x, t)
+        return v if guidance == 1 else torch.lerp(v[1:], v[:1], guidance)
 
-    latents = SAMPLERS[sampler](guided, noise, steps, shift, lambda grid: bar("sampling", grid, "step"))
-    if last_step:
-        return latents, geometry
+    def step(x, t):
+        if watch:
+            watch(lambda: read(x, t))
+        if last_step and next(count) == steps:
+            seen.update(read(x, t))
+        return guided(x, t)
+
+    latents = SAMPLERS[sampler](step, noise, steps, shift, lambda grid: bar("sampling", grid, "step"))
     t = torch.full((1,), 1000 * READOUT_SIGMA, device=noise.device)
     x = (1 - READOUT_SIGMA) * latents + READOUT_SIGMA * noise
-    return latents, model(x, t, text, **given, poses=poses, video=model.stage == 2)
+    with ThreadPoolExecutor(1) as beside:
+        video = beside.submit(decode, latents) if decode else None
+        geometry = seen or read(x, t)
+        return latents, geometry, video.result() if video else None
 
 
 def bar(phase, items, unit):
@@ -223,13 +243,18 @@ def sample_one(args, job, meta, have, w2c, K, device):
     noise = torch.randn(1, 16, (frames - 1) // 4 + 1, args.height // 8, args.width // 8,
                         generator=torch.Generator().manual_seed(job["seed"])).to(device)
     y = None if have.start is None else start_condition(have.start.to(device), model.dit.in_dim, noise.shape[2])
+
+    def decode(latents):
+        return have.vae.decode(latents.float().cpu(), progress=lambda steps: bar("decode", steps, "step"))[0].cpu()
+
     with torch.autocast(device.type, torch.bfloat16, enabled=have.half):
-        latents, geometry = generate(model, noise, [have.texts[job["prompt"]]], [have.negative], y, have.clip,
-                                     w2c.to(device), K.to(device), args.sampler, args.steps, args.shift, args.guidance,
-                                     previewer(job["out"] / "preview", args.preview_every), "readout" in args.quirks)
+        latents, geometry, video = generate(
+            model, noise, [have.texts[job["prompt"]]], [have.negative], y, have.clip, w2c.to(device), K.to(device),
+            args.sampler, args.steps, args.shift, args.guidance, previewer(job["out"] / "preview", args.preview_every),
+            "readout" in args.quirks, None if args.low_memory else decode)
     if args.low_memory:
         model.to("cpu")
-    video = have.vae.decode(latents.float().cpu(), progress=lambda steps: bar("decode", steps, "step"))[0].cpu()
+        video = decode(latents)
     geometry = {k: v.cpu() for k, v in geometry.items() if k != "velocity"}
     scene = make_scene(video, geometry, w2c, K, args.fps, args.scene_scale, args.drop, args.lift)
     scene.unit, warning = args.unit, scene.report["unit"]["warning"]

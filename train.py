@@ -22,8 +22,8 @@ from types import SimpleNamespace
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.flop_counter import FlopCounterMode
 
 import config
 from checkpoints import describe, link_latest, load_optimizer, newest_whole, read_tensors, save_checkpoint, tidy
@@ -32,7 +32,8 @@ from data import CachedClips, collate
 from evaluate import evaluate, evaluate_only, generator, prepare
 from foreign import load_weights, metadata_of, open_model
 from geometry import clip_mean, geometry_losses
-from model import PRESETS, flow_matching_loss, shift_sigma
+from model import CHECKPOINTING, PRESETS, flow_matching_loss, shift_sigma
+from plan import HARDWARE, Count, report
 from records import Records, Watch, changed_options, provenance
 
 # ---- what
@@ -67,7 +68,10 @@ geo_sigma_power = 0.0           # geometry loss of a clip is weighted by (1 - si
 max_bad_steps, spike_guard = 10, 0.0     # end after so many non-finite steps in a row; skip norms over guard * mean
 late_limits = {"depth": 0.2, "point": 0.5, "camera": 0.1}    # warn when a loss is above this late in the run
 # ---- machine
-device, seed, num_workers, compile, checkpoint_activations = "auto", 0, 2, False, False
+device, seed, num_workers, compile = "auto", 0, 2, False
+checkpoint_activations = "none" # none, selective (keeps attention and wide MLPs) or full: memory against recomputation
+shard_optimizer = False         # every rank keeps AdamW's moments of its share of the parameters (ZeRO stage 1)
+plan, plan_gpus, plan_gb = False, 8, 80     # print memory, FLOPs and the settings that fit, then stop; see plan.py
 step_timeout, wait_timeout = 600, 3600   # seconds a rank waits for the others: in a step; around saving, evaluating
 on_save_error = "continue"      # or "stop", when the disk is full
 precision = "auto"              # bf16: frozen matrices in bf16, the rest under autocast; fp32; auto: bf16 on a GPU
@@ -110,13 +114,17 @@ def draw(b, step, positions, total, empty_text):
         uniform.append(u)
         noise.append(torch.randn(b["latents"].shape[1:], generator=g))
     u, dev = torch.stack(uniform), b["latents"].device
-    pose_keep, image_keep = ((u[:, i] >= p).float().to(dev) for i, p in ((1, pose_dropout), (3, image_dropout)))
+
+    def send(x):                                         # a copy from memory that is not pinned waits for the device
+        return (x.pin_memory() if dev.type == "cuda" else x).to(dev, non_blocking=True)
+
+    pose_keep, image_keep = (send((u[:, i] >= p).float()) for i, p in ((1, pose_dropout), (3, image_dropout)))
     if "relative" in b:                                  # without metric depth, translations have no scene unit
         pose_keep = pose_keep * ~b["relative"]
     text = [text if keep else empty_text for text, keep in zip(b["text"], u[:, 2] >= prompt_dropout)]
     y = None if b["y"] is None else b["y"] * image_keep.view(-1, 1, 1, 1, 1)
     image = {"clip": b["clip"] * image_keep.view(-1, 1, 1)} if "clip" in b else {}
-    return torch.stack(noise).to(dev), shift_sigma(u[:, 0], shift).to(dev), pose_keep, dict(b, **image, text=text, y=y)
+    return send(torch.stack(noise)), send(shift_sigma(u[:, 0], shift)), pose_keep, dict(b, **image, text=text, y=y)
 
 
 def by_sigma(sigma, **per_clip):
@@ -152,7 +160,8 @@ def check_options():
         raise SystemExit(f"stage = {stage}: wanted 0, 1 or 2")
     if preset not in PRESETS:
         raise SystemExit(f"preset = {preset!r}: wanted one of {', '.join(PRESETS)}")
-    for key, known in (("lr_schedule", ("constant", "cosine", "linear")), ("depth_mode", ("metric", "ssi"))):
+    for key, known in (("lr_schedule", ("constant", "cosine", "linear")), ("depth_mode", ("metric", "ssi")),
+                       ("checkpoint_activations", CHECKPOINTING)):
         if globals()[key] not in known:
             raise SystemExit(f"{key} = {globals()[key]!r}: wanted one of {', '.join(known)}")
     if on_save_error not in ("continue", "stop"):
@@ -165,6 +174,8 @@ def check_options():
     if num_frames < 5 or num_frames % 4 != 1 or height % 16 or width % 16:
         raise SystemExit(f"num_frames = {num_frames}, height x width = {height} x {width}: the video latents need "
                          f"4k + 1 frames (21, 81) and multiples of 16")
+    if plan:
+        return
     if stage and not wan_dir and not random_wan:
         raise SystemExit(f"stage {stage} needs --wan_dir=FOLDER (Wan2.1 weights, or the run folder of stage 0)")
     if stage == 2 and not eval_only and (not init_from or metadata_of(init_from).get("stage") not in ("1", "2")):
@@ -189,14 +200,18 @@ def check_depth_kinds(clips, master):
               "normalised); they train the depth head alone, with depth_mode ssi", flush=True)
 
 
-def make_optimizer(model, dev):
-    """AdamW; no decay on norms, gates, biases, modulation and tokens."""
+def make_optimizer(model, world, group):
+    """AdamW; no decay on norms, gates, biases, modulation and tokens.  Sharded: each rank updates its share of the
+    parameters and sends them to the others, so the moments are kept once in all (ZeRO, Rajbhandari et al. 2020)."""
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     plain = [p for n, p in named if p.dim() < 2 or n.endswith(("modulation", "_token", "_tokens"))]
     ids = {id(p) for p in plain}
-    return torch.optim.AdamW([dict(params=[p for _, p in named if id(p) not in ids], weight_decay=weight_decay),
-                              dict(params=plain, weight_decay=0.0)], lr=learning_rate, betas=(0.9, beta2),
-                             fused=True)
+    groups = [dict(params=[p for _, p in named if id(p) not in ids], weight_decay=weight_decay),
+              dict(params=plain, weight_decay=0.0)]
+    how = dict(lr=learning_rate, betas=(0.9, beta2), fused=True)
+    if shard_optimizer and world > 1:
+        return ZeroRedundancyOptimizer(groups, torch.optim.AdamW, process_group=group, **how)
+    return torch.optim.AdamW(groups, **how)
 
 
 def learning_rate_at(step):
@@ -224,12 +239,21 @@ def count_flops(model, clips, dev, autocast, options, video):
     another path, and a resumed run would differ from an uninterrupted one in the last bit."""
     b = prepare(collate([clips[i % len(clips)] for i in range(batch_size)]), model.dit.in_dim, dev, model.rays)
     noise, sigma, pose_keep, b = draw(b, 0, range(batch_size), batch_size, b["text"][0])
-    with FlopCounterMode(display=False) as counter:
+    with Count() as counter:
         with autocast:
             loss, *_ = compute_loss(model, b, noise, sigma, pose_keep, options, video)
         loss.backward()
     model.zero_grad(set_to_none=True)
-    return counter.get_total_flops()
+    return counter.flops
+
+
+def print_plan(options):
+    """--plan=True: what the configured step needs and which settings fit; the global batch is the config's on 8 GPUs."""
+    hardware = dict.fromkeys((*HARDWARE, (plan_gpus, plan_gb)))
+    for line in report(replace(PRESETS[preset], **model_overrides), stage,
+                       lambda model, *batch: compute_loss(model, *batch, options, stage != 1)[0],
+                       (num_frames, height, width), 8 * batch_size * grad_accum, hardware, precision != "fp32"):
+        print(line, flush=True)
 
 
 def memory_gb(dev):
@@ -310,6 +334,8 @@ def by_bin(seen, group):
 
 def main(options):
     check_options()
+    if plan:
+        return print_plan(SimpleNamespace(**options))
     rank, world, dev, group = start_processes(device, step_timeout, wait_timeout)
     torch.manual_seed(seed)
     out, master = pathlib.Path(out_dir), rank == 0
@@ -330,7 +356,7 @@ def main(options):
         return evaluate_only(model, clips, out, sources, dev, autocast, settings, rank, world)
 
     # ---- optimizer, resume
-    optimizer, meta, remarks = make_optimizer(model, dev), {}, []
+    optimizer, meta, remarks = make_optimizer(model, world, group), {}, []
     start_from = from_first(choose_start(out) if master else None)
     if start_from:
         meta, remarks = resume_from(start_from, model, optimizer, options, world)
@@ -365,6 +391,8 @@ def main(options):
         """Write the checkpoint of a step on rank 0, every rank waiting; a failed write ends the run if it should."""
         bad.report(log)
         records.flush()
+        if hasattr(optimizer, "consolidate_state_dict"):
+            optimizer.consolidate_state_dict()              # sharded: every rank sends its moments to rank 0
         error = ""
         if master:
             try:
@@ -384,7 +412,7 @@ def main(options):
     seen, peak, started, tick, since = {}, matmul_peak(dev), time.perf_counter(), time.perf_counter(), 0
     stop, stopped, done, saved = Stop(group), 0, first_step, first_step
     data = iter(loader)
-    empty_text = read_tensors(clips["train"].empty_text)[0]["text"].float()
+    empty_text = read_tensors(clips["train"].empty_text)[0]["text"].float().to(dev)
     for step in range(first_step, max_steps):
         lr = learning_rate_at(step)
         for param_group in optimizer.param_groups:

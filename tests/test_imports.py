@@ -12,8 +12,11 @@ ALLOWED = dict(geometry=set(), cameras={"geometry"}, metrics={"geometry"}, encod
                export={"cameras", "data", "draw", "geometry", "metrics", "page"},
                verify={"cameras", "data", "geometry"},
                data={"geometry", "cameras", "scenes", "encoders", "verify"},
-               train={"config", "model", "geometry", "checkpoints", "foreign", "control", "records", "evaluate", "data"},
-               sample={"model", "geometry", "cameras", "foreign", "data", "encoders", "export", "jobs"})
+               plan={"geometry", "model"},
+               train={"config", "model", "geometry", "checkpoints", "foreign", "control", "records", "evaluate", "data",
+                      "plan"},
+               sample={"model", "geometry", "cameras", "foreign", "data", "encoders", "export", "jobs"},
+               bench={"data", "encoders", "evaluate", "geometry", "model", "plan", "sample", "train"})
 
 
 def imports(node):
