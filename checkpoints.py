@@ -66,18 +66,31 @@ def lazy_tensors(path):
         if path.endswith(".safetensors"):
             with safe_open(path, "pt") as file:
                 return {k: (tuple(file.get_slice(k).get_shape()), partial(read, k)) for k in file.keys()}
-        sd = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        return {k: (tuple(v.shape), partial(lambda v: v, v)) for k, v in sd.items()}
+        return lazy_pth(path)
     except Exception as error:          # flipped bytes make the two readers raise almost any class of error
         raise ValueError(f"{path}: {os.path.getsize(path):,} bytes that cannot be read ({error}); an incomplete "
                          f"download? Fetch it again") from None
 
 
-def load_wan(folder, cfg, device="cpu", dtype=None):
-    """Frozen WanDiT from a Wan2.1 hub folder (one file or shards) or from the run folder of a stage 0 demo run.
+def lazy_pth(path):
+    """lazy_tensors of a .pth file.  It is mapped anew after every 64th part of it: the pages of a mapping that were
+    touched count against this process until it is closed."""
+    mapped = {}
 
-    Tensors go to device one by one, the big matrices in dtype (default fp32), so the host holds one copy at most.
-    returns  the model, and cfg with the video sizes of what was found"""
+    def load():
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+
+    def read(name):
+        if not mapped or mapped["read"] > os.path.getsize(path) / 64:
+            mapped.clear()
+            mapped.update(tensors=load(), read=0)
+        mapped["read"] += mapped["tensors"][name].nbytes
+        return mapped["tensors"][name]
+    return {k: (tuple(v.shape), partial(read, k)) for k, v in load().items()}
+
+
+def wan_tensors(folder):
+    """name -> (shape, read) of the DiT in a Wan2.1 hub folder (one file or shards) or of a stage 0 demo run."""
     files = wan_files(folder) or glob.glob(os.path.join(folder, "latest.safetensors"))
     if not files:
         raise ValueError(f"wan_dir = {folder}: no diffusion_pytorch_model*.safetensors (a Wan2.1 folder) and no "
@@ -91,6 +104,15 @@ def load_wan(folder, cfg, device="cpu", dtype=None):
     for prefix in ("pipe.", "model.", "dit."):
         if all(name.startswith(prefix) for name in tensors):
             tensors = {name.removeprefix(prefix): value for name, value in tensors.items()}
+    return tensors
+
+
+def load_wan(folder, cfg, device="cpu", dtype=None):
+    """Frozen WanDiT from the folder of a Wan2.1 release or of a stage 0 run.
+
+    Tensors go to device one by one, the big matrices in dtype (default fp32), so the host holds one copy at most.
+    returns  the model, and cfg with the video sizes of what was found"""
+    tensors = wan_tensors(folder)
     shapes = {name: shape for name, (shape, _) in tensors.items()}
     dit = WanDiT.from_shapes(shapes, cfg.head_dim, cfg.text_len, where=folder)
     check_names(dit, shapes, f"{folder}: Wan2.1 DiT")
@@ -178,7 +200,7 @@ def save_checkpoint(out, step, model, optimizer, metadata, keep_last, keep_every
 
     Raises OSError or SafetensorError when the disk is full or gone; what was saved before is then untouched."""
     names = {id(p): name for name, p in model.named_parameters()}
-    moments = {f"{names[id(p)]}|{key}": value for p, state in optimizer.state.items() for key, value in state.items()}
+    moments = {f"{names[id(p)]}|{key}": value for p, state in optimizer_state(optimizer).items() for key, value in state.items()}
     for end, tensors in ((".optim", moments), ("", model.trainable_state_dict())):     # the weights make a checkpoint: last
         content = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
         told = {**metadata, "step": str(step), "sha256": digest(content)}
@@ -208,6 +230,14 @@ def prune(out, newest, keep_last, keep_every):
         if not keep_every or step % keep_every:
             (out / f"step-{step}.safetensors").unlink()
         (out / f"step-{step}.optim.safetensors").unlink(missing_ok=True)
+
+
+def optimizer_state(optimizer):
+    """parameter -> its state; of a sharded optimizer all ranks' shares, which it must have consolidated here."""
+    if not hasattr(optimizer, "consolidate_state_dict"):
+        return optimizer.state
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    return {parameters[i]: state for i, state in optimizer.state_dict()["state"].items()}
 
 
 def saved_steps(out):
@@ -251,10 +281,13 @@ def load_optimizer(path, model, optimizer):
     if differ := wanted ^ {name.split("|")[0] for name in tensors}:
         raise ValueError(f"{path}: {len(differ)} parameters differ from this model's, first {min(differ)}; it belongs to "
                          f"another stage or model_overrides")
+    local = getattr(optimizer, "optim", optimizer)
+    own = {p for group in local.param_groups for p in group["params"]}              # sharded: a part of them
     for name, value in tensors.items():
         parameter, key = name.split("|")
         p = params[parameter]
-        optimizer.state[p][key] = value.to(p.device) if key == "step" else torch.empty_like(p).copy_(value)
+        if p in own:
+            local.state[p][key] = value.to(p.device) if key == "step" else torch.empty_like(p).copy_(value)
 
 
 def describe(path):

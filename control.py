@@ -97,7 +97,7 @@ class BadSteps:
             dist.all_reduce(bad, dist.ReduceOp.MAX, self.group)
         good_mean = torch.where(self.mean > 0, torch.lerp(self.mean, norm, 0.05), norm)
         self.mean = torch.where(bad > 0, self.mean, good_mean)
-        optimizer.found_inf = bad
+        getattr(optimizer, "optim", optimizer).found_inf = bad        # a sharded optimizer steps its own part
         self.pending.append((step, bad, norm, finite, ids))
 
     def report(self, log):

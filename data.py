@@ -479,7 +479,8 @@ class CachedClips(torch.utils.data.Dataset):
 def collate(items):
     """Stack what all clips of a batch have; text stays a list of (L, dim), id, prompt and fps lists."""
     columns = {k: [item[k] for item in items] for k in items[0] if all(k in item for item in items)}
-    return {k: c if k in ("text", "id", "prompt", "fps") else torch.stack(c) for k, c in columns.items()}
+    stack = torch.utils.data.default_collate        # in a worker straight into the shared memory the batch travels in
+    return {k: c if k in ("text", "id", "prompt", "fps") else stack(c) for k, c in columns.items()}
 
 
 # --- Pictures --------------------------------------------------------------------------------------------------------

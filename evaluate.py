@@ -5,9 +5,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from checkpoints import load_trained
 from data import collate, depth_to_rgb, write_png
 from draw import SEEN, TOLD, depth_legend, enlarge, sheet, sure_to_rgb, top_view
+from foreign import load_weights
 from geometry import (decode_pose, depth_metrics, encode_pose, normalize_scene, plucker_rays, point_metrics, pose_metrics,
                       relative_to_first, unproject)
 from metrics import ause, cloud_metrics, head_agreement, temporal_error
@@ -22,15 +22,17 @@ def generator(*key):
     return torch.Generator().manual_seed(mixed)
 
 
-def prepare(batch, in_dim, dev):
-    """Loader batch -> device tensors in scene units, with rays, pose encodings and points made on the device."""
+def prepare(batch, in_dim, dev, rays=plucker_rays):
+    """Loader batch -> device tensors in scene units, with rays, pose encodings and points made on the device.
+    rays: the model's own kind of ray map (FantasyWorld.rays)."""
     batch = {k: v for k, v in batch.items() if k != "relative" or v.any()}       # rare: a second pass of losses
     b = {k: v.to(dev, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
+    b["text"] = [text.to(dev, non_blocking=True) for text in batch["text"]]
     mask = torch.isfinite(b["depth"]) & (b["depth"] > 1e-3)
     size = b["depth"].shape[-2:]
     depth, w2c, scale = normalize_scene(b["depth"], b["w2c"], b["intrinsics"], mask)
     return dict(b, depth=depth, w2c=w2c, scale=scale, mask=mask, points=unproject(depth, w2c, b["intrinsics"]),
-                pose_enc=encode_pose(w2c, b["intrinsics"], size), plucker=plucker_rays(w2c, b["intrinsics"], size),
+                pose_enc=encode_pose(w2c, b["intrinsics"], size), plucker=rays(w2c, b["intrinsics"], size),
                 y=start_condition(b["start_latents"], in_dim, b["latents"].shape[2]))
 
 
@@ -67,7 +69,7 @@ def evaluate(model, clips, dev, autocast, options, rank=0, world=1, picture=None
     core = getattr(model, "module", model)
     sums = {}
     for i in range(rank, min(len(clips), options.eval_clips), world):
-        b = prepare(collate([clips[i]]), core.dit.in_dim, dev)
+        b = prepare(collate([clips[i]]), core.dit.in_dim, dev, core.rays)
         noise = torch.randn(b["latents"].shape, generator=generator(options.seed, 3, i)).to(dev)
         for given in (1, 0):
             row, keep = {}, torch.full((1,), float(given), device=dev)
@@ -164,7 +166,7 @@ def evaluate_only(model, clips, out, sources, dev, autocast, options, rank=0, wo
     the first clip per checkpoint."""
     rows = baselines(clips["train"], clips["val"], model.dit.in_dim, dev, options.eval_clips) if rank == 0 else {}
     for source in sources:
-        meta = load_trained(model, source)
+        meta = load_weights(model, source)
         model.set_stage(int(meta["stage"]))
         out.mkdir(parents=True, exist_ok=True)
         picture = out / f"eval-stage{meta['stage']}-step{meta['step']}.png"

@@ -16,7 +16,7 @@ Shapes: B clips, T = 4k + 1 frames, H W pixels, n camera-head iterations.  `size
 Precision: fp32 or fp64 in, the same out.  No matmul on cameras: autocast would run it in bf16, pixels wrong.
 """
 import math
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 import torch.nn.functional as F
@@ -306,8 +306,8 @@ class CameraHead(nn.Module):
         self.empty_pose_tokens = nn.Parameter(torch.zeros(1, 1, 9))
         self.embed_pose = nn.Linear(9, dim)
         self.poseLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 3 * dim))
-        self.trunk = nn.ModuleList(GeoBlock(dim, heads, layer_scale, qk_norm=False, modulated=False)
-                                   for _ in range(layers))
+        self.trunk = nn.ModuleList(GeoBlock(dim, heads, layer_scale, qk_norm=False, modulated=released)
+                                   for _ in range(layers))          # the release has modulation here, never used
         self.pose_branch = Mlp(dim, dim // 2, 9)
 
     def frame_tokens(self, tokens):
@@ -322,8 +322,9 @@ class CameraHead(nn.Module):
         tokens = self.frame_tokens(self.proj_in(tokens))
         plain = F.layer_norm(tokens, tokens.shape[-1:], eps=1e-6)
         # identity rotation and a 1 rad view as the first guess; the release starts from zeros
-        start = [0.0] * 9 if self.released else [0.0] * 6 + [1.0] * 3
-        pose = torch.tensor(start, device=tokens.device).expand(*tokens.shape[:2], 9)
+        start = torch.zeros(9, device=tokens.device)
+        start[6:] = 0.0 if self.released else 1.0
+        pose = start.expand(*tokens.shape[:2], 9)
         previous, out = self.empty_pose_tokens.expand_as(pose), []
         for _ in range(self.iterations):
             shift, scale, gate = self.poseLN_modulation(self.embed_pose(previous)).chunk(3, -1)
@@ -424,7 +425,9 @@ class DPTHead(nn.Module):
     in_dim       2C, width of concat(frame output, global output)
     channels     4 widths, finest level first (token grid x4, x2, x1, x1/2)
     forward      maps: 4 x (B, f, h*w, 2C) finest first, grid (f, h, w) -> (B, T, 16h, 16w, out_dim) fp32, not activated
-    chunk        pixel frames fused at once; under grad each chunk is recomputed in backward (memory, not values)"""
+    chunk        pixel frames fused at once
+    recompute    each chunk, and before it the stage that runs along time, is recomputed in backward where there are
+                 several chunks (memory, not values)"""
 
     def __init__(self, in_dim, out_dim, channels, features, tail=32, released=False, chunk=16):
         super().__init__()
@@ -467,19 +470,17 @@ class DPTHead(nn.Module):
         with torch.autocast(x.device.type, enabled=False):         # exp of a bf16 logit moves in 0.8 % steps
             return s.output_conv2[2](x.float()).permute(0, 2, 3, 1)
 
-    def forward(self, maps, grid):
+    def forward(self, maps, grid, recompute=False):
         f, h, w = grid
         aspect, size, batch = w / h, (16 * h, 16 * w), maps[0].shape[0]
-        levels = [self.level(i, tokens, grid, aspect) for i, tokens in enumerate(maps)]
+        again = recompute and torch.is_grad_enabled() and 4 * f - 3 > self.chunk
+        run = partial(checkpoint, use_reentrant=False) if again else lambda function, *args: function(*args)
+        levels = [run(self.level, i, tokens, grid, aspect) for i, tokens in enumerate(maps)]
         out = []
         for start in range(0, 4 * f - 3, self.chunk):
             parts = [rearrange(x[:, :, start:start + self.chunk], "b c t h w -> (b t) h w c").permute(0, 3, 1, 2)
                      for x in levels]                              # channels last in memory: twice as fast on a CPU
-            if torch.is_grad_enabled() and 4 * f - 3 > self.chunk:
-                y = checkpoint(self.fuse, size, aspect, *parts, use_reentrant=False)
-            else:
-                y = self.fuse(size, aspect, *parts)
-            out.append(rearrange(y, "(b t) h w k -> b t h w k", b=batch))
+            out.append(rearrange(run(self.fuse, size, aspect, *parts), "(b t) h w k -> b t h w k", b=batch))
         return torch.cat(out, 1)
 
 def activate_depth(raw):

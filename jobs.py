@@ -10,6 +10,21 @@ from cameras import FORMATS
 from export import EXPORTS, USUAL
 
 
+# What the release's sampling does unlike ours, by default with its weights; --correct NAME does it our way.
+CORRECTIONS = {
+    "rays": "true per-pixel rays; the release shows one ray per frame, and its weights have seen nothing else",
+    "readout": "geometry in one extra forward on the finished sample; the release reads it in its last step",
+    "image": "start image cropped to the aspect; the release squeezes it"}
+
+
+def length(text):
+    """A number, or the path of a depth map."""
+    try:
+        return float(text)
+    except ValueError:
+        return pathlib.Path(text)
+
+
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         self.exit(2, f"sample.py: {message}; --help lists every option\n")
@@ -25,8 +40,8 @@ def parse_arguments(argv=None):
         group.add_argument(f"--{name}", help=help + shown, **options)
 
     what = parser.add_argument_group("what to sample")
-    add(what, "ckpt", "checkpoint of stage 1 or 2", required=True)
-    add(what, "wan_dir", "folder of the video branch; default: the one it was trained with")
+    add(what, "ckpt", "checkpoint of stage 1 or 2, or a release's model.pth", required=True)
+    add(what, "wan_dir", "folder of the video branch; default: the one it was trained with; a release needs it")
     add(what, "prompt", "words, or a text file with one prompt a line", default="a room")
     add(what, "negative_prompt", "default: Wan's official one, in Chinese; empty for the demo")
     add(what, "image", "picture or video file whose first frame starts the video")
@@ -38,7 +53,8 @@ def parse_arguments(argv=None):
         default=1.0)
     add(view, "fov", "horizontal field of view where the camera has no intrinsics, degrees", type=float, default=65.0)
     add(view, "scene_scale", "your units per scene unit (mean distance of the first frame's points), a guess: the "
-        "scene is scaled to the path afterwards", type=float, default=1.0)
+        "scene is scaled to the path afterwards; or a depth map of the start image, which is measured", type=length,
+        default=1.0)
     size = parser.add_argument_group("size")
     for name, rule in (("frames", "4k + 1"), ("height", "multiple of 16"), ("width", "multiple of 16")):
         add(size, name, f"{rule}; default: the training size", type=int)
@@ -50,17 +66,24 @@ def parse_arguments(argv=None):
     add(how, "shift", "more of the steps at high noise", type=float, default=5.0)
     add(how, "seed", "seed of the first sample", type=int, default=0)
     add(how, "num_samples", "samples of every prompt, of seeds seed, seed + 1, ...", type=int, default=1)
+    theirs = parser.add_argument_group("the released weights and what was fine-tuned from them")
+    add(theirs, "correct", "do not as the release does: "
+        + "; ".join(f"{name}: {what}" for name, what in CORRECTIONS.items()), nargs="+", choices=CORRECTIONS, metavar="NAME",
+        default=[], action="extend")
+    add(theirs, "release", "model.pth of the release that --ckpt was fine-tuned from, if it was moved since")
     machine = parser.add_argument_group("machine")
     add(machine, "device", "cuda, cuda:1, cpu, ...", default="cuda" if torch.cuda.is_available() else "cpu")
     add(machine, "dtype", "auto: bf16 on a GPU, fp32 on a CPU", default="auto", choices=["auto", "bf16", "fp32"])
     add(machine, "low_memory", "slower: encoders on the CPU, heads in small chunks, the model leaves the device while "
         "the video is decoded", action="store_true")
+    add(machine, "offload", "keep so many GB of weights on the device (0 = the least), the others visit it layer by "
+        "layer; for a GPU that is smaller than the model", type=float)
     files = parser.add_argument_group("files")
     add(files, "out", "folder", default="outputs/sample", type=pathlib.Path)
     add(files, "export", f"all, or names of {','.join(EXPORTS)}", default=USUAL)
     add(files, "drop", "percent of the pixels, the least confident, left out of point clouds", type=float, default=20.0)
-    add(files, "lift", "cameras that lift depth to points: what was asked for, or what the model reports",
-        default="commanded", choices=["commanded", "predicted"])
+    add(files, "lift", "cameras that lift depth to points: what was asked for (default), or what the model reports "
+        "(default with a release's weights)", choices=["commanded", "predicted"])
     add(files, "unit", "your unit of length, as a word", default="units")
     add(files, "preview_every", "write the depth seen so far as a picture every so many steps; 0 = never", type=int,
         default=0)
@@ -78,7 +101,7 @@ def check_arguments(args, trained):
                          "--frames {} --height {} --width {}".format(*found, *near))
     for name, low, high in (("steps", 1, 1000), ("num_samples", 1, 10 ** 6), ("fov", 1, 170), ("drop", 0, 99),
                             ("fps", 0.1, 1000), ("scene_scale", 1e-9, 1e9), ("preview_every", 0, 1000)):
-        if not low <= getattr(args, name) <= high:
+        if not isinstance(getattr(args, name), pathlib.Path) and not low <= getattr(args, name) <= high:
             raise ValueError(f"--{name} {getattr(args, name):g}: wanted {low:g} to {high:g}")
 
 

@@ -17,16 +17,18 @@ Stages: 0 trains the video branch alone (demo only), 1 trains bridge + geometry,
 import argparse
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import (CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts,
+                                    noop_context_fn)
 
+import released
 from geometry import (NUM_SPECIAL, CameraHead, DPTHead, GeoBlock, LatentBridge, PoseEncoder, activate_depth,
-                      activate_points, pack_frames, rope_2d)
+                      activate_points, pack_frames, plucker_rays, rope_2d)
 
 
 @dataclass
@@ -61,7 +63,10 @@ class Config:
     camera_layers: int = 4
     camera_iterations: int = 4
     head_chunk: int = 16            # pixel frames that a DPT head fuses at once
-    released: bool = False          # restores the quirks of the released weights
+    released: bool = False          # the released weights: their quirks and their camera module (released.py)
+    true_rays: bool = False         # released: true per-pixel rays in place of the ones it was trained on
+    ray_sizes: tuple = (384, 768, 5120, 2560, 2048)     # released: widths of the ray encoder, features last
+    adapter_sizes: tuple = (25, 1024, 409)              # released: adapted blocks, hidden widths of an adapter
     # ablations: what is switched off is not built, so checkpoints, counts and gradients lack it too
     exchange: str = "both"          # of the IRG steps: both, to_geometry, to_video (one way) or none
     camera_adapters: bool = True
@@ -162,12 +167,19 @@ class WanCrossAttention(nn.Module):
         if has_clip:
             self.k_img, self.v_img, self.norm_k_img = nn.Linear(dim, dim), nn.Linear(dim, dim), RMSNorm(dim)
 
-    def forward(self, x, text, image):
-        q = self.norm_q(self.q(x))
-        out = attention(q, self.norm_k(self.k(text)), self.v(text), self.heads)
+    def keys_values(self, text, image):
+        """[(k, v) of the text, then of the image where there is one], (B, L, D) each: the same at every noise level."""
+        pairs = [(self.norm_k(self.k(text)), self.v(text))]
         if self.has_clip:
-            out = out + attention(q, self.norm_k_img(self.k_img(image)), self.v_img(image), self.heads)
-        return self.o(out)
+            pairs.append((self.norm_k_img(self.k_img(image)), self.v_img(image)))
+        return pairs
+
+    def forward(self, x, keys, adapter=None):
+        q, (text, *image) = self.norm_q(self.q(x)), keys
+        out = attention(q, *text, self.heads)
+        for pair in image:
+            out = out + attention(q, *pair, self.heads)
+        return self.o(out if adapter is None else adapter(out))
 
 
 class WanBlock(nn.Module):
@@ -183,19 +195,20 @@ class WanBlock(nn.Module):
         self.ffn = nn.Sequential(nn.Linear(dim, ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(ffn_dim, dim))
         self.modulation = nn.Parameter(torch.randn(1, 6, dim) / dim ** 0.5)
 
-    def attend(self, x, rows, text, image, rope):
-        """x (B, N, D) fp32 residual stream; rows (B, 6, D) shift, scale, gate of attention then of the FFN."""
+    def attend(self, x, rows, keys, rope, adapter=None):
+        """x (B, N, D) fp32 residual stream; rows (B, 6, D) shift, scale, gate of attention then of the FFN;
+        keys: keys_values of this block's cross-attention; adapter changes its output (released camera module)."""
         m = (self.modulation + rows).unbind(1)
         m = [row[:, None] for row in m]                                                # (B, 1, D) each
         x = x + m[2] * self.self_attn(self.norm1(x) * (1 + m[1]) + m[0], rope)
-        return x + self.cross_attn(self.norm3(x), text, image)
+        return x + self.cross_attn(self.norm3(x), keys, adapter)
 
     def feed_forward(self, x, rows):
         shift, scale, gate = (self.modulation + rows)[:, 3:].unsqueeze(2).unbind(1)    # (B, 1, D) each
         return x + gate * self.ffn(self.norm2(x) * (1 + scale) + shift)
 
-    def forward(self, x, rows, text, image, rope):
-        return self.feed_forward(self.attend(x, rows, text, image, rope), rows)
+    def forward(self, x, rows, keys, rope, adapter=None):
+        return self.feed_forward(self.attend(x, rows, keys, rope, adapter), rows)
 
 
 class WanHead(nn.Module):
@@ -293,24 +306,44 @@ class WanDiT(nn.Module):
         dit = cls.from_shapes({k: tuple(v.shape) for k, v in sd.items()}, head_dim, text_len)
         return load_strict(dit, sd, "Wan2.1 DiT")
 
-    def conditions(self, t, context, clip=None):
-        """t (B,), context, clip -> e (B, D), rows (B, 6, D), text (B, L, D), image (B, 257, D) or None."""
+    def modulation(self, t):
+        """t (B,) -> e (B, D), rows (B, 6, D)."""
         device = self.patch_embedding.weight.device
-        with torch.autocast(device.type, enabled=False):        # modulation in fp32: cheap, and halves the bf16 error
+        with torch.autocast(device.type, enabled=False):        # in fp32: cheap, and halves the bf16 error
             e = self.time_embedding(timestep_embedding(t.to(device), self.freq_dim))
-            rows = self.time_projection(e).unflatten(1, (6, -1))
+            return e, self.time_projection(e).unflatten(1, (6, -1))
+
+    def embed_context(self, context, clip=None):
+        """context, clip -> text (B, L, D), image (B, 257, D) or None."""
+        device = self.patch_embedding.weight.device
         if not torch.is_tensor(context):        # padded rows are not masked: Wan attends to them, and so must we
             context = torch.stack([F.pad(c, (0, 0, 0, self.text_len - c.shape[0])) for c in context])
         text = self.text_embedding(context.to(device=device, dtype=self.text_embedding[0].weight.dtype))
         image = None
         if self.img_emb is not None:
             if clip is None:
-                clip = torch.zeros(len(t), 257, 1280, device=device)
+                clip = torch.zeros(len(context), 257, 1280, device=device)
             image = self.img_emb(clip.to(device=device, dtype=self.img_emb.proj[1].weight.dtype))
-        return e, rows, text, image
+        return text, image
 
-    def embed(self, x, y=None, plucker=None, keep=None):
-        """Latents (B, 16, f, 2h, 2w) [+ y, rays] -> tokens (B, N, D) fp32 and their grid (f, h, w)."""
+    def conditions(self, t, context, clip=None):
+        """t (B,), context, clip -> e (B, D), rows (B, 6, D), text (B, L, D), image (B, 257, D) or None."""
+        return *self.modulation(t), *self.embed_context(context, clip)
+
+    def control(self, plucker):
+        """Rays (B, 6, T, H, W) or None -> what they add to the tokens (B, D, f, h, w), or None."""
+        if self.control_adapter is None or plucker is None:
+            return None
+        return self.control_adapter(plucker.to(self.patch_embedding.weight.dtype)).float()
+
+    def constants(self, context, clip=None, plucker=None):
+        """What does not change with x and t, for forward(constants=...): a sampler computes it once per video."""
+        text, image = self.embed_context(context, clip)
+        return dict(keys=[block.cross_attn.keys_values(text, image) for block in self.blocks],
+                    control=self.control(plucker))
+
+    def embed(self, x, y=None, control=None, keep=None):
+        """Latents (B, 16, f, 2h, 2w) [+ y, control] -> tokens (B, N, D) fp32 and their grid (f, h, w)."""
         extra = self.in_dim - x.shape[1]
         if extra:
             y = x.new_zeros(x.shape[0], extra, *x.shape[2:]) if y is None else y
@@ -319,8 +352,7 @@ class WanDiT(nn.Module):
             x = torch.cat([x, y.to(x.dtype)], 1)
         weight = self.patch_embedding.weight
         tokens = self.patch_embedding(x.to(weight.dtype)).float()
-        if self.control_adapter is not None and plucker is not None:
-            control = self.control_adapter(plucker.to(weight.dtype)).float()
+        if control is not None:
             tokens = tokens + (control if keep is None else control * keep.view(-1, 1, 1, 1, 1))
         grid = tuple(tokens.shape[2:])
         return rearrange(tokens, "b d f h w -> b (f h w) d"), grid
@@ -333,7 +365,7 @@ class WanDiT(nn.Module):
         f, h, w = grid
         return rearrange(x, "b (f h w) (p q c) -> b c f (h p) (w q)", f=f, h=h, w=w, p=2, q=2)
 
-    def forward(self, x, t, context, y=None, clip=None, plucker=None, keep=None):
+    def forward(self, x, t, context, y=None, clip=None, plucker=None, keep=None, constants=None):
         """Velocity (B, 16, f, h, w) of noisy latents.
 
         x        (B, 16, f, h, w)         x_sigma
@@ -342,12 +374,14 @@ class WanDiT(nn.Module):
         y        (B, in_dim-16, f, h, w)  start-image latents (and mask), None = zeros
         clip     (B, 257, 1280)           CLIP tokens of the start image, None = zeros
         plucker  (B, 6, T, 8h, 8w)        rays at pixel rate, None = no camera
-        keep     (B,) 0/1                 0 drops the clip's camera, as plucker=None would"""
-        e, rows, text, image = self.conditions(t, context, clip)
-        x, grid = self.embed(x, y, plucker, keep)
+        keep     (B,) 0/1                 0 drops the clip's camera, as plucker=None would
+        constants                         of the method of that name: then context, clip, plucker are not read"""
+        e, rows = self.modulation(t)
+        constants = constants or self.constants(context, clip, plucker)
+        x, grid = self.embed(x, y, constants["control"], keep)
         rope = self.rope(grid, x.device)
-        for block in self.blocks:
-            x = block(x, rows, text, image, rope)
+        for block, keys in zip(self.blocks, constants["keys"]):
+            x = block(x, rows, keys, rope)
         return self.unpatchify(self.head(x, e), grid)
 
 
@@ -434,13 +468,38 @@ def start_condition(start_latents, in_dim, frames):
     return y
 
 
+# ---------------------------------------------------------------------------------------- activation checkpointing
+CHECKPOINTING = ("none", "selective", "full")
+KEEP_ABOVE = 4096               # FLOPs per byte
+ATTENTION_OPS = {getattr(torch.ops.aten, f"_scaled_dot_product_{name}") for name in
+                 ("flash_attention", "flash_attention_for_cpu", "efficient_attention", "cudnn_attention")}
+
+
+def keep_costly(ctx, op, *args, **kwargs):
+    """Policy of "selective": keep what costs more than KEEP_ABOVE FLOPs per byte to compute again, recompute the rest.
+
+    Attention over n keys costs 4 n FLOPs per output value, a linear layer 2 in_features.  In bf16 at the 1.3B sizes that
+    keeps attention among all tokens of a clip (9,000 to 33,000) and the second layer of every MLP (5,632 and 8,960), and
+    recomputes the other layers (1,152 to 1,536), attention to text and inside a latent frame (1,024 to 1,564), and
+    everything elementwise.  "full" keeps the input of a block only, "none" everything.  The DPT heads, whose maps at
+    half resolution are the largest tensors of all, run in chunks of frames and are recomputed unless it is "none"."""
+    packet = op.overloadpacket
+    if packet in ATTENTION_OPS:
+        cost = 4 * args[1].shape[-2] / args[0].element_size()
+    elif packet in (torch.ops.aten.addmm, torch.ops.aten.mm):
+        cost = 2 * args[-2].shape[-1] / args[-2].element_size()
+    else:
+        cost = 0
+    return CheckpointPolicy.MUST_SAVE if cost > KEEP_ABOVE else CheckpointPolicy.PREFER_RECOMPUTE
+
+
 # --------------------------------------------------------------------------------------------------- FantasyWorld
 class FantasyWorld(nn.Module):
     """Frozen WanDiT (`dit`) + trainable geometry branch.  `set_stage(n)` decides what trains and what runs."""
 
     def __init__(self, cfg, dit=None):
         super().__init__()
-        self.cfg, self.stage, self.checkpoint_activations = cfg, 2, False
+        self.cfg, self.stage, self.checkpoint_activations = cfg, 2, "none"          # or another of CHECKPOINTING
         n, C, D = cfg.geo_layers, cfg.geo_dim, cfg.dim
         if max(cfg.taps) >= n:
             raise ValueError(f"taps {cfg.taps}: this model has geometry layers 0 .. {n - 1}")
@@ -464,9 +523,33 @@ class FantasyWorld(nn.Module):
             for out in (2, 4))
         self.camera_head = CameraHead(2 * C, cfg.camera_dim, cfg.camera_heads, cfg.layer_scale, cfg.camera_layers,
                                       cfg.camera_iterations, cfg.released)
-        self.camera_adapters = nn.ModuleList(CameraAdapter(C, D) for _ in range(cfg.num_pcb if cfg.camera_adapters else 0))
+        if cfg.released:
+            self.ray_encoder = released.RayEncoder(cfg.ray_sizes)
+            self.camera_adapters = nn.ModuleList(
+                released.AttentionAdapter(D, cfg.ray_sizes[-1], *cfg.adapter_sizes[1:])
+                for _ in range(cfg.adapter_sizes[0]))
+        else:
+            self.camera_adapters = nn.ModuleList(CameraAdapter(C, D)
+                                                 for _ in range(cfg.num_pcb if cfg.camera_adapters else 0))
         self.exchange = nn.ModuleList(BiCrossAttention(D, C, cfg.irg_dim, cfg.irg_heads, cfg.exchange)
                                       for _ in range(n if cfg.exchange != "none" else 0))
+
+    @classmethod
+    def from_released(cls, sd, wan_state_dict=None, dit_heads=None, irg_heads=None, camera_heads=None, taps=None):
+        """Build from the release's tensors, used as they are; every size is read off their shapes.
+
+        sd              the release's model.pth, name -> tensor
+        wan_state_dict  Wan2.1-I2V-14B-480P in its official names, for the video tensors that sd lacks
+        dit_heads, irg_heads, camera_heads, taps   as in released.sizes; 40, 12, 16, (23, 17, 11, 7) in the release
+        Errors: ValueError for missing, unexpected or misshapen tensors."""
+        shapes, base = ({k: tuple(v.shape) for k, v in d.items()} for d in (sd, wan_state_dict or {}))
+        with torch.device("meta"):
+            model = cls(Config(**released.sizes(shapes, base, dit_heads, irg_heads, camera_heads, taps)))
+        own = {k: tuple(v.shape) for k, v in model.state_dict().items()}
+        plan = released.match(own, shapes, base, model.cfg.num_pcb)
+        model.load_state_dict({k: (sd if of_release else wan_state_dict)[name].reshape(own[k])
+                               for k, (of_release, name) in plan.items()}, assign=True)
+        return model
 
     # ---- stages
     def groups(self):
@@ -474,7 +557,8 @@ class FantasyWorld(nn.Module):
         return dict(wan=[self.dit], bridge=[self.bridge],
                     geodit=[self.frame_blocks, self.global_blocks, self.time_embedding, self.time_projection],
                     heads=[self.depth_head, self.point_head, self.camera_head], pose_encoder=[self.pose_encoder],
-                    tokens=[self.camera_token, self.register_token], camera_adapters=[self.camera_adapters],
+                    tokens=[self.camera_token, self.register_token],
+                    camera_adapters=[self.camera_adapters] + ([self.ray_encoder] if self.cfg.released else []),
                     irg=[self.exchange])
 
     TRAINED = {0: ("wan",), 1: ("bridge", "geodit", "heads", "pose_encoder", "tokens")}
@@ -488,6 +572,9 @@ class FantasyWorld(nn.Module):
         for name, members in self.groups().items():
             for member in members:
                 member.requires_grad_(name in self.TRAINED[stage])
+        for name, p in self.named_parameters() if self.cfg.released else ():
+            if released.dead(name):
+                p.requires_grad_(False)
         return self
 
     def count_parameters(self):
@@ -497,37 +584,54 @@ class FantasyWorld(nn.Module):
         return {name: sum(map(size, members)) for name, members in self.groups().items()}
 
     def trainable_state_dict(self):
-        """name -> tensor of what the current stage trains: the content of a checkpoint."""
-        return {name: p.detach() for name, p in self.named_parameters() if p.requires_grad}
+        """name -> tensor of what the current stage trains (and the release's dead ones): the content of a checkpoint."""
+        return {name: p.detach() for name, p in self.named_parameters()
+                if p.requires_grad or self.cfg.released and released.dead(name)}
 
     # ---- forward
     def run(self, function, *args):
-        """Call, or recompute in backward when activations are checkpointed."""
-        if self.checkpoint_activations and torch.is_grad_enabled():
-            return checkpoint(function, *args, use_reentrant=False)
-        return function(*args)
+        """Call, or recompute in backward (in part) when activations are checkpointed."""
+        if self.checkpoint_activations == "none" or not torch.is_grad_enabled():
+            return function(*args)
+        kept = partial(create_selective_checkpoint_contexts, keep_costly)
+        return checkpoint(function, *args, use_reentrant=False,
+                          context_fn=kept if self.checkpoint_activations == "selective" else noop_context_fn)
 
     def geometry_tokens(self, x, grid, pose_embedding, keep):
         """PCB output (B, N, D) -> [camera, registers, patches] of every latent frame (B, f*P, C)."""
         f, h, w = grid
         patches = rearrange(self.bridge(x, f), "b (f n) c -> b f n c", f=f)
-        first_then_rest = torch.tensor([0] + [1] * (f - 1), device=x.device)
+        first_then_rest = (torch.arange(f, device=x.device) > 0).long()                # made on the device: no wait
         camera = self.camera_token[:, first_then_rest].expand(len(x), -1, -1, -1)      # (B, f, 1, C)
         if pose_embedding is not None:
             camera = camera + (pose_embedding * keep)[:, :, None]
         registers = self.register_token[:, first_then_rest].expand(len(x), -1, -1, -1)
         return torch.cat([camera, registers.to(camera.dtype), patches.to(camera.dtype)], 2).flatten(1, 2).float()
 
+    def rays(self, w2c, K, size):
+        """The ray map (B, 6, T, H, W) that this model is conditioned on; arguments as geometry.plucker_rays."""
+        quirk = self.cfg.released and not self.cfg.true_rays
+        return released.constant_rays(w2c, K, size) if quirk else plucker_rays(w2c, K, size)
+
+    def ray_features(self, plucker):
+        """Rays (B, 6, T, H, W) or None -> (B, N, R) for the release's camera module; None without one, or without rays."""
+        return self.ray_encoder(plucker) if self.cfg.released and self.stage == 2 and plucker is not None else None
+
+    def attention_adapters(self, rays, keep):
+        """Video block -> what the release's camera module does inside its cross-attention, for ray features or None."""
+        adapters = () if rays is None else self.camera_adapters
+        return {i: partial(adapter, rays=rays, keep=keep) for i, adapter in enumerate(adapters)}
+
     def irg_step(self, i, x, z, video, geo, ropes):
         """One IRG step: video tokens x (or None: geometry alone), geometry tokens z -> x, z, tap (B, f*P, 2C)."""
         frame_block, global_block = self.frame_blocks[i], self.global_blocks[i]
         block = self.dit.blocks[self.cfg.num_pcb + i]
-        rows, text, image = video
+        rows, keys, adapter = video
         rows_z, f = geo
         z_frame = frame_block(z, rows_z, f, ropes["frame"])
         z = global_block.attend(z_frame, rows_z, 1, ropes["global"])
         if x is not None:
-            x = block.attend(x, rows, text, image, ropes["video"])
+            x = block.attend(x, rows, keys, ropes["video"], adapter)
             if self.stage == 2 and self.exchange:
                 x, z = self.exchange[i](x, z, ropes["exchange_x"], ropes["exchange_z"])
             x = block.feed_forward(x, rows)
@@ -543,40 +647,61 @@ class FantasyWorld(nn.Module):
                     exchange_x=rope_3d(f, h, w, irg_dim, 0, device),
                     exchange_z=rope_3d(f, h, w, irg_dim, NUM_SPECIAL, device))
 
+    @torch.no_grad()
+    def constants(self, context, clip=None, plucker=None, poses=None):
+        """What does not change with x and t, for forward(constants=...): a sampler computes it once per video."""
+        return dict(self.dit.constants(context, clip, plucker),
+                    pose_embedding=None if poses is None or self.cfg.released else self.pose_encoder(poses),
+                    rays=self.ray_features(plucker))
+
     def forward(self, x, t, context, y=None, clip=None, plucker=None, poses=None, heads=True, video=True,
-                pose_keep=None):
+                pose_keep=None, constants=None):
         """x, t, context, y, clip, plucker: as WanDiT.forward.
 
         poses      (B, T, 9)   pose encodings relative to frame 0, scene units; None = not given
         heads      False skips depth, points and cameras;  video False skips the video tail and the exchange
                    (stage 1 training: no loss there has a gradient) and returns velocity None
         pose_keep  (B,) 0/1    0 hides the clip's camera everywhere, exactly as plucker=None, poses=None would
+        constants              of the method of that name: then context, clip, plucker and poses are not read
         returns    dict: velocity (B, 16, f, h, w); depth, depth_conf, points_conf (B, T, H, W); points (B, T, H, W, 3)
                    in the first camera's frame, scene units; pose_enc (iterations, B, T, 9), last refinement last"""
         if self.stage == 0:
-            return dict(velocity=self.dit(x, t, context, y, clip, plucker, pose_keep))
+            return dict(velocity=self.dit(x, t, context, y, clip, plucker, pose_keep, constants))
         if not video and self.stage == 2 and torch.is_grad_enabled():
             raise ValueError("video=False leaves the exchange of stage 2 without a gradient")
         dit, cfg = self.dit, self.cfg
         keep = None if pose_keep is None else pose_keep.float().view(-1, 1, 1)
-        pose_embedding = None if poses is None else self.pose_encoder(poses)           # (B, f, C)
+        if constants:
+            pose_embedding, rays = constants["pose_embedding"], constants["rays"]
+        else:
+            pose_embedding = None if poses is None or cfg.released else self.pose_encoder(poses)       # (B, f, C)
+            rays = self.ray_features(plucker)
         pose_weight = 1.0 if keep is None else keep
         with torch.no_grad():                       # nothing trainable lies upstream
-            e, rows, text, image = dit.conditions(t, context, clip)
-            x, grid = dit.embed(x, y, plucker, pose_keep)
+            e, rows = dit.modulation(t)
+            text, image = (None, None) if constants else dit.embed_context(context, clip)
+            x, grid = dit.embed(x, y, constants["control"] if constants else dit.control(plucker), pose_keep)
+
+        @torch.no_grad()
+        def keys(i):                                # outside of run(): checkpointing would compute them twice
+            return constants["keys"][i] if constants else dit.blocks[i].cross_attn.keys_values(text, image)
+
         ropes = self.ropes(grid, x.device)
         with nullcontext() if self.stage == 2 else torch.no_grad():
+            adapters = self.attention_adapters(rays, pose_weight)
             for i, block in enumerate(dit.blocks[:cfg.num_pcb]):
                 if self.stage == 2 and pose_embedding is not None and self.camera_adapters:
                     x = self.camera_adapters[i](x, pose_embedding, pose_weight)
-                x = self.run(block, x, rows, text, image, ropes["video"])
+                x = self.run(block, x, rows, keys(i), ropes["video"], adapters.get(i))
         z = self.geometry_tokens(x, grid, pose_embedding, pose_weight)
         with torch.autocast(x.device.type, enabled=False):
             rows_z = self.time_projection(self.time_embedding(timestep_embedding(t.to(x.device), cfg.freq_dim)))
         geo = (rows_z.unflatten(1, (6, -1)), grid[0])
         x, taps = x if video else None, {}
         for i in range(cfg.geo_layers):
-            x, z, tap = self.run(self.irg_step, i, x, z, (rows, text, image), geo, ropes)
+            j = cfg.num_pcb + i
+            video_part = (rows, keys(j) if video else None, adapters.get(j))
+            x, z, tap = self.run(self.irg_step, i, x, z, video_part, geo, ropes)
             if heads and (i in cfg.taps or i == cfg.geo_layers - 1):
                 taps[i] = tap
         out = dict(velocity=dit.unpatchify(dit.head(x, e), grid) if video else None)
@@ -589,8 +714,9 @@ class FantasyWorld(nn.Module):
         f = grid[0]
         taps = {i: rearrange(tap, "b (f p) c -> b f p c", f=f) for i, tap in taps.items()}
         maps = [taps[i][:, :, NUM_SPECIAL:] for i in self.cfg.taps]
-        depth, depth_conf = activate_depth(self.depth_head(maps, grid))
-        points, points_conf = activate_points(self.point_head(maps, grid))
+        recompute = self.checkpoint_activations != "none"
+        depth, depth_conf = activate_depth(self.depth_head(maps, grid, recompute))
+        points, points_conf = activate_points(self.point_head(maps, grid, recompute))
         cameras = self.camera_head(taps[self.cfg.geo_layers - 1][:, :, 0])
         return dict(depth=depth, depth_conf=depth_conf, points=points, points_conf=points_conf, pose_enc=cameras)
 
@@ -614,11 +740,22 @@ def load_strict(module, sd, what):
 
 def half_precision(dit, dtype):
     """Store the big matrices of the frozen branch in dtype; norms, modulation, timestep MLP and head stay fp32."""
-    for module in [dit.patch_embedding, dit.text_embedding, dit.img_emb, dit.control_adapter, dit.blocks]:
-        for layer in module.modules() if module is not None else ():
-            if isinstance(layer, (nn.Linear, nn.Conv2d, nn.Conv3d)):
-                layer.to(dtype)
-    return dit
+    return cast_matrices(dit, dtype, [dit.time_embedding, dit.time_projection, dit.head])
+
+
+def half_geometry(model, dtype):
+    """The same for the geometry branch, when nothing trains: what autocast would cast at every call is cast once."""
+    ends = [head.scratch.output_conv2[2] for head in (model.depth_head, model.point_head)]
+    return cast_matrices(model, dtype, [model.dit, model.time_embedding, model.time_projection, *ends])
+
+
+def cast_matrices(model, dtype, but):
+    """Linear and convolution layers to dtype, except those inside the modules `but`, which run in fp32."""
+    kept = {layer for module in but for layer in module.modules()}
+    for layer in model.modules():
+        if isinstance(layer, (nn.Linear, nn.modules.conv._ConvNd)) and layer not in kept:
+            layer.to(dtype)
+    return model
 
 
 # --------------------------------------------------------------------------------------------------- command line
@@ -643,4 +780,11 @@ def parameter_table(preset):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Print the parameter table of a preset (meta device, no weights).")
     parser.add_argument("--preset", default="1.3b", choices=PRESETS)
-    print(parameter_table(parser.parse_args().preset))
+    parser.add_argument("--export_released", nargs=2, metavar=("CKPT", "OUT"),
+                        help="write a fine-tuned release under the release's tensor names")
+    arguments = parser.parse_args()
+    if arguments.export_released:
+        from foreign import export_release
+        print(export_release(*arguments.export_released))
+    else:
+        print(parameter_table(arguments.preset))

@@ -10,7 +10,7 @@ import itertools
 import json
 import pathlib
 import sys
-from dataclasses import replace
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import numpy as np
@@ -19,11 +19,11 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import cameras
-from checkpoints import build_model, config_from_metadata, load_trained, read_metadata
-from data import cache_prefix, depth_to_rgb, encode_start, make_encoders, read_video, tile, write_png
+from data import cache_prefix, depth_to_rgb, encode_start, make_encoders, read_depth, read_video, tile, write_png
 from export import EXPORTS, describe, export, export_names, make_scene, pixel_matrix
-from geometry import encode_pose, plucker_rays, relative_to_first
-from jobs import check_arguments, parse_arguments, plan, read_prompts
+from foreign import metadata_of, open_checkpoint
+from geometry import encode_pose, normalize_scene, relative_to_first, valid_depth
+from jobs import CORRECTIONS, check_arguments, parse_arguments, plan, read_prompts
 from model import shift_sigma, start_condition
 
 # The default of the official Wan 2.1 code (shared_config.py, sample_neg_prompt); the demo's word hash gets "".
@@ -33,9 +33,12 @@ NEGATIVE = ("色调艳丽，过曝，静态，细节模糊不清，字幕，风�
 READOUT_SIGMA = 0.1             # the noise level at which geometry is read; the release's last step has 0.0926
 
 
-def load_image(path, height, width):
-    """First frame of a picture or video file -> (1, 3, 1, H, W) in [-1, 1], centre-cropped to the aspect."""
+def load_image(path, height, width, squeeze=False):
+    """First frame of a picture or video file -> (1, 3, 1, H, W) in [-1, 1], centre-cropped to the aspect or squeezed."""
     frame = torch.from_numpy(read_video(path, max_frames=1)[0].copy()).permute(0, 3, 1, 2).float()
+    if squeeze:
+        frame = F.interpolate(frame, (height, width), mode="bicubic", antialias=True).clamp(0, 255)
+        return (frame / 127.5 - 1)[:, :, None]
     h, w = frame.shape[-2:]
     scale = max(height / h, width / w)
     frame = F.interpolate(frame, (max(height, round(h * scale)), max(width, round(w * scale))), mode="bilinear",
@@ -69,6 +72,12 @@ def load_camera(text, num_frames, size, fov_deg=65.0, amount=1.0, scene_scale=1.
         fx = zoom.double().numpy() / 2 / np.tan(np.radians(fov_deg) / 2)
         intrinsics = np.stack([fx, fx * size[1] / size[0], fx * 0 + .5, fx * 0 + .5], -1)
     return w2c, torch.from_numpy(pixel_matrix(intrinsics, size)).float()[None]
+
+
+def mean_distance(path, K, size):
+    """Mean distance of a depth map of the start image (.npy, .npz, .png), in its unit, as seen with the cameras' K."""
+    depth = F.interpolate(torch.from_numpy(read_depth(path, frames=[0]))[None], size, mode="nearest-exact")
+    return normalize_scene(depth, torch.eye(4)[None, None, :3], K[:, :1], valid_depth(depth))[2].item()
 
 
 def sample_euler(velocity, noise, steps=50, shift=5.0, progress=iter):
@@ -133,29 +142,57 @@ def conditions(encoders, prompts, image, frames, progress=iter):
 
 
 @torch.no_grad()
-def generate(model, noise, text, negative, y, clip, w2c, K, sampler, steps, shift, guidance, watch=None):
-    """Sample latents (1, 16, f, h, w), then read the geometry once at READOUT_SIGMA -> latents, geometry dict.
+def generate(model, noise, text, negative, y, clip, w2c, K, sampler, steps, shift, guidance, watch=None,
+             last_step=False, decode=None):
+    """Sample latents (1, 16, f, h, w), then read the geometry once at READOUT_SIGMA -> latents, geometry dict, video.
 
-    Guidance is v_neg + g (v_pos - v_neg); camera and image are the same in both passes.  watch(look) is called at
-    every step; look() is one more forward and returns the geometry seen so far."""
+    Guidance is v_neg + g (v_pos - v_neg), both in one batch; camera and image are the same in both.  What does not
+    change with the noise level is computed once.  watch(look) is called at every step; look() is one more forward and
+    returns the geometry seen so far.  last_step: that of the last step is the result, as in the release.
+    decode(latents) -> video runs beside the read-out (None: no video)."""
     size = (8 * noise.shape[-2], 8 * noise.shape[-1])
-    given, poses = dict(y=y, clip=clip, plucker=plucker_rays(w2c, K, size)), encode_pose(w2c, K, size)
+    contexts = [*text, *negative][:1 if guidance == 1 else 2]
+    if clip is not None:
+        clip = clip.expand(len(contexts), -1, -1)
+    constants = model.constants(contexts, clip, model.rays(w2c, K, size), encode_pose(w2c, K, size))
+    first = dict(constants, keys=[[(k[:1], v[:1]) for k, v in block] for block in constants["keys"]])
+    second = dict(constants, keys=[[(k[1:], v[1:]) for k, v in block] for block in constants["keys"]])
+    passes, seen, count = [constants], {}, itertools.count(1)
 
-    def velocity(x, t, context):
+    def read(x, t):
+        return model(x, t, None, y, constants=first, video=model.stage == 2)
+
+    def velocity(x, t, given):
+        x, t = (z.expand(len(given["keys"][0][0][0]), *z.shape[1:]) for z in (x, t))
+        image = None if y is None else y.expand(len(x), *y.shape[1:])
         if model.stage == 2:
-            return model(x, t, context, **given, poses=poses, heads=False)["velocity"]
-        return model.dit(x, t, context, **given)              # stage 1: geometry does not reach the video
+            return model(x, t, None, image, heads=False, constants=given)["velocity"]
+        return model.dit(x, t, None, image, constants=given)      # stage 1: geometry does not reach the video
 
     def guided(x, t):
-        if watch:
-            watch(lambda: model(x, t, text, **given, poses=poses, video=model.stage == 2))
-        v = velocity(x, t, text)
-        return v if guidance == 1 else torch.lerp(velocity(x, t, negative), v, guidance)
+        try:
+            v = torch.cat([velocity(x, t, given) for given in passes])
+        except torch.cuda.OutOfMemoryError:
+            if guidance == 1 or len(passes) == 2:
+                raise
+            passes[:] = first, second                         # no room for a batch of two: one after the other
+            return guided(x, t)
+        return v if guidance == 1 else torch.lerp(v[1:], v[:1], guidance)
 
-    latents = SAMPLERS[sampler](guided, noise, steps, shift, lambda grid: bar("sampling", grid, "step"))
+    def step(x, t):
+        if watch:
+            watch(lambda: read(x, t))
+        if last_step and next(count) == steps:
+            seen.update(read(x, t))
+        return guided(x, t)
+
+    latents = SAMPLERS[sampler](step, noise, steps, shift, lambda grid: bar("sampling", grid, "step"))
     t = torch.full((1,), 1000 * READOUT_SIGMA, device=noise.device)
     x = (1 - READOUT_SIGMA) * latents + READOUT_SIGMA * noise
-    return latents, model(x, t, text, **given, poses=poses, video=model.stage == 2)
+    with ThreadPoolExecutor(1) as beside:
+        video = beside.submit(decode, latents) if decode else None
+        geometry = seen or read(x, t)
+        return latents, geometry, video.result() if video else None
 
 
 def bar(phase, items, unit):
@@ -183,21 +220,18 @@ def load(args, meta, jobs, wan_dir, device):
     of the image or None, half (whether to run in bf16)."""
     real = cache_prefix(wan_dir) != "transform"
     negative = args.negative_prompt if args.negative_prompt is not None else NEGATIVE if real else ""
-    image = load_image(args.image, args.height, args.width) if args.image else None
+    image = load_image(args.image, args.height, args.width, "image" in args.quirks) if args.image else None
     encoders = make_encoders(wan_dir=wan_dir if real else "", device="cpu" if args.low_memory else device)
     prompts = list(dict.fromkeys([job["prompt"] for job in jobs] + [negative]))
     texts, start, clip, vae = conditions(encoders, prompts, image, args.frames, lambda p: bar("text", p, "prompt"))
     texts = dict(zip(prompts, texts))
 
     half = args.dtype == "bf16" or args.dtype == "auto" and device.type == "cuda"
-    cfg, model = config_from_metadata(meta), None
-    for part in bar("load", ("video branch", "trained part"), "part"):
-        if part == "video branch":
-            cfg = replace(cfg, head_chunk=4) if args.low_memory else cfg
-            model = build_model(cfg, wan_dir, device, torch.bfloat16 if half else None)
-        else:
-            load_trained(model, args.ckpt)
-    model.set_stage(int(meta["stage"])).requires_grad_(False)
+    for path in bar("load", (args.ckpt,), "model"):
+        model = open_checkpoint(path, wan_dir, device, torch.bfloat16 if half else None, args.offload,
+                                "rays" in args.correct, args.release)
+    if args.low_memory:
+        model.depth_head.chunk = model.point_head.chunk = 4
     if image is not None and model.dit.in_dim == 16:
         raise ValueError(f"--image {args.image}: {wan_dir} is a text-to-video family; leave the image out")
     return SimpleNamespace(model=model, vae=vae, texts=texts, negative=texts[negative], start=start, clip=clip, half=half)
@@ -209,13 +243,18 @@ def sample_one(args, job, meta, have, w2c, K, device):
     noise = torch.randn(1, 16, (frames - 1) // 4 + 1, args.height // 8, args.width // 8,
                         generator=torch.Generator().manual_seed(job["seed"])).to(device)
     y = None if have.start is None else start_condition(have.start.to(device), model.dit.in_dim, noise.shape[2])
+
+    def decode(latents):
+        return have.vae.decode(latents.float().cpu(), progress=lambda steps: bar("decode", steps, "step"))[0].cpu()
+
     with torch.autocast(device.type, torch.bfloat16, enabled=have.half):
-        latents, geometry = generate(model, noise, [have.texts[job["prompt"]]], [have.negative], y, have.clip,
-                                     w2c.to(device), K.to(device), args.sampler, args.steps, args.shift, args.guidance,
-                                     previewer(job["out"] / "preview", args.preview_every))
+        latents, geometry, video = generate(
+            model, noise, [have.texts[job["prompt"]]], [have.negative], y, have.clip, w2c.to(device), K.to(device),
+            args.sampler, args.steps, args.shift, args.guidance, previewer(job["out"] / "preview", args.preview_every),
+            "readout" in args.quirks, None if args.low_memory else decode)
     if args.low_memory:
         model.to("cpu")
-    video = have.vae.decode(latents.float().cpu(), progress=lambda steps: bar("decode", steps, "step"))[0].cpu()
+        video = decode(latents)
     geometry = {k: v.cpu() for k, v in geometry.items() if k != "velocity"}
     scene = make_scene(video, geometry, w2c, K, args.fps, args.scene_scale, args.drop, args.lift)
     scene.unit, warning = args.unit, scene.report["unit"]["warning"]
@@ -228,15 +267,25 @@ def sample_one(args, job, meta, have, w2c, K, device):
 
 def main():
     args = parse_arguments()
-    meta = read_metadata(args.ckpt)
+    meta = metadata_of(args.ckpt)
     if meta.get("stage") not in ("1", "2"):
         raise ValueError(f"{args.ckpt}: stage {meta.get('stage')}; wanted a stage 1 or stage 2 checkpoint")
     trained = json.loads(meta["train_config"])
     check_arguments(args, trained)
     names, size, device = export_names(args.export), (args.height, args.width), torch.device(args.device)
+    wan_dir = args.wan_dir or trained["wan_dir"]
+    if meta.get("release") and not wan_dir:
+        raise ValueError(f"{args.ckpt}: a release needs --wan_dir, the folder of Wan2.1-I2V-14B-480P, for its encoders")
+    args.quirks = sorted(set(CORRECTIONS) - set(args.correct)) if meta.get("release") else []
+    args.lift = args.lift or ("predicted" if meta.get("release") else "commanded")
+    if meta.get("release") and args.camera.endswith(".json"):
+        args.camera_format = args.camera_format or "fantasyworld"
+    if isinstance(args.scene_scale, pathlib.Path):
+        _, K = load_camera(args.camera, args.frames, size, args.fov, args.amount, 1.0, args.camera_format)
+        args.scene_scale = mean_distance(args.scene_scale, K, size)
     w2c, K = load_camera(args.camera, args.frames, size, args.fov, args.amount, args.scene_scale, args.camera_format)
     jobs = plan(args, read_prompts(args.prompt), meta)
-    have = load(args, meta, jobs, args.wan_dir or trained["wan_dir"], device) if jobs else None
+    have = load(args, meta, jobs, wan_dir, device) if jobs else None
     for i, job in enumerate(jobs):
         if len(jobs) > 1:
             print(f"{i + 1} of {len(jobs)}: {job['prompt']}, seed {job['seed']}", flush=True)

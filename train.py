@@ -22,17 +22,18 @@ from types import SimpleNamespace
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.flop_counter import FlopCounterMode
 
 import config
-from checkpoints import (build_model, describe, link_latest, load_optimizer, load_trained, newest_whole, read_metadata,
-                         read_tensors, save_checkpoint, tidy)
+from checkpoints import describe, link_latest, load_optimizer, newest_whole, read_tensors, save_checkpoint, tidy
 from control import BadSteps, Stop, from_first, ignore_signals, start_processes
 from data import CachedClips, collate
 from evaluate import evaluate, evaluate_only, generator, prepare
+from foreign import load_weights, metadata_of, open_model
 from geometry import clip_mean, geometry_losses
-from model import PRESETS, flow_matching_loss, shift_sigma
+from model import CHECKPOINTING, PRESETS, flow_matching_loss, shift_sigma
+from plan import HARDWARE, Count, report
 from records import Records, Watch, changed_options, provenance
 
 # ---- what
@@ -44,7 +45,8 @@ skip_bad = False                # leave out clips whose caches are missing or da
 out_dir = "outputs/stage1"
 wan_dir = ""                    # folder of the Wan2.1 weights (or of a stage 0 run); "" = random, stage 0 only
 random_wan = False              # allow stages 1 and 2 on a random video branch (benchmarks, tests)
-init_from = ""                  # stage 2: the stage 1 checkpoint, required; eval_only: one or several, comma-separated
+init_from = ""                  # stage 2: the stage 1 checkpoint or a release's model.pth, required; stage 1: also VGGT-1B;
+                                # eval_only: one or several, comma-separated
 resume = "auto"                 # "auto": newest whole checkpoint of out_dir; "": start afresh; or a file
 # ---- how much
 height, width, num_frames = 336, 592, 21
@@ -67,7 +69,10 @@ geo_sigma_power = 0.0           # geometry loss of a clip is weighted by (1 - si
 max_bad_steps, spike_guard = 10, 0.0     # end after so many non-finite steps in a row; skip norms over guard * mean
 late_limits = {"depth": 0.2, "point": 0.5, "camera": 0.1}    # warn when a loss is above this late in the run
 # ---- machine
-device, seed, num_workers, compile, checkpoint_activations = "auto", 0, 2, False, False
+device, seed, num_workers, compile = "auto", 0, 2, False
+checkpoint_activations = "none" # none, selective (keeps attention and wide MLPs) or full: memory against recomputation
+shard_optimizer = False         # every rank keeps AdamW's moments of its share of the parameters (ZeRO stage 1)
+plan, plan_gpus, plan_gb = False, 8, 80     # print memory, FLOPs and the settings that fit, then stop; see plan.py
 step_timeout, wait_timeout = 600, 3600   # seconds a rank waits for the others: in a step; around saving, evaluating
 on_save_error = "continue"      # or "stop", when the disk is full
 precision = "auto"              # bf16: frozen matrices in bf16, the rest under autocast; fp32; auto: bf16 on a GPU
@@ -110,13 +115,17 @@ def draw(b, step, positions, total, empty_text):
         uniform.append(u)
         noise.append(torch.randn(b["latents"].shape[1:], generator=g))
     u, dev = torch.stack(uniform), b["latents"].device
-    pose_keep, image_keep = ((u[:, i] >= p).float().to(dev) for i, p in ((1, pose_dropout), (3, image_dropout)))
+
+    def send(x):                                         # a copy from memory that is not pinned waits for the device
+        return (x.pin_memory() if dev.type == "cuda" else x).to(dev, non_blocking=True)
+
+    pose_keep, image_keep = (send((u[:, i] >= p).float()) for i, p in ((1, pose_dropout), (3, image_dropout)))
     if "relative" in b:                                  # without metric depth, translations have no scene unit
         pose_keep = pose_keep * ~b["relative"]
     text = [text if keep else empty_text for text, keep in zip(b["text"], u[:, 2] >= prompt_dropout)]
     y = None if b["y"] is None else b["y"] * image_keep.view(-1, 1, 1, 1, 1)
     image = {"clip": b["clip"] * image_keep.view(-1, 1, 1)} if "clip" in b else {}
-    return torch.stack(noise).to(dev), shift_sigma(u[:, 0], shift).to(dev), pose_keep, dict(b, **image, text=text, y=y)
+    return send(torch.stack(noise)), send(shift_sigma(u[:, 0], shift)), pose_keep, dict(b, **image, text=text, y=y)
 
 
 def by_sigma(sigma, **per_clip):
@@ -152,7 +161,8 @@ def check_options():
         raise SystemExit(f"stage = {stage}: wanted 0, 1 or 2")
     if preset not in PRESETS:
         raise SystemExit(f"preset = {preset!r}: wanted one of {', '.join(PRESETS)}")
-    for key, known in (("lr_schedule", ("constant", "cosine", "linear")), ("depth_mode", ("metric", "ssi"))):
+    for key, known in (("lr_schedule", ("constant", "cosine", "linear")), ("depth_mode", ("metric", "ssi")),
+                       ("checkpoint_activations", CHECKPOINTING)):
         if globals()[key] not in known:
             raise SystemExit(f"{key} = {globals()[key]!r}: wanted one of {', '.join(known)}")
     if on_save_error not in ("continue", "stop"):
@@ -165,13 +175,16 @@ def check_options():
     if num_frames < 5 or num_frames % 4 != 1 or height % 16 or width % 16:
         raise SystemExit(f"num_frames = {num_frames}, height x width = {height} x {width}: the video latents need "
                          f"4k + 1 frames (21, 81) and multiples of 16")
+    if plan:
+        return
     if stage and not wan_dir and not random_wan:
         raise SystemExit(f"stage {stage} needs --wan_dir=FOLDER (Wan2.1 weights, or the run folder of stage 0)")
-    if stage == 2 and not eval_only and (not init_from or read_metadata(init_from).get("stage") not in ("1", "2")):
-        raise SystemExit(f"stage 2 starts from a stage 1 checkpoint; init_from = {init_from!r} is not one. "
+    if stage == 2 and not eval_only and (not init_from or metadata_of(init_from).get("stage") not in ("1", "2")):
+        raise SystemExit(f"stage 2 starts from a stage 1 checkpoint or a release's model.pth; init_from = "
+                         f"{init_from!r} is neither. "
                          f"Train config/stage1.py first, then --init_from=outputs/stage1/latest.safetensors")
     for path in filter(None, init_from.split(",")):
-        read_metadata(path)
+        metadata_of(path)
 
 
 def check_depth_kinds(clips, master):
@@ -188,14 +201,18 @@ def check_depth_kinds(clips, master):
               "normalised); they train the depth head alone, with depth_mode ssi", flush=True)
 
 
-def make_optimizer(model, dev):
-    """AdamW; no decay on norms, gates, biases, modulation and tokens."""
+def make_optimizer(model, world, group):
+    """AdamW; no decay on norms, gates, biases, modulation and tokens.  Sharded: each rank updates its share of the
+    parameters and sends them to the others, so the moments are kept once in all (ZeRO, Rajbhandari et al. 2020)."""
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     plain = [p for n, p in named if p.dim() < 2 or n.endswith(("modulation", "_token", "_tokens"))]
     ids = {id(p) for p in plain}
-    return torch.optim.AdamW([dict(params=[p for _, p in named if id(p) not in ids], weight_decay=weight_decay),
-                              dict(params=plain, weight_decay=0.0)], lr=learning_rate, betas=(0.9, beta2),
-                             fused=True)
+    groups = [dict(params=[p for _, p in named if id(p) not in ids], weight_decay=weight_decay),
+              dict(params=plain, weight_decay=0.0)]
+    how = dict(lr=learning_rate, betas=(0.9, beta2), fused=True)
+    if shard_optimizer and world > 1:
+        return ZeroRedundancyOptimizer(groups, torch.optim.AdamW, process_group=group, **how)
+    return torch.optim.AdamW(groups, **how)
 
 
 def learning_rate_at(step):
@@ -221,14 +238,23 @@ def matmul_peak(dev):
 def count_flops(model, clips, dev, autocast, options, video):
     """FLOPs of one micro-step's forward and backward.  In a pass of its own: under the counter some operations take
     another path, and a resumed run would differ from an uninterrupted one in the last bit."""
-    b = prepare(collate([clips[i % len(clips)] for i in range(batch_size)]), model.dit.in_dim, dev)
+    b = prepare(collate([clips[i % len(clips)] for i in range(batch_size)]), model.dit.in_dim, dev, model.rays)
     noise, sigma, pose_keep, b = draw(b, 0, range(batch_size), batch_size, b["text"][0])
-    with FlopCounterMode(display=False) as counter:
+    with Count() as counter:
         with autocast:
             loss, *_ = compute_loss(model, b, noise, sigma, pose_keep, options, video)
         loss.backward()
     model.zero_grad(set_to_none=True)
-    return counter.get_total_flops()
+    return counter.flops
+
+
+def print_plan(options):
+    """--plan=True: what the configured step needs and which settings fit; the global batch is the config's on 8 GPUs."""
+    hardware = dict.fromkeys((*HARDWARE, (plan_gpus, plan_gb)))
+    for line in report(replace(PRESETS[preset], **model_overrides), stage,
+                       lambda model, *batch: compute_loss(model, *batch, options, stage != 1)[0],
+                       (num_frames, height, width), 8 * batch_size * grad_accum, hardware, precision != "fp32"):
+        print(line, flush=True)
 
 
 def memory_gb(dev):
@@ -250,7 +276,7 @@ def choose_start(out):
         if newest is not None:
             link_latest(out, newest)
         return "" if newest is None else f"{out}/step-{newest}.safetensors"
-    first = int(read_metadata(resume).get("step", 0)) if resume else 0
+    first = int(metadata_of(resume).get("step", 0)) if resume else 0
     if newest is not None and newest > first:
         raise SystemExit(f"{out} holds checkpoints later than step {first}, up to {newest}; this run would mix with them. "
                          f"Use another --out_dir, or delete them")
@@ -274,11 +300,11 @@ def keep_global_batch(meta, world):
 
 def resume_from(path, model, optimizer, options, world):
     """Load a checkpoint of this stage and its optimizer state -> its metadata, remarks for the log."""
-    meta = read_metadata(path)
+    meta = metadata_of(path)
     if meta.get("stage") != str(stage):
         raise SystemExit(f"resume = {path} is of stage {meta.get('stage')}, this run is stage {stage}; "
                          f"use --init_from to start a stage from another one, or another --out_dir")
-    load_trained(model, path)
+    load_weights(model, path)
     load_optimizer(pathlib.Path(path).with_name(f"step-{meta['step']}.optim.safetensors"), model, optimizer)
     changes = changed_options(json.loads(meta["train_config"]), options)
     remarks = [f"changed since step {meta['step']}: {c}" for c in changes]
@@ -309,6 +335,8 @@ def by_bin(seen, group):
 
 def main(options):
     check_options()
+    if plan:
+        return print_plan(SimpleNamespace(**options))
     rank, world, dev, group = start_processes(device, step_timeout, wait_timeout)
     torch.manual_seed(seed)
     out, master = pathlib.Path(out_dir), rank == 0
@@ -317,7 +345,8 @@ def main(options):
     cfg = replace(PRESETS[preset], **model_overrides)
     half = precision == "bf16" or precision == "auto" and dev.type == "cuda"
     autocast = torch.autocast(dev.type, torch.bfloat16) if half else nullcontext()
-    model = build_model(cfg, wan_dir, dev, torch.bfloat16 if half and stage else None).set_stage(stage)
+    origin = metadata_of(init_from.split(",")[0]) if init_from else {}
+    model = open_model(origin, cfg, wan_dir, dev, torch.bfloat16 if half and stage else None).set_stage(stage)
     model.checkpoint_activations = checkpoint_activations
     sources = list(filter(None, init_from.split(",")))
     splits = ("train", "val") if eval_every or eval_only else ("train",)
@@ -328,12 +357,12 @@ def main(options):
         return evaluate_only(model, clips, out, sources, dev, autocast, settings, rank, world)
 
     # ---- optimizer, resume
-    optimizer, meta, remarks = make_optimizer(model, dev), {}, []
+    optimizer, meta, remarks = make_optimizer(model, world, group), {}, []
     start_from = from_first(choose_start(out) if master else None)
     if start_from:
         meta, remarks = resume_from(start_from, model, optimizer, options, world)
-    elif sources:
-        load_trained(model, sources[0])
+    elif sources and origin.get("foreign") != "release":          # a release's weights are in the model already
+        load_weights(model, sources[0])
     first_step, total = int(meta.get("step", 0)), batch_size * grad_accum * world
     video, wrapped = stage != 1, model
     flops = count_flops(model, clips["train"], dev, autocast, settings, video)
@@ -347,7 +376,7 @@ def main(options):
 
     # ---- records
     metadata = dict(provenance(options), format="fantasyworld", stage=str(stage), global_batch=str(total),
-                    world=str(world), model_config=json.dumps(asdict(model.cfg)))
+                    world=str(world), model_config=json.dumps(asdict(model.cfg)), release=origin.get("release", ""))
     records = Records(out if master else None, metadata, first_step)
     log, watch = records.line, Watch(max_steps, late_limits, records.line)
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -363,6 +392,8 @@ def main(options):
         """Write the checkpoint of a step on rank 0, every rank waiting; a failed write ends the run if it should."""
         bad.report(log)
         records.flush()
+        if hasattr(optimizer, "consolidate_state_dict"):
+            optimizer.consolidate_state_dict()              # sharded: every rank sends its moments to rank 0
         error = ""
         if master:
             try:
@@ -382,7 +413,7 @@ def main(options):
     seen, peak, started, tick, since = {}, matmul_peak(dev), time.perf_counter(), time.perf_counter(), 0
     stop, stopped, done, saved = Stop(group), 0, first_step, first_step
     data = iter(loader)
-    empty_text = read_tensors(clips["train"].empty_text)[0]["text"].float()
+    empty_text = read_tensors(clips["train"].empty_text)[0]["text"].float().to(dev)
     for step in range(first_step, max_steps):
         lr = learning_rate_at(step)
         for param_group in optimizer.param_groups:
@@ -391,7 +422,7 @@ def main(options):
         for micro in range(grad_accum):
             if stopped := stop.agreed():
                 break
-            b = prepare(next(data), in_dim, dev)
+            b = prepare(next(data), in_dim, dev, model.rays)
             noise, sigma, pose_keep, b = draw(b, step, batches.positions(step, micro), total, empty_text)
             last = micro == grad_accum - 1
             with nullcontext() if last or world == 1 else wrapped.no_sync():

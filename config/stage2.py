@@ -19,4 +19,4 @@ max_steps, save_every, keep_last = 10000, 500, 3
 learning_rate = 1e-5
 warmup_steps = 100
 grad_clip = 1.0
-checkpoint_activations = True
+checkpoint_activations = "selective"

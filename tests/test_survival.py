@@ -147,7 +147,7 @@ def test_a_bad_step_is_skipped_and_its_clips_are_named(survivor, tmp_path, accid
 def test_nan_weights_end_the_run_with_the_last_good_checkpoint_intact(survivor, tmp_path):
     models, make = [], train.make_optimizer
     poison = at(2, 0, lambda b: next(p for p in models[0].bridge.parameters()).data.fill_(float("nan")))
-    capture = dict(make_optimizer=lambda model, dev: (models.append(model), make(model, dev))[1])
+    capture = dict(make_optimizer=lambda model, *rest: (models.append(model), make(model, *rest))[1])
     code, text = train_here(*survivor[1], f"--out_dir={tmp_path}", "--max_bad_steps=2", **poison, **capture)
     assert str(code).startswith("2 bad steps in a row (max_bad_steps), last at step 4") and text.count("skipped") == 2
     assert checkpoints.saved_steps(tmp_path) == [2]

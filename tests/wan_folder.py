@@ -21,6 +21,9 @@ WORDS = "a room with one two three box boxes red green blue grey ball the camera
 SIZES = {
     "tiny": dict(dit=dict(dim=64, ffn=96, layers=4, text=64, freq=64), vae=dict(dim=8), dtype=torch.float32,
                  t5=dict(vocab=64, dim=64, attn=64, ffn=96, heads=4, layers=2), clip=dict(layers=2), shards=3),
+    # I2V layout (in_dim 36, no camera) at the release's head widths, for tests/released_keys.py TINY
+    "i2v": dict(dit=dict(dim=128, ffn=160, layers=5, text=64, freq=64), vae=dict(dim=8), dtype=torch.float32,
+                t5=dict(vocab=64, dim=64, attn=64, ffn=96, heads=4, layers=2), clip=dict(layers=2), shards=3),
     "1.3b": dict(dit=dict(dim=1536, ffn=8960, layers=30), vae=dict(dim=96), dtype=torch.bfloat16,
                  t5=dict(vocab=64, layers=2), clip=dict(layers=32), shards=1),
 }

@@ -1,0 +1,223 @@
+"""What a training step costs, counted without a GPU: FLOPs and bytes of the real graph on fake tensors.
+
+    python train.py CONFIG --plan=True [--plan_gpus=8 --plan_gb=80]
+
+builds the model and one batch as fake tensors (sizes without storage), runs forward, losses and backward, and counts
+every operation's FLOPs and every tensor's bytes from its allocation to its release.  A minute at the 1.3B size.
+Sources: torch's FlopCounterMode and FakeTensorMode; the accounting of ZeRO, Rajbhandari et al. 2020."""
+import weakref
+from contextlib import contextmanager, nullcontext
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+from torch.utils.flop_counter import flop_registry, register_flop_formula, sdpa_backward_flop_count, sdpa_flop_count
+
+import geometry
+import model as model_file
+from model import CHECKPOINTING, FantasyWorld, half_precision
+
+GPU_SHARE = 0.92                # of a GPU's memory is planned with: the rest is for its context, workspaces, fragments
+HARDWARE = ((8, 40), (8, 80), (1, 140))                            # (GPUs, GB): the guide's stage 2 must fit each
+
+
+# -------------------------------------------------------------------------------------------------------- counting
+@register_flop_formula(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu)
+def forward_flops(query, key, value, *args, out_shape=None, **kwargs):
+    return sdpa_flop_count(query, key, value)
+
+
+@register_flop_formula(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward)
+def backward_flops(gradient, query, key, value, *args, out_shape=None, **kwargs):
+    return sdpa_backward_flop_count(gradient, query, key, value)
+
+
+class Count(TorchDispatchMode):
+    """FLOPs of what runs inside (.attention: the part of attention), and bytes of the tensors made inside that are alive: .now, and .peak per .phase.
+
+    Recomputation counts.  A fused attention's backward counts 2.5 times its forward, for it recomputes the scores that
+    were never stored.  torch's table of formulas lacks the CPU's attention: it is added above.  (FlopCounterMode
+    itself keeps tensors alive longer.)  Bytes are exact for tensors; scratch memory inside a kernel is not seen."""
+
+    def __init__(self):
+        super().__init__()
+        self.flops, self.attention, self.now, self.phase, self.peak = 0, 0, 0, "", {}
+        self.seen = weakref.WeakKeyDictionary()
+
+    def release(self, size):
+        self.now -= size
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        for x in tree_iter((args, kwargs)):                     # what comes from outside, weights say, is not ours
+            if torch.is_tensor(x):
+                self.seen.setdefault(x.untyped_storage())
+        out = func(*args, **(kwargs or {}))
+        formula = flop_registry.get(func.overloadpacket)
+        if formula:
+            flops = formula(*args, **(kwargs or {}), out_val=out)
+            self.flops += flops
+            self.attention += flops if "attention" in func.__name__ else 0
+        for x in tree_iter(out):
+            if torch.is_tensor(x) and x.untyped_storage() not in self.seen:
+                storage = x.untyped_storage()
+                self.seen[storage] = None
+                self.now += storage.nbytes()
+                weakref.finalize(storage, self.release, storage.nbytes())
+        self.peak[self.phase] = max(self.peak.get(self.phase, 0), self.now)
+        return out
+
+
+@contextmanager
+def fake_tensors():
+    """Tensors made inside have shapes, strides and types but no storage."""
+    tables = (geometry.rope_2d, geometry.uv_embedding, model_file.rope_3d)
+    for table in tables:                # they cache tensors: real ones must not meet fake ones
+        table.cache_clear()
+    try:
+        with FakeTensorMode():
+            yield
+    finally:
+        for table in tables:
+            table.cache_clear()
+
+
+def fake(build):
+    """The module that build() makes, with fake parameters; to be called inside fake_tensors()."""
+    with unset_fake_temporarily(), torch.device("meta"):
+        module = build()
+    for part in module.modules():
+        for name, p in part._parameters.items():
+            if p is not None:
+                part._parameters[name] = nn.Parameter(torch.empty_strided(p.shape, p.stride(), dtype=p.dtype),
+                                                      requires_grad=p.requires_grad)
+    return module
+
+
+def fake_model(cfg, stage, half=True):
+    """FantasyWorld of fake tensors; frozen matrices in bf16 when half."""
+    def build():
+        model = FantasyWorld(cfg)
+        if half and stage:
+            half_precision(model.dit, torch.bfloat16)
+        return model.set_stage(stage)
+    return fake(build)
+
+
+def example_batch(cfg, batch, num_frames, height, width, words=None):
+    """Random tensors with the names and shapes of evaluate.prepare's batch, and noise: the sizes are what counts."""
+    f, h, w = (num_frames - 1) // 4 + 1, height // 8, width // 8
+    maps = (batch, num_frames, height, width)
+    b = dict(latents=torch.randn(batch, 16, f, h, w), depth=1 + torch.rand(maps), mask=torch.ones(maps, dtype=torch.bool),
+             points=torch.randn(*maps, 3), pose_enc=torch.randn(batch, num_frames, 9),
+             plucker=torch.randn(batch, 6, *maps[1:]), y=None,
+             text=[torch.randn(words or cfg.text_len, cfg.text_dim) for _ in range(batch)])
+    if cfg.in_dim > 16:
+        b["y"] = torch.randn(batch, cfg.in_dim - 16, f, h, w)
+    if cfg.has_clip:
+        b["clip"] = torch.randn(batch, 257, 1280)
+    return b, torch.randn(batch, 16, f, h, w), torch.rand(batch), torch.ones(batch)
+
+
+# ------------------------------------------------------------------------------------------------------------ a step
+def measure_step(model, loss, size, half=True):
+    """Bytes and FLOPs of forward, loss and backward of one micro-batch with gradients in place.
+
+    loss   function(model, b, noise, sigma, pose_keep) -> scalar
+    size   (batch, num_frames, height, width)
+    returns  dict: activations (kept by the blocks), heads (on top, heads and losses), backward (on top, one block's
+             recomputation and gradients), peak of the step above weights, gradients and moments; flops"""
+    live, left = Count(), set(range(4))
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p) if p.requires_grad else None
+
+    def heads_begin(head, args):
+        if not left or live.phase == "heads":
+            return
+        live.phase, kept["activations"] = "heads", live.now
+        for i, taps in enumerate(args[0]):          # when the gradients of all four have arrived, the heads are done
+            taps.register_hook(lambda g, i=i: (left.discard(i), setattr(live, "phase", live.phase if left else "backward"),
+                                               None)[-1])
+
+    kept, hook = {}, model.depth_head.register_forward_pre_hook(heads_begin)
+    with live:
+        live.phase = "forward"
+        batch = example_batch(model.cfg, *size)
+        with torch.autocast("cpu", torch.bfloat16) if half else nullcontext():
+            value = loss(model, *batch)
+        value.backward()
+    hook.remove()
+    base = kept.get("activations", live.peak["forward"])
+    return dict(activations=base, heads=max(0, live.peak.get("heads", 0) - base), forward=live.peak["forward"] - base,
+                backward=max(0, live.peak.get("backward", 0) - base), peak=max(live.peak.values()),
+                flops=live.flops)
+
+
+def static_bytes(model):
+    """Bytes that do not depend on the batch: frozen and trainable weights, gradients, AdamW's two moments."""
+    frozen, trained = (sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad == state)
+                       for state in (False, True))
+    return dict(frozen=frozen, trainable=trained, gradients=trained, moments=2 * trained)
+
+
+def count(cfg, stage, loss, size, checkpointing, half=True):
+    """measure_step and static_bytes of a model that is never allocated."""
+    with fake_tensors():
+        model = fake_model(cfg, stage, half)
+        model.checkpoint_activations = checkpointing
+        return dict(static_bytes(model), **measure_step(model, loss, size, half))
+
+
+# ----------------------------------------------------------------------------------------------------------- the plan
+GIB = 2 ** 30
+
+
+def needs(counts, batch, shard_over):
+    """Bytes of a rank at its fullest: counts is {1: count of one clip, 2: count of two}."""
+    one, two = counts[1], counts[2]
+    static = one["frozen"] + one["trainable"] + one["gradients"] + one["moments"] / shard_over
+    return static + one["peak"] + (batch - 1) * (two["peak"] - one["peak"])
+
+
+def settings(counts, gpus, gigabytes, total):
+    """Cheapest setting that fits: the least recomputation, then an unsharded optimizer, then the largest micro-batch.
+
+    counts  {checkpointing: {1: count, 2: count}};  total: the global batch
+    returns  checkpointing, shard_optimizer, batch_size, grad_accum, bytes; None when nothing fits"""
+    for how in (how for how in CHECKPOINTING if how in counts):
+        for shard in (False, True)[:1 + (gpus > 1)]:
+            fits = [b for b in range(1, total // gpus + 1) if total % (b * gpus) == 0
+                    and needs(counts[how], b, gpus if shard else 1) <= GPU_SHARE * gigabytes * GIB]
+            if fits:
+                return how, shard, fits[-1], total // (fits[-1] * gpus), needs(counts[how], fits[-1], gpus if shard else 1)
+    return None
+
+
+def report(cfg, stage, loss, size, total, hardware, half=True):
+    """The plan as lines of text; size (num_frames, height, width), total: the global batch."""
+    counts = {how: {b: count(cfg, stage, loss, (b, *size), how, half) for b in (1, 2)}
+              for how in (CHECKPOINTING if stage else CHECKPOINTING[:1])}
+    one = counts["none"][1]
+    yield (f"stage {stage}, {size[0]} x {size[1]} x {size[2]}, global batch {total}.  GiB per rank, counted on fake tensors "
+           f"in {'bf16' if half else 'fp32'}; nothing was allocated.")
+    yield (f"frozen weights {one['frozen'] / GIB:.3g} | trainable weights {one['trainable'] / GIB:.3g} | gradients "
+           f"{one['gradients'] / GIB:.3g} | AdamW moments {one['moments'] / GIB:.3g}, sharded over n ranks 1/n of it")
+    yield f"{'one clip':<15s}{'blocks':>9s}{'heads':>9s}{'backward':>10s}{'peak':>9s}{'each more':>11s}{'TFLOP/clip':>12s}"
+    for how, c in counts.items():
+        more = c[2]["peak"] - c[1]["peak"]
+        yield (f"{how:<15s}" + "".join(f"{c[1][k] / GIB:>{n}.3g}" for k, n in
+                                       (("activations", 9), ("heads", 9), ("backward", 10), ("peak", 9)))
+               + f"{more / GIB:>11.3g}{c[1]['flops'] / 1e12:>12.4g}")
+    yield (f"blocks: kept from forward to backward; on top of them heads and losses, later backward.  Up to {GPU_SHARE:.0%} of "
+           "a GPU is planned with.")
+    yield f"{'GPUs':<14s}{'checkpoint_activations':>23s}{'shard_optimizer':>17s}{'batch_size':>12s}{'grad_accum':>12s}{'GiB':>8s}"
+    for gpus, gigabytes in hardware:
+        found = settings(counts, gpus, gigabytes, total)
+        name = f"{gpus} x {gigabytes:g} GB"
+        if not found:
+            least = min(needs(c, 1, gpus) for c in counts.values())
+            yield f"{name:<14s}does not fit: one clip with a sharded optimizer needs {least / GIB:.1f} GiB"
+        else:
+            how, shard, batch, accum, total_bytes = found
+            yield f"{name:<14s}{how:>23s}{shard!s:>17s}{batch:>12d}{accum:>12d}{total_bytes / GIB:>8.1f}"

@@ -1,0 +1,217 @@
+"""The least work and what is sent and kept: counted FLOPs, bytes, operations and graphs; never time."""
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing
+from safetensors.torch import load_file
+from tiny import TINY, loss_of, tiny_inputs, tiny_model
+from torch._dynamo.testing import CompileCounter
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import bench
+import plan
+import sample
+import train
+from checkpoints import load_optimizer, load_trained, save_checkpoint
+from model import PRESETS, WanDiT
+
+# True widths and clips, few layers; narrow heads, which else would be most of so shallow a model.
+SHALLOW = replace(PRESETS["1.3b"], num_layers=5, num_pcb=2, taps=(0, 1, 1, 2), dpt_channels=(16, 32, 64, 64), dpt_features=32)
+
+
+def geometry_and_diffusion(video):
+    return lambda model, *batch: train.compute_loss(model, *batch, bench.OPTIONS, video)[0]
+
+
+# ---- least work
+def test_stage_1_costs_the_video_forward_to_the_bridge_and_three_times_the_trainable_forward():
+    least = bench.ideal(SHALLOW, 1, (21, 336, 592))
+    N, T, D = 6 * 21 * 37, 512 + 257, 1536
+    block = 8 * N * D ** 2 + 4 * N ** 2 * D + 4 * N * D ** 2 + 4 * T * D ** 2 + 4 * N * T * D + 4 * N * D * 8960
+    assert least["PCB"] == 2 * block                                    # by hand, training.md section 1
+    C, P = 1408, 5 + 21 * 37
+    assert least["geometry"] == 3 * (48 * C ** 2 * 6 * P + 4 * 6 * P * P * C + 4 * (6 * P) ** 2 * C)
+    flops = plan.count(SHALLOW, 1, geometry_and_diffusion(False), (1, 21, 336, 592), "none")["flops"]
+    assert flops <= 1.01 * least["fused"] and flops <= 1.05 * least["ideal"]
+
+
+def test_stage_2_recomputes_less_than_a_tenth_and_no_weight_gradient_of_wan():
+    least = bench.ideal(SHALLOW, 2, (81, 592, 336))
+    counts = {how: plan.count(SHALLOW, 2, geometry_and_diffusion(True), (1, 81, 592, 336), how)
+              for how in ("none", "selective")}
+    assert counts["none"]["flops"] <= 1.01 * least["fused"]
+    assert counts["selective"]["flops"] <= 1.10 * least["fused"]
+    assert counts["selective"]["activations"] < 0.25 * counts["none"]["activations"]
+
+
+def test_keys_of_the_prompt_are_computed_once_per_clip_although_blocks_are_recomputed(monkeypatch):
+    calls, original = [], bench.model_file.WanCrossAttention.keys_values
+    monkeypatch.setattr(bench.model_file.WanCrossAttention, "keys_values",
+                        lambda self, *args: calls.append(1) or original(self, *args))
+    model = tiny_model(2)
+    model.checkpoint_activations = "full"
+    loss_of(model(**tiny_inputs())).backward()
+    assert len(calls) == TINY.num_layers
+
+
+# ---- memory plan
+@pytest.mark.parametrize("stage", [1, 2])
+def test_planned_bytes_of_the_demo_step_are_what_the_allocator_hands_out(stage):
+    size, cfg = (2, 9, 64, 96), PRESETS["demo"]
+    planned = plan.count(cfg, stage, geometry_and_diffusion(stage == 2), size, "full", half=False)
+    model = plan.FantasyWorld(cfg).set_stage(stage)
+    model.checkpoint_activations = "full"
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p) if p.requires_grad else None
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        geometry_and_diffusion(stage == 2)(model, *plan.example_batch(cfg, *size)).backward()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    now = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    assert planned["peak"] == pytest.approx(peak, rel=0.1)
+    assert planned["trainable"] == sum(p.numel() * 4 for p in model.parameters() if p.requires_grad)
+
+
+def test_the_plan_prefers_no_recomputation_then_no_sharding_and_refuses_what_cannot_fit():
+    one = dict(frozen=0, trainable=4, gradients=4, moments=8)
+    counts = {how: {b: {k: v * plan.GIB for k, v in dict(one, peak=peak * b).items()} for b in (1, 2)}
+              for how, peak in (("none", 40), ("selective", 10), ("full", 5))}
+    assert plan.settings(counts, 8, 80, 112)[:4] == ("none", False, 1, 14)
+    assert plan.settings(counts, 8, 40, 112)[:4] == ("selective", False, 2, 7)
+    assert plan.settings(counts, 8, 22, 112)[:4] == ("selective", True, 1, 14)
+    assert plan.settings(counts, 1, 10, 112) is None
+
+
+# ---- what a GPU runs, as far as a CPU can show it
+class Operations(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def test_every_attention_of_a_step_is_fused_and_none_stores_its_scores():
+    model = tiny_model(2, awake=True)
+    with Operations() as seen:
+        loss_of(model(**tiny_inputs())).backward()
+    fused = [n for n in seen.names if n.startswith("_scaled_dot_product") and not n.endswith("backward")]
+    n = TINY.geo_layers
+    cameras = TINY.camera_layers * TINY.camera_iterations
+    assert set(fused) == {"_scaled_dot_product_flash_attention_for_cpu"}
+    assert len(fused) == 2 * TINY.num_layers + 4 * n + TINY.bridge_layers + cameras     # Wan | geometry + exchange
+    assert not {"_softmax", "softmax", "bmm", "baddbmm"} & set(seen.names)
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_step_never_waits_for_a_value_on_the_device(stage):
+    with plan.fake_tensors():               # no values: .item(), float() or a data-dependent shape would raise here
+        model = plan.fake_model(TINY, stage, half=False)
+        loss = geometry_and_diffusion(stage == 2)(model, *plan.example_batch(TINY, 2, 5, 32, 48))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)
+        with pytest.raises(RuntimeError):
+            loss.item()
+
+
+def test_half_blocks_compile_without_graph_breaks_and_share_their_graphs():
+    torch._dynamo.reset()
+    model, inputs, counter = tiny_model(2, awake=True), tiny_inputs(), CompileCounter()
+    want = model(**inputs)["velocity"]
+    halves = [*model.dit.blocks, *model.frame_blocks, *model.global_blocks]
+    for block in halves:
+        block.attend = torch.compile(block.attend, backend=counter, fullgraph=True)
+        block.feed_forward = torch.compile(block.feed_forward, backend=counter, fullgraph=True)
+    torch.testing.assert_close(model(**inputs)["velocity"], want)
+    assert counter.frame_count <= 8 < 2 * len(halves)
+    torch._dynamo.reset()
+
+
+# ---- sampling
+@pytest.mark.parametrize("stage", [1, 2])
+def test_sampling_with_constants_computed_once_equals_the_literal_loop(stage):
+    model = tiny_model(2, awake=True).requires_grad_(False)
+    model.stage = stage
+    g = torch.Generator().manual_seed(0)
+    noise, y = torch.randn(1, 16, 2, 4, 6, generator=g), torch.randn(1, 16, 2, 4, 6, generator=g)
+    text, negative = [torch.randn(5, 64, generator=g)], [torch.randn(3, 64, generator=g)]
+    w2c, K = sample.load_camera("orbit", 5, (32, 48), 65.0, 1.0, 1.0)
+    ours = sample.generate(model, noise, text, negative, y, None, w2c, K, "euler", 3, 5.0, 5.0, lambda x: x + 1)
+    literal = bench.straightforward_sample(model, noise, text, negative, y, w2c, K, 3, 5.0, lambda x: x + 1)
+    torch.testing.assert_close(ours[0], literal[0], rtol=0, atol=1e-4)
+    torch.testing.assert_close(ours[2], literal[2], rtol=0, atol=1e-4)
+    for key in ("depth", "points", "pose_enc"):
+        torch.testing.assert_close(ours[1][key], literal[1][key], rtol=0, atol=1e-4)
+
+
+def test_constants_of_the_video_branch_stand_in_for_prompt_and_camera():
+    torch.manual_seed(0)
+    dit, x = WanDiT(32, 64, 2, 16, 16, 64, 16, 32, has_clip=True, has_control=True), tiny_inputs()
+    given = dict(context=x["context"], clip=torch.randn(2, 257, 1280), plucker=x["plucker"])
+    with torch.no_grad():
+        assert torch.equal(dit(x["x"], x["t"], **given), dit(x["x"], x["t"], None, constants=dit.constants(**given)))
+
+
+# ---- ranks
+def two_ranks(rank, folder):
+    """One of two gloo ranks: what is sent under accumulation, and a sharded AdamW against a whole one."""
+    sent = []
+
+    def hook(state, bucket):
+        sent.append(bucket.buffer().nbytes)
+        return allreduce_hook(None, bucket)
+
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    torch.set_num_threads(1)
+    train.weight_decay, train.learning_rate = 0.1, 1e-2
+
+    def start(shard):
+        train.shard_optimizer = shard
+        model = tiny_model(1, awake=True)
+        return model, DistributedDataParallel(model, gradient_as_bucket_view=True), train.make_optimizer(model, 2)
+
+    def steps(wrapped, optimizer, numbers):
+        for n in numbers:
+            optimizer.zero_grad()
+            loss_of(wrapped(**tiny_inputs(seed=2 * n + rank), video=False)).backward()
+            optimizer.step()
+
+    model, wrapped, optimizer = start(False)
+    wrapped.register_comm_hook(None, hook)
+    steps(wrapped, optimizer, range(2))
+    with wrapped.no_sync():
+        sent.clear()
+        loss_of(wrapped(**tiny_inputs(), video=False)).backward()
+        assert sent == []
+    steps(wrapped, optimizer, range(2, 3))
+    assert sum(sent) == sum(4 * p.numel() for p in model.parameters() if p.requires_grad)
+    sharded, wrapped, optimizer = start(True)
+    steps(wrapped, optimizer, range(2))
+    moments = sum(v.numel() for s in optimizer.optim.state.values() for v in s.values() if v.dim())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert 0.8 * trained < moments < 1.2 * trained, "two moments of half of the parameters"
+    optimizer.consolidate_state_dict()
+    if rank == 0:
+        save_checkpoint(folder, 2, sharded, optimizer, dict(stage="1"), 1)
+    dist.barrier()
+    sharded, wrapped, optimizer = start(True)                                           # resume
+    load_trained(sharded, folder / "step-2.safetensors")
+    load_optimizer(folder / "step-2.optim.safetensors", sharded, optimizer)
+    steps(wrapped, optimizer, range(2, 3))
+    for (name, a), b in zip(model.named_parameters(), sharded.parameters()):
+        assert torch.equal(a, b), name
+    dist.destroy_process_group()
+
+
+def test_ranks_send_the_gradient_once_and_sharded_adamw_resumes_to_the_weights_of_the_whole_one(tmp_path):
+    torch.multiprocessing.spawn(two_ranks, (tmp_path,), nprocs=2)
+    names = load_file(tmp_path / "step-2.optim.safetensors")
+    assert {n.split("|")[0] for n in names} == set(load_file(tmp_path / "step-2.safetensors")), "every rank's share"
