@@ -9,8 +9,8 @@ import torch
 
 import cameras
 import export as E
-from data import read_array, read_video
 from geometry import encode_pose, inv_se3, normalize_scene, unproject
+from readers import read_array, read_video
 from scenes import render_clip
 
 T, H, W = 5, 32, 48
