@@ -176,7 +176,7 @@ def two_ranks(rank, folder):
     def start(shard):
         train.shard_optimizer = shard
         model = tiny_model(1, awake=True)
-        return model, DistributedDataParallel(model, gradient_as_bucket_view=True), train.make_optimizer(model, 2)
+        return model, DistributedDataParallel(model, gradient_as_bucket_view=True), train.make_optimizer(model, 2, None)
 
     def steps(wrapped, optimizer, numbers):
         for n in numbers:
