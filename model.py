@@ -566,16 +566,16 @@ class FantasyWorld(nn.Module):
         adapters = () if rays is None else self.camera_adapters
         return {i: partial(adapter, rays=rays, keep=keep) for i, adapter in enumerate(adapters)}
 
-    def irg_step(self, i, x, z, video, geo, ropes):
+    def irg_step(self, i, x, z, video, geo, ropes, adapter=None):
         """One IRG step: video tokens x (or None: geometry alone), geometry tokens z -> x, z, tap (B, f*P, 2C)."""
         frame_block, global_block = self.frame_blocks[i], self.global_blocks[i]
         block = self.dit.blocks[self.cfg.num_pcb + i]
-        rows, text, image, adapters = video
+        rows, text, image = video
         rows_z, f = geo
         z_frame = frame_block(z, rows_z, f, ropes["frame"])
         z = global_block.attend(z_frame, rows_z, 1, ropes["global"])
         if x is not None:
-            x = block.attend(x, rows, text, image, ropes["video"], adapters.get(self.cfg.num_pcb + i))
+            x = block.attend(x, rows, text, image, ropes["video"], adapter)
             if self.stage == 2 and self.exchange:
                 x, z = self.exchange[i](x, z, ropes["exchange_x"], ropes["exchange_z"])
             x = block.feed_forward(x, rows)
@@ -625,7 +625,7 @@ class FantasyWorld(nn.Module):
         geo = (rows_z.unflatten(1, (6, -1)), grid[0])
         x, taps = x if video else None, {}
         for i in range(cfg.geo_layers):
-            x, z, tap = self.run(self.irg_step, i, x, z, (rows, text, image, adapters), geo, ropes)
+            x, z, tap = self.run(self.irg_step, i, x, z, (rows, text, image), geo, ropes, adapters.get(cfg.num_pcb + i))
             if heads and (i in cfg.taps or i == cfg.geo_layers - 1):
                 taps[i] = tap
         out = dict(velocity=dit.unpatchify(dit.head(x, e), grid) if video else None)
