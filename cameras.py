@@ -28,7 +28,7 @@ RE10K = "19 numbers: index fx fy cx cy 0 0 and the row-major 3x4 world-to-camera
 def read_table(path, pixels=False):
     """The raw 19 columns (T, 19) float64 of a RealEstate10K text; URL line, comments and blank lines skipped.
     pixels: do not refuse focal lengths that must be pixels."""
-    rows, text = [], Path(path).read_text() if Path(path).is_file() else ""
+    rows, text = [], Path(path).read_text(errors="replace") if Path(path).is_file() else ""
     lines = [(n, line.split()) for n, line in enumerate(text.splitlines(), 1) if line.strip()]
     lines = lines[1:] if lines and "://" in lines[0][1][0] else lines
     for n, words in lines:
@@ -46,7 +46,12 @@ def read_table(path, pixels=False):
                              "the image size. Divide fx, cx by the width and fy, cy by the height.")
     if not rows:
         raise ValueError(f"{path}: missing, or without cameras; wanted {RE10K}")
-    return np.array(rows)
+    table = np.array(rows)
+    if (step := np.diff(table[:, 0])).any() and (step <= 0).any():                # all equal: no index was written
+        t = int(np.argmax(step <= 0))
+        raise ValueError(f"{path}: frame {t + 1} has index {table[t + 1, 0]:g} after {table[t, 0]:g}: rows out of order or "
+                         "twice. Sort them by the first column")
+    return table
 
 
 def read_cameras(path):
@@ -242,7 +247,7 @@ def write_tum(path, w2c):
 
 def read_npz(path, size, kind):
     """w2c or c2w (T, 3 or 4, 4); optional intrinsics (T, 4) or (T, 3, 3), fractions or pixels, and size (H, W)."""
-    with np.load(path) as f:
+    with np.load(path, allow_pickle=False) as f:
         data = dict(f)
     named = [k for k in ("w2c", "c2w") if k in data]
     key = named[0] if len(named) == 1 else next((k for k in ("extrinsics", "poses", "cameras") if k in data), None)

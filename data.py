@@ -12,47 +12,33 @@ Cameras: OpenCV (x right, y down, z forward), w2c 3x4, world = first camera of t
 0 = invalid.  Intrinsics: fractions of width / height in files, pixels in tensors, centres at +0.5."""
 import argparse
 import functools
-import itertools
 import json
 import multiprocessing
 import os
+import re
 import struct
-import zipfile
 import zlib
 from contextlib import suppress
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 
 import imageio_ffmpeg
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from cameras import read_cameras, write_cameras
+from caches import EMPTY_TEXT, check_folder, fits, gathered, is_whole, read_clip, read_values, save_tensors
+from cameras import inverse, read_cameras, write_cameras
 from geometry import relative_to_first
+from readers import (FAR, check_inside, check_lines, check_sample, check_sums, count_arrays, count_frames, read_arrays,
+                     read_depth, read_entries, read_video, why_relative)
 from scenes import VARIETY, render_clip
 
 
 # --- Files -------------------------------------------------------------------------------------------------
-def read_video(path, max_frames=None):
-    """Decode the first max_frames frames (default all): uint8 (T, H, W, 3) and the frame rate."""
-    try:
-        reader = imageio_ffmpeg.read_frames(str(path), pix_fmt="rgb24")
-        meta = next(reader)
-        w, h = meta["size"]
-        frames = [np.frombuffer(f, np.uint8).reshape(h, w, 3) for f in itertools.islice(reader, max_frames)]
-        reader.close()
-    except (OSError, RuntimeError) as error:
-        reason = "no such file" if not Path(path).is_file() else str(error).strip().splitlines()[-1]
-        raise ValueError(f"{path}: not a readable video: {reason}. Re-encode or remove it.") from None
-    if not frames:
-        raise ValueError(f"{path}: the video has no frames. Re-encode or remove it.")
-    return np.stack(frames), float(meta["fps"])
-
-
 def write_video(path, frames, fps, crf=14):
     """Write uint8 frames (T, H, W, 3) as H.264; crf 0 is best, 51 worst."""
     h, w = frames.shape[1:3]
@@ -76,142 +62,118 @@ def write_png(path, image):
         struct.pack(">I", len(c) - 4) + c + struct.pack(">I", zlib.crc32(c)) for c in chunks))
 
 
-def read_array(path, mask=False):
-    """One .npy, .npz (the array depth, or the first) or 16-bit grey .png file; mask: any .png will do."""
-    try:
-        if path.suffix != ".png":
-            a = np.load(path)
-            return a if path.suffix == ".npy" else a["depth" if "depth" in a else a.files[0]]
-        if not mask and path.read_bytes()[24:26] != b"\x10\x00":
-            raise ValueError("not a 16-bit grey PNG; other kinds do not hold metric depth")
-        reader = imageio_ffmpeg.read_frames(str(path), pix_fmt="gray16le", bits_per_pixel=16)
-        w, h = next(reader)["size"]
-        return np.frombuffer(b"".join(reader), "<u2").reshape(h, w)
-    except (OSError, RuntimeError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path}: cannot be read: {error}") from None
-
-
-def read_arrays(path, frames=None, mask=False):
-    """Chosen frames (default all) of one file (T, ...), or of a folder with one file per frame; see read_array."""
-    path = Path(path)
-    files = [f for f in path.glob("*") if f.suffix in (".npy", ".npz", ".png")]
-    source = read_array(path, mask) if path.is_file() else sorted(files, key=lambda f: (len(f.name), f.name))
-    frames = range(len(source)) if frames is None else frames
-    if len(source) <= max(frames, default=0):
-        raise ValueError(f"{path}: {len(source)} frames found, {max(frames, default=0) + 1} wanted")
-    return np.stack([source[t] if path.is_file() else read_array(source[t], mask) for t in frames])
-
-
-def relative_depth(depth):
-    """Why raw depth (T, H, W) cannot be metric: 8 bits, or stretched to a full range; None if it can be."""
-    finite = depth[np.isfinite(depth)]
-    if depth.dtype == np.uint8 or not finite.size:
-        return "8-bit depth" if finite.size else None
-    low, high = float(finite.min()), float(finite.max())
-    if high in (255, 65535) and (finite[::7] == np.round(finite[::7])).all():
-        return f"integers that reach exactly {high:.0f}: stretched to the full range"
-    per_frame = np.array([f[np.isfinite(f)].max(initial=0) for f in depth])
-    if low >= 0 and abs(high - 1) < 1e-6 and (np.abs(per_frame - 1) < 1e-6).mean() > .9 or (low == 0 and high == 1):
-        return "stretched to 0 .. 1 (min-max normalised)"
-    return None
-
-
-def why_relative(path):
-    """relative_depth of a whole clip: a window of a stretched clip need not reach its ends."""
-    files = [path, *path.glob("*")] if path.is_dir() else [path]
-    return why_relative_at(path, max((f.stat().st_mtime_ns for f in files if f.exists()), default=0))
-
-
-@functools.lru_cache(maxsize=1)  # one clip is asked about several times in a row
-def why_relative_at(path, changed):
-    return relative_depth(read_arrays(path))
-
-
-def read_depth(path, scale=None, frames=None, inverse=False):
-    """Z-depth (T, H, W) float32 metres, 0 = invalid.
-
-    scale    metres per unit (per unit of 1 / value if inverse); required for integer files
-    inverse  the file holds 1 / z
-    Depth without a unit (see relative_depth) comes back as it is, positive: order and ratios are all it has."""
-    depth = read_arrays(path, frames)
-    if depth.ndim != 3:
-        raise ValueError(f"{path}: array of shape {depth.shape}; wanted z-depth (T, H, W)")
-    relative = scale is None and why_relative(Path(path))
-    if relative and inverse:
-        raise ValueError(f"{path}: relative inverse depth ({relative}): its shift is unknown, so 1 / d is no depth. "
-                         "Fit it to metric points first, or set depth_scale if it has a unit")
-    if depth.dtype.kind != "f" and scale is None and not relative:
-        raise ValueError(f"{path}: {depth.dtype} depth without a unit; add depth_scale (metres per "
-                         "count, 0.001 for millimetres) to the sample's entry in metadata.json")
-    depth = depth.astype(np.float32)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        depth = (1 / depth if inverse else depth) * np.float32(scale or 1)
-    return np.where(np.isfinite(depth) & (depth > 0), depth, np.float32(0))
-
-
 # --- Samples -----------------------------------------------------------------------------------------------
 FIELDS = dict(video=("video_path", "video"), depth=("depth_dir", "depth"), points=("points_dir", "points"),
               camera=("camera_file", "camera_params"), moving=("moving_path", "moving"),
               prompt=("prompt", "caption", "note"))
 
 
-def load_samples(root, split=None):
+def load_samples(root, split=None, bad=None):
     """List a dataset: metadata.json with samples and splits, a flat list, or a scan of the sample folders.
 
+    bad      receives (id or "sample N", problem) of each entry that is left out; without it the first is raised
     returns  dicts: id, split, prompt, fps, depth_scale, inverse_depth; video, camera, depth, points, moving: path or None
     Without splits the last tenth (at least one of several) is "val", the rest "train"."""
-    root, splits = Path(root), {}
-    path = root / "metadata.json"
-    if path.is_file():
-        try:
-            entries = json.loads(path.read_text())
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}: not valid JSON: {error}") from None
-        if isinstance(entries, dict):
-            entries, splits = entries.get("samples"), entries.get("splits") or {}
-        if not isinstance(entries, list) or not all(isinstance(e, dict) for e in entries):
-            raise ValueError(f"{path}: wanted a list of samples, or an object with a list called samples")
-    else:                                                                         # folders that hold a video
-        videos = sorted(f for f in root.glob("*/video.*") if f.suffix in (".mp4", ".avi", ".mov", ".webm"))
-        entries = [{f.stem: f"{v.parent.name}/{f.name}" for f in v.parent.iterdir()
-                    if f.stem in ("video", "depth", "points", "moving", "camera_params")} for v in videos]
-    samples = {}
+    root, samples, wrong, places = Path(root), {}, [], {}
+    path, (entries, splits) = root / "metadata.json", read_entries(root)
     for n, entry in enumerate(entries):
-        sample = read_entry(root, entry, f"{path}, sample {n}")
-        if samples.setdefault(sample["id"], sample) is not sample:
-            raise ValueError(f"{path}, sample {n}: id {sample['id']!r} is there twice")
-    if not splits:
-        cut = len(samples) - (max(1, len(samples) // 10) if len(samples) > 1 else 0)
-        splits = dict(train=list(samples)[:cut], val=list(samples)[cut:])
-    for name, ids in splits.items():
-        for i in ids:
-            if i not in samples:
-                raise ValueError(f"{path}: split {name} lists {i!r}, which is not among the samples")
-            samples[i]["split"] = name
+        name, where = str(entry.get("id", f"sample {n}"))[:200], f"{path}, sample {n}"
+        try:
+            sample = read_entry(root, entry, where)
+            name = sample["id"]
+            if samples.setdefault(sample["id"], sample) is not sample:
+                raise ValueError(f"{where}: id {sample['id']!r} is there twice. Give each its own or remove one")
+        except ValueError as error:
+            wrong.append((name, str(error)))
+        places[name] = n
+    for name, _ in wrong:
+        samples.pop(name, None)                               # there twice: which one caches and splits mean is unknown
+    if not splits:                                            # by place in the list: one bad entry moves no other
+        cut = len(entries) - (max(1, len(entries) // 10) if len(entries) > 1 else 0)
+        splits = {name: [i for i in places if (places[i] < cut) == (name == "train")] for name in ("train", "val")}
+    listed, refused = {name: set(map(str, ids)) for name, ids in splits.items()}, {name for name, _ in wrong}
+    wrong = [(i, problem) for i, problem in wrong
+             if split is None or i in listed.get(split, ()) or not any(i in ids for ids in listed.values())]
+    for name in splits:
+        for i in map(str, splits[name]):
+            if i in samples and samples[i]["split"] is None:
+                samples[i]["split"] = name
+            elif i in samples:
+                wrong.append((i, f"{path}: {i!r} is listed twice, in split {samples.pop(i)['split']} and in split "
+                              f"{name}. Remove one"))
+                refused.add(i)
+            elif split in (None, name) and i not in refused:
+                wrong.append((i, f"{path}: split {name} lists {i!r}, which is not among the samples. Add or remove it"))
+    if wrong and bad is None:
+        raise ValueError(wrong[0][1])
+    if bad is not None:
+        bad += wrong
     chosen = [s for s in samples.values() if split in (None, s["split"])]
     if not chosen:
         raise ValueError(f"{root}: no samples in split {split!r}; {len(samples)} found, splits "
-                         f"{ {k: len(v) for k, v in splits.items()} }. The layout is at the top of data.py.")
+                         f"{ {k: len(v) for k, v in splits.items()} }. The layout is at the top of data.py."
+                         + "".join(f"\n  {name}: {problem}" for name, problem in wrong[:5]))
     return chosen
 
 
 def read_entry(root, entry, where):
-    """Bring one metadata entry to our names; its paths must stay inside the dataset."""
+    """Bring one metadata entry to our names; its paths must stay inside the dataset, its values have their types."""
     sample = {field: next((entry[n] for n in names if entry.get(n)), None) for field, names in FIELDS.items()}
     if not sample["video"] and not entry.get("cached"):
-        raise ValueError(f"{where}: no video_path; found {', '.join(entry) or 'nothing'}")
+        raise ValueError(f"{where}: no video_path; found {', '.join(entry)[:200] or 'nothing'}")
+    for field, value in dict(sample, id=entry.get("id")).items():
+        known = (str, int) if field == "id" else (str,)
+        if value is not None and (type(value) not in known or len(str(value)) > 10000 or "\0" in str(value)):
+            raise ValueError(f"{where}: {field} {str(value)[:60]!r} is a {type(value).__name__} of {len(str(value))} "
+                             "characters; wanted a text of at most 10,000")
+        if re.search("[\ud800-\udfff]", str(value)):
+            raise ValueError(f"{where}: {field} {ascii(value)[:60]} is no text (half of a UTF-16 pair)")
+    for field, wanted in dict(fps=(int, float), depth_scale=(int, float), inverse_depth=(bool,)).items():
+        value = entry.get(field)
+        if value is not None and (type(value) not in wanted or not isinstance(value, bool) and not 0 < value < FAR):
+            raise ValueError(f"{where}: {field} = {str(value)[:60]}; wanted "
+                             + ("true or false" if wanted == (bool,) else f"a number between 0 and {FAR:.0e}"))
     for field in ("video", "depth", "points", "camera", "moving"):
         if sample[field]:
-            inside = os.path.normpath(str(sample[field]))
+            inside = os.path.normpath(sample[field])
             if os.path.isabs(inside) or inside.split(os.sep)[0] == "..":
-                raise ValueError(f"{where}: {field} path {sample[field]!r} leaves the dataset folder")
+                raise ValueError(f"{where}: {field} path {sample[field]!r} leaves the dataset folder. Move it there")
             sample[field] = root / inside
     parts = sample["video"].relative_to(root).with_suffix("").parts if sample["video"] else ()
     sample["id"] = str(entry.get("id") or "_".join(parts).removesuffix("_video"))
-    if sample["id"] in ("", ".", "..") or "/" in sample["id"]:
-        raise ValueError(f"{where}: id {sample['id']!r} cannot be a file name")
+    if not re.fullmatch(r"[^./\\\x00-\x1f\x7f][^/\\\x00-\x1f\x7f]*", sample["id"]) or sample["id"] == EMPTY_TEXT \
+            or len(sample["id"].encode()) > 200 or re.search(r"\.\d{4,}$", sample["id"]):    # ID.0004: a window
+        raise ValueError(f"{where}: id {sample['id'][:60]!r} cannot be a file name of at most 200 bytes, or ends "
+                         "like a window's")
     return dict(sample, prompt=sample["prompt"] or "", split=None, fps=entry.get("fps"),
                 depth_scale=entry.get("depth_scale"), inverse_depth=bool(entry.get("inverse_depth")))
+
+
+def checked_cameras(path):
+    """read_cameras, whose matrices must be rotations and translations, and whose centres lie in the picture."""
+    check_lines(path)
+    w2c, fractions = read_cameras(path)
+    try:
+        inverse(w2c)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error} `python data.py verify` names the usual mistakes") from None
+    if np.abs(w2c[..., 3]).max() > FAR or np.abs(fractions[:, 2:] - .5).max() > .5:
+        raise ValueError(f"{path}: translations up to {np.abs(w2c[..., 3]).max():.3g}, cx cy from "
+                         f"{fractions[:, 2:].min():.3g} to {fractions[:, 2:].max():.3g}; wanted metres below {FAR:.0e} "
+                         "and fractions of the image size")
+    return w2c, fractions
+
+
+def check_window(sample, depth, size, fps):
+    """What training could not use: depth (T, H, W) of another shape than the video, none in frame 0, no frame rate."""
+    (h, w), (hv, wv), path = depth.shape[1:], size, sample["depth"] or sample["points"]
+    if abs(h * wv / (w * hv) - 1) > .02:
+        raise ValueError(f"{path}: depth of {h}x{w} for a video of {hv}x{wv}; wanted the same shape of picture")
+    if not ((depth[0] > 1e-3) & (depth[0] <= FAR)).mean() > .001 or depth.max() > FAR:
+        raise ValueError(f"{path}: {(depth[0] > 1e-3).mean():.2%} of the window's first frame, which sets the scene's "
+                         f"scale, has depth, up to {depth.max():.3g} m. Choose another start or remove the clip")
+    if not .1 <= fps <= 1000:
+        raise ValueError(f"{sample['video']}: {fps:g} frames a second; give fps in the sample's entry of metadata.json")
 
 
 def load_clip(sample, height, width, num_frames, start=0, stride=1):
@@ -229,10 +191,15 @@ def load_clip(sample, height, width, num_frames, start=0, stride=1):
         raise ValueError(f"clip {sample['id']}: a video, cameras and depth or points are needed; found "
                          f"{[f for f in FIELDS if sample[f]]} (--cache_only renderings hold none)")
     ids = range(start, start + stride * (num_frames - 1) + 1, stride)
-    (frames, fps), (w2c, fractions) = read_video(sample["video"], ids[-1] + 1), read_cameras(sample["camera"])
-    if min(len(frames), len(w2c)) <= ids[-1]:
-        raise ValueError(f"clip {sample['id']}: {len(frames)} video frames and {len(w2c)} cameras found, "
-                         f"{ids[-1] + 1} wanted; lower num_frames, start or stride, or remove the clip")
+    w2c, fractions = checked_cameras(sample["camera"])
+    counts = count_frames(sample["video"]), len(w2c), count_arrays(sample["depth"] or sample["points"])
+    if min(counts) <= ids[-1]:
+        raise ValueError(f"clip {sample['id']}: {counts[0]} video frames and {counts[1]} cameras found, {ids[-1] + 1} "
+                         "wanted; lower num_frames, start or stride, or remove the clip")
+    if len(set(counts)) > 1:
+        raise ValueError(f"clip {sample['id']}: {counts[0]} video frames, {counts[1]} cameras and {counts[2]} depth "
+                         "maps: which belongs to which is unknown. Cut them to the same frames, or remove the clip")
+    frames, fps = read_video(sample["video"], ids[-1] + 1)
     w2c, (h0, w0) = torch.from_numpy(w2c[ids]), frames.shape[1:3]
     hc, wc = min(h0, round(w0 * height / width)), min(w0, round(h0 * width / height))
     y, x = (h0 - hc) // 2, (w0 - wc) // 2
@@ -243,8 +210,12 @@ def load_clip(sample, height, width, num_frames, start=0, stride=1):
         depth = read_depth(sample["depth"], sample["depth_scale"], ids, sample["inverse_depth"])
     else:  # a point at the origin is invalid
         points = read_arrays(sample["points"], ids).astype(np.float64)
+        if points.ndim != 4 or points.shape[-1] != 3:
+            raise ValueError(f"{sample['points']}: array of shape {points.shape}; wanted points (T, H, W, 3)")
         z = np.einsum("tc,thwc->thw", w2c[:, 2, :3], points) + w2c[:, 2, 3, None, None].numpy()
         depth = np.where((points != 0).any(-1) & np.isfinite(z) & (z > 0), z, 0).astype(np.float32)
+    check_window(sample, depth, frames.shape[1:3], float(sample["fps"] or fps))
+
     def under(maps):
         """The values (T, h, w) under the target's pixel centres; they may have another resolution than the video."""
         rows = ((y + (np.arange(height) + .5) * hc / height) * maps.shape[1] / h0).astype(int)
@@ -281,14 +252,6 @@ def cache_prefix(wan_dir):
     return f"{family}-" if family else "transform"
 
 
-def save_tensors(path, tensors, metadata):
-    """Write aside, then rename: a reader never sees half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temp = path.with_name(f".{path.name}.{os.getpid()}")
-    save_file({k: x.contiguous() for k, x in tensors.items()}, temp, {k: str(x) for k, x in metadata.items()})
-    os.replace(temp, path)
-
-
 def encode_start(vae, image, frames, grey):
     """Start image (1, 3, 1, H, W) -> latents (1, 16, 1, h, w), or with grey (1, 16, f, h, w) of it and grey frames."""
     return vae.encode(F.pad(image, (0, 0, 0, 0, 0, frames - 1)) if grey else image)
@@ -309,20 +272,6 @@ def save_clip(path, clip, vae, grey, conditions, metadata):
     save_tensors(path, tensors | ({"moving": clip["moving"]} if "moving" in clip else {}), metadata)
 
 
-def cached_metadata(path):
-    """Metadata of a cache file, {} where there is no readable one."""
-    try:
-        with safe_open(path, "pt") as f:
-            return f.metadata() or {}
-    except (OSError, SafetensorError):
-        return {}
-
-
-def fits(path, key):
-    """Whether a cache file is there, whole, and was made from this key."""
-    return {k: str(v) for k, v in key.items()}.items() <= cached_metadata(path).items()
-
-
 def window_starts(sample, num_frames, stride, start, windows, window_seed):
     """First frames of a clip's windows: evenly spread, or drawn at random when window_seed >= 0."""
     if windows == 1 and window_seed < 0:
@@ -335,8 +284,9 @@ def window_starts(sample, num_frames, stride, start, windows, window_seed):
     return sorted({int(s) for s in random.integers(start, last + 1, windows)})
 
 
-def plan_clip(sample, folder, same, start, windows, window_seed):
+def plan_clip(root, sample, folder, same, start, windows, window_seed):
     """Jobs of one clip's windows: sample, key (everything that changes the result) and path of the cache file."""
+    check_sample(root, sample)
     stamp, jobs = [sample["fps"], sample["depth_scale"]], []
     for path in (p for p in sample.values() if isinstance(p, Path)):
         stats = [p.stat() for p in (path, *path.glob("*")) if p.exists()]          # a folder: its files too
@@ -373,7 +323,11 @@ def encode_video(job, vae, grey):
     if clip["relative"]:
         tqdm.write(f"{clip['id']}: {clip['relative']}: not metric. It trains the depth head alone, with the ssi loss, in "
                    "stage 1; give depth_scale in metadata.json if its depth does have a unit")
-    save_clip(job["path"], clip, vae, grey, {k: v for path in parts for k, v in load_file(path).items()},
+    for path in parts:
+        if not is_whole(path):
+            path.unlink()
+            raise ValueError(f"{path}: was damaged and is deleted; run the command again")
+    save_clip(job["path"], clip, vae, grey, {k: v for path in parts for k, v in read_values(path)[0].items()},
               dict(job["key"], split=job["sample"]["split"], fps=clip["fps"],
                    depth="relative" if clip["relative"] else "metric"))
     for path in parts:
@@ -381,15 +335,16 @@ def encode_video(job, vae, grey):
 
 
 def encode(root, height, width, num_frames, codec="transform", wan_dir="", device="", split=None, start=0, stride=1,
-           windows=1, window_seed=-1):
-    """Encode windows of every clip, one pass per encoder; returns how many clips failed.
+           windows=1, window_seed=-1, skip_bad=False):
+    """Encode windows of every clip, one pass per encoder; returns how many clips failed on any rank, 0 with skip_bad
+    as long as one is left.
 
     Under torchrun every rank takes its share of the clips.  Finished files whose key still fits are kept."""
     if num_frames % 4 != 1 or height % 16 or width % 16:
         raise ValueError(f"{num_frames} frames of {height}x{width}; wanted 4k + 1 and multiples of 16")
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = device or (f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
-    encoders, failed = make_encoders(codec, wan_dir, device), []
+    encoders, failed, bad = make_encoders(codec, wan_dir, device), [], []
     folder = Path(root, "cache", f"{num_frames}x{height}x{width}-{encoders.fingerprint}")
     same = dict(num_frames=num_frames, height=height, width=width, stride=stride, fingerprint=encoders.fingerprint)
 
@@ -404,15 +359,22 @@ def encode(root, height, width, num_frames, codec="transform", wan_dir="", devic
                 failed.append(name)
                 tqdm.write(f"skipped {name}: {error}")
 
-    samples = load_samples(root, split)[rank::world]
-    plans = each(samples, "plan", lambda s: plan_clip(s, folder, same, start, windows, window_seed))
+    for path in (folder, folder / ".parts"):
+        check_inside(root, path)                              # nothing is written through a link that leads out
+    samples = load_samples(root, split, bad)[rank::world]
+    for name, problem in bad if rank == 0 else ():
+        failed.append(name)
+        tqdm.write(f"skipped {name}: {problem}")
+    plans = each(samples, "plan", lambda s: plan_clip(root, s, folder, same, start, windows, window_seed))
     jobs = [job for _, clip_jobs in plans for job in clip_jobs]
     left = [job for job in jobs if not fits(job["path"], job["key"])]
-    kept, empty = len(jobs) - len(left), folder / "text_empty.safetensors"
-    if left or not empty.exists():
+    kept, empty = len(jobs) - len(left), folder / f"{EMPTY_TEXT}.safetensors"
+    todo = {job["sample"]["id"]: job["sample"] for job in left}
+    list(each(todo.values(), "check", lambda s: check_sums(root, check_sample(root, s))))
+    if left or not is_whole(empty):
         text = encoders.load_text()
-        if not empty.exists():
-            save_tensors(empty, dict(text=text([""])[0].bfloat16().cpu()), {})
+        if not is_whole(empty):
+            save_tensors(empty, dict(text=text([""])[0].bfloat16().cpu()), dict(fingerprint=encoders.fingerprint))
         left = [job for job, _ in each(left, "text", lambda job: encode_text(job, text))]
         del text                                              # freed before the next encoder is loaded
     if left and encoders.load_image:
@@ -425,49 +387,80 @@ def encode(root, height, width, num_frames, codec="transform", wan_dir="", devic
     with suppress(OSError):                                   # other ranks, or failed clips, still have parts there
         (folder / ".parts").rmdir()
     print(f"{folder}: {len(left)} encoded, {kept} kept, skipped: {', '.join(failed) or 'none'}")
-    return len(failed)
+    if dist.is_torchelastic_launched():   # torchrun stops the others when one fails: wait for all of them
+        dist.init_process_group("gloo", timeout=timedelta(days=7))
+    counts = gathered((len(failed), len(left) + kept))
+    bad, good = map(sum, zip(*counts))
+    return 0 if skip_bad and good else bad
 
 
 class CachedClips(torch.utils.data.Dataset):
     """The cached windows of a split: the tensors of save_clip in float32 (metres; moving: bool), and id, prompt, fps;
-    relative: its depth has no unit."""
+    relative: its depth has no unit.
 
-    def __init__(self, root, split, height, width, num_frames, wan_dir=""):
-        self.samples = {s["id"]: s for s in load_samples(root, split)}
-        ids, prefix = set(self.samples), cache_prefix(wan_dir)
-        self.prefix = prefix
+    Every file is checked here (see caches.py), so that a run does not meet a bad one half-way: ValueError lists them,
+    or with skip_bad they are left out, each with a line; every rank leaves out the same.  A file that is damaged later
+    stops the run, or with skip_bad the next one takes its place: batches depend on seed, step and files alone."""
+
+    def __init__(self, root, split, height, width, num_frames, wan_dir="", skip_bad=False):
+        bad, prefix, self.skip_bad = [], cache_prefix(wan_dir), skip_bad
+        samples = {s["id"]: s for s in load_samples(root, split, bad)}
+        self.samples, self.prefix = samples, prefix
         option = "--codec transform" if prefix == "transform" else f"--wan_dir {wan_dir}"
-        size = f"--height {height} --width {width} --num_frames {num_frames}"
-        cure = f"Run\n  python data.py encode {root} {option} {size}"
+        cure = f"python data.py encode {root} {option} --height {height} --width {width} --num_frames {num_frames}"
         folders = sorted(Path(root).glob(f"cache/{num_frames}x{height}x{width}-{prefix}*"))
         if len(folders) > 1:
             raise ValueError(f"{root}: {', '.join(f.name for f in folders)} all fit {wan_dir or 'the demo'}; they are "
                              f"of other encoder files: delete all but one")
-        files = [f for folder in folders for f in sorted(folder.glob("*.safetensors"))]
-        owner = {f: cached_metadata(f).get("sample") for f in files}
-        self.files = [f for f in files if owner[f] in ids]
-        if not self.files:
+        good = {}
+        if folders:
+            check_inside(root, folders[0])
+            good, wrong = check_folder(folders[0], samples, (num_frames, height, width))
+            bad += wrong
+        if not good and (not folders or all("not encoded" in problem for _, problem in bad)):
             there = ", ".join(sorted(f.name for f in Path(root).glob("cache/*"))) or "none"
             raise ValueError(f"{root}: split {split} is not encoded at {num_frames}x{height}x{width} for {prefix} "
-                             f"(caches there: {there}). {cure}")
-        if missing := ids - set(owner.values()):
-            print(f"{root}: {len(missing)} of {len(ids)} {split} clips are not encoded, left out. {cure}")
-        self.empty_text = folders[0] / "text_empty.safetensors"
+                             f"(caches there: {there}). Run\n  {cure}")
+        if not any(s["video"] for s in samples.values()):
+            cure = f"rm -r {root}, and render it again"
+        self.refuse(f"{root}: {len(bad)} of {len(good) + len(bad)} {split} clips", bad, len(good), cure)
+        self.files, self.metadata = [folders[0] / f"{name}.safetensors" for name in good], good
+        self.empty_text = folders[0] / f"{EMPTY_TEXT}.safetensors"
+        if not is_whole(self.empty_text):
+            raise ValueError(f"{self.empty_text}: missing or damaged. Run\n  {cure}")
+
+    def refuse(self, what, bad, good, cure):
+        """Bad clips end the run, or are named and left out as long as they are fewer than the good ones."""
+        lines = [f"  {name}: {problem}" for name, problem in bad]
+        if bad and (not self.skip_bad or good < len(bad)):
+            more = f"\n  and {len(bad) - 5} more" if len(bad) > 5 else ""
+            way_out = ("skip_bad leaves out the lesser part only" if self.skip_bad else
+                       "or leave them out with --skip_bad=True")
+            raise ValueError(f"{what} cannot be trained on\n" + "\n".join(lines[:5]) + more
+                             + f"\nDelete what is damaged, run\n  {cure}\n{way_out}")
+        if bad and os.environ.get("RANK", "0") == "0":
+            print("\n".join([f"{what} are left out", *lines]), flush=True)
 
     def __len__(self):
         return len(self.files)
 
     def __getitem__(self, i):
-        with safe_open(self.files[i], "pt") as f:  # mapped: repeats cost no disk
-            tensors, meta = {k: f.get_tensor(k) for k in f.keys()}, f.metadata()
-        tensors = {k: x if x.dtype == torch.bool else x.float() for k, x in tensors.items()}
-        return dict(tensors, id=meta["id"], prompt=meta["prompt"], fps=float(meta["fps"]),
-                    relative=torch.tensor(meta.get("depth") == "relative"))
+        for tries in range(len(self.files)):
+            path = self.files[(i + tries) % len(self.files)]
+            try:
+                tensors, meta = read_clip(path)
+                return dict({k: x if x.dtype == torch.bool else x.float() for k, x in tensors.items()}, id=meta["id"], prompt=meta["prompt"],
+                            fps=float(meta["fps"]), relative=torch.tensor(meta.get("depth") == "relative"))
+            except Exception as error:                        # of whatever kind: a loader's worker must name the clip
+                if not self.skip_bad or tries + 1 == len(self.files):
+                    raise ValueError(f"clip {path.stem}: damaged since the start of the run: {error!r}") from error
+                print(f"clip {path.stem}: damaged since the start of the run, the next one in its place: {error!r}",
+                      flush=True)
 
     def frames(self, i):
         """Pictures of a clip, uint8 (T, H, W, 3): its video cropped and resized, or what the demo's codec holds; None
         where a Wan cache has outlived the video."""
-        meta = cached_metadata(self.files[i])
+        meta = self.metadata[self.files[i].stem]
         sample = self.samples[meta["sample"]]
         if sample["video"] and sample["video"].is_file():
             size = (int(meta[k]) for k in ("height", "width", "num_frames", "start", "stride"))
@@ -480,7 +473,7 @@ class CachedClips(torch.utils.data.Dataset):
 
     def count_relative(self):
         """How many of the clips have depth without a unit."""
-        return sum(cached_metadata(f).get("depth") == "relative" for f in self.files)
+        return sum(meta.get("depth") == "relative" for meta in self.metadata.values())
 
 
 def collate(items):
@@ -531,8 +524,9 @@ def synth_one(job):
         save_clip(folder / f"{name}.safetensors", clip, encoders.load_vae(), False,
                   dict(text=text([clip["prompt"]])[0]),
                   dict(entry, sample=name, split=split, fingerprint=encoders.fingerprint))
-        if not (folder / "text_empty.safetensors").exists():
-            save_tensors(folder / "text_empty.safetensors", dict(text=text([""])[0].bfloat16()), {})
+        if not (folder / f"{EMPTY_TEXT}.safetensors").exists():
+            save_tensors(folder / f"{EMPTY_TEXT}.safetensors", dict(text=text([""])[0].bfloat16()),
+                         dict(fingerprint=encoders.fingerprint))
         return dict(entry, cached=True)
     (out / name / "depth").mkdir(parents=True, exist_ok=True)
     write_video(out / name / "video.mp4", clip["rgb"], 15)
@@ -598,6 +592,8 @@ def main():
     q.add_argument("--wan_dir", default="", help="folder of a Wan2.1 release, in place of --codec")
     q.add_argument("--device", default="", help="default: a GPU where there is one")
     q.add_argument("--split")
+    q.add_argument("--skip_bad", type=["False", "True"].index, default=0, metavar="True|False",
+                   help="exit with 0 although some clips could not be encoded")
     r = commands.add_parser("verify", help="check every clip before any GPU hour is spent: files, units, conventions")
     r.add_argument("root")
     r.add_argument("--split")
@@ -613,7 +609,7 @@ def main():
     args = vars(parser.parse_args())
     try:
         raise SystemExit(1 if {"synth": synth, "encode": encode, "verify": verify}[args.pop("command")](**args) else 0)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from None
 
 

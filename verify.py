@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 
 from cameras import read_table
-from data import load_samples, read_arrays, read_video, relative_depth
+from data import load_samples
 from geometry import compose, inv_se3, pixel_rays, rotate, unproject, valid_depth
+from readers import FAR, check_sample, check_sums, count_frames, read_arrays, read_video, relative_depth
 
 HINTS = {
     "c2w stored as w2c": "invert every matrix: w2c = [R^T | -R^T t]",
@@ -202,6 +203,8 @@ def check_cameras(report, table, size):
     if not .8 < (fx / fy).median() < 1.25:
         report.add("intrinsics", "warn", f"pixels are not square: focal {fx[0]:.4g} x {fy[0]:.4g} px")
     report.add("intrinsics", "ok", f"field of view {2 * math.degrees(math.atan(w / 2 / fx[0].item())):.0f} degrees")
+    if not w2c[..., 3].abs().max() <= FAR:
+        report.add("first pose", "fail", f"translations up to {w2c[..., 3].abs().max():.3g}; wanted metres")
     identity = (w2c[0] - torch.eye(3, 4).to(w2c)).abs().max() < 1e-6
     report.add("first pose", "ok", "identity" if identity else "made the identity on loading")
     zero, one = torch.zeros_like(fx), torch.ones_like(fx)
@@ -230,6 +233,8 @@ def check_depth(report, depth):
         report.add("depth", "fail", "no valid pixel" + (" in frame 0, which sets the scene's scale" if share else ""))
         return None
     low, middle, high = (float(x) for x in np.quantile(depth[valid][::17], (.02, .5, .98)))
+    if depth[valid].max() > FAR:
+        report.add("depth", "fail", f"up to {depth[valid].max():.3g} m; wanted at most {FAR:.0e}, and 0 where it is unknown")
     report.numbers.update(depth_low=low, depth_median=middle, depth_high=high)
     report.add("depth", "ok" if share > .5 and .02 < middle < LARGE else "warn",
                f"{low:.4g} to {high:.4g}, {share:.0%} valid" + ("" if .02 < middle < LARGE else ": metres?"))
@@ -362,6 +367,7 @@ def inspect(raw, level="data"):
         return report
     with np.errstate(divide="ignore"):
         depth = (1 / depth.astype(np.float64) if raw.get("inverse") else depth) * (raw.get("scale") or 1)
+    depth = np.where(depth <= FAR, depth, 0) if raw.get("inverse") else depth
     depth = check_depth(report, depth)
     if depth is None:
         return report
@@ -379,6 +385,7 @@ def load_raw(sample):
     for field in ("video", "camera"):
         if not sample[field]:
             raise ValueError(f"no {field}; --cache_only renderings hold none")
+    count_frames(sample["video"])                                                 # damage anywhere in it is named
     (rgb, _), table = read_video(sample["video"]), read_table(sample["camera"], pixels=True)
     points = read_arrays(sample["points"]) if sample["points"] else None
     if sample["depth"]:
@@ -397,9 +404,13 @@ def load_raw(sample):
 
 def verify(root, split=None, fix_hints=False, as_json=False, exact=False):
     """Check every sample, print a table (or JSON); returns how many failed."""
-    reports = []
-    for sample in load_samples(root, split):
+    reports, bad = [], []
+    samples = load_samples(root, split, bad)
+    for sample, problem in [*((s, None) for s in samples), *((dict(id=name), problem) for name, problem in bad)]:
         try:
+            if problem:
+                raise ValueError(problem)
+            check_sums(root, check_sample(root, sample))
             reports.append(inspect(load_raw(sample), "exact" if exact else "data"))
         except ValueError as error:
             reports.append(Report(sample["id"]))

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 import data
+from caches import cached_metadata
 from geometry import unproject
 
 
@@ -215,7 +216,7 @@ def test_cache_only_rendering_is_the_same_for_any_number_of_workers(rendered, tm
     assert [f.name for f in one] == [f.name for f in two] and len(one) == 4
     for a, b in zip(one, two):  # the header's key order is random
         a_tensors, b_tensors = load_file(a), load_file(b)
-        assert data.cached_metadata(a) == data.cached_metadata(b)
+        assert cached_metadata(a) == cached_metadata(b)
         assert all(torch.equal(a_tensors[k], b_tensors[k]) for k in a_tensors | b_tensors)
     data.encode(rendered, 64, 96, 9)
     direct, written = (data.CachedClips(root, "val", 64, 96, 9)[0] for root in (tmp_path / "2", rendered))

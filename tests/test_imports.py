@@ -4,14 +4,15 @@ import pathlib
 
 ROOT = pathlib.Path(__file__).parents[1]
 ALLOWED = dict(geometry=set(), cameras={"geometry"}, metrics={"geometry"}, encoders=set(), scenes={"geometry"},
+               readers=set(), caches={"readers"},
                model={"geometry", "released", "foreign"}, released={"geometry"}, checkpoints={"model"},
                foreign={"checkpoints", "model", "released"}, control=set(), records={"data"},
                draw={"data"},
                evaluate={"foreign", "data", "draw", "geometry", "metrics", "model"},
                page={"data", "geometry"}, jobs={"cameras", "export"},
                export={"cameras", "data", "draw", "geometry", "metrics", "page"},
-               verify={"cameras", "data", "geometry"},
-               data={"geometry", "cameras", "scenes", "encoders", "verify"},
+               verify={"cameras", "data", "geometry", "readers"},
+               data={"geometry", "cameras", "scenes", "readers", "caches", "encoders", "verify"},
                plan={"geometry", "model"},
                train={"config", "model", "geometry", "checkpoints", "foreign", "control", "records", "evaluate", "data",
                       "plan"},

@@ -17,6 +17,7 @@ from wan_folder import OVERRIDES, keys, write_wan_folder
 
 import checkpoints
 import data
+from caches import cached_metadata, save_tensors
 from checkpoints import FAMILIES, fingerprint, load_wan
 from data import read_video, synth
 from encoders import WanFolder, wan_family
@@ -224,7 +225,7 @@ def test_a_killed_run_goes_on_where_it_was_and_ranks_share_the_clips(clips, wan,
     assert [p.name for p in parts] == ["train_000002.clip.safetensors", "train_000002.text.safetensors"]
     monkeypatch.setattr(data, "save_clip", save)
     for path in parts:                                      # a mark that only reading, not computing again, leaves
-        save_file({k: v + 1 for k, v in load_file(path).items()}, path, data.cached_metadata(path))
+        save_tensors(path, {k: v + 1 for k, v in load_file(path).items()}, cached_metadata(path))
     for rank in "01":
         monkeypatch.setenv("RANK", rank)
         data.encode(root, 32, 48, 5, wan_dir=wan)
@@ -245,7 +246,9 @@ def test_a_corrupt_clip_is_reported_left_out_and_fails_the_command(clips, wan, t
     text = "".join(capsys.readouterr())
     assert stop.value.code == 1 and "train_000001/video.mp4: not a readable video" in text
     assert "3 encoded, 0 kept, skipped: train_000001" in text
-    assert len(data.CachedClips(root, "train", 32, 48, 5, wan)) == 2
+    with pytest.raises(ValueError, match="1 of 3 train clips cannot be trained on\n  train_000001: not encoded"):
+        data.CachedClips(root, "train", 32, 48, 5, wan)
+    assert len(data.CachedClips(root, "train", 32, 48, 5, wan, skip_bad=True)) == 2
 
 
 def test_a_missing_cache_or_encoder_file_is_named_with_the_cure(clips, wan, tmp_path):

@@ -1,0 +1,241 @@
+"""Cache files: what training reads.  Written aside and renamed, with checksums; read as if somebody had damaged them.
+
+One safetensors file per window of a clip in DIR/cache/TxHxW-FINGERPRINT/: ID.safetensors, or ID.START.safetensors where
+a clip has several windows, and text_empty.safetensors, the empty prompt.  FINGERPRINT is of the encoders.
+Tensors: those of data.save_clip.  Metadata: all that changes the result, and crc: of the values and of the header.
+Nothing is mapped: a file that is cut while it is mapped kills the process that reads it."""
+import json
+import math
+import os
+import zlib
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from safetensors.torch import save
+from tqdm import tqdm
+
+from readers import FAR, check_file, read_json
+
+EMPTY_TEXT, MAX_HEADER, DTYPES = "text_empty", 2 ** 20, dict(BF16=torch.bfloat16, F32=torch.float32, BOOL=torch.bool)
+
+
+def header_crc(metadata, specs):
+    """Checksum of everything in a header that means something: metadata, names, types and shapes."""
+    items = sorted((k, v) for k, v in metadata.items() if k != "crc")
+    return f"{zlib.crc32(json.dumps([items, sorted(map(list, specs))]).encode()):08x}"
+
+
+def write_aside(path, data):
+    """Write bytes beside path, then rename: a reader never sees half a file."""
+    temp = path.with_name(f".{path.name}.{os.getpid()}")
+    temp.unlink(missing_ok=True)
+    try:
+        with open(os.open(temp, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644), "wb") as file:  # never through a link
+            file.write(data)                                  # no fsync: a loss shows, and is encoded again
+        os.replace(temp, path)
+    except IsADirectoryError:
+        raise ValueError(f"{path}: a folder where the file belongs. Delete it") from None
+    finally:
+        temp.unlink(missing_ok=True)                                              # after a full disk
+
+
+def save_tensors(path, tensors, metadata):
+    """Write a cache file, whole or not at all, with its checksums.  Values must be finite."""
+    tensors = {k: x.contiguous() for k, x in sorted(tensors.items())}
+    metadata, crc = {k: str(x) for k, x in metadata.items()}, 0
+    names = {x: name for name, x in DTYPES.items()}
+    for name, x in tensors.items():
+        if not torch.isfinite(x).all():
+            raise ValueError(f"{path}: {name} is not finite; damaged encoder weights, or values that overflow?")
+        crc = zlib.crc32(x.flatten().view(torch.uint8).numpy(), crc)
+    specs = [(k, names[x.dtype], list(x.shape)) for k, x in tensors.items()]
+    metadata["crc"] = f"{crc:08x}" + header_crc(metadata, specs)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_aside(path, save(tensors, metadata))
+
+
+def read_header(path):
+    """Metadata, {name: (dtype, shape, begin, end)} and where the values start; the file's length must be theirs."""
+    size = check_file(path)
+    try:
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if not 2 <= length <= min(MAX_HEADER, size - 8):
+                raise ValueError(f"a header of {length:,} bytes in a file of {size:,}")
+            header = json.loads(file.read(length).decode())
+        metadata, at = header.pop("__metadata__", {}), 0
+        specs = {k: (v["dtype"], v["shape"], *v["data_offsets"]) for k, v in header.items()}
+        for name, (dtype, shape, begin, end) in sorted(specs.items(), key=lambda item: item[1][2]):
+            if dtype not in DTYPES:
+                raise ValueError(f"{name} is {dtype}; wanted BF16, F32 or BOOL")
+            if begin != at or end - begin != math.prod(shape) * DTYPES[dtype].itemsize or min(shape, default=1) < 1:
+                raise ValueError(f"{name}: {dtype} {str(shape)[:60]} at bytes {begin} to {end}; wanted BF16 or F32 "
+                                 f"from {at} on")
+            at = end
+        if 8 + length + at != size:
+            raise ValueError(f"{size:,} bytes; its header speaks of {8 + length + at:,}")
+        if metadata.get("crc", "")[8:] != header_crc(metadata, [(k, *v[:2]) for k, v in specs.items()]):
+            raise ValueError("its header has another checksum, or none: damaged, or of an older version")
+        return metadata, specs, 8 + length
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        said = error if isinstance(error, ValueError) else repr(error)
+        raise ValueError(f"{path}: not a whole cache file: {said}") from None
+
+
+def cached_metadata(path):
+    """Metadata of a cache file, {} where there is no readable one."""
+    try:
+        return read_header(path)[0]
+    except ValueError:
+        return {}
+
+
+def fits(path, key):
+    """Whether a cache file is there, whole, and was made from this key."""
+    return {k: str(v) for k, v in key.items()}.items() <= cached_metadata(path).items()
+
+
+def check_header(path, name, sample, size, fingerprint):
+    """The header of a window `name` of a sample, at size (T, H, W) -> metadata, what may differ between encoders."""
+    (T, H, W), (metadata, specs, _) = size, read_header(path)
+    f, h, w = (T - 1) // 4 + 1, H // 8, W // 8
+    wanted = dict(id=name, sample=sample["id"], num_frames=T, height=H, width=W, fingerprint=fingerprint,
+                  prompt=sample["prompt"])
+    for key, value in wanted.items():
+        if metadata.get(key) != str(value):
+            raise ValueError(f"{path}: {key} is {str(metadata.get(key))[:80]!r}; wanted {str(value)[:80]!r}: the file "
+                             "of another clip or encoder, or older than metadata.json")
+    text, start = (specs.get(k, ("", [0, 0], 0, 0))[1] for k in ("text", "start_latents"))
+    shapes = dict(latents=("BF16", [16, f, h, w]), start_latents=("BF16", [16, f if start[1:2] == [f] else 1, h, w]),
+                  text=("BF16", [min(max(text[0], 1), 512), text[-1]]), depth=("F32", [T, H, W]),
+                  w2c=("F32", [T, 3, 4]), intrinsics=("F32", [T, 3, 3]))
+    shapes |= dict(clip=("BF16", [257, 1280])) if "clip" in specs else {}
+    shapes |= dict(moving=("BOOL", [T, H, W])) if "moving" in specs else {}
+    found = {k: (v[0], v[1]) for k, v in specs.items()}
+    for key in shapes | found:
+        if found.get(key) != shapes.get(key):
+            raise ValueError(f"{path}: {key} is {found.get(key, 'missing')}; wanted {shapes.get(key, 'none')}")
+    try:
+        fps = float(metadata.get("fps", "none"))
+    except ValueError:
+        fps = math.nan
+    if not 0 < fps < FAR or metadata.get("depth", "metric") not in ("metric", "relative"):
+        raise ValueError(f"{path}: fps {metadata.get('fps')!r}, depth {metadata.get('depth')!r}; wanted a number, and "
+                         "metric or relative")
+    return metadata, (text[-1], start[1], "clip" in specs)
+
+
+def read_values(path):
+    """Tensors (as stored) and metadata of a cache file; every value is checked against the checksum and is finite.
+
+    Checks are numpy's: in threads of a forked process torch's parallel operations can fail."""
+    metadata, specs, start = read_header(path)
+    data = np.fromfile(path, np.uint8, offset=start)
+    arrays, crc = {}, 0
+    for name, (dtype, shape, begin, end) in sorted(specs.items()):
+        crc = zlib.crc32(data[begin:end], crc)
+        arrays[name] = data[begin:end].view(dict(F32="<f4", BF16="<u2", BOOL="u1")[dtype]).reshape(shape)
+    if metadata["crc"][:8] != f"{crc:08x}":
+        raise ValueError(f"{path}: its values have the checksum {crc:08x}; {metadata['crc'][:8]} was written: damaged")
+    for name, x in arrays.items():                            # bfloat16: upper half of a float32, 0x7f80 is infinity
+        sound = x.max() < 2 if x.dtype == "u1" else (
+            np.isfinite(x.min() + x.max()) if x.dtype == "<f4" else (x & 0x7fff).max() < 0x7f80)
+        if not sound:
+            raise ValueError(f"{path}: {name} holds NaN, infinity or no truth values")
+    return {name: torch.from_numpy(x).view(DTYPES[specs[name][0]]) for name, x in arrays.items()}, metadata
+
+
+def read_clip(path):
+    """read_values of a clip; its depth, cameras and intrinsics must be such."""
+    tensors, metadata = read_values(path)
+    depth, w2c, K = (tensors[name].numpy() for name in ("depth", "w2c", "intrinsics"))
+    R, focal, share = w2c[:, :, :3], K[:, (0, 1), (0, 1)].min(), (depth[0] > 1e-3).mean()
+    off = np.abs(R @ R.swapaxes(1, 2) - np.eye(3)).max() + np.abs(np.linalg.det(R) - 1).max()
+    if depth.min() < 0 or depth.max() > FAR or not share:
+        raise ValueError(f"{path}: depth from {depth.min():.3g} to {depth.max():.3g}, {share:.0%} of frame 0 has any; "
+                         f"wanted 0 to {FAR:.0e} m")
+    if not off < 2e-3 or np.abs(w2c[0] - np.eye(3, 4)).max() > 1e-3 or focal <= 0:
+        raise ValueError(f"{path}: w2c off from rotations by {off:.2g}, or not relative to the first camera, or a "
+                         f"focal length of {focal:.3g}")
+    return tensors, metadata
+
+
+# --- All caches of a split ---------------------------------------------------------------------------------
+def gathered(value):
+    """The value of every rank, in order of rank."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return [value]
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def is_whole(path):
+    """Whether read_values takes the file."""
+    try:
+        return bool(read_values(path))
+    except ValueError:
+        return False
+
+
+def check_values(folder, names):
+    """{name: problem} of the windows that read_clip refuses.  Each file is read once, by one of the ranks;
+    FOLDER/.checked remembers size and time of change (which a copy does not keep) of the good ones for later starts."""
+    def stamp(name):
+        info = (folder / f"{name}.safetensors").stat()
+        return [info.st_size, info.st_ctime_ns]
+
+    def problem(name):
+        try:
+            read_clip(folder / f"{name}.safetensors")
+        except (ValueError, OSError) as error:
+            return str(error)
+
+    try:
+        known = dict(read_json(folder / ".checked"))
+    except (ValueError, TypeError):                                               # none yet, or damaged
+        known = {}
+    stamps = {name: stamp(name) for name in names}
+    todo = sorted(set().union(*gathered([name for name in names if known.get(name) != stamps[name]])))
+    rank, world = (dist.get_rank(), dist.get_world_size()) if len(gathered(0)) > 1 else (0, 1)
+    share, found = todo[rank::world], {}
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        mine = dict(zip(share, tqdm(pool.map(problem, share), "check caches", len(share), unit="clip", delay=3,
+                                    disable=rank > 0)))
+    for part in gathered(mine):
+        found.update({name: text for name, text in part.items() if text})
+    if rank == 0 and todo:
+        good = {name: stamps[name] for name in todo if name not in found}
+        with suppress(OSError, ValueError):                 # a disk that cannot be written: the next start reads again
+            write_aside(folder / ".checked", json.dumps(known | good).encode())
+    return found
+
+
+def check_folder(folder, samples, size):
+    """Look at every window of the samples {id: sample} -> {name: metadata} of those to train on, [(clip, problem)]."""
+    kinds, metadata, windows, bad = {}, {}, {}, []
+    for path in sorted(folder.glob("*.safetensors")):
+        owner = next((i for i in (path.stem, path.stem.rpartition(".")[0]) if i in samples), None)
+        if owner:
+            windows[path.stem] = owner
+    bad += [(i, f"not encoded: nothing of it in {folder}") for i in samples if i not in set(windows.values())]
+    for name, owner in windows.items():
+        try:
+            path = folder / f"{name}.safetensors"
+            metadata[name], kinds[name] = check_header(path, name, samples[owner], size, folder.name.split("-", 1)[1])
+        except ValueError as error:
+            bad.append((name, str(error)))
+    usual = Counter(kinds.values()).most_common(1)[0][0] if kinds else None
+    for name, kind in kinds.items():
+        if kind != usual:
+            bad.append((name, f"{folder / name}.safetensors: width of text, start latents, CLIP are {kind}; wanted "
+                        f"{usual}, as the others have"))
+    bad = sorted(set(sum(gathered(bad), [])))                                     # every rank leaves out the same
+    wrong = {name for name, _ in bad}
+    bad += check_values(folder, [name for name in metadata if name not in wrong]).items()
+    wrong = {name for name, _ in bad}
+    return {name: m for name, m in metadata.items() if name not in wrong}, bad

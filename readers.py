@@ -1,0 +1,382 @@
+"""Files of a dataset, read as if somebody meant harm: measured before they are read, never executed.
+
+A refusal is a ValueError that names the file, what was found, what was wanted and the cure.  Only regular files are
+opened (a named pipe would hang), at most MAX_BYTES of one are held, ffmpeg opens local files of FORMATS alone (a
+playlist names other files) and stops at the first damaged picture, and arrays of objects are refused (unpickling them
+runs code).   Depth: z-depth, metres, 0 = unknown."""
+import functools
+import hashlib
+import json
+import math
+import os
+import re
+import stat
+import subprocess
+import tempfile
+import zipfile
+from contextlib import contextmanager
+from pathlib import Path
+
+import imageio_ffmpeg
+import numpy as np
+
+MAX_BYTES = 2 ** 32             # of one file, and of what one read decodes
+MAX_TEXT, MAX_CAMERAS = 2 ** 29, 2 ** 24     # of a JSON file (a million samples with captions), of a camera file
+MAX_PIXELS = 2 ** 26            # of one picture: 8192 x 8192
+FAR = 1e6                       # metres; a depth or a camera beyond this is no measurement
+FORMATS = "mov,avi,matroska,mpegts,png_pipe,jpeg_pipe,webp_pipe,bmp_pipe,tiff_pipe"
+STRICT = ["-hide_banner", "-nostdin", "-timelimit", "600", "-xerror", "-err_detect", "crccheck+explode",  # CPU seconds
+          "-protocol_whitelist", "file", "-format_whitelist", FORMATS, "-max_pixels", str(MAX_PIXELS)]
+ARRAYS = (".npy", ".npz", ".png")
+
+
+def check_file(path, limit=MAX_BYTES):
+    """Size in bytes of a regular file that can be opened, is not empty and at most `limit` long."""
+    try:
+        info = os.stat(path)
+        if not stat.S_ISREG(info.st_mode):
+            raise ValueError(f"{path}: not a regular file. Put the file itself there")
+        with open(path, "rb"):
+            pass
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file. Restore it, or remove the clip") from None
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be opened: {error.strerror}. Make it readable, or remove the clip") from None
+    if not 0 < info.st_size <= limit:
+        raise ValueError(f"{path}: {info.st_size:,} bytes; wanted 1 to {limit:,}. Copy or make it again")
+    return info.st_size
+
+
+def check_lines(path):
+    """A text file of a camera path: its last line has an end, or numbers at its end may be lost."""
+    check_file(path, MAX_CAMERAS)
+    with open(path, "rb") as file:
+        file.seek(-1, os.SEEK_END)
+        if file.read(1) not in b"\r\n":
+            raise ValueError(f"{path}: the last line has no end: cut short? Add a line break if it is whole")
+
+
+def no_twins(pairs):
+    """A JSON object, keys that stand there twice refused."""
+    if len(found := dict(pairs)) < len(pairs):
+        raise ValueError(f"a key is there twice among {', '.join(sorted(k for k, _ in pairs))[:200]}")
+    return found
+
+
+def read_json(path):
+    """A JSON file whose objects name each key once."""
+    check_file(path, MAX_TEXT)
+    try:
+        return json.loads(Path(path).read_bytes().decode(), object_pairs_hook=no_twins)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not valid JSON: {error}. Write it again") from None
+
+
+# --- Checksums ---------------------------------------------------------------------------------------------
+@functools.lru_cache(maxsize=1)
+def sums_at(path, changed):
+    check_file(path, MAX_TEXT)
+    found = re.findall(r"^([0-9a-f]{64}) [ *](?:\./)?(.+)$", path.read_text(errors="replace"), re.M)
+    return {name: digest for digest, name in found}
+
+
+def sums_of(root):
+    """{name: digest} of DIR/SHA256SUMS, None where there is no such file."""
+    path = Path(root, "SHA256SUMS")
+    return sums_at(path, path.stat().st_mtime_ns) if path.exists() else None
+
+
+def check_sums(root, paths):
+    """Files must be what DIR/SHA256SUMS says, where there is one: nothing else sees a flipped bit in a plausible value.
+
+        cd DIR && find . -type f -not -path './cache/*' -not -name SHA256SUMS -exec sha256sum {} + > SHA256SUMS"""
+    sums, known = Path(root, "SHA256SUMS"), sums_of(root)
+    for path in paths if known is not None else ():
+        name, digest = path.relative_to(root).as_posix(), hashlib.sha256()
+        check_file(path)
+        with open(path, "rb") as file:
+            for block in iter(lambda: file.read(2 ** 20), b""):
+                digest.update(block)
+        if known.get(name) != digest.hexdigest():
+            raise ValueError(f"{path}: not the file that {sums} lists ({digest.hexdigest()[:12]}, listed: "
+                             f"{known.get(name, 'nothing')[:12]}). Restore it; if it was meant, write SHA256SUMS again")
+
+
+def check_inside(root, path):
+    """The path, symbolic links followed, must lie in the folder root."""
+    try:
+        if Path(path).resolve().is_relative_to(Path(root).resolve()):
+            return
+    except (OSError, RuntimeError) as error:                                      # a link that leads to itself
+        raise ValueError(f"{path}: cannot be followed: {error}. Put the file or folder itself there") from None
+    raise ValueError(f"{path}: a link that leads out of {root}. Put the file or folder itself there")
+
+
+# --- What a dataset lists ----------------------------------------------------------------------------------
+def read_entries(root):
+    """Entries and splits of metadata.json; without that file, of the folders that hold parts of a sample."""
+    path, splits = root / "metadata.json", {}
+    try:
+        os.listdir(root)
+    except OSError as error:
+        raise ValueError(f"{root}: not a folder that can be opened: {error.strerror}. Wanted a dataset; the layout is "
+                         "at the top of data.py") from None
+    if not os.path.lexists(path):
+        check_sums(root, [path] if "metadata.json" in (sums_of(root) or ()) else [])
+        folders = {}
+        for f in sorted(root.glob("*/*")):
+            if f.stem in ("video", "depth", "points", "moving", "camera_params"):
+                folders.setdefault(f.parent.name, {}).setdefault(f.stem, []).append(f"{f.parent.name}/{f.name}")
+        return [dict({k: v if len(v) > 1 else v[0] for k, v in parts.items()}, id=name)
+                for name, parts in folders.items()], splits   # one there twice: a list, which read_entry refuses
+    check_inside(root, path)
+    check_sums(root, [path])
+    entries = read_json(path)
+    if isinstance(entries, dict):
+        entries, splits = entries.get("samples"), entries.get("splits") or {}
+    if not isinstance(entries, list) or not all(isinstance(e, dict) for e in entries):
+        raise ValueError(f"{path}: wanted a list of samples, or an object with a list called samples")
+    if not isinstance(splits, dict) or not all(isinstance(ids, list) for ids in splits.values()):
+        raise ValueError(f'{path}: splits must be lists of ids, for instance {{"train": ["a"], "val": ["b"]}}')
+    return entries, splits
+
+
+def check_sample(root, sample):
+    """Files of a sample: there, regular, readable, inside the dataset -> all of them, folders listed."""
+    files = []
+    for path in (p for p in sample.values() if isinstance(p, Path)):
+        check_inside(root, path)
+        try:
+            files += array_files(path) if path.is_dir() else [path]
+        except OSError as error:
+            raise ValueError(f"{path}: cannot be opened: {error.strerror}. Make it readable or remove it") from None
+    if sample["camera"]:
+        check_lines(sample["camera"])
+    for path in files:
+        check_inside(root, path)
+        check_file(path)
+    return files
+
+
+# --- Videos and pictures -----------------------------------------------------------------------------------
+@contextmanager
+def ffmpeg(path, *output):
+    """What ffmpeg makes of the first video stream of a file: its output, and a file with its messages."""
+    check_file(path)
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), *STRICT, "-i", f"file:{path}", "-map", "0:v:0", "-fps_mode",
+               "passthrough", *output, "pipe:1"]
+    with tempfile.TemporaryFile() as log, subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log) as process:
+        try:
+            yield process.stdout, log
+            code = process.wait()
+        finally:
+            process.kill()
+        if code:
+            log.seek(max(0, log.tell() - 4000))
+            said = log.read().decode(errors="replace").strip().splitlines()
+            telling = [line for line in said if re.search("rror|nvalid|whitelist|exceed|not found", line)] or said[-1:]
+            said = telling[0] if telling else f"ffmpeg ended with {code}"
+            raise ValueError(re.sub(r"\[.*? @ 0x\w+\] *", "", said)[:200])
+
+
+def pictures(stream, limit=MAX_BYTES):
+    """Frames (H, W, 3) uint8 or (H, W) uint16 of a stream of PPM or 16-bit PGM pictures of one size."""
+    first = None
+    while magic := stream.readline(8):
+        size, deep = stream.readline(32), stream.readline(16) == b"65535\n"
+        w, h = map(int, size.split())
+        shape, dtype = ((h, w, 3), "u1") if magic == b"P6\n" else ((h, w), ">u2" if deep else "u1")
+        first, data = first or shape, stream.read(math.prod(shape) * (2 if deep else 1))
+        limit -= len(data)
+        if shape != first:
+            raise ValueError(f"a frame of {h}x{w} among frames of {first[0]}x{first[1]}")
+        if limit < 0:
+            raise ValueError(f"more than {MAX_BYTES:,} bytes of frames; cut it into shorter clips")
+        yield np.frombuffer(data, dtype).reshape(shape)
+
+
+def read_video(path, max_frames=None):
+    """Decode the first max_frames frames (default all): uint8 (T, H, W, 3) and the frame rate, 0 if it has none."""
+    some = [] if max_frames is None else ["-frames:v", str(max_frames)]
+    try:
+        with ffmpeg(path, *some, "-pix_fmt", "rgb24", "-c:v", "ppm", "-f", "image2pipe") as (stream, log):
+            frames = list(pictures(stream))
+            log.seek(0)
+            fps = re.search(rb"Video: .*?\b([\d.]+)(k?) fps", log.read(2 ** 16))
+    except ValueError as error:
+        raise ValueError(f"{path}: not a readable video: {str(error).removeprefix(f'{path}: ')}. "
+                         "Re-encode or remove it.") from None
+    if not frames:
+        raise ValueError(f"{path}: the video has no frames. Re-encode or remove it.")
+    return np.stack(frames), float(fps[1]) * (1000 if fps[2] else 1) if fps else 0.
+
+
+def count_frames(path):
+    """Number of frames of a video; decodes all of it, so that damage anywhere is seen."""
+    info = os.stat(path) if os.path.exists(path) else None
+    return count_frames_at(path, info and (info.st_size, info.st_mtime_ns))
+
+
+@functools.lru_cache(maxsize=1)  # the windows of a clip ask in a row
+def count_frames_at(path, changed):
+    try:
+        with ffmpeg(path, "-nostats", "-progress", "pipe:1", "-f", "null") as (stream, _):
+            counts = [0, *map(int, re.findall(rb"^frame=(\d+)", stream.read(), re.M))]
+        if not counts[-1]:
+            raise ValueError("it has no frames")
+        return counts[-1]
+    except ValueError as error:
+        raise ValueError(f"{path}: not a readable video: {str(error).removeprefix(f'{path}: ')}. "
+                         "Re-encode or remove it.") from None
+
+
+# --- Arrays ------------------------------------------------------------------------------------------------
+def array_header(file, size):
+    """Shape and dtype of an .npy stream of `size` bytes, which must be those of its header."""
+    version = np.lib.format.read_magic(file)
+    if version not in ((1, 0), (2, 0)):
+        raise ValueError(f".npy version {version}")
+    shape, _, dtype = (np.lib.format.read_array_header_1_0 if version == (1, 0)
+                       else np.lib.format.read_array_header_2_0)(file)
+    if dtype.kind not in "fiub" or dtype.hasobject:
+        raise ValueError(f"values of type {dtype}; wanted numbers")
+    want = file.tell() + dtype.itemsize * math.prod(shape)
+    if min(shape, default=0) < 1 or want != size or size > MAX_BYTES:
+        raise ValueError(f"{size:,} bytes; its header speaks of {shape} values, that is {want:,}, and at most "
+                         f"{MAX_BYTES:,} are read")
+    return shape, dtype
+
+
+def png_header(path, mask):
+    """Shape of a 16-bit grey PNG, or with mask of any."""
+    with open(path, "rb") as file:
+        head = file.read(26)
+    if head[:8] != b"\x89PNG\r\n\x1a\n" or not mask and head[24:26] != b"\x10\x00":
+        raise ValueError("not a 16-bit grey PNG; other kinds do not hold metric depth")
+    w, h = int.from_bytes(head[16:20], "big"), int.from_bytes(head[20:24], "big")
+    if not 0 < w * h <= MAX_PIXELS:
+        raise ValueError(f"a picture of {h}x{w}; at most {MAX_PIXELS:,} pixels are read")
+    return h, w
+
+
+def open_array(path, read, mask):
+    """(shape, dtype) or, with read, the array of one .npy, .npz (the array depth, or the first) or .png file."""
+    size = check_file(path)
+    if path.suffix == ".png":
+        shape = png_header(path, mask)
+        if not read:
+            return shape, np.dtype("u2")
+        with ffmpeg(path, "-frames:v", "1", "-pix_fmt", "gray16be", "-c:v", "pgm", "-f", "image2pipe") as (stream, _):
+            image = next(pictures(stream), np.zeros(0))
+        if image.shape != shape:
+            raise ValueError(f"a picture of {image.shape}; its header says {shape}")
+        return image.astype("u2")
+    if path.suffix == ".npy":
+        with open(path, "rb") as file:
+            header = array_header(file, size)
+            file.seek(0)
+            return np.lib.format.read_array(file, allow_pickle=False) if read else header
+    with zipfile.ZipFile(path) as archive:
+        names = archive.namelist()
+        name = "depth.npy" if "depth.npy" in names else names[0]
+        if names.count(name) > 1:
+            raise ValueError(f"the array {name} is there twice")
+        info = archive.getinfo(name)
+        with archive.open(info) as file:
+            header = array_header(file, info.file_size)
+        with archive.open(info) as file:
+            return np.lib.format.read_array(file, allow_pickle=False) if read else header
+
+
+def read_array(path, read=True, mask=False):
+    """The array of one file; read=False: its shape and dtype, from the header; mask: a PNG of any kind will do."""
+    try:
+        return open_array(Path(path), read, mask)
+    except Exception as error:          # flipped bytes make numpy and zipfile raise almost any class of error
+        raise ValueError(f"{path}: cannot be read: {str(error).removeprefix(f'{path}: ') or repr(error)}. "
+                         "Make it again or remove the clip") from None
+
+
+def array_files(path):
+    """The files of one clip's arrays in order: one for all frames, or a folder with one per frame."""
+    files = [f for f in path.glob("*") if f.suffix in ARRAYS] if path.is_dir() else []
+    return sorted(files, key=lambda f: (len(f.name), f.name))
+
+
+def count_arrays(path):
+    """How many frames of arrays there are."""
+    return len(array_files(path)) if path.is_dir() else read_array(path, read=False)[0][0]
+
+
+def read_arrays(path, frames=None, mask=False):
+    """Chosen frames (default all) of one file (T, ...), or of a folder with one file per frame; mask as in read_array."""
+    path = Path(path)
+    source = array_files(path) if path.is_dir() else read_array(path, mask=mask)
+    frames = range(len(source)) if frames is None else frames
+    if len(source) <= max(frames, default=0):
+        raise ValueError(f"{path}: {len(source)} frames found, {max(frames, default=0) + 1} wanted")
+    if not path.is_dir():
+        return source[list(frames)]
+    first = read_array(source[frames[0]], False, mask)
+    if math.prod(first[0]) * first[1].itemsize * len(frames) > MAX_BYTES:
+        raise ValueError(f"{path}: {len(frames)} frames of {first[0]} values; at most {MAX_BYTES:,} bytes are read")
+    arrays = []
+    for t in frames:
+        arrays.append(read_array(source[t], mask=mask))
+        if (arrays[-1].shape, arrays[-1].dtype) != first:
+            raise ValueError(f"{source[t]}: {arrays[-1].dtype} {arrays[-1].shape}, where {source[frames[0]].name} is "
+                             f"{first[1]} {first[0]}. Make all frames of a clip alike")
+    return np.stack(arrays)
+
+
+# --- Depth -------------------------------------------------------------------------------------------------
+def relative_depth(depth):
+    """Why raw depth (T, H, W) cannot be metric: 8 bits, or stretched to a full range; None if it can be."""
+    finite = depth[np.isfinite(depth)]
+    if depth.dtype == np.uint8 or not finite.size:
+        return "8-bit depth" if finite.size else None
+    low, high = float(finite.min()), float(finite.max())
+    if high in (255, 65535) and (finite[::7] == np.round(finite[::7])).all():
+        return f"integers that reach exactly {high:.0f}: stretched to the full range"
+    per_frame = np.array([f[np.isfinite(f)].max(initial=0) for f in depth])
+    if low >= 0 and abs(high - 1) < 1e-6 and (np.abs(per_frame - 1) < 1e-6).mean() > .9 or (low == 0 and high == 1):
+        return "stretched to 0 .. 1 (min-max normalised)"
+    return None
+
+
+def why_relative(path):
+    """relative_depth of a whole clip: a window of a stretched clip need not reach its ends."""
+    files = [path, *path.glob("*")] if path.is_dir() else [path]
+    return why_relative_at(path, max((f.stat().st_mtime_ns for f in files if f.exists()), default=0))
+
+
+@functools.lru_cache(maxsize=1)  # one clip is asked about several times in a row
+def why_relative_at(path, changed):
+    return relative_depth(read_arrays(path))
+
+
+def read_depth(path, scale=None, frames=None, inverse=False):
+    """Z-depth (T, H, W) float32 metres, 0 = invalid.
+
+    scale    metres per unit (per unit of 1 / value if inverse); required for integer files
+    inverse  the file holds 1 / z
+    Depth without a unit (see relative_depth) comes back as it is, positive: order and ratios are all it has."""
+    depth = read_arrays(path, frames)
+    if depth.ndim != 3:
+        raise ValueError(f"{path}: array of shape {depth.shape}; wanted z-depth (T, H, W)")
+    relative = scale is None and why_relative(Path(path))
+    if relative and inverse:
+        raise ValueError(f"{path}: relative inverse depth ({relative}): its shift is unknown, so 1 / d is no depth. "
+                         "Fit it to metric points first, or set depth_scale if it has a unit")
+    if depth.dtype.kind != "f" and scale is None and not relative:
+        raise ValueError(f"{path}: {depth.dtype} depth without a unit; add depth_scale (metres per "
+                         "count, 0.001 for millimetres) to the sample's entry in metadata.json")
+    largest = depth[np.isfinite(depth)].max(initial=0) * float(scale or 1)
+    if not inverse and largest > FAR:
+        raise ValueError(f"{path}: depth up to {largest:.3g} m; wanted at most {FAR:.0e}. Write 0 where it is unknown, "
+                         "sky included; check depth_scale")
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        depth = depth.astype(np.float32)
+        depth = (1 / depth if inverse else depth) * np.float32(scale or 1)
+    return np.where((depth > 0) & (depth <= FAR), depth, np.float32(0))
