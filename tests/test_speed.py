@@ -20,8 +20,8 @@ from checkpoints import load_optimizer, load_trained, save_checkpoint
 from model import PRESETS, WanDiT
 
 # True widths and clips, few layers; narrow heads, which else would be most of so shallow a model.
-SHALLOW = replace(PRESETS["1.3b"], num_layers=3, num_pcb=1, taps=(0, 0, 1, 1), dpt_channels=(8, 16, 32, 32), dpt_features=16,
-                  dpt_tail=8, camera_layers=1, camera_iterations=1)
+SHALLOW = replace(PRESETS["1.3b"], num_layers=3, num_pcb=1, taps=(0, 0, 1, 1), dpt_channels=(8, 16, 32, 32),
+                  dpt_features=16, dpt_tail=8, camera_layers=1, camera_iterations=1)
 
 
 def geometry_and_diffusion(video):
