@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -45,9 +45,10 @@ from plan import Count, count, example_batch, fake, fake_model, fake_tensors
 
 TRUE = {1: (21, 336, 592), 2: (81, 592, 336)}           # the guide's clips: frames, height, width
 # The 1.3B preset at an eighth of its widths and a third of its layers, on a small grid.
-SMALL = replace(PRESETS["1.3b"], dim=192, ffn_dim=1120, head_dim=64, text_dim=512, text_len=64, freq_dim=64, has_clip=False,
-                num_layers=10, num_pcb=4, taps=(1, 3, 4, 5), geo_dim=176, geo_heads=2, bridge_width=40, pose_hidden=80, irg_dim=144, irg_heads=2,
-                dpt_channels=(8, 16, 32, 32), dpt_features=16, dpt_tail=8, camera_dim=64, camera_heads=2)
+SMALL = replace(PRESETS["1.3b"], dim=192, ffn_dim=1120, head_dim=64, text_dim=512, text_len=64, freq_dim=64,
+                has_clip=False, num_layers=10, num_pcb=4, taps=(1, 3, 4, 5), geo_dim=176, geo_heads=2,
+                bridge_width=40, pose_hidden=80, irg_dim=144, irg_heads=2, dpt_channels=(8, 16, 32, 32), dpt_features=16,
+                dpt_tail=8, camera_dim=64, camera_heads=2)
 SMALL_SIZE = (21, 64, 112)
 H200_PEAK = 989e12              # dense bf16 FLOP/s of an H100 or H200.  Source: NVIDIA's data sheet
 OPTIONS = SimpleNamespace(**{k: v for k, v in vars(train).items() if type(v) in (int, float, str, bool, tuple, dict)})
@@ -60,7 +61,7 @@ def ideal(cfg, stage, size):
     stage 1   video forward up to the bridge + 3 x trainable forward
     stage 2   video forward + its gradient to the input (linear 1 x forward) + 3 x trainable forward
     ideal counts an attention's backward as 2 x its forward; fused adds the half forward of every fused kernel, which
-    recomputes its scores; recomputed adds the DPT heads, which cannot keep their maps for all frames at full resolution."""
+    recomputes its scores; recomputed adds the DPT heads, whose maps for all frames take 25 GiB in stage 2."""
     with fake_tensors(), torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         model, counts = fake_model(cfg, stage), {}
         b, noise, sigma, keep = example_batch(cfg, 1, *size)
@@ -129,7 +130,8 @@ def whole_heads(model):
 
 
 def make_encoders(cfg, small):
-    """VAE, umT5 and the vision tower (None without CLIP) with random weights; an eighth of the widths, umT5 a third of the layers, when small."""
+    """VAE, umT5 and the vision tower (None without CLIP) with random weights; small: an eighth of the widths, a third of
+    umT5's layers."""
     width = dict(vocab=64, dim=cfg.text_dim, attn_dim=cfg.text_dim, ffn_dim=1280, heads=8, layers=8) if small else {}
     return [WanVAE(12 if small else 96), UMT5Encoder(**width), CLIPVision() if cfg.has_clip else None]
 
@@ -172,13 +174,16 @@ def variants(model, stage, batch, online):
     def run(*contexts, as_stage=stage, checkpointing="none", video=stage == 2, **how):
         def call():
             model.stage, model.checkpoint_activations = as_stage, checkpointing
-            with contexts[0](model) if contexts else nullcontext(), contexts[1](model) if contexts[1:] else nullcontext():
+            with ExitStack() as stack:
+                for context in contexts:
+                    stack.enter_context(context(model))
                 return step(model, batch, video, **how)
         return call
 
     best = dict(checkpointing="selective") if stage == 2 else {}
     rows = {"ours": run(**best),
-            "(a) straightforward": run(gradients_everywhere, whole_heads, as_stage=2, video=True, each=True, online=online),
+            "(a) straightforward": run(gradients_everywhere, whole_heads, as_stage=2, video=True, each=True,
+                                       online=online),
             "(b) encoders online": run(**best, online=online),
             "(b) one clip at a time": run(**best, each=True),
             "(b) autograd and weights of Wan": run(gradients_everywhere, **best),
@@ -222,8 +227,10 @@ def train_true():
             model = fake_model(cfg, stage)
             encoders = fake_list(cfg)
             batch, raw = example_batch(cfg, 1, *size), raw_clips(1, cfg, *size)
-            flops = {name: counted(call)[0].flops for name, call in variants(model, stage, batch, (raw, encoders)).items()}
-        flops = {"ideal": least["ideal"], "fused ideal": least["fused"], "  + heads recomputed": least["recomputed"], **flops}
+            rows = variants(model, stage, batch, (raw, encoders))
+            flops = {name: counted(call)[0].flops for name, call in rows.items()}
+        flops = {"ideal": least["ideal"], "fused ideal": least["fused"], "  + heads recomputed": least["recomputed"],
+                 **flops}
         for name, value in flops.items():
             print(f"  {name:32s}{value / 1e12:12.1f}{value / flops['ours']:11.2f}{value / least['ideal']:12.3f}"
                   f"{value / least['fused']:18.3f}", flush=True)
@@ -240,8 +247,9 @@ def train_small(rounds, batch_size=2):
     raw = raw_clips(batch_size, SMALL, *SMALL_SIZE)
     b, *rest = example_batch(SMALL, batch_size, *SMALL_SIZE)
     batch = (dict(b, **encode(raw, slice(0, batch_size), encoders)), *rest)
-    peak = train.matmul_peak(torch.device("cpu"))
-    print(f"\n{batch_size} clips of {SMALL_SIZE} at an eighth of the widths and a third of the layers, fp32 on this CPU: "
+    square = torch.randn(1024, 1024)
+    peak = 2 * 1024 ** 3 / interleaved({"": lambda: square @ square}, 9)[""][0]
+    print(f"\n{batch_size} clips of {SMALL_SIZE}, an eighth of the widths, a third of the layers, fp32 on this CPU: "
           f"{peak / 1e9:.0f} GFLOP/s in a matrix product, median of {rounds} rounds")
     for stage in (1, 2):
         rows = variants(model.set_stage(stage), stage, batch, (raw, encoders))
@@ -253,14 +261,14 @@ def train_small(rounds, batch_size=2):
         for name, (seconds, spread) in times.items():
             c, loss = first[name]
             print(f"  {name:31s}{seconds:8.2f}{spread:8.0%}{batch_size / seconds:9.2f}{seconds / ours:8.2f}"
-                  f"{c.flops / base:9.2f}{c.flops / seconds / peak:6.0%}{max(c.peak.values()) / 2 ** 20:10.0f}{float(loss):15.6f}",
-                  flush=True)
+                  f"{c.flops / base:9.2f}{c.flops / seconds / peak:6.0%}{max(c.peak.values()) / 2 ** 20:10.0f}"
+                  f"{float(loss):15.6f}", flush=True)
 
 
 # ------------------------------------------------------------------------------------------------------------ sampling
 def straightforward_sample(model, noise, text, negative, y, w2c, K, steps, guidance, decode):
-    """The literal loop: every forward embeds prompt and camera, makes its tables and runs the heads; two passes per step;
-    the geometry of the last forward is not the read-out's, so one more forward follows; then decode the video."""
+    """The literal loop: every forward embeds prompt and camera, makes its tables and runs the heads; two passes per
+    step; the geometry of the last forward is not the read-out's, so one more forward follows; then decode the video."""
     size = (8 * noise.shape[-2], 8 * noise.shape[-1])
     given = dict(y=y, plucker=plucker_rays(w2c, K, size), poses=encode_pose(w2c, K, size))
 
@@ -269,8 +277,10 @@ def straightforward_sample(model, noise, text, negative, y, w2c, K, steps, guida
             table.cache_clear()
         return model(x, t, context, **given)["velocity"]
 
-    latents = sample.sample_euler(lambda x, t: torch.lerp(velocity(x, t, negative), velocity(x, t, text), guidance), noise,
-                                  steps)
+    def guided(x, t):
+        return torch.lerp(velocity(x, t, negative), velocity(x, t, text), guidance)
+
+    latents = sample.sample_euler(guided, noise, steps)
     sigma = sample.READOUT_SIGMA
     out = model((1 - sigma) * latents + sigma * noise, torch.full((1,), 1000 * sigma), text, **given)
     return latents, out, decode(latents)
@@ -289,8 +299,8 @@ def sample_table(rounds, steps=20, guidance=5.0):
             model.set_stage(stage)
             ours = counted(lambda: (model if stage == 2 else model.dit)(
                 noise, sigma, None, b["y"], constants=constants, **(dict(heads=False) if stage == 2 else {})))[0].flops
-            print(f"  stage {stage} checkpoint: ours {2 * ours / 1e12:.0f} TFLOP, straightforward {2 * literal / 1e12:.0f}, "
-                  f"{literal / ours:.2f} x", flush=True)
+            print(f"  stage {stage} checkpoint: ours {2 * ours / 1e12:.0f} TFLOP, straightforward "
+                  f"{2 * literal / 1e12:.0f}, {literal / ours:.2f} x", flush=True)
     torch.manual_seed(0)
     model, vae = FantasyWorld(SMALL), WanVAE(12)
     with torch.no_grad():
@@ -317,9 +327,11 @@ def sample_table(rounds, steps=20, guidance=5.0):
                   f"{times['straightforward'][0] / times['ours'][0]:.2f} x; largest difference {off:.1e}", flush=True)
         model.stage, once = 2, {}
         for n in (2, 4, 8):
-            once[n] = lambda n=n: sample.generate(model, noise, text, negative, y, None, w2c, K, "euler", n, 5.0, guidance)
+            once[n] = lambda n=n: sample.generate(model, noise, text, negative, y, None, w2c, K, "euler", n, 5.0,
+                                                  guidance)
         times = interleaved(once, rounds)
-        print("  seconds of 2, 4, 8 steps without decoding: " + ", ".join(f"{times[n][0]:.2f}" for n in once), flush=True)
+        print("  seconds of 2, 4, 8 steps without decoding: " + ", ".join(f"{times[n][0]:.2f}" for n in once),
+              flush=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------- data
@@ -331,12 +343,14 @@ def write_caches(root, clips, num_frames, height, width, cfg):
     half |= dict(clip=(257, 1280)) if cfg.has_clip else {}
     full = dict(depth=(num_frames, height, width), w2c=(num_frames, 3, 4), intrinsics=(num_frames, 3, 3))
     for i in range(clips):
-        tensors = {k: torch.rand(s).bfloat16() for k, s in half.items()} | {k: torch.rand(s) + 1 for k, s in full.items()}
-        tensors["w2c"], tensors["intrinsics"] = torch.eye(4)[:3].expand(full["w2c"]), 100 * torch.eye(3).expand(full["intrinsics"])
-        save_tensors(folder / f"c{i}.safetensors", tensors, dict(id=f"c{i}", sample=f"c{i}", prompt="", fps=16, split="train"))
+        tensors = {k: torch.rand(s).bfloat16() for k, s in half.items()}
+        tensors |= dict(depth=torch.rand(full["depth"]) + 1, w2c=torch.eye(4)[:3].expand(full["w2c"]),
+                        intrinsics=100 * torch.eye(3).expand(full["intrinsics"]))
+        save_tensors(folder / f"c{i}.safetensors", tensors, dict(id=f"c{i}", sample=f"c{i}", prompt="", fps=16))
     save_tensors(folder / "text_empty.safetensors", dict(text=torch.zeros(1, cfg.text_dim).bfloat16()), {})
-    Path(root, "metadata.json").write_text(json.dumps(dict(samples=[dict(id=f"c{i}", cached=True) for i in range(clips)],
-                                                           splits=dict(train=[f"c{i}" for i in range(clips)]))))
+    ids = [f"c{i}" for i in range(clips)]
+    Path(root, "metadata.json").write_text(json.dumps(dict(samples=[dict(id=i, cached=True) for i in ids],
+                                                           splits=dict(train=ids))))
     return CachedClips(root, "train", height, width, num_frames)
 
 
@@ -354,19 +368,21 @@ def data_table():
             order, spent = [[i % 8 for i in range(n, n + batch)] for n in range(0, 160, batch)], {}
             for epochs in (0, 1):                               # 0: what starting the workers costs by itself
                 start, clock = processor_seconds(), time.perf_counter()
-                for _ in torch.utils.data.DataLoader(clips, batch_sampler=order[:1] + epochs * order, collate_fn=collate,
-                                                     num_workers=2):
+                for _ in torch.utils.data.DataLoader(clips, batch_sampler=order[:1] + epochs * order,
+                                                     collate_fn=collate, num_workers=2):
                     pass
                 spent[epochs] = processor_seconds() - start, time.perf_counter() - clock
             cost, seconds = ((spent[1][i] - spent[0][i]) / 160 for i in (0, 1))
             need = share * H200_PEAK / ideal(PRESETS["1.3b"], stage, size)["ideal"]
-            print(f"  stage {stage}, {size}, {clips.files[0].stat().st_size / 1e6:.0f} MB a clip: {1 / seconds:.1f} clips/s by "
-                  f"the clock; {1e3 * cost:.1f} ms of processor time a clip, {2 / cost:.1f} clips/s on two idle cores; "
-                  f"an H200 at {share:.0%} of {H200_PEAK / 1e12:.0f} TFLOP/s takes {need:.1f}, {2 / cost / need:.1f} x", flush=True)
+            print(f"  stage {stage}, {size}, {clips.files[0].stat().st_size / 1e6:.0f} MB a clip: {1 / seconds:.1f} "
+                  f"clips/s by the clock; {1e3 * cost:.1f} ms of processor time a clip, {2 / cost:.1f} clips/s on two idle "
+                  f"cores; an H200 at {share:.0%} of {H200_PEAK / 1e12:.0f} TFLOP/s takes {need:.1f}, {2 / cost / need:.1f} x",
+                  flush=True)
     with tempfile.TemporaryDirectory() as root:
         clips = write_caches(root, 8, *SMALL_SIZE, SMALL)
         model = FantasyWorld(SMALL).set_stage(1)
-        loader = iter(torch.utils.data.DataLoader(clips, batch_sampler=[[0, 1]] * 100, collate_fn=collate, num_workers=2))
+        loader = iter(torch.utils.data.DataLoader(clips, batch_sampler=[[0, 1]] * 100, collate_fn=collate,
+                                                  num_workers=2))
         wait = spent = 0.0
         for i in range(8):
             start = time.perf_counter()
@@ -420,14 +436,16 @@ def scaling_table(rounds):
     """What ranks send, and how cost grows with the number of tokens."""
     print("\nscaling: gloo ranks, two micro-steps, one synchronised")
     for ranks in (1, 2, 4):
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", __file__, "rank"]
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", __file__,
+                   "rank"]
         result = subprocess.run(command, capture_output=True, text=True, timeout=300)
         if result.returncode:
             raise SystemExit(result.stderr)
         r = json.loads(result.stdout.strip().splitlines()[-1])
-        print(f"  {ranks} ranks: {r['bytes']:,} bytes reduced per step = {r['bytes'] / r['gradient']:.4f} x the trainable gradient, "
-              f"{r['no_sync']} in the micro-step before; {r['buckets']} buckets, the first sent after {r['first']:.0%} of the "
-              f"backward, {r['hidden']:.0%} of the communication before its last bucket was ready", flush=True)
+        print(f"  {ranks} ranks: {r['bytes']:,} bytes reduced per step = {r['bytes'] / r['gradient']:.4f} x the trainable "
+              f"gradient, {r['no_sync']} in the micro-step before; {r['buckets']} buckets, the first sent after "
+              f"{r['first']:.0%} of the backward, {r['hidden']:.0%} of the communication before the last bucket was ready",
+              flush=True)
     model, rows, tokens, flops = FantasyWorld(SMALL), {}, {}, {}
     model.set_stage(2)
     for frames in (21, 41, 81):
@@ -438,12 +456,12 @@ def scaling_table(rounds):
     times = interleaved(rows, rounds)
     true = {frames: count(PRESETS["1.3b"], 2, lambda m, *b: train.compute_loss(m, *b, OPTIONS, True)[0],
                           (1, frames, 592, 336), "none")["flops"] for frames in (21, 41, 81)}
-    print("  stage 2, exponent of cost against tokens:")
+    print("  stage 2, exponent of cost against tokens, 4n + 1 frames of 592 x 336 and of the reduced size:")
     for a, b in ((21, 41), (41, 81)):
         def exponent(values, a=a, b=b):
             return math.log(values[b] / values[a]) / math.log(tokens[b] / tokens[a])
-        print(f"    {a} -> {b} frames: FLOPs at true size {exponent(true):.2f}; reduced width: FLOPs {exponent(flops):.2f}, "
-              f"measured time {exponent({k: v[0] for k, v in times.items()}):.2f}", flush=True)
+        print(f"    {a} -> {b} frames: FLOPs at true size {exponent(true):.2f}; reduced width: FLOPs "
+              f"{exponent(flops):.2f}, measured time {exponent({k: v[0] for k, v in times.items()}):.2f}", flush=True)
 
 
 def main():

@@ -622,11 +622,11 @@ class FantasyWorld(nn.Module):
         adapters = () if rays is None else self.camera_adapters
         return {i: partial(adapter, rays=rays, keep=keep) for i, adapter in enumerate(adapters)}
 
-    def irg_step(self, i, x, z, video, geo, ropes):
+    def irg_step(self, i, x, z, video, geo, ropes, adapter=None):
         """One IRG step: video tokens x (or None: geometry alone), geometry tokens z -> x, z, tap (B, f*P, 2C)."""
         frame_block, global_block = self.frame_blocks[i], self.global_blocks[i]
         block = self.dit.blocks[self.cfg.num_pcb + i]
-        rows, keys, adapter = video
+        rows, keys = video
         rows_z, f = geo
         z_frame = frame_block(z, rows_z, f, ropes["frame"])
         z = global_block.attend(z_frame, rows_z, 1, ropes["global"])
@@ -700,8 +700,8 @@ class FantasyWorld(nn.Module):
         x, taps = x if video else None, {}
         for i in range(cfg.geo_layers):
             j = cfg.num_pcb + i
-            video_part = (rows, keys(j) if video else None, adapters.get(j))
-            x, z, tap = self.run(self.irg_step, i, x, z, video_part, geo, ropes)
+            at = (rows, keys(j) if video else None)
+            x, z, tap = self.run(self.irg_step, i, x, z, at, geo, ropes, adapters.get(j))
             if heads and (i in cfg.taps or i == cfg.geo_layers - 1):
                 taps[i] = tap
         out = dict(velocity=dit.unpatchify(dit.head(x, e), grid) if video else None)

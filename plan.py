@@ -35,7 +35,8 @@ def backward_flops(gradient, query, key, value, *args, out_shape=None, **kwargs)
 
 
 class Count(TorchDispatchMode):
-    """FLOPs of what runs inside (.attention: the part of attention), and bytes of the tensors made inside that are alive: .now, and .peak per .phase.
+    """FLOPs of what runs inside (.attention: its part of them), and bytes of the tensors made inside that are alive:
+    .now, and .peak per .phase.
 
     Recomputation counts.  A fused attention's backward counts 2.5 times its forward, for it recomputes the scores that
     were never stored.  torch's table of formulas lacks the CPU's attention: it is added above.  (FlopCounterMode
@@ -109,9 +110,9 @@ def example_batch(cfg, batch, num_frames, height, width, words=None):
     """Random tensors with the names and shapes of evaluate.prepare's batch, and noise: the sizes are what counts."""
     f, h, w = (num_frames - 1) // 4 + 1, height // 8, width // 8
     maps = (batch, num_frames, height, width)
-    b = dict(latents=torch.randn(batch, 16, f, h, w), depth=1 + torch.rand(maps), mask=torch.ones(maps, dtype=torch.bool),
-             points=torch.randn(*maps, 3), pose_enc=torch.randn(batch, num_frames, 9),
-             plucker=torch.randn(batch, 6, *maps[1:]), y=None,
+    b = dict(latents=torch.randn(batch, 16, f, h, w), depth=1 + torch.rand(maps),
+             mask=torch.ones(maps, dtype=torch.bool), points=torch.randn(*maps, 3),
+             pose_enc=torch.randn(batch, num_frames, 9), plucker=torch.randn(batch, 6, *maps[1:]), y=None,
              text=[torch.randn(words or cfg.text_len, cfg.text_dim) for _ in range(batch)])
     if cfg.in_dim > 16:
         b["y"] = torch.randn(batch, cfg.in_dim - 16, f, h, w)
@@ -132,13 +133,14 @@ def measure_step(model, loss, size, half=True):
     for p in model.parameters():
         p.grad = torch.zeros_like(p) if p.requires_grad else None
 
+    def arrived(i):
+        left.discard(i)
+        live.phase = live.phase if left else "backward"
+
     def heads_begin(head, args):
-        if not left or live.phase == "heads":
-            return
         live.phase, kept["activations"] = "heads", live.now
         for i, taps in enumerate(args[0]):          # when the gradients of all four have arrived, the heads are done
-            taps.register_hook(lambda g, i=i: (left.discard(i), setattr(live, "phase", live.phase if left else "backward"),
-                                               None)[-1])
+            taps.register_hook(lambda gradient, i=i: arrived(i))
 
     kept, hook = {}, model.depth_head.register_forward_pre_hook(heads_begin)
     with live:
@@ -187,10 +189,11 @@ def settings(counts, gpus, gigabytes, total):
     returns  checkpointing, shard_optimizer, batch_size, grad_accum, bytes; None when nothing fits"""
     for how in (how for how in CHECKPOINTING if how in counts):
         for shard in (False, True)[:1 + (gpus > 1)]:
+            share = gpus if shard else 1
             fits = [b for b in range(1, total // gpus + 1) if total % (b * gpus) == 0
-                    and needs(counts[how], b, gpus if shard else 1) <= GPU_SHARE * gigabytes * GIB]
+                    and needs(counts[how], b, share) <= GPU_SHARE * gigabytes * GIB]
             if fits:
-                return how, shard, fits[-1], total // (fits[-1] * gpus), needs(counts[how], fits[-1], gpus if shard else 1)
+                return how, shard, fits[-1], total // (fits[-1] * gpus), needs(counts[how], fits[-1], share)
     return None
 
 
@@ -199,19 +202,19 @@ def report(cfg, stage, loss, size, total, hardware, half=True):
     counts = {how: {b: count(cfg, stage, loss, (b, *size), how, half) for b in (1, 2)}
               for how in (CHECKPOINTING if stage else CHECKPOINTING[:1])}
     one = counts["none"][1]
-    yield (f"stage {stage}, {size[0]} x {size[1]} x {size[2]}, global batch {total}.  GiB per rank, counted on fake tensors "
-           f"in {'bf16' if half else 'fp32'}; nothing was allocated.")
+    yield (f"stage {stage}, {size[0]} x {size[1]} x {size[2]}, global batch {total}.  GiB per rank, counted on fake "
+           f"tensors in {'bf16' if half else 'fp32'}; nothing was allocated.")
     yield (f"frozen weights {one['frozen'] / GIB:.3g} | trainable weights {one['trainable'] / GIB:.3g} | gradients "
            f"{one['gradients'] / GIB:.3g} | AdamW moments {one['moments'] / GIB:.3g}, sharded over n ranks 1/n of it")
-    yield f"{'one clip':<15s}{'blocks':>9s}{'heads':>9s}{'backward':>10s}{'peak':>9s}{'each more':>11s}{'TFLOP/clip':>12s}"
+    yield f"{'one clip':<17s} blocks    heads  backward     peak  each more  TFLOP/clip"
     for how, c in counts.items():
         more = c[2]["peak"] - c[1]["peak"]
         yield (f"{how:<15s}" + "".join(f"{c[1][k] / GIB:>{n}.3g}" for k, n in
                                        (("activations", 9), ("heads", 9), ("backward", 10), ("peak", 9)))
                + f"{more / GIB:>11.3g}{c[1]['flops'] / 1e12:>12.4g}")
-    yield (f"blocks: kept from forward to backward; on top of them heads and losses, later backward.  Up to {GPU_SHARE:.0%} of "
-           "a GPU is planned with.")
-    yield f"{'GPUs':<14s}{'checkpoint_activations':>23s}{'shard_optimizer':>17s}{'batch_size':>12s}{'grad_accum':>12s}{'GiB':>8s}"
+    yield ("blocks: kept from forward to backward; on top of them heads and losses, later backward.  "
+           f"Up to {GPU_SHARE:.0%} of a GPU is planned with.")
+    yield f"{'GPUs':<14s} checkpoint_activations  shard_optimizer  batch_size  grad_accum     GiB"
     for gpus, gigabytes in hardware:
         found = settings(counts, gpus, gigabytes, total)
         name = f"{gpus} x {gigabytes:g} GB"

@@ -142,8 +142,8 @@ def conditions(encoders, prompts, image, frames, progress=iter):
 
 
 @torch.no_grad()
-def generate(model, noise, text, negative, y, clip, w2c, K, sampler, steps, shift, guidance, watch=None,
-             last_step=False, decode=None):
+def generate(model, noise, text, negative, y, clip, w2c, K, sampler, steps, shift, guidance, decode=None,
+             watch=None, last_step=False):
     """Sample latents (1, 16, f, h, w), then read the geometry once at READOUT_SIGMA -> latents, geometry dict, video.
 
     Guidance is v_neg + g (v_pos - v_neg), both in one batch; camera and image are the same in both.  What does not
@@ -250,8 +250,8 @@ def sample_one(args, job, meta, have, w2c, K, device):
     with torch.autocast(device.type, torch.bfloat16, enabled=have.half):
         latents, geometry, video = generate(
             model, noise, [have.texts[job["prompt"]]], [have.negative], y, have.clip, w2c.to(device), K.to(device),
-            args.sampler, args.steps, args.shift, args.guidance, previewer(job["out"] / "preview", args.preview_every),
-            "readout" in args.quirks, None if args.low_memory else decode)
+            args.sampler, args.steps, args.shift, args.guidance, None if args.low_memory else decode,
+            previewer(job["out"] / "preview", args.preview_every), "readout" in args.quirks)
     if args.low_memory:
         model.to("cpu")
         video = decode(latents)

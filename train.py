@@ -201,7 +201,7 @@ def check_depth_kinds(clips, master):
               "normalised); they train the depth head alone, with depth_mode ssi", flush=True)
 
 
-def make_optimizer(model, world, group):
+def make_optimizer(model, world, group=None):
     """AdamW; no decay on norms, gates, biases, modulation and tokens.  Sharded: each rank updates its share of the
     parameters and sends them to the others, so the moments are kept once in all (ZeRO, Rajbhandari et al. 2020)."""
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
