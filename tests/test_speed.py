@@ -1,4 +1,5 @@
 """The least work and what is sent and kept: counted FLOPs, bytes, operations and graphs; never time."""
+import pathlib
 from dataclasses import replace
 
 import pytest
@@ -19,6 +20,7 @@ import train
 from checkpoints import load_optimizer, load_trained, save_checkpoint
 from model import PRESETS, WanDiT
 
+ROOT = pathlib.Path(__file__).parents[1]
 # True widths and clips, few layers; narrow heads, which else would be most of so shallow a model.
 SHALLOW = replace(PRESETS["1.3b"], num_layers=3, num_pcb=1, taps=(0, 0, 1, 1), dpt_channels=(8, 16, 32, 32),
                   dpt_features=16, dpt_tail=8, camera_layers=1, camera_iterations=1)
@@ -83,6 +85,17 @@ def test_the_plan_prefers_no_recomputation_then_no_sharding_and_refuses_what_can
     assert plan.settings(counts, 8, 40, 112)[:4] == ("selective", False, 2, 7)
     assert plan.settings(counts, 8, 22, 112)[:4] == ("selective", True, 1, 14)
     assert plan.settings(counts, 1, 10, 112) is None
+
+
+def test_the_plan_command_needs_no_weights_and_no_data(monkeypatch, capsys):
+    known = dict(vars(train))
+    found = train.config.apply(known, [f"{ROOT}/config/demo0.py", "--num_frames=5", "--height=32", "--width=48",
+                                       f"--model_overrides={TINY.__dict__}", "--plan=True", "--plan_gpus=2"])
+    for name, value in found.items():
+        monkeypatch.setattr(train, name, value)
+    train.main(found)
+    text = capsys.readouterr().out
+    assert "global batch 64" in text and "8 x 40 GB" in text and "2 x 80 GB" in text
 
 
 # ---- what a GPU runs, as far as a CPU can show it
