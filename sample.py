@@ -298,7 +298,7 @@ def main():
 if __name__ == "__main__":
     try:
         main()
-    except torch.OutOfMemoryError as error:
+    except torch.cuda.OutOfMemoryError as error:
         print(f"sample.py: {str(error).splitlines()[0]}; try --low_memory, fewer --frames or a smaller size", file=sys.stderr)
         sys.exit(2)
     except ValueError as error:

@@ -488,8 +488,8 @@ if __name__ == "__main__":
                 print(describe(path))
         else:
             main(config.apply(globals(), sys.argv[1:]))
-    except torch.OutOfMemoryError as error:
+    except torch.cuda.OutOfMemoryError as error:
         raise SystemExit(f"train.py: {str(error).splitlines()[0]} Halve --batch_size and double --grad_accum, or set "
-                         f"--checkpoint_activations=True") from None
+                         f"--checkpoint_activations=full") from None
     except ValueError as error:                 # bad input: one line that names it, no traceback
         raise SystemExit(f"train.py: {error}") from None
