@@ -1,6 +1,7 @@
-"""train.py with an accident in one micro-step: `python tests/inject.py RANK STEP MICRO WHAT CONFIG.py [--key=value ...]`.
+"""train.py with accidents: `python tests/inject.py RANK,STEP,MICRO,WHAT[+...] CONFIG.py [--key=value ...]`.
 
-WHAT: term (SIGTERM to this rank), nan (a pixel of the first clip), hang (this rank sleeps)."""
+WHAT: nan (a pixel of the first clip of that micro-step), and on the first attempt of a torchrun only: term (SIGTERM to
+this rank), kill (SIGKILL), hang (this rank sleeps)."""
 import os
 import pathlib
 import signal
@@ -14,6 +15,7 @@ import config            # noqa: E402
 import train             # noqa: E402
 
 ACTS = dict(term=lambda b: os.kill(os.getpid(), signal.SIGTERM),
+            kill=lambda b: os.kill(os.getpid(), signal.SIGKILL),
             nan=lambda b: b["latents"][0, 0, 0, 0, 0].fill_(float("nan")),
             hang=lambda b: time.sleep(1000))
 
@@ -31,8 +33,10 @@ def at(step, micro, act):
 
 
 if __name__ == "__main__":
-    rank, step, micro, what, *arguments = sys.argv[1:]
-    if os.environ.get("RANK", "0") == rank and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
-        vars(train).update(at(int(step), int(micro), ACTS[what]))
+    accidents, *arguments = sys.argv[1:]
+    for rank, step, micro, what in (a.split(",") for a in accidents.split("+")):
+        first = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
+        if os.environ.get("RANK", "0") == rank and (first or what == "nan"):
+            vars(train).update(at(int(step), int(micro), ACTS[what]))
     sys.argv = ["train.py", *arguments]
     train.main(config.apply(vars(train), arguments))

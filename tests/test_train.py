@@ -20,14 +20,15 @@ ROOT = pathlib.Path(__file__).parents[1]
 SIZES = {k: v for k, v in TINY.__dict__.items()}
 
 
-def run(*args, ranks=0, ok=True):
+def run(*args, ranks=0, ok=True, restarts=0):
     """One command as in the repository root; returns its output.  train.py alone runs in this process: quicker."""
     if args[0] == "train.py" and args[1] != "--check" and not ranks:
         code, text = train_here(*args[1:])
         assert (code == 0) == ok, (code, text)
         return text + str(code)
     launcher = [sys.executable] if not ranks else [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+        sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}",
+        f"--max-restarts={restarts}"]
     result = subprocess.run(launcher + [str(a) for a in args], cwd=ROOT, capture_output=True, text=True, timeout=240,
                             env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert (result.returncode == 0) == ok, result.stdout + result.stderr
