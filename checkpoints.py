@@ -13,6 +13,7 @@ from dataclasses import replace
 from functools import partial
 
 import torch
+import torch.distributed as dist
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -134,7 +135,7 @@ def load_trained(model, path):
     A checkpoint holds what its stage trains; after stage 1 the interaction keeps its zero start.  Anything else that is
     missing, left over or of another shape is a ValueError."""
     sd, meta = read_checked(path)
-    own, untrained = model.state_dict(), ("camera_adapters.", "exchange.") if meta.get("stage") == "1" else ()
+    own, untrained = model.state_dict(), ("camera_adapters.", "exchange.", "ray_encoder.") if meta.get("stage") == "1" else ()
     wanted = (k for k in own if k.startswith("dit.") == (meta.get("stage") == "0") and not k.startswith(untrained))
     missing = [k for k in wanted if k not in sd]
     extra = [k for k in sd if k not in own or sd[k].shape != own[k].shape]
@@ -195,12 +196,14 @@ def write_whole(path, write):
     os.close(folder)
 
 
-def save_checkpoint(out, step, model, optimizer, metadata, keep_last, keep_every=0):
+def save_checkpoint(out, step, model, states, metadata, keep_last, keep_every=0):
     """OUT/step-N.safetensors (trainable tensors), its optimizer state beside it, latest as a hard link; prune.
+
+    states   of optimizer_state
 
     Raises OSError or SafetensorError when the disk is full or gone; what was saved before is then untouched."""
     names = {id(p): name for name, p in model.named_parameters()}
-    moments = {f"{names[id(p)]}|{key}": value for p, state in optimizer_state(optimizer).items() for key, value in state.items()}
+    moments = {f"{names[id(p)]}|{key}": value for p, state in states.items() for key, value in state.items()}
     for end, tensors in ((".optim", moments), ("", model.trainable_state_dict())):     # the weights make a checkpoint: last
         content = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
         told = {**metadata, "step": str(step), "sha256": digest(content)}
@@ -226,18 +229,30 @@ def link_latest(out, step):
 def prune(out, newest, keep_last, keep_every):
     """Delete checkpoints before the newest but keep_last; those at multiples of keep_every lose their optimizer only."""
     older = [step for step in saved_steps(out) if step < newest]
-    for step in older[:len(older) - keep_last + 1]:
+    for step in older[:max(0, len(older) - keep_last + 1)]:
         if not keep_every or step % keep_every:
             (out / f"step-{step}.safetensors").unlink()
         (out / f"step-{step}.optim.safetensors").unlink(missing_ok=True)
 
 
 def optimizer_state(optimizer):
-    """parameter -> its state; of a sharded optimizer all ranks' shares, which it must have consolidated here."""
-    if not hasattr(optimizer, "consolidate_state_dict"):
+    """parameter -> its AdamW state.  To be called on all ranks: of a sharded optimizer each owner sends its share,
+    tensor by tensor, and rank 0 gets all of it, on the host (torch's consolidate_state_dict takes minutes for GBs)."""
+    if not hasattr(optimizer, "optim"):
         return optimizer.state
+    mine, whole, owners = optimizer.optim.state, {}, [None] * dist.get_world_size()
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    return {parameters[i]: state for i, state in optimizer.state_dict()["state"].items()}
+    dist.all_gather_object(owners, {i: list(mine[p]) for i, p in enumerate(parameters) if p in mine})
+    for owner, share in enumerate(owners):
+        for i, keys in share.items():
+            p = parameters[i]
+            for key in keys:
+                value = mine[p][key] if owner == dist.get_rank() else (
+                    torch.zeros((), device=p.device) if key == "step" else torch.empty_like(p))
+                dist.broadcast(value, owner)
+                if dist.get_rank() == 0:
+                    whole.setdefault(p, {})[key] = value.detach().cpu()
+    return whole
 
 
 def saved_steps(out):
@@ -292,6 +307,8 @@ def load_optimizer(path, model, optimizer):
 
 def describe(path):
     """What a checkpoint holds, as text; ValueError when it is damaged or does not fit the model that it names."""
+    if str(path).endswith((".pth", ".pt")):
+        raise ValueError(f"{path}: not a checkpoint of train.py; wanted a .safetensors file of a run folder")
     tensors, meta = read_checked(path)
     if missing := [key for key in ("stage", "step", "model_config") if key not in meta]:
         raise ValueError(f"{path}: no {', '.join(missing)} in its metadata: not a checkpoint of train.py")

@@ -464,7 +464,11 @@ class CachedClips(torch.utils.data.Dataset):
         sample = self.samples[meta["sample"]]
         if sample["video"] and sample["video"].is_file():
             size = (int(meta[k]) for k in ("height", "width", "num_frames", "start", "stride"))
-            video = load_clip(sample, *size)["video"]
+            try:
+                video = load_clip(sample, *size)["video"]
+            except (ValueError, OSError) as error:            # training needs the caches alone
+                print(f"warning: a picture without its frames: {error}", flush=True)
+                return None
         elif self.prefix == "transform":
             video = make_encoders().load_vae().decode(self[i]["latents"][None])[0]
         else:

@@ -387,9 +387,20 @@ def export_names(text):
     return names
 
 
+def check_out(out, names):
+    """An export replaces folders that it has made before, and no others."""
+    if not (out / ".sample").exists():
+        for folder in (out / EXPORTS[name][0] for name in names):
+            if folder.is_dir():
+                raise ValueError(f"--out {out}: {folder} is there and is not of an earlier sample, which would be "
+                                 f"replaced. Choose another --out")
+
+
 def export(scene, out, names, progress=iter):
     """Write the named files and, last, report.json: where it lies, the sample is complete."""
+    check_out(out, names)
     out.mkdir(parents=True, exist_ok=True)
+    (out / ".sample").touch()
     (out / "report.json").unlink(missing_ok=True)
     for name in progress(names):
         target = out / EXPORTS[name][0]

@@ -7,7 +7,7 @@ import re
 import torch
 
 from cameras import FORMATS
-from export import EXPORTS, USUAL
+from export import EXPORTS, USUAL, check_out, export_names
 
 
 # What the release's sampling does unlike ours, by default with its weights; --correct NAME does it our way.
@@ -112,10 +112,10 @@ def read_prompts(text):
         return [text]
     if not path.is_file():
         raise ValueError(f"--prompt {text}: no such file")
-    lines = [line.strip() for line in path.read_text().splitlines()]
-    if not any(lines):
+    lines = [line for line in map(str.strip, path.read_text().splitlines()) if line and not line.startswith("#")]
+    if not lines:
         raise ValueError(f"--prompt {text}: no prompt in it; wanted one a line")
-    return [line for line in lines if line and not line.startswith("#")]
+    return lines
 
 
 def plan(args, prompts, meta):
@@ -127,10 +127,13 @@ def plan(args, prompts, meta):
     for i, job in enumerate(jobs):
         slug = re.sub("[^a-z0-9]+", "-", job["prompt"].lower())[:40].strip("-")
         job["out"] = args.out / f"{i:03d}-{slug}-seed{job['seed']}" if len(jobs) > 1 else args.out
-        job["settings"] = dict(shared, prompt=job["prompt"], seed=job["seed"], step=meta["step"])
+        job["settings"] = dict(shared, prompt=job["prompt"], seed=job["seed"], step=meta["step"],
+                               sha256=meta.get("sha256", ""))
     left = [job for job in jobs if len(jobs) == 1 or not finished(job)]
     if len(left) < len(jobs):
         print(f"{args.out}: {len(jobs) - len(left)} of {len(jobs)} samples are there already and are kept")
+    for job in left:
+        check_out(job["out"], export_names(args.export))
     return left
 
 

@@ -26,7 +26,7 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
 import config
-from checkpoints import describe, link_latest, load_optimizer, newest_whole, read_tensors, save_checkpoint, tidy
+from checkpoints import describe, link_latest, load_optimizer, newest_whole, optimizer_state, read_tensors, save_checkpoint, tidy
 from control import BadSteps, Stop, from_first, ignore_signals, start_processes
 from data import CachedClips, collate
 from evaluate import evaluate, evaluate_only, generator, prepare
@@ -183,6 +183,8 @@ def check_options():
         raise SystemExit(f"stage 2 starts from a stage 1 checkpoint or a release's model.pth; init_from = "
                          f"{init_from!r} is neither. "
                          f"Train config/stage1.py first, then --init_from=outputs/stage1/latest.safetensors")
+    if eval_only and not init_from:
+        raise SystemExit("eval_only needs --init_from=CHECKPOINT[,CHECKPOINT ...]")
     for path in filter(None, init_from.split(",")):
         metadata_of(path)
 
@@ -392,18 +394,17 @@ def main(options):
         """Write the checkpoint of a step on rank 0, every rank waiting; a failed write ends the run if it should."""
         bad.report(log)
         records.flush()
-        if hasattr(optimizer, "consolidate_state_dict"):
-            optimizer.consolidate_state_dict()              # sharded: every rank sends its moments to rank 0
-        error = ""
+        states, error = optimizer_state(optimizer), ""
         if master:
             try:
                 told = dict(metadata, norm_mean=repr(float(bad.mean)))
-                save_checkpoint(out, step, model, optimizer, told, keep_last, keep_every)
+                save_checkpoint(out, step, model, states, told, keep_last, keep_every)
             except (OSError, SafetensorError) as caught:
                 error = f"step {step} is not saved ({caught}); earlier checkpoints in {out} are untouched. Free some space"
                 log(f"# warning: {error}")
         if (error := from_first(error)) and (on_save_error == "stop" or step == max_steps):
             raise SystemExit(f"{error}, then start the same command again")
+        return not error
 
     # ---- loop
     batches = Batches(len(clips["train"]), first_step, rank, world)
@@ -460,8 +461,7 @@ def main(options):
             watch.update(done, scalars)
             tick, since = time.perf_counter(), 0
         if done % save_every == 0 or done == max_steps:
-            save(done)
-            saved = done
+            saved = done if save(done) else saved
         if eval_every and done % eval_every == 0:     # after saving: it can take longer than a preemption's grace
             rows = evaluate(model, clips["val"], dev, autocast, settings, rank, world,
                             lambda image: records.picture(done, image))
@@ -469,9 +469,9 @@ def main(options):
                 log(f"# val step {done} {name} | " + " | ".join(f"{k} {v:.4g}" for k, v in row.items()))
                 records.scalars(done, {f"val {name}/{key}": value for key, value in row.items()})
             tick, since = time.perf_counter(), 0
-    if stopped and done > saved:
-        save(done)
-    log(f"# stopped by {signal.Signals(stopped).name} after step {done}; the same command goes on from there" if stopped
+    if stopped and done > saved and save(done):
+        saved = done
+    log(f"# stopped by {signal.Signals(stopped).name} after step {done}; the same command goes on from step {saved}" if stopped
         else f"# done: {out / 'latest.safetensors'}, {clock(time.perf_counter() - started)}")
     records.close()
     if world > 1:

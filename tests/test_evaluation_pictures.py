@@ -74,6 +74,9 @@ def test_the_frames_of_a_cached_clip_are_its_video_or_the_codecs(tmp_path):
     assert video.shape == coded.shape == (5, 32, 48, 3) and video.dtype == np.uint8
     assert np.abs(video.astype(int) - data.read_video(root / "train_000000" / "video.mp4")[0]).max() <= 1
     assert np.abs(video.astype(int) - coded).mean() < 25                           # the codec blurs
+    clips = data.CachedClips(root, "train", 32, 48, 5)
+    (root / "train_000000" / "camera_params.txt").write_text("damaged since")
+    assert clips.frames(0) is None                                                 # training goes on without them
     (root / "train_000000" / "video.mp4").unlink()
     clips = data.CachedClips(root, "train", 32, 48, 5)
     assert np.abs(clips.frames(0).astype(int) - coded).mean() < 5

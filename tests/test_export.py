@@ -269,3 +269,12 @@ def test_points_are_thinned_evenly_to_the_number_asked_for(scene):
     assert {int(i) // (H * W) for i in index} == set(range(T))
     centre = inv_se3(torch.from_numpy(scene.w2c))[index // (H * W), :, 3].numpy()
     assert (np.linalg.norm(xyz - centre, axis=1) >= scene.depth.reshape(-1)[index] - 1e-4).all()
+
+
+def test_an_export_replaces_no_folder_that_it_has_not_made(tmp_path):
+    (tmp_path / "cameras").mkdir()
+    (tmp_path / "cameras" / "mine.txt").write_text("precious")
+    with pytest.raises(ValueError, match="is not of an earlier sample"):
+        E.check_out(tmp_path, ["video", "formats"])
+    E.check_out(tmp_path, ["video", "cameras"])
+    assert (tmp_path / "cameras" / "mine.txt").read_text() == "precious"

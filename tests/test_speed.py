@@ -17,7 +17,7 @@ import bench
 import plan
 import sample
 import train
-from checkpoints import load_optimizer, load_trained, save_checkpoint
+from checkpoints import load_optimizer, load_trained, optimizer_state, save_checkpoint
 from model import PRESETS, WanDiT
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -211,9 +211,9 @@ def two_ranks(rank, folder):
     moments = sum(v.numel() for s in optimizer.optim.state.values() for v in s.values() if v.dim())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert 0.8 * trained < moments < 1.2 * trained, "two moments of half of the parameters"
-    optimizer.consolidate_state_dict()
+    states = optimizer_state(optimizer)
     if rank == 0:
-        save_checkpoint(folder, 2, sharded, optimizer, dict(stage="1"), 1)
+        save_checkpoint(folder, 2, sharded, states, dict(stage="1"), 1)
     dist.barrier()
     sharded, wrapped, optimizer = start(True)                                           # resume
     load_trained(sharded, folder / "step-2.safetensors")

@@ -184,6 +184,9 @@ def test_a_full_disk_costs_one_checkpoint_or_stops_as_configured(survivor, tmp_p
     code, text = train_here(*survivor[1], f"--out_dir={tmp_path}/on", **full_disk(4))
     assert code == 0 and "warning: step 4 is not saved" in text and checkpoints.saved_steps(tmp_path / "on") == [2, 5]
     assert not list((tmp_path / "on").glob("*.tmp"))
+    accident = {**full_disk(4), **at(4, 0, ACTS["term"])}        # a failed save is tried again before leaving
+    code, text = train_here(*survivor[1], f"--out_dir={tmp_path}/again", "--log_every=9", **accident)
+    assert code == 128 + signal.SIGTERM and "goes on from step 2" in text
     compare(survivor[0] / "whole", tmp_path / "on", STEPS)
     code, text = train_here(*survivor[1], f"--out_dir={tmp_path}/off", "--on_save_error=stop", **full_disk(4))
     assert "step 4 is not saved" in code and checkpoints.newest_whole(tmp_path / "off") == 2
@@ -226,6 +229,14 @@ def test_pruning_keeps_the_newest_the_multiples_and_what_latest_points_to(surviv
     checkpoints.prune(tmp_path, 5, 1, 0)
     assert checkpoints.saved_steps(tmp_path) == [5, 7] and (tmp_path / "latest.safetensors").samefile(
         tmp_path / "step-5.safetensors")
+
+
+@pytest.mark.parametrize("keep_last", [1, 2, 3, 4, 8])
+def test_pruning_keeps_as_many_as_it_was_told(tmp_path, keep_last):
+    for step in range(1, 11):
+        (tmp_path / f"step-{step}.safetensors").touch()
+        checkpoints.prune(tmp_path, step, keep_last, 0)
+        assert checkpoints.saved_steps(tmp_path) == list(range(max(1, step - keep_last + 1), step + 1))
 
 
 def test_check_prints_what_a_checkpoint_holds_and_refuses_others(survivor, tmp_path):
