@@ -18,6 +18,7 @@ import torch.distributed as dist
 from safetensors.torch import save
 from tqdm import tqdm
 
+from control import gathered
 from readers import FAR, check_file, read_json
 
 EMPTY_TEXT, MAX_HEADER, DTYPES = "text_empty", 2 ** 20, dict(BF16=torch.bfloat16, F32=torch.float32, BOOL=torch.bool)
@@ -165,15 +166,6 @@ def read_clip(path):
 
 
 # --- All caches of a split ---------------------------------------------------------------------------------
-def gathered(value):
-    """The value of every rank, in order of rank."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return [value]
-    values = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
-
-
 def is_whole(path):
     """Whether read_values takes the file."""
     try:
@@ -201,7 +193,7 @@ def check_values(folder, names):
         known = {}
     stamps = {name: stamp(name) for name in names}
     todo = sorted(set().union(*gathered([name for name in names if known.get(name) != stamps[name]])))
-    rank, world = (dist.get_rank(), dist.get_world_size()) if len(gathered(0)) > 1 else (0, 1)
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     share, found = todo[rank::world], {}
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         mine = dict(zip(share, tqdm(pool.map(problem, share), "check caches", len(share), unit="clip", delay=3,

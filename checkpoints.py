@@ -17,6 +17,7 @@ import torch.distributed as dist
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from control import gathered
 from model import Config, FantasyWorld, WanDiT, check_names, half_precision
 
 # md5 over the names and shapes of each release's DiT.  Source: DiffSynth-Studio's model detection.
@@ -240,10 +241,10 @@ def optimizer_state(optimizer):
     tensor by tensor, and rank 0 gets all of it, on the host (torch's consolidate_state_dict takes minutes for GBs)."""
     if not hasattr(optimizer, "optim"):
         return optimizer.state
-    mine, whole, owners = optimizer.optim.state, {}, [None] * dist.get_world_size()
+    mine, whole = optimizer.optim.state, {}
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    dist.all_gather_object(owners, {i: list(mine[p]) for i, p in enumerate(parameters) if p in mine})
-    for owner, share in enumerate(owners):
+    shares = gathered({i: list(mine[p]) for i, p in enumerate(parameters) if p in mine})
+    for owner, share in enumerate(shares):
         for i, keys in share.items():
             p = parameters[i]
             for key in keys:

@@ -41,6 +41,15 @@ def from_first(value):
     return box[0]
 
 
+def gathered(value):
+    """The value of every rank, in order of rank."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return [value]
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
 def ignore_signals(_worker):
     """For loader workers: a terminal or torchrun signals the whole process group, and the trainer still needs them."""
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -111,10 +120,7 @@ class BadSteps:
             if bad:
                 culprits = [i for ok, names in zip(finite.tolist(), ids) if not ok for i in names]
                 found[step] = (culprits, sum(ids, []), float(norm))
-        everyone = [found]
-        if found and dist.is_initialized():
-            everyone = [None] * dist.get_world_size()
-            dist.all_gather_object(everyone, found)
+        everyone = gathered(found) if found else []
         for (step, *_), bad in zip(pending, verdicts):
             self.row = self.row + 1 if bad else 0
             if bad:

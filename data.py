@@ -30,8 +30,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from caches import EMPTY_TEXT, check_folder, fits, gathered, is_whole, read_clip, read_values, save_tensors
+from caches import EMPTY_TEXT, check_folder, fits, is_whole, read_clip, read_values, save_tensors
 from cameras import inverse, read_cameras, write_cameras
+from control import gathered
 from geometry import relative_to_first
 from readers import (FAR, check_inside, check_lines, check_sample, check_sums, count_arrays, count_frames, read_arrays,
                      read_depth, read_entries, read_video, why_relative)

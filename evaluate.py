@@ -3,8 +3,8 @@ import json
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
+from control import gathered
 from data import collate, depth_to_rgb, write_png
 from draw import SEEN, TOLD, depth_legend, enlarge, sheet, sure_to_rgb, top_view
 from foreign import load_weights
@@ -95,11 +95,9 @@ def evaluate(model, clips, dev, autocast, options, rank=0, world=1, picture=None
             for name, row in rows.items():
                 for key, value in row.items():
                     sums.setdefault(name, {}).setdefault(key, []).append(float(value))
-    if world > 1:
-        gathered = [None] * world
-        dist.all_gather_object(gathered, sums)
-        sums = {name: {key: sum((g.get(name, {}).get(key, []) for g in gathered), []) for key in row}
-                for name, row in sums.items()}
+    everyone = gathered(sums)
+    sums = {name: {key: sum((g.get(name, {}).get(key, []) for g in everyone), []) for key in row}
+            for name, row in sums.items()}
     return {name: {key: sum(v) / len(v) for key, v in row.items()} for name, row in sums.items()}
 
 
