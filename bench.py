@@ -38,10 +38,10 @@ import sample
 import train
 from data import CachedClips, collate, save_tensors
 from encoders import CLIPVision, UMT5Encoder, WanVAE
-from evaluate import prepare
+from lib.evaluate import prepare
 from geometry import encode_pose, plucker_rays
 from model import PRESETS, FantasyWorld, start_condition
-from plan import Count, count, example_batch, fake, fake_model, fake_tensors
+from lib.plan import Count, count, example_batch, fake, fake_model, fake_tensors
 
 TRUE = {1: (21, 336, 592), 2: (81, 592, 336)}           # the guide's clips: frames, height, width
 # The 1.3B preset at an eighth of its widths and a third of its layers, on a small grid.

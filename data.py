@@ -30,13 +30,13 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from caches import EMPTY_TEXT, check_folder, fits, is_whole, read_clip, read_values, save_tensors
-from cameras import inverse, read_cameras, write_cameras
-from control import gathered
+from lib.caches import EMPTY_TEXT, check_folder, fits, is_whole, read_clip, read_values, save_tensors
+from lib.cameras import inverse, read_cameras, write_cameras
+from lib.control import gathered
 from geometry import relative_to_first
-from readers import (FAR, check_inside, check_lines, check_sample, check_sums, count_arrays, count_frames, read_arrays,
-                     read_depth, read_entries, read_video, why_relative)
-from scenes import VARIETY, render_clip
+from lib.readers import (FAR, check_inside, check_lines, check_sample, check_sums, count_arrays, count_frames,
+                         read_arrays, read_depth, read_entries, read_video, why_relative)
+from lib.scenes import VARIETY, render_clip
 
 
 # --- Files -------------------------------------------------------------------------------------------------
@@ -399,7 +399,7 @@ class CachedClips(torch.utils.data.Dataset):
     """The cached windows of a split: the tensors of save_clip in float32 (metres; moving: bool), and id, prompt, fps;
     relative: its depth has no unit.
 
-    Every file is checked here (see caches.py), so that a run does not meet a bad one half-way: ValueError lists them,
+    Every file is checked here (see lib/caches.py), so that a run does not meet a bad one half-way: ValueError lists them,
     or with skip_bad they are left out, each with a line; every rank leaves out the same.  A file that is damaged later
     stops the run, or with skip_bad the next one takes its place: batches depend on seed, step and files alone."""
 
@@ -578,7 +578,7 @@ def synth(out, num, num_frames, height, width, seed=0, variety="full", workers=0
 
 
 def verify(root, split, fix_hints, json, exact):
-    from verify import verify as check                                            # it imports this file
+    from lib.verify import verify as check                                            # it imports this file
     return check(root, split, bool(fix_hints), bool(json), bool(exact))
 
 

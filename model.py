@@ -26,7 +26,7 @@ from torch import nn
 from torch.utils.checkpoint import (CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts,
                                     noop_context_fn)
 
-import released
+from lib import released
 from geometry import (NUM_SPECIAL, CameraHead, DPTHead, GeoBlock, LatentBridge, PoseEncoder, activate_depth,
                       activate_points, pack_frames, plucker_rays, rope_2d)
 
@@ -63,7 +63,7 @@ class Config:
     camera_layers: int = 4
     camera_iterations: int = 4
     head_chunk: int = 16            # pixel frames that a DPT head fuses at once
-    released: bool = False          # the released weights: their quirks and their camera module (released.py)
+    released: bool = False          # the released weights: their quirks and their camera module (lib/released.py)
     true_rays: bool = False         # released: true per-pixel rays in place of the ones it was trained on
     ray_sizes: tuple = (384, 768, 5120, 2560, 2048)     # released: widths of the ray encoder, features last
     adapter_sizes: tuple = (25, 1024, 409)              # released: adapted blocks, hidden widths of an adapter
@@ -784,7 +784,7 @@ if __name__ == "__main__":
                         help="write a fine-tuned release under the release's tensor names")
     arguments = parser.parse_args()
     if arguments.export_released:
-        from foreign import export_release
+        from lib.foreign import export_release
         print(export_release(*arguments.export_released))
     else:
         print(parameter_table(arguments.preset))

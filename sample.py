@@ -18,12 +18,12 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-import cameras
+from lib import cameras
 from data import cache_prefix, depth_to_rgb, encode_start, make_encoders, read_depth, read_video, tile, write_png
-from export import EXPORTS, describe, export, export_names, make_scene, pixel_matrix
-from foreign import metadata_of, open_checkpoint
+from lib.export import EXPORTS, describe, export, export_names, make_scene, pixel_matrix
+from lib.foreign import metadata_of, open_checkpoint
 from geometry import encode_pose, normalize_scene, relative_to_first, valid_depth
-from jobs import CORRECTIONS, check_arguments, parse_arguments, plan, read_prompts
+from lib.jobs import CORRECTIONS, check_arguments, parse_arguments, plan, read_prompts
 from model import shift_sigma, start_condition
 
 # The default of the official Wan 2.1 code (shared_config.py, sample_neg_prompt); the demo's word hash gets "".

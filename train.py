@@ -26,15 +26,16 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
 import config
-from checkpoints import describe, link_latest, load_optimizer, newest_whole, optimizer_state, read_tensors, save_checkpoint, tidy
-from control import BadSteps, Stop, from_first, ignore_signals, start_processes
+from lib.checkpoints import (describe, link_latest, load_optimizer, newest_whole, optimizer_state, read_tensors,
+                             save_checkpoint, tidy)
+from lib.control import BadSteps, Stop, from_first, ignore_signals, start_processes
 from data import CachedClips, collate
-from evaluate import evaluate, evaluate_only, generator, prepare
-from foreign import load_weights, metadata_of, open_model
+from lib.evaluate import evaluate, evaluate_only, generator, prepare
+from lib.foreign import load_weights, metadata_of, open_model
 from geometry import clip_mean, geometry_losses
 from model import CHECKPOINTING, PRESETS, flow_matching_loss, shift_sigma
-from plan import HARDWARE, Count, report
-from records import Records, Watch, changed_options, provenance
+from lib.plan import HARDWARE, Count, report
+from lib.records import Records, Watch, changed_options, provenance
 
 # ---- what
 preset = "1.3b"                 # 1.3b, 14b or demo: widths in model.PRESETS
@@ -72,7 +73,7 @@ late_limits = {"depth": 0.2, "point": 0.5, "camera": 0.1}    # warn when a loss 
 device, seed, num_workers, compile = "auto", 0, 2, False
 checkpoint_activations = "none" # none, selective (keeps attention and wide MLPs) or full: memory against recomputation
 shard_optimizer = False         # every rank keeps AdamW's moments of its share of the parameters (ZeRO stage 1)
-plan, plan_gpus, plan_gb = False, 8, 80     # print memory, FLOPs and the settings that fit, then stop; see plan.py
+plan, plan_gpus, plan_gb = False, 8, 80     # print memory, FLOPs and the settings that fit, then stop; see lib/plan.py
 step_timeout, wait_timeout = 600, 3600   # seconds a rank waits for the others: in a step; around saving, evaluating
 on_save_error = "continue"      # or "stop", when the disk is full
 precision = "auto"              # bf16: frozen matrices in bf16, the rest under autocast; fp32; auto: bf16 on a GPU

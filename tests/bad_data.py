@@ -33,10 +33,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import damage                                                                     # noqa: E402
 import data                                                                       # noqa: E402
-import verify                                                                     # noqa: E402
+from lib import verify                                                                     # noqa: E402
 from damage_arrays import ARRAYS, points_of                                       # noqa: E402
 from damage_caches import CACHE                                                   # noqa: E402
-from readers import read_array                                                    # noqa: E402
+from lib.readers import read_array                                                    # noqa: E402
 
 RAW, SIZE, OTHER = damage.RAW | ARRAYS, (32, 48, 5), "train_000000"
 OUTCOMES = ("refused", "harmless", "silently wrong", "crash", "hang")

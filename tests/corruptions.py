@@ -11,9 +11,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import verify                                                                     # noqa: E402
+from lib import verify                                                                     # noqa: E402
 from geometry import inv_se3, pixel_rays, relative_to_first                          # noqa: E402
-from scenes import render_clip                                                    # noqa: E402
+from lib.scenes import render_clip                                                    # noqa: E402
 
 LIVINGROOM = Path(__file__).resolve().parents[2] / "shared" / "livingroom"
 KINDS = ("clean", "c2w stored as w2c", "OpenGL camera axes", "c2w in OpenGL axes", "pixel intrinsics",

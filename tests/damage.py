@@ -11,7 +11,7 @@ import imageio_ffmpeg
 import numpy as np
 
 from data import write_png, write_video
-from readers import read_video
+from lib.readers import read_video
 
 VICTIM = "train_000001"
 RAW = {}

@@ -10,7 +10,7 @@ import torch
 from damage import Bomb, frame, png_bytes
 from data import write_png
 from geometry import unproject
-from readers import read_array, read_arrays
+from lib.readers import read_array, read_arrays
 
 ARRAYS = {}
 

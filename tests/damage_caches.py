@@ -6,7 +6,7 @@ import zlib
 import torch
 from safetensors.torch import load_file, save
 
-from caches import DTYPES, header_crc, read_header
+from lib.caches import DTYPES, header_crc, read_header
 from damage import FILE, Bomb, blanked, entry, flipped
 
 CACHE = {}

@@ -20,7 +20,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from safetensors.torch import load_file          # noqa: E402
 from tiny import TINY                            # noqa: E402
 
-import checkpoints                               # noqa: E402
+from lib import checkpoints                               # noqa: E402
 from data import synth                           # noqa: E402
 
 ENV = {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -5,7 +5,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from checkpoints import config_from_metadata, load_trained
+from lib.checkpoints import config_from_metadata, load_trained
 from model import FantasyWorld
 from tiny import loss_of, tiny_inputs, tiny_model
 

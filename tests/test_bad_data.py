@@ -19,11 +19,9 @@ import torch
 from safetensors.torch import load_file
 from test_train import SIZES, run
 
-import caches
+from lib import caches, readers, verify
 import data
-import readers
-import verify
-from cameras import read
+from lib.cameras import read
 
 SIZE = (32, 48, 5)
 # torch ends a loader's workers by force after an error, and its queue complains
@@ -209,7 +207,8 @@ def test_no_array_file_is_unpickled(tmp_path):
 
 def test_no_source_file_unpickles_or_evaluates():
     """np.load and torch.load say so where they are called; config.py alone executes a file, the user's own."""
-    for path in Path(data.__file__).parent.glob("*.py"):
+    root = Path(data.__file__).parent
+    for path in [*root.glob("*.py"), *root.glob("lib/*.py")]:
         text = path.read_text()
         for call in ("np.load(", "torch.load(", "read_array(file"):
             for line in (x for x in text.splitlines() if call in x):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-import cameras
+from lib import cameras
 from geometry import inv_se3, quat_to_mat
 
 SIZE = (120, 160)

@@ -4,7 +4,7 @@ import math
 import pytest
 import torch
 
-from cameras import TRAVEL, TURN_AXIS, ZOOM, camera_move
+from lib.cameras import TRAVEL, TURN_AXIS, ZOOM, camera_move
 from geometry import inv_se3, rotation_angle
 
 NAMES = [*TRAVEL, *TURN_AXIS, *ZOOM, "spiral"]

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 import data
-from caches import cached_metadata
+from lib.caches import cached_metadata
 from geometry import unproject
 
 

@@ -7,7 +7,7 @@ import pytest
 from test_train import SIZES, run
 
 import data
-import verify
+from lib import verify
 
 SHAPE = dict(num_frames=5, height=32, width=48)
 

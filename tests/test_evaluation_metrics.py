@@ -6,8 +6,8 @@ import torch
 from torch import tensor
 
 from geometry import depth_metrics, inv_se3, unproject
-from metrics import ause, cloud_metrics, head_agreement, nearest, splat, temporal_error
-from scenes import render_clip
+from lib.metrics import ause, cloud_metrics, head_agreement, nearest, splat, temporal_error
+from lib.scenes import render_clip
 
 F64 = dict(dtype=torch.float64)
 K = tensor([[8., 0, 4], [0, 8, 3], [0, 0, 1]], **F64)

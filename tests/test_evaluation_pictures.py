@@ -3,11 +3,11 @@ import numpy as np
 import pytest
 import torch
 
-import draw
+from lib import draw
 from data import depth_to_rgb
-from evaluate import comparison
+from lib.evaluate import comparison
 from geometry import encode_pose
-from records import Records
+from lib.records import Records
 
 
 def clip():

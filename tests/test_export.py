@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-import cameras
-import export as E
+from lib import cameras
+from lib import export as E
 from geometry import encode_pose, inv_se3, normalize_scene, unproject
-from readers import read_array, read_video
-from scenes import render_clip
+from lib.readers import read_array, read_video
+from lib.scenes import render_clip
 
 T, H, W = 5, 32, 48
 

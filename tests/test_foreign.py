@@ -18,12 +18,12 @@ from tiny import tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from wan_folder import random_tensors, write_wan_folder
 
-import released
-from checkpoints import save_checkpoint
+from lib import released
+from lib.checkpoints import save_checkpoint
 from data import encode, read_video, synth
-from foreign import export_release, load_release, load_weights, metadata_of, offload, open_checkpoint
+from lib.foreign import export_release, load_release, load_weights, metadata_of, offload, open_checkpoint
 from geometry import GeoBlock, rope_2d
-from jobs import CORRECTIONS
+from lib.jobs import CORRECTIONS
 from model import FantasyWorld
 
 ROOT = pathlib.Path(__file__).parents[1]

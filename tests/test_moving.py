@@ -9,11 +9,10 @@ import pytest
 import torch
 
 import data
-import scenes
-import verify
-from evaluate import geometry_row
+from lib import scenes, verify
+from lib.evaluate import geometry_row
 from geometry import normalize_scene, unproject
-from metrics import temporal_error
+from lib.metrics import temporal_error
 
 
 @pytest.mark.parametrize("variety", ["full", "simple"])

@@ -7,9 +7,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-import page
+from lib import page
 from browser import BROWSER, opened
-from export import write_page
+from lib.export import write_page
 from test_export import H, T, W, sampled
 
 needs_browser = pytest.mark.skipif(BROWSER is None, reason="no Chromium here (apt-get install chromium-headless-shell)")

@@ -8,7 +8,7 @@ import torch
 from released_keys import GOLDEN, RELEASE, TINY, release_shapes, release_tensors, wan_shapes
 from wan_folder import random_tensors
 
-import released
+from lib import released
 from geometry import plucker_rays
 from model import PRESETS, Config, FantasyWorld
 

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 import data
 from geometry import encode_pose, normalize_scene, pixel_rays, plucker_rays, unproject
-from scenes import render_clip
+from lib.scenes import render_clip
 
 
 @pytest.fixture(scope="module")

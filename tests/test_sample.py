@@ -9,10 +9,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-import cameras
+from lib import cameras
 import sample
 from data import read_video
-from jobs import parse_arguments
+from lib.jobs import parse_arguments
 from tiny import tiny_model
 
 ROOT = pathlib.Path(__file__).parents[1]

@@ -14,10 +14,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import bench
-import plan
+from lib import plan
 import sample
 import train
-from checkpoints import load_optimizer, load_trained, optimizer_state, save_checkpoint
+from lib.checkpoints import load_optimizer, load_trained, optimizer_state, save_checkpoint
 from model import PRESETS, WanDiT
 
 ROOT = pathlib.Path(__file__).parents[1]

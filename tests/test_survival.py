@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 from test_train import run
 from tiny import train_here
 
-import checkpoints
+from lib import checkpoints
 import train
-from records import Records, Watch, changed_options, read_log
+from lib.records import Records, Watch, changed_options, read_log
 
 STEPS = 5
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-import scenes
+from lib import scenes
 from encoders import DETAIL, MOTION, SHARED, HashedText, TransformCodec, transform_rows
 from geometry import project, unproject
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 import data
-import verify
-from cameras import read_table
+from lib import verify
+from lib.cameras import read_table
 from geometry import unproject
-from scenes import render_clip
+from lib.scenes import render_clip
 
 
 def static_clip(kind):

@@ -15,10 +15,10 @@ from safetensors.torch import load_file, save_file
 from test_train import run
 from wan_folder import OVERRIDES, keys, write_wan_folder
 
-import checkpoints
+from lib import checkpoints
 import data
-from caches import cached_metadata, save_tensors
-from checkpoints import FAMILIES, fingerprint, load_wan
+from lib.caches import cached_metadata, save_tensors
+from lib.checkpoints import FAMILIES, fingerprint, load_wan
 from data import read_video, synth
 from encoders import WanFolder, wan_family
 from model import Config, WanDiT
@@ -130,7 +130,7 @@ def test_loading_reads_every_tensor_once(golden, tmp_path, monkeypatch):
 # meta device makes torch import 70 MB of its own code.
 MEASURE = """
 import re, sys, torch
-from checkpoints import load_wan
+from lib.checkpoints import load_wan
 from model import PRESETS, Config, FantasyWorld
 peak = lambda: 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
 with torch.device("meta"):

@@ -14,12 +14,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import cameras
+from lib import cameras
 from data import depth_to_rgb, write_png, write_video
-from draw import SEEN, TOLD, depth_legend, enlarge, sheet, sure_to_rgb, top_view
+from lib.draw import SEEN, TOLD, depth_legend, enlarge, sheet, sure_to_rgb, top_view
 from geometry import align_sim3, decode_pose, inv_se3, pose_metrics, relative_to_first, rotation_angle, unproject
-from metrics import head_agreement, warp_error
-from page import write_page
+from lib.metrics import head_agreement, warp_error
+from lib.page import write_page
 
 MAX_POINTS = dict(ply=2_000_000, glb=1_000_000, splat=300_000, colmap=200_000, nerfstudio=200_000)
 

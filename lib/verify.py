@@ -12,10 +12,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from cameras import read_table
+from lib.cameras import read_table
 from data import load_samples
 from geometry import compose, inv_se3, pixel_rays, rotate, unproject, valid_depth
-from readers import FAR, check_sample, check_sums, count_frames, read_arrays, read_video, relative_depth
+from lib.readers import FAR, check_sample, check_sums, count_frames, read_arrays, read_video, relative_depth
 
 HINTS = {
     "c2w stored as w2c": "invert every matrix: w2c = [R^T | -R^T t]",

@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-import released
-from checkpoints import (build_model, config_from_metadata, lazy_tensors, load_trained, read_metadata, read_tensors,
-                         wan_files, wan_tensors, write_whole)
+from lib import released
+from lib.checkpoints import (build_model, config_from_metadata, lazy_tensors, load_trained, read_metadata,
+                             read_tensors, wan_files, wan_tensors, write_whole)
 from model import Config, FantasyWorld, half_geometry, half_precision
 
 

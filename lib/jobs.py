@@ -6,8 +6,8 @@ import re
 
 import torch
 
-from cameras import FORMATS
-from export import EXPORTS, USUAL, check_out, export_names
+from lib.cameras import FORMATS
+from lib.export import EXPORTS, USUAL, check_out, export_names
 
 
 # What the release's sampling does unlike ours, by default with its weights; --correct NAME does it our way.

@@ -18,8 +18,8 @@ import torch.distributed as dist
 from safetensors.torch import save
 from tqdm import tqdm
 
-from control import gathered
-from readers import FAR, check_file, read_json
+from lib.control import gathered
+from lib.readers import FAR, check_file, read_json
 
 EMPTY_TEXT, MAX_HEADER, DTYPES = "text_empty", 2 ** 20, dict(BF16=torch.bfloat16, F32=torch.float32, BOOL=torch.bool)
 

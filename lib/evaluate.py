@@ -4,13 +4,13 @@ import json
 import numpy as np
 import torch
 
-from control import gathered
+from lib.control import gathered
 from data import collate, depth_to_rgb, write_png
-from draw import SEEN, TOLD, depth_legend, enlarge, sheet, sure_to_rgb, top_view
-from foreign import load_weights
+from lib.draw import SEEN, TOLD, depth_legend, enlarge, sheet, sure_to_rgb, top_view
+from lib.foreign import load_weights
 from geometry import (decode_pose, depth_metrics, encode_pose, normalize_scene, plucker_rays, point_metrics, pose_metrics,
                       relative_to_first, unproject)
-from metrics import ause, cloud_metrics, head_agreement, temporal_error
+from lib.metrics import ause, cloud_metrics, head_agreement, temporal_error
 from model import flow_matching_loss, start_condition
 
 

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from control import gathered
+from lib.control import gathered
 from model import Config, FantasyWorld, WanDiT, check_names, half_precision
 
 # md5 over the names and shapes of each release's DiT.  Source: DiffSynth-Studio's model detection.
