@@ -75,7 +75,8 @@ def ideal(cfg, stage, size):
 
         (_, rows), (text, image) = dit.modulation(sigma), measure("embed", dit.embed_context, b["text"], b.get("clip"))
         x, grid = measure("embed", lambda: dit.embed(noise, b["y"], dit.control(b["plucker"])))
-        keys, ropes = [block.cross_attn.keys_values(text, image) for block in dit.blocks], model.ropes(grid, x.device)
+        ropes = model.ropes(grid, x.device)
+        given = dict(rows=rows, rows_z=torch.zeros(1, 6, cfg.geo_dim), ropes=ropes, frames=grid[0], camera=None)
 
         def blocks(x, first, last):
             for i in range(first, last):
@@ -84,11 +85,10 @@ def ideal(cfg, stage, size):
 
         def geometry_blocks(z):
             taps = {}
-            for i in range(cfg.geo_layers):
-                _, z, taps[i] = model.irg_step(i, None, z, (rows, keys), (rows_z, grid[0]), ropes)
+            for i, step in enumerate(model.steps[n:]):
+                _, z, taps[i] = step.run(None, z, given, None)
             return z, taps
 
-        rows_z = torch.zeros(1, 6, cfg.geo_dim)
         x = measure("PCB", blocks, x, 0, n)
         z = measure("bridge", model.geometry_tokens, x, grid, None, 1.0)
         z, taps = measure("geometry", geometry_blocks, z)

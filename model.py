@@ -493,6 +493,58 @@ def keep_costly(ctx, op, *args, **kwargs):
     return CheckpointPolicy.MUST_SAVE if cost > KEEP_ABOVE else CheckpointPolicy.PREFER_RECOMPUTE
 
 
+def recompute(how, function, *args):
+    """function(*args), whose activations backward computes again in part (selective) or all of them (full)."""
+    if how == "none" or not torch.is_grad_enabled():
+        return function(*args)
+    kept = partial(create_selective_checkpoint_contexts, keep_costly) if how == "selective" else noop_context_fn
+    return checkpoint(function, *args, use_reentrant=False, context_fn=kept)
+
+
+# ---------------------------------------------------------------------------------------------------------- one step
+class Step(nn.Module):
+    """One PCB block, or one IRG step: a video block, a geometry layer and the exchange between their halves.
+
+    It is recomputed as one in backward, and gathered as one where weights are sharded (lib/sharding.py).  Its parts
+    are FantasyWorld's, under their names in checkpoints; a model keeps its steps in a plain list, so they add none."""
+
+    def __init__(self, block, adapter=None, frame_block=None, global_block=None, exchange=None):
+        super().__init__()
+        self.block, self.adapter, self.exchange = block, adapter, exchange
+        self.frame_block, self.global_block = frame_block, global_block
+
+    def forward(self, x, z, given, how="none"):
+        """Video tokens x (B, N, D), or None for geometry alone; geometry tokens z (B, f*P, C), None in the PCB.
+
+        given    what all steps share: rows, text, image (or keys), ropes of the video; rows_z, frames of the geometry;
+                 camera: what the camera adapters read, keep: (B, 1, 1) 0/1; exchange: whether the branches meet
+        returns  x, z and the tap (B, f*P, 2C): frame block and global block side by side, None in the PCB"""
+        keys = given["keys"]
+        if keys is None and x is not None:       # out here: inside, checkpointing would compute them twice
+            with torch.no_grad():
+                keys = self.block.cross_attn.keys_values(given["text"], given["image"])
+        return recompute(how, self.run, x, z, given, keys)
+
+    def run(self, x, z, given, keys):
+        rows, rows_z, ropes, inside = given["rows"], given["rows_z"], given["ropes"], None
+        if self.adapter is not None and given["camera"] is not None:
+            if isinstance(self.adapter, CameraAdapter):
+                x = self.adapter(x, given["camera"], given["keep"])
+            else:                                # the release's sits inside the cross-attention
+                inside = partial(self.adapter, rays=given["camera"], keep=given["keep"])
+        if self.frame_block is None:
+            return self.block(x, rows, keys, ropes["video"], inside), None, None
+        z_frame = self.frame_block(z, rows_z, given["frames"], ropes["frame"])
+        z = self.global_block.attend(z_frame, rows_z, 1, ropes["global"])
+        if x is not None:
+            x = self.block.attend(x, rows, keys, ropes["video"], inside)
+            if self.exchange is not None and given["exchange"]:
+                x, z = self.exchange(x, z, ropes["exchange_x"], ropes["exchange_z"])
+            x = self.block.feed_forward(x, rows)
+        z = self.global_block.feed_forward(z, rows_z)
+        return x, z, torch.cat([z_frame, z], -1)
+
+
 # --------------------------------------------------------------------------------------------------- FantasyWorld
 class FantasyWorld(nn.Module):
     """Frozen WanDiT (`dit`) + trainable geometry branch.  `set_stage(n)` decides what trains and what runs."""
@@ -533,6 +585,10 @@ class FantasyWorld(nn.Module):
                                                  for _ in range(cfg.num_pcb if cfg.camera_adapters else 0))
         self.exchange = nn.ModuleList(BiCrossAttention(D, C, cfg.irg_dim, cfg.irg_heads, cfg.exchange)
                                       for _ in range(n if cfg.exchange != "none" else 0))
+        parts, pcb = (self.frame_blocks, self.global_blocks, self.exchange), cfg.num_pcb
+        self.steps = [Step(block, *(p[j] if 0 <= j < len(p) else None for p, j in
+                                    zip((self.camera_adapters, *parts), (i, i - pcb, i - pcb, i - pcb))))
+                      for i, block in enumerate(self.dit.blocks)]
 
     @classmethod
     def from_released(cls, sd, wan_state_dict=None, dit_heads=None, irg_heads=None, camera_heads=None, taps=None):
@@ -589,14 +645,6 @@ class FantasyWorld(nn.Module):
                 if p.requires_grad or self.cfg.released and released.dead(name)}
 
     # ---- forward
-    def run(self, function, *args):
-        """Call, or recompute in backward (in part) when activations are checkpointed."""
-        if self.checkpoint_activations == "none" or not torch.is_grad_enabled():
-            return function(*args)
-        kept = partial(create_selective_checkpoint_contexts, keep_costly)
-        return checkpoint(function, *args, use_reentrant=False,
-                          context_fn=kept if self.checkpoint_activations == "selective" else noop_context_fn)
-
     def geometry_tokens(self, x, grid, pose_embedding, keep):
         """PCB output (B, N, D) -> [camera, registers, patches] of every latent frame (B, f*P, C)."""
         f, h, w = grid
@@ -616,27 +664,6 @@ class FantasyWorld(nn.Module):
     def ray_features(self, plucker):
         """Rays (B, 6, T, H, W) or None -> (B, N, R) for the release's camera module; None without one, or without rays."""
         return self.ray_encoder(plucker) if self.cfg.released and self.stage == 2 and plucker is not None else None
-
-    def attention_adapters(self, rays, keep):
-        """Video block -> what the release's camera module does inside its cross-attention, for ray features or None."""
-        adapters = () if rays is None else self.camera_adapters
-        return {i: partial(adapter, rays=rays, keep=keep) for i, adapter in enumerate(adapters)}
-
-    def irg_step(self, i, x, z, video, geo, ropes, adapter=None):
-        """One IRG step: video tokens x (or None: geometry alone), geometry tokens z -> x, z, tap (B, f*P, 2C)."""
-        frame_block, global_block = self.frame_blocks[i], self.global_blocks[i]
-        block = self.dit.blocks[self.cfg.num_pcb + i]
-        rows, keys = video
-        rows_z, f = geo
-        z_frame = frame_block(z, rows_z, f, ropes["frame"])
-        z = global_block.attend(z_frame, rows_z, 1, ropes["global"])
-        if x is not None:
-            x = block.attend(x, rows, keys, ropes["video"], adapter)
-            if self.stage == 2 and self.exchange:
-                x, z = self.exchange[i](x, z, ropes["exchange_x"], ropes["exchange_z"])
-            x = block.feed_forward(x, rows)
-        z = global_block.feed_forward(z, rows_z)
-        return x, z, torch.cat([z_frame, z], -1)
 
     def ropes(self, grid, device):
         f, h, w = grid
@@ -682,26 +709,24 @@ class FantasyWorld(nn.Module):
             text, image = (None, None) if constants else dit.embed_context(context, clip)
             x, grid = dit.embed(x, y, constants["control"] if constants else dit.control(plucker), pose_keep)
 
-        @torch.no_grad()
-        def keys(i):                                # outside of run(): checkpointing would compute them twice
-            return constants["keys"][i] if constants else dit.blocks[i].cross_attn.keys_values(text, image)
-
-        ropes = self.ropes(grid, x.device)
-        with nullcontext() if self.stage == 2 else torch.no_grad():
-            adapters = self.attention_adapters(rays, pose_weight)
-            for i, block in enumerate(dit.blocks[:cfg.num_pcb]):
-                if self.stage == 2 and pose_embedding is not None and self.camera_adapters:
-                    x = self.camera_adapters[i](x, pose_embedding, pose_weight)
-                x = self.run(block, x, rows, keys(i), ropes["video"], adapters.get(i))
-        z = self.geometry_tokens(x, grid, pose_embedding, pose_weight)
         with torch.autocast(x.device.type, enabled=False):
             rows_z = self.time_projection(self.time_embedding(timestep_embedding(t.to(x.device), cfg.freq_dim)))
-        geo = (rows_z.unflatten(1, (6, -1)), grid[0])
-        x, taps = x if video else None, {}
-        for i in range(cfg.geo_layers):
-            j = cfg.num_pcb + i
-            at = (rows, keys(j) if video else None)
-            x, z, tap = self.run(self.irg_step, i, x, z, at, geo, ropes, adapters.get(j))
+        camera = None if self.stage != 2 else rays if cfg.released else pose_embedding
+        given = dict(rows=rows, text=text, image=image, ropes=self.ropes(grid, x.device), rows_z=rows_z.unflatten(1, (6, -1)),
+                     frames=grid[0], camera=camera, keep=pose_weight, exchange=self.stage == 2)
+
+        def take(step, i, *tokens):
+            given["keys"] = constants["keys"][i] if constants else None
+            return step(*tokens, given, self.checkpoint_activations)
+
+        n, taps = cfg.num_pcb, {}
+        with nullcontext() if self.stage == 2 else torch.no_grad():
+            for i, step in enumerate(self.steps[:n]):
+                x, _, _ = take(step, i, x, None)
+        z = self.geometry_tokens(x, grid, pose_embedding, pose_weight)
+        x = x if video else None
+        for i, step in enumerate(self.steps[n:]):
+            x, z, tap = take(step, n + i, x, z)
             if heads and (i in cfg.taps or i == cfg.geo_layers - 1):
                 taps[i] = tap
         out = dict(velocity=dit.unpatchify(dit.head(x, e), grid) if video else None)
