@@ -469,24 +469,25 @@ def start_condition(start_latents, in_dim, frames):
 
 
 # ---------------------------------------------------------------------------------------- activation checkpointing
-CHECKPOINTING = ("none", "selective", "full")
+CHECKPOINTING = ("none", "selective", "attention", "full")
 KEEP_ABOVE = 4096               # FLOPs per byte
 ATTENTION_OPS = {getattr(torch.ops.aten, f"_scaled_dot_product_{name}") for name in
                  ("flash_attention", "flash_attention_for_cpu", "efficient_attention", "cudnn_attention")}
 
 
-def keep_costly(ctx, op, *args, **kwargs):
+def keep_costly(linear, ctx, op, *args, **kwargs):
     """Policy of "selective": keep what costs more than KEEP_ABOVE FLOPs per byte to compute again, recompute the rest.
 
     Attention over n keys costs 4 n FLOPs per output value, a linear layer 2 in_features.  In bf16 at the 1.3B sizes that
     keeps attention among all tokens of a clip (9,000 to 33,000) and the second layer of every MLP (5,632 and 8,960), and
     recomputes the other layers (1,152 to 1,536), attention to text and inside a latent frame (1,024 to 1,564), and
-    everything elementwise.  "full" keeps the input of a block only, "none" everything.  The DPT heads, whose maps at
-    half resolution are the largest tensors of all, run in chunks of frames and are recomputed unless it is "none"."""
+    everything elementwise.  "attention" (linear False) keeps attention alone: at 14B widths every linear layer is above
+    the limit.  "full" keeps the input of a block only, "none" everything.  The DPT heads, whose maps at half resolution
+    are the largest tensors of all, run in chunks of frames and are recomputed unless it is "none"."""
     packet = op.overloadpacket
     if packet in ATTENTION_OPS:
         cost = 4 * args[1].shape[-2] / args[0].element_size()
-    elif packet in (torch.ops.aten.addmm, torch.ops.aten.mm):
+    elif linear and packet in (torch.ops.aten.addmm, torch.ops.aten.mm):
         cost = 2 * args[-2].shape[-1] / args[-2].element_size()
     else:
         cost = 0
@@ -494,11 +495,12 @@ def keep_costly(ctx, op, *args, **kwargs):
 
 
 def recompute(how, function, *args):
-    """function(*args), whose activations backward computes again in part (selective) or all of them (full)."""
+    """function(*args), whose activations backward computes again: in part (selective, attention) or all of them (full)."""
     if how == "none" or not torch.is_grad_enabled():
         return function(*args)
-    kept = partial(create_selective_checkpoint_contexts, keep_costly) if how == "selective" else noop_context_fn
-    return checkpoint(function, *args, use_reentrant=False, context_fn=kept)
+    policy = partial(keep_costly, how == "selective")
+    contexts = noop_context_fn if how == "full" else partial(create_selective_checkpoint_contexts, policy)
+    return checkpoint(function, *args, use_reentrant=False, context_fn=contexts)
 
 
 # ---------------------------------------------------------------------------------------------------------- one step

@@ -26,8 +26,8 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
 import config
-from lib.checkpoints import (describe, link_latest, load_optimizer, newest_whole, optimizer_state, read_tensors,
-                             save_checkpoint, tidy)
+from lib.checkpoints import (describe, link_latest, load_optimizer, newest_whole, read_tensors, save_checkpoint, tidy,
+                             training_state)
 from lib.control import BadSteps, Stop, from_first, ignore_signals, start_processes
 from data import CachedClips, collate
 from lib.evaluate import evaluate, evaluate_only, generator, prepare
@@ -36,6 +36,7 @@ from geometry import clip_mean, geometry_losses
 from model import CHECKPOINTING, PRESETS, flow_matching_loss, shift_sigma
 from lib.plan import HARDWARE, Count, report
 from lib.records import Records, Watch, changed_options, provenance
+from lib.sharding import shard, whole
 
 # ---- what
 preset = "1.3b"                 # 1.3b, 14b or demo: widths in model.PRESETS
@@ -71,8 +72,9 @@ max_bad_steps, spike_guard = 10, 0.0     # end after so many non-finite steps in
 late_limits = {"depth": 0.2, "point": 0.5, "camera": 0.1}    # warn when a loss is above this late in the run
 # ---- machine
 device, seed, num_workers, compile = "auto", 0, 2, False
-checkpoint_activations = "none" # none, selective (keeps attention and wide MLPs) or full: memory against recomputation
+checkpoint_activations = "none" # or selective (keeps attention, wide MLPs), attention, full: less memory, more recomputation
 shard_optimizer = False         # every rank keeps AdamW's moments of its share of the parameters (ZeRO stage 1)
+shard_weights = False           # every rank keeps its share of all weights, gradients and moments (FSDP2, ZeRO stage 3)
 plan, plan_gpus, plan_gb = False, 8, 80     # print memory, FLOPs and the settings that fit, then stop; see lib/plan.py
 step_timeout, wait_timeout = 600, 3600   # seconds a rank waits for the others: in a step; around saving, evaluating
 on_save_error = "continue"      # or "stop", when the disk is full
@@ -171,6 +173,8 @@ def check_options():
     for key in ("batch_size", "grad_accum", "log_every", "save_every", "keep_last", "max_bad_steps", "step_timeout"):
         if globals()[key] < 1:
             raise SystemExit(f"{key} = {globals()[key]}: wanted at least 1")
+    if shard_weights and shard_optimizer:
+        raise SystemExit("shard_weights shards the optimizer too: leave shard_optimizer out")
     if not 0 < valid_quantile <= 1:
         raise SystemExit(f"valid_quantile = {valid_quantile}: wanted a share above 0, at most 1 (all)")
     if num_frames < 5 or num_frames % 4 != 1 or height % 16 or width % 16:
@@ -347,10 +351,13 @@ def main(options):
     # ---- model and data
     cfg = replace(PRESETS[preset], **model_overrides)
     half = precision == "bf16" or precision == "auto" and dev.type == "cuda"
-    autocast = torch.autocast(dev.type, torch.bfloat16) if half else nullcontext()
+    spread = shard_weights and world > 1          # autocast would keep a bf16 copy of every weight once gathered
+    autocast = torch.autocast(dev.type, torch.bfloat16, cache_enabled=not spread) if half else nullcontext()
     origin = metadata_of(init_from.split(",")[0]) if init_from else {}
-    model = open_model(origin, cfg, wan_dir, dev, torch.bfloat16 if half and stage else None).set_stage(stage)
-    model.checkpoint_activations = checkpoint_activations
+    model = open_model(origin, cfg, wan_dir, "cpu" if spread else dev, torch.bfloat16 if half and stage else None)
+    model.set_stage(stage).checkpoint_activations = checkpoint_activations
+    if spread:
+        shard(model, group, dev)
     sources = list(filter(None, init_from.split(",")))
     splits = ("train", "val") if eval_every or eval_only else ("train",)
     clips = {split: CachedClips(data_dir, split, height, width, num_frames, wan_dir, skip_bad) for split in splits}
@@ -374,8 +381,8 @@ def main(options):
             block.attend, block.feed_forward = torch.compile(block.attend), torch.compile(block.feed_forward)
     if world > 1:
         dist.barrier()                            # loading took each rank its own time; a step must not
-        wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True, process_group=group,
-                                          device_ids=[dev] if dev.type == "cuda" else None)
+        wrapped = model if spread else DistributedDataParallel(
+            model, gradient_as_bucket_view=True, process_group=group, device_ids=[dev] if dev.type == "cuda" else None)
 
     # ---- records
     metadata = dict(provenance(options), format="fantasyworld", stage=str(stage), global_batch=str(total),
@@ -395,11 +402,11 @@ def main(options):
         """Write the checkpoint of a step on rank 0, every rank waiting; a failed write ends the run if it should."""
         bad.report(log)
         records.flush()
-        states, error = optimizer_state(optimizer), ""
+        content, error = training_state(model, optimizer), ""
         if master:
             try:
                 told = dict(metadata, norm_mean=repr(float(bad.mean)))
-                save_checkpoint(out, step, model, states, told, keep_last, keep_every)
+                save_checkpoint(out, step, *content, told, keep_last, keep_every)
             except (OSError, SafetensorError) as caught:
                 error = f"step {step} is not saved ({caught}); earlier checkpoints in {out} are untouched. Free some space"
                 log(f"# warning: {error}")
@@ -427,7 +434,7 @@ def main(options):
             b = prepare(next(data), in_dim, dev, model.rays)
             noise, sigma, pose_keep, b = draw(b, step, batches.positions(step, micro), total, empty_text)
             last = micro == grad_accum - 1
-            with nullcontext() if last or world == 1 else wrapped.no_sync():
+            with nullcontext() if last or wrapped is model else wrapped.no_sync():
                 with autocast:
                     loss, parts, bins = compute_loss(wrapped, b, noise, sigma, pose_keep, settings, video)
                 (loss / grad_accum).backward()
@@ -439,7 +446,7 @@ def main(options):
                 sums[key] = sums.get(key, 0) + value / grad_accum
         if stopped:                                   # the micro-steps of an unfinished step are repeated by the resume
             break
-        norm = torch.nn.utils.clip_grad_norm_(trained, grad_clip)
+        norm = whole(torch.nn.utils.clip_grad_norm_(trained, grad_clip))
         bad.judge(optimizer, step, norm, losses, names)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

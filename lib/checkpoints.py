@@ -18,6 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from lib.control import gathered
+from lib.sharding import DTensor, fill, whole
 from model import Config, FantasyWorld, WanDiT, check_names, half_precision
 
 # md5 over the names and shapes of each release's DiT.  Source: DiffSynth-Studio's model detection.
@@ -136,7 +137,8 @@ def load_trained(model, path):
     A checkpoint holds what its stage trains; after stage 1 the interaction keeps its zero start.  Anything else that is
     missing, left over or of another shape is a ValueError."""
     sd, meta = read_checked(path)
-    own, untrained = model.state_dict(), ("camera_adapters.", "exchange.", "ray_encoder.") if meta.get("stage") == "1" else ()
+    own = dict(model.named_parameters())
+    untrained = ("camera_adapters.", "exchange.", "ray_encoder.") if meta.get("stage") == "1" else ()
     wanted = (k for k in own if k.startswith("dit.") == (meta.get("stage") == "0") and not k.startswith(untrained))
     missing = [k for k in wanted if k not in sd]
     extra = [k for k in sd if k not in own or sd[k].shape != own[k].shape]
@@ -144,7 +146,8 @@ def load_trained(model, path):
         raise ValueError(f"{path} (stage {meta.get('stage')}) does not fit this model: {len(missing)} tensors missing "
                          f"{missing[:3]}, {len(extra)} unknown or of another size {extra[:3]}; use the preset that it "
                          f"was trained with")
-    model.load_state_dict(sd, strict=False)
+    for name, value in sd.items():
+        fill(own[name], value)
     return meta
 
 
@@ -197,15 +200,13 @@ def write_whole(path, write):
     os.close(folder)
 
 
-def save_checkpoint(out, step, model, states, metadata, keep_last, keep_every=0):
+def save_checkpoint(out, step, weights, moments, metadata, keep_last, keep_every=0):
     """OUT/step-N.safetensors (trainable tensors), its optimizer state beside it, latest as a hard link; prune.
 
-    states   of optimizer_state
+    weights, moments   of training_state
 
     Raises OSError or SafetensorError when the disk is full or gone; what was saved before is then untouched."""
-    names = {id(p): name for name, p in model.named_parameters()}
-    moments = {f"{names[id(p)]}|{key}": value for p, state in states.items() for key, value in state.items()}
-    for end, tensors in ((".optim", moments), ("", model.trainable_state_dict())):     # the weights make a checkpoint: last
+    for end, tensors in ((".optim", moments), ("", weights)):         # the weights make a checkpoint: last
         content = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
         told = {**metadata, "step": str(step), "sha256": digest(content)}
         write_whole(out / f"step-{step}{end}.safetensors", partial(save_file, content, metadata=told))
@@ -236,11 +237,24 @@ def prune(out, newest, keep_last, keep_every):
         (out / f"step-{step}.optim.safetensors").unlink(missing_ok=True)
 
 
-def optimizer_state(optimizer):
-    """parameter -> its AdamW state.  To be called on all ranks: of a sharded optimizer each owner sends its share,
-    tensor by tensor, and rank 0 gets all of it, on the host (torch's consolidate_state_dict takes minutes for GBs)."""
-    if not hasattr(optimizer, "optim"):
-        return optimizer.state
+def training_state(model, optimizer):
+    """What a checkpoint holds: name -> trainable tensor, "name|key" -> AdamW's state.  To be called on all ranks: what
+    is spread over them is gathered tensor by tensor, on the host of rank 0."""
+    first, names = not dist.is_initialized() or dist.get_rank() == 0, {p: n for n, p in model.named_parameters()}
+
+    def gather(tensor):
+        if not isinstance(tensor, DTensor):
+            return tensor
+        tensor = whole(tensor)
+        return tensor.cpu() if first else None
+    states = shares(optimizer) if hasattr(optimizer, "optim") else optimizer.state
+    return ({name: gather(value) for name, value in model.trainable_state_dict().items()},
+            {f"{names[p]}|{key}": gather(value) for p, state in states.items() for key, value in state.items()})
+
+
+def shares(optimizer):
+    """parameter -> AdamW state of a sharded optimizer: each owner sends its share, and rank 0 gets all of it, on the
+    host (torch's consolidate_state_dict takes minutes for GBs)."""
     mine, whole = optimizer.optim.state, {}
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     shares = gathered({i: list(mine[p]) for i, p in enumerate(parameters) if p in mine})
@@ -303,7 +317,8 @@ def load_optimizer(path, model, optimizer):
         parameter, key = name.split("|")
         p = params[parameter]
         if p in own:
-            local.state[p][key] = value.to(p.device) if key == "step" else torch.empty_like(p).copy_(value)
+            local.state[p][key] = torch.empty_like(value if key == "step" else p, device=p.device, requires_grad=False)
+            fill(local.state[p][key], value)
 
 
 def describe(path):

@@ -68,7 +68,9 @@ def evaluate(model, clips, dev, autocast, options, rank=0, world=1, picture=None
     eval_sigma = options.eval_sigma
     core = getattr(model, "module", model)
     sums = {}
-    for i in range(rank, min(len(clips), options.eval_clips), world):
+    n = min(len(clips), options.eval_clips)
+    for turn in range(rank, n + -n % world, world):     # as many on every rank: sharded weights are gathered in each
+        i = min(turn, n - 1)
         b = prepare(collate([clips[i]]), core.dit.in_dim, dev, core.rays)
         noise = torch.randn(b["latents"].shape, generator=generator(options.seed, 3, i)).to(dev)
         for given in (1, 0):
@@ -92,7 +94,7 @@ def evaluate(model, clips, dev, autocast, options, rank=0, world=1, picture=None
                 rows.setdefault(name, {}).update(geometry_row(out["depth"], out["points"], w2c, b, out))
                 if picture and i == 0 and given and sigma == eval_sigma:
                     picture(comparison(b, out, clips.frames(i)))
-            for name, row in rows.items():
+            for name, row in rows.items() if turn == i else ():
                 for key, value in row.items():
                     sums.setdefault(name, {}).setdefault(key, []).append(float(value))
     everyone = gathered(sums)

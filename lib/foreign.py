@@ -15,6 +15,7 @@ from torch import nn
 from lib import released
 from lib.checkpoints import (build_model, config_from_metadata, lazy_tensors, load_trained, read_metadata,
                              read_tensors, wan_files, wan_tensors, write_whole)
+from lib.sharding import fill
 from model import Config, FantasyWorld, half_geometry, half_precision
 
 
@@ -39,7 +40,7 @@ def load_weights(model, path):
     meta = metadata_of(path)
     if "foreign" not in meta:
         return load_trained(model, path)
-    file, own = lazy_tensors(str(path)), {k: tuple(v.shape) for k, v in model.state_dict().items()}
+    file, own = lazy_tensors(str(path)), {k: tuple(v.shape) for k, v in model.named_parameters()}
     if meta["foreign"] == "release":
         if not model.cfg.released:
             raise ValueError(f"{path}: a FantasyWorld release does not fit a model of our own; start from it alone")
@@ -51,9 +52,9 @@ def load_weights(model, path):
         kinds = sorted({".".join(re.sub(r"\d+", "*", name).split(".")[:3]) for name in left})
         if os.environ.get("RANK", "0") == "0":
             print(f"{path}: VGGT: {len(plan)} tensors taken, {len(left)} left behind: {', '.join(kinds)}", flush=True)
-    parameters = model.state_dict()
+    parameters = dict(model.named_parameters())
     for k, name in plan.items():
-        parameters[k].copy_(file[name][1]().reshape(own[k]))
+        fill(parameters[k], file[name][1]().reshape(own[k]))
     return meta
 
 

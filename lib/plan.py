@@ -17,6 +17,7 @@ from torch.utils.flop_counter import flop_registry, register_flop_formula, sdpa_
 
 import geometry
 import model as model_file
+from lib.sharding import sharded_units
 from model import CHECKPOINTING, FantasyWorld, half_precision
 
 GPU_SHARE = 0.92                # of a GPU's memory is planned with: the rest is for its context, workspaces, fragments
@@ -157,10 +158,20 @@ def measure_step(model, loss, size, half=True):
 
 
 def static_bytes(model):
-    """Bytes that do not depend on the batch: frozen and trainable weights, gradients, AdamW's two moments."""
-    frozen, trained = (sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad == state)
-                       for state in (False, True))
-    return dict(frozen=frozen, trainable=trained, gradients=trained, moments=2 * trained)
+    """Bytes that do not depend on the batch: frozen and trainable weights, gradients, AdamW's two moments.  Where weights
+    are sharded, what is whole at a time: gathered_heads while the heads run, gathered_backward after them (two steps
+    and their gradients, on the way out once more)."""
+    def split(parameters):
+        frozen, trained = (sum(p.numel() * p.element_size() for p in parameters if p.requires_grad == state)
+                           for state in (False, True))
+        return frozen, trained
+    frozen, trained = split(list(model.parameters()))
+    parts = [split(list(unit.parameters())) for unit in sharded_units(model)]
+    steps, others = parts[:len(model.steps)], parts[len(model.steps):]
+    rest = frozen + trained - sum(f + t for f, t in parts)
+    return dict(frozen=frozen, trainable=trained, gradients=trained, moments=2 * trained,
+                gathered_heads=rest + sum(f + t for f, t in others),
+                gathered_backward=2 * rest + 2 * max(f + 2 * t for f, t in steps))
 
 
 def count(cfg, stage, loss, size, checkpointing, half=True):
@@ -175,25 +186,32 @@ def count(cfg, stage, loss, size, checkpointing, half=True):
 GIB = 2 ** 30
 
 
-def needs(counts, batch, shard_over):
+SHARDING = ("-", "optimizer", "weights")                            # in order of what they send
+
+
+def needs(counts, batch, sharding="-", ranks=1):
     """Bytes of a rank at its fullest: counts is {1: count of one clip, 2: count of two}."""
-    one, two = counts[1], counts[2]
-    static = one["frozen"] + one["trainable"] + one["gradients"] + one["moments"] / shard_over
-    return static + one["peak"] + (batch - 1) * (two["peak"] - one["peak"])
+    def grown(size):
+        return size(counts[1]) + (batch - 1) * (size(counts[2]) - size(counts[1]))
+    one = counts[1]
+    weights, moments = one["frozen"] + one["trainable"] + one["gradients"], one["moments"]
+    if sharding == "weights":
+        return (weights + moments) / ranks + max(
+            grown(lambda c: c["activations"] + c[phase]) + one[f"gathered_{phase}"] for phase in ("heads", "backward"))
+    return weights + moments / (ranks if sharding == "optimizer" else 1) + grown(lambda c: c["peak"])
 
 
 def settings(counts, gpus, gigabytes, total):
-    """Cheapest setting that fits: the least recomputation, then an unsharded optimizer, then the largest micro-batch.
+    """Cheapest setting that fits: the least recomputation, then the least sharding, then the largest micro-batch.
 
     counts  {checkpointing: {1: count, 2: count}};  total: the global batch
-    returns  checkpointing, shard_optimizer, batch_size, grad_accum, bytes; None when nothing fits"""
+    returns  checkpointing, one of SHARDING, batch_size, grad_accum, bytes; None when nothing fits"""
     for how in (how for how in CHECKPOINTING if how in counts):
-        for shard in (False, True)[:1 + (gpus > 1)]:
-            share = gpus if shard else 1
+        for sharding in SHARDING if gpus > 1 else SHARDING[:1]:
             fits = [b for b in range(1, total // gpus + 1) if total % (b * gpus) == 0
-                    and needs(counts[how], b, share) <= GPU_SHARE * gigabytes * GIB]
+                    and needs(counts[how], b, sharding, gpus) <= GPU_SHARE * gigabytes * GIB]
             if fits:
-                return how, shard, fits[-1], total // (fits[-1] * gpus), needs(counts[how], fits[-1], share)
+                return how, sharding, fits[-1], total // (fits[-1] * gpus), needs(counts[how], fits[-1], sharding, gpus)
     return None
 
 
@@ -205,7 +223,8 @@ def report(cfg, stage, loss, size, total, hardware, half=True):
     yield (f"stage {stage}, {size[0]} x {size[1]} x {size[2]}, global batch {total}.  GiB per rank, counted on fake "
            f"tensors in {'bf16' if half else 'fp32'}; nothing was allocated.")
     yield (f"frozen weights {one['frozen'] / GIB:.3g} | trainable weights {one['trainable'] / GIB:.3g} | gradients "
-           f"{one['gradients'] / GIB:.3g} | AdamW moments {one['moments'] / GIB:.3g}, sharded over n ranks 1/n of it")
+           f"{one['gradients'] / GIB:.3g} | AdamW moments {one['moments'] / GIB:.3g}; shard_optimizer divides the moments "
+           f"by the number of GPUs, shard_weights all four, and gathers up to {one['gathered_backward'] / GIB:.3g}")
     yield f"{'one clip':<17s} blocks    heads  backward     peak  each more  TFLOP/clip"
     for how, c in counts.items():
         more = c[2]["peak"] - c[1]["peak"]
@@ -214,13 +233,13 @@ def report(cfg, stage, loss, size, total, hardware, half=True):
                + f"{more / GIB:>11.3g}{c[1]['flops'] / 1e12:>12.4g}")
     yield ("blocks: kept from forward to backward; on top of them heads and losses, later backward.  "
            f"Up to {GPU_SHARE:.0%} of a GPU is planned with.")
-    yield f"{'GPUs':<14s} checkpoint_activations  shard_optimizer  batch_size  grad_accum     GiB"
+    yield f"{'GPUs':<14s} checkpoint_activations  shard (shard_optimizer, shard_weights)  batch_size  grad_accum     GiB"
     for gpus, gigabytes in hardware:
         found = settings(counts, gpus, gigabytes, total)
         name = f"{gpus} x {gigabytes:g} GB"
         if not found:
-            least = min(needs(c, 1, gpus) for c in counts.values())
-            yield f"{name:<14s}does not fit: one clip with a sharded optimizer needs {least / GIB:.1f} GiB"
+            least = min(needs(c, 1, sharding, gpus) for c in counts.values() for sharding in SHARDING)
+            yield f"{name:<14s}does not fit: one clip needs {least / GIB:.1f} GiB with everything sharded"
         else:
-            how, shard, batch, accum, total_bytes = found
-            yield f"{name:<14s}{how:>23s}{shard!s:>17s}{batch:>12d}{accum:>12d}{total_bytes / GIB:>8.1f}"
+            how, sharding, batch, accum, total_bytes = found
+            yield f"{name:<14s}{how:>23s}{sharding:>40s}{batch:>12d}{accum:>12d}{total_bytes / GIB:>8.1f}"

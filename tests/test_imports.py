@@ -6,12 +6,13 @@ ROOT = pathlib.Path(__file__).parents[1]
 # The method, then what stands around it in lib/.
 ALLOWED = dict(geometry="", encoders="", model="geometry released foreign",
                data="geometry encoders control cameras scenes readers caches verify",
-               train="config model geometry data checkpoints foreign control records evaluate plan",
+               train="config model geometry data checkpoints foreign control records evaluate plan sharding",
                sample="model geometry data encoders cameras foreign export jobs",
                bench="data encoders evaluate geometry model plan sample train")
 LIB = dict(released="geometry", cameras="geometry", metrics="geometry", scenes="geometry", readers="", control="",
-           caches="control readers", checkpoints="control model", foreign="checkpoints model released",
-           plan="geometry model", verify="cameras data geometry readers", records="data", draw="data",
+           caches="control readers", checkpoints="control model sharding", sharding="",
+           foreign="checkpoints model released sharding",
+           plan="geometry model sharding", verify="cameras data geometry readers", records="data", draw="data",
            page="data geometry", export="cameras data draw geometry metrics page", jobs="cameras export",
            evaluate="control foreign data draw geometry metrics model")
 LAZY = dict(data={"encoders", "verify"}, model={"foreign"})               # imported inside a command only

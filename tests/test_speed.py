@@ -17,7 +17,7 @@ import bench
 from lib import plan
 import sample
 import train
-from lib.checkpoints import load_optimizer, load_trained, optimizer_state, save_checkpoint
+from lib.checkpoints import load_optimizer, load_trained, save_checkpoint, training_state
 from model import PRESETS, WanDiT
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -77,13 +77,15 @@ def test_planned_bytes_of_the_demo_step_are_what_the_allocator_hands_out():
     assert planned["trainable"] == sum(p.numel() * 4 for p in model.parameters() if p.requires_grad)
 
 
-def test_the_plan_prefers_no_recomputation_then_no_sharding_and_refuses_what_cannot_fit():
-    one = dict(frozen=0, trainable=4, gradients=4, moments=8)
-    counts = {how: {b: {k: v * plan.GIB for k, v in dict(one, peak=peak * b).items()} for b in (1, 2)}
-              for how, peak in (("none", 40), ("selective", 10), ("full", 5))}
-    assert plan.settings(counts, 8, 80, 112)[:4] == ("none", False, 1, 14)
-    assert plan.settings(counts, 8, 40, 112)[:4] == ("selective", False, 2, 7)
-    assert plan.settings(counts, 8, 22, 112)[:4] == ("selective", True, 1, 14)
+def test_the_plan_prefers_no_recomputation_then_little_sharding_and_refuses_what_cannot_fit():
+    one = dict(frozen=0, trainable=4, gradients=4, moments=8, heads=0, backward=0, gathered_heads=1, gathered_backward=2)
+    counts = {how: {b: {k: v * plan.GIB for k, v in dict(one, activations=peak * b, peak=peak * b).items()}
+                    for b in (1, 2)} for how, peak in (("none", 40), ("selective", 10), ("full", 5))}
+    assert plan.settings(counts, 8, 80, 112)[:4] == ("none", "-", 1, 14)
+    assert plan.settings(counts, 8, 40, 112)[:4] == ("selective", "-", 2, 7)
+    assert plan.settings(counts, 8, 22, 112)[:4] == ("selective", "optimizer", 1, 14)
+    assert plan.settings(counts, 8, 16, 112)[:4] == ("selective", "weights", 1, 14)
+    assert plan.settings(counts, 8, 10, 112)[4] == (16 / 8 + 5 + 2) * plan.GIB
     assert plan.settings(counts, 1, 10, 112) is None
 
 
@@ -211,9 +213,9 @@ def two_ranks(rank, folder):
     moments = sum(v.numel() for s in optimizer.optim.state.values() for v in s.values() if v.dim())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert 0.8 * trained < moments < 1.2 * trained, "two moments of half of the parameters"
-    states = optimizer_state(optimizer)
+    content = training_state(sharded, optimizer)
     if rank == 0:
-        save_checkpoint(folder, 2, sharded, states, dict(stage="1"), 1)
+        save_checkpoint(folder, 2, *content, dict(stage="1"), 1)
     dist.barrier()
     sharded, wrapped, optimizer = start(True)                                           # resume
     load_trained(sharded, folder / "step-2.safetensors")

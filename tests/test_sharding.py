@@ -1,0 +1,128 @@
+"""Weights spread over ranks: the same numbers, the same files, a share of the memory.  Two real gloo ranks."""
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing
+from safetensors.torch import load_file
+from tiny import loss_of, tiny_inputs, tiny_model
+from torch.distributed.fsdp import FSDPModule
+from torch.nn.parallel import DistributedDataParallel
+
+import bench
+import train
+from lib import plan
+from lib.checkpoints import load_optimizer, load_trained, save_checkpoint, training_state
+from lib.sharding import fill, shard, whole
+from model import PRESETS, FantasyWorld
+
+pytestmark = pytest.mark.skipif(torch.__version__ < (2, 7), reason="fully_shard with ignored_params: torch 2.7")
+CPU = torch.device("cpu")
+
+
+def steps(model, wrapped, optimizer, numbers, stage):
+    for n in numbers:
+        optimizer.zero_grad()
+        loss_of(wrapped(**tiny_inputs(seed=2 * n + dist.get_rank()), video=stage == 2)).backward()
+        norm = torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)
+        optimizer.found_inf = (~whole(norm).isfinite()).float()
+        optimizer.step()
+
+
+def differences(model, reference):
+    """name -> largest difference; the two must have the same names in the same order."""
+    names = [n for n, _ in reference.named_parameters()]
+    assert [n for n, _ in model.named_parameters()] == names
+    return {n: (whole(a) - b).abs().max().item() for n, a, b in zip(names, model.parameters(), reference.parameters())}
+
+
+def equality(folder, group):
+    """Three AdamW steps of a spread model and of DDP; then saved by the one and resumed by both."""
+    for stage, how in ((1, "selective"), (2, "attention"), (2, "full")):
+        plain, spread = (tiny_model(stage, awake=True) for _ in range(2))
+        plain.checkpoint_activations = spread.checkpoint_activations = how
+        shard(spread, group, CPU)
+        ours, theirs = (train.make_optimizer(m, 1) for m in (spread, plain))
+        assert sum(p.to_local().numel() for p in spread.parameters()) < .51 * sum(p.numel() for p in plain.parameters())
+        steps(plain, DistributedDataParallel(plain), theirs, range(3), stage)
+        steps(spread, spread, ours, range(3), stage)
+        assert max(differences(spread, plain).values()) < 1e-6, (stage, how)     # sums of gradients in another order
+        assert not any(group.is_unsharded for m in spread.modules() if isinstance(m, FSDPModule)
+                       for group in m._get_fsdp_state()._fsdp_param_groups), "left whole after the step"
+    content = training_state(spread, ours)
+    if dist.get_rank() == 0:
+        save_checkpoint(folder, 3, *content, dict(stage="2"), 1)
+    dist.barrier()
+    for spread_again in (False, True):
+        model = tiny_model(2)                                                    # other weights than those saved
+        if spread_again:
+            shard(model, group, CPU)
+        optimizer = train.make_optimizer(model, 1)
+        for p, frozen in zip(model.parameters(), plain.parameters()):
+            if not p.requires_grad:
+                fill(p, frozen)
+        load_trained(model, folder / "step-3.safetensors")
+        load_optimizer(folder / "step-3.optim.safetensors", model, optimizer)
+        wrapped = model if spread_again else DistributedDataParallel(model)
+        steps(model, wrapped, optimizer, range(3, 4), 2)
+        if not spread_again:
+            steps(spread, spread, ours, range(3, 4), 2)
+        assert max(differences(spread, model if not spread_again else plain_of(model)).values()) < 1e-6, spread_again
+
+
+def plain_of(model):
+    copy = tiny_model(2)
+    for p, q in zip(copy.parameters(), model.parameters()):
+        fill(p, whole(q))
+    return copy
+
+
+def memory(group):
+    """What the allocator hands out in the second micro-step of an accumulated step, beside the plan."""
+    cfg, size = PRESETS["demo"], (9, 64, 96)
+
+    def loss(model, *batch):
+        return train.compute_loss(model, *batch, bench.OPTIONS, True)[0]
+    model = shard(FantasyWorld(cfg).set_stage(2), group, CPU)
+    model.checkpoint_activations = "full"
+    loss(model, *plan.example_batch(cfg, 1, *size)).backward()
+    if dist.get_rank():
+        return loss(model, *plan.example_batch(cfg, 1, *size)).backward()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        loss(model, *plan.example_batch(cfg, 1, *size)).backward()
+    now = peak = 0
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    trained = sum(p.to_local().nbytes for p in model.parameters() if p.requires_grad)
+    here = sum(p.to_local().nbytes for p in model.parameters()) + 3 * trained + peak
+    counts = {b: plan.count(cfg, 2, loss, (b, *size), "full", half=False) for b in (1, 2)}
+    assert plan.needs(counts, 1, "weights", 2) == pytest.approx(here, rel=0.1)
+
+
+def compiled(group):
+    """Blocks compile inside what is gathered: every graph whole, values as without."""
+    plain, spread = (tiny_model(2, awake=True) for _ in range(2))
+    shard(spread, group, CPU)
+    for block in (spread.dit.blocks[0], spread.dit.blocks[-1], spread.global_blocks[-1]):
+        block.attend = torch.compile(block.attend, backend="eager", fullgraph=True)
+        block.feed_forward = torch.compile(block.feed_forward, backend="eager", fullgraph=True)
+    spread.checkpoint_activations = "selective"
+    a, b = spread(**tiny_inputs()), plain(**tiny_inputs())
+    torch.testing.assert_close(a["velocity"], b["velocity"])
+    loss_of(a).backward()
+
+
+def one_rank(rank, folder):
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    torch.set_num_threads(1)
+    train.weight_decay, train.learning_rate, group = 0.1, 1e-3, dist.new_group()
+    equality(folder, group)
+    memory(group)
+    compiled(group)
+    dist.destroy_process_group()
+
+
+def test_spread_weights_train_to_the_same_values_files_and_planned_memory(tmp_path):
+    torch.multiprocessing.spawn(one_rank, (tmp_path,), nprocs=2)
+    assert all(v.isfinite().all() for v in load_file(tmp_path / "step-3.optim.safetensors").values())
