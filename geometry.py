@@ -416,7 +416,8 @@ class RefineNet(nn.Module):
         if lateral is not None:
             x = x + self.resConfUnit1(lateral)
         x = self.resConfUnit2(x)
-        return self.out_conv(F.interpolate(x, size=size, mode="bilinear", align_corners=True))
+        # a 1x1 convolution and an interpolation, whose weights sum to 1, commute: first the one with fewer pixels
+        return F.interpolate(self.out_conv(x), size=size, mode="bilinear", align_corners=True)
 
 class DPTHead(nn.Module):
     """Four token maps -> a dense map for every pixel of every frame.  Source: DPT 2021 / VGGT, causal 4x time
