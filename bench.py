@@ -1,16 +1,14 @@
-"""Measure work, time and memory against straightforward code: `python bench.py [work train sample data scaling]`.
+"""Measure work, time and memory against straightforward code: `python bench.py [work train sample data scaling gpu]`.
 
     work      stages 1 and 2: FLOPs per clip at true size (fake tensors) beside the ideal
-    train     the same steps timed at a reduced width, with their memory
+    train     the same steps timed at a reduced width on a CPU, with their memory
     sample    a guided loop and its decoding, the same way
     data      what the loader delivers at the guide's sizes, and how long a step waits for it
     scaling   bytes that 1, 2, 4 gloo ranks send per step and when; cost against the number of tokens
+    gpu       the steps and the sampling loop at true size, where there is a GPU: lib/gpu.py
 
-Straightforward (a) is what the method's description says, taken literally: every block forward and backward with
-autograd, the exchange in stage 1 too, encoders online, heads over all frames at once, one clip at a time.  Then each
-optimisation is switched off alone (b).  All variants of a table are timed in turn in every round, in seconds of one
-thread's processor time, and the median is given, so ratios hold on a machine that others use too.  "Ideal" is stated in
-ideal().  There is no GPU part: nothing here was ever run on one."""
+What is compared with what is in lib/variants.py.  All variants of a table are timed in turn in every round, on a CPU in
+seconds of one thread's processor time, and the median is given, so ratios hold on a machine that others use too."""
 import argparse
 import json
 import math
@@ -20,11 +18,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from unittest.mock import patch
 
 import torch
@@ -32,16 +29,15 @@ import torch.distributed as dist
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
 
-import geometry
-import model as model_file
 import sample
 import train
 from data import CachedClips, collate, save_tensors
 from encoders import CLIPVision, UMT5Encoder, WanVAE
+from lib import gpu
 from lib.evaluate import prepare
-from geometry import encode_pose, plucker_rays
-from model import PRESETS, FantasyWorld, start_condition
 from lib.plan import Count, count, example_batch, fake, fake_model, fake_tensors
+from lib.variants import (OPTIONS, encode, ideal, make_encoders, raw_clips, step, straightforward_sample, variants)
+from model import PRESETS, FantasyWorld
 
 TRUE = {1: (21, 336, 592), 2: (81, 592, 336)}           # the guide's clips: frames, height, width
 # The 1.3B preset at an eighth of its widths and a third of its layers, on a small grid.
@@ -51,148 +47,6 @@ SMALL = replace(PRESETS["1.3b"], dim=192, ffn_dim=1120, head_dim=64, text_dim=51
                 dpt_tail=8, camera_dim=64, camera_heads=2)
 SMALL_SIZE = (21, 64, 112)
 H200_PEAK = 989e12              # dense bf16 FLOP/s of an H100 or H200.  Source: NVIDIA's data sheet
-OPTIONS = SimpleNamespace(**{k: v for k, v in vars(train).items() if type(v) in (int, float, str, bool, tuple, dict)})
-
-
-# ---------------------------------------------------------------------------------------------------- the least work
-def ideal(cfg, stage, size):
-    """FLOPs per clip of the least work, from forward counts of the parts on fake tensors -> dict.
-
-    stage 1   video forward up to the bridge + 3 x trainable forward
-    stage 2   video forward + its gradient to the input (linear 1 x forward) + 3 x trainable forward
-    ideal counts an attention's backward as 2 x its forward; fused adds the half forward of every fused kernel, which
-    recomputes its scores; recomputed adds the DPT heads, whose maps for all frames take 25 GiB in stage 2."""
-    with fake_tensors(), torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        model, counts = fake_model(cfg, stage), {}
-        b, noise, sigma, keep = example_batch(cfg, 1, *size)
-        dit, n = model.dit, cfg.num_pcb
-
-        def measure(name, function, *args):
-            with Count() as c:
-                out = function(*args)
-            counts[name] = c.flops, c.attention
-            return out
-
-        (_, rows), (text, image) = dit.modulation(sigma), measure("embed", dit.embed_context, b["text"], b.get("clip"))
-        x, grid = measure("embed", lambda: dit.embed(noise, b["y"], dit.control(b["plucker"])))
-        ropes = model.ropes(grid, x.device)
-        given = dict(rows=rows, rows_z=torch.zeros(1, 6, cfg.geo_dim), ropes=ropes, frames=grid[0], camera=None)
-
-        def blocks(x, first, last):
-            for i in range(first, last):
-                x = dit.blocks[i](x, rows, dit.blocks[i].cross_attn.keys_values(text, image), ropes["video"])
-            return x
-
-        def geometry_blocks(z):
-            taps = {}
-            for i, step in enumerate(model.steps[n:]):
-                _, z, taps[i] = step.run(None, z, given, None)
-            return z, taps
-
-        x = measure("PCB", blocks, x, 0, n)
-        z = measure("bridge", model.geometry_tokens, x, grid, None, 1.0)
-        z, taps = measure("geometry", geometry_blocks, z)
-        measure("tail", blocks, x, n, cfg.num_layers)
-        measure("exchange", lambda: [e(x, z, ropes["exchange_x"], ropes["exchange_z"]) for e in model.exchange])
-        measure("heads", model.read_out, taps, grid)
-    trained = ("bridge", "geometry", "heads") + (("exchange",) if stage == 2 else ())
-    frozen = ("embed", "PCB") + (("tail",) if stage == 2 else ())
-    ideal_ = sum(counts[k][0] for k in frozen) + 3 * sum(counts[k][0] for k in trained)
-    carried = ("PCB", "tail") if stage == 2 else ()              # gradient passes through, weights take none
-    ideal_ += sum(counts[k][0] + counts[k][1] for k in carried)
-    fused = ideal_ + sum(counts[k][1] for k in (*trained, *carried)) / 2
-    return dict(ideal=ideal_, fused=fused, recomputed=fused + counts["heads"][0],
-                **{k: v[0] for k, v in counts.items()})
-
-
-# -------------------------------------------------------------------------------------------------------- variants
-@contextmanager
-def gradients_everywhere(model):
-    """Autograd through the whole forward, weight gradients of the frozen branch included."""
-    with patch("torch.no_grad", torch.enable_grad):
-        trained = [p.requires_grad for p in model.parameters()]
-        model.requires_grad_(True)
-        yield
-        for p, flag in zip(model.parameters(), trained):
-            p.requires_grad_(flag)
-
-
-@contextmanager
-def whole_heads(model):
-    """DPT heads over all frames at once, nothing recomputed."""
-    heads = [model.depth_head, model.point_head]
-    chunks = [head.chunk for head in heads]
-    for head in heads:
-        head.chunk = 10 ** 6
-    yield
-    for head, chunk in zip(heads, chunks):
-        head.chunk = chunk
-
-
-def make_encoders(cfg, small):
-    """VAE, umT5 and the vision tower (None without CLIP) with random weights; small: an eighth of the widths, a third of
-    umT5's layers."""
-    width = dict(vocab=64, dim=cfg.text_dim, attn_dim=cfg.text_dim, ffn_dim=1280, heads=8, layers=8) if small else {}
-    return [WanVAE(12 if small else 96), UMT5Encoder(**width), CLIPVision() if cfg.has_clip else None]
-
-
-def raw_clips(batch, cfg, num_frames, height, width):
-    """What the encoders read: pixels and token ids."""
-    return dict(video=torch.rand(batch, 3, num_frames, height, width) * 2 - 1,
-                ids=torch.randint(1, 64, (batch, cfg.text_len)))
-
-
-def encode(raw, at, encoders):
-    """Clips of raw (a slice) through the encoders, as data.py encode would cache them."""
-    vae, text, tower = encoders
-    video, ids = raw["video"][at], raw["ids"][at]
-    start = vae.encode(video[:, :, :1]).bfloat16().float()
-    found = dict(latents=vae.encode(video).bfloat16().float(), text=list(text(ids, torch.ones_like(ids)).float()))
-    found["y"] = start_condition(start, 32, found["latents"].shape[2])
-    return found if tower is None else dict(found, clip=tower(video[:, :, 0]).float())
-
-
-def step(model, batch, video, each=False, online=None):
-    """Forward and backward of a micro-batch -> its geometry loss.  each: one clip at a time;  online: raw, encoders."""
-    b, noise, sigma, keep = batch
-    n, total = len(noise), 0
-    for p in model.parameters():
-        p.grad = None
-    for at in [slice(i, i + 1) for i in range(n)] if each else [slice(0, n)]:
-        part = {k: v[at] for k, v in b.items()}
-        if online:
-            part.update(encode(online[0], at, online[1]))
-        loss, parts, _ = train.compute_loss(model, part, noise[at], sigma[at], keep[at], OPTIONS, video)
-        share = len(noise[at]) / n
-        (loss * share).backward()
-        total = total + share * (parts["depth"] + parts["point"] + OPTIONS.camera_weight * parts["camera"])
-    return total
-
-
-def variants(model, stage, batch, online):
-    """name -> one step, ours first; each sets up what it needs and restores it."""
-    def run(*contexts, as_stage=stage, checkpointing="none", video=stage == 2, **how):
-        def call():
-            model.stage, model.checkpoint_activations = as_stage, checkpointing
-            with ExitStack() as stack:
-                for context in contexts:
-                    stack.enter_context(context(model))
-                return step(model, batch, video, **how)
-        return call
-
-    best = dict(checkpointing="selective") if stage == 2 else {}
-    rows = {"ours": run(**best),
-            "(a) straightforward": run(gradients_everywhere, whole_heads, as_stage=2, video=True, each=True,
-                                       online=online),
-            "(b) encoders online": run(**best, online=online),
-            "(b) one clip at a time": run(**best, each=True),
-            "(b) autograd and weights of Wan": run(gradients_everywhere, **best),
-            "(b) heads over all frames": run(whole_heads, **best)}
-    if stage == 1:
-        rows["(b) video tail and exchange"] = run(as_stage=2, video=True)
-    for how in {"none", "selective", "full"} - {best.get("checkpointing", "none")}:
-        rows[f"(b) checkpointing {how}"] = run(checkpointing=how)
-    return rows
 
 
 # ---------------------------------------------------------------------------------------------------------- measuring
@@ -266,26 +120,6 @@ def train_small(rounds, batch_size=2):
 
 
 # ------------------------------------------------------------------------------------------------------------ sampling
-def straightforward_sample(model, noise, text, negative, y, w2c, K, steps, guidance, decode):
-    """The literal loop: every forward embeds prompt and camera, makes its tables and runs the heads; two passes per
-    step; the geometry of the last forward is not the read-out's, so one more forward follows; then decode the video."""
-    size = (8 * noise.shape[-2], 8 * noise.shape[-1])
-    given = dict(y=y, plucker=plucker_rays(w2c, K, size), poses=encode_pose(w2c, K, size))
-
-    def velocity(x, t, context):
-        for table in (geometry.rope_2d, geometry.uv_embedding, model_file.rope_3d):
-            table.cache_clear()
-        return model(x, t, context, **given)["velocity"]
-
-    def guided(x, t):
-        return torch.lerp(velocity(x, t, negative), velocity(x, t, text), guidance)
-
-    latents = sample.sample_euler(guided, noise, steps)
-    sigma = sample.READOUT_SIGMA
-    out = model((1 - sigma) * latents + sigma * noise, torch.full((1,), 1000 * sigma), text, **given)
-    return latents, out, decode(latents)
-
-
 def sample_table(rounds, steps=20, guidance=5.0):
     """A guided video by our loop and by the literal one: FLOPs of a step at true size, seconds at the reduced width."""
     print("\nsampling, two guided passes per step; FLOPs of a step at true size, 81 x 592 x 336")
@@ -402,15 +236,14 @@ def scaling_rank():
     dist.init_process_group("gloo")
     torch.manual_seed(0)
     torch.set_num_threads(1)
-    model, found = FantasyWorld(SMALL).set_stage(1), {}
-    wrapped, sent = DistributedDataParallel(model, gradient_as_bucket_view=True), []
+    model, found, sent = FantasyWorld(SMALL).set_stage(1), {}, []
+    # small buckets: at true size the gradient fills 140 of the usual 25 MB
+    wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True, bucket_cap_mb=3)
     batch = example_batch(SMALL, 1, 5, 32, 48)
 
-    def hook(state, bucket):
-        entry = [bucket.buffer().nbytes, time.perf_counter(), 0.0]
-        sent.append(entry)
-        future = allreduce_hook(None, bucket)
-        return future.then(lambda f: (entry.__setitem__(2, time.perf_counter()), f.value()[0])[1])
+    def hook(_, bucket):
+        sent.append(bucket.buffer().nbytes)
+        return allreduce_hook(None, bucket)
 
     wrapped.register_comm_hook(None, hook)
     for attempt in range(2):                                    # DDP arranges its buckets after the first
@@ -418,34 +251,52 @@ def scaling_rank():
         for micro in range(2):
             with wrapped.no_sync() if micro == 0 else nullcontext():
                 loss = train.compute_loss(wrapped, *batch, OPTIONS, False)[0]
-                found["before" if micro == 0 else "begin"] = time.perf_counter()
-                loss.backward()
-                found["no_sync" if micro == 0 else "bytes"] = sum(n for n, *_ in sent)
-        end = time.perf_counter()
+                with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as trace:
+                    loss.backward()
+                found["no_sync" if micro == 0 else "bytes"] = sum(sent)
     trained = sum(p.numel() * 4 for p in model.parameters() if p.requires_grad)
     if dist.get_rank() == 0:
-        busy = sum(stop - start for _, start, stop in sent)
-        hidden = sum(min(stop, sent[-1][1]) - start for _, start, stop in sent)
-        print(json.dumps(dict(bytes=found["bytes"], no_sync=found["no_sync"], gradient=trained,
-                              buckets=len(sent), first=(sent[0][1] - found["begin"]) / (end - found["begin"]),
-                              hidden=hidden / busy)))
+        if len(sys.argv) > 2:
+            trace.export_chrome_trace(sys.argv[2])
+        print(json.dumps(dict(found, gradient=trained, buckets=len(sent), **overlap(trace))))
     dist.destroy_process_group()
+
+
+def overlap(trace, width=70):
+    """From the profiler's trace of a backward pass: when its operations ran and when gloo's all-reduces were in flight.
+
+    returns  first: share of the computation that is done when the first bucket leaves; hidden: share of the
+             communication's time before the last one does; lines: both as text, `width` characters wide"""
+    events = [(e.name(), e.start_ns(), e.start_ns() + e.duration_ns()) for e in trace.profiler.kineto_results.events()]
+    work, calls, sent = ([(a, b) for name, a, b in events if name.startswith(start)]
+                         for start in ("aten::", "c10d::allreduce_", "gloo:all_reduce"))
+    begin, end = min(a for a, _ in work), max(a for a, _ in calls)   # the last bucket leaves when all gradients are there
+
+    def line(spans, mark):
+        step = (max(b for _, b in work + sent) - begin) / width
+        return "".join(mark if any(a < begin + (i + 1) * step and b > begin + i * step for a, b in spans) else " "
+                       for i in range(width))
+    edges = sorted({t for span in sent for t in span} | {end})
+    flying = [(a, b) for a, b in zip(edges, edges[1:]) if any(s <= a and b <= e for s, e in sent)]
+    return dict(first=(min(a for a, _ in sent) - begin) / (end - begin), lines=[line(work, "#"), line(sent, "=")],
+                hidden=sum(b - a for a, b in flying if b <= end) / sum(b - a for a, b in flying))
 
 
 def scaling_table(rounds):
     """What ranks send, and how cost grows with the number of tokens."""
-    print("\nscaling: gloo ranks, two micro-steps, one synchronised")
+    print("\nscaling: gloo ranks, two micro-steps, one synchronised; from a profiler trace of its backward")
     for ranks in (1, 2, 4):
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", __file__,
                    "rank"]
         result = subprocess.run(command, capture_output=True, text=True, timeout=300)
         if result.returncode:
             raise SystemExit(result.stderr)
-        r = json.loads(result.stdout.strip().splitlines()[-1])
+        r = json.loads(next(line for line in result.stdout.splitlines() if line.startswith("{")))
         print(f"  {ranks} ranks: {r['bytes']:,} bytes reduced per step = {r['bytes'] / r['gradient']:.4f} x the trainable "
-              f"gradient, {r['no_sync']} in the micro-step before; {r['buckets']} buckets, the first sent after "
-              f"{r['first']:.0%} of the backward, {r['hidden']:.0%} of the communication before the last bucket was ready",
-              flush=True)
+              f"gradient, {r['no_sync']} in the micro-step before; {r['buckets']} buckets, the first leaves after "
+              f"{r['first']:.0%} of the computation, {r['hidden']:.0%} of the communication during it", flush=True)
+        for name, line in zip(("backward", "all-reduce"), r["lines"]):
+            print(f"    {name:10s} |{line}|")
     model, rows, tokens, flops = FantasyWorld(SMALL), {}, {}, {}
     model.set_stage(2)
     for frames in (21, 41, 81):
@@ -466,14 +317,15 @@ def scaling_table(rounds):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("parts", nargs="*", default=["work", "train", "sample", "data", "scaling"])
+    parser.add_argument("parts", nargs="*", default=["work", "train", "sample", "data", "scaling", "gpu"])
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    if args.parts == ["rank"]:
+    if args.parts[0] == "rank":                             # one rank of scaling_table; `rank FILE` keeps its trace
         return scaling_rank()
     tables = dict(work=train_true, train=lambda: train_small(args.rounds), sample=lambda: sample_table(args.rounds),
-                  data=data_table, scaling=lambda: scaling_table(args.rounds))
+                  data=data_table, scaling=lambda: scaling_table(args.rounds),
+                  gpu=lambda: gpu.tables(PRESETS["1.3b"], TRUE, SMALL, SMALL_SIZE, args.rounds))
     for name in args.parts:
         if name not in tables:
             raise SystemExit(f"bench.py: no part {name!r}; wanted some of {', '.join(tables)}")

@@ -222,6 +222,12 @@ def make_optimizer(model, world, group=None):
     return torch.optim.AdamW(groups, **how)
 
 
+def compile_blocks(model):
+    """Half blocks, which the exchange lies between; equal ones share their graphs."""
+    for block in [*model.dit.blocks, *model.frame_blocks, *model.global_blocks]:
+        block.attend, block.feed_forward = torch.compile(block.attend), torch.compile(block.feed_forward)
+
+
 def learning_rate_at(step):
     if step < warmup_steps:
         return learning_rate * (step + 1) / warmup_steps
@@ -377,8 +383,7 @@ def main(options):
     video, wrapped = stage != 1, model
     flops = count_flops(model, clips["train"], dev, autocast, settings, video)
     if compile:
-        for block in [*model.dit.blocks, *model.frame_blocks, *model.global_blocks]:
-            block.attend, block.feed_forward = torch.compile(block.attend), torch.compile(block.feed_forward)
+        compile_blocks(model)
     if world > 1:
         dist.barrier()                            # loading took each rank its own time; a step must not
         wrapped = model if spread else DistributedDataParallel(

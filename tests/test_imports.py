@@ -8,10 +8,11 @@ ALLOWED = dict(geometry="", encoders="", model="geometry released foreign",
                data="geometry encoders control cameras scenes readers caches verify",
                train="config model geometry data checkpoints foreign control records evaluate plan sharding",
                sample="model geometry data encoders cameras foreign export jobs",
-               bench="data encoders evaluate geometry model plan sample train")
+               bench="data encoders evaluate gpu model plan sample train variants")
 LIB = dict(released="geometry", cameras="geometry", metrics="geometry", scenes="geometry", readers="", control="",
            caches="control readers", checkpoints="control model sharding", sharding="",
            foreign="checkpoints model released sharding",
+           variants="encoders geometry model plan sample train", gpu="encoders model plan sample train variants",
            plan="geometry model sharding", verify="cameras data geometry readers", records="data", draw="data",
            page="data geometry", export="cameras data draw geometry metrics page", jobs="cameras export",
            evaluate="control foreign data draw geometry metrics model")

@@ -1,0 +1,27 @@
+"""bench.py's GPU tables.  On a CPU they run at tiny sizes: every line is there and finite; what it says is of no GPU."""
+import pytest
+import torch
+from tiny import TINY
+
+import bench
+import train
+from lib import gpu
+
+
+def test_the_tables_of_a_gpu_run_whole_at_tiny_sizes(monkeypatch, capsys):
+    monkeypatch.setattr(train, "compile_blocks", lambda model: None)                  # wants a C++ compiler on a CPU
+    size = (5, 32, 48)
+    gpu.tables(TINY, {2: size}, TINY, size, 1, torch.device("cpu"), gigabytes=1, totals=(2,))
+    text = capsys.readouterr().out
+    for line in ("stage 2, 2 clips", "whole step", "attention: ", "the host waits", "time: ",
+                 "(a) straightforward", "(b) checkpointing full", "compiled", "sampling, stage 1", "decoding 5 frames",
+                 "bf16 against fp32"):
+        assert line in text, text
+    assert "nan" not in text and "inf " not in text
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_a_gpu_agrees_with_the_cpu_and_bf16_with_fp32_at_reduced_width(capsys):
+    gpu.agreement(bench.SMALL, bench.SMALL_SIZE, torch.device("cuda"))
+    worst = [float(word) for word in capsys.readouterr().out.replace(",", " ").split() if word[0].isdigit() and "e-" in word]
+    assert worst and max(worst) < 1e-2
