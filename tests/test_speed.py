@@ -123,6 +123,25 @@ def test_every_attention_of_a_step_is_fused_and_none_stores_its_scores():
     assert not {"_softmax", "softmax", "bmm", "baddbmm"} & set(seen.names)
 
 
+def test_every_attention_at_true_widths_is_what_flash_attention_takes_on_a_gpu(monkeypatch):
+    """Its conditions on CUDA: bf16, heads of at most 256 channels and a multiple of 8, no mask, dense last axis."""
+    calls, original = [], torch.nn.functional.scaled_dot_product_attention
+
+    def seen(q, k, v, *args, **kwargs):
+        calls.append((q, k, v, args, kwargs))
+        return original(q, k, v, *args, **kwargs)
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", seen)
+    for cfg in (SHALLOW, replace(PRESETS["14b"], num_layers=2, num_pcb=1, taps=(0, 0, 0, 0))):
+        with plan.fake_tensors(), torch.autocast("cpu", torch.bfloat16):
+            model = plan.fake_model(cfg, 2)
+            geometry_and_diffusion(True)(model, *plan.example_batch(cfg, 1, 5, 32, 48))
+    assert len(calls) > 20
+    for q, k, v, args, kwargs in calls:
+        assert not args and not kwargs
+        for x in (q, k, v):
+            assert x.dtype == torch.bfloat16 and x.shape[-1] <= 256 and x.shape[-1] % 8 == 0 and x.stride(-1) == 1
+
+
 @pytest.mark.parametrize("stage", [1, 2])
 def test_a_step_never_waits_for_a_value_on_the_device(stage):
     with plan.fake_tensors():               # no values: .item(), float() or a data-dependent shape would raise here
