@@ -30,7 +30,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from lib.caches import EMPTY_TEXT, check_folder, fits, is_whole, read_clip, read_values, save_tensors
+from lib.caches import EMPTY_TEXT, check_folder, fits, is_whole, read_again, read_values, save_tensors
 from lib.cameras import inverse, read_cameras, write_cameras
 from lib.control import gathered
 from geometry import relative_to_first
@@ -396,7 +396,7 @@ def encode(root, height, width, num_frames, codec="transform", wan_dir="", devic
 
 
 class CachedClips(torch.utils.data.Dataset):
-    """The cached windows of a split: the tensors of save_clip in float32 (metres; moving: bool), and id, prompt, fps;
+    """The cached windows of a split: the tensors of save_clip as stored (metres), and id, prompt, fps;
     relative: its depth has no unit.
 
     Every file is checked here (see lib/caches.py), so that a run does not meet a bad one half-way: ValueError lists them,
@@ -413,10 +413,10 @@ class CachedClips(torch.utils.data.Dataset):
         if len(folders) > 1:
             raise ValueError(f"{root}: {', '.join(f.name for f in folders)} all fit {wan_dir or 'the demo'}; they are "
                              f"of other encoder files: delete all but one")
-        good = {}
+        good, stamps = {}, {}
         if folders:
             check_inside(root, folders[0])
-            good, wrong = check_folder(folders[0], samples, (num_frames, height, width))
+            good, stamps, wrong = check_folder(folders[0], samples, (num_frames, height, width))
             bad += wrong
         if not good and (not folders or all("not encoded" in problem for _, problem in bad)):
             there = ", ".join(sorted(f.name for f in Path(root).glob("cache/*"))) or "none"
@@ -425,7 +425,8 @@ class CachedClips(torch.utils.data.Dataset):
         if not any(s["video"] for s in samples.values()):
             cure = f"rm -r {root}, and render it again"
         self.refuse(f"{root}: {len(bad)} of {len(good) + len(bad)} {split} clips", bad, len(good), cure)
-        self.files, self.metadata = [folders[0] / f"{name}.safetensors" for name in good], good
+        self.files = [folders[0] / f"{name}.safetensors" for name in good]
+        self.metadata, self.stamps = good, stamps
         self.empty_text = folders[0] / f"{EMPTY_TEXT}.safetensors"
         if not is_whole(self.empty_text):
             raise ValueError(f"{self.empty_text}: missing or damaged. Run\n  {cure}")
@@ -449,9 +450,9 @@ class CachedClips(torch.utils.data.Dataset):
         for tries in range(len(self.files)):
             path = self.files[(i + tries) % len(self.files)]
             try:
-                tensors, meta = read_clip(path)
-                return dict({k: x if x.dtype == torch.bool else x.float() for k, x in tensors.items()}, id=meta["id"], prompt=meta["prompt"],
-                            fps=float(meta["fps"]), relative=torch.tensor(meta.get("depth") == "relative"))
+                tensors, meta = read_again(path, self.stamps[path.stem])
+                return dict(tensors, id=meta["id"], prompt=meta["prompt"], fps=float(meta["fps"]),
+                            relative=torch.tensor(meta.get("depth") == "relative"))
             except Exception as error:                        # of whatever kind: a loader's worker must name the clip
                 if not self.skip_bad or tries + 1 == len(self.files):
                     raise ValueError(f"clip {path.stem}: damaged since the start of the run: {error!r}") from error
@@ -471,7 +472,7 @@ class CachedClips(torch.utils.data.Dataset):
                 print(f"warning: a picture without its frames: {error}", flush=True)
                 return None
         elif self.prefix == "transform":
-            video = make_encoders().load_vae().decode(self[i]["latents"][None])[0]
+            video = make_encoders().load_vae().decode(self[i]["latents"][None].float())[0]
         else:
             return None
         return ((video.permute(1, 2, 3, 0) + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).numpy()
