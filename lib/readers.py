@@ -234,14 +234,14 @@ def count_frames_at(path, changed):
 
 
 # --- Arrays ------------------------------------------------------------------------------------------------
-def array_header(file, size):
-    """Shape and dtype of an .npy stream of `size` bytes, which must be those of its header."""
+def array_header(file, size, mask):
+    """Shape and dtype of an .npy stream of `size` bytes, as its header says; truth values only for a mask."""
     version = np.lib.format.read_magic(file)
     if version not in ((1, 0), (2, 0)):
         raise ValueError(f".npy version {version}")
     shape, _, dtype = (np.lib.format.read_array_header_1_0 if version == (1, 0)
                        else np.lib.format.read_array_header_2_0)(file)
-    if dtype.kind not in "fiub" or dtype.hasobject:
+    if dtype.kind not in ("fiub" if mask else "fiu") or dtype.hasobject:
         raise ValueError(f"values of type {dtype}; wanted numbers")
     want = file.tell() + dtype.itemsize * math.prod(shape)
     if min(shape, default=0) < 1 or want != size or size > MAX_BYTES:
@@ -276,7 +276,7 @@ def open_array(path, read, mask):
         return image.astype("u2")
     if path.suffix == ".npy":
         with open(path, "rb") as file:
-            header = array_header(file, size)
+            header = array_header(file, size, mask)
             file.seek(0)
             return np.lib.format.read_array(file, allow_pickle=False) if read else header
     with zipfile.ZipFile(path) as archive:
@@ -286,7 +286,7 @@ def open_array(path, read, mask):
             raise ValueError(f"the array {name} is there twice")
         info = archive.getinfo(name)
         with archive.open(info) as file:
-            header = array_header(file, info.file_size)
+            header = array_header(file, info.file_size, mask)
         with archive.open(info) as file:
             return np.lib.format.read_array(file, allow_pickle=False) if read else header
 

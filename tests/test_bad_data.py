@@ -45,7 +45,7 @@ def place(base, tmp_path):
 
 
 SHORT = ["video: truncated", "npy: pipe", "npy: code to execute", "npz: 10^12 values", "npz: flipped bits",
-         "cameras: 'nan' for a number", "metadata: depth_dir = '../outside'", "metadata: nested",
+         "npy: booleans", "cameras: 'nan' for a number", "metadata: depth_dir = '../outside'", "metadata: nested",
          "video: flipped bits, with SHA256SUMS", "cache: flipped bits, draw 0", "cache: NaN latent", "cache: another encoder", "cache: unreadable", "empty text: truncated"]
 
 
