@@ -180,7 +180,9 @@ def write_caches(root, clips, num_frames, height, width, cfg):
         tensors = {k: torch.rand(s).bfloat16() for k, s in half.items()}
         tensors |= dict(depth=torch.rand(full["depth"]) + 1, w2c=torch.eye(4)[:3].expand(full["w2c"]),
                         intrinsics=100 * torch.eye(3).expand(full["intrinsics"]))
-        save_tensors(folder / f"c{i}.safetensors", tensors, dict(id=f"c{i}", sample=f"c{i}", prompt="", fps=16))
+        save_tensors(folder / f"c{i}.safetensors", tensors,
+                     dict(id=f"c{i}", sample=f"c{i}", prompt="", fps=16, num_frames=num_frames, height=height,
+                          width=width, fingerprint="transform-bench"))
     save_tensors(folder / "text_empty.safetensors", dict(text=torch.zeros(1, cfg.text_dim).bfloat16()), {})
     ids = [f"c{i}" for i in range(clips)]
     Path(root, "metadata.json").write_text(json.dumps(dict(samples=[dict(id=i, cached=True) for i in ids],

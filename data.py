@@ -30,7 +30,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from lib.caches import EMPTY_TEXT, check_folder, fits, is_whole, read_clip, read_values, save_tensors
+from lib.caches import EMPTY_TEXT, check_folder, fits, is_whole, read_again, read_values, save_tensors
 from lib.cameras import inverse, read_cameras, write_cameras
 from lib.control import gathered
 from geometry import relative_to_first
@@ -69,14 +69,15 @@ FIELDS = dict(video=("video_path", "video"), depth=("depth_dir", "depth"), point
               prompt=("prompt", "caption", "note"))
 
 
-def load_samples(root, split=None, bad=None):
+def load_samples(root, split=None, bad=None, inside=None):
     """List a dataset: metadata.json with samples and splits, a flat list, or a scan of the sample folders.
 
     bad      receives (id or "sample N", problem) of each entry that is left out; without it the first is raised
+    inside   the folder that no link may leave: root, or "/" to follow links anywhere
     returns  dicts: id, split, prompt, fps, depth_scale, inverse_depth; video, camera, depth, points, moving: path or None
     Without splits the last tenth (at least one of several) is "val", the rest "train"."""
     root, samples, wrong, places = Path(root), {}, [], {}
-    path, (entries, splits) = root / "metadata.json", read_entries(root)
+    path, (entries, splits) = root / "metadata.json", read_entries(root, inside or root)
     for n, entry in enumerate(entries):
         name, where = str(entry.get("id", f"sample {n}"))[:200], f"{path}, sample {n}"
         try:
@@ -285,9 +286,9 @@ def window_starts(sample, num_frames, stride, start, windows, window_seed):
     return sorted({int(s) for s in random.integers(start, last + 1, windows)})
 
 
-def plan_clip(root, sample, folder, same, start, windows, window_seed):
+def plan_clip(inside, sample, folder, same, start, windows, window_seed):
     """Jobs of one clip's windows: sample, key (everything that changes the result) and path of the cache file."""
-    check_sample(root, sample)
+    check_sample(inside, sample)
     stamp, jobs = [sample["fps"], sample["depth_scale"]], []
     for path in (p for p in sample.values() if isinstance(p, Path)):
         stats = [p.stat() for p in (path, *path.glob("*")) if p.exists()]          # a folder: its files too
@@ -336,7 +337,7 @@ def encode_video(job, vae, grey):
 
 
 def encode(root, height, width, num_frames, codec="transform", wan_dir="", device="", split=None, start=0, stride=1,
-           windows=1, window_seed=-1, skip_bad=False):
+           windows=1, window_seed=-1, skip_bad=False, follow_links=False):
     """Encode windows of every clip, one pass per encoder; returns how many clips failed on any rank, 0 with skip_bad
     as long as one is left.
 
@@ -360,18 +361,19 @@ def encode(root, height, width, num_frames, codec="transform", wan_dir="", devic
                 failed.append(name)
                 tqdm.write(f"skipped {name}: {error}")
 
+    inside = "/" if follow_links else root
     for path in (folder, folder / ".parts"):
-        check_inside(root, path)                              # nothing is written through a link that leads out
-    samples = load_samples(root, split, bad)[rank::world]
+        check_inside(inside, path)                    # nothing is written through a link that leads out
+    samples = load_samples(root, split, bad, inside)[rank::world]
     for name, problem in bad if rank == 0 else ():
         failed.append(name)
         tqdm.write(f"skipped {name}: {problem}")
-    plans = each(samples, "plan", lambda s: plan_clip(root, s, folder, same, start, windows, window_seed))
+    plans = each(samples, "plan", lambda s: plan_clip(inside, s, folder, same, start, windows, window_seed))
     jobs = [job for _, clip_jobs in plans for job in clip_jobs]
     left = [job for job in jobs if not fits(job["path"], job["key"])]
     kept, empty = len(jobs) - len(left), folder / f"{EMPTY_TEXT}.safetensors"
     todo = {job["sample"]["id"]: job["sample"] for job in left}
-    list(each(todo.values(), "check", lambda s: check_sums(root, check_sample(root, s))))
+    list(each(todo.values(), "check", lambda s: check_sums(root, check_sample(inside, s))))
     if left or not is_whole(empty):
         text = encoders.load_text()
         if not is_whole(empty):
@@ -390,42 +392,43 @@ def encode(root, height, width, num_frames, codec="transform", wan_dir="", devic
     print(f"{folder}: {len(left)} encoded, {kept} kept, skipped: {', '.join(failed) or 'none'}")
     if dist.is_torchelastic_launched():   # torchrun stops the others when one fails: wait for all of them
         dist.init_process_group("gloo", timeout=timedelta(days=7))
-    counts = gathered((len(failed), len(left) + kept))
-    bad, good = map(sum, zip(*counts))
+    bad, good = map(sum, zip(*gathered((len(failed), len(left) + kept))))
     return 0 if skip_bad and good else bad
 
 
 class CachedClips(torch.utils.data.Dataset):
-    """The cached windows of a split: the tensors of save_clip in float32 (metres; moving: bool), and id, prompt, fps;
+    """The cached windows of a split: the tensors of save_clip as stored (metres), and id, prompt, fps;
     relative: its depth has no unit.
 
     Every file is checked here (see lib/caches.py), so that a run does not meet a bad one half-way: ValueError lists them,
     or with skip_bad they are left out, each with a line; every rank leaves out the same.  A file that is damaged later
     stops the run, or with skip_bad the next one takes its place: batches depend on seed, step and files alone."""
 
-    def __init__(self, root, split, height, width, num_frames, wan_dir="", skip_bad=False):
-        bad, prefix, self.skip_bad = [], cache_prefix(wan_dir), skip_bad
-        samples = {s["id"]: s for s in load_samples(root, split, bad)}
-        self.samples, self.prefix = samples, prefix
-        option = "--codec transform" if prefix == "transform" else f"--wan_dir {wan_dir}"
+    def __init__(self, root, split, height, width, num_frames, wan_dir="", skip_bad=False,
+                 follow_links=False):
+        bad, inside = [], "/" if follow_links else root
+        self.skip_bad, self.prefix = skip_bad, cache_prefix(wan_dir)
+        self.samples = samples = {s["id"]: s for s in load_samples(root, split, bad, inside)}
+        option = "--codec transform" if self.prefix == "transform" else f"--wan_dir {wan_dir}"
         cure = f"python data.py encode {root} {option} --height {height} --width {width} --num_frames {num_frames}"
-        folders = sorted(Path(root).glob(f"cache/{num_frames}x{height}x{width}-{prefix}*"))
+        folders = sorted(Path(root).glob(f"cache/{num_frames}x{height}x{width}-{self.prefix}*"))
         if len(folders) > 1:
             raise ValueError(f"{root}: {', '.join(f.name for f in folders)} all fit {wan_dir or 'the demo'}; they are "
                              f"of other encoder files: delete all but one")
-        good = {}
+        good, stamps = {}, {}
         if folders:
-            check_inside(root, folders[0])
-            good, wrong = check_folder(folders[0], samples, (num_frames, height, width))
+            check_inside(inside, folders[0])
+            good, stamps, wrong = check_folder(folders[0], samples, (num_frames, height, width))
             bad += wrong
         if not good and (not folders or all("not encoded" in problem for _, problem in bad)):
             there = ", ".join(sorted(f.name for f in Path(root).glob("cache/*"))) or "none"
-            raise ValueError(f"{root}: split {split} is not encoded at {num_frames}x{height}x{width} for {prefix} "
-                             f"(caches there: {there}). Run\n  {cure}")
+            raise ValueError(f"{root}: split {split} is not encoded at {num_frames}x{height}x{width} for "
+                             f"{self.prefix} (caches there: {there}). Run\n  {cure}")
         if not any(s["video"] for s in samples.values()):
             cure = f"rm -r {root}, and render it again"
         self.refuse(f"{root}: {len(bad)} of {len(good) + len(bad)} {split} clips", bad, len(good), cure)
-        self.files, self.metadata = [folders[0] / f"{name}.safetensors" for name in good], good
+        self.files = [folders[0] / f"{name}.safetensors" for name in good]
+        self.metadata, self.stamps = good, stamps
         self.empty_text = folders[0] / f"{EMPTY_TEXT}.safetensors"
         if not is_whole(self.empty_text):
             raise ValueError(f"{self.empty_text}: missing or damaged. Run\n  {cure}")
@@ -449,9 +452,9 @@ class CachedClips(torch.utils.data.Dataset):
         for tries in range(len(self.files)):
             path = self.files[(i + tries) % len(self.files)]
             try:
-                tensors, meta = read_clip(path)
-                return dict({k: x if x.dtype == torch.bool else x.float() for k, x in tensors.items()}, id=meta["id"], prompt=meta["prompt"],
-                            fps=float(meta["fps"]), relative=torch.tensor(meta.get("depth") == "relative"))
+                tensors, meta = read_again(path, self.stamps[path.stem])
+                return dict(tensors, id=meta["id"], prompt=meta["prompt"], fps=float(meta["fps"]),
+                            relative=torch.tensor(meta.get("depth") == "relative"))
             except Exception as error:                        # of whatever kind: a loader's worker must name the clip
                 if not self.skip_bad or tries + 1 == len(self.files):
                     raise ValueError(f"clip {path.stem}: damaged since the start of the run: {error!r}") from error
@@ -471,7 +474,7 @@ class CachedClips(torch.utils.data.Dataset):
                 print(f"warning: a picture without its frames: {error}", flush=True)
                 return None
         elif self.prefix == "transform":
-            video = make_encoders().load_vae().decode(self[i]["latents"][None])[0]
+            video = make_encoders().load_vae().decode(self[i]["latents"][None].float())[0]
         else:
             return None
         return ((video.permute(1, 2, 3, 0) + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).numpy()
@@ -577,9 +580,9 @@ def synth(out, num, num_frames, height, width, seed=0, variety="full", workers=0
     print(f"{out}: {num} training and {val} validation clips")
 
 
-def verify(root, split, fix_hints, json, exact):
+def verify(root, split, fix_hints, json, exact, follow_links):
     from lib.verify import verify as check                                            # it imports this file
-    return check(root, split, bool(fix_hints), bool(json), bool(exact))
+    return check(root, split, bool(fix_hints), bool(json), bool(exact), bool(follow_links))
 
 
 def main():
@@ -589,23 +592,20 @@ def main():
     q = commands.add_parser("encode", help="encode every clip once, so that training loads no encoder")
     p.add_argument("out")
     p.add_argument("--variety", choices=VARIETY, default="full")
-    p.add_argument("--cache_only", type=["False", "True"].index, default=False, metavar="True|False")
-    p.add_argument("--moving", type=["False", "True"].index, nargs="?", const=1, default=0, metavar="True|False",
-                   help="one object moves by itself; its mask goes to moving.npz")
-    q.add_argument("root")
+    r = commands.add_parser("verify", help="check every clip before any GPU hour is spent")
+    for command in (q, r):
+        command.add_argument("root")
+        command.add_argument("--split")
     q.add_argument("--codec", default="transform")
     q.add_argument("--wan_dir", default="", help="folder of a Wan2.1 release, in place of --codec")
     q.add_argument("--device", default="", help="default: a GPU where there is one")
-    q.add_argument("--split")
-    q.add_argument("--skip_bad", type=["False", "True"].index, default=0, metavar="True|False",
-                   help="exit with 0 although some clips could not be encoded")
-    r = commands.add_parser("verify", help="check every clip before any GPU hour is spent: files, units, conventions")
-    r.add_argument("root")
-    r.add_argument("--split")
-    for option, text in (("--fix_hints", "say how to cure what was found"), ("--json", "for machines"),
-                         ("--exact", "thresholds of exact renderings")):
-        r.add_argument(option, option.replace("_", "-"), type=["False", "True"].index, nargs="?", const=1, default=0,
-                       metavar="True|False", help=text)
+    links = "files and folders may be links that lead out of the dataset"
+    for command, option, text in (
+            (p, "cache_only", "no videos"), (p, "moving", "one object moves by itself, with its mask"),
+            (q, "skip_bad", "exit with 0 although clips failed"), (q, "follow_links", links), (r, "json", ""),
+            (r, "fix_hints", "name cures"), (r, "exact", "for exact renderings"), (r, "follow_links", links)):
+        command.add_argument(f"--{option}", f"--{option.replace('_', '-')}", help=text, metavar="True|False",
+                             type=["False", "True"].index, nargs="?", const=1, default=0)
     size = dict(num_frames=None, height=None, width=None)
     for command, options in ((p, dict(size, num=None, seed=0, workers=2, val=0)),
                              (q, dict(size, start=0, stride=1, windows=1, window_seed=-1))):

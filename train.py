@@ -44,6 +44,7 @@ model_overrides = {}            # single fields of model.Config, e.g. {"num_pcb"
 stage = 1
 data_dir = "data/train"         # has metadata.json and the caches that `python data.py encode` wrote
 skip_bad = False                # leave out clips whose caches are missing or damaged, instead of refusing to start
+follow_links = False            # the dataset's files and folders may be links that lead out of data_dir
 out_dir = "outputs/stage1"
 wan_dir = ""                    # folder of the Wan2.1 weights (or of a stage 0 run); "" = random, stage 0 only
 random_wan = False              # allow stages 1 and 2 on a random video branch (benchmarks, tests)
@@ -366,7 +367,8 @@ def main(options):
         shard(model, group, dev)
     sources = list(filter(None, init_from.split(",")))
     splits = ("train", "val") if eval_every or eval_only else ("train",)
-    clips = {split: CachedClips(data_dir, split, height, width, num_frames, wan_dir, skip_bad) for split in splits}
+    clips = {split: CachedClips(data_dir, split, height, width, num_frames, wan_dir, skip_bad, follow_links)
+             for split in splits}
     in_dim, settings = model.dit.in_dim, SimpleNamespace(**options)
     check_depth_kinds(clips, master)
     if eval_only:

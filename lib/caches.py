@@ -3,9 +3,11 @@
 One safetensors file per window of a clip in DIR/cache/TxHxW-FINGERPRINT/: ID.safetensors, or ID.START.safetensors where
 a clip has several windows, and text_empty.safetensors, the empty prompt.  FINGERPRINT is of the encoders.
 Tensors: those of data.save_clip.  Metadata: all that changes the result, and crc: of the values and of the header.
-Nothing is mapped: a file that is cut while it is mapped kills the process that reads it."""
+Before the first step a file is read whole and every value checked; later it is mapped and copied, as long as
+its size and time of change are those of the checked one.  read_again says what that leaves to chance."""
 import json
 import math
+import mmap
 import os
 import zlib
 from collections import Counter
@@ -130,16 +132,25 @@ def check_header(path, name, sample, size, fingerprint):
     return metadata, (text[-1], start[1], "clip" in specs)
 
 
+def arrays_in(data, specs):
+    """{name: array} of the values' bytes, where they lie; bfloat16 as its 16 bits."""
+    types = dict(F32="<f4", BF16="<u2", BOOL="u1")
+    return {name: data[begin:end].view(types[dtype]).reshape(shape)
+            for name, (dtype, shape, begin, end) in sorted(specs.items())}
+
+
+def tensors_of(arrays, specs):
+    return {name: torch.from_numpy(x).view(DTYPES[specs[name][0]]) for name, x in arrays.items()}
+
+
 def read_values(path):
     """Tensors (as stored) and metadata of a cache file; every value is checked against the checksum and is finite.
 
     Checks are numpy's: in threads of a forked process torch's parallel operations can fail."""
     metadata, specs, start = read_header(path)
-    data = np.fromfile(path, np.uint8, offset=start)
-    arrays, crc = {}, 0
-    for name, (dtype, shape, begin, end) in sorted(specs.items()):
-        crc = zlib.crc32(data[begin:end], crc)
-        arrays[name] = data[begin:end].view(dict(F32="<f4", BF16="<u2", BOOL="u1")[dtype]).reshape(shape)
+    arrays, crc = arrays_in(np.fromfile(path, np.uint8, offset=start), specs), 0
+    for x in arrays.values():
+        crc = zlib.crc32(x, crc)
     if metadata["crc"][:8] != f"{crc:08x}":
         raise ValueError(f"{path}: its values have the checksum {crc:08x}; {metadata['crc'][:8]} was written: damaged")
     for name, x in arrays.items():                            # bfloat16: upper half of a float32, 0x7f80 is infinity
@@ -147,7 +158,7 @@ def read_values(path):
             np.isfinite(x.min() + x.max()) if x.dtype == "<f4" else (x & 0x7fff).max() < 0x7f80)
         if not sound:
             raise ValueError(f"{path}: {name} holds NaN, infinity or no truth values")
-    return {name: torch.from_numpy(x).view(DTYPES[specs[name][0]]) for name, x in arrays.items()}, metadata
+    return tensors_of(arrays, specs), metadata
 
 
 def read_clip(path):
@@ -165,6 +176,29 @@ def read_clip(path):
     return tensors, metadata
 
 
+def stamp(path):
+    """Size and time of change, which a copy does not keep: the same as long as nobody has written."""
+    info = os.stat(path)
+    return [info.st_size, info.st_ctime_ns]
+
+
+def read_again(path, checked):
+    """read_clip of a file that was good when its stamp was `checked`: copied out of a map, values unseen.
+
+    With another stamp, before or after the copy, read_clip reads it whole: damage since the check is refused
+    by name, and a file that was cut is never mapped.  Left to chance: one that is cut in the milliseconds of
+    the copy kills the process (SIGBUS), and a bit that the disk flips without a write is not seen."""
+    if stamp(path) == checked:
+        metadata, specs, start = read_header(path)
+        flags = mmap.MAP_PRIVATE | getattr(mmap, "MAP_POPULATE", 0)     # Linux: read ahead, no fault per page
+        with open(path, "rb") as file:
+            data = np.frombuffer(mmap.mmap(file.fileno(), 0, flags=flags, prot=mmap.PROT_READ), np.uint8)
+        arrays = {name: x.copy() for name, x in arrays_in(data[start:], specs).items()}
+        if stamp(path) == checked:
+            return tensors_of(arrays, specs), metadata
+    return read_clip(path)
+
+
 # --- All caches of a split ---------------------------------------------------------------------------------
 def is_whole(path):
     """Whether read_values takes the file."""
@@ -175,12 +209,8 @@ def is_whole(path):
 
 
 def check_values(folder, names):
-    """{name: problem} of the windows that read_clip refuses.  Each file is read once, by one of the ranks;
-    FOLDER/.checked remembers size and time of change (which a copy does not keep) of the good ones for later starts."""
-    def stamp(name):
-        info = (folder / f"{name}.safetensors").stat()
-        return [info.st_size, info.st_ctime_ns]
-
+    """{name: problem} of the windows that read_clip refuses, {name: stamp} of all when they were read.  Each
+    file is read once, by one of the ranks; FOLDER/.checked remembers the good ones for later starts."""
     def problem(name):
         try:
             read_clip(folder / f"{name}.safetensors")
@@ -191,24 +221,26 @@ def check_values(folder, names):
         known = dict(read_json(folder / ".checked"))
     except (ValueError, TypeError):                                               # none yet, or damaged
         known = {}
-    stamps = {name: stamp(name) for name in names}
+    stamps = {name: stamp(folder / f"{name}.safetensors") for name in names}
     todo = sorted(set().union(*gathered([name for name in names if known.get(name) != stamps[name]])))
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     share, found = todo[rank::world], {}
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         mine = dict(zip(share, tqdm(pool.map(problem, share), "check caches", len(share), unit="clip", delay=3,
                                     disable=rank > 0)))
-    for part in gathered(mine):
+    for part, seen in gathered((mine, {name: stamps[name] for name in share})):
         found.update({name: text for name, text in part.items() if text})
+        stamps.update(seen)          # the reader's: a rank with a disk of its own reads its files whole
     if rank == 0 and todo:
         good = {name: stamps[name] for name in todo if name not in found}
         with suppress(OSError, ValueError):                 # a disk that cannot be written: the next start reads again
             write_aside(folder / ".checked", json.dumps(known | good).encode())
-    return found
+    return found, stamps
 
 
 def check_folder(folder, samples, size):
-    """Look at every window of the samples {id: sample} -> {name: metadata} of those to train on, [(clip, problem)]."""
+    """Look at every window of the samples {id: sample} -> {name: metadata} of those to train on,
+    {name: stamp}, [(clip, problem)]."""
     kinds, metadata, windows, bad = {}, {}, {}, []
     for path in sorted(folder.glob("*.safetensors")):
         owner = next((i for i in (path.stem, path.stem.rpartition(".")[0]) if i in samples), None)
@@ -228,6 +260,7 @@ def check_folder(folder, samples, size):
                         f"{usual}, as the others have"))
     bad = sorted(set(sum(gathered(bad), [])))                                     # every rank leaves out the same
     wrong = {name for name, _ in bad}
-    bad += check_values(folder, [name for name in metadata if name not in wrong]).items()
+    found, stamps = check_values(folder, [name for name in metadata if name not in wrong])
+    bad += found.items()
     wrong = {name for name, _ in bad}
-    return {name: m for name, m in metadata.items() if name not in wrong}, bad
+    return {name: m for name, m in metadata.items() if name not in wrong}, stamps, bad

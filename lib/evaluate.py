@@ -23,11 +23,15 @@ def generator(*key):
 
 
 def prepare(batch, in_dim, dev, rays=plucker_rays):
-    """Loader batch -> device tensors in scene units, with rays, pose encodings and points made on the device.
+    """Loader batch -> float32 on the device, in scene units, with rays, pose encodings and points made there.
     rays: the model's own kind of ray map (FantasyWorld.rays)."""
+    def send(x):                                      # bfloat16 is widened there: half of the bytes to move
+        x = x.to(dev, non_blocking=True)
+        return x if x.dtype == torch.bool else x.float()
+
     batch = {k: v for k, v in batch.items() if k != "relative" or v.any()}       # rare: a second pass of losses
-    b = {k: v.to(dev, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
-    b["text"] = [text.to(dev, non_blocking=True) for text in batch["text"]]
+    b = {k: send(v) if torch.is_tensor(v) else v for k, v in batch.items()}
+    b["text"] = [send(text) for text in batch["text"]]
     mask = torch.isfinite(b["depth"]) & (b["depth"] > 1e-3)
     size = b["depth"].shape[-2:]
     depth, w2c, scale = normalize_scene(b["depth"], b["w2c"], b["intrinsics"], mask)

@@ -89,7 +89,7 @@ def sums_of(root):
 def check_sums(root, paths):
     """Files must be what DIR/SHA256SUMS says, where there is one: nothing else sees a flipped bit in a plausible value.
 
-        cd DIR && find . -type f -not -path './cache/*' -not -name SHA256SUMS -exec sha256sum {} + > SHA256SUMS"""
+        cd DIR && find -L . -type f -not -path './cache/*' -not -name SHA256SUMS -exec sha256sum {} + > SHA256SUMS"""
     sums, known = Path(root, "SHA256SUMS"), sums_of(root)
     for path in paths if known is not None else ():
         name, digest = path.relative_to(root).as_posix(), hashlib.sha256()
@@ -103,18 +103,20 @@ def check_sums(root, paths):
 
 
 def check_inside(root, path):
-    """The path, symbolic links followed, must lie in the folder root."""
+    """The path, symbolic links followed, must lie in the folder root; root "/": links may lead anywhere."""
     try:
         if Path(path).resolve().is_relative_to(Path(root).resolve()):
             return
     except (OSError, RuntimeError) as error:                                      # a link that leads to itself
         raise ValueError(f"{path}: cannot be followed: {error}. Put the file or folder itself there") from None
-    raise ValueError(f"{path}: a link that leads out of {root}. Put the file or folder itself there")
+    raise ValueError(f"{path}: a link that leads out of {root}. Put the file or folder itself there, or "
+                     "allow such links with --follow_links=True")
 
 
 # --- What a dataset lists ----------------------------------------------------------------------------------
-def read_entries(root):
-    """Entries and splits of metadata.json; without that file, of the folders that hold parts of a sample."""
+def read_entries(root, inside):
+    """Entries and splits of metadata.json, which must lie in the folder `inside`; without that file, of the
+    folders that hold parts of a sample."""
     path, splits = root / "metadata.json", {}
     try:
         os.listdir(root)
@@ -129,7 +131,7 @@ def read_entries(root):
                 folders.setdefault(f.parent.name, {}).setdefault(f.stem, []).append(f"{f.parent.name}/{f.name}")
         return [dict({k: v if len(v) > 1 else v[0] for k, v in parts.items()}, id=name)
                 for name, parts in folders.items()], splits   # one there twice: a list, which read_entry refuses
-    check_inside(root, path)
+    check_inside(inside, path)
     check_sums(root, [path])
     entries = read_json(path)
     if isinstance(entries, dict):
@@ -141,11 +143,11 @@ def read_entries(root):
     return entries, splits
 
 
-def check_sample(root, sample):
-    """Files of a sample: there, regular, readable, inside the dataset -> all of them, folders listed."""
+def check_sample(inside, sample):
+    """Files of a sample: there, regular, readable, in the folder `inside` -> all of them, folders listed."""
     files = []
     for path in (p for p in sample.values() if isinstance(p, Path)):
-        check_inside(root, path)
+        check_inside(inside, path)
         try:
             files += array_files(path) if path.is_dir() else [path]
         except OSError as error:
@@ -153,7 +155,7 @@ def check_sample(root, sample):
     if sample["camera"]:
         check_lines(sample["camera"])
     for path in files:
-        check_inside(root, path)
+        check_inside(inside, path)
         check_file(path)
     return files
 
@@ -232,14 +234,14 @@ def count_frames_at(path, changed):
 
 
 # --- Arrays ------------------------------------------------------------------------------------------------
-def array_header(file, size):
-    """Shape and dtype of an .npy stream of `size` bytes, which must be those of its header."""
+def array_header(file, size, mask):
+    """Shape and dtype of an .npy stream of `size` bytes, as its header says; truth values only for a mask."""
     version = np.lib.format.read_magic(file)
     if version not in ((1, 0), (2, 0)):
         raise ValueError(f".npy version {version}")
     shape, _, dtype = (np.lib.format.read_array_header_1_0 if version == (1, 0)
                        else np.lib.format.read_array_header_2_0)(file)
-    if dtype.kind not in "fiub" or dtype.hasobject:
+    if dtype.kind not in ("fiub" if mask else "fiu") or dtype.hasobject:
         raise ValueError(f"values of type {dtype}; wanted numbers")
     want = file.tell() + dtype.itemsize * math.prod(shape)
     if min(shape, default=0) < 1 or want != size or size > MAX_BYTES:
@@ -274,7 +276,7 @@ def open_array(path, read, mask):
         return image.astype("u2")
     if path.suffix == ".npy":
         with open(path, "rb") as file:
-            header = array_header(file, size)
+            header = array_header(file, size, mask)
             file.seek(0)
             return np.lib.format.read_array(file, allow_pickle=False) if read else header
     with zipfile.ZipFile(path) as archive:
@@ -284,7 +286,7 @@ def open_array(path, read, mask):
             raise ValueError(f"the array {name} is there twice")
         info = archive.getinfo(name)
         with archive.open(info) as file:
-            header = array_header(file, info.file_size)
+            header = array_header(file, info.file_size, mask)
         with archive.open(info) as file:
             return np.lib.format.read_array(file, allow_pickle=False) if read else header
 

@@ -402,15 +402,15 @@ def load_raw(sample):
                 moving=read_arrays(sample["moving"], mask=True) if sample["moving"] else None)
 
 
-def verify(root, split=None, fix_hints=False, as_json=False, exact=False):
+def verify(root, split=None, fix_hints=False, as_json=False, exact=False, follow_links=False):
     """Check every sample, print a table (or JSON); returns how many failed."""
-    reports, bad = [], []
-    samples = load_samples(root, split, bad)
+    reports, bad, inside = [], [], "/" if follow_links else root
+    samples = load_samples(root, split, bad, inside)
     for sample, problem in [*((s, None) for s in samples), *((dict(id=name), problem) for name, problem in bad)]:
         try:
             if problem:
                 raise ValueError(problem)
-            check_sums(root, check_sample(root, sample))
+            check_sums(root, check_sample(inside, sample))
             reports.append(inspect(load_raw(sample), "exact" if exact else "data"))
         except ValueError as error:
             reports.append(Report(sample["id"]))

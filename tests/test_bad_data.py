@@ -45,7 +45,7 @@ def place(base, tmp_path):
 
 
 SHORT = ["video: truncated", "npy: pipe", "npy: code to execute", "npz: 10^12 values", "npz: flipped bits",
-         "cameras: 'nan' for a number", "metadata: depth_dir = '../outside'", "metadata: nested",
+         "npy: booleans", "cameras: 'nan' for a number", "metadata: depth_dir = '../outside'", "metadata: nested",
          "video: flipped bits, with SHA256SUMS", "cache: flipped bits, draw 0", "cache: NaN latent", "cache: another encoder", "cache: unreadable", "empty text: truncated"]
 
 
@@ -119,9 +119,9 @@ def test_a_file_damaged_during_a_run_stops_it_by_name_or_the_next_clip_takes_its
 
 def test_any_exception_in_a_worker_carries_the_clip(place, monkeypatch):
     clips = data.CachedClips(place.root, "train", *SIZE)
-    def fail(path):
+    def fail(path, checked):
         raise RuntimeError("out of luck")
-    monkeypatch.setattr(data, "read_clip", fail)
+    monkeypatch.setattr(data, "read_again", fail)
     with pytest.raises(ValueError, match=f"clip {bad_data.OTHER}: .*RuntimeError.*out of luck"):
         batches(clips, 2)
 

@@ -1,0 +1,110 @@
+"""A cache file in training: mapped while it is the one that was checked, else read whole, refused by name."""
+import os
+import sys
+
+import pytest
+import torch
+
+from lib import caches
+import data
+
+SIZE = (32, 48, 5)
+
+
+@pytest.fixture
+def place(tmp_path):
+    """Two cached clips with every kind of tensor, and the dataset around them."""
+    data.synth(tmp_path, 2, 5, 32, 48, variety="simple", workers=0, cache_only=True, moving=True)
+    return tmp_path
+
+
+@pytest.fixture
+def seen(monkeypatch):
+    """Names of the files that read_clip reads whole from here on."""
+    names, original = [], caches.read_clip
+    monkeypatch.setattr(caches, "read_clip", lambda path: names.append(path.stem) or original(path))
+    return names
+
+
+def same_bits(a, b):
+    return a.keys() == b.keys() and all(
+        a[k].dtype == b[k].dtype and a[k].shape == b[k].shape and torch.equal(
+            a[k].flatten().view(torch.uint8), b[k].flatten().view(torch.uint8)) for k in a)
+
+
+def test_a_mapped_load_equals_a_full_read_bitwise_and_leaves_no_map_behind(place, seen):
+    clips = data.CachedClips(place, "train", *SIZE)
+    seen.clear()
+    for i, path in enumerate(clips.files):
+        mapped, meta = caches.read_again(path, clips.stamps[path.stem])
+        assert seen == [], "mapped"
+        whole, same = caches.read_clip(path)
+        assert same_bits(mapped, whole) and meta == same and "moving" in whole
+        item = clips[i]
+        assert same_bits({k: item[k] for k in whole}, whole)
+        seen.clear()
+    if sys.platform == "linux":
+        assert str(place) not in open("/proc/self/maps").read()
+    (batch,) = torch.utils.data.DataLoader(clips, batch_size=2, collate_fn=data.collate, num_workers=2)
+    assert all(torch.equal(batch[k][1], whole[k]) for k in whole)
+
+
+@pytest.mark.parametrize("skip_bad", [False, True])
+def test_a_file_changed_after_the_start_is_read_whole_and_refused_by_name(place, seen, skip_bad):
+    clips = data.CachedClips(place, "train", *SIZE, skip_bad=skip_bad)
+    path, times, body = clips.files[0], clips.files[0].stat(), bytearray(clips.files[0].read_bytes())
+    body[-9] ^= 1
+    path.write_bytes(body)
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))             # as if it had never been touched
+    seen.clear()
+    if skip_bad:
+        assert clips[0]["id"] == "train_000001"
+    else:
+        with pytest.raises(ValueError, match="clip train_000000: damaged.*its values have the checksum"):
+            clips[0]
+    assert seen == ["train_000000"]
+    body[-9] ^= 1
+    path.write_bytes(body)
+    assert clips[0]["id"] == "train_000000" and len(seen) == 2, "whole again, but another time of change"
+
+
+@pytest.mark.parametrize("length", [0, 100, 4096, 9999])
+def test_a_file_cut_after_the_start_is_refused_and_kills_nothing(place, seen, length):
+    clips = data.CachedClips(place, "train", *SIZE)
+    os.truncate(clips.files[1], length)
+    with pytest.raises(ValueError, match="clip train_000001: damaged since the start"):
+        clips[1]
+    assert seen[-1] == "train_000001", "not mapped"
+
+
+def test_a_file_cut_or_changed_while_it_is_loaded_is_not_trained_on(place, seen, monkeypatch):
+    clips = data.CachedClips(place, "train", *SIZE)
+    seen.clear()
+    arrays_in, read_header = caches.arrays_in, caches.read_header
+
+    def copied(arrays, specs):
+        found = arrays_in(arrays, specs)
+        clips.files[0].touch()
+        return found
+
+    def cut(path):
+        header = read_header(path)
+        os.truncate(path, 9999)
+        return header
+
+    monkeypatch.setattr(caches, "arrays_in", copied)
+    assert clips[0]["id"] == "train_000000" and seen == ["train_000000"]   # touched: read again, whole
+    monkeypatch.setattr(caches, "read_header", cut)
+    with pytest.raises(ValueError, match="clip train_000001: damaged since the start"):
+        clips[1]
+
+
+def test_training_gets_the_float32_that_the_stored_bits_mean(place):
+    from lib.evaluate import prepare
+    clips = data.CachedClips(place, "train", *SIZE)
+    b = prepare(data.collate([clips[0], clips[1]]), 32, torch.device("cpu"))
+    whole = caches.read_clip(clips.files[1])[0]
+    assert b["latents"].dtype == b["text"][1].dtype == torch.float32 != whole["latents"].dtype
+    for name in ("latents", "text", "start_latents"):
+        assert torch.equal(b[name][1], whole[name].float())
+    assert b["moving"].dtype == torch.bool
