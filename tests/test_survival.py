@@ -94,7 +94,7 @@ def test_the_result_does_not_depend_on_the_number_of_loader_workers(survivor):
 
 
 def test_a_second_signal_exits_at_once():
-    code = ("import os, signal, time, control\nstop = control.Stop(None)\nos.kill(os.getpid(), signal.SIGINT)\n"
+    code = ("import os, signal, time\nfrom lib import control\nstop = control.Stop(None)\nos.kill(os.getpid(), signal.SIGINT)\n"
             "os.kill(os.getpid(), signal.SIGTERM)\nassert stop.agreed() == signal.SIGINT\ntime.sleep(1.1)\n"
             "os.kill(os.getpid(), signal.SIGTERM)\ntime.sleep(9)")
     ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
