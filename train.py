@@ -22,7 +22,6 @@ from types import SimpleNamespace
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
-from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
 import config
@@ -219,6 +218,7 @@ def make_optimizer(model, world, group=None):
               dict(params=plain, weight_decay=0.0)]
     how = dict(lr=learning_rate, betas=(0.9, beta2), fused=True)
     if shard_optimizer and world > 1:
+        from torch.distributed.optim import ZeroRedundancyOptimizer   # a second: it compiles TorchScript we do not use
         return ZeroRedundancyOptimizer(groups, torch.optim.AdamW, process_group=group, **how)
     return torch.optim.AdamW(groups, **how)
 

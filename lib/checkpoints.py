@@ -76,15 +76,15 @@ def lazy_tensors(path):
 
 
 def lazy_pth(path):
-    """lazy_tensors of a .pth file.  It is mapped anew after every 64th part of it: the pages of a mapping that were
-    touched count against this process until it is closed."""
-    mapped = {}
+    """lazy_tensors of a .pth file.  It is mapped anew after every 64th part of it (2 MB at least: each time unpickles the
+    names): the pages of a mapping that were touched count against this process until it is closed."""
+    mapped, part = {}, max(os.path.getsize(path) / 64, 2e6)
 
     def load():
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
 
     def read(name):
-        if not mapped or mapped["read"] > os.path.getsize(path) / 64:
+        if not mapped or mapped["read"] > part:
             mapped.clear()
             mapped.update(tensors=load(), read=0)
         mapped["read"] += mapped["tensors"][name].nbytes

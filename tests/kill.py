@@ -5,6 +5,7 @@
 
 After every kill the newest checkpoint must read back whole; at the end weights and AdamW moments must be equal bitwise."""
 import argparse
+import contextlib
 import os
 import pathlib
 import random
@@ -56,6 +57,13 @@ def children(pid):
     return sorted(found)
 
 
+def end_run(process):
+    """SIGKILL to a process and its children: ranks outlive their torchrun, each leads a process group of its own."""
+    for pid in (*children(process.pid), process.pid):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
 def wait_for(condition, process, seconds=120):
     """Poll until condition() or the process has ended; False when it ended first."""
     end = time.monotonic() + seconds
@@ -64,7 +72,7 @@ def wait_for(condition, process, seconds=120):
             return True
         if process.poll() is not None:
             return False
-        time.sleep(0.0005)
+        time.sleep(0.002)
     raise TimeoutError(f"nothing happened in {seconds} s")
 
 
@@ -111,11 +119,7 @@ def kill_ranks(arguments, out, kills, chance, ranks):
             os.kill(chance.choice(children(process.pid)), signal.SIGKILL)
         assert process.wait(600) == 0, "torchrun gave up"
     finally:
-        for pid in (*children(process.pid), process.pid):
-            try:
-                os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
+        end_run(process)
     return dict(rank_kills=kills, slowest_recovery_s=round(slowest, 1))
 
 

@@ -71,7 +71,8 @@ def test_an_ablations_checkpoint_loads_into_its_own_config_only(tmp_path):
     save_file({k: v.contiguous() for k, v in model.trainable_state_dict().items()}, tmp_path / "x.safetensors", meta)
     again = FantasyWorld(config_from_metadata(meta))
     load_trained(again, tmp_path / "x.safetensors")
-    assert all(torch.equal(again.state_dict()[k], v) for k, v in model.trainable_state_dict().items())
+    loaded = again.state_dict()
+    assert all(torch.equal(loaded[k], v) for k, v in model.trainable_state_dict().items())
     with pytest.raises(ValueError, match="does not fit this model"):
         load_trained(tiny_model(2), tmp_path / "x.safetensors")
 

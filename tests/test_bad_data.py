@@ -4,7 +4,6 @@ import multiprocessing
 import os
 import resource
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -245,12 +244,10 @@ def test_sums_cover_what_nothing_else_can_see(place):
 
 def on_two_ranks(work):
     """work() in two forked processes as torchrun would start them -> what it returns there."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
+    store = torch.distributed.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)      # on a free port
     def rank_of(rank, pipe):
-        os.environ.update(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT=str(port),
-                          TORCHELASTIC_RUN_ID="here")
+        os.environ.update(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT=str(store.port),
+                          TORCHELASTIC_RUN_ID="here", TORCHELASTIC_USE_AGENT_STORE="True")
         pipe.send(work())
     context, found = multiprocessing.get_context("fork"), []
     for rank in range(2):

@@ -1,8 +1,5 @@
 """Other people's files: streaming, offload, sampling and fine-tuning a release, its export, VGGT as a start."""
 import json
-import pathlib
-import runpy
-import sys
 import weakref
 from contextlib import nullcontext
 from dataclasses import asdict
@@ -25,8 +22,6 @@ from lib.foreign import export_release, load_release, load_weights, metadata_of,
 from geometry import GeoBlock, rope_2d
 from lib.jobs import CORRECTIONS
 from model import FantasyWorld
-
-ROOT = pathlib.Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -118,12 +113,6 @@ def test_matrices_cast_once_give_what_autocast_gives(folder):
 
 
 # ---- the commands
-def command(monkeypatch, *args):
-    """One command in this process: importing torch once more is most of what a small run costs."""
-    monkeypatch.setattr(sys, "argv", [str(a) for a in args])
-    runpy.run_path(str(ROOT / args[0]), run_name="__main__")
-
-
 @pytest.fixture(scope="module")
 def clips(folder):
     """Two encoded clips, a camera file of the release's format and a depth map of the start image."""
@@ -136,41 +125,41 @@ def clips(folder):
     return folder / "clips"
 
 
-def sample(monkeypatch, ckpt, out, clips, *more):
+def sample(ckpt, out, clips, *more):
     """sample.py with the release's kind of arguments -> depth.npz, video frames."""
     root = clips.parent
-    command(monkeypatch, "sample.py", "--ckpt", ckpt, "--wan_dir", root / "I2V", "--image",
-            clips / "train_000000" / "video.mp4", "--camera", root / "camera_data.json", "--scene_scale",
-            root / "depth.npy", "--prompt", "a room", "--steps", 2, "--frames", 5, "--height", 32, "--width", 48,
-            "--device", "cpu", "--out", out, *more)
+    run("sample.py", "--ckpt", ckpt, "--wan_dir", root / "I2V", "--image", clips / "train_000000" / "video.mp4", "--camera",
+        root / "camera_data.json", "--scene_scale", root / "depth.npy", "--prompt", "a room", "--steps", 2, "--frames", 5,
+        "--height", 32, "--width", 48, "--device", "cpu", "--out", out, *more)
     return np.load(out / "depth.npz"), read_video(out / "video.mp4")[0]
 
 
-def test_a_release_is_sampled_its_way_and_with_corrections(folder, clips, tmp_path, monkeypatch):
-    first, video = sample(monkeypatch, folder / "model.pth", tmp_path / "theirs", clips)
+def test_a_release_is_sampled_its_way_and_with_corrections(folder, clips, tmp_path):
+    first, video = sample(folder / "model.pth", tmp_path / "theirs", clips)
     assert video.shape == (5, 32, 48, 3)
     np.testing.assert_allclose(first["w2c"][-1, :, 3], [0, 0, -1], atol=1e-5)      # in the file's unit: 1 forward
-    ours, _ = sample(monkeypatch, folder / "model.pth", tmp_path / "ours", clips, "--offload", 0, "--correct",
+    ours, _ = sample(folder / "model.pth", tmp_path / "ours", clips, "--offload", 0, "--correct",
                      *CORRECTIONS, "--lift", "commanded")
     assert not np.allclose(first["depth"], ours["depth"], rtol=1e-3)
 
 
-def test_a_release_is_fine_tuned_loaded_back_sampled_and_written_again(folder, clips, tmp_path, monkeypatch):
+def test_a_release_is_fine_tuned_loaded_back_sampled_and_written_again(folder, clips, tmp_path):
     wan, release, tuned = folder / "I2V", folder / "model.pth", tmp_path / "run" / "latest.safetensors"
     text = run("train.py", "config/stage2.py", "--preset=14b", f"--wan_dir={wan}", f"--init_from={release}",
                f"--data_dir={clips}", "--height=32", "--width=48", "--num_frames=5", "--num_workers=0", "--batch_size=1",
                "--grad_accum=1", "--max_steps=1", "--log_every=1", "--eval_every=0", "--device=cpu",
                "--learning_rate=1e-2", "--warmup_steps=0", f"--out_dir={tmp_path}/run")
     assert "step 1/1 | loss/diffusion" in text and "487 tensors of it and 183 of" in text
-    sample(monkeypatch, tuned, tmp_path / "sampled", clips)
+    sample(tuned, tmp_path / "sampled", clips)
     with pytest.raises(ValueError, match="elsewhere.pth: no such file"):                # where it is said to be now
         open_checkpoint(str(tuned), str(wan), "cpu", release="elsewhere.pth")
-    command(monkeypatch, "model.py", "--export_released", tuned, tmp_path / "tuned.safetensors")
+    run("model.py", "--export_released", tuned, tmp_path / "tuned.safetensors")
     by_file, by_export, before = (load_release(str(release), str(wan)) for _ in range(3))
     load_weights(by_file, tuned)
     load_weights(by_export, tmp_path / "tuned.safetensors")
     assert all(torch.equal(a, b) for a, b in zip(by_file.state_dict().values(), by_export.state_dict().values()))
-    changed = {k for k, v in before.named_parameters() if not torch.equal(v, by_file.state_dict()[k])}
+    tuned = by_file.state_dict()
+    changed = {k for k, v in before.named_parameters() if not torch.equal(v, tuned[k])}
     assert {"ray_encoder.fc.0.weight", "exchange.0.gamma_m1", "depth_head.norm.weight"} <= changed
     assert not any(k.startswith("dit.") or released.dead(k) for k in changed)
 
@@ -189,10 +178,9 @@ def test_a_release_that_was_loaded_and_saved_is_exported_as_it_was(tmp_path):
         export_release(tmp_path / "other.safetensors", tmp_path / "no.pth")
 
 
-def test_what_a_release_lacks_is_asked_for_with_the_cure(folder, tmp_path, monkeypatch, capsys):
-    with pytest.raises(SystemExit):
-        command(monkeypatch, "sample.py", "--ckpt", folder / "model.pth", "--camera", "forward")
-    assert "a release needs --wan_dir" in capsys.readouterr().err
+def test_what_a_release_lacks_is_asked_for_with_the_cure(folder, tmp_path):
+    text = run("sample.py", "--ckpt", folder / "model.pth", "--camera", "forward", ok=False)
+    assert "a release needs --wan_dir" in text
     with pytest.raises(ValueError, match="patch_embedding.weight is missing; without --wan_dir"):
         load_release(str(folder / "model.pth"))
     with pytest.raises(ValueError, match="gone.pth: no such file; a model fine-tuned from a release needs"):

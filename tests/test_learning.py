@@ -32,22 +32,23 @@ OPTIONS = types.SimpleNamespace(depth_mode="metric", alpha_tgm=10.0, beta_frame=
 def test_geometry_branch_overfits_one_clip(batch):
     torch.manual_seed(0)
     model = FantasyWorld(TINY).set_stage(1)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-2)
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trainable, 1e-2, fused=True)
     noise, sigma, keep = torch.randn_like(batch["latents"]), torch.tensor([0.1]), torch.ones(1)
     errors = []
-    for step in range(301):
+    for step in range(251):
         for group in optimizer.param_groups:
-            group["lr"] = 1e-2 * (1 - step / 320)
+            group["lr"] = 1e-2 * (1 - step / 270)
         x = (1 - sigma) * batch["latents"] + sigma * noise
         out = model(x, 1000 * sigma, batch["text"], y=batch["y"], plucker=batch["plucker"], poses=batch["pose_enc"],
                     pose_keep=keep, video=False)
-        if step in (0, 300):
+        if step in (0, 250):
             errors.append((point_metrics(out["points"].detach(), batch["points"], batch["mask"])["dist"],
                            depth_metrics(out["depth"].detach(), batch["depth"], batch["mask"])["abs_rel"]))
         loss, _ = train.geometry_losses(out, batch, OPTIONS)
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(trainable, 1.0)
         optimizer.step()
     assert errors[1][0] < errors[0][0] / 10 and errors[1][1] < errors[0][1] / 10, errors
 
@@ -56,7 +57,7 @@ def test_video_branch_overfits_one_clip(batch):
     torch.manual_seed(0)
     # 128 > 64 numbers of a patch: a narrower stream cannot carry the noise that the velocity contains
     model = FantasyWorld(dataclasses.replace(TINY, dim=128, ffn_dim=256, head_dim=32)).set_stage(0)
-    optimizer = torch.optim.AdamW(model.dit.parameters(), 3e-3)
+    optimizer = torch.optim.AdamW(model.dit.parameters(), 3e-3, fused=True)
     losses = []
     for step in range(400):
         g = train.generator(0, step)

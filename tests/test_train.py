@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
-from tiny import TINY, train_here
+from tiny import TINY, command_here, train_here
 
 import config
 from data import read_cameras, read_video, synth
@@ -20,17 +20,17 @@ ROOT = pathlib.Path(__file__).parents[1]
 SIZES = {k: v for k, v in TINY.__dict__.items()}
 
 
-def run(*args, ranks=0, ok=True, restarts=0):
-    """One command as in the repository root; returns its output.  train.py alone runs in this process: quicker."""
-    if args[0] == "train.py" and args[1] != "--check" and not ranks:
-        code, text = train_here(*args[1:])
+def run(*args, ranks=0, ok=True, restarts=0, alone=False):
+    """One command as in the repository root, in this process unless it has ranks or runs alone; returns its output."""
+    if not ranks and not alone:
+        training = args[0] == "train.py" and args[1] != "--check"
+        code, text = train_here(*args[1:]) if training else command_here(*args)
         assert (code == 0) == ok, (code, text)
         return text + str(code)
     launcher = [sys.executable] if not ranks else [
         sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}",
         f"--max-restarts={restarts}"]
-    result = subprocess.run(launcher + [str(a) for a in args], cwd=ROOT, capture_output=True, text=True, timeout=240,
-                            env={**os.environ, "OMP_NUM_THREADS": "1"})
+    result = subprocess.run(launcher + [str(a) for a in args], cwd=ROOT, capture_output=True, text=True, timeout=240)
     assert (result.returncode == 0) == ok, result.stdout + result.stderr
     return result.stdout + result.stderr
 
@@ -202,7 +202,7 @@ def test_sampling_writes_every_file_and_repeats_itself(stages):
         count = int(header.split(b"element vertex ")[1].split()[0])
         assert count > 100 and len(body) == 15 * count and len(struct.unpack("<3f3B", body[:15])) == 6
         assert (out / "sheet.png").read_bytes().startswith(b"\x89PNG") and (out / "depth.npz").is_file()
-    run(*common, f"--out={root}/again")
+    run(*common, f"--out={root}/again", alone=True)
     assert (root / "again" / "video.mp4").read_bytes() == (root / "sample2" / "video.mp4").read_bytes()
 
 

@@ -283,7 +283,7 @@ def test_a_dropped_start_image_takes_its_clip_tokens_with_it(monkeypatch):
 def test_encode_stage_1_stage_2_and_sample_run_on_a_complete_folder(clips, wan, tmp_path):
     root = copy_of(clips, tmp_path)
     size = ["--height", 32, "--width", 48, "--num_frames", 5]
-    run("data.py", "encode", root, "--wan_dir", wan, *size)
+    run("data.py", "encode", root, "--wan_dir", wan, *size, alone=True)
     common = [f"--wan_dir={wan}", f"--data_dir={root}", "--height=32", "--width=48", "--num_frames=5",
               "--num_workers=0", "--batch_size=1", "--grad_accum=2", "--max_steps=2", "--log_every=1", "--eval_every=2",
               "--device=cpu", f"--model_overrides={OVERRIDES}"]

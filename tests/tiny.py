@@ -2,6 +2,7 @@
 import contextlib
 import io
 import pathlib
+import runpy
 import signal
 import sys
 
@@ -11,6 +12,7 @@ import config
 
 from model import Config, FantasyWorld
 
+ROOT = pathlib.Path(__file__).parents[1]
 TINY = Config(dim=32, ffn_dim=64, num_layers=4, in_dim=32, head_dim=16, text_dim=64, text_len=16, freq_dim=32,
               has_clip=False, num_pcb=2, geo_dim=32, geo_heads=2, bridge_layers=1, bridge_width=32, pose_hidden=32,
               irg_dim=32, irg_heads=2, taps=(0, 0, 1, 1), dpt_channels=(8, 8, 8, 8), dpt_features=8, dpt_tail=4,
@@ -50,7 +52,7 @@ def train_here(*arguments, **patches):
     before, handlers = dict(vars(train)), {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
     text, argv, code = io.StringIO(), sys.argv, 0
     arguments = [str(a) for a in arguments]
-    arguments[0] = str(pathlib.Path(train.__file__).parent / arguments[0])
+    arguments[0] = str(ROOT / arguments[0])
     try:
         vars(train).update(patches)
         sys.argv = ["train.py", *arguments]
@@ -64,4 +66,20 @@ def train_here(*arguments, **patches):
         vars(train).update(before)
         for number, handler in handlers.items():
             signal.signal(number, handler)
+    return code, text.getvalue()
+
+
+def command_here(script, *arguments):
+    """Another command in this process: importing torch once more is most of what a small one costs.
+
+    returns  as train_here"""
+    text, argv, code = io.StringIO(), sys.argv, 0
+    try:
+        sys.argv = [script, *map(str, arguments)]
+        with contextlib.redirect_stdout(text), contextlib.redirect_stderr(text):
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+    except SystemExit as left:
+        code = left.code or 0
+    finally:
+        sys.argv = argv
     return code, text.getvalue()
