@@ -236,14 +236,14 @@ def load_clip(sample, height, width, num_frames, start=0, stride=1):
 
 # --- Cache: what training reads ----------------------------------------------------------------------------
 def make_encoders(codec="transform", wan_dir="", device="cpu"):
-    """Encoders of a Wan2.1 folder, or the demo's: fingerprint, grey_start, and to be called when wanted, one after
+    """Encoders of a Wan2.1 folder, or the demo's: fingerprint, start_pad, and to be called when wanted, one after
     another: load_text() -> f(prompts), load_image() -> f(images) or None, load_vae() -> encode, decode."""
     from encoders import HashedText, TransformCodec, WanFolder
     if wan_dir:
         return WanFolder(wan_dir, device)
     if codec != "transform":
         raise ValueError(f"codec {codec!r}; wanted transform, or --wan_dir for the real encoders")
-    return SimpleNamespace(fingerprint=f"{TransformCodec.fingerprint}-{HashedText().fingerprint}", grey_start=False,
+    return SimpleNamespace(fingerprint=f"{TransformCodec.fingerprint}-{HashedText().fingerprint}", start_pad="replicate",
                            load_text=HashedText, load_image=None, load_vae=TransformCodec)
 
 
@@ -254,20 +254,21 @@ def cache_prefix(wan_dir):
     return f"{family}-" if family else "transform"
 
 
-def encode_start(vae, image, frames, grey):
-    """Start image (1, 3, 1, H, W) -> latents (1, 16, 1, h, w), or with grey (1, 16, f, h, w) of it and grey frames."""
-    return vae.encode(F.pad(image, (0, 0, 0, 0, 0, frames - 1)) if grey else image)
+def encode_start(vae, image, frames, pad):
+    """Start image (1, 3, 1, H, W) -> latents (1, 16, 1, h, w); or (1, 16, f, h, w) of it and what follows: grey frames
+    (pad "constant") or the image held still ("replicate": the demo, whose DiT need not learn first to look back)."""
+    return vae.encode(F.pad(image, (0, 0, 0, 0, 0, frames - 1), mode=pad) if pad else image)
 
 
 @torch.no_grad()
-def save_clip(path, clip, vae, grey, conditions, metadata):
+def save_clip(path, clip, vae, pad, conditions, metadata):
     """Encode and write a clip of load_clip.
 
     bfloat16: latents (16, f, h, w), start_latents (16, 1 or f, h, w) of frame 0, and the conditions, which are
               text (L, dim) and, where the family has CLIP, clip (257, 1280)
     float32:  depth (T, H, W), w2c (T, 3, 4), intrinsics (T, 3, 3);   bool: moving (T, H, W), if the clip has it"""
     video = clip["video"][None]
-    start = encode_start(vae, video[:, :, :1], video.shape[2], grey)
+    start = encode_start(vae, video[:, :, :1], video.shape[2], pad)
     half = dict(conditions, latents=vae.encode(video)[0], start_latents=start[0])
     tensors = {name: x.bfloat16().cpu() for name, x in half.items()}
     tensors |= {name: clip[name].float() for name in ("depth", "w2c", "intrinsics")}
@@ -319,7 +320,7 @@ def encode_image(job, tower):
         save_tensors(part(job, "clip"), dict(clip=tokens), job["key"])
 
 
-def encode_video(job, vae, grey):
+def encode_video(job, vae, pad):
     clip = load_clip(job["sample"], *(job["key"][k] for k in ("height", "width", "num_frames", "start", "stride")))
     parts = [part(job, what) for what in ("text", "clip") if part(job, what).exists()]
     if clip["relative"]:
@@ -329,7 +330,7 @@ def encode_video(job, vae, grey):
         if not is_whole(path):
             path.unlink()
             raise ValueError(f"{path}: was damaged and is deleted; run the command again")
-    save_clip(job["path"], clip, vae, grey, {k: v for path in parts for k, v in read_values(path)[0].items()},
+    save_clip(job["path"], clip, vae, pad, {k: v for path in parts for k, v in read_values(path)[0].items()},
               dict(job["key"], split=job["sample"]["split"], fps=clip["fps"],
                    depth="relative" if clip["relative"] else "metric"))
     for path in parts:
@@ -386,7 +387,7 @@ def encode(root, height, width, num_frames, codec="transform", wan_dir="", devic
         del tower
     if left:
         vae = encoders.load_vae()
-        left = [job for job, _ in each(left, "video", lambda job: encode_video(job, vae, encoders.grey_start))]
+        left = [job for job, _ in each(left, "video", lambda job: encode_video(job, vae, encoders.start_pad))]
     with suppress(OSError):                                   # other ranks, or failed clips, still have parts there
         (folder / ".parts").rmdir()
     print(f"{folder}: {len(left)} encoded, {kept} kept, skipped: {', '.join(failed) or 'none'}")
@@ -529,7 +530,7 @@ def synth_one(job):
         clip["video"] = torch.from_numpy(clip.pop("rgb")).permute(3, 0, 1, 2) / 127.5 - 1
         clip.update({k: torch.from_numpy(clip[k]) for k in ("depth", "w2c", "intrinsics", "moving") if k in clip})
         folder = out / "cache" / f"{num_frames}x{height}x{width}-{encoders.fingerprint}"
-        save_clip(folder / f"{name}.safetensors", clip, encoders.load_vae(), False,
+        save_clip(folder / f"{name}.safetensors", clip, encoders.load_vae(), encoders.start_pad,
                   dict(text=text([clip["prompt"]])[0]),
                   dict(entry, sample=name, split=split, fingerprint=encoders.fingerprint))
         if not (folder / f"{EMPTY_TEXT}.safetensors").exists():

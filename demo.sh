@@ -20,7 +20,7 @@ say "5/6 evaluate on the unseen rooms"
 $PYTHON train.py config/demo2.py --eval_only=True --eval_clips=64 --eval_more_sigmas="()" --out_dir=outputs/demo \
     --init_from=outputs/demo/stage1/latest.safetensors,outputs/demo/stage2/latest.safetensors
 say "6/6 sample a world from a start image, a prompt and a camera path"
-$PYTHON data.py synth data/demo_start --num 1 --num_frames 9 --height 64 --width 96 --seed 20000000 --variety simple --workers 0
+$PYTHON data.py synth data/demo_start --num 1 --num_frames 9 --height 64 --width 96 --seed 20000037 --variety simple --workers 0
 $PYTHON sample.py --ckpt outputs/demo/stage2/latest.safetensors --image data/demo_start/train_000000/video.mp4 \
-    --prompt "a room with a red box, the camera moves forward" --camera forward --steps 8 --guidance 1 --out outputs/demo/sample
+    --prompt "a room with a teal box, the camera moves forward" --camera forward --steps 4 --guidance 1 --out outputs/demo/sample
 say "done: open outputs/demo/sample/scene.html in a browser, look at sheet.png beside it; table in outputs/demo/eval.json"

@@ -72,7 +72,7 @@ def transform_rows(indices, frames):
 
 class TransformCodec(nn.Module):
     """Fixed transform with the Wan VAE's latent grid; static video: equal shared channels in all latents."""
-    fingerprint = "transform-v1"
+    fingerprint = "transform-v2"            # v2: the start image held still
 
     def __init__(self):
         super().__init__()
@@ -540,7 +540,8 @@ class WanFolder:
     """Encoders of a Wan2.1 folder on a device.  load_* read a part from disk; dropping the result frees it.
 
     fingerprint   family and a hash of the encoder files' names and sizes: caches are named by it
-    grey_start    whether this family's start image is encoded followed by grey frames (36 inputs), not alone
+    start_pad     how this family's start image is followed when it is encoded: by grey frames ("constant", 36 inputs),
+                  or by none (None)
     load_image    None when the family has no CLIP tokens
     Raises ValueError that names the absent file."""
 
@@ -549,7 +550,7 @@ class WanFolder:
         family = wan_family(folder)
         if not family:
             raise ValueError(f"{folder}: no diffusion_pytorch_model*.safetensors in it; wanted a Wan2.1 folder")
-        self.grey_start = family.startswith("wan36")
+        self.start_pad = "constant" if family.startswith("wan36") else None
         self.load_image = self.load_clip if family.endswith("clip") else None
         self.files = dict(tokenizer=folder / "google" / "umt5-xxl" / "tokenizer.json")
         for part, name in PARTS.items():

@@ -138,7 +138,7 @@ def conditions(encoders, prompts, image, frames, progress=iter):
     del text                                                  # freed before the next encoder is loaded
     clip = encoders.load_image()(image[:, :, 0]) if image is not None and encoders.load_image else None
     vae = encoders.load_vae()
-    return texts, None if image is None else encode_start(vae, image, frames, encoders.grey_start), clip, vae
+    return texts, None if image is None else encode_start(vae, image, frames, encoders.start_pad), clip, vae
 
 
 @torch.no_grad()

@@ -55,7 +55,7 @@ def header_text(text, size=None):
 
 
 def renamed_folder(place, rng):
-    os.rename(place.folder, place.folder.with_name(place.folder.name.replace("transform-v1", "wan32clip-1234")))
+    os.rename(place.folder, place.folder.with_name(place.folder.name.replace("transform-v2", "wan32clip-1234")))
 
 
 def out_link(place, rng):

@@ -198,10 +198,10 @@ def test_the_cache_is_kept_refreshed_when_stale_and_repaired_when_cut(rendered, 
     assert [f.stat().st_mtime_ns > t for f, t in zip(files, before)] == [True, True, False]
     clips = data.CachedClips(root, "train", 64, 96, 9)
     batch = data.collate([clips[0], clips[1]])
-    assert batch["latents"].shape == (2, 16, 3, 8, 12) and batch["start_latents"].shape == (2, 16, 1, 8, 12)
+    assert batch["latents"].shape == (2, 16, 3, 8, 12) and batch["start_latents"].shape == (2, 16, 3, 8, 12)
     assert batch["depth"].shape == (2, 9, 64, 96) and batch["w2c"].shape == (2, 9, 3, 4)
     assert [t.shape[1] for t in batch["text"]] == [64, 64] and clips.empty_text.is_file()
-    torch.testing.assert_close(batch["latents"][:, :, :1], batch["start_latents"])
+    torch.testing.assert_close(batch["latents"][:, :, :1], batch["start_latents"][:, :, :1])
     (root / "val_000000" / "video.mp4").write_bytes(b"broken")
     capsys.readouterr()
     assert data.encode(root, 32, 48, 9) == 1
