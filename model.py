@@ -23,12 +23,16 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
-from torch.utils.checkpoint import (CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts,
-                                    noop_context_fn)
+from torch.utils.checkpoint import checkpoint, noop_context_fn
 
 from lib import released
 from geometry import (NUM_SPECIAL, CameraHead, DPTHead, GeoBlock, LatentBridge, PoseEncoder, activate_depth,
                       activate_points, pack_frames, plucker_rays, rope_2d)
+
+try:
+    from torch.utils.checkpoint import create_selective_checkpoint_contexts
+except ImportError:                                                               # torch 2.4 has it under another name
+    from torch.utils.checkpoint import _pt2_selective_checkpoint_context_fn_gen as create_selective_checkpoint_contexts
 
 
 @dataclass
@@ -491,7 +495,7 @@ def keep_costly(linear, ctx, op, *args, **kwargs):
         cost = 2 * args[-2].shape[-1] / args[-2].element_size()
     else:
         cost = 0
-    return CheckpointPolicy.MUST_SAVE if cost > KEEP_ABOVE else CheckpointPolicy.PREFER_RECOMPUTE
+    return cost > KEEP_ABOVE
 
 
 def recompute(how, function, *args):

@@ -27,7 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 import config
 from lib.checkpoints import (describe, link_latest, load_optimizer, newest_whole, read_tensors, save_checkpoint, tidy,
                              training_state)
-from lib.control import BadSteps, Stop, from_first, ignore_signals, start_processes
+from lib.control import BadSteps, Stop, end_processes, from_first, ignore_signals, start_processes
 from data import CachedClips, collate
 from lib.evaluate import evaluate, evaluate_only, generator, prepare
 from lib.foreign import load_weights, metadata_of, open_model
@@ -490,8 +490,7 @@ def main(options):
         else f"# done: {out / 'latest.safetensors'}, {clock(time.perf_counter() - started)}")
     records.close()
     if world > 1:
-        dist.barrier()
-        dist.destroy_process_group()
+        end_processes()
     if stopped:
         raise SystemExit(128 + stopped)
 

@@ -32,6 +32,15 @@ def start_processes(device, step_timeout, wait_timeout):
     return rank, world, torch.device(name), dist.new_group(timeout=timedelta(seconds=step_timeout))
 
 
+def end_processes():
+    """Wait for the other ranks and leave the groups."""
+    # Not dist.barrier: torch 2.4's gloo frees tensors of earlier calls after one, in a thread that needs the interpreter
+    # lock for it, while destroy_process_group holds the lock and waits for the thread: now and then a rank never ended.
+    last = torch.zeros(())
+    dist.all_reduce(last)
+    dist.destroy_process_group()
+
+
 def from_first(value):
     """The value of rank 0, on every rank."""
     if not dist.is_initialized():

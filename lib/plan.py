@@ -13,7 +13,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
-from torch.utils.flop_counter import flop_registry, register_flop_formula, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.flop_counter import flop_registry
 
 import geometry
 import model as model_file
@@ -25,14 +25,11 @@ HARDWARE = ((8, 40), (8, 80), (1, 140))                            # (GPUs, GB):
 
 
 # -------------------------------------------------------------------------------------------------------- counting
-@register_flop_formula(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu)
-def forward_flops(query, key, value, *args, out_shape=None, **kwargs):
-    return sdpa_flop_count(query, key, value)
-
-
-@register_flop_formula(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward)
-def backward_flops(gradient, query, key, value, *args, out_shape=None, **kwargs):
-    return sdpa_backward_flop_count(gradient, query, key, value)
+aten = torch.ops.aten
+FORMULAS = {**flop_registry,
+            aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[aten._scaled_dot_product_flash_attention],
+            aten._scaled_dot_product_flash_attention_for_cpu_backward:
+            flop_registry[aten._scaled_dot_product_flash_attention_backward]}
 
 
 class Count(TorchDispatchMode):
@@ -40,8 +37,8 @@ class Count(TorchDispatchMode):
     .now, and .peak per .phase.
 
     Recomputation counts.  A fused attention's backward counts 2.5 times its forward, for it recomputes the scores that
-    were never stored.  torch's table of formulas lacks the CPU's attention: it is added above.  (FlopCounterMode
-    itself keeps tensors alive longer.)  Bytes are exact for tensors; scratch memory inside a kernel is not seen."""
+    were never stored.  torch's table of formulas lacks the CPU's attention: FORMULAS has it too.  (FlopCounterMode itself
+    keeps tensors alive longer.)  Bytes are exact for tensors; scratch memory inside a kernel is not seen."""
 
     def __init__(self):
         super().__init__()
@@ -56,7 +53,7 @@ class Count(TorchDispatchMode):
             if torch.is_tensor(x):
                 self.seen.setdefault(x.untyped_storage())
         out = func(*args, **(kwargs or {}))
-        formula = flop_registry.get(func.overloadpacket)
+        formula = FORMULAS.get(func.overloadpacket)
         if formula:
             flops = formula(*args, **(kwargs or {}), out_val=out)
             self.flops += flops

@@ -196,8 +196,8 @@ def child(work, place, clean, pipe):
         outcome, text = work(place, clean)
     except BaseException:
         outcome, text = "crash", traceback.format_exc()
-    used = [resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before,
-            resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss]                                # ffmpeg's
+    ffmpeg = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss       # it starts as large as what it is forked from
+    used = [resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before, ffmpeg if ffmpeg > before else 0]
     if max(used) > MEGABYTES * 1024:
         outcome, text = "crash", f"{max(used) // 1024} MB: {text}"
     pipe.send((outcome, text))

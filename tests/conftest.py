@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 # Two threads on two shared cores made a small training loop 15 times slower: one here, one in every process started here.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
-LONGEST = "test_survival.py test_sharding.py test_wan.py test_train.py test_foreign.py test_speed.py test_gpu.py".split()
+LONGEST = "test_survival.py test_bad_data.py test_train.py test_wan.py test_speed.py test_foreign.py test_sharding.py".split()
 
 
 def pytest_xdist_auto_num_workers(config):

@@ -247,7 +247,7 @@ def on_two_ranks(work):
     store = torch.distributed.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)      # on a free port
     def rank_of(rank, pipe):
         os.environ.update(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT=str(store.port),
-                          TORCHELASTIC_RUN_ID="here", TORCHELASTIC_USE_AGENT_STORE="True")
+                          TORCHELASTIC_RUN_ID="here", TORCHELASTIC_USE_AGENT_STORE="True", TORCHELASTIC_RESTART_COUNT="0")
         pipe.send(work())
     context, found = multiprocessing.get_context("fork"), []
     for rank in range(2):

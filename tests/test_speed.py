@@ -18,7 +18,7 @@ from lib import plan
 import sample
 import train
 from lib.checkpoints import load_optimizer, load_trained, save_checkpoint, training_state
-from model import PRESETS, WanDiT
+from model import PRESETS, WanCrossAttention, WanDiT
 
 ROOT = pathlib.Path(__file__).parents[1]
 # True widths and clips, few layers; narrow heads, which else would be most of so shallow a model.
@@ -49,8 +49,8 @@ def test_stage_2_recomputes_less_than_a_tenth_and_no_weight_gradient_of_wan():
 
 
 def test_keys_of_the_prompt_are_computed_once_per_clip_although_blocks_are_recomputed(monkeypatch):
-    calls, original = [], bench.model_file.WanCrossAttention.keys_values
-    monkeypatch.setattr(bench.model_file.WanCrossAttention, "keys_values",
+    calls, original = [], WanCrossAttention.keys_values
+    monkeypatch.setattr(WanCrossAttention, "keys_values",
                         lambda self, *args: calls.append(1) or original(self, *args))
     model = tiny_model(2)
     model.checkpoint_activations = "full"
