@@ -173,6 +173,10 @@ def check_options():
     for key in ("batch_size", "grad_accum", "log_every", "save_every", "keep_last", "max_bad_steps", "step_timeout"):
         if globals()[key] < 1:
             raise SystemExit(f"{key} = {globals()[key]}: wanted at least 1")
+    needed = (2, 10) if checkpoint_activations in ("selective", "attention") else (2, 5)
+    if compile and torch.__version__ < needed:     # older ones skip blocks under a policy of checkpointing; 2.4 shares no graph
+        raise SystemExit(f"compile with checkpoint_activations = {checkpoint_activations} needs torch "
+                         f"{'.'.join(map(str, needed))} or newer, this is {torch.__version__}; leave compile out")
     if shard_weights and shard_optimizer:
         raise SystemExit("shard_weights shards the optimizer too: leave shard_optimizer out")
     if not 0 < valid_quantile <= 1:

@@ -2,10 +2,10 @@
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.fsdp
 import torch.multiprocessing
 from safetensors.torch import load_file
 from tiny import loss_of, tiny_inputs, tiny_model
-from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 import bench
@@ -46,7 +46,7 @@ def equality(folder, group):
         steps(plain, DistributedDataParallel(plain), theirs, range(2), stage)
         steps(spread, spread, ours, range(2), stage)
         assert max(differences(spread, plain).values()) < 1e-6, (stage, how)     # sums of gradients in another order
-        assert not any(group.is_unsharded for m in spread.modules() if isinstance(m, FSDPModule)
+        assert not any(group.is_unsharded for m in spread.modules() if isinstance(m, torch.distributed.fsdp.FSDPModule)
                        for group in m._get_fsdp_state()._fsdp_param_groups), "left whole after the step"
     content = training_state(spread, ours)
     if dist.get_rank() == 0:

@@ -153,6 +153,7 @@ def test_a_step_never_waits_for_a_value_on_the_device(stage):
             loss.item()
 
 
+@pytest.mark.skipif(torch.__version__ < (2, 5), reason="compile needs torch 2.5")
 def test_half_blocks_compile_without_graph_breaks_and_share_their_graphs():
     torch._dynamo.reset()
     model, inputs, counter = tiny_model(2, awake=True), tiny_inputs(), CompileCounter()
@@ -161,11 +162,11 @@ def test_half_blocks_compile_without_graph_breaks_and_share_their_graphs():
     for block in halves:
         block.attend = torch.compile(block.attend, backend=counter, fullgraph=True)
         block.feed_forward = torch.compile(block.feed_forward, backend=counter, fullgraph=True)
-    model.checkpoint_activations = "selective"
+    model.checkpoint_activations = "selective" if torch.__version__ >= (2, 10) else "full"
     found = model(**inputs)
     torch.testing.assert_close(found["velocity"], want)
     loss_of(found).backward()
-    assert counter.frame_count <= 8 < 2 * len(halves)
+    assert 0 < counter.frame_count <= 8 < 2 * len(halves)
     torch._dynamo.reset()
 
 

@@ -82,7 +82,8 @@ def test_curves_and_log_of_a_crashed_and_resumed_run_have_every_step_once(surviv
     assert [s["step"] for s in steps] == [1, 2, 3, 4, 5] and "step 3/5" in (root / "crashed" / "training.log").read_text()
     assert [s["loss/total"] for s in steps] == [s["loss/total"] for s in whole]
     starts = [json.loads(line) for line in (root / "crashed" / "starts.jsonl").read_text().splitlines()]
-    assert [s["first_step"] for s in starts] == [0, 2] and json.loads(starts[0]["versions"])["torch"] == torch.__version__
+    assert [s["first_step"] for s in starts] == [0, 2]
+    assert json.loads(starts[0]["versions"])["torch"].split("+")[0] == torch.__version__.split("+")[0]    # +cu121, say
     assert starts[1]["command"].startswith("train.py") and starts[0]["git"]
 
 
