@@ -196,10 +196,10 @@ def child(work, place, clean, pipe):
         outcome, text = work(place, clean)
     except BaseException:
         outcome, text = "crash", traceback.format_exc()
-    ffmpeg = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss       # it starts as large as what it is forked from
-    used = [resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before, ffmpeg if ffmpeg > before else 0]
-    if max(used) > MEGABYTES * 1024:
-        outcome, text = "crash", f"{max(used) // 1024} MB: {text}"
+    ours, ffmpegs = (resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    used = max(ours - before, ffmpegs if ffmpegs > ours else 0)      # ffmpeg's reading starts at what it is forked from
+    if used > MEGABYTES * 1024:
+        outcome, text = "crash", f"{used // 1024} MB: {text}"
     pipe.send((outcome, text))
 
 

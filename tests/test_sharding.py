@@ -12,6 +12,7 @@ import bench
 import train
 from lib import plan
 from lib.checkpoints import load_optimizer, load_trained, save_checkpoint, training_state
+from lib.control import end_processes
 from lib.sharding import fill, shard, whole
 from model import PRESETS, FantasyWorld
 
@@ -120,7 +121,7 @@ def one_rank(rank, folder):
     equality(folder, group)
     memory(group)
     compiled(group)
-    dist.destroy_process_group()
+    end_processes()
 
 
 def test_spread_weights_train_to_the_same_values_files_and_planned_memory(tmp_path):

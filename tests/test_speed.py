@@ -18,6 +18,7 @@ from lib import plan
 import sample
 import train
 from lib.checkpoints import load_optimizer, load_trained, save_checkpoint, training_state
+from lib.control import end_processes
 from model import PRESETS, WanCrossAttention, WanDiT
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -243,7 +244,7 @@ def two_ranks(rank, folder):
     steps(wrapped, optimizer, range(2, 3))
     for (name, a), b in zip(model.named_parameters(), sharded.parameters()):
         assert torch.equal(a, b), name
-    dist.destroy_process_group()
+    end_processes()
 
 
 def test_ranks_send_the_gradient_once_and_sharded_adamw_resumes_to_the_weights_of_the_whole_one(tmp_path):
