@@ -9,6 +9,7 @@
 
 What is compared with what is in lib/variants.py.  All variants of a table are timed in turn in every round, on a CPU in
 seconds of one thread's processor time, and the median is given, so ratios hold on a machine that others use too."""
+
 import argparse
 import json
 import math
@@ -31,22 +32,54 @@ from torch.nn.parallel import DistributedDataParallel
 
 import sample
 import train
-from data import CachedClips, collate, save_tensors
+from data import CachedClips, collate, prepare
 from encoders import CLIPVision, UMT5Encoder, WanVAE
-from lib import gpu
-from lib.evaluate import prepare
+from lib import camera_paths, gpu
+from lib.caches import save_tensors
 from lib.plan import Count, count, example_batch, fake, fake_model, fake_tensors
-from lib.variants import (OPTIONS, encode, ideal, make_encoders, raw_clips, step, straightforward_sample, variants)
+from lib.variants import (
+    OPTIONS,
+    encode,
+    ideal,
+    make_encoders,
+    raw_clips,
+    step,
+    straightforward_sample,
+    variants,
+)
 from model import PRESETS, FantasyWorld
 
-TRUE = {1: (21, 336, 592), 2: (81, 592, 336)}           # the guide's clips: frames, height, width
+TRUE = {1: (21, 336, 592), 2: (81, 592, 336)}  # the guide's clips: frames, height, width
+
 # The 1.3B preset at an eighth of its widths and a third of its layers, on a small grid.
-SMALL = replace(PRESETS["1.3b"], dim=192, ffn_dim=1120, head_dim=64, text_dim=512, text_len=64, freq_dim=64,
-                has_clip=False, num_layers=10, num_pcb=4, taps=(1, 3, 4, 5), geo_dim=176, geo_heads=2,
-                bridge_width=40, pose_hidden=80, irg_dim=144, irg_heads=2, dpt_channels=(8, 16, 32, 32), dpt_features=16,
-                dpt_tail=8, camera_dim=64, camera_heads=2)
+SMALL = replace(
+    PRESETS["1.3b"],
+    dim=192,
+    ffn_dim=1120,
+    head_dim=64,
+    text_dim=512,
+    text_len=64,
+    freq_dim=64,
+    has_clip=False,
+    num_layers=10,
+    num_pcb=4,
+    taps=(1, 3, 4, 5),
+    geo_dim=176,
+    geo_heads=2,
+    bridge_width=40,
+    pose_hidden=80,
+    irg_dim=144,
+    irg_heads=2,
+    dpt_channels=(8, 16, 32, 32),
+    dpt_features=16,
+    dpt_tail=8,
+    camera_dim=64,
+    camera_heads=2,
+)
+
 SMALL_SIZE = (21, 64, 112)
-H200_PEAK = 989e12              # dense bf16 FLOP/s of an H100 or H200.  Source: NVIDIA's data sheet
+
+H200_PEAK = 989e12  # dense bf16 FLOP/s of an H100 or H200.  Source: NVIDIA's data sheet
 
 
 # ---------------------------------------------------------------------------------------------------------- measuring
@@ -54,13 +87,16 @@ def interleaved(rows, rounds):
     """Median processor seconds of each call and the spread (max - min) / median; every round runs all of them."""
     spent = {name: [] for name in rows}
     for name, call in rows.items():
-        call()                                              # once for the caches
+        call()  # once for the caches
     for _ in range(rounds):
         for name, call in rows.items():
-            start = time.process_time()                     # not the clock's: others run on this machine
+            start = time.process_time()  # not the clock's: others run on this machine
             call()
             spent[name].append(time.process_time() - start)
-    return {name: (statistics.median(t), (max(t) - min(t)) / statistics.median(t)) for name, t in spent.items()}
+    return {
+        name: (statistics.median(t), (max(t) - min(t)) / statistics.median(t))
+        for name, t in spent.items()
+    }
 
 
 def counted(call):
@@ -71,27 +107,48 @@ def counted(call):
 
 def train_true():
     """FLOPs per clip at true size, on fake tensors."""
-    print("FLOPs per clip of forward and backward at true size (1.3b, counted on fake tensors)", flush=True)
-    print(f"{'':34s}{'TFLOP/clip':>12s}{'over ours':>11s}{'over ideal':>12s}{'over fused ideal':>18s}")
+    print(
+        "FLOPs per clip of forward and backward at true size (1.3b, counted on fake tensors)",
+        flush=True,
+    )
+    print(
+        f"{'':34s}{'TFLOP/clip':>12s}{'over ours':>11s}{'over ideal':>12s}{'over fused ideal':>18s}"
+    )
     for stage, size in TRUE.items():
         cfg, least = PRESETS["1.3b"], ideal(PRESETS["1.3b"], stage, size)
-        print(f"stage {stage}, {size[0]} x {size[1]} x {size[2]}: forward "
-              + ", ".join(f"{k} {least[k] / 1e12:.1f}" for k in ("PCB", "tail", "geometry", "exchange", "heads")))
+        print(
+            f"stage {stage}, {size[0]} x {size[1]} x {size[2]}: forward "
+            + ", ".join(
+                f"{k} {least[k] / 1e12:.1f}"
+                for k in ("PCB", "tail", "geometry", "exchange", "heads")
+            )
+        )
         with fake_tensors(), torch.autocast("cpu", torch.bfloat16):
             model = fake_model(cfg, stage)
             encoders = fake_list(cfg)
             batch, raw = example_batch(cfg, 1, *size), raw_clips(1, cfg, *size)
             rows = variants(model, stage, batch, (raw, encoders))
             flops = {name: counted(call)[0].flops for name, call in rows.items()}
-        flops = {"ideal": least["ideal"], "fused ideal": least["fused"], "  + heads recomputed": least["recomputed"],
-                 **flops}
+        flops = {
+            "ideal": least["ideal"],
+            "fused ideal": least["fused"],
+            "  + heads recomputed": least["recomputed"],
+            **flops,
+        }
         for name, value in flops.items():
-            print(f"  {name:32s}{value / 1e12:12.1f}{value / flops['ours']:11.2f}{value / least['ideal']:12.3f}"
-                  f"{value / least['fused']:18.3f}", flush=True)
+            print(
+                f"  {name:32s}{value / 1e12:12.1f}{value / flops['ours']:11.2f}{value / least['ideal']:12.3f}"
+                f"{value / least['fused']:18.3f}",
+                flush=True,
+            )
 
 
 def fake_list(cfg):
-    return [fake(lambda: WanVAE()), fake(lambda: UMT5Encoder()), fake(lambda: CLIPVision()) if cfg.has_clip else None]
+    return [
+        fake(lambda: WanVAE()),
+        fake(lambda: UMT5Encoder()),
+        fake(lambda: CLIPVision()) if cfg.has_clip else None,
+    ]
 
 
 def train_small(rounds, batch_size=2):
@@ -102,21 +159,28 @@ def train_small(rounds, batch_size=2):
     b, *rest = example_batch(SMALL, batch_size, *SMALL_SIZE)
     batch = (dict(b, **encode(raw, slice(0, batch_size), encoders)), *rest)
     square = torch.randn(1024, 1024)
-    peak = 2 * 1024 ** 3 / interleaved({"": lambda: square @ square}, 9)[""][0]
-    print(f"\n{batch_size} clips of {SMALL_SIZE}, an eighth of the widths, a third of the layers, fp32 on this CPU: "
-          f"{peak / 1e9:.0f} GFLOP/s in a matrix product, median of {rounds} rounds")
+    peak = 2 * 1024**3 / interleaved({"": lambda: square @ square}, 9)[""][0]
+    print(
+        f"\n{batch_size} clips of {SMALL_SIZE}, an eighth of the widths, a third of the layers, fp32 on this CPU: "
+        f"{peak / 1e9:.0f} GFLOP/s in a matrix product, median of {rounds} rounds"
+    )
     for stage in (1, 2):
         rows = variants(model.set_stage(stage), stage, batch, (raw, encoders))
         first = {name: counted(call) for name, call in rows.items()}
         times = interleaved(rows, rounds)
         ours, base = times["ours"][0], first["ours"][0].flops
-        print(f"stage {stage:<27d}{'s/step':>8s}{'spread':>8s}{'clips/s':>9s}{'x time':>8s}{'x FLOPs':>9s}{'MFU':>6s}"
-              f"{'peak MiB':>10s}{'geometry loss':>15s}")
+        print(
+            f"stage {stage:<27d}{'s/step':>8s}{'spread':>8s}{'clips/s':>9s}{'x time':>8s}{'x FLOPs':>9s}{'MFU':>6s}"
+            f"{'peak MiB':>10s}{'geometry loss':>15s}"
+        )
         for name, (seconds, spread) in times.items():
             c, loss = first[name]
-            print(f"  {name:31s}{seconds:8.2f}{spread:8.0%}{batch_size / seconds:9.2f}{seconds / ours:8.2f}"
-                  f"{c.flops / base:9.2f}{c.flops / seconds / peak:6.0%}{max(c.peak.values()) / 2 ** 20:10.0f}"
-                  f"{float(loss):15.6f}", flush=True)
+            print(
+                f"  {name:31s}{seconds:8.2f}{spread:8.0%}{batch_size / seconds:9.2f}{seconds / ours:8.2f}"
+                f"{c.flops / base:9.2f}{c.flops / seconds / peak:6.0%}{max(c.peak.values()) / 2**20:10.0f}"
+                f"{float(loss):15.6f}",
+                flush=True,
+            )
 
 
 # ------------------------------------------------------------------------------------------------------------ sampling
@@ -131,41 +195,93 @@ def sample_table(rounds, steps=20, guidance=5.0):
         literal = counted(lambda: model(noise, 1000 * sigma, b["text"], **given))[0].flops
         for stage in (1, 2):
             model.set_stage(stage)
-            ours = counted(lambda: (model if stage == 2 else model.dit)(
-                noise, sigma, None, b["y"], constants=constants, **(dict(heads=False) if stage == 2 else {})))[0].flops
-            print(f"  stage {stage} checkpoint: ours {2 * ours / 1e12:.0f} TFLOP, straightforward "
-                  f"{2 * literal / 1e12:.0f}, {literal / ours:.2f} x", flush=True)
+            ours = counted(
+                lambda: (model if stage == 2 else model.dit)(
+                    noise,
+                    sigma,
+                    None,
+                    b["y"],
+                    constants=constants,
+                    **(dict(heads=False) if stage == 2 else {}),
+                )
+            )[0].flops
+            print(
+                f"  stage {stage} checkpoint: ours {2 * ours / 1e12:.0f} TFLOP, straightforward "
+                f"{2 * literal / 1e12:.0f}, {literal / ours:.2f} x",
+                flush=True,
+            )
     torch.manual_seed(0)
     model, vae = FantasyWorld(SMALL), WanVAE(12)
     with torch.no_grad():
         for p in (*model.exchange.parameters(), *model.camera_adapters.parameters()):
-            p.add_(0.02 * torch.randn_like(p))                  # gates open: the exchange takes part
+            p.add_(0.02 * torch.randn_like(p))  # gates open: the exchange takes part
     frames, height, width = SMALL_SIZE
-    w2c, K = sample.load_camera("orbit", frames, (height, width), 65.0, 1.0, 1.0)
-    noise, y = torch.randn(1, 16, 6, height // 8, width // 8), torch.randn(1, 16, 6, height // 8, width // 8)
+    w2c, K = camera_paths.load_camera("orbit", frames, (height, width), 65.0, 1.0, 1.0)
+    noise, y = (
+        torch.randn(1, 16, 6, height // 8, width // 8),
+        torch.randn(1, 16, 6, height // 8, width // 8),
+    )
     text, negative = ([torch.randn(20, SMALL.text_dim)] for _ in range(2))
     model.requires_grad_(False)
     with patch.object(sample, "tqdm", lambda grid, **_: grid), torch.no_grad():
         for stage in (1, 2):
             model.stage = stage
-            rows = {"ours": lambda: sample.generate(model, noise, text, negative, y, None, w2c, K, "euler", steps, 5.0,
-                                                    guidance, vae.decode),
-                    "straightforward": lambda: straightforward_sample(model, noise, text, negative, y, w2c, K, steps,
-                                                                      guidance, partial(vae.decode, chunk=None))}
+            rows = {
+                "ours": lambda: sample.generate(
+                    model,
+                    noise,
+                    text,
+                    negative,
+                    y,
+                    None,
+                    w2c,
+                    K,
+                    "euler",
+                    steps,
+                    5.0,
+                    guidance,
+                    vae.decode,
+                ),
+                "straightforward": lambda: straightforward_sample(
+                    model,
+                    noise,
+                    text,
+                    negative,
+                    y,
+                    w2c,
+                    K,
+                    steps,
+                    guidance,
+                    partial(vae.decode, chunk=None),
+                ),
+            }
             ours, literal = (call() for call in rows.values())
             off = max((ours[i] - literal[i]).abs().max().item() for i in (0, 2))
-            off = max(off, *((ours[1][k] - literal[1][k]).abs().max().item() for k in ("depth", "points", "pose_enc")))
+            off = max(
+                off,
+                *(
+                    (ours[1][k] - literal[1][k]).abs().max().item()
+                    for k in ("depth", "points", "pose_enc")
+                ),
+            )
             times = interleaved(rows, rounds)
-            print(f"  stage {stage}, {steps} steps of {SMALL_SIZE} at reduced width: ours {times['ours'][0]:.2f} s "
-                  f"(spread {times['ours'][1]:.0%}), straightforward {times['straightforward'][0]:.2f} s, "
-                  f"{times['straightforward'][0] / times['ours'][0]:.2f} x; largest difference {off:.1e}", flush=True)
+            print(
+                f"  stage {stage}, {steps} steps of {SMALL_SIZE} at reduced width: ours {times['ours'][0]:.2f} s "
+                f"(spread {times['ours'][1]:.0%}), straightforward {times['straightforward'][0]:.2f} s, "
+                f"{times['straightforward'][0] / times['ours'][0]:.2f} x; largest difference {off:.1e}",
+                flush=True,
+            )
         model.stage, once = 2, {}
         for n in (2, 4, 8):
-            once[n] = lambda n=n: sample.generate(model, noise, text, negative, y, None, w2c, K, "euler", n, 5.0,
-                                                  guidance)
+            once[n] = lambda n=n: sample.generate(
+                model, noise, text, negative, y, None, w2c, K, "euler", n, 5.0, guidance
+            )
         times = interleaved(once, rounds)
-        print("  seconds of 2, 4, 8 steps without decoding: " + ", ".join(f"{times[n][0]:.2f}" for n in once),
-              flush=True)
+        print(
+            "  seconds of 2, 4, 8 steps without decoding: "
+            + ", ".join(f"{times[n][0]:.2f}" for n in once),
+            flush=True,
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------------- data
@@ -173,20 +289,41 @@ def write_caches(root, clips, num_frames, height, width, cfg):
     """Cache files of a dataset as data.py encode leaves them, filled with random numbers."""
     f, h, w = (num_frames - 1) // 4 + 1, height // 8, width // 8
     folder = Path(root, "cache", f"{num_frames}x{height}x{width}-transform-bench")
-    half = dict(latents=(16, f, h, w), start_latents=(16, 1, h, w), text=(cfg.text_len, cfg.text_dim))
+    half = dict(
+        latents=(16, f, h, w), start_latents=(16, 1, h, w), text=(cfg.text_len, cfg.text_dim)
+    )
     half |= dict(clip=(257, 1280)) if cfg.has_clip else {}
-    full = dict(depth=(num_frames, height, width), w2c=(num_frames, 3, 4), intrinsics=(num_frames, 3, 3))
+    full = dict(
+        depth=(num_frames, height, width), w2c=(num_frames, 3, 4), intrinsics=(num_frames, 3, 3)
+    )
     for i in range(clips):
         tensors = {k: torch.rand(s).bfloat16() for k, s in half.items()}
-        tensors |= dict(depth=torch.rand(full["depth"]) + 1, w2c=torch.eye(4)[:3].expand(full["w2c"]),
-                        intrinsics=100 * torch.eye(3).expand(full["intrinsics"]))
-        save_tensors(folder / f"c{i}.safetensors", tensors,
-                     dict(id=f"c{i}", sample=f"c{i}", prompt="", fps=16, num_frames=num_frames, height=height,
-                          width=width, fingerprint="transform-bench"))
-    save_tensors(folder / "text_empty.safetensors", dict(text=torch.zeros(1, cfg.text_dim).bfloat16()), {})
+        tensors |= dict(
+            depth=torch.rand(full["depth"]) + 1,
+            w2c=torch.eye(4)[:3].expand(full["w2c"]),
+            intrinsics=100 * torch.eye(3).expand(full["intrinsics"]),
+        )
+        save_tensors(
+            folder / f"c{i}.safetensors",
+            tensors,
+            dict(
+                id=f"c{i}",
+                sample=f"c{i}",
+                prompt="",
+                fps=16,
+                num_frames=num_frames,
+                height=height,
+                width=width,
+                fingerprint="transform-bench",
+            ),
+        )
+    save_tensors(
+        folder / "text_empty.safetensors", dict(text=torch.zeros(1, cfg.text_dim).bfloat16()), {}
+    )
     ids = [f"c{i}" for i in range(clips)]
-    Path(root, "metadata.json").write_text(json.dumps(dict(samples=[dict(id=i, cached=True) for i in ids],
-                                                           splits=dict(train=ids))))
+    Path(root, "metadata.json").write_text(
+        json.dumps(dict(samples=[dict(id=i, cached=True) for i in ids], splits=dict(train=ids)))
+    )
     return CachedClips(root, "train", height, width, num_frames)
 
 
@@ -197,28 +334,39 @@ def processor_seconds():
 
 def data_table():
     """Clips per second of the loader at the guide's sizes, and the share of a reduced step that waits for it."""
-    print("\ndata: two loader workers, files in the page cache; needed: one H200 at the goal of row 5")
+    print(
+        "\ndata: two loader workers, files in the page cache; needed: one H200 at the goal of row 5"
+    )
     for stage, (size, batch, share) in {1: (TRUE[1], 8, 0.50), 2: (TRUE[2], 1, 0.45)}.items():
         with tempfile.TemporaryDirectory() as root:
             clips = write_caches(root, 8, *size, PRESETS["1.3b"])
             order, spent = [[i % 8 for i in range(n, n + batch)] for n in range(0, 160, batch)], {}
-            for epochs in (0, 1):                               # 0: what starting the workers costs by itself
+            for epochs in (0, 1):  # 0: what starting the workers costs by itself
                 start, clock = processor_seconds(), time.perf_counter()
-                for _ in torch.utils.data.DataLoader(clips, batch_sampler=order[:1] + epochs * order,
-                                                     collate_fn=collate, num_workers=2):
+                for _ in torch.utils.data.DataLoader(
+                    clips,
+                    batch_sampler=order[:1] + epochs * order,
+                    collate_fn=collate,
+                    num_workers=2,
+                ):
                     pass
                 spent[epochs] = processor_seconds() - start, time.perf_counter() - clock
             cost, seconds = ((spent[1][i] - spent[0][i]) / 160 for i in (0, 1))
             need = share * H200_PEAK / ideal(PRESETS["1.3b"], stage, size)["ideal"]
-            print(f"  stage {stage}, {size}, {clips.files[0].stat().st_size / 1e6:.0f} MB a clip: {1 / seconds:.1f} "
-                  f"clips/s by the clock; {1e3 * cost:.1f} ms of processor time a clip, {2 / cost:.1f} clips/s on two idle "
-                  f"cores; an H200 at {share:.0%} of {H200_PEAK / 1e12:.0f} TFLOP/s takes {need:.1f}, {2 / cost / need:.1f} x",
-                  flush=True)
+            print(
+                f"  stage {stage}, {size}, {clips.files[0].stat().st_size / 1e6:.0f} MB a clip: {1 / seconds:.1f} "
+                f"clips/s by the clock; {1e3 * cost:.1f} ms of processor time a clip, {2 / cost:.1f} clips/s on two idle "
+                f"cores; an H200 at {share:.0%} of {H200_PEAK / 1e12:.0f} TFLOP/s takes {need:.1f}, {2 / cost / need:.1f} x",
+                flush=True,
+            )
     with tempfile.TemporaryDirectory() as root:
         clips = write_caches(root, 8, *SMALL_SIZE, SMALL)
         model = FantasyWorld(SMALL).set_stage(1)
-        loader = iter(torch.utils.data.DataLoader(clips, batch_sampler=[[0, 1]] * 100, collate_fn=collate,
-                                                  num_workers=2))
+        loader = iter(
+            torch.utils.data.DataLoader(
+                clips, batch_sampler=[[0, 1]] * 100, collate_fn=collate, num_workers=2
+            )
+        )
         wait = spent = 0.0
         for i in range(8):
             start = time.perf_counter()
@@ -226,9 +374,12 @@ def data_table():
             ready = time.perf_counter()
             b = prepare(batch, 32, torch.device("cpu"))
             step(model, (b, torch.randn_like(b["latents"]), torch.rand(2), torch.ones(2)), False)
-            if i:                                               # the first fetch starts the workers
+            if i:  # the first fetch starts the workers
                 wait, spent = wait + ready - start, spent + time.perf_counter() - start
-        print(f"  waiting for the loader: {wait / spent:.2%} of the time of 7 reduced stage 1 steps", flush=True)
+        print(
+            f"  waiting for the loader: {wait / spent:.2%} of the time of 7 reduced stage 1 steps",
+            flush=True,
+        )
         del loader
 
 
@@ -248,12 +399,14 @@ def scaling_rank():
         return allreduce_hook(None, bucket)
 
     wrapped.register_comm_hook(None, hook)
-    for attempt in range(2):                                    # DDP arranges its buckets after the first
+    for attempt in range(2):  # DDP arranges its buckets after the first
         sent.clear()
         for micro in range(2):
             with wrapped.no_sync() if micro == 0 else nullcontext():
                 loss = train.compute_loss(wrapped, *batch, OPTIONS, False)[0]
-                with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as trace:
+                with torch.profiler.profile(
+                    activities=[torch.profiler.ProfilerActivity.CPU]
+                ) as trace:
                     loss.backward()
                 found["no_sync" if micro == 0 else "bytes"] = sum(sent)
     trained = sum(p.numel() * 4 for p in model.parameters() if p.requires_grad)
@@ -269,34 +422,62 @@ def overlap(trace, width=70):
 
     returns  first: share of the computation that is done when the first bucket leaves; hidden: share of the
              communication's time before the last one does; lines: both as text, `width` characters wide"""
-    events = [(e.name(), e.start_ns(), e.start_ns() + e.duration_ns()) for e in trace.profiler.kineto_results.events()]
-    work, calls, sent = ([(a, b) for name, a, b in events if name.startswith(start)]
-                         for start in ("aten::", "c10d::allreduce_", "gloo:all_reduce"))
-    begin, end = min(a for a, _ in work), max(a for a, _ in calls)   # the last bucket leaves when all gradients are there
+    events = [
+        (e.name(), e.start_ns(), e.start_ns() + e.duration_ns())
+        for e in trace.profiler.kineto_results.events()
+    ]
+    work, calls, sent = (
+        [(a, b) for name, a, b in events if name.startswith(start)]
+        for start in ("aten::", "c10d::allreduce_", "gloo:all_reduce")
+    )
+    begin, end = (
+        min(a for a, _ in work),
+        max(a for a, _ in calls),
+    )  # the last bucket leaves when all gradients are there
 
     def line(spans, mark):
         step = (max(b for _, b in work + sent) - begin) / width
-        return "".join(mark if any(a < begin + (i + 1) * step and b > begin + i * step for a, b in spans) else " "
-                       for i in range(width))
+        return "".join(
+            mark
+            if any(a < begin + (i + 1) * step and b > begin + i * step for a, b in spans)
+            else " "
+            for i in range(width)
+        )
+
     edges = sorted({t for span in sent for t in span} | {end})
     flying = [(a, b) for a, b in zip(edges, edges[1:]) if any(s <= a and b <= e for s, e in sent)]
-    return dict(first=(min(a for a, _ in sent) - begin) / (end - begin), lines=[line(work, "#"), line(sent, "=")],
-                hidden=sum(b - a for a, b in flying if b <= end) / sum(b - a for a, b in flying))
+    return dict(
+        first=(min(a for a, _ in sent) - begin) / (end - begin),
+        lines=[line(work, "#"), line(sent, "=")],
+        hidden=sum(b - a for a, b in flying if b <= end) / sum(b - a for a, b in flying),
+    )
 
 
 def scaling_table(rounds):
     """What ranks send, and how cost grows with the number of tokens."""
-    print("\nscaling: gloo ranks, two micro-steps, one synchronised; from a profiler trace of its backward")
+    print(
+        "\nscaling: gloo ranks, two micro-steps, one synchronised; from a profiler trace of its backward"
+    )
     for ranks in (1, 2, 4):
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", __file__,
-                   "rank"]
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc_per_node={ranks}",
+            __file__,
+            "rank",
+        ]
         result = subprocess.run(command, capture_output=True, text=True, timeout=300)
         if result.returncode:
             raise SystemExit(result.stderr)
         r = json.loads(next(line for line in result.stdout.splitlines() if line.startswith("{")))
-        print(f"  {ranks} ranks: {r['bytes']:,} bytes reduced per step = {r['bytes'] / r['gradient']:.4f} x the trainable "
-              f"gradient, {r['no_sync']} in the micro-step before; {r['buckets']} buckets, the first leaves after "
-              f"{r['first']:.0%} of the computation, {r['hidden']:.0%} of the communication during it", flush=True)
+        print(
+            f"  {ranks} ranks: {r['bytes']:,} bytes reduced per step = {r['bytes'] / r['gradient']:.4f} x the trainable "
+            f"gradient, {r['no_sync']} in the micro-step before; {r['buckets']} buckets, the first leaves after "
+            f"{r['first']:.0%} of the computation, {r['hidden']:.0%} of the communication during it",
+            flush=True,
+        )
         for name, line in zip(("backward", "all-reduce"), r["lines"]):
             print(f"    {name:10s} |{line}|")
     model, rows, tokens, flops = FantasyWorld(SMALL), {}, {}, {}
@@ -307,27 +488,49 @@ def scaling_table(rounds):
         rows[frames] = lambda batch=batch: step(model, batch, True)
         flops[frames] = counted(rows[frames])[0].flops
     times = interleaved(rows, rounds)
-    true = {frames: count(PRESETS["1.3b"], 2, lambda m, *b: train.compute_loss(m, *b, OPTIONS, True)[0],
-                          (1, frames, 592, 336), "none")["flops"] for frames in (21, 41, 81)}
-    print("  stage 2, exponent of cost against tokens, 4n + 1 frames of 592 x 336 and of the reduced size:")
+    true = {
+        frames: count(
+            PRESETS["1.3b"],
+            2,
+            lambda m, *b: train.compute_loss(m, *b, OPTIONS, True)[0],
+            (1, frames, 592, 336),
+            "none",
+        )["flops"]
+        for frames in (21, 41, 81)
+    }
+    print(
+        "  stage 2, exponent of cost against tokens, 4n + 1 frames of 592 x 336 and of the reduced size:"
+    )
     for a, b in ((21, 41), (41, 81)):
+
         def exponent(values, a=a, b=b):
             return math.log(values[b] / values[a]) / math.log(tokens[b] / tokens[a])
-        print(f"    {a} -> {b} frames: FLOPs at true size {exponent(true):.2f}; reduced width: FLOPs "
-              f"{exponent(flops):.2f}, measured time {exponent({k: v[0] for k, v in times.items()}):.2f}", flush=True)
+
+        print(
+            f"    {a} -> {b} frames: FLOPs at true size {exponent(true):.2f}; reduced width: FLOPs "
+            f"{exponent(flops):.2f}, measured time {exponent({k: v[0] for k, v in times.items()}):.2f}",
+            flush=True,
+        )
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("parts", nargs="*", default=["work", "train", "sample", "data", "scaling", "gpu"])
+    parser.add_argument(
+        "parts", nargs="*", default=["work", "train", "sample", "data", "scaling", "gpu"]
+    )
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    if args.parts[0] == "rank":                             # one rank of scaling_table; `rank FILE` keeps its trace
+    if args.parts[0] == "rank":  # one rank of scaling_table; `rank FILE` keeps its trace
         return scaling_rank()
-    tables = dict(work=train_true, train=lambda: train_small(args.rounds), sample=lambda: sample_table(args.rounds),
-                  data=data_table, scaling=lambda: scaling_table(args.rounds),
-                  gpu=lambda: gpu.tables(PRESETS["1.3b"], TRUE, SMALL, SMALL_SIZE, args.rounds))
+    tables = dict(
+        work=train_true,
+        train=lambda: train_small(args.rounds),
+        sample=lambda: sample_table(args.rounds),
+        data=data_table,
+        scaling=lambda: scaling_table(args.rounds),
+        gpu=lambda: gpu.tables(PRESETS["1.3b"], TRUE, SMALL, SMALL_SIZE, args.rounds),
+    )
     for name in args.parts:
         if name not in tables:
             raise SystemExit(f"bench.py: no part {name!r}; wanted some of {', '.join(tables)}")

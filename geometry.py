@@ -15,6 +15,7 @@ Shapes: B clips, T = 4k + 1 frames, H W pixels, n camera-head iterations.  `size
             vertical then horizontal field of view in radians (2).
 Precision: fp32 or fp64 in, the same out.  No matmul on cameras: autocast would run it in bf16, pixels wrong.
 """
+
 import math
 from functools import lru_cache, partial
 
@@ -24,10 +25,12 @@ from einops import rearrange
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+
 # ---- cameras -----------------------------------------------------------------------------------------------
 def rotate(R, x):
     """R (..., 3, 3) applied to vectors x (..., 3), leading axes broadcast."""
     return R[..., 0] * x[..., 0:1] + R[..., 1] * x[..., 1:2] + R[..., 2] * x[..., 2:3]
+
 
 def compose(a, b):
     """The rigid transform x -> a(b(x)); the result has a's shape, b broadcasts against it."""
@@ -35,10 +38,14 @@ def compose(a, b):
     t = rotate(a[..., :3, :3], b[..., :3, 3]) + a[..., :3, 3]
     return torch.cat([torch.cat([R, t[..., None]], -1), a[..., 3:, :]], -2)
 
+
 def inv_se3(E):
     """Inverse of rigid transforms (..., 3, 4) or (..., 4, 4), in closed form: [R^T | -R^T t]."""
     Rt = E[..., :3, :3].mT
-    return torch.cat([torch.cat([Rt, -rotate(Rt, E[..., :3, 3])[..., None]], -1), E[..., 3:, :]], -2)
+    return torch.cat(
+        [torch.cat([Rt, -rotate(Rt, E[..., :3, 3])[..., None]], -1), E[..., 3:, :]], -2
+    )
+
 
 def relative_to_first(w2c):
     """Re-express w2c (..., T, 3, 4) in the frame of the first camera; frame 0 is exactly the identity."""
@@ -46,58 +53,97 @@ def relative_to_first(w2c):
     identity = torch.eye(w2c.shape[-2], 4, dtype=w2c.dtype, device=w2c.device).expand_as(first)
     return torch.cat([identity, compose(w2c[..., 1:, :, :], inv_se3(first))], -3)
 
+
 def quat_to_mat(q):
     """Quaternions (..., 4) x y z w of any length to rotations (..., 3, 3)."""
     x, y, z, w = q.unbind(-1)
     s = 2 / q.square().sum(-1).clamp(min=1e-12)
-    rows = torch.stack([1 - s * (y * y + z * z), s * (x * y - z * w), s * (x * z + y * w),
-                        s * (x * y + z * w), 1 - s * (x * x + z * z), s * (y * z - x * w),
-                        s * (x * z - y * w), s * (y * z + x * w), 1 - s * (x * x + y * y)], -1)
+    rows = torch.stack(
+        [
+            1 - s * (y * y + z * z),
+            s * (x * y - z * w),
+            s * (x * z + y * w),
+            s * (x * y + z * w),
+            1 - s * (x * x + z * z),
+            s * (y * z - x * w),
+            s * (x * z - y * w),
+            s * (y * z + x * w),
+            1 - s * (x * x + y * y),
+        ],
+        -1,
+    )
     return rows.unflatten(-1, (3, 3))
+
 
 def mat_to_quat(R):
     """Rotations (..., 3, 3) to unit quaternions (..., 4) x y z w, w >= 0; finite gradients at 180 degrees."""
     (a, b, c), (d, e, f), (g, h, i) = (row.unbind(-1) for row in R.unbind(-2))
-    outer = torch.stack([1 + a - e - i, b + d, c + g, h - f,          # 4 q q^T: every row is a multiple of q
-                         b + d, 1 - a + e - i, f + h, c - g,
-                         c + g, f + h, 1 - a - e + i, d - b,
-                         h - f, c - g, d - b, 1 + a + e + i], -1).unflatten(-1, (4, 4))
-    best = outer.diagonal(dim1=-2, dim2=-1).argmax(-1)                # the diagonal sums to 4: never tiny
-    q = F.normalize(outer.gather(-2, best[..., None, None].expand(*best.shape, 1, 4)).squeeze(-2), dim=-1)
+    outer = torch.stack(
+        [
+            1 + a - e - i,
+            b + d,
+            c + g,
+            h - f,  # 4 q q^T: every row is a multiple of q
+            b + d,
+            1 - a + e - i,
+            f + h,
+            c - g,
+            c + g,
+            f + h,
+            1 - a - e + i,
+            d - b,
+            h - f,
+            c - g,
+            d - b,
+            1 + a + e + i,
+        ],
+        -1,
+    ).unflatten(-1, (4, 4))
+    best = outer.diagonal(dim1=-2, dim2=-1).argmax(-1)  # the diagonal sums to 4: never tiny
+    q = F.normalize(
+        outer.gather(-2, best[..., None, None].expand(*best.shape, 1, 4)).squeeze(-2), dim=-1
+    )
     return torch.where(q[..., 3:] < 0, -q, q)
+
 
 def encode_pose(w2c, K, size):
     """w2c (..., 3, 4), K (..., 3, 3) in pixels -> pose_enc (..., 9).  The principal point is dropped, so only
     centred cameras come back exactly.   Source: VGGT's absT_quaR_FoV."""
-    fov = 2 * torch.atan(torch.stack([size[0] / (2 * K[..., 1, 1]), size[1] / (2 * K[..., 0, 0])], -1))
+    fov = 2 * torch.atan(
+        torch.stack([size[0] / (2 * K[..., 1, 1]), size[1] / (2 * K[..., 0, 0])], -1)
+    )
     return torch.cat([w2c[..., 3], mat_to_quat(w2c[..., :3]), fov], -1)
+
 
 def decode_pose(enc, size):
     """Inverse of encode_pose: enc (..., 9), any quaternion -> w2c (..., 3, 4), centred K (..., 3, 3)."""
     H, W = size
     w2c = torch.cat([quat_to_mat(enc[..., 3:7]), enc[..., :3, None]], -1)
-    tan = torch.tan(enc[..., 7:].clamp(0.01, math.pi - 0.01) / 2)     # a fresh camera head may say 0
+    tan = torch.tan(enc[..., 7:].clamp(0.01, math.pi - 0.01) / 2)  # a fresh camera head may say 0
     fy, fx = H / (2 * tan[..., 0]), W / (2 * tan[..., 1])
     zero, one = torch.zeros_like(fx), torch.ones_like(fx)
     K = torch.stack([fx, zero, one * W / 2, zero, fy, one * H / 2, zero, zero, one], -1)
     return w2c, K.unflatten(-1, (3, 3))
 
+
 def pixel_rays(K, size):
     """Rays (..., H, W, 3) through the pixel centres, camera frame, z = 1: depth * ray is the point."""
     v, u = (torch.arange(n, dtype=K.dtype, device=K.device) + 0.5 for n in size)
     K = K[..., None, None, :, :]
-    x = (u - K[..., 0, 2]) / K[..., 0, 0]                             # (..., 1, W)
-    y = (v[:, None] - K[..., 1, 2]) / K[..., 1, 1]                    # (..., H, 1)
+    x = (u - K[..., 0, 2]) / K[..., 0, 0]  # (..., 1, W)
+    y = (v[:, None] - K[..., 1, 2]) / K[..., 1, 1]  # (..., H, 1)
     return torch.stack(torch.broadcast_tensors(x, y, torch.ones_like(x)), -1)
+
 
 def world_rays(c2w, K, size):
     """World directions of the pixel rays as three maps (..., H, W): rotated pixel_rays, but separable in rows and
     columns and so several times cheaper."""
     v, u = (torch.arange(n, dtype=K.dtype, device=K.device) + 0.5 for n in size)
     K, R = K[..., None, None, :, :], c2w[..., None, None, :3, :3]
-    x = (u - K[..., 0, 2]) / K[..., 0, 0]                             # (..., 1, W)
-    y = (v[:, None] - K[..., 1, 2]) / K[..., 1, 1]                    # (..., H, 1)
+    x = (u - K[..., 0, 2]) / K[..., 0, 0]  # (..., 1, W)
+    y = (v[:, None] - K[..., 1, 2]) / K[..., 1, 1]  # (..., H, 1)
     return [R[..., c, 0] * x + (R[..., c, 1] * y + R[..., c, 2]) for c in range(3)]
+
 
 def plucker_rays(w2c, K, size):
     """Ray map of a clip seen from its first camera: moment o x d, then unit direction d.
@@ -106,23 +152,28 @@ def plucker_rays(w2c, K, size):
     K        (B, T, 3, 3)      pixels of an image of `size`
     returns  (B, 6, T, H, W)   frame 0 has moment 0.   Source: CameraCtrl."""
     c2w = inv_se3(relative_to_first(w2c))
-    x, y, z = world_rays(c2w, K, size)                                # (B, T, H, W) each
+    x, y, z = world_rays(c2w, K, size)  # (B, T, H, W) each
     unit = torch.rsqrt(x * x + y * y + z * z)
     x, y, z = x * unit, y * unit, z * unit
     a, b, c = c2w[..., 3, None, None].unbind(2)
     return torch.stack([b * z - c * y, c * x - a * z, a * y - b * x, x, y, z], 1)
 
+
 def pack_frames(x):
     """Stack a latent frame's frames: (B, c, T, H, W) -> (B, 4c, 1 + (T-1)/4, H, W), channel c*4 + j.
     Latent 0 holds frame 0 four times, latent l frames 4l-3 .. 4l.   Source: Wan-Fun's camera control."""
     if x.shape[2] % 4 != 1:
-        raise ValueError(f"{x.shape[2]} frames; four-fold time compression needs 4k + 1 (e.g. 81). "
-                         "Trim the clip or set num_frames.")
+        raise ValueError(
+            f"{x.shape[2]} frames; four-fold time compression needs 4k + 1 (e.g. 81). "
+            "Trim the clip or set num_frames."
+        )
     first = x[:, :, :1].expand(-1, -1, 3, -1, -1)
     return rearrange(torch.cat([first, x], 2), "b c (l j) h w -> b (c j) l h w", j=4)
 
+
 def valid_depth(depth):
     return torch.isfinite(depth) & (depth > 0)
+
 
 def unproject(depth, w2c, K):
     """Lift z-depth maps to world points.
@@ -133,16 +184,23 @@ def unproject(depth, w2c, K):
     returns  (B, T, H, W, 3)   world frame.   Source: Hartley & Zisserman 6.1."""
     valid, c2w = valid_depth(depth), inv_se3(w2c)
     depth = torch.where(valid, depth, 0)
-    return torch.stack([torch.where(valid, ray * depth + c2w[..., c, 3, None, None], 0)
-                        for c, ray in enumerate(world_rays(c2w, K, depth.shape[-2:]))], -1)
+    return torch.stack(
+        [
+            torch.where(valid, ray * depth + c2w[..., c, 3, None, None], 0)
+            for c, ray in enumerate(world_rays(c2w, K, depth.shape[-2:]))
+        ],
+        -1,
+    )
+
 
 def project(points, w2c, K):
     """World points (B, T, ..., 3) to pixels uv (B, T, ..., 2) and z (B, T, ...); uv is void where z <= 0."""
-    ones = (1,) * (points.dim() - w2c.dim() + 1)                      # the axes between time and xyz
+    ones = (1,) * (points.dim() - w2c.dim() + 1)  # the axes between time and xyz
     w2c, K = (m.unflatten(1, (-1, *ones)) for m in (w2c, K))
     cam = rotate(w2c[..., :3], points) + w2c[..., 3]
     focal = torch.stack([K[..., 0, 0], K[..., 1, 1]], -1)
     return focal * cam[..., :2] / cam[..., 2:].clamp(min=1e-6) + K[..., :2, 2], cam[..., 2]
+
 
 def normalize_scene(depth, w2c, K, mask, frames="first"):
     """Bring clips (shapes as in unproject, mask bool) to their own unit: mean distance to the first camera = 1.
@@ -153,21 +211,31 @@ def normalize_scene(depth, w2c, K, mask, frames="first"):
              1 where those frames have no valid pixel"""
     valid, rel = mask & valid_depth(depth), relative_to_first(w2c)
     if frames == "first":
-        distance = depth[:, 0] * pixel_rays(K[:, 0], depth.shape[-2:]).norm(dim=-1)              # (B, H, W)
+        distance = depth[:, 0] * pixel_rays(K[:, 0], depth.shape[-2:]).norm(dim=-1)  # (B, H, W)
         distance = distance.masked_fill(~valid[:, 0], math.nan).flatten(1)
-        keep = distance <= torch.nanquantile(distance, 0.95, dim=1, keepdim=True)                # NaN compares false
+        keep = distance <= torch.nanquantile(
+            distance, 0.95, dim=1, keepdim=True
+        )  # NaN compares false
     elif frames == "all":
         distance, keep = unproject(depth, rel, K).norm(dim=-1).flatten(1), valid.flatten(1)
     else:
         raise ValueError(f"frames {frames!r}; known: first, all.")
-    scale = torch.where(keep.any(1), torch.where(keep, distance, 0).sum(1) / keep.sum(1).clamp(min=1), 1)
+    scale = torch.where(
+        keep.any(1), torch.where(keep, distance, 0).sum(1) / keep.sum(1).clamp(min=1), 1
+    )
     unit = scale[:, None, None, None]
-    return torch.where(valid, depth, 0) / unit, torch.cat([rel[..., :3], rel[..., 3:] / unit], -1), scale
+    return (
+        torch.where(valid, depth, 0) / unit,
+        torch.cat([rel[..., :3], rel[..., 3:] / unit], -1),
+        scale,
+    )
+
 
 # ---- modules ----------------------------------------------------------------------------------------------
 # Attribute names are the release's (and VGGT's), so their tensors load by name.  C geometry width, P = 5 + h*w
 # tokens of one latent frame [camera, 4 registers, patches], f latent frames, T = 4f - 3 pixel frames.
 NUM_SPECIAL = 5
+
 
 @lru_cache(maxsize=16)
 def rope_2d(frames, h, w, head_dim, device):
@@ -176,17 +244,23 @@ def rope_2d(frames, h, w, head_dim, device):
     First half of a head is rotated by row, second by column; frequencies 100^(-2j/(head_dim/2)); special tokens sit
     at (0, 0) and patch (y, x) at (1+y, 1+x).  Time has no position here: it enters through the video features."""
     y, x = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
-    positions = torch.cat([torch.zeros(NUM_SPECIAL, 2), torch.stack([y, x], -1).reshape(-1, 2) + 1]).double()
+    positions = torch.cat(
+        [torch.zeros(NUM_SPECIAL, 2), torch.stack([y, x], -1).reshape(-1, 2) + 1]
+    ).double()
     quarter = head_dim // 4
     frequencies = 100.0 ** (-torch.arange(quarter, dtype=torch.float64) / quarter)
-    angles = positions[:, :, None] * frequencies                                       # (P, 2, d/4)
-    angles = torch.cat([angles, angles], -1).flatten(1).repeat(frames, 1)              # (frames*P, d), pairs (j, j+d/4)
+    angles = positions[:, :, None] * frequencies  # (P, 2, d/4)
+    angles = (
+        torch.cat([angles, angles], -1).flatten(1).repeat(frames, 1)
+    )  # (frames*P, d), pairs (j, j+d/4)
     return angles.cos().float().to(device), angles.sin().float().to(device)
+
 
 def rotate_half(x, cos, sin):
     """Rotate the pairs (j, j + d/4) of both halves of the last axis; x (..., N, d)."""
-    first, second = x.unflatten(-1, (2, 2, -1)).unbind(-2)                             # (..., N, 2, d/4) each
+    first, second = x.unflatten(-1, (2, 2, -1)).unbind(-2)  # (..., N, 2, d/4) each
     return x * cos + torch.stack([-second, first], -2).flatten(-3) * sin
+
 
 class LayerScale(nn.Module):
     def __init__(self, dim, init):
@@ -196,6 +270,7 @@ class LayerScale(nn.Module):
     def forward(self, x):
         return x * self.gamma
 
+
 class Mlp(nn.Module):
     def __init__(self, dim, hidden, out):
         super().__init__()
@@ -203,6 +278,7 @@ class Mlp(nn.Module):
 
     def forward(self, x):
         return self.fc2(F.gelu(self.fc1(x)))
+
 
 class GeoAttention(nn.Module):
     def __init__(self, dim, heads, qk_norm):
@@ -214,12 +290,15 @@ class GeoAttention(nn.Module):
 
     def forward(self, x, frames=1, rope=None):
         """Attention among all tokens (frames=1) or inside each of `frames` equal groups; x (B, frames*P, C)."""
-        q, k, v = rearrange(self.qkv(x), "b (f p) (s h d) -> s (b f) h p d", f=frames, s=3, h=self.heads)
+        q, k, v = rearrange(
+            self.qkv(x), "b (f p) (s h d) -> s (b f) h p d", f=frames, s=3, h=self.heads
+        )
         q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
             q, k = rotate_half(q, *rope), rotate_half(k, *rope)
         x = F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v)
         return self.proj(rearrange(x, "(b f) h p d -> b (f p) (h d)", f=frames))
+
 
 class GeoBlock(nn.Module):
     """Pre-norm transformer block in two halves, so that the exchange can sit between them.  Source: VGGT 2025, with
@@ -256,6 +335,7 @@ class GeoBlock(nn.Module):
     def forward(self, z, rows=None, frames=1, rope=None):
         return self.feed_forward(self.attend(z, rows, frames, rope), rows)
 
+
 class LatentBridge(nn.Module):
     """Video tokens (B, N, D) -> geometry width (B, N, C): a linear map (all that the release has), plus a low-rank
     transformer residual whose last layer starts at zero.  Attention stays inside a latent frame."""
@@ -263,10 +343,16 @@ class LatentBridge(nn.Module):
     def __init__(self, video_dim, dim, layers, width, layer_scale):
         super().__init__()
         self.proj = nn.Linear(video_dim, dim)
-        self.blocks = nn.ModuleList(GeoBlock(width, max(width // 64, 1), layer_scale, modulated=False)
-                                    for _ in range(layers))
+        self.blocks = nn.ModuleList(
+            GeoBlock(width, max(width // 64, 1), layer_scale, modulated=False)
+            for _ in range(layers)
+        )
         if layers:
-            self.down, self.norm, self.up = nn.Linear(dim, width), nn.LayerNorm(width), nn.Linear(width, dim)
+            self.down, self.norm, self.up = (
+                nn.Linear(dim, width),
+                nn.LayerNorm(width),
+                nn.Linear(width, dim),
+            )
             nn.init.zeros_(self.up.weight)
             nn.init.zeros_(self.up.bias)
 
@@ -274,10 +360,11 @@ class LatentBridge(nn.Module):
         z = self.proj(x)
         if not self.blocks:
             return z
-        r = self.down(z)                                                               # (B, N, width)
+        r = self.down(z)  # (B, N, width)
         for block in self.blocks:
             r = block(r, frames=frames)
         return z + self.up(self.norm(r))
+
 
 class PoseEncoder(nn.Module):
     """Pose encodings (B, T, 9) -> one embedding per latent frame (B, f, C); frame 0 fills its group alone."""
@@ -287,8 +374,9 @@ class PoseEncoder(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(36, hidden), nn.GELU(), nn.Linear(hidden, dim))
 
     def forward(self, poses):
-        grouped = pack_frames(rearrange(poses, "b t c -> b c t 1 1"))                  # (B, 36, f, 1, 1)
+        grouped = pack_frames(rearrange(poses, "b t c -> b c t 1 1"))  # (B, 36, f, 1, 1)
         return self.mlp(rearrange(grouped, "b c f 1 1 -> b f c"))
+
 
 class CameraHead(nn.Module):
     """Camera tokens of the last layer (B, f, 2C) -> pose encodings of every refinement (iterations, B, T, 9).
@@ -306,17 +394,21 @@ class CameraHead(nn.Module):
         self.empty_pose_tokens = nn.Parameter(torch.zeros(1, 1, 9))
         self.embed_pose = nn.Linear(9, dim)
         self.poseLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 3 * dim))
-        self.trunk = nn.ModuleList(GeoBlock(dim, heads, layer_scale, qk_norm=False, modulated=released)
-                                   for _ in range(layers))          # the release has modulation here, never used
+        self.trunk = nn.ModuleList(
+            GeoBlock(dim, heads, layer_scale, qk_norm=False, modulated=released)
+            for _ in range(layers)
+        )  # the release has modulation here, never used
         self.pose_branch = Mlp(dim, dim // 2, 9)
 
     def frame_tokens(self, tokens):
-        expanded = self.camera_time_upsample["expand_channels"](tokens[:, 1:].transpose(1, 2))   # (B, 4C, f-1)
+        expanded = self.camera_time_upsample["expand_channels"](
+            tokens[:, 1:].transpose(1, 2)
+        )  # (B, 4C, f-1)
         if self.released:
             rest = rearrange(expanded, "b (c j) n -> b (j n) c", j=4)
             return torch.cat([self.token_norm(tokens[:, :1]), rest], 1)
         rest = rearrange(expanded, "b (c j) n -> b (n j) c", j=4)
-        return self.token_norm(torch.cat([tokens[:, :1], rest], 1))                    # (B, T, C)
+        return self.token_norm(torch.cat([tokens[:, :1], rest], 1))  # (B, T, C)
 
     def forward(self, tokens):
         tokens = self.frame_tokens(self.proj_in(tokens))
@@ -333,8 +425,9 @@ class CameraHead(nn.Module):
                 x = block(x)
             pose = pose + self.pose_branch(self.trunk_norm(x)).float()
             out.append(torch.cat([pose[..., :7], F.relu(pose[..., 7:])], -1))
-            previous = pose = pose.detach()                        # each refinement answers for its own step
+            previous = pose = pose.detach()  # each refinement answers for its own step
         return torch.stack(out)
+
 
 @lru_cache(maxsize=64)
 def uv_embedding(channels, h, w, aspect, device):
@@ -344,8 +437,11 @@ def uv_embedding(channels, h, w, aspect, device):
     v = torch.linspace(-1, 1, h, dtype=torch.float64) * (1 / norm * (h - 1) / h)
     omega = 100.0 ** (-torch.arange(channels // 4, dtype=torch.float64) / (channels // 4))
     a, b = torch.meshgrid(v, u, indexing="ij")
-    parts = [f(grid[None] * omega[:, None, None]) for grid in (b, a) for f in (torch.sin, torch.cos)]
+    parts = [
+        f(grid[None] * omega[:, None, None]) for grid in (b, a) for f in (torch.sin, torch.cos)
+    ]
     return (0.1 * torch.cat(parts)).float().to(device)
+
 
 class CausalUpsample(nn.Module):
     """T -> 2T - 1 in time: frame 0 passes, frames 1.. go through a causal convolution that does not see it and whose
@@ -354,7 +450,9 @@ class CausalUpsample(nn.Module):
     def __init__(self, channels, released=False):
         super().__init__()
         self.time_conv = nn.Conv3d(channels, 2 * channels, (3, 1, 1))
-        if not released:                # identical sub-frames at the start: with random ones a depth head collapsed
+        if (
+            not released
+        ):  # identical sub-frames at the start: with random ones a depth head collapsed
             nn.init.zeros_(self.time_conv.bias)
             with torch.no_grad():
                 self.time_conv.weight[channels:] = self.time_conv.weight[:channels]
@@ -362,6 +460,7 @@ class CausalUpsample(nn.Module):
     def forward(self, x):
         rest = self.time_conv(F.pad(x[:, :, 1:], (0, 0, 0, 0, 2, 0)))
         return torch.cat([x[:, :, :1], rearrange(rest, "b (s c) t h w -> b c (t s) h w", s=2)], 2)
+
 
 class ChannelNorm(nn.Module):
     """x / ||x||_2 over channels * sqrt(C) * gamma."""
@@ -373,13 +472,17 @@ class ChannelNorm(nn.Module):
     def forward(self, x):
         return F.normalize(x, dim=1) * (x.shape[1] ** 0.5) * self.gamma
 
+
 class CausalResidual(nn.Module):
     def __init__(self, channels):
         super().__init__()
-        self.residual = nn.ModuleDict({"0": ChannelNorm(channels), "2": nn.Conv3d(channels, channels, 3)})
+        self.residual = nn.ModuleDict(
+            {"0": ChannelNorm(channels), "2": nn.Conv3d(channels, channels, 3)}
+        )
 
     def forward(self, x):
         return x + self.residual["2"](F.pad(F.silu(self.residual["0"](x)), (1, 1, 1, 1, 2, 0)))
+
 
 class TemporalUpsampler(nn.Module):
     """Causal 4x time up-sampling, f -> 4f - 3 frames, whole sequence at once."""
@@ -387,12 +490,20 @@ class TemporalUpsampler(nn.Module):
     def __init__(self, channels, released=False):
         super().__init__()
         self.conv2 = nn.Conv3d(channels, channels, 1)
-        self.decoder = nn.ModuleDict(dict(upsamples=nn.Sequential(
-            CausalUpsample(channels, released), CausalResidual(channels),
-            CausalUpsample(channels, released), CausalResidual(channels))))
+        self.decoder = nn.ModuleDict(
+            dict(
+                upsamples=nn.Sequential(
+                    CausalUpsample(channels, released),
+                    CausalResidual(channels),
+                    CausalUpsample(channels, released),
+                    CausalResidual(channels),
+                )
+            )
+        )
 
     def forward(self, x):
         return self.decoder["upsamples"](self.conv2(x))
+
 
 class ResidualConvUnit(nn.Module):
     def __init__(self, channels, released=False):
@@ -403,7 +514,10 @@ class ResidualConvUnit(nn.Module):
 
     def forward(self, x):
         branch = self.conv2(F.relu(self.conv1(F.relu(x))))
-        return branch + (F.relu(x) if self.released else x)     # the release's in-place ReLU also clips the skip
+        return branch + (
+            F.relu(x) if self.released else x
+        )  # the release's in-place ReLU also clips the skip
+
 
 class RefineNet(nn.Module):
     def __init__(self, channels, lateral=True, released=False):
@@ -418,6 +532,7 @@ class RefineNet(nn.Module):
         x = self.resConfUnit2(x)
         # a 1x1 convolution and an interpolation, whose weights sum to 1, commute: first the one with fewer pixels
         return F.interpolate(self.out_conv(x), size=size, mode="bilinear", align_corners=True)
+
 
 class DPTHead(nn.Module):
     """Four token maps -> a dense map for every pixel of every frame.  Source: DPT 2021 / VGGT, causal 4x time
@@ -435,18 +550,28 @@ class DPTHead(nn.Module):
         self.chunk, self.released = chunk, released
         self.norm = nn.LayerNorm(in_dim)
         self.projects = nn.ModuleList(nn.Conv2d(in_dim, c, 1) for c in channels)
-        self.resize_layers = nn.ModuleList([
-            nn.ConvTranspose2d(channels[0], channels[0], 4, 4), nn.ConvTranspose2d(channels[1], channels[1], 2, 2),
-            nn.Identity(), nn.Conv2d(channels[3], channels[3], 3, 2, 1)])
+        self.resize_layers = nn.ModuleList(
+            [
+                nn.ConvTranspose2d(channels[0], channels[0], 4, 4),
+                nn.ConvTranspose2d(channels[1], channels[1], 2, 2),
+                nn.Identity(),
+                nn.Conv2d(channels[3], channels[3], 3, 2, 1),
+            ]
+        )
         self.temporal_upsamplers = nn.ModuleList(TemporalUpsampler(c, released) for c in channels)
         self.scratch = nn.Module()
         for i, c in enumerate(channels, 1):
             setattr(self.scratch, f"layer{i}_rn", nn.Conv2d(c, features, 3, padding=1, bias=False))
-            setattr(self.scratch, f"refinenet{i}", RefineNet(features, lateral=i < 4, released=released))
+            setattr(
+                self.scratch, f"refinenet{i}", RefineNet(features, lateral=i < 4, released=released)
+            )
         self.scratch.output_conv1 = nn.Conv2d(features, features // 2, 3, padding=1)
-        activation = nn.ReLU() if released else nn.GELU()         # with ReLU a depth head went constant in trials
-        self.scratch.output_conv2 = nn.Sequential(nn.Conv2d(features // 2, tail, 3, padding=1), activation,
-                                                  nn.Conv2d(tail, out_dim, 1))
+        activation = (
+            nn.ReLU() if released else nn.GELU()
+        )  # with ReLU a depth head went constant in trials
+        self.scratch.output_conv2 = nn.Sequential(
+            nn.Conv2d(features // 2, tail, 3, padding=1), activation, nn.Conv2d(tail, out_dim, 1)
+        )
         self.scratch.to(memory_format=torch.channels_last)
 
     def level(self, i, tokens, grid, aspect):
@@ -468,30 +593,45 @@ class DPTHead(nn.Module):
         x = F.interpolate(s.output_conv1(x), size=size, mode="bilinear", align_corners=True)
         x = x + uv_embedding(x.shape[1], *size, aspect, x.device)
         x = s.output_conv2[1](s.output_conv2[0](x))
-        with torch.autocast(x.device.type, enabled=False):         # exp of a bf16 logit moves in 0.8 % steps
+        with torch.autocast(
+            x.device.type, enabled=False
+        ):  # exp of a bf16 logit moves in 0.8 % steps
             return s.output_conv2[2](x.float()).permute(0, 2, 3, 1)
 
     def forward(self, maps, grid, recompute=False):
         f, h, w = grid
         aspect, size, batch = w / h, (16 * h, 16 * w), maps[0].shape[0]
         again = recompute and torch.is_grad_enabled() and 4 * f - 3 > self.chunk
-        run = partial(checkpoint, use_reentrant=False) if again else lambda function, *args: function(*args)
+        run = (
+            partial(checkpoint, use_reentrant=False)
+            if again
+            else lambda function, *args: function(*args)
+        )
         levels = [run(self.level, i, tokens, grid, aspect) for i, tokens in enumerate(maps)]
         out = []
         for start in range(0, 4 * f - 3, self.chunk):
-            parts = [rearrange(x[:, :, start:start + self.chunk], "b c t h w -> (b t) h w c").permute(0, 3, 1, 2)
-                     for x in levels]                              # channels last in memory: twice as fast on a CPU
-            out.append(rearrange(run(self.fuse, size, aspect, *parts), "(b t) h w k -> b t h w k", b=batch))
+            parts = [
+                rearrange(x[:, :, start : start + self.chunk], "b c t h w -> (b t) h w c").permute(
+                    0, 3, 1, 2
+                )
+                for x in levels
+            ]  # channels last in memory: twice as fast on a CPU
+            out.append(
+                rearrange(run(self.fuse, size, aspect, *parts), "(b t) h w k -> b t h w k", b=batch)
+            )
         return torch.cat(out, 1)
+
 
 def activate_depth(raw):
     """(..., 2) -> depth > 0 and confidence > 1, both (...); logits clamped to +-10 against overflow."""
     return raw[..., 0].clamp(-10, 10).exp(), 1 + raw[..., 1].clamp(max=10).exp()
 
+
 def activate_points(raw):
     """(..., 4) -> world points (..., 3) = sign(o) expm1(|o|), written so that its gradient at 0 is 1; confidence > 1."""
     magnitude = raw[..., :3].abs().clamp(1e-6, 10)
     return raw[..., :3] * torch.expm1(magnitude) / magnitude, 1 + raw[..., 3].clamp(max=10).exp()
+
 
 # ---- losses ------------------------------------------------------------------------------------------------
 # Each loss reduces within a clip (masked sums over T, H, W by its valid count), then averages clips: the mean
@@ -500,20 +640,27 @@ def activate_points(raw):
 def fp32(x):
     return x if x.dtype == torch.float64 else x.float()
 
+
 def residual(pred, gt, mask):
     """pred - gt, 0 where masked: `where` before all arithmetic keeps NaN out of values and gradients."""
     return torch.where(mask, fp32(pred) - fp32(gt), 0)
 
+
 def length(channels):
     """Length over channel maps: faster than a last axis of 3; the floor makes its gradient 0 at 0."""
-    return channels[0].abs() if len(channels) == 1 else (sum(x * x for x in channels) + 1e-24).sqrt()
+    return (
+        channels[0].abs() if len(channels) == 1 else (sum(x * x for x in channels) + 1e-24).sqrt()
+    )
+
 
 def clip_mean(x, mask):
     """Per clip (B,): sum of x, which is 0 where masked, over the count of valid pixels."""
     return x.flatten(1).sum(1) / mask.flatten(1).sum(1).clamp(min=1)
 
+
 def over_clips(loss, clip_weight):
     return (loss if clip_weight is None else loss * clip_weight).mean()
+
 
 def gradient_levels(channels, mask, weight):
     """Mean |grad| of channel maps (0 where masked) per clip at strides 1, 2, 4, 8: (B, 4).   Source: MiDaS.
@@ -527,13 +674,15 @@ def gradient_levels(channels, mask, weight):
         levels.append(clip_mean(dx, m) + clip_mean(dy, m))
     return torch.stack(levels, 1)
 
+
 def standardize(x, mask):
     """Per frame: minus the median of the valid pixels, over their mean absolute deviation; 0 where masked."""
-    count = mask.sum((2, 3), keepdim=True)                            # (B, T, 1, 1)
+    count = mask.sum((2, 3), keepdim=True)  # (B, T, 1, 1)
     x = torch.where(mask, fp32(x), 0)
     median = x.masked_fill(~mask, math.nan).flatten(2).nanmedian(-1).values[..., None, None]
     x = torch.where(mask, x - torch.where(count > 0, median, 0), 0)
     return x / (x.abs().sum((2, 3), keepdim=True) / count.clamp(min=1)).clamp(min=1e-6)
+
 
 def frame_loss(pred, gt, mask, mode="metric", clip_weight=None):
     """Depth error within frames: mean |r| + 0.5 * |grad r| summed over four scales.
@@ -543,25 +692,39 @@ def frame_loss(pred, gt, mask, mode="metric", clip_weight=None):
     if mode == "ssi":
         pred, gt = standardize(pred, mask), standardize(gt, mask)
     elif mode != "metric":
-        raise ValueError(f"depth mode {mode!r}; known: metric (labels in scene units), ssi (relative depth).")
+        raise ValueError(
+            f"depth mode {mode!r}; known: metric (labels in scene units), ssi (relative depth)."
+        )
     r = residual(pred, gt, mask)
-    return over_clips(clip_mean(r.abs(), mask) + 0.5 * gradient_levels([r], mask, mask).sum(1), clip_weight)
+    return over_clips(
+        clip_mean(r.abs(), mask) + 0.5 * gradient_levels([r], mask, mask).sum(1), clip_weight
+    )
+
 
 def fit_scale_shift(pred, gt, mask):
     """Least-squares s, b (B, 1, 1, 1) of s * pred + b = gt over a clip's valid pixels."""
+
     def total(x):
         return x.sum((1, 2, 3), keepdim=True)
+
     p_mean, g_mean = (total(torch.where(mask, x, 0)) / total(mask).clamp(min=1) for x in (pred, gt))
-    p, g = torch.where(mask, pred - p_mean, 0), torch.where(mask, gt - g_mean, 0)    # raw sums cancel in fp32
+    p, g = (
+        torch.where(mask, pred - p_mean, 0),
+        torch.where(mask, gt - g_mean, 0),
+    )  # raw sums cancel in fp32
     s = total(p * g) / total(p * p).clamp(min=1e-12)
     return s, g_mean - s * p_mean
+
 
 def still_pairs(gt, mask, rel_th):
     """Pairs of neighbouring frames whose depth changes by less than rel_th of the later frame's range: (B, T-1, H, W)."""
     gt = fp32(gt)
-    high = gt.masked_fill(~mask, -math.inf).amax((2, 3), keepdim=True)                # (B, T, 1, 1)
+    high = gt.masked_fill(~mask, -math.inf).amax((2, 3), keepdim=True)  # (B, T, 1, 1)
     low = gt.masked_fill(~mask, math.inf).amin((2, 3), keepdim=True)
-    return mask[:, 1:] & mask[:, :-1] & ((gt[:, 1:] - gt[:, :-1]).abs() < rel_th * (high - low)[:, 1:])
+    return (
+        mask[:, 1:] & mask[:, :-1] & ((gt[:, 1:] - gt[:, :-1]).abs() < rel_th * (high - low)[:, 1:])
+    )
+
 
 def tgm_loss(pred, gt, mask, rel_th=0.05, align=False, clip_weight=None, signed=True):
     """Temporal gradient matching: depth must change between frames as the true depth does.
@@ -578,22 +741,29 @@ def tgm_loss(pred, gt, mask, rel_th=0.05, align=False, clip_weight=None, signed=
         s, b = fit_scale_shift(p, g, mask)
         p = s * p + b
     p, g = p.diff(dim=1), g.diff(dim=1)
-    return over_clips(clip_mean((p - g if signed else p.abs() - g.abs()).abs() * pairs, pairs), clip_weight)
+    return over_clips(
+        clip_mean((p - g if signed else p.abs() - g.abs()).abs() * pairs, pairs), clip_weight
+    )
+
 
 def confident(error, conf, mask, gamma):
     """c * error - gamma log c per clip; error is finite everywhere, conf is 1 where masked."""
     return clip_mean(conf * error * mask - gamma * conf.log(), mask)
+
 
 def below_quantile(error, mask, q):
     """The mask without each clip's largest errors, those from the q-quantile of its valid pixels on: wrong labels.
     Clips of up to 1000 valid pixels, or that would be left with so few, stay whole; q = 1 too.   Source: VGGT."""
     if q >= 1:
         return mask
-    error, count = error.detach().masked_fill(~mask, math.inf), mask.flatten(1).sum(1)           # (B,)
-    kth = (q * (count - 1).clamp(min=0)).round().long()[:, None]                  # tensors only: .item() would stall
+    error, count = error.detach().masked_fill(~mask, math.inf), mask.flatten(1).sum(1)  # (B,)
+    kth = (
+        (q * (count - 1).clamp(min=0)).round().long()[:, None]
+    )  # tensors only: .item() would stall
     keep = mask & (error < error.flatten(1).sort(1).values.gather(1, kth)[..., None, None])
     cut = (count > 1000) & (keep.flatten(1).sum(1) > 1000)
     return torch.where(cut[:, None, None, None], keep, mask)
+
 
 def conf_loss(pred, conf, gt, mask, gamma=0.2, clip_weight=None, quantile=1.0):
     """mean(c |r| - gamma log c) of depth below its quantile; all (B, T, H, W), conf > 0; best c = gamma / |r|.
@@ -601,6 +771,7 @@ def conf_loss(pred, conf, gt, mask, gamma=0.2, clip_weight=None, quantile=1.0):
     error = residual(pred, gt, mask).abs()
     mask = below_quantile(error, mask, quantile)
     return over_clips(confident(error, torch.where(mask, fp32(conf), 1), mask, gamma), clip_weight)
+
 
 def points_loss(pred, conf, gt, mask, gamma=0.2, clip_weight=None, quantile=1.0):
     """Point map error: mean(c |r| - gamma log c) + c |grad r| averaged over four scales.
@@ -612,19 +783,33 @@ def points_loss(pred, conf, gt, mask, gamma=0.2, clip_weight=None, quantile=1.0)
     r = [residual(p, g, mask) for p, g in zip(pred.unbind(-1), gt.unbind(-1))]
     error, conf = length(r), torch.where(mask, fp32(conf), 1)
     kept = below_quantile(error, mask, quantile)
-    loss = confident(error, torch.where(kept, conf, 1), kept, gamma) + gradient_levels(r, mask, conf).mean(1)
+    loss = confident(error, torch.where(kept, conf, 1), kept, gamma) + gradient_levels(
+        r, mask, conf
+    ).mean(1)
     return over_clips(loss, clip_weight)
+
 
 def corner_normals(points, mask):
     """Unit normals of the four corner triangles of every 2x2 block of pixels, and which triangles are all valid:
     points (B, T, H, W, 3), mask (B, T, H, W) -> (B, T, H-1, W-1, 4, 3), (B, T, H-1, W-1, 4)."""
     points = torch.where(mask[..., None], fp32(points), 0)
     across, down = points.diff(dim=-2), points.diff(dim=-3)
-    normal = torch.stack([torch.linalg.cross(d, a, dim=-1) for a in (across[..., :-1, :, :], across[..., 1:, :, :])
-                          for d in (down[..., :-1, :], down[..., 1:, :])], -2)
-    corners = torch.stack([mask[..., :-1, :-1], mask[..., :-1, 1:], mask[..., 1:, :-1], mask[..., 1:, 1:]], -1)
-    whole = corners.sum(-1, keepdim=True) - corners.flip(-1).long() == 3              # all but the opposite corner
+    normal = torch.stack(
+        [
+            torch.linalg.cross(d, a, dim=-1)
+            for a in (across[..., :-1, :, :], across[..., 1:, :, :])
+            for d in (down[..., :-1, :], down[..., 1:, :])
+        ],
+        -2,
+    )
+    corners = torch.stack(
+        [mask[..., :-1, :-1], mask[..., :-1, 1:], mask[..., 1:, :-1], mask[..., 1:, 1:]], -1
+    )
+    whole = (
+        corners.sum(-1, keepdim=True) - corners.flip(-1).long() == 3
+    )  # all but the opposite corner
     return F.normalize(normal, dim=-1, eps=1e-8), whole
+
 
 def normal_loss(pred, gt, mask, clip_weight=None):
     """Mean 1 - cos of the angle between surface normals of two point maps (shapes as in points_loss), over strides
@@ -637,6 +822,7 @@ def normal_loss(pred, gt, mask, clip_weight=None):
         levels.append(clip_mean((1 - (n * n_gt).sum(-1)) * whole, whole))
     return over_clips(sum(levels) / 3, clip_weight)
 
+
 def camera_loss(pred_iterations, gt, delta=0.1, clip_weight=None):
     """Huber / delta on the pose encoding: translation + rotation + 0.5 fov; iteration k weighs 0.6^(n-1-k)/n.
 
@@ -645,10 +831,13 @@ def camera_loss(pred_iterations, gt, delta=0.1, clip_weight=None):
     pred, gt = fp32(pred_iterations), fp32(gt).expand(pred_iterations.shape)
     flip = torch.where((pred[..., 3:7] * gt[..., 3:7]).sum(-1, keepdim=True) < 0, -1, 1)
     gt = torch.cat([gt[..., :3], gt[..., 3:7] * flip, gt[..., 7:]], -1)
-    error = F.smooth_l1_loss(pred, gt, beta=delta, reduction="none").mean(2)                      # (n, B, 9)
+    error = F.smooth_l1_loss(pred, gt, beta=delta, reduction="none").mean(2)  # (n, B, 9)
     error = error[..., :3].mean(-1) + error[..., 3:7].mean(-1) + 0.5 * error[..., 7:].mean(-1)
-    weight = 0.6 ** torch.arange(len(pred) - 1, -1, -1, device=pred.device, dtype=pred.dtype) / len(pred)
+    weight = 0.6 ** torch.arange(len(pred) - 1, -1, -1, device=pred.device, dtype=pred.dtype) / len(
+        pred
+    )
     return over_clips((weight[:, None] * error).sum(0), clip_weight)
+
 
 def geometry_losses(pred, batch, cfg):
     """L_geo = L_depth + L_pmap + camera_weight * L_camera.
@@ -662,118 +851,47 @@ def geometry_losses(pred, batch, cfg):
     returns  loss, parts: detached scalars depth, point, camera, tgm, frame, normal (if it has a weight),
              depth_conf_mean, point_conf_mean, valid_fraction, and tgm_fraction of the pixel pairs.
     L_depth = alpha TGM + beta (frame + conf), L_pmap = points + normal_weight * normal.  Source: FantasyWorld 2025."""
-    mask, q, signed = batch["mask"], getattr(cfg, "valid_quantile", 1.0), getattr(cfg, "tgm_signed", True)
+    mask, q, signed = (
+        batch["mask"],
+        getattr(cfg, "valid_quantile", 1.0),
+        getattr(cfg, "tgm_signed", True),
+    )
     weight = batch.get("geo_weight", torch.ones(len(mask), device=mask.device))
     relative = batch.get("relative")
     metric = weight if relative is None else weight * ~relative
     tgm, frame, conf = 0, 0, 0
-    for mode, w in ((cfg.depth_mode, metric),) + ((("ssi", weight * relative),) if relative is not None else ()):
+    for mode, w in ((cfg.depth_mode, metric),) + (
+        (("ssi", weight * relative),) if relative is not None else ()
+    ):
         depth, gt = pred["depth"], batch["depth"]
         tgm = tgm + tgm_loss(depth, gt, mask, align=mode == "ssi", clip_weight=w, signed=signed)
         frame = frame + frame_loss(depth, gt, mask, mode, w)
         if mode == "ssi":
             depth, gt = standardize(depth, mask), standardize(gt, mask)
         conf = conf + conf_loss(depth, pred["depth_conf"], gt, mask, cfg.gamma_conf, w, q)
-    point = points_loss(pred["points"], pred["points_conf"], batch["points"], mask, cfg.gamma_conf, metric, q)
-    has_scale = mask[:, 0].flatten(1).any(1)                          # else translations have no unit
+    point = points_loss(
+        pred["points"], pred["points_conf"], batch["points"], mask, cfg.gamma_conf, metric, q
+    )
+    has_scale = mask[:, 0].flatten(1).any(1)  # else translations have no unit
     camera = camera_loss(pred["pose_enc"], batch["pose_enc"], cfg.camera_delta, metric * has_scale)
     depth, parts = cfg.alpha_tgm * tgm + cfg.beta_frame * (frame + conf), {}
     if normal_weight := getattr(cfg, "normal_weight", 0):
         parts["normal"] = normal_loss(pred["points"], batch["points"], mask, metric)
         point = point + normal_weight * parts["normal"]
     pairs = still_pairs(batch["depth"], mask, 0.05)
-    parts.update(depth=depth, point=point, camera=camera, tgm=tgm, frame=frame, valid_fraction=mask.float().mean(),
-                 tgm_fraction=pairs.sum() / max(1, pairs.numel()),
-                 **{f"{name}_conf_mean": torch.where(mask, pred[key], 0).sum() / mask.sum().clamp(min=1)
-                    for name, key in (("depth", "depth_conf"), ("point", "points_conf"))})
-    return depth + point + cfg.camera_weight * camera, {name: value.detach() for name, value in parts.items()}
-
-# ---- metrics -----------------------------------------------------------------------------------------------
-# Python floats, fp64 inside, averaged over clips; one without valid pixels is left out (NaN if none is left).
-def average(has_pixels, **per_clip):
-    return {name: value[has_pixels].mean().item() for name, value in per_clip.items()}
-
-@torch.no_grad()
-def depth_metrics(pred, gt, mask, align="none"):
-    """abs_rel = mean |p - g| / g, delta1 2 3 = share within a factor of 1.25 ** k (exclusive), rmse in gt's unit.
-
-    pred, gt, mask  (B, T, H, W)   gt > 0 where valid
-    align           per clip: none; median: one scale; scale_shift: least-squares scale and shift
-    Source: Eigen et al. 2014; one alignment for all frames of a clip as in Video Depth Anything."""
-    pred, gt = (torch.where(mask, x.double(), 1) for x in (pred, gt))
-    if align == "median":
-        scale = torch.where(mask, gt / pred, math.nan).flatten(1).nanmedian(1).values
-        pred = pred * scale[:, None, None, None]
-    elif align == "scale_shift":
-        s, b = fit_scale_shift(pred, gt, mask)
-        pred = s * pred + b
-    elif align != "none":
-        raise ValueError(f"align {align!r}; known: none, median, scale_shift.")
-    error = (pred - gt).abs() * mask
-    ratio = pred.clamp(min=1e-3) / gt                                 # a shift can push depth below zero
-    ratio = torch.maximum(ratio, 1 / ratio)
-    return average(mask.flatten(1).any(1), abs_rel=clip_mean(error / gt, mask),
-                   rmse=clip_mean(error.square(), mask).sqrt(),
-                   **{f"delta{k}": clip_mean((ratio < 1.25 ** k) & mask, mask) for k in (1, 2, 3)})
-
-def rotation_angle(a, b):
-    """Degrees between rotations (..., 3, 3); exact near 0, where arccos of the trace is not."""
-    return torch.rad2deg(2 * torch.asin(((a - b).square().sum((-2, -1)).sqrt() / 8 ** 0.5).clamp(max=1)))
-
-def align_sim3(source, target):
-    """scale (B,), R (B, 3, 3), t (B, 3) minimising |scale R source + t - target|^2 over points (B, N, 3).
-
-    A source without extent gets scale 0, which moves it to the target's mean.   Source: Umeyama 1991."""
-    mean_s, mean_t = source.mean(1, keepdim=True), target.mean(1, keepdim=True)
-    s, t = source - mean_s, target - mean_t
-    U, D, Vt = torch.linalg.svd(t.mT @ s)
-    sign = torch.ones_like(D)
-    sign[:, 2] = torch.det(U @ Vt).sign()                             # a rotation, never a reflection
-    R, extent = (U * sign[:, None]) @ Vt, s.square().sum((1, 2))
-    scale = torch.where(extent > 1e-12, (D * sign).sum(1) / extent.clamp(min=1e-12), 0)
-    return scale, R, (mean_t - scale[:, None, None] * mean_s @ R.mT)[:, 0]
-
-def pair_accuracy(pred, gt, max_deg=30):
-    """Share of frame pairs with relative rotation and direction of travel within 1 .. max_deg, mean (B,)."""
-    i, j = torch.triu_indices(pred.shape[1], pred.shape[1], 1)
-    a, b = (compose(x[:, j], inv_se3(x[:, i])) for x in (pred, gt))   # (B, pairs, 3, 4)
-    u, v = a[..., 3], b[..., 3]
-    cross = torch.linalg.cross(u, v, dim=-1).norm(dim=-1)
-    travel = torch.rad2deg(torch.atan2(cross, (u * v).sum(-1).abs()))             # up to sign, like VGGT
-    travel = torch.where(u.norm(dim=-1) < 1e-6, 90, travel)
-    travel = torch.where(v.norm(dim=-1) < 1e-4, 0, travel)            # gt stands still: rotation decides
-    worst = torch.maximum(rotation_angle(a[..., :3], b[..., :3]), travel)
-    return (worst[..., None] < torch.arange(1, max_deg + 1, device=pred.device)).double().mean((1, 2))
-
-@torch.no_grad()
-def pose_metrics(pred_w2c, gt_w2c):
-    """Trajectory errors (B, T >= 2, 3, 4) after both are made relative to frame 0.
-
-    returns  rot_deg    mean rotation error in degrees
-             trans      mean distance of the camera centres, gt's unit, no alignment
-             ate        RMSE of the centres after the best similarity: blind to scale, 0 if gt stands still
-             rpe_trans  RMSE of frame-to-frame motion at that similarity's scale; rpe_rot: its mean angle
-             auc30      pair accuracy averaged over 1 .. 30 degrees, in [0, 1]
-    Source: CameraCtrl (rot, trans), Sturm et al. 2012 (ATE, RPE), VGGT (AUC)."""
-    assert pred_w2c.shape == gt_w2c.shape and gt_w2c.shape[1] > 1, (pred_w2c.shape, gt_w2c.shape)
-    pred, gt = relative_to_first(pred_w2c.double()), relative_to_first(gt_w2c.double())
-    p, g = inv_se3(pred), inv_se3(gt)                                 # camera-to-world
-    scale, R, t = align_sim3(p[..., 3], g[..., 3])
-    gap = scale[:, None, None] * p[..., 3] @ R.mT + t[:, None] - g[..., 3]
-    scaled = torch.cat([p[..., :3], p[..., 3:] * scale[:, None, None, None]], -1)
-    step_p, step_g = (compose(inv_se3(x[:, :-1]), x[:, 1:]) for x in (scaled, g))
-    drift = compose(inv_se3(step_g), step_p)                          # identity for a perfect step
-    ate, rpe = (x.square().sum(-1).mean(1).sqrt() for x in (gap, drift[..., 3]))                  # RMSE (B,)
-    return average(slice(None), ate=ate, rpe_trans=rpe, auc30=pair_accuracy(pred, gt),
-                   rot_deg=rotation_angle(p[..., :3], g[..., :3]), trans=(p - g)[..., 3].norm(dim=-1),
-                   rpe_rot=rotation_angle(step_p[..., :3], step_g[..., :3]))
-
-@torch.no_grad()
-def point_metrics(pred, gt, mask):
-    """Point map errors without alignment: rel = mean |P - P_hat| / |P|, dist = mean |P - P_hat| in gt's unit.
-
-    pred, gt  (B, T, H, W, 3)   same frame and unit;   mask  (B, T, H, W).   Source: MoGe (rel)."""
-    pred, gt = (torch.where(mask[..., None], x.double(), 0) for x in (pred, gt))
-    dist = (pred - gt).norm(dim=-1)                                   # 0 where masked
-    rel = dist / gt.norm(dim=-1).clamp(min=1e-6)
-    return average(mask.flatten(1).any(1), rel=clip_mean(rel, mask), dist=clip_mean(dist, mask))
+    parts.update(
+        depth=depth,
+        point=point,
+        camera=camera,
+        tgm=tgm,
+        frame=frame,
+        valid_fraction=mask.float().mean(),
+        tgm_fraction=pairs.sum() / max(1, pairs.numel()),
+        **{
+            f"{name}_conf_mean": torch.where(mask, pred[key], 0).sum() / mask.sum().clamp(min=1)
+            for name, key in (("depth", "depth_conf"), ("point", "points_conf"))
+        },
+    )
+    return depth + point + cfg.camera_weight * camera, {
+        name: value.detach() for name, value in parts.items()
+    }

@@ -14,10 +14,11 @@ Shapes: B batch, T = 4(f-1)+1 pixel frames, (f, h, w) token grid, N = f*h*w vide
 of one latent frame, D video width, C geometry width.  Latents (B, 16, f, 2h, 2w); video (B, 3, T, 16h, 16w).
 Flow matching: sigma in [0, 1], 1 = noise; x_sigma = (1-sigma) x0 + sigma noise; velocity = noise - x0; t = 1000 sigma.
 Stages: 0 trains the video branch alone (demo only), 1 trains bridge + geometry, 2 adds camera adapters + exchange."""
+
 import argparse
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -25,14 +26,27 @@ from einops import rearrange
 from torch import nn
 from torch.utils.checkpoint import checkpoint, noop_context_fn
 
-from lib import released
-from geometry import (NUM_SPECIAL, CameraHead, DPTHead, GeoBlock, LatentBridge, PoseEncoder, activate_depth,
-                      activate_points, pack_frames, plucker_rays, rope_2d)
+import released
+from geometry import (
+    NUM_SPECIAL,
+    CameraHead,
+    DPTHead,
+    GeoBlock,
+    LatentBridge,
+    PoseEncoder,
+    activate_depth,
+    activate_points,
+    plucker_rays,
+    rope_2d,
+)
+from wan import WanDiT, attention, cast_matrices, rope_3d, rotate_pairs, timestep_embedding
 
 try:
     from torch.utils.checkpoint import create_selective_checkpoint_contexts
-except ImportError:                                                               # torch 2.4 has it under another name
-    from torch.utils.checkpoint import _pt2_selective_checkpoint_context_fn_gen as create_selective_checkpoint_contexts
+except ImportError:  # torch 2.4 has it under another name
+    from torch.utils.checkpoint import (
+        _pt2_selective_checkpoint_context_fn_gen as create_selective_checkpoint_contexts,
+    )
 
 
 @dataclass
@@ -41,24 +55,26 @@ class Config:
     dim: int = 1536
     ffn_dim: int = 8960
     num_layers: int = 30
-    in_dim: int = 32                # 16 noisy latents + y: 0 text-to-video, 16 start image, 20 mask + start image
+    in_dim: int = 32  # 16 noisy latents + y: 0 text-to-video, 16 start image, 20 mask + start image
     head_dim: int = 128
     text_dim: int = 4096
     text_len: int = 512
     freq_dim: int = 256
     has_clip: bool = True
-    has_control: bool = True        # Pluecker rays through Wan-Fun's control adapter
+    has_control: bool = True  # Pluecker rays through Wan-Fun's control adapter
     # geometry branch
-    num_pcb: int = 12               # dit blocks before the bridge; the other num_layers - num_pcb are IRG steps
+    num_pcb: int = 12  # dit blocks before the bridge; the other num_layers - num_pcb are IRG steps
     geo_dim: int = 1408
     geo_heads: int = 11
     bridge_layers: int = 2
     bridge_width: int = 320
-    layer_scale: float = 0.1        # 0.01 for released / VGGT weights; at 1.0 the camera head did not learn
+    layer_scale: float = (
+        0.1  # 0.01 for released / VGGT weights; at 1.0 the camera head did not learn
+    )
     pose_hidden: int = 640
     irg_dim: int = 1152
     irg_heads: int = 12
-    taps: tuple = (4, 8, 12, 17)    # geometry layers read by the DPT heads, finest level first
+    taps: tuple = (4, 8, 12, 17)  # geometry layers read by the DPT heads, finest level first
     dpt_channels: tuple = (64, 128, 256, 256)
     dpt_features: int = 128
     dpt_tail: int = 32
@@ -66,13 +82,21 @@ class Config:
     camera_heads: int = 8
     camera_layers: int = 4
     camera_iterations: int = 4
-    head_chunk: int = 16            # pixel frames that a DPT head fuses at once
-    released: bool = False          # the released weights: their quirks and their camera module (lib/released.py)
-    true_rays: bool = False         # released: true per-pixel rays in place of the ones it was trained on
-    ray_sizes: tuple = (384, 768, 5120, 2560, 2048)     # released: widths of the ray encoder, features last
-    adapter_sizes: tuple = (25, 1024, 409)              # released: adapted blocks, hidden widths of an adapter
+    head_chunk: int = 16  # pixel frames that a DPT head fuses at once
+    released: bool = (
+        False  # the released weights: their quirks and their camera module (lib/released.py)
+    )
+    true_rays: bool = False  # released: true per-pixel rays in place of the ones it was trained on
+    ray_sizes: tuple = (
+        384,
+        768,
+        5120,
+        2560,
+        2048,
+    )  # released: widths of the ray encoder, features last
+    adapter_sizes: tuple = (25, 1024, 409)  # released: adapted blocks, hidden widths of an adapter
     # ablations: what is switched off is not built, so checkpoints, counts and gradients lack it too
-    exchange: str = "both"          # of the IRG steps: both, to_geometry, to_video (one way) or none
+    exchange: str = "both"  # of the IRG steps: both, to_geometry, to_video (one way) or none
     camera_adapters: bool = True
 
     @property
@@ -82,311 +106,52 @@ class Config:
 
 PRESETS = {
     "1.3b": Config(),
-    "14b": Config(dim=5120, ffn_dim=13824, num_layers=40, in_dim=36, has_control=False, num_pcb=16, geo_dim=1024,
-                  geo_heads=16, bridge_layers=0, layer_scale=0.01, pose_hidden=128, taps=(23, 17, 11, 7),
-                  dpt_channels=(256, 512, 1024, 1024), dpt_features=256, camera_dim=2048, camera_heads=16),
+    "14b": Config(
+        dim=5120,
+        ffn_dim=13824,
+        num_layers=40,
+        in_dim=36,
+        has_control=False,
+        num_pcb=16,
+        geo_dim=1024,
+        geo_heads=16,
+        bridge_layers=0,
+        layer_scale=0.01,
+        pose_hidden=128,
+        taps=(23, 17, 11, 7),
+        dpt_channels=(256, 512, 1024, 1024),
+        dpt_features=256,
+        camera_dim=2048,
+        camera_heads=16,
+    ),
     # The demo's widths: both stages learn in minutes on two CPU cores.  Same classes, small numbers.
-    "demo": Config(dim=128, ffn_dim=384, num_layers=8, in_dim=32, head_dim=32, text_dim=64, text_len=16, freq_dim=64,
-                   has_clip=False, num_pcb=4, geo_dim=128, geo_heads=4, bridge_layers=2, bridge_width=64,
-                   pose_hidden=128, irg_dim=96, irg_heads=3, taps=(0, 1, 2, 3), dpt_channels=(16, 24, 32, 48),
-                   dpt_features=24, dpt_tail=8, camera_dim=96, camera_heads=3, camera_layers=2),
+    "demo": Config(
+        dim=128,
+        ffn_dim=384,
+        num_layers=8,
+        in_dim=32,
+        head_dim=32,
+        text_dim=64,
+        text_len=16,
+        freq_dim=64,
+        has_clip=False,
+        num_pcb=4,
+        geo_dim=128,
+        geo_heads=4,
+        bridge_layers=2,
+        bridge_width=64,
+        pose_hidden=128,
+        irg_dim=96,
+        irg_heads=3,
+        taps=(0, 1, 2, 3),
+        dpt_channels=(16, 24, 32, 48),
+        dpt_features=24,
+        dpt_tail=8,
+        camera_dim=96,
+        camera_heads=3,
+        camera_layers=2,
+    ),
 }
-
-
-UNSUPPORTED = {"img_emb.emb_pos": "first-and-last-frame conditioning (FLF2V)", "vace_": "VACE",
-               "ref_conv.": "the reference frame of Fun-V1.1-Control"}
-
-
-# -------------------------------------------------------------------------------------------------- small functions
-def timestep_embedding(t, dim):
-    """Sinusoid of t in [0, 1000], cosines first, angles in fp64: (B,) -> (B, dim) fp32."""
-    half = dim // 2
-    frequencies = 10000.0 ** (-torch.arange(half, dtype=torch.float64, device=t.device) / half)
-    angles = t.double()[:, None] * frequencies
-    return torch.cat([angles.cos(), angles.sin()], -1).float()
-
-
-@lru_cache(maxsize=16)
-def rope_3d(f, h, w, head_dim, num_special, device):
-    """cos, sin (f*(num_special + h*w), head_dim/2) fp32 of the time | row | column rotation of interleaved pairs.
-
-    Each axis owns head_dim - 4*(head_dim//6), 2*(head_dim//6), 2*(head_dim//6) channels and its own spectrum
-    10000^(-2j/d).  num_special leading tokens of every frame are not rotated at all (exchange, geometry side)."""
-    sizes = (head_dim - 4 * (head_dim // 6), 2 * (head_dim // 6), 2 * (head_dim // 6))
-    grid = torch.meshgrid(*(torch.arange(n, dtype=torch.float64) for n in (f, h, w)), indexing="ij")
-    angles = torch.cat([g[..., None] * 10000.0 ** (-torch.arange(0, d, 2, dtype=torch.float64) / d)
-                        for g, d in zip(grid, sizes)], -1).reshape(f, h * w, head_dim // 2)
-    angles = F.pad(angles, (0, 0, num_special, 0)).flatten(0, 1)
-    return angles.cos().float().to(device), angles.sin().float().to(device)
-
-
-def rotate_pairs(x, cos, sin):
-    """Rotate the interleaved pairs (2j, 2j+1) of the last axis in real arithmetic; x (B, heads, N, d), fp32 out."""
-    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2)
-
-
-def attention(q, k, v, heads):
-    """(B, N, D) x 3 -> (B, N, D); q, k already split into heads when 4-d."""
-    split = [x if x.dim() == 4 else rearrange(x, "b n (h d) -> b h n d", h=heads) for x in (q, k, v)]
-    q, k, v = split[0].to(v.dtype), split[1].to(v.dtype), split[2]
-    return rearrange(F.scaled_dot_product_attention(q, k, v), "b h n d -> b n (h d)")
-
-
-# ------------------------------------------------------------------------------------------- video branch (frozen)
-# Attribute names are the official checkpoint's keys, so loading is strict and needs no table.
-class RMSNorm(nn.Module):
-    """Over the full width, before the split into heads; computed in fp32."""
-
-    def __init__(self, dim, eps=1e-6):
-        super().__init__()
-        self.eps, self.weight = eps, nn.Parameter(torch.ones(dim))
-
-    def forward(self, x):
-        y = x.float()
-        return (y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps) * self.weight).to(x.dtype)
-
-
-class WanSelfAttention(nn.Module):
-    def __init__(self, dim, heads):
-        super().__init__()
-        self.heads = heads
-        self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in range(4))
-        self.norm_q, self.norm_k = RMSNorm(dim), RMSNorm(dim)
-
-    def forward(self, x, rope):
-        q, k = self.norm_q(self.q(x)), self.norm_k(self.k(x))
-        q, k = (rotate_pairs(rearrange(y, "b n (h d) -> b h n d", h=self.heads), *rope) for y in (q, k))
-        return self.o(attention(q, k, self.v(x), self.heads))
-
-
-class WanCrossAttention(nn.Module):
-    """Text, and CLIP image tokens where the family has them: two softmaxes, one query, one output projection."""
-
-    def __init__(self, dim, heads, has_clip):
-        super().__init__()
-        self.heads, self.has_clip = heads, has_clip
-        self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in range(4))
-        self.norm_q, self.norm_k = RMSNorm(dim), RMSNorm(dim)
-        if has_clip:
-            self.k_img, self.v_img, self.norm_k_img = nn.Linear(dim, dim), nn.Linear(dim, dim), RMSNorm(dim)
-
-    def keys_values(self, text, image):
-        """[(k, v) of the text, then of the image where there is one], (B, L, D) each: the same at every noise level."""
-        pairs = [(self.norm_k(self.k(text)), self.v(text))]
-        if self.has_clip:
-            pairs.append((self.norm_k_img(self.k_img(image)), self.v_img(image)))
-        return pairs
-
-    def forward(self, x, keys, adapter=None):
-        q, (text, *image) = self.norm_q(self.q(x)), keys
-        out = attention(q, *text, self.heads)
-        for pair in image:
-            out = out + attention(q, *pair, self.heads)
-        return self.o(out if adapter is None else adapter(out))
-
-
-class WanBlock(nn.Module):
-    """adaLN transformer block in two halves, so that the exchange can sit between them."""
-
-    def __init__(self, dim, ffn_dim, heads, has_clip):
-        super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
-        self.norm2 = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
-        self.norm3 = nn.LayerNorm(dim, eps=1e-6)
-        self.self_attn = WanSelfAttention(dim, heads)
-        self.cross_attn = WanCrossAttention(dim, heads, has_clip)
-        self.ffn = nn.Sequential(nn.Linear(dim, ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(ffn_dim, dim))
-        self.modulation = nn.Parameter(torch.randn(1, 6, dim) / dim ** 0.5)
-
-    def attend(self, x, rows, keys, rope, adapter=None):
-        """x (B, N, D) fp32 residual stream; rows (B, 6, D) shift, scale, gate of attention then of the FFN;
-        keys: keys_values of this block's cross-attention; adapter changes its output (released camera module)."""
-        m = (self.modulation + rows).unbind(1)
-        m = [row[:, None] for row in m]                                                # (B, 1, D) each
-        x = x + m[2] * self.self_attn(self.norm1(x) * (1 + m[1]) + m[0], rope)
-        return x + self.cross_attn(self.norm3(x), keys, adapter)
-
-    def feed_forward(self, x, rows):
-        shift, scale, gate = (self.modulation + rows)[:, 3:].unsqueeze(2).unbind(1)    # (B, 1, D) each
-        return x + gate * self.ffn(self.norm2(x) * (1 + scale) + shift)
-
-    def forward(self, x, rows, keys, rope, adapter=None):
-        return self.feed_forward(self.attend(x, rows, keys, rope, adapter), rows)
-
-
-class WanHead(nn.Module):
-    def __init__(self, dim, out):
-        super().__init__()
-        self.norm = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
-        self.head = nn.Linear(dim, out)
-        self.modulation = nn.Parameter(torch.randn(1, 2, dim) / dim ** 0.5)
-
-    def forward(self, x, e):
-        shift, scale = (self.modulation + e[:, None]).chunk(2, 1)                      # (B, 1, D): per sample
-        with torch.autocast(x.device.type, enabled=False):
-            return self.head(self.norm(x.float()) * (1 + scale) + shift)
-
-
-class ClipProjection(nn.Module):
-    def __init__(self, dim, clip_dim=1280):
-        super().__init__()
-        self.proj = nn.Sequential(nn.LayerNorm(clip_dim), nn.Linear(clip_dim, clip_dim), nn.GELU(),
-                                  nn.Linear(clip_dim, dim), nn.LayerNorm(dim))
-
-    def forward(self, x):
-        return self.proj(x)
-
-
-class ControlResidual(nn.Module):
-    def __init__(self, dim):
-        super().__init__()
-        self.conv1, self.conv2 = nn.Conv2d(dim, dim, 3, padding=1), nn.Conv2d(dim, dim, 3, padding=1)
-
-    def forward(self, x):
-        return x + self.conv2(F.relu(self.conv1(x)))
-
-
-class ControlAdapter(nn.Module):
-    """Wan-Fun's camera control: Pluecker rays at pixel rate (B, 6, T, H, W) -> (B, D, f, h, w), added to the tokens."""
-
-    def __init__(self, dim):
-        super().__init__()
-        self.conv = nn.Conv2d(24 * 64, dim, 2, 2)
-        self.residual_blocks = nn.Sequential(ControlResidual(dim))
-
-    def forward(self, plucker):
-        x = rearrange(pack_frames(plucker), "b c f h w -> (b f) c h w")                # (B*f, 24, H, W)
-        x = self.residual_blocks(self.conv(F.pixel_unshuffle(x, 8)))
-        return rearrange(x, "(b f) d h w -> b d f h w", b=plucker.shape[0])
-
-
-class WanDiT(nn.Module):
-    """Wan2.1 video DiT: noisy latents and conditions -> velocity.  Source: Wan 2.1; Wan-Fun for the control adapter."""
-
-    def __init__(self, dim, ffn_dim, num_layers, in_dim=16, head_dim=128, text_dim=4096, text_len=512, freq_dim=256,
-                 has_clip=False, has_control=False, out_dim=16):
-        super().__init__()
-        if dim % head_dim:
-            raise ValueError(f"WanDiT: width {dim} is not a multiple of head_dim {head_dim}")
-        self.heads, self.in_dim, self.out_dim = dim // head_dim, in_dim, out_dim
-        self.freq_dim, self.text_len, self.head_dim = freq_dim, text_len, head_dim
-        self.patch_embedding = nn.Conv3d(in_dim, dim, (1, 2, 2), (1, 2, 2))
-        self.text_embedding = nn.Sequential(nn.Linear(text_dim, dim), nn.GELU(approximate="tanh"), nn.Linear(dim, dim))
-        self.time_embedding = nn.Sequential(nn.Linear(freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
-        self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
-        self.blocks = nn.ModuleList(WanBlock(dim, ffn_dim, self.heads, has_clip) for _ in range(num_layers))
-        self.head = WanHead(dim, 4 * out_dim)
-        self.img_emb = ClipProjection(dim) if has_clip else None
-        self.control_adapter = ControlAdapter(dim) if has_control else None
-        # From scratch (stage 0) the output starts as the input: at high noise the velocity nearly is the noisy latent.
-        nn.init.orthogonal_(self.patch_embedding.weight)
-        with torch.no_grad():
-            self.head.head.weight.copy_(rearrange(self.patch_embedding.weight[:, :out_dim], "d c 1 p q -> (p q c) d"))
-
-    @classmethod
-    def from_shapes(cls, shapes, head_dim=128, text_len=512, where="these tensors"):
-        """Empty model on the meta device, every size read off name -> shape; ValueError unless it is a known family."""
-        try:
-            (dim, in_dim), text_dim = shapes["patch_embedding.weight"][:2], shapes["text_embedding.0.weight"][1]
-            ffn_dim, out_dim = shapes["blocks.0.ffn.0.weight"][0], shapes["head.head.weight"][0] // 4
-            freq_dim = shapes["time_embedding.0.weight"][1]
-            layers = 1 + max(int(name.split(".")[1]) for name in shapes if name.startswith("blocks."))
-        except (KeyError, IndexError, ValueError) as error:
-            raise ValueError(f"{where}: not a Wan2.1 DiT in the official layout: tensor {error} is missing (the first "
-                             f"names are {list(shapes)[:3]}). A shard is missing, or it is a *-Diffusers copy in place "
-                             f"of the official files") from None
-        odd = [what for name, what in UNSUPPORTED.items() if any(k.startswith(name) for k in shapes)]
-        if odd or in_dim not in (16, 32, 36):
-            raise ValueError(f"{where}: {odd[0] if odd else f'{in_dim} input channels'} is not supported; wanted a "
-                             f"text-to-video (16 inputs), Control-Camera (32) or image-to-video / InP (36) family")
-        with torch.device("meta"):
-            return cls(dim, ffn_dim, layers, in_dim, head_dim, text_dim, text_len, freq_dim,
-                       "img_emb.proj.1.weight" in shapes, "control_adapter.conv.weight" in shapes, out_dim)
-
-    @classmethod
-    def from_state_dict(cls, sd, head_dim=128, text_len=512):
-        """Build from official tensors, used as they are; missing or extra names are a ValueError."""
-        dit = cls.from_shapes({k: tuple(v.shape) for k, v in sd.items()}, head_dim, text_len)
-        return load_strict(dit, sd, "Wan2.1 DiT")
-
-    def modulation(self, t):
-        """t (B,) -> e (B, D), rows (B, 6, D)."""
-        device = self.patch_embedding.weight.device
-        with torch.autocast(device.type, enabled=False):        # in fp32: cheap, and halves the bf16 error
-            e = self.time_embedding(timestep_embedding(t.to(device), self.freq_dim))
-            return e, self.time_projection(e).unflatten(1, (6, -1))
-
-    def embed_context(self, context, clip=None):
-        """context, clip -> text (B, L, D), image (B, 257, D) or None."""
-        device = self.patch_embedding.weight.device
-        if not torch.is_tensor(context):        # padded rows are not masked: Wan attends to them, and so must we
-            context = torch.stack([F.pad(c, (0, 0, 0, self.text_len - c.shape[0])) for c in context])
-        text = self.text_embedding(context.to(device=device, dtype=self.text_embedding[0].weight.dtype))
-        image = None
-        if self.img_emb is not None:
-            if clip is None:
-                clip = torch.zeros(len(context), 257, 1280, device=device)
-            image = self.img_emb(clip.to(device=device, dtype=self.img_emb.proj[1].weight.dtype))
-        return text, image
-
-    def conditions(self, t, context, clip=None):
-        """t (B,), context, clip -> e (B, D), rows (B, 6, D), text (B, L, D), image (B, 257, D) or None."""
-        return *self.modulation(t), *self.embed_context(context, clip)
-
-    def control(self, plucker):
-        """Rays (B, 6, T, H, W) or None -> what they add to the tokens (B, D, f, h, w), or None."""
-        if self.control_adapter is None or plucker is None:
-            return None
-        return self.control_adapter(plucker.to(self.patch_embedding.weight.dtype)).float()
-
-    def constants(self, context, clip=None, plucker=None):
-        """What does not change with x and t, for forward(constants=...): a sampler computes it once per video."""
-        text, image = self.embed_context(context, clip)
-        return dict(keys=[block.cross_attn.keys_values(text, image) for block in self.blocks],
-                    control=self.control(plucker))
-
-    def embed(self, x, y=None, control=None, keep=None):
-        """Latents (B, 16, f, 2h, 2w) [+ y, control] -> tokens (B, N, D) fp32 and their grid (f, h, w)."""
-        extra = self.in_dim - x.shape[1]
-        if extra:
-            y = x.new_zeros(x.shape[0], extra, *x.shape[2:]) if y is None else y
-            if y.shape[1] != extra:
-                raise ValueError(f"y has {y.shape[1]} channels; this Wan family ({self.in_dim} inputs) wants {extra}")
-            x = torch.cat([x, y.to(x.dtype)], 1)
-        weight = self.patch_embedding.weight
-        tokens = self.patch_embedding(x.to(weight.dtype)).float()
-        if control is not None:
-            tokens = tokens + (control if keep is None else control * keep.view(-1, 1, 1, 1, 1))
-        grid = tuple(tokens.shape[2:])
-        return rearrange(tokens, "b d f h w -> b (f h w) d"), grid
-
-    def rope(self, grid, device):
-        return rope_3d(*grid, self.head_dim, 0, device)
-
-    def unpatchify(self, x, grid):
-        """(B, N, 64), channel fastest -> (B, 16, f, 2h, 2w)."""
-        f, h, w = grid
-        return rearrange(x, "b (f h w) (p q c) -> b c f (h p) (w q)", f=f, h=h, w=w, p=2, q=2)
-
-    def forward(self, x, t, context, y=None, clip=None, plucker=None, keep=None, constants=None):
-        """Velocity (B, 16, f, h, w) of noisy latents.
-
-        x        (B, 16, f, h, w)         x_sigma
-        t        (B,)                     1000 sigma, fp32, one per sample
-        context  list of (L, text_dim)    zero-padded to text_len here; or a (B, L, text_dim) tensor, used as it is
-        y        (B, in_dim-16, f, h, w)  start-image latents (and mask), None = zeros
-        clip     (B, 257, 1280)           CLIP tokens of the start image, None = zeros
-        plucker  (B, 6, T, 8h, 8w)        rays at pixel rate, None = no camera
-        keep     (B,) 0/1                 0 drops the clip's camera, as plucker=None would
-        constants                         of the method of that name: then context, clip, plucker are not read"""
-        e, rows = self.modulation(t)
-        constants = constants or self.constants(context, clip, plucker)
-        x, grid = self.embed(x, y, constants["control"], keep)
-        rope = self.rope(grid, x.device)
-        for block, keys in zip(self.blocks, constants["keys"]):
-            x = block(x, rows, keys, rope)
-        return self.unpatchify(self.head(x, e), grid)
 
 
 # ----------------------------------------------------------------------------------------- interaction (stage 2)
@@ -401,16 +166,25 @@ class CameraAdapter(nn.Module):
 
     def forward(self, x, pose_embedding, keep):
         """x (B, f*h*w, D), pose_embedding (B, f, C), keep (B, 1, 1)."""
-        shift = self.linear(F.silu(pose_embedding)) * keep                             # (B, f, D)
+        shift = self.linear(F.silu(pose_embedding)) * keep  # (B, f, D)
         return x + shift.repeat_interleave(x.shape[1] // shift.shape[1], 1)
 
 
 class ExchangeProjections(nn.Module):
     def __init__(self, video_dim, geo_dim, dim, ways):
         super().__init__()
-        sizes = dict(m1_proj=(video_dim, dim), values_m1_proj=(video_dim, dim), m2_proj=(geo_dim, dim),
-                     values_m2_proj=(geo_dim, dim), out_m1_proj=(dim, video_dim), out_m2_proj=(dim, geo_dim))
-        unused = dict(to_geometry=("values_m2_proj", "out_m1_proj"), to_video=("values_m1_proj", "out_m2_proj"))
+        sizes = dict(
+            m1_proj=(video_dim, dim),
+            values_m1_proj=(video_dim, dim),
+            m2_proj=(geo_dim, dim),
+            values_m2_proj=(geo_dim, dim),
+            out_m1_proj=(dim, video_dim),
+            out_m2_proj=(dim, geo_dim),
+        )
+        unused = dict(
+            to_geometry=("values_m2_proj", "out_m1_proj"),
+            to_video=("values_m1_proj", "out_m2_proj"),
+        )
         for name, (inputs, outputs) in sizes.items():
             if name not in unused.get(ways, ()):
                 setattr(self, name, nn.Linear(inputs, outputs))
@@ -436,7 +210,9 @@ class BiCrossAttention(nn.Module):
         """x (B, N, D), z (B, f*P, C) -> both, updated."""
         p = self.cross_attn
         a, b = F.layer_norm(x, x.shape[-1:], eps=1e-6), F.layer_norm(z, z.shape[-1:], eps=1e-6)
-        q, k = (rearrange(y, "b n (h d) -> b h n d", h=self.heads) for y in (p.m1_proj(a), p.m2_proj(b)))
+        q, k = (
+            rearrange(y, "b n (h d) -> b h n d", h=self.heads) for y in (p.m1_proj(a), p.m2_proj(b))
+        )
         q, k = rotate_pairs(q, *rope_x), rotate_pairs(k, *rope_z)
         if self.ways != "to_geometry":
             x = x + self.gamma_m1 * p.out_m1_proj(attention(q, k, p.values_m2_proj(b), self.heads))
@@ -456,27 +232,20 @@ def flow_matching_loss(velocity, latents, noise):
     return (velocity.float() - (noise - latents).float()).square().flatten(1).mean(1)
 
 
-def start_condition(start_latents, in_dim, frames):
-    """Latents of the start image (B, 16, 1 or f, h, w) -> y (B, in_dim-16, f, h, w) of the family, or None.
-
-    32 inputs (Control-Camera): the image's latent in frame 0, zeros after.  36 (InP, I2V): 4 mask channels, 1 = known,
-    before the latents of the image followed by grey frames (all f latent frames are then wanted)."""
-    extra = in_dim - start_latents.shape[1]
-    if not extra:
-        return None
-    y = F.pad(start_latents, (0, 0, 0, 0, 0, frames - start_latents.shape[2]))
-    if extra == 20:
-        mask = torch.zeros_like(y[:, :4])
-        mask[:, :, 0] = 1
-        y = torch.cat([mask, y], 1)
-    return y
-
-
 # ---------------------------------------------------------------------------------------- activation checkpointing
 CHECKPOINTING = ("none", "selective", "attention", "full")
-KEEP_ABOVE = 4096               # FLOPs per byte
-ATTENTION_OPS = {getattr(torch.ops.aten, f"_scaled_dot_product_{name}") for name in
-                 ("flash_attention", "flash_attention_for_cpu", "efficient_attention", "cudnn_attention")}
+
+KEEP_ABOVE = 4096  # FLOPs per byte
+
+ATTENTION_OPS = {
+    getattr(torch.ops.aten, f"_scaled_dot_product_{name}")
+    for name in (
+        "flash_attention",
+        "flash_attention_for_cpu",
+        "efficient_attention",
+        "cudnn_attention",
+    )
+}
 
 
 def keep_costly(linear, ctx, op, *args, **kwargs):
@@ -503,7 +272,9 @@ def recompute(how, function, *args):
     if how == "none" or not torch.is_grad_enabled():
         return function(*args)
     policy = partial(keep_costly, how == "selective")
-    contexts = noop_context_fn if how == "full" else partial(create_selective_checkpoint_contexts, policy)
+    contexts = (
+        noop_context_fn if how == "full" else partial(create_selective_checkpoint_contexts, policy)
+    )
     return checkpoint(function, *args, use_reentrant=False, context_fn=contexts)
 
 
@@ -526,7 +297,9 @@ class Step(nn.Module):
                  camera: what the camera adapters read, keep: (B, 1, 1) 0/1; exchange: whether the branches meet
         returns  x, z and the tap (B, f*P, 2C): frame block and global block side by side, None in the PCB"""
         keys = given["keys"]
-        if keys is None and x is not None:       # out here: inside, checkpointing would compute them twice
+        if (
+            keys is None and x is not None
+        ):  # out here: inside, checkpointing would compute them twice
             with torch.no_grad():
                 keys = self.block.cross_attn.keys_values(given["text"], given["image"])
         return recompute(how, self.run, x, z, given, keys)
@@ -536,7 +309,7 @@ class Step(nn.Module):
         if self.adapter is not None and given["camera"] is not None:
             if isinstance(self.adapter, CameraAdapter):
                 x = self.adapter(x, given["camera"], given["keep"])
-            else:                                # the release's sits inside the cross-attention
+            else:  # the release's sits inside the cross-attention
                 inside = partial(self.adapter, rays=given["camera"], keep=given["keep"])
         if self.frame_block is None:
             return self.block(x, rows, keys, ropes["video"], inside), None, None
@@ -557,71 +330,141 @@ class FantasyWorld(nn.Module):
 
     def __init__(self, cfg, dit=None):
         super().__init__()
-        self.cfg, self.stage, self.checkpoint_activations = cfg, 2, "none"          # or another of CHECKPOINTING
+        self.cfg, self.stage, self.checkpoint_activations = (
+            cfg,
+            2,
+            "none",
+        )  # or another of CHECKPOINTING
         n, C, D = cfg.geo_layers, cfg.geo_dim, cfg.dim
         if max(cfg.taps) >= n:
             raise ValueError(f"taps {cfg.taps}: this model has geometry layers 0 .. {n - 1}")
         if cfg.exchange not in ("both", "to_geometry", "to_video", "none"):
-            raise ValueError(f"exchange = {cfg.exchange!r}; wanted both, to_geometry, to_video or none")
-        self.dit = dit or WanDiT(D, cfg.ffn_dim, cfg.num_layers, cfg.in_dim, cfg.head_dim, cfg.text_dim, cfg.text_len,
-                                 cfg.freq_dim, cfg.has_clip, cfg.has_control)
+            raise ValueError(
+                f"exchange = {cfg.exchange!r}; wanted both, to_geometry, to_video or none"
+            )
+        self.dit = dit or WanDiT(
+            D,
+            cfg.ffn_dim,
+            cfg.num_layers,
+            cfg.in_dim,
+            cfg.head_dim,
+            cfg.text_dim,
+            cfg.text_len,
+            cfg.freq_dim,
+            cfg.has_clip,
+            cfg.has_control,
+        )
         self.bridge = LatentBridge(D, C, cfg.bridge_layers, cfg.bridge_width, cfg.layer_scale)
         # timestep -> rows of every geometry block; zero at the start, so that a block starts as the plain one
         self.time_embedding = nn.Sequential(nn.Linear(cfg.freq_dim, C), nn.SiLU(), nn.Linear(C, C))
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(C, 6 * C))
         nn.init.zeros_(self.time_projection[1].weight)
         nn.init.zeros_(self.time_projection[1].bias)
-        self.camera_token = nn.Parameter(1e-6 * torch.randn(1, 2, 1, C))               # [first frame, all others]
+        self.camera_token = nn.Parameter(
+            1e-6 * torch.randn(1, 2, 1, C)
+        )  # [first frame, all others]
         self.register_token = nn.Parameter(1e-6 * torch.randn(1, 2, NUM_SPECIAL - 1, C))
         self.pose_encoder = PoseEncoder(cfg.pose_hidden, C)
-        self.frame_blocks = nn.ModuleList(GeoBlock(C, cfg.geo_heads, cfg.layer_scale) for _ in range(n))
-        self.global_blocks = nn.ModuleList(GeoBlock(C, cfg.geo_heads, cfg.layer_scale) for _ in range(n))
+        self.frame_blocks = nn.ModuleList(
+            GeoBlock(C, cfg.geo_heads, cfg.layer_scale) for _ in range(n)
+        )
+        self.global_blocks = nn.ModuleList(
+            GeoBlock(C, cfg.geo_heads, cfg.layer_scale) for _ in range(n)
+        )
         self.depth_head, self.point_head = (
-            DPTHead(2 * C, out, cfg.dpt_channels, cfg.dpt_features, cfg.dpt_tail, cfg.released, cfg.head_chunk)
-            for out in (2, 4))
-        self.camera_head = CameraHead(2 * C, cfg.camera_dim, cfg.camera_heads, cfg.layer_scale, cfg.camera_layers,
-                                      cfg.camera_iterations, cfg.released)
+            DPTHead(
+                2 * C,
+                out,
+                cfg.dpt_channels,
+                cfg.dpt_features,
+                cfg.dpt_tail,
+                cfg.released,
+                cfg.head_chunk,
+            )
+            for out in (2, 4)
+        )
+        self.camera_head = CameraHead(
+            2 * C,
+            cfg.camera_dim,
+            cfg.camera_heads,
+            cfg.layer_scale,
+            cfg.camera_layers,
+            cfg.camera_iterations,
+            cfg.released,
+        )
         if cfg.released:
             self.ray_encoder = released.RayEncoder(cfg.ray_sizes)
             self.camera_adapters = nn.ModuleList(
                 released.AttentionAdapter(D, cfg.ray_sizes[-1], *cfg.adapter_sizes[1:])
-                for _ in range(cfg.adapter_sizes[0]))
+                for _ in range(cfg.adapter_sizes[0])
+            )
         else:
-            self.camera_adapters = nn.ModuleList(CameraAdapter(C, D)
-                                                 for _ in range(cfg.num_pcb if cfg.camera_adapters else 0))
-        self.exchange = nn.ModuleList(BiCrossAttention(D, C, cfg.irg_dim, cfg.irg_heads, cfg.exchange)
-                                      for _ in range(n if cfg.exchange != "none" else 0))
+            self.camera_adapters = nn.ModuleList(
+                CameraAdapter(C, D) for _ in range(cfg.num_pcb if cfg.camera_adapters else 0)
+            )
+        self.exchange = nn.ModuleList(
+            BiCrossAttention(D, C, cfg.irg_dim, cfg.irg_heads, cfg.exchange)
+            for _ in range(n if cfg.exchange != "none" else 0)
+        )
         parts, pcb = (self.frame_blocks, self.global_blocks, self.exchange), cfg.num_pcb
-        self.steps = [Step(block, *(p[j] if 0 <= j < len(p) else None for p, j in
-                                    zip((self.camera_adapters, *parts), (i, i - pcb, i - pcb, i - pcb))))
-                      for i, block in enumerate(self.dit.blocks)]
+        self.steps = [
+            Step(
+                block,
+                *(
+                    p[j] if 0 <= j < len(p) else None
+                    for p, j in zip((self.camera_adapters, *parts), (i, i - pcb, i - pcb, i - pcb))
+                ),
+            )
+            for i, block in enumerate(self.dit.blocks)
+        ]
 
     @classmethod
-    def from_released(cls, sd, wan_state_dict=None, dit_heads=None, irg_heads=None, camera_heads=None, taps=None):
+    def from_released(
+        cls, sd, wan_state_dict=None, dit_heads=None, irg_heads=None, camera_heads=None, taps=None
+    ):
         """Build from the release's tensors, used as they are; every size is read off their shapes.
 
         sd              the release's model.pth, name -> tensor
         wan_state_dict  Wan2.1-I2V-14B-480P in its official names, for the video tensors that sd lacks
         dit_heads, irg_heads, camera_heads, taps   as in released.sizes; 40, 12, 16, (23, 17, 11, 7) in the release
         Errors: ValueError for missing, unexpected or misshapen tensors."""
-        shapes, base = ({k: tuple(v.shape) for k, v in d.items()} for d in (sd, wan_state_dict or {}))
+        shapes, base = (
+            {k: tuple(v.shape) for k, v in d.items()} for d in (sd, wan_state_dict or {})
+        )
         with torch.device("meta"):
-            model = cls(Config(**released.sizes(shapes, base, dit_heads, irg_heads, camera_heads, taps)))
+            model = cls(
+                Config(**released.sizes(shapes, base, dit_heads, irg_heads, camera_heads, taps))
+            )
         own = {k: tuple(v.shape) for k, v in model.state_dict().items()}
         plan = released.match(own, shapes, base, model.cfg.num_pcb)
-        model.load_state_dict({k: (sd if of_release else wan_state_dict)[name].reshape(own[k])
-                               for k, (of_release, name) in plan.items()}, assign=True)
+        model.load_state_dict(
+            {
+                k: (sd if of_release else wan_state_dict)[name].reshape(own[k])
+                for k, (of_release, name) in plan.items()
+            },
+            assign=True,
+        )
         return model
 
     # ---- stages
     def groups(self):
         """Module groups of the guide's parameter table."""
-        return dict(wan=[self.dit], bridge=[self.bridge],
-                    geodit=[self.frame_blocks, self.global_blocks, self.time_embedding, self.time_projection],
-                    heads=[self.depth_head, self.point_head, self.camera_head], pose_encoder=[self.pose_encoder],
-                    tokens=[self.camera_token, self.register_token],
-                    camera_adapters=[self.camera_adapters] + ([self.ray_encoder] if self.cfg.released else []),
-                    irg=[self.exchange])
+        return dict(
+            wan=[self.dit],
+            bridge=[self.bridge],
+            geodit=[
+                self.frame_blocks,
+                self.global_blocks,
+                self.time_embedding,
+                self.time_projection,
+            ],
+            heads=[self.depth_head, self.point_head, self.camera_head],
+            pose_encoder=[self.pose_encoder],
+            tokens=[self.camera_token, self.register_token],
+            camera_adapters=[self.camera_adapters]
+            + ([self.ray_encoder] if self.cfg.released else []),
+            irg=[self.exchange],
+        )
 
     TRAINED = {0: ("wan",), 1: ("bridge", "geodit", "heads", "pose_encoder", "tokens")}
     TRAINED[2] = TRAINED[1] + ("camera_adapters", "irg")
@@ -629,7 +472,9 @@ class FantasyWorld(nn.Module):
     def set_stage(self, stage):
         """Toggle requires_grad: 0 video branch alone, 1 geometry branch, 2 geometry branch + interaction."""
         if stage not in self.TRAINED:
-            raise ValueError(f"stage = {stage}: wanted 0 (video branch), 1 (geometry) or 2 (geometry + interaction)")
+            raise ValueError(
+                f"stage = {stage}: wanted 0 (video branch), 1 (geometry) or 2 (geometry + interaction)"
+            )
         self.stage = stage
         for name, members in self.groups().items():
             for member in members:
@@ -641,26 +486,41 @@ class FantasyWorld(nn.Module):
 
     def count_parameters(self):
         """Parameters per group, dict with the keys of groups()."""
+
         def size(member):
-            return member.numel() if torch.is_tensor(member) else sum(p.numel() for p in member.parameters())
+            return (
+                member.numel()
+                if torch.is_tensor(member)
+                else sum(p.numel() for p in member.parameters())
+            )
+
         return {name: sum(map(size, members)) for name, members in self.groups().items()}
 
     def trainable_state_dict(self):
         """name -> tensor of what the current stage trains (and the release's dead ones): the content of a checkpoint."""
-        return {name: p.detach() for name, p in self.named_parameters()
-                if p.requires_grad or self.cfg.released and released.dead(name)}
+        return {
+            name: p.detach()
+            for name, p in self.named_parameters()
+            if p.requires_grad or self.cfg.released and released.dead(name)
+        }
 
     # ---- forward
     def geometry_tokens(self, x, grid, pose_embedding, keep):
         """PCB output (B, N, D) -> [camera, registers, patches] of every latent frame (B, f*P, C)."""
         f, h, w = grid
         patches = rearrange(self.bridge(x, f), "b (f n) c -> b f n c", f=f)
-        first_then_rest = (torch.arange(f, device=x.device) > 0).long()                # made on the device: no wait
-        camera = self.camera_token[:, first_then_rest].expand(len(x), -1, -1, -1)      # (B, f, 1, C)
+        first_then_rest = (
+            torch.arange(f, device=x.device) > 0
+        ).long()  # made on the device: no wait
+        camera = self.camera_token[:, first_then_rest].expand(len(x), -1, -1, -1)  # (B, f, 1, C)
         if pose_embedding is not None:
             camera = camera + (pose_embedding * keep)[:, :, None]
         registers = self.register_token[:, first_then_rest].expand(len(x), -1, -1, -1)
-        return torch.cat([camera, registers.to(camera.dtype), patches.to(camera.dtype)], 2).flatten(1, 2).float()
+        return (
+            torch.cat([camera, registers.to(camera.dtype), patches.to(camera.dtype)], 2)
+            .flatten(1, 2)
+            .float()
+        )
 
     def rays(self, w2c, K, size):
         """The ray map (B, 6, T, H, W) that this model is conditioned on; arguments as geometry.plucker_rays."""
@@ -669,26 +529,47 @@ class FantasyWorld(nn.Module):
 
     def ray_features(self, plucker):
         """Rays (B, 6, T, H, W) or None -> (B, N, R) for the release's camera module; None without one, or without rays."""
-        return self.ray_encoder(plucker) if self.cfg.released and self.stage == 2 and plucker is not None else None
+        return (
+            self.ray_encoder(plucker)
+            if self.cfg.released and self.stage == 2 and plucker is not None
+            else None
+        )
 
     def ropes(self, grid, device):
         f, h, w = grid
         cfg = self.cfg
         geo_dim, irg_dim = cfg.geo_dim // cfg.geo_heads, cfg.irg_dim // cfg.irg_heads
-        return dict(video=self.dit.rope(grid, device), frame=rope_2d(1, h, w, geo_dim, device),
-                    **{"global": rope_2d(f, h, w, geo_dim, device)},
-                    exchange_x=rope_3d(f, h, w, irg_dim, 0, device),
-                    exchange_z=rope_3d(f, h, w, irg_dim, NUM_SPECIAL, device))
+        return dict(
+            video=self.dit.rope(grid, device),
+            frame=rope_2d(1, h, w, geo_dim, device),
+            **{"global": rope_2d(f, h, w, geo_dim, device)},
+            exchange_x=rope_3d(f, h, w, irg_dim, 0, device),
+            exchange_z=rope_3d(f, h, w, irg_dim, NUM_SPECIAL, device),
+        )
 
     @torch.no_grad()
     def constants(self, context, clip=None, plucker=None, poses=None):
         """What does not change with x and t, for forward(constants=...): a sampler computes it once per video."""
-        return dict(self.dit.constants(context, clip, plucker),
-                    pose_embedding=None if poses is None or self.cfg.released else self.pose_encoder(poses),
-                    rays=self.ray_features(plucker))
+        return dict(
+            self.dit.constants(context, clip, plucker),
+            pose_embedding=None if poses is None or self.cfg.released else self.pose_encoder(poses),
+            rays=self.ray_features(plucker),
+        )
 
-    def forward(self, x, t, context, y=None, clip=None, plucker=None, poses=None, heads=True, video=True,
-                pose_keep=None, constants=None):
+    def forward(
+        self,
+        x,
+        t,
+        context,
+        y=None,
+        clip=None,
+        plucker=None,
+        poses=None,
+        heads=True,
+        video=True,
+        pose_keep=None,
+        constants=None,
+    ):
         """x, t, context, y, clip, plucker: as WanDiT.forward.
 
         poses      (B, T, 9)   pose encodings relative to frame 0, scene units; None = not given
@@ -707,19 +588,34 @@ class FantasyWorld(nn.Module):
         if constants:
             pose_embedding, rays = constants["pose_embedding"], constants["rays"]
         else:
-            pose_embedding = None if poses is None or cfg.released else self.pose_encoder(poses)       # (B, f, C)
+            pose_embedding = (
+                None if poses is None or cfg.released else self.pose_encoder(poses)
+            )  # (B, f, C)
             rays = self.ray_features(plucker)
         pose_weight = 1.0 if keep is None else keep
-        with torch.no_grad():                       # nothing trainable lies upstream
+        with torch.no_grad():  # nothing trainable lies upstream
             e, rows = dit.modulation(t)
             text, image = (None, None) if constants else dit.embed_context(context, clip)
-            x, grid = dit.embed(x, y, constants["control"] if constants else dit.control(plucker), pose_keep)
+            x, grid = dit.embed(
+                x, y, constants["control"] if constants else dit.control(plucker), pose_keep
+            )
 
         with torch.autocast(x.device.type, enabled=False):
-            rows_z = self.time_projection(self.time_embedding(timestep_embedding(t.to(x.device), cfg.freq_dim)))
+            rows_z = self.time_projection(
+                self.time_embedding(timestep_embedding(t.to(x.device), cfg.freq_dim))
+            )
         camera = None if self.stage != 2 else rays if cfg.released else pose_embedding
-        given = dict(rows=rows, text=text, image=image, ropes=self.ropes(grid, x.device), rows_z=rows_z.unflatten(1, (6, -1)),
-                     frames=grid[0], camera=camera, keep=pose_weight, exchange=self.stage == 2)
+        given = dict(
+            rows=rows,
+            text=text,
+            image=image,
+            ropes=self.ropes(grid, x.device),
+            rows_z=rows_z.unflatten(1, (6, -1)),
+            frames=grid[0],
+            camera=camera,
+            keep=pose_weight,
+            exchange=self.stage == 2,
+        )
 
         def take(step, i, *tokens):
             given["keys"] = constants["keys"][i] if constants else None
@@ -749,48 +645,34 @@ class FantasyWorld(nn.Module):
         depth, depth_conf = activate_depth(self.depth_head(maps, grid, recompute))
         points, points_conf = activate_points(self.point_head(maps, grid, recompute))
         cameras = self.camera_head(taps[self.cfg.geo_layers - 1][:, :, 0])
-        return dict(depth=depth, depth_conf=depth_conf, points=points, points_conf=points_conf, pose_enc=cameras)
-
-
-def check_names(module, shapes, what):
-    """One readable error instead of torch's list, unless name -> shape fits the module exactly."""
-    own = {k: tuple(v.shape) for k, v in module.state_dict().items()}
-    missing, extra = [k for k in own if k not in shapes], [k for k in shapes if k not in own]
-    wrong = [f"{k} {shapes[k]}, wanted {own[k]}" for k in own if k in shapes and shapes[k] != own[k]]
-    if missing or extra or wrong:
-        raise ValueError(f"{what}: {len(missing)} missing {missing[:3]}, {len(extra)} unexpected {extra[:3]}, "
-                         f"{len(wrong)} of another shape {wrong[:3]}; is this another model or a truncated file?")
-
-
-def load_strict(module, sd, what):
-    """load_state_dict(assign=True) after check_names; returns the module."""
-    check_names(module, {k: tuple(v.shape) for k, v in sd.items()}, what)
-    module.load_state_dict(sd, assign=True)
-    return module
-
-
-def half_precision(dit, dtype):
-    """Store the big matrices of the frozen branch in dtype; norms, modulation, timestep MLP and head stay fp32."""
-    return cast_matrices(dit, dtype, [dit.time_embedding, dit.time_projection, dit.head])
+        return dict(
+            depth=depth,
+            depth_conf=depth_conf,
+            points=points,
+            points_conf=points_conf,
+            pose_enc=cameras,
+        )
 
 
 def half_geometry(model, dtype):
     """The same for the geometry branch, when nothing trains: what autocast would cast at every call is cast once."""
     ends = [head.scratch.output_conv2[2] for head in (model.depth_head, model.point_head)]
-    return cast_matrices(model, dtype, [model.dit, model.time_embedding, model.time_projection, *ends])
-
-
-def cast_matrices(model, dtype, but):
-    """Linear and convolution layers to dtype, except those inside the modules `but`, which run in fp32."""
-    kept = {layer for module in but for layer in module.modules()}
-    for layer in model.modules():
-        if isinstance(layer, (nn.Linear, nn.modules.conv._ConvNd)) and layer not in kept:
-            layer.to(dtype)
-    return model
+    return cast_matrices(
+        model, dtype, [model.dit, model.time_embedding, model.time_projection, *ends]
+    )
 
 
 # --------------------------------------------------------------------------------------------------- command line
-GUIDE = dict(wan=1616.3, bridge=5, geodit=900, heads=50, pose_encoder=1, tokens=0.01, camera_adapters=30, irg=200)
+GUIDE = dict(
+    wan=1616.3,
+    bridge=5,
+    geodit=900,
+    heads=50,
+    pose_encoder=1,
+    tokens=0.01,
+    camera_adapters=30,
+    irg=200,
+)
 
 
 def parameter_table(preset):
@@ -798,24 +680,25 @@ def parameter_table(preset):
     with torch.device("meta"):
         model = FantasyWorld(PRESETS[preset])
     ours = {k: v / 1e6 for k, v in model.count_parameters().items()}
-    lines = [f"{'millions of parameters':24s}{'ours':>10s}{'guide':>10s}{'ours/guide':>12s}   stage 1   stage 2"]
+    lines = [
+        f"{'millions of parameters':24s}{'ours':>10s}{'guide':>10s}{'ours/guide':>12s}   stage 1   stage 2"
+    ]
     for name, count in ours.items():
         state = ["train" if name in FantasyWorld.TRAINED[stage] else "frozen" for stage in (1, 2)]
-        lines.append(f"{name:24s}{count:10.2f}{GUIDE[name]:10.2f}{count / GUIDE[name]:12.2f}   {state[0]:8s}  {state[1]}")
+        lines.append(
+            f"{name:24s}{count:10.2f}{GUIDE[name]:10.2f}{count / GUIDE[name]:12.2f}   {state[0]:8s}  {state[1]}"
+        )
     for stage, guide in ((1, 956.0), (2, 1186.0)):
         total = sum(ours[name] for name in FantasyWorld.TRAINED[stage])
-        lines.append(f"{f'trainable, stage {stage}':24s}{total:10.2f}{guide:10.2f}{total / guide:12.2f}")
+        lines.append(
+            f"{f'trainable, stage {stage}':24s}{total:10.2f}{guide:10.2f}{total / guide:12.2f}"
+        )
     return "\n".join(lines)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Print the parameter table of a preset (meta device, no weights).")
+    parser = argparse.ArgumentParser(
+        description="Print the parameter table of a preset (meta device, no weights)."
+    )
     parser.add_argument("--preset", default="1.3b", choices=PRESETS)
-    parser.add_argument("--export_released", nargs=2, metavar=("CKPT", "OUT"),
-                        help="write a fine-tuned release under the release's tensor names")
-    arguments = parser.parse_args()
-    if arguments.export_released:
-        from lib.foreign import export_release
-        print(export_release(*arguments.export_released))
-    else:
-        print(parameter_table(arguments.preset))
+    print(parameter_table(parser.parse_args().preset))

@@ -1,5 +1,6 @@
 """Config files are Python assignments; `apply` runs one over a script's globals, then --key=value options.
 A key that the script does not define, or a value of another type, is an error that names it and the nearest key."""
+
 import ast
 import difflib
 
@@ -9,12 +10,16 @@ SIMPLE = (int, float, str, bool, tuple, dict)
 def check(key, value, known, where):
     if key not in known:
         near = difflib.get_close_matches(key, known, 1)
-        raise SystemExit(f"{where}: unknown option '{key}'" + (f"; did you mean '{near[0]}'?" if near else ""))
+        raise SystemExit(
+            f"{where}: unknown option '{key}'" + (f"; did you mean '{near[0]}'?" if near else "")
+        )
     want = type(known[key])
     value = float(value) if want is float and type(value) is int else value
     if type(value) is not want:
-        raise SystemExit(f"{where}: {key} = {value!r} is a {type(value).__name__}; wanted a {want.__name__} "
-                         f"such as {known[key]!r}")
+        raise SystemExit(
+            f"{where}: {key} = {value!r} is a {type(value).__name__}; wanted a {want.__name__} "
+            f"such as {known[key]!r}"
+        )
     return value
 
 
@@ -34,9 +39,13 @@ def apply(script, argv):
             try:
                 exec(compile(open(arg).read(), arg, "exec"), found)
             except OSError as error:
-                raise SystemExit(f"config file {arg}: {error.strerror}; config/ lists those that exist") from None
+                raise SystemExit(
+                    f"config file {arg}: {error.strerror}; config/ lists those that exist"
+                ) from None
         for key, value in found.items():
-            if not key.startswith("__") and (type(value) in (*SIMPLE, list, set, type(None)) or key in known):
+            if not key.startswith("__") and (
+                type(value) in (*SIMPLE, list, set, type(None)) or key in known
+            ):
                 known[key] = check(key, value, known, where)
     script.update(known)
     return known

@@ -1,4 +1,5 @@
 """Demo, stage 0: a tiny video DiT from scratch on rendered rooms, in place of the Wan weights.   (see demo.sh)"""
+
 preset = "demo"
 stage = 0
 data_dir = "data/demo"

@@ -1,4 +1,5 @@
 """Demo, stage 1: the geometry branch on the frozen tiny video DiT.   (see demo.sh)"""
+
 preset = "demo"
 stage = 1
 data_dir = "data/demo"

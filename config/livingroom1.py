@@ -5,6 +5,7 @@ No Wan weights needed: a tiny video DiT is trained on the clip itself.
     python data.py encode data/livingroom --codec transform --height 96 --width 128 --num_frames 21 --windows 16
     python train.py config/livingroom0.py && python train.py config/livingroom1.py && python train.py config/livingroom2.py
 """
+
 preset = "demo"
 stage = 1
 data_dir = "data/livingroom"

@@ -6,6 +6,7 @@ global batch 64 = 8 GPUs x batch_size 8 x grad_accum 1
     4 GPUs: --grad_accum=2     2 GPUs: --grad_accum=4     1 GPU: --grad_accum=8      (less memory: halve batch_size,
     double grad_accum, or --checkpoint_activations=full; see --plan=True)
 """
+
 preset = "1.3b"
 stage = 1
 data_dir = "data/train"
@@ -16,7 +17,7 @@ height, width, num_frames = 336, 592, 21
 batch_size, grad_accum = 8, 1
 max_steps, save_every, keep_last = 20000, 1000, 3
 
-learning_rate = 1e-5            # 5e-6 when the loss rises
+learning_rate = 1e-5  # 5e-6 when the loss rises
 warmup_steps = 100
 grad_clip = 1.0
 checkpoint_activations = "selective"

@@ -5,6 +5,7 @@
 global batch 112 = 8 GPUs x batch_size 1 x grad_accum 14      (the guide's 8 x 14, one clip at a time: 81 frames are
     16,317 video tokens)      4 GPUs: --grad_accum=28     2 GPUs: --grad_accum=56     1 GPU: --grad_accum=112
 """
+
 preset = "1.3b"
 stage = 2
 data_dir = "data/train"

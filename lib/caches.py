@@ -5,6 +5,7 @@ a clip has several windows, and text_empty.safetensors, the empty prompt.  FINGE
 Tensors: those of data.save_clip.  Metadata: all that changes the result, and crc: of the values and of the header.
 Before the first step a file is read whole and every value checked; later it is mapped and copied, as long as
 its size and time of change are those of the checked one.  read_again says what that leaves to chance."""
+
 import json
 import math
 import mmap
@@ -20,30 +21,37 @@ import torch.distributed as dist
 from safetensors.torch import save
 from tqdm import tqdm
 
-from lib.control import gathered
-from lib.readers import FAR, check_file, read_json
+from encoders import encode_start
+from lib.distributed import gathered
+from lib.files import FAR, check_file, read_json, write_aside
 
-EMPTY_TEXT, MAX_HEADER, DTYPES = "text_empty", 2 ** 20, dict(BF16=torch.bfloat16, F32=torch.float32, BOOL=torch.bool)
+
+@torch.no_grad()
+def save_clip(path, clip, vae, pad, conditions, metadata):
+    """Encode and write a clip of load_clip.
+
+    bfloat16: latents (16, f, h, w), start_latents (16, 1 or f, h, w) of frame 0, and the conditions, which are
+              text (L, dim) and, where the family has CLIP, clip (257, 1280)
+    float32:  depth (T, H, W), w2c (T, 3, 4), intrinsics (T, 3, 3);   bool: moving (T, H, W), if the clip has it"""
+    video = clip["video"][None]
+    start = encode_start(vae, video[:, :, :1], video.shape[2], pad)
+    half = dict(conditions, latents=vae.encode(video)[0], start_latents=start[0])
+    tensors = {name: x.bfloat16().cpu() for name, x in half.items()}
+    tensors |= {name: clip[name].float() for name in ("depth", "w2c", "intrinsics")}
+    save_tensors(path, tensors | ({"moving": clip["moving"]} if "moving" in clip else {}), metadata)
+
+
+EMPTY_TEXT, MAX_HEADER, DTYPES = (
+    "text_empty",
+    2**20,
+    dict(BF16=torch.bfloat16, F32=torch.float32, BOOL=torch.bool),
+)
 
 
 def header_crc(metadata, specs):
     """Checksum of everything in a header that means something: metadata, names, types and shapes."""
     items = sorted((k, v) for k, v in metadata.items() if k != "crc")
     return f"{zlib.crc32(json.dumps([items, sorted(map(list, specs))]).encode()):08x}"
-
-
-def write_aside(path, data):
-    """Write bytes beside path, then rename: a reader never sees half a file."""
-    temp = path.with_name(f".{path.name}.{os.getpid()}")
-    temp.unlink(missing_ok=True)
-    try:
-        with open(os.open(temp, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644), "wb") as file:  # never through a link
-            file.write(data)                                  # no fsync: a loss shows, and is encoded again
-        os.replace(temp, path)
-    except IsADirectoryError:
-        raise ValueError(f"{path}: a folder where the file belongs. Delete it") from None
-    finally:
-        temp.unlink(missing_ok=True)                                              # after a full disk
 
 
 def save_tensors(path, tensors, metadata):
@@ -53,7 +61,9 @@ def save_tensors(path, tensors, metadata):
     names = {x: name for name, x in DTYPES.items()}
     for name, x in tensors.items():
         if not torch.isfinite(x).all():
-            raise ValueError(f"{path}: {name} is not finite; damaged encoder weights, or values that overflow?")
+            raise ValueError(
+                f"{path}: {name} is not finite; damaged encoder weights, or values that overflow?"
+            )
         crc = zlib.crc32(x.flatten().view(torch.uint8).numpy(), crc)
     specs = [(k, names[x.dtype], list(x.shape)) for k, x in tensors.items()]
     metadata["crc"] = f"{crc:08x}" + header_crc(metadata, specs)
@@ -75,14 +85,24 @@ def read_header(path):
         for name, (dtype, shape, begin, end) in sorted(specs.items(), key=lambda item: item[1][2]):
             if dtype not in DTYPES:
                 raise ValueError(f"{name} is {dtype}; wanted BF16, F32 or BOOL")
-            if begin != at or end - begin != math.prod(shape) * DTYPES[dtype].itemsize or min(shape, default=1) < 1:
-                raise ValueError(f"{name}: {dtype} {str(shape)[:60]} at bytes {begin} to {end}; wanted BF16 or F32 "
-                                 f"from {at} on")
+            if (
+                begin != at
+                or end - begin != math.prod(shape) * DTYPES[dtype].itemsize
+                or min(shape, default=1) < 1
+            ):
+                raise ValueError(
+                    f"{name}: {dtype} {str(shape)[:60]} at bytes {begin} to {end}; wanted BF16 or F32 "
+                    f"from {at} on"
+                )
             at = end
         if 8 + length + at != size:
             raise ValueError(f"{size:,} bytes; its header speaks of {8 + length + at:,}")
-        if metadata.get("crc", "")[8:] != header_crc(metadata, [(k, *v[:2]) for k, v in specs.items()]):
-            raise ValueError("its header has another checksum, or none: damaged, or of an older version")
+        if metadata.get("crc", "")[8:] != header_crc(
+            metadata, [(k, *v[:2]) for k, v in specs.items()]
+        ):
+            raise ValueError(
+                "its header has another checksum, or none: damaged, or of an older version"
+            )
         return metadata, specs, 8 + length
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         said = error if isinstance(error, ValueError) else repr(error)
@@ -106,37 +126,57 @@ def check_header(path, name, sample, size, fingerprint):
     """The header of a window `name` of a sample, at size (T, H, W) -> metadata, what may differ between encoders."""
     (T, H, W), (metadata, specs, _) = size, read_header(path)
     f, h, w = (T - 1) // 4 + 1, H // 8, W // 8
-    wanted = dict(id=name, sample=sample["id"], num_frames=T, height=H, width=W, fingerprint=fingerprint,
-                  prompt=sample["prompt"])
+    wanted = dict(
+        id=name,
+        sample=sample["id"],
+        num_frames=T,
+        height=H,
+        width=W,
+        fingerprint=fingerprint,
+        prompt=sample["prompt"],
+    )
     for key, value in wanted.items():
         if metadata.get(key) != str(value):
-            raise ValueError(f"{path}: {key} is {str(metadata.get(key))[:80]!r}; wanted {str(value)[:80]!r}: the file "
-                             "of another clip or encoder, or older than metadata.json")
+            raise ValueError(
+                f"{path}: {key} is {str(metadata.get(key))[:80]!r}; wanted {str(value)[:80]!r}: the file "
+                "of another clip or encoder, or older than metadata.json"
+            )
     text, start = (specs.get(k, ("", [0, 0], 0, 0))[1] for k in ("text", "start_latents"))
-    shapes = dict(latents=("BF16", [16, f, h, w]), start_latents=("BF16", [16, f if start[1:2] == [f] else 1, h, w]),
-                  text=("BF16", [min(max(text[0], 1), 512), text[-1]]), depth=("F32", [T, H, W]),
-                  w2c=("F32", [T, 3, 4]), intrinsics=("F32", [T, 3, 3]))
+    shapes = dict(
+        latents=("BF16", [16, f, h, w]),
+        start_latents=("BF16", [16, f if start[1:2] == [f] else 1, h, w]),
+        text=("BF16", [min(max(text[0], 1), 512), text[-1]]),
+        depth=("F32", [T, H, W]),
+        w2c=("F32", [T, 3, 4]),
+        intrinsics=("F32", [T, 3, 3]),
+    )
     shapes |= dict(clip=("BF16", [257, 1280])) if "clip" in specs else {}
     shapes |= dict(moving=("BOOL", [T, H, W])) if "moving" in specs else {}
     found = {k: (v[0], v[1]) for k, v in specs.items()}
     for key in shapes | found:
         if found.get(key) != shapes.get(key):
-            raise ValueError(f"{path}: {key} is {found.get(key, 'missing')}; wanted {shapes.get(key, 'none')}")
+            raise ValueError(
+                f"{path}: {key} is {found.get(key, 'missing')}; wanted {shapes.get(key, 'none')}"
+            )
     try:
         fps = float(metadata.get("fps", "none"))
     except ValueError:
         fps = math.nan
     if not 0 < fps < FAR or metadata.get("depth", "metric") not in ("metric", "relative"):
-        raise ValueError(f"{path}: fps {metadata.get('fps')!r}, depth {metadata.get('depth')!r}; wanted a number, and "
-                         "metric or relative")
+        raise ValueError(
+            f"{path}: fps {metadata.get('fps')!r}, depth {metadata.get('depth')!r}; wanted a number, and "
+            "metric or relative"
+        )
     return metadata, (text[-1], start[1], "clip" in specs)
 
 
 def arrays_in(data, specs):
     """{name: array} of the values' bytes, where they lie; bfloat16 as its 16 bits."""
     types = dict(F32="<f4", BF16="<u2", BOOL="u1")
-    return {name: data[begin:end].view(types[dtype]).reshape(shape)
-            for name, (dtype, shape, begin, end) in sorted(specs.items())}
+    return {
+        name: data[begin:end].view(types[dtype]).reshape(shape)
+        for name, (dtype, shape, begin, end) in sorted(specs.items())
+    }
 
 
 def tensors_of(arrays, specs):
@@ -152,10 +192,17 @@ def read_values(path):
     for x in arrays.values():
         crc = zlib.crc32(x, crc)
     if metadata["crc"][:8] != f"{crc:08x}":
-        raise ValueError(f"{path}: its values have the checksum {crc:08x}; {metadata['crc'][:8]} was written: damaged")
-    for name, x in arrays.items():                            # bfloat16: upper half of a float32, 0x7f80 is infinity
-        sound = x.max() < 2 if x.dtype == "u1" else (
-            np.isfinite(x.min() + x.max()) if x.dtype == "<f4" else (x & 0x7fff).max() < 0x7f80)
+        raise ValueError(
+            f"{path}: its values have the checksum {crc:08x}; {metadata['crc'][:8]} was written: damaged"
+        )
+    for name, x in arrays.items():  # bfloat16: upper half of a float32, 0x7f80 is infinity
+        sound = (
+            x.max() < 2
+            if x.dtype == "u1"
+            else (
+                np.isfinite(x.min() + x.max()) if x.dtype == "<f4" else (x & 0x7FFF).max() < 0x7F80
+            )
+        )
         if not sound:
             raise ValueError(f"{path}: {name} holds NaN, infinity or no truth values")
     return tensors_of(arrays, specs), metadata
@@ -168,11 +215,15 @@ def read_clip(path):
     R, focal, share = w2c[:, :, :3], K[:, (0, 1), (0, 1)].min(), (depth[0] > 1e-3).mean()
     off = np.abs(R @ R.swapaxes(1, 2) - np.eye(3)).max() + np.abs(np.linalg.det(R) - 1).max()
     if depth.min() < 0 or depth.max() > FAR or not share:
-        raise ValueError(f"{path}: depth from {depth.min():.3g} to {depth.max():.3g}, {share:.0%} of frame 0 has any; "
-                         f"wanted 0 to {FAR:.0e} m")
+        raise ValueError(
+            f"{path}: depth from {depth.min():.3g} to {depth.max():.3g}, {share:.0%} of frame 0 has any; "
+            f"wanted 0 to {FAR:.0e} m"
+        )
     if not off < 2e-3 or np.abs(w2c[0] - np.eye(3, 4)).max() > 1e-3 or focal <= 0:
-        raise ValueError(f"{path}: w2c off from rotations by {off:.2g}, or not relative to the first camera, or a "
-                         f"focal length of {focal:.3g}")
+        raise ValueError(
+            f"{path}: w2c off from rotations by {off:.2g}, or not relative to the first camera, or a "
+            f"focal length of {focal:.3g}"
+        )
     return tensors, metadata
 
 
@@ -190,9 +241,13 @@ def read_again(path, checked):
     the copy kills the process (SIGBUS), and a bit that the disk flips without a write is not seen."""
     if stamp(path) == checked:
         metadata, specs, start = read_header(path)
-        flags = mmap.MAP_PRIVATE | getattr(mmap, "MAP_POPULATE", 0)     # Linux: read ahead, no fault per page
+        flags = mmap.MAP_PRIVATE | getattr(
+            mmap, "MAP_POPULATE", 0
+        )  # Linux: read ahead, no fault per page
         with open(path, "rb") as file:
-            data = np.frombuffer(mmap.mmap(file.fileno(), 0, flags=flags, prot=mmap.PROT_READ), np.uint8)
+            data = np.frombuffer(
+                mmap.mmap(file.fileno(), 0, flags=flags, prot=mmap.PROT_READ), np.uint8
+            )
         arrays = {name: x.copy() for name, x in arrays_in(data[start:], specs).items()}
         if stamp(path) == checked:
             return tensors_of(arrays, specs), metadata
@@ -211,6 +266,7 @@ def is_whole(path):
 def check_values(folder, names):
     """{name: problem} of the windows that read_clip refuses, {name: stamp} of all when they were read.  Each
     file is read once, by one of the ranks; FOLDER/.checked remembers the good ones for later starts."""
+
     def problem(name):
         try:
             read_clip(folder / f"{name}.safetensors")
@@ -219,21 +275,36 @@ def check_values(folder, names):
 
     try:
         known = dict(read_json(folder / ".checked"))
-    except (ValueError, TypeError):                                               # none yet, or damaged
+    except (ValueError, TypeError):  # none yet, or damaged
         known = {}
     stamps = {name: stamp(folder / f"{name}.safetensors") for name in names}
-    todo = sorted(set().union(*gathered([name for name in names if known.get(name) != stamps[name]])))
+    todo = sorted(
+        set().union(*gathered([name for name in names if known.get(name) != stamps[name]]))
+    )
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     share, found = todo[rank::world], {}
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        mine = dict(zip(share, tqdm(pool.map(problem, share), "check caches", len(share), unit="clip", delay=3,
-                                    disable=rank > 0)))
+        mine = dict(
+            zip(
+                share,
+                tqdm(
+                    pool.map(problem, share),
+                    "check caches",
+                    len(share),
+                    unit="clip",
+                    delay=3,
+                    disable=rank > 0,
+                ),
+            )
+        )
     for part, seen in gathered((mine, {name: stamps[name] for name in share})):
         found.update({name: text for name, text in part.items() if text})
-        stamps.update(seen)          # the reader's: a rank with a disk of its own reads its files whole
+        stamps.update(seen)  # the reader's: a rank with a disk of its own reads its files whole
     if rank == 0 and todo:
         good = {name: stamps[name] for name in todo if name not in found}
-        with suppress(OSError, ValueError):                 # a disk that cannot be written: the next start reads again
+        with suppress(
+            OSError, ValueError
+        ):  # a disk that cannot be written: the next start reads again
             write_aside(folder / ".checked", json.dumps(known | good).encode())
     return found, stamps
 
@@ -246,19 +317,30 @@ def check_folder(folder, samples, size):
         owner = next((i for i in (path.stem, path.stem.rpartition(".")[0]) if i in samples), None)
         if owner:
             windows[path.stem] = owner
-    bad += [(i, f"not encoded: nothing of it in {folder}") for i in samples if i not in set(windows.values())]
+    bad += [
+        (i, f"not encoded: nothing of it in {folder}")
+        for i in samples
+        if i not in set(windows.values())
+    ]
     for name, owner in windows.items():
         try:
             path = folder / f"{name}.safetensors"
-            metadata[name], kinds[name] = check_header(path, name, samples[owner], size, folder.name.split("-", 1)[1])
+            metadata[name], kinds[name] = check_header(
+                path, name, samples[owner], size, folder.name.split("-", 1)[1]
+            )
         except ValueError as error:
             bad.append((name, str(error)))
     usual = Counter(kinds.values()).most_common(1)[0][0] if kinds else None
     for name, kind in kinds.items():
         if kind != usual:
-            bad.append((name, f"{folder / name}.safetensors: width of text, start latents, CLIP are {kind}; wanted "
-                        f"{usual}, as the others have"))
-    bad = sorted(set(sum(gathered(bad), [])))                                     # every rank leaves out the same
+            bad.append(
+                (
+                    name,
+                    f"{folder / name}.safetensors: width of text, start latents, CLIP are {kind}; wanted "
+                    f"{usual}, as the others have",
+                )
+            )
+    bad = sorted(set(sum(gathered(bad), [])))  # every rank leaves out the same
     wrong = {name for name, _ in bad}
     found, stamps = check_values(folder, [name for name in metadata if name not in wrong])
     bad += found.items()

@@ -1,47 +1,47 @@
 """Evaluation of a model on cached clips: one row of metrics per condition, trivial baselines, table and picture."""
+
 import json
 
 import numpy as np
 import torch
 
-from lib.control import gathered
-from data import collate, depth_to_rgb, write_png
-from lib.draw import SEEN, TOLD, depth_legend, enlarge, sheet, sure_to_rgb, top_view
-from lib.foreign import load_weights
-from geometry import (decode_pose, depth_metrics, encode_pose, normalize_scene, plucker_rays, point_metrics, pose_metrics,
-                      relative_to_first, unproject)
-from lib.metrics import ause, cloud_metrics, head_agreement, temporal_error
-from model import flow_matching_loss, start_condition
+from geometry import decode_pose, relative_to_first, unproject
+from lib.distributed import gathered
+from lib.metrics import (
+    ause,
+    cloud_metrics,
+    depth_metrics,
+    head_agreement,
+    point_metrics,
+    pose_metrics,
+    temporal_error,
+)
+from lib.pictures import (
+    SEEN,
+    TOLD,
+    depth_legend,
+    depth_to_rgb,
+    enlarge,
+    sheet,
+    sure_to_rgb,
+    top_view,
+    write_png,
+)
+from lib.weights import load_weights
+from model import flow_matching_loss
 
-
-def generator(*key):
-    """A CPU generator for one purpose: the same numbers on every device, rank count and after every resume."""
-    mixed = 0
-    for k in key:
-        mixed = (mixed * 0x9E3779B97F4A7C15 + k + 1) % (1 << 63)
-    return torch.Generator().manual_seed(mixed)
-
-
-def prepare(batch, in_dim, dev, rays=plucker_rays):
-    """Loader batch -> float32 on the device, in scene units, with rays, pose encodings and points made there.
-    rays: the model's own kind of ray map (FantasyWorld.rays)."""
-    def send(x):                                      # bfloat16 is widened there: half of the bytes to move
-        x = x.to(dev, non_blocking=True)
-        return x if x.dtype == torch.bool else x.float()
-
-    batch = {k: v for k, v in batch.items() if k != "relative" or v.any()}       # rare: a second pass of losses
-    b = {k: send(v) if torch.is_tensor(v) else v for k, v in batch.items()}
-    b["text"] = [send(text) for text in batch["text"]]
-    mask = torch.isfinite(b["depth"]) & (b["depth"] > 1e-3)
-    size = b["depth"].shape[-2:]
-    depth, w2c, scale = normalize_scene(b["depth"], b["w2c"], b["intrinsics"], mask)
-    return dict(b, depth=depth, w2c=w2c, scale=scale, mask=mask, points=unproject(depth, w2c, b["intrinsics"]),
-                pose_enc=encode_pose(w2c, b["intrinsics"], size), plucker=rays(w2c, b["intrinsics"], size),
-                y=start_condition(b["start_latents"], in_dim, b["latents"].shape[2]))
-
-
-COLUMNS = dict(abs_rel="AbsRel", delta1="delta1", tae="TAE", points="points", f_score="F", agreement="agree",
-               ause="AUSE", rot_deg="rot deg", trans="transl", diffusion="diff")
+COLUMNS = dict(
+    abs_rel="AbsRel",
+    delta1="delta1",
+    tae="TAE",
+    points="points",
+    f_score="F",
+    agreement="agree",
+    ause="AUSE",
+    rot_deg="rot deg",
+    trans="transl",
+    diffusion="diff",
+)
 
 
 def geometry_row(depth, points, w2c, b, out=None):
@@ -50,16 +50,27 @@ def geometry_row(depth, points, w2c, b, out=None):
     itself, if the clip says so (cameras alone do not explain its depth)."""
     gt, mask = b["depth"], b["mask"]
     still = mask & ~b["moving"] if "moving" in b else mask
-    row = {name + ("" if align == "none" else f"_{align}"): value for align in ("none", "median", "scale_shift")
-           for name, value in depth_metrics(depth, gt, mask, align).items()}
+    row = {
+        name + ("" if align == "none" else f"_{align}"): value
+        for align in ("none", "median", "scale_shift")
+        for name, value in depth_metrics(depth, gt, mask, align).items()
+    }
     p = point_metrics(points, b["points"], mask)
-    row.update(points=p["dist"], points_rel=p["rel"], tae=temporal_error(depth, b["w2c"], b["intrinsics"], still),
-               **cloud_metrics(points, b["points"], mask), **pose_metrics(w2c, b["w2c"]))
+    row.update(
+        points=p["dist"],
+        points_rel=p["rel"],
+        tae=temporal_error(depth, b["w2c"], b["intrinsics"], still),
+        **cloud_metrics(points, b["points"], mask),
+        **pose_metrics(w2c, b["w2c"]),
+    )
     if out is not None:
         _, K = decode_pose(out["pose_enc"][-1], gt.shape[-2:])
         error = ((depth - gt).abs() / gt).where(mask, torch.zeros_like(gt))
-        row.update(agreement=head_agreement(points, depth, w2c, K, mask), ause=ause(error, out["depth_conf"], mask),
-                   ause_points=ause((points - b["points"]).norm(dim=-1), out["points_conf"], mask))
+        row.update(
+            agreement=head_agreement(points, depth, w2c, K, mask),
+            ause=ause(error, out["depth_conf"], mask),
+            ause_points=ause((points - b["points"]).norm(dim=-1), out["points_conf"], mask),
+        )
     return row
 
 
@@ -73,21 +84,34 @@ def evaluate(model, clips, dev, autocast, options, rank=0, world=1, picture=None
     core = getattr(model, "module", model)
     sums = {}
     n = min(len(clips), options.eval_clips)
-    for turn in range(rank, n + -n % world, world):     # as many on every rank: sharded weights are gathered in each
+    for turn in range(
+        rank, n + -n % world, world
+    ):  # as many on every rank: sharded weights are gathered in each
         i = min(turn, n - 1)
-        b = prepare(collate([clips[i]]), core.dit.in_dim, dev, core.rays)
-        noise = torch.randn(b["latents"].shape, generator=generator(options.seed, 3, i)).to(dev)
+        b = clips[i]
+        noise = b["noise"]
         for given in (1, 0):
             row, keep = {}, torch.full((1,), float(given), device=dev)
 
             def look(sigma, **what):
                 t = torch.full((1,), 1000 * sigma, device=dev)
                 with autocast:
-                    return core((1 - sigma) * b["latents"] + sigma * noise, t, b["text"], y=b["y"], clip=b.get("clip"),
-                                plucker=b["plucker"], poses=b["pose_enc"], pose_keep=keep, **what)
+                    return core(
+                        (1 - sigma) * b["latents"] + sigma * noise,
+                        t,
+                        b["text"],
+                        y=b["y"],
+                        clip=b.get("clip"),
+                        plucker=b["plucker"],
+                        poses=b["pose_enc"],
+                        pose_keep=keep,
+                        **what,
+                    )
 
-            for sigma in ((0.1, 0.3, 0.5, 0.7, 0.9) if core.stage != 1 or given else ()):
-                loss = flow_matching_loss(look(sigma, heads=False)["velocity"], b["latents"], noise).item()
+            for sigma in (0.1, 0.3, 0.5, 0.7, 0.9) if core.stage != 1 or given else ():
+                loss = flow_matching_loss(
+                    look(sigma, heads=False)["velocity"], b["latents"], noise
+                ).item()
                 row["diffusion"] = row.get("diffusion", 0) + loss / 5
             title = "poses given" if given else "no poses"
             rows = {title: row}
@@ -95,26 +119,39 @@ def evaluate(model, clips, dev, autocast, options, rank=0, world=1, picture=None
                 out = look(sigma, video=core.stage == 2)
                 w2c, _ = decode_pose(out["pose_enc"][-1], b["depth"].shape[-2:])
                 name = title if sigma == eval_sigma else f"{title}, sigma {sigma:g}"
-                rows.setdefault(name, {}).update(geometry_row(out["depth"], out["points"], w2c, b, out))
+                rows.setdefault(name, {}).update(
+                    geometry_row(out["depth"], out["points"], w2c, b, out)
+                )
                 if picture and i == 0 and given and sigma == eval_sigma:
                     picture(comparison(b, out, clips.frames(i)))
             for name, row in rows.items() if turn == i else ():
                 for key, value in row.items():
                     sums.setdefault(name, {}).setdefault(key, []).append(float(value))
     everyone = gathered(sums)
-    sums = {name: {key: sum((g.get(name, {}).get(key, []) for g in everyone), []) for key in row}
-            for name, row in sums.items()}
+    sums = {
+        name: {key: sum((g.get(name, {}).get(key, []) for g in everyone), []) for key in row}
+        for name, row in sums.items()
+    }
     return {name: {key: sum(v) / len(v) for key, v in row.items()} for name, row in sums.items()}
 
 
 def comparison(b, out, frames=None):
     """Frames, true depth, predicted depth, confidence of up to 5 frames of the first clip in a batch, bright is near, and
     sure; below them the true and the predicted camera path from above.   frames (T, H, W, 3) uint8, or None."""
-    true, depth, conf = (x[0].float().cpu().numpy() for x in (b["depth"], out["depth"], out["depth_conf"]))
+    true, depth, conf = (
+        x[0].float().cpu().numpy() for x in (b["depth"], out["depth"], out["depth_conf"])
+    )
     pick = list(range(0, len(true), max(1, (len(true) - 1) // 4)))[:5]
-    low, high = (float(x) for x in np.quantile(true[true > 0], (.01, .99))) if (true > 0).any() else (1.0, 2.0)
-    rows = [depth_to_rgb(true[pick], low, high), depth_to_rgb(depth[pick], low, high),
-            sure_to_rgb(conf[pick], conf.min(), conf.max())]
+    low, high = (
+        (float(x) for x in np.quantile(true[true > 0], (0.01, 0.99)))
+        if (true > 0).any()
+        else (1.0, 2.0)
+    )
+    rows = [
+        depth_to_rgb(true[pick], low, high),
+        depth_to_rgb(depth[pick], low, high),
+        sure_to_rgb(conf[pick], conf.min(), conf.max()),
+    ]
     titles = ["true depth, bright is near", "predicted depth", "confidence, bright is sure"]
     if frames is not None:
         rows, titles = [frames[pick], *rows], [f"frames {', '.join(map(str, pick))}", *titles]
@@ -123,44 +160,64 @@ def comparison(b, out, frames=None):
     paths = [relative_to_first(E.double())[0].cpu().numpy() for E in (b["w2c"], predicted)]
     h, w = rows[0][0].shape[:2]
     above = top_view(list(zip(paths, (TOLD, SEEN))), (max(200, h), 2 * w + 4))
-    return sheet(rows, titles, [("from above: cyan true, orange predicted", above),
-                                ("depth, scene units", depth_legend(low, high, 2 * w))])
+    return sheet(
+        rows,
+        titles,
+        [
+            ("from above: cyan true, orange predicted", above),
+            ("depth, scene units", depth_legend(low, high, 2 * w)),
+        ],
+    )
 
 
-def baselines(train_clips, val_clips, in_dim, dev, eval_clips):
+def baselines(train_clips, val_clips, dev, eval_clips):
     """Two trivial predictors.  fair: mean depth of the training set, identity cameras; oracle: each clip's own mean
     depth, and its true cameras for the points."""
+
     def prepared(clips, n):
-        return (prepare(collate([clips[i]]), in_dim, dev) for i in range(min(n, len(clips))))
+        return (clips[i] for i in range(min(n, len(clips))))
 
     means = [b["depth"][b["mask"]].mean().item() for b in prepared(train_clips, 256)]
     fair_depth, rows = sum(means) / len(means), dict(fair=[], oracle=[])
     for b in prepared(val_clips, eval_clips):
         identity = torch.eye(4, device=dev)[:3].expand_as(b["w2c"])
-        for name, value, cameras in (("fair", fair_depth, identity),
-                                     ("oracle", b["depth"][b["mask"]].mean(), b["w2c"])):
+        for name, value, cameras in (
+            ("fair", fair_depth, identity),
+            ("oracle", b["depth"][b["mask"]].mean(), b["w2c"]),
+        ):
             depth = torch.full_like(b["depth"], float(value))
-            rows[name].append(geometry_row(depth, unproject(depth, cameras, b["intrinsics"]), identity, b))
-    rows = {name: {k: sum(float(r[k]) for r in rs) / len(rs) for k in rs[0]} for name, rs in rows.items()}
+            rows[name].append(
+                geometry_row(depth, unproject(depth, cameras, b["intrinsics"]), identity, b)
+            )
+    rows = {
+        name: {k: sum(float(r[k]) for r in rs) / len(rs) for k in rs[0]}
+        for name, rs in rows.items()
+    }
     for key in ("rot_deg", "trans", "auc30", "ate", "rpe_trans", "rpe_rot"):
         rows["oracle"].pop(key)
-    return {"baseline fair (train mean depth, identity pose)": rows["fair"],
-            "baseline oracle (clip's own mean depth)": rows["oracle"]}
+    return {
+        "baseline fair (train mean depth, identity pose)": rows["fair"],
+        "baseline oracle (clip's own mean depth)": rows["oracle"],
+    }
 
 
 def print_table(rows, file=None):
     """The headline metrics of each condition in a row, then every other metric in a line of its own."""
+
     def cells(pairs):
         return "".join(f"{row[key]:8.3f}" if key in row else f"{'-':>8s}" for row, key in pairs)
 
     print(f"{'':50s}" + "".join(f"{title:>8s}" for title in COLUMNS.values()), file=file)
     for name, row in rows.items():
         print(f"{name:50s}" + cells((row, key) for key in COLUMNS), file=file)
-    print("AbsRel, delta1 of the depth head without alignment; TAE: its flicker in percent; points, F: mean distance of the "
-          "point\nhead, F-score at 0.05; agree: point head against unprojected depth head; AUSE: confidence, 0 best; "
-          "transl: mean distance\nof the camera centres; lengths in scene units.  With poses given, rotation and "
-          "translation are a pass-through check, not\nlearning.  eval.json has all of it.\n\nEvery other metric; its "
-          "columns are the rows above, in their order:", file=file)
+    print(
+        "AbsRel, delta1 of the depth head without alignment; TAE: its flicker in percent; points, F: mean distance of the "
+        "point\nhead, F-score at 0.05; agree: point head against unprojected depth head; AUSE: confidence, 0 best; "
+        "transl: mean distance\nof the camera centres; lengths in scene units.  With poses given, rotation and "
+        "translation are a pass-through check, not\nlearning.  eval.json has all of it.\n\nEvery other metric; its "
+        "columns are the rows above, in their order:",
+        file=file,
+    )
     for key in dict.fromkeys(key for row in rows.values() for key in row if key not in COLUMNS):
         print(f"{key:20s}" + cells((row, key) for row in rows.values()), file=file)
 
@@ -168,15 +225,29 @@ def print_table(rows, file=None):
 def evaluate_only(model, clips, out, sources, dev, autocast, options, rank=0, world=1):
     """The trivial baselines and every checkpoint of sources on the val split, as a table and OUT/eval.json; a picture of
     the first clip per checkpoint."""
-    rows = baselines(clips["train"], clips["val"], model.dit.in_dim, dev, options.eval_clips) if rank == 0 else {}
+    rows = baselines(clips["train"], clips["val"], dev, options.eval_clips) if rank == 0 else {}
     for source in sources:
         meta = load_weights(model, source)
         model.set_stage(int(meta["stage"]))
         out.mkdir(parents=True, exist_ok=True)
         picture = out / f"eval-stage{meta['stage']}-step{meta['step']}.png"
-        found = evaluate(model, clips["val"], dev, autocast, options, rank, world,
-                         lambda image: write_png(picture, image), options.eval_more_sigmas)
-        rows.update({f"stage {meta['stage']} step {meta['step']}, {name}": row for name, row in found.items()})
+        found = evaluate(
+            model,
+            clips["val"],
+            dev,
+            autocast,
+            options,
+            rank,
+            world,
+            lambda image: write_png(picture, image),
+            options.eval_more_sigmas,
+        )
+        rows.update(
+            {
+                f"stage {meta['stage']} step {meta['step']}, {name}": row
+                for name, row in found.items()
+            }
+        )
     if rank == 0:
         (out / "eval.json").write_text(json.dumps(rows, indent=2))
         print_table(rows)

@@ -4,6 +4,7 @@ Per stage: seconds of a whole step and of every variant's forward and backward, 
 beside the plan, which attention kernels ran, whether the host waited for the device, where the device's time went.
 Then the sampling loop, and how far bf16, fp32 and the CPU agree.
 **No GPU was at hand so far**: on a CPU the same code runs at tiny sizes (tests/test_gpu.py), which says nothing of a GPU."""
+
 import re
 import statistics
 import time
@@ -17,13 +18,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import sample
 import train
 from encoders import WanVAE
-from lib import plan
+from lib import camera_paths, plan
 from lib.variants import OPTIONS, make_encoders, raw_clips, straightforward_sample, variants
-from model import FantasyWorld, half_precision
+from model import FantasyWorld
+from wan import half_precision
 
-KERNELS = dict(attention="flash|fmha|attention|sdpa", convolution="conv|dgrad|wgrad|implicit|fprop",
-               matmul="gemm|nvjet|cutlass|xmma|cublas|aten::(add|b)?mm", optimizer="adam|multi_tensor|foreach",
-               copies="memcpy|memset|copy|cat|fill|transpose")      # by name, the first that fits; the rest is elementwise
+KERNELS = dict(
+    attention="flash|fmha|attention|sdpa",
+    convolution="conv|dgrad|wgrad|implicit|fprop",
+    matmul="gemm|nvjet|cutlass|xmma|cublas|aten::(add|b)?mm",
+    optimizer="adam|multi_tensor|foreach",
+    copies="memcpy|memset|copy|cat|fill|transpose",
+)  # by name, the first that fits; the rest is elementwise
 
 
 def wait(device):
@@ -35,7 +41,7 @@ def seconds(call, device, rounds):
     """Median over rounds, and the spread (max - min) / median; None, None when it does not fit the device."""
     spent = []
     try:
-        for i in range(rounds + 1):                               # the first one fills caches and compiles
+        for i in range(rounds + 1):  # the first one fills caches and compiles
             wait(device)
             start = time.perf_counter()
             call()
@@ -71,8 +77,13 @@ def shares(call, device):
         wait(device)
     wall, found = time.perf_counter() - start, Counter()
     for event in profile.key_averages():
-        group = next((g for g, words in KERNELS.items() if re.search(words, event.key.lower())), "elementwise")
-        found[group] += (event.self_device_time_total if on_gpu else event.self_cpu_time_total) / 1e6 / wall
+        group = next(
+            (g for g, words in KERNELS.items() if re.search(words, event.key.lower())),
+            "elementwise",
+        )
+        found[group] += (
+            (event.self_device_time_total if on_gpu else event.self_cpu_time_total) / 1e6 / wall
+        )
     return {**dict(found.most_common()), "idle": 1 - sum(found.values())}
 
 
@@ -106,6 +117,7 @@ def whole_step(model, optimizer, batch, video):
         optimizer.found_inf = (~(loss.detach().isfinite() & norm.isfinite())).float()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+
     return call
 
 
@@ -113,13 +125,20 @@ def memory_by_part(model, step, device):
     """GiB allocated: weights, + gradients and moments, + what the blocks keep, and the step's peak; {} on a CPU."""
     if device.type != "cuda":
         return {}
+
     def now():
         return torch.cuda.memory_allocated(device) / plan.GIB
+
     found = {"gradients, moments": 0.0, "blocks": 0.0, "weights": now()}
     step()
-    found["gradients, moments"] = now() - found["weights"] + sum(
-        p.nbytes for p in model.parameters() if p.requires_grad) / plan.GIB       # gradients are freed after a step
-    hook = model.depth_head.register_forward_pre_hook(lambda *_: found.update(blocks=now() - before))
+    found["gradients, moments"] = (
+        now()
+        - found["weights"]
+        + sum(p.nbytes for p in model.parameters() if p.requires_grad) / plan.GIB
+    )  # gradients are freed after a step
+    hook = model.depth_head.register_forward_pre_hook(
+        lambda *_: found.update(blocks=now() - before)
+    )
     before = now()
     torch.cuda.reset_peak_memory_stats(device)
     step()
@@ -129,10 +148,14 @@ def memory_by_part(model, step, device):
 
 def step_table(cfg, stage, size, total, device, gigabytes, rounds):
     """One stage at its true size."""
+
     def loss(model, *batch):
         return train.compute_loss(model, *batch, OPTIONS, stage == 2)[0]
 
-    counts = {how: {n: plan.count(cfg, stage, loss, (n, *size), how) for n in (1, 2)} for how in ("none", "selective", "full")}
+    counts = {
+        how: {n: plan.count(cfg, stage, loss, (n, *size), how) for n in (1, 2)}
+        for how in ("none", "selective", "full")
+    }
     found = plan.settings(counts, 1, gigabytes, total)
     if not found:
         return print(f"stage {stage}: does not fit {gigabytes:.0f} GB", flush=True)
@@ -145,33 +168,57 @@ def step_table(cfg, stage, size, total, device, gigabytes, rounds):
         raw, encoders = raw_clips(batch_size, cfg, *size), make_encoders(cfg, small=cfg.dim < 1000)
     batch, peak = (b, noise, sigma, keep), train.matmul_peak(device)
     step = whole_step(model, train.make_optimizer(model, 1), batch, stage == 2)
-    print(f"\nstage {stage}, {batch_size} clips of {size[0]} x {size[1]} x {size[2]}, checkpoint_activations {how}; a matrix "
-          f"product reaches {peak / 1e12:.3g} TFLOP/s", flush=True)
+    print(
+        f"\nstage {stage}, {batch_size} clips of {size[0]} x {size[1]} x {size[2]}, checkpoint_activations {how}; a matrix "
+        f"product reaches {peak / 1e12:.3g} TFLOP/s",
+        flush=True,
+    )
     memory = memory_by_part(model, step, device)
-    print("  GiB: " + ", ".join(f"{k} {v:.1f}" for k, v in memory.items()) + f"; planned {planned / plan.GIB:.1f}")
+    print(
+        "  GiB: "
+        + ", ".join(f"{k} {v:.1f}" for k, v in memory.items())
+        + f"; planned {planned / plan.GIB:.1f}"
+    )
     flops = counts[how][1]["flops"] * batch_size
     whole, spread = seconds(step, device, rounds)
-    print(f"  {'whole step':34s}{whole:9.3f} s, spread {spread:.0%}, {batch_size / whole:.2f} clips/s, "
-          f"{flops / whole / 1e12:.3g} TFLOP/s, MFU {flops / whole / peak:.0%}", flush=True)
+    print(
+        f"  {'whole step':34s}{whole:9.3f} s, spread {spread:.0%}, {batch_size / whole:.2f} clips/s, "
+        f"{flops / whole / 1e12:.3g} TFLOP/s, MFU {flops / whole / peak:.0%}",
+        flush=True,
+    )
     with Attentions() as seen:
         step()
     print("  attention: " + ", ".join(f"{n} x {name}" for name, n in seen.found.most_common()))
     print(f"  the host waits for the device at: {host_waits(step, device)}")
-    print("  time: " + ", ".join(f"{k} {v:.0%}" for k, v in shares(step, device).items()), flush=True)
+    print(
+        "  time: " + ", ".join(f"{k} {v:.0%}" for k, v in shares(step, device).items()), flush=True
+    )
     ours = None
     for name, call in variants(model, stage, batch, (raw, encoders)).items():
+
         def timed(call=call):
             with autocast(device):
                 call()
+
         took, spread = seconds(timed, device, rounds)
         ours = ours or took
-        print(f"  {name:34s}" + (f"{took:9.3f} s forward and backward, spread {spread:.0%}, {took / ours:.2f} x ours" if took
-                                 else "does not fit"), flush=True)
+        print(
+            f"  {name:34s}"
+            + (
+                f"{took:9.3f} s forward and backward, spread {spread:.0%}, {took / ours:.2f} x ours"
+                if took
+                else "does not fit"
+            ),
+            flush=True,
+        )
     model.stage, model.checkpoint_activations = stage, how
     train.compile_blocks(model)
     took, spread = seconds(step, device, rounds)
-    print(f"  {'whole step, compiled':34s}{took:9.3f} s, spread {spread:.0%}, {whole / took:.2f} x as fast, "
-          f"MFU {flops / took / peak:.0%}", flush=True)
+    print(
+        f"  {'whole step, compiled':34s}{took:9.3f} s, spread {spread:.0%}, {whole / took:.2f} x as fast, "
+        f"MFU {flops / took / peak:.0%}",
+        flush=True,
+    )
 
 
 def sampling_table(cfg, size, device, rounds, steps=4):
@@ -183,18 +230,25 @@ def sampling_table(cfg, size, device, rounds, steps=4):
         half_precision(model.dit, torch.bfloat16)
         b, noise, *_ = plan.example_batch(cfg, 1, *size)
         vae, clip = WanVAE(96 if cfg.dim > 1000 else 12), b.get("clip")
-        w2c, K = (x.to(device) for x in sample.load_camera("orbit", frames, (height, width)))
+        w2c, K = (x.to(device) for x in camera_paths.load_camera("orbit", frames, (height, width)))
         text, negative = b["text"], [torch.zeros_like(b["text"][0])]
         for stage in (1, 2):
             model.stage = stage
-            rows = dict(ours=lambda: sample.generate(model, noise, text, negative, b["y"], clip, w2c, K, "euler", steps,
-                                                     5.0, 5.0),
-                        straightforward=lambda: straightforward_sample(model, noise, text, negative, b["y"], w2c, K, steps,
-                                                                       5.0, lambda x: x, clip))
+            rows = dict(
+                ours=lambda: sample.generate(
+                    model, noise, text, negative, b["y"], clip, w2c, K, "euler", steps, 5.0, 5.0
+                ),
+                straightforward=lambda: straightforward_sample(
+                    model, noise, text, negative, b["y"], w2c, K, steps, 5.0, lambda x: x, clip
+                ),
+            )
             for name, call in rows.items():
                 took, spread = seconds(call, device, rounds)
-                print(f"  sampling, stage {stage}, {steps} guided steps and read-out, {name:16s}"
-                      + (f"{took:9.3f} s, spread {spread:.0%}" if took else "does not fit"), flush=True)
+                print(
+                    f"  sampling, stage {stage}, {steps} guided steps and read-out, {name:16s}"
+                    + (f"{took:9.3f} s, spread {spread:.0%}" if took else "does not fit"),
+                    flush=True,
+                )
         took, spread = seconds(lambda: vae.decode(noise.float()), device, rounds)
         print(f"  decoding {frames} frames {took:9.3f} s, spread {spread:.0%}", flush=True)
 
@@ -212,13 +266,26 @@ def agreement(cfg, size, device):
     def outputs(where, half):
         at = {k: v.to(where) if torch.is_tensor(v) else v for k, v in b.items()}
         with autocast(where) if half else nullcontext():
-            out = model.to(where)(noise.to(where), 1000 * sigma.to(where), [t.to(where) for t in b["text"]], y=at["y"],
-                                  clip=at.get("clip"), plucker=at["plucker"], poses=at["pose_enc"])
+            out = model.to(where)(
+                noise.to(where),
+                1000 * sigma.to(where),
+                [t.to(where) for t in b["text"]],
+                y=at["y"],
+                clip=at.get("clip"),
+                plucker=at["plucker"],
+                poses=at["pose_enc"],
+            )
         return {k: v.float().cpu() for k, v in out.items()}
 
     def compare(title, found, wanted):
-        print(f"  {title:28s}" + ", ".join(f"{k} {(found[k] - v).abs().max() / v.abs().max():.1e}" for k, v in wanted.items()),
-              flush=True)
+        print(
+            f"  {title:28s}"
+            + ", ".join(
+                f"{k} {(found[k] - v).abs().max() / v.abs().max():.1e}" for k, v in wanted.items()
+            ),
+            flush=True,
+        )
+
     exact = outputs(device, False)
     compare(f"bf16 against fp32 on {device.type}", outputs(device, True), exact)
     if device.type == "cuda":
@@ -233,7 +300,10 @@ def tables(cfg, sizes, small, small_size, rounds, device=None, gigabytes=None, t
     device = device or torch.device("cuda", 0)
     if device.type == "cuda":
         gigabytes = torch.cuda.get_device_properties(device).total_memory / plan.GIB
-        print(f"\n{torch.cuda.get_device_name(device)}, {gigabytes:.0f} GiB, torch {torch.__version__}", flush=True)
+        print(
+            f"\n{torch.cuda.get_device_name(device)}, {gigabytes:.0f} GiB, torch {torch.__version__}",
+            flush=True,
+        )
     for (stage, size), total in zip(sizes.items(), totals):
         step_table(cfg, stage, size, total, device, gigabytes, rounds)
     sampling_table(cfg, sizes[2], device, rounds)

@@ -3,10 +3,133 @@
 Sources: Video Depth Anything 2025 (TAE), Knapitsch et al. 2017 (F-score), Ilg et al. 2018 (sparsification).
 Shapes: B clips, T frames of H x W pixels; lengths in the unit of the input, scene units in train.py.  Results are
 Python floats, averaged over clips."""
+
+import math
+
 import torch
 import torch.nn.functional as F
 
-from geometry import inv_se3, pixel_rays, project, rotate, unproject, valid_depth
+from geometry import (
+    clip_mean,
+    compose,
+    fit_scale_shift,
+    inv_se3,
+    pixel_rays,
+    project,
+    relative_to_first,
+    rotate,
+    unproject,
+    valid_depth,
+)
+
+
+# Python floats, fp64 inside, averaged over clips; one without valid pixels is left out (NaN if none is left).
+def average(has_pixels, **per_clip):
+    return {name: value[has_pixels].mean().item() for name, value in per_clip.items()}
+
+
+@torch.no_grad()
+def depth_metrics(pred, gt, mask, align="none"):
+    """abs_rel = mean |p - g| / g, delta1 2 3 = share within a factor of 1.25 ** k (exclusive), rmse in gt's unit.
+
+    pred, gt, mask  (B, T, H, W)   gt > 0 where valid
+    align           per clip: none; median: one scale; scale_shift: least-squares scale and shift
+    Source: Eigen et al. 2014; one alignment for all frames of a clip as in Video Depth Anything."""
+    pred, gt = (torch.where(mask, x.double(), 1) for x in (pred, gt))
+    if align == "median":
+        scale = torch.where(mask, gt / pred, math.nan).flatten(1).nanmedian(1).values
+        pred = pred * scale[:, None, None, None]
+    elif align == "scale_shift":
+        s, b = fit_scale_shift(pred, gt, mask)
+        pred = s * pred + b
+    elif align != "none":
+        raise ValueError(f"align {align!r}; known: none, median, scale_shift.")
+    error = (pred - gt).abs() * mask
+    ratio = pred.clamp(min=1e-3) / gt  # a shift can push depth below zero
+    ratio = torch.maximum(ratio, 1 / ratio)
+    return average(
+        mask.flatten(1).any(1),
+        abs_rel=clip_mean(error / gt, mask),
+        rmse=clip_mean(error.square(), mask).sqrt(),
+        **{f"delta{k}": clip_mean((ratio < 1.25**k) & mask, mask) for k in (1, 2, 3)},
+    )
+
+
+def rotation_angle(a, b):
+    """Degrees between rotations (..., 3, 3); exact near 0, where arccos of the trace is not."""
+    return torch.rad2deg(
+        2 * torch.asin(((a - b).square().sum((-2, -1)).sqrt() / 8**0.5).clamp(max=1))
+    )
+
+
+def align_sim3(source, target):
+    """scale (B,), R (B, 3, 3), t (B, 3) minimising |scale R source + t - target|^2 over points (B, N, 3).
+
+    A source without extent gets scale 0, which moves it to the target's mean.   Source: Umeyama 1991."""
+    mean_s, mean_t = source.mean(1, keepdim=True), target.mean(1, keepdim=True)
+    s, t = source - mean_s, target - mean_t
+    U, D, Vt = torch.linalg.svd(t.mT @ s)
+    sign = torch.ones_like(D)
+    sign[:, 2] = torch.det(U @ Vt).sign()  # a rotation, never a reflection
+    R, extent = (U * sign[:, None]) @ Vt, s.square().sum((1, 2))
+    scale = torch.where(extent > 1e-12, (D * sign).sum(1) / extent.clamp(min=1e-12), 0)
+    return scale, R, (mean_t - scale[:, None, None] * mean_s @ R.mT)[:, 0]
+
+
+def pair_accuracy(pred, gt, max_deg=30):
+    """Share of frame pairs with relative rotation and direction of travel within 1 .. max_deg, mean (B,)."""
+    i, j = torch.triu_indices(pred.shape[1], pred.shape[1], 1)
+    a, b = (compose(x[:, j], inv_se3(x[:, i])) for x in (pred, gt))  # (B, pairs, 3, 4)
+    u, v = a[..., 3], b[..., 3]
+    cross = torch.linalg.cross(u, v, dim=-1).norm(dim=-1)
+    travel = torch.rad2deg(torch.atan2(cross, (u * v).sum(-1).abs()))  # up to sign, like VGGT
+    travel = torch.where(u.norm(dim=-1) < 1e-6, 90, travel)
+    travel = torch.where(v.norm(dim=-1) < 1e-4, 0, travel)  # gt stands still: rotation decides
+    worst = torch.maximum(rotation_angle(a[..., :3], b[..., :3]), travel)
+    return (
+        (worst[..., None] < torch.arange(1, max_deg + 1, device=pred.device)).double().mean((1, 2))
+    )
+
+
+@torch.no_grad()
+def pose_metrics(pred_w2c, gt_w2c):
+    """Trajectory errors (B, T >= 2, 3, 4) after both are made relative to frame 0.
+
+    returns  rot_deg    mean rotation error in degrees
+             trans      mean distance of the camera centres, gt's unit, no alignment
+             ate        RMSE of the centres after the best similarity: blind to scale, 0 if gt stands still
+             rpe_trans  RMSE of frame-to-frame motion at that similarity's scale; rpe_rot: its mean angle
+             auc30      pair accuracy averaged over 1 .. 30 degrees, in [0, 1]
+    Source: CameraCtrl (rot, trans), Sturm et al. 2012 (ATE, RPE), VGGT (AUC)."""
+    assert pred_w2c.shape == gt_w2c.shape and gt_w2c.shape[1] > 1, (pred_w2c.shape, gt_w2c.shape)
+    pred, gt = relative_to_first(pred_w2c.double()), relative_to_first(gt_w2c.double())
+    p, g = inv_se3(pred), inv_se3(gt)  # camera-to-world
+    scale, R, t = align_sim3(p[..., 3], g[..., 3])
+    gap = scale[:, None, None] * p[..., 3] @ R.mT + t[:, None] - g[..., 3]
+    scaled = torch.cat([p[..., :3], p[..., 3:] * scale[:, None, None, None]], -1)
+    step_p, step_g = (compose(inv_se3(x[:, :-1]), x[:, 1:]) for x in (scaled, g))
+    drift = compose(inv_se3(step_g), step_p)  # identity for a perfect step
+    ate, rpe = (x.square().sum(-1).mean(1).sqrt() for x in (gap, drift[..., 3]))  # RMSE (B,)
+    return average(
+        slice(None),
+        ate=ate,
+        rpe_trans=rpe,
+        auc30=pair_accuracy(pred, gt),
+        rot_deg=rotation_angle(p[..., :3], g[..., :3]),
+        trans=(p - g)[..., 3].norm(dim=-1),
+        rpe_rot=rotation_angle(step_p[..., :3], step_g[..., :3]),
+    )
+
+
+@torch.no_grad()
+def point_metrics(pred, gt, mask):
+    """Point map errors without alignment: rel = mean |P - P_hat| / |P|, dist = mean |P - P_hat| in gt's unit.
+
+    pred, gt  (B, T, H, W, 3)   same frame and unit;   mask  (B, T, H, W).   Source: MoGe (rel)."""
+    pred, gt = (torch.where(mask[..., None], x.double(), 0) for x in (pred, gt))
+    dist = (pred - gt).norm(dim=-1)  # 0 where masked
+    rel = dist / gt.norm(dim=-1).clamp(min=1e-6)
+    return average(mask.flatten(1).any(1), rel=clip_mean(rel, mask), dist=clip_mean(dist, mask))
 
 
 def nearest(a, b, chunk=2048):
@@ -16,7 +139,11 @@ def nearest(a, b, chunk=2048):
 
 def thin(points, count):
     """At most `count` points, evenly spaced in the list: the same ones at every call."""
-    return points[torch.linspace(0, len(points) - 1, min(count, len(points)), device=points.device).round().long()]
+    return points[
+        torch.linspace(0, len(points) - 1, min(count, len(points)), device=points.device)
+        .round()
+        .long()
+    ]
 
 
 @torch.no_grad()
@@ -36,7 +163,9 @@ def cloud_metrics(pred, gt, mask, threshold=0.05, count=2048):
             there, back = nearest(p, g), nearest(g, p)
             precision, recall = ((x < threshold).double().mean() for x in (there, back))
             f = 2 * precision * recall / (precision + recall).clamp(min=1e-12)
-            rows.append(torch.stack([there.mean(), back.mean(), (there.mean() + back.mean()) / 2, f]))
+            rows.append(
+                torch.stack([there.mean(), back.mean(), (there.mean() + back.mean()) / 2, f])
+            )
     mean = torch.stack(rows).mean(0).tolist() if rows else [float("nan")] * 4
     return dict(zip(("accuracy", "completeness", "chamfer", "f_score"), mean))
 
@@ -45,7 +174,10 @@ def splat(depth, motion, K, size):
     """Depth of one frame as a second camera sees it: (H, W), the nearest surface where several points land, inf where
     none does.   depth (H, W), motion (3, 4) from the first to the second camera, K (3, 3) of both."""
     valid = valid_depth(depth)
-    x = rotate(motion[:, :3], pixel_rays(K, size) * torch.where(valid, depth, 0)[..., None]) + motion[:, 3]
+    x = (
+        rotate(motion[:, :3], pixel_rays(K, size) * torch.where(valid, depth, 0)[..., None])
+        + motion[:, 3]
+    )
     z = x[..., 2].clamp(min=1e-6)
     j, i = ((K[a, a] * x[..., a] / z + K[a, 2]).floor() for a in (0, 1))
     hit = valid & (x[..., 2] > 1e-6) & (i >= 0) & (i < size[0]) & (j >= 0) & (j < size[1])
@@ -63,10 +195,14 @@ def temporal_error(depth, w2c, K, mask):
     depth, w2c, K = depth.double(), w2c.double(), K.double()
     errors = []
     for d, e, k, m in zip(depth, w2c, K, mask):
-        for a, b in [(t, t + 1) for t in range(len(d) - 1)] + [(t + 1, t) for t in range(len(d) - 1)]:
+        for a, b in [(t, t + 1) for t in range(len(d) - 1)] + [
+            (t + 1, t) for t in range(len(d) - 1)
+        ]:
             first = inv_se3(e[a])
             R, t = e[b, :, :3] @ first[:, :3], e[b, :, :3] @ first[:, 3] + e[b, :, 3]
-            warped = splat(torch.where(m[a], d[a], 0), torch.cat([R, t[:, None]], 1), k[b], d.shape[1:])
+            warped = splat(
+                torch.where(m[a], d[a], 0), torch.cat([R, t[:, None]], 1), k[b], d.shape[1:]
+            )
             keep = m[b] & torch.isfinite(warped) & valid_depth(d[b])
             if keep.any():
                 errors.append(((d[b] - warped).abs() / d[b])[keep].mean())
@@ -87,20 +223,30 @@ def warp_error(rgb, depth, w2c, K, mask, tolerance=0.1):
     moved, still, seen, wanted, depths = 0.0, 0.0, 0, 0, []
     for c, d, e, k, m in zip(rgb, depth.float(), w2c.float(), K.float(), mask):
         for t in range(len(d) - 1):
-            points = unproject(d[None, t:t + 1], e[None, t:t + 1], k[None, t:t + 1])
-            uv, z = project(points, e[None, t + 1:t + 2], k[None, t + 1:t + 2])
-            grid, z = (2 * uv / uv.new_tensor([d.shape[2], d.shape[1]]) - 1)[0], z[0, 0]   # (1, H, W, 2), (H, W)
+            points = unproject(d[None, t : t + 1], e[None, t : t + 1], k[None, t : t + 1])
+            uv, z = project(points, e[None, t + 1 : t + 2], k[None, t + 1 : t + 2])
+            grid, z = (
+                (2 * uv / uv.new_tensor([d.shape[2], d.shape[1]]) - 1)[0],
+                z[0, 0],
+            )  # (1, H, W, 2), (H, W)
             there = torch.cat([c[t + 1].movedim(-1, 0).float(), d[t + 1][None]])[None]
             there = F.grid_sample(there, grid, align_corners=False, padding_mode="border")[0]
             inside = m[t] & (z > 0) & (grid[0].abs() < 1).all(-1)
             off = (there[3] - z).abs() / z
             keep, wanted = inside & (off < tolerance), wanted + int(m[t].sum())
-            depths, seen = depths + ([off[inside].median()] if inside.any() else []), seen + int(keep.sum())
+            depths, seen = (
+                depths + ([off[inside].median()] if inside.any() else []),
+                seen + int(keep.sum()),
+            )
             moved += (there[:3].movedim(0, -1) - c[t].float()).abs().mean(-1)[keep].sum().item()
             still += (c[t + 1].float() - c[t].float()).abs().mean(-1)[keep].sum().item()
     share = lambda x, of: 100 * x / of if of else float("nan")
-    return dict(depth=share(sum(depths, torch.zeros(())).item(), len(depths)), colour=share(moved, 255 * seen),
-                colour_still=share(still, 255 * seen), seen_percent=share(seen, wanted))
+    return dict(
+        depth=share(sum(depths, torch.zeros(())).item(), len(depths)),
+        colour=share(moved, 255 * seen),
+        colour_still=share(still, 255 * seen),
+        seen_percent=share(seen, wanted),
+    )
 
 
 @torch.no_grad()
@@ -122,8 +268,12 @@ def ause(error, conf, mask, steps=20):
     for e, c, m in zip(error.double(), conf.double(), mask):
         if m.any():
             e, c = e[m], c[m]
-            sizes = (len(e) * (1 - torch.arange(steps) / steps)).round().long().clamp(min=1).to(e.device) - 1
+            sizes = (len(e) * (1 - torch.arange(steps) / steps)).round().long().clamp(min=1).to(
+                e.device
+            ) - 1
             counts = torch.arange(1, len(e) + 1, device=e.device)
-            by_conf, best = (x.cumsum(0) / counts for x in (e[c.argsort(descending=True)], e.sort().values))
+            by_conf, best = (
+                x.cumsum(0) / counts for x in (e[c.argsort(descending=True)], e.sort().values)
+            )
             values.append((by_conf - best)[sizes].mean() / e.mean().clamp(min=1e-12))
     return torch.stack(values).mean().item() if values else float("nan")

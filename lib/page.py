@@ -1,4 +1,5 @@
 """scene.html: one sample as one page that works offline in any browser; viewer.html is its template."""
+
 import base64
 import json
 from pathlib import Path
@@ -6,58 +7,125 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data import COLOUR_MAP, write_video
 from geometry import inv_se3
+from lib.pictures import COLOUR_MAP, write_video
 
-PAGE_POINTS = 1_100_000         # depth samples in the page, 6 bytes each (8 in base64)
-PAGE_VIDEO = 4_000_000          # bytes of its video, which is compressed harder until it fits
+PAGE_POINTS = 1_100_000  # depth samples in the page, 6 bytes each (8 in base64)
+
+PAGE_VIDEO = 4_000_000  # bytes of its video, which is compressed harder until it fits
 
 
 def page_numbers(report, unit):
     """Rows of the page: [heading, [[label, value or None (filled per frame), explanation], ...]], warnings."""
     c, a, f, u = (report[k] for k in ("control", "consistency", "confidence", "unit"))
     length = lambda x: f"{x:.3g} {unit}"
-    control = [["Rotation error", f"{c['rot_deg']:.2f}\u00b0", "mean angle between predicted and commanded cameras"],
-               ["Position error", length(c["trans"]), "mean distance of predicted and commanded camera centres"],
-               ["At this frame", None, "rotation and position error of the frame shown"],
-               ["Scale residual", length(u["residual"]), "RMS distance of the paths after the best similarity"],
-               ["Path size", length(u["path"]), "RMS distance of the commanded centres from their mean"],
-               ["Scene unit", f"{u['scale']:.3g} {unit}" + ("" if u["fitted"] else ", not fitted"),
-                "length of one scene unit, fitted so that the predicted path has the commanded size"]]
-    consistency = [["Colour after warping", f"{a['colour']:.1f} %", "mean colour difference of neighbouring frames "
-                    "after one is moved onto the other with its depth and cameras; 100 % is black against white"],
-                   ["Without warping", f"{a['colour_still']:.1f} %", "the same pixels, frames laid on each other as "
-                    "they are: warping should be lower where the camera moves"],
-                   ["Depth after warping", f"{a['depth']:.1f} %", "median relative difference of the depths "
-                    "that neighbouring frames see at the same place"],
-                   ["Pixels compared", f"{a['seen_percent']:.0f} %", "sure pixels that land inside the next frame, "
-                    "at a depth within 10 % of what is there"]]
+    control = [
+        [
+            "Rotation error",
+            f"{c['rot_deg']:.2f}\u00b0",
+            "mean angle between predicted and commanded cameras",
+        ],
+        [
+            "Position error",
+            length(c["trans"]),
+            "mean distance of predicted and commanded camera centres",
+        ],
+        ["At this frame", None, "rotation and position error of the frame shown"],
+        [
+            "Scale residual",
+            length(u["residual"]),
+            "RMS distance of the paths after the best similarity",
+        ],
+        ["Path size", length(u["path"]), "RMS distance of the commanded centres from their mean"],
+        [
+            "Scene unit",
+            f"{u['scale']:.3g} {unit}" + ("" if u["fitted"] else ", not fitted"),
+            "length of one scene unit, fitted so that the predicted path has the commanded size",
+        ],
+    ]
+    consistency = [
+        [
+            "Colour after warping",
+            f"{a['colour']:.1f} %",
+            "mean colour difference of neighbouring frames "
+            "after one is moved onto the other with its depth and cameras; 100 % is black against white",
+        ],
+        [
+            "Without warping",
+            f"{a['colour_still']:.1f} %",
+            "the same pixels, frames laid on each other as "
+            "they are: warping should be lower where the camera moves",
+        ],
+        [
+            "Depth after warping",
+            f"{a['depth']:.1f} %",
+            "median relative difference of the depths "
+            "that neighbouring frames see at the same place",
+        ],
+        [
+            "Pixels compared",
+            f"{a['seen_percent']:.0f} %",
+            "sure pixels that land inside the next frame, at a depth within 10 % of what is there",
+        ],
+    ]
     if "heads" in a:
-        consistency.append(["Depth and point heads", f"{a['heads']:.1f} %", "mean distance of the point map from the "
-                            "lifted depth map, relative to the distance of the point"])
-    sure = [["Median", f"{f['p50']:.2f}", "1 is the least possible; the head's own guess, not a probability"],
-            ["5 % to 95 %", f"{f['p5']:.2f} to {f['p95']:.2f}", "spread over all pixels"],
-            ["Pixels kept", f"{f['kept_percent']:.0f} %", "sure enough and off depth edges: what point files hold"]]
-    return [["Obeys the cameras", control], ["Agrees with itself", consistency], ["Confidence", sure]]
+        consistency.append(
+            [
+                "Depth and point heads",
+                f"{a['heads']:.1f} %",
+                "mean distance of the point map from the "
+                "lifted depth map, relative to the distance of the point",
+            ]
+        )
+    sure = [
+        [
+            "Median",
+            f"{f['p50']:.2f}",
+            "1 is the least possible; the head's own guess, not a probability",
+        ],
+        ["5 % to 95 %", f"{f['p5']:.2f} to {f['p95']:.2f}", "spread over all pixels"],
+        [
+            "Pixels kept",
+            f"{f['kept_percent']:.0f} %",
+            "sure enough and off depth edges: what point files hold",
+        ],
+    ]
+    return [
+        ["Obeys the cameras", control],
+        ["Agrees with itself", consistency],
+        ["Confidence", sure],
+    ]
 
 
 def page_stride(frames, size):
     """Step of the page's depth grid: every pixel while PAGE_POINTS allows, then every second, ..."""
-    return next(s for s in range(1, max(size)) if frames * -(-size[0] // s) * -(-size[1] // s) <= PAGE_POINTS)
+    return next(
+        s
+        for s in range(1, max(size))
+        if frames * -(-size[0] // s) * -(-size[1] // s) <= PAGE_POINTS
+    )
 
 
 def default_view(scene, yaw=0.32, pitch=0.22):
     """Where the page looks at first: turned a little from the first camera, so far back that cameras and points fit."""
     xyz, _, _ = scene.cloud(20_000)
-    centres = np.concatenate([inv_se3(torch.from_numpy(E))[..., 3].numpy() for E in (scene.w2c, scene.predicted)])
+    centres = np.concatenate(
+        [inv_se3(torch.from_numpy(E))[..., 3].numpy() for E in (scene.w2c, scene.predicted)]
+    )
     (cy, sy), (cp, sp) = ((np.cos(a), np.sin(a)) for a in (yaw, pitch))
-    R = np.array([[cy, -sy * sp, sy * cp], [0, cp, sp], [-sy, -cy * sp, cy * cp]])      # viewer's axes, as turn() in JS
-    cloud = np.quantile(xyz @ R, [.03, .97], axis=0) if len(xyz) else np.zeros((0, 3))
+    R = np.array(
+        [[cy, -sy * sp, sy * cp], [0, cp, sp], [-sy, -cy * sp, cy * cp]]
+    )  # viewer's axes, as turn() in JS
+    cloud = np.quantile(xyz @ R, [0.03, 0.97], axis=0) if len(xyz) else np.zeros((0, 3))
     corners = np.concatenate([cloud, centres @ R])
     half = (corners.max(0) - corners.min(0)) / 2
     distance = max(2.2 * half[1], 1.8 * half[0]) + 0.8 * half[2]
-    return dict(target=(R @ (corners.max(0) - half)).round(4).tolist(), yaw=yaw, pitch=pitch,
-                distance=float(max(distance, 1e-3)))
+    return dict(
+        target=(R @ (corners.max(0) - half)).round(4).tolist(),
+        yaw=yaw,
+        pitch=pitch,
+        distance=float(max(distance, 1e-3)),
+    )
 
 
 def write_page(scene, path):
@@ -69,7 +137,7 @@ def write_page(scene, path):
     stride = page_stride(T, scene.size)
     pick = (slice(None), slice(stride // 2, None, stride), slice(stride // 2, None, stride))
     depth, rgb, conf = scene.depth[pick], scene.rgb[pick], scene.conf[pick]
-    near, far = (float(x) for x in np.quantile(scene.depth[scene.depth > 0], (.001, .999)))
+    near, far = (float(x) for x in np.quantile(scene.depth[scene.depth > 0], (0.001, 0.999)))
     far = max(far, near * 1.001)
     code = 65535 * (1 / np.clip(depth, near, far) - 1 / far) / (1 / near - 1 / far)
     code = np.where(scene.solid()[pick], code.round().clip(1, 65535), 0).astype("<u2")
@@ -82,16 +150,38 @@ def write_page(scene, path):
         if len(video) <= PAGE_VIDEO:
             break
     temporary.unlink()
-    poses = [inv_se3(torch.from_numpy(E)).flatten(1).numpy().round(7).tolist() for E in (scene.w2c, scene.predicted)]
+    poses = [
+        inv_se3(torch.from_numpy(E)).flatten(1).numpy().round(7).tolist()
+        for E in (scene.w2c, scene.predicted)
+    ]
     text = lambda x: base64.b64encode(x).decode()
     frames = scene.report["control"]["frames"]
-    data = dict(title=scene.report.get("prompt") or "A sampled scene", facts=scene.report.get("facts", ""),
-                unit=scene.unit, fps=scene.fps, size=[H, W], grid=list(depth.shape[1:]), stride=stride,
-                near=near, far=far, lift=scene.lift, mode=2, drop=scene.drop,
-                c2w=poses[0], predicted=poses[1], K=scene.intrinsics.round(7).tolist(), predictedK=scene.predicted_intrinsics.round(7).tolist(), **default_view(scene),
-                errors=[[f["rot_deg"], f["trans"]] for f in frames], map=COLOUR_MAP.astype(int).tolist(),
-                numbers=page_numbers(scene.report, scene.unit), warnings=scene.report.get("warnings", []),
-                depth=text(code.tobytes()), colour=text(colour.tobytes()), video=text(video))
+    data = dict(
+        title=scene.report.get("prompt") or "A sampled scene",
+        facts=scene.report.get("facts", ""),
+        unit=scene.unit,
+        fps=scene.fps,
+        size=[H, W],
+        grid=list(depth.shape[1:]),
+        stride=stride,
+        near=near,
+        far=far,
+        lift=scene.lift,
+        mode=2,
+        drop=scene.drop,
+        c2w=poses[0],
+        predicted=poses[1],
+        K=scene.intrinsics.round(7).tolist(),
+        predictedK=scene.predicted_intrinsics.round(7).tolist(),
+        **default_view(scene),
+        errors=[[f["rot_deg"], f["trans"]] for f in frames],
+        map=COLOUR_MAP.astype(int).tolist(),
+        numbers=page_numbers(scene.report, scene.unit),
+        warnings=scene.report.get("warnings", []),
+        depth=text(code.tobytes()),
+        colour=text(colour.tobytes()),
+        video=text(video),
+    )
     template = Path(__file__).with_name("viewer.html").read_text()
-    body = json.dumps(data).replace("<", "\\u003c")                               # no prompt can close the script
+    body = json.dumps(data).replace("<", "\\u003c")  # no prompt can close the script
     path.write_text(template.replace("/*SCENE*/null", body, 1))

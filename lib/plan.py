@@ -5,6 +5,7 @@
 builds the model and one batch as fake tensors (sizes without storage), runs forward, losses and backward, and counts
 every operation's FLOPs and every tensor's bytes from its allocation to its release.  A minute at the 1.3B size.
 Sources: torch's FlopCounterMode and FakeTensorMode; the accounting of ZeRO, Rajbhandari et al. 2020."""
+
 import weakref
 from contextlib import contextmanager, nullcontext
 
@@ -16,20 +17,30 @@ from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry
 
 import geometry
-import model as model_file
-from lib.sharding import sharded_units
-from model import CHECKPOINTING, FantasyWorld, half_precision
+import wan
+from lib.distributed import sharded_units
+from model import CHECKPOINTING, FantasyWorld
+from wan import half_precision
 
-GPU_SHARE = 0.92                # of a GPU's memory is planned with: the rest is for its context, workspaces, fragments
-HARDWARE = ((8, 40), (8, 80), (1, 140))                            # (GPUs, GB): the guide's stage 2 must fit each
+GPU_SHARE = (
+    0.92  # of a GPU's memory is planned with: the rest is for its context, workspaces, fragments
+)
+
+HARDWARE = ((8, 40), (8, 80), (1, 140))  # (GPUs, GB): the guide's stage 2 must fit each
 
 
 # -------------------------------------------------------------------------------------------------------- counting
 aten = torch.ops.aten
-FORMULAS = {**flop_registry,
-            aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[aten._scaled_dot_product_flash_attention],
-            aten._scaled_dot_product_flash_attention_for_cpu_backward:
-            flop_registry[aten._scaled_dot_product_flash_attention_backward]}
+
+FORMULAS = {
+    **flop_registry,
+    aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[
+        aten._scaled_dot_product_flash_attention
+    ],
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[
+        aten._scaled_dot_product_flash_attention_backward
+    ],
+}
 
 
 class Count(TorchDispatchMode):
@@ -49,7 +60,7 @@ class Count(TorchDispatchMode):
         self.now -= size
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        for x in tree_iter((args, kwargs)):                     # what comes from outside, weights say, is not ours
+        for x in tree_iter((args, kwargs)):  # what comes from outside, weights say, is not ours
             if torch.is_tensor(x):
                 self.seen.setdefault(x.untyped_storage())
         out = func(*args, **(kwargs or {}))
@@ -71,8 +82,8 @@ class Count(TorchDispatchMode):
 @contextmanager
 def fake_tensors():
     """Tensors made inside have shapes, strides and types but no storage."""
-    tables = (geometry.rope_2d, geometry.uv_embedding, model_file.rope_3d)
-    for table in tables:                # they cache tensors: real ones must not meet fake ones
+    tables = (geometry.rope_2d, geometry.uv_embedding, wan.rope_3d)
+    for table in tables:  # they cache tensors: real ones must not meet fake ones
         table.cache_clear()
     try:
         with FakeTensorMode():
@@ -89,18 +100,22 @@ def fake(build):
     for part in module.modules():
         for name, p in part._parameters.items():
             if p is not None:
-                part._parameters[name] = nn.Parameter(torch.empty_strided(p.shape, p.stride(), dtype=p.dtype),
-                                                      requires_grad=p.requires_grad)
+                part._parameters[name] = nn.Parameter(
+                    torch.empty_strided(p.shape, p.stride(), dtype=p.dtype),
+                    requires_grad=p.requires_grad,
+                )
     return module
 
 
 def fake_model(cfg, stage, half=True):
     """FantasyWorld of fake tensors; frozen matrices in bf16 when half."""
+
     def build():
         model = FantasyWorld(cfg)
         if half and stage:
             half_precision(model.dit, torch.bfloat16)
         return model.set_stage(stage)
+
     return fake(build)
 
 
@@ -108,10 +123,16 @@ def example_batch(cfg, batch, num_frames, height, width, words=None):
     """Random tensors with the names and shapes of evaluate.prepare's batch, and noise: the sizes are what counts."""
     f, h, w = (num_frames - 1) // 4 + 1, height // 8, width // 8
     maps = (batch, num_frames, height, width)
-    b = dict(latents=torch.randn(batch, 16, f, h, w), depth=1 + torch.rand(maps),
-             mask=torch.ones(maps, dtype=torch.bool), points=torch.randn(*maps, 3),
-             pose_enc=torch.randn(batch, num_frames, 9), plucker=torch.randn(batch, 6, *maps[1:]), y=None,
-             text=[torch.randn(words or cfg.text_len, cfg.text_dim) for _ in range(batch)])
+    b = dict(
+        latents=torch.randn(batch, 16, f, h, w),
+        depth=1 + torch.rand(maps),
+        mask=torch.ones(maps, dtype=torch.bool),
+        points=torch.randn(*maps, 3),
+        pose_enc=torch.randn(batch, num_frames, 9),
+        plucker=torch.randn(batch, 6, *maps[1:]),
+        y=None,
+        text=[torch.randn(words or cfg.text_len, cfg.text_dim) for _ in range(batch)],
+    )
     if cfg.in_dim > 16:
         b["y"] = torch.randn(batch, cfg.in_dim - 16, f, h, w)
     if cfg.has_clip:
@@ -137,7 +158,9 @@ def measure_step(model, loss, size, half=True):
 
     def heads_begin(head, args):
         live.phase, kept["activations"] = "heads", live.now
-        for i, taps in enumerate(args[0]):          # when the gradients of all four have arrived, the heads are done
+        for i, taps in enumerate(
+            args[0]
+        ):  # when the gradients of all four have arrived, the heads are done
             taps.register_hook(lambda gradient, i=i: arrived(i))
 
     kept, hook = {}, model.depth_head.register_forward_pre_hook(heads_begin)
@@ -149,26 +172,40 @@ def measure_step(model, loss, size, half=True):
         value.backward()
     hook.remove()
     base = kept.get("activations", live.peak["forward"])
-    return dict(activations=base, heads=max(0, live.peak.get("heads", 0) - base), forward=live.peak["forward"] - base,
-                backward=max(0, live.peak.get("backward", 0) - base), peak=max(live.peak.values()),
-                flops=live.flops)
+    return dict(
+        activations=base,
+        heads=max(0, live.peak.get("heads", 0) - base),
+        forward=live.peak["forward"] - base,
+        backward=max(0, live.peak.get("backward", 0) - base),
+        peak=max(live.peak.values()),
+        flops=live.flops,
+    )
 
 
 def static_bytes(model):
     """Bytes that do not depend on the batch: frozen and trainable weights, gradients, AdamW's two moments.  Where weights
     are sharded, what is whole at a time: gathered_heads while the heads run, gathered_backward after them (two steps
     and their gradients, on the way out once more)."""
+
     def split(parameters):
-        frozen, trained = (sum(p.numel() * p.element_size() for p in parameters if p.requires_grad == state)
-                           for state in (False, True))
+        frozen, trained = (
+            sum(p.numel() * p.element_size() for p in parameters if p.requires_grad == state)
+            for state in (False, True)
+        )
         return frozen, trained
+
     frozen, trained = split(list(model.parameters()))
     parts = [split(list(unit.parameters())) for unit in sharded_units(model)]
-    steps, others = parts[:len(model.steps)], parts[len(model.steps):]
+    steps, others = parts[: len(model.steps)], parts[len(model.steps) :]
     rest = frozen + trained - sum(f + t for f, t in parts)
-    return dict(frozen=frozen, trainable=trained, gradients=trained, moments=2 * trained,
-                gathered_heads=rest + sum(f + t for f, t in others),
-                gathered_backward=2 * rest + 2 * max(f + 2 * t for f, t in steps))
+    return dict(
+        frozen=frozen,
+        trainable=trained,
+        gradients=trained,
+        moments=2 * trained,
+        gathered_heads=rest + sum(f + t for f, t in others),
+        gathered_backward=2 * rest + 2 * max(f + 2 * t for f, t in steps),
+    )
 
 
 def count(cfg, stage, loss, size, checkpointing, half=True):
@@ -180,22 +217,28 @@ def count(cfg, stage, loss, size, checkpointing, half=True):
 
 
 # ----------------------------------------------------------------------------------------------------------- the plan
-GIB = 2 ** 30
+GIB = 2**30
 
 
-SHARDING = ("-", "optimizer", "weights")                            # in order of what they send
+SHARDING = ("-", "optimizer", "weights")  # in order of what they send
 
 
 def needs(counts, batch, sharding="-", ranks=1):
     """Bytes of a rank at its fullest: counts is {1: count of one clip, 2: count of two}."""
+
     def grown(size):
         return size(counts[1]) + (batch - 1) * (size(counts[2]) - size(counts[1]))
+
     one = counts[1]
     weights, moments = one["frozen"] + one["trainable"] + one["gradients"], one["moments"]
     if sharding == "weights":
         return (weights + moments) / ranks + max(
-            grown(lambda c: c["activations"] + c[phase]) + one[f"gathered_{phase}"] for phase in ("heads", "backward"))
-    return weights + moments / (ranks if sharding == "optimizer" else 1) + grown(lambda c: c["peak"])
+            grown(lambda c: c["activations"] + c[phase]) + one[f"gathered_{phase}"]
+            for phase in ("heads", "backward")
+        )
+    return (
+        weights + moments / (ranks if sharding == "optimizer" else 1) + grown(lambda c: c["peak"])
+    )
 
 
 def settings(counts, gpus, gigabytes, total):
@@ -205,37 +248,62 @@ def settings(counts, gpus, gigabytes, total):
     returns  checkpointing, one of SHARDING, batch_size, grad_accum, bytes; None when nothing fits"""
     for how in (how for how in CHECKPOINTING if how in counts):
         for sharding in SHARDING if gpus > 1 else SHARDING[:1]:
-            fits = [b for b in range(1, total // gpus + 1) if total % (b * gpus) == 0
-                    and needs(counts[how], b, sharding, gpus) <= GPU_SHARE * gigabytes * GIB]
+            fits = [
+                b
+                for b in range(1, total // gpus + 1)
+                if total % (b * gpus) == 0
+                and needs(counts[how], b, sharding, gpus) <= GPU_SHARE * gigabytes * GIB
+            ]
             if fits:
-                return how, sharding, fits[-1], total // (fits[-1] * gpus), needs(counts[how], fits[-1], sharding, gpus)
+                return (
+                    how,
+                    sharding,
+                    fits[-1],
+                    total // (fits[-1] * gpus),
+                    needs(counts[how], fits[-1], sharding, gpus),
+                )
     return None
 
 
 def report(cfg, stage, loss, size, total, hardware, half=True):
     """The plan as lines of text; size (num_frames, height, width), total: the global batch."""
-    counts = {how: {b: count(cfg, stage, loss, (b, *size), how, half) for b in (1, 2)}
-              for how in (CHECKPOINTING if stage else CHECKPOINTING[:1])}
+    counts = {
+        how: {b: count(cfg, stage, loss, (b, *size), how, half) for b in (1, 2)}
+        for how in (CHECKPOINTING if stage else CHECKPOINTING[:1])
+    }
     one = counts["none"][1]
-    yield (f"stage {stage}, {size[0]} x {size[1]} x {size[2]}, global batch {total}.  GiB per rank, counted on fake "
-           f"tensors in {'bf16' if half else 'fp32'}; nothing was allocated.")
-    yield (f"frozen weights {one['frozen'] / GIB:.3g} | trainable weights {one['trainable'] / GIB:.3g} | gradients "
-           f"{one['gradients'] / GIB:.3g} | AdamW moments {one['moments'] / GIB:.3g}; shard_optimizer divides the moments "
-           f"by the number of GPUs, shard_weights all four, and gathers up to {one['gathered_backward'] / GIB:.3g}")
+    yield (
+        f"stage {stage}, {size[0]} x {size[1]} x {size[2]}, global batch {total}.  GiB per rank, counted on fake "
+        f"tensors in {'bf16' if half else 'fp32'}; nothing was allocated."
+    )
+    yield (
+        f"frozen weights {one['frozen'] / GIB:.3g} | trainable weights {one['trainable'] / GIB:.3g} | gradients "
+        f"{one['gradients'] / GIB:.3g} | AdamW moments {one['moments'] / GIB:.3g}; shard_optimizer divides the moments "
+        f"by the number of GPUs, shard_weights all four, and gathers up to {one['gathered_backward'] / GIB:.3g}"
+    )
     yield f"{'one clip':<17s} blocks    heads  backward     peak  each more  TFLOP/clip"
     for how, c in counts.items():
         more = c[2]["peak"] - c[1]["peak"]
-        yield (f"{how:<15s}" + "".join(f"{c[1][k] / GIB:>{n}.3g}" for k, n in
-                                       (("activations", 9), ("heads", 9), ("backward", 10), ("peak", 9)))
-               + f"{more / GIB:>11.3g}{c[1]['flops'] / 1e12:>12.4g}")
-    yield ("blocks: kept from forward to backward; on top of them heads and losses, later backward.  "
-           f"Up to {GPU_SHARE:.0%} of a GPU is planned with.")
+        yield (
+            f"{how:<15s}"
+            + "".join(
+                f"{c[1][k] / GIB:>{n}.3g}"
+                for k, n in (("activations", 9), ("heads", 9), ("backward", 10), ("peak", 9))
+            )
+            + f"{more / GIB:>11.3g}{c[1]['flops'] / 1e12:>12.4g}"
+        )
+    yield (
+        "blocks: kept from forward to backward; on top of them heads and losses, later backward.  "
+        f"Up to {GPU_SHARE:.0%} of a GPU is planned with."
+    )
     yield f"{'GPUs':<14s} checkpoint_activations  shard (shard_optimizer, shard_weights)  batch_size  grad_accum     GiB"
     for gpus, gigabytes in hardware:
         found = settings(counts, gpus, gigabytes, total)
         name = f"{gpus} x {gigabytes:g} GB"
         if not found:
-            least = min(needs(c, 1, sharding, gpus) for c in counts.values() for sharding in SHARDING)
+            least = min(
+                needs(c, 1, sharding, gpus) for c in counts.values() for sharding in SHARDING
+            )
             yield f"{name:<14s}does not fit: one clip needs {least / GIB:.1f} GiB with everything sharded"
         else:
             how, sharding, batch, accum, total_bytes = found

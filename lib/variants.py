@@ -3,6 +3,7 @@
 Straightforward (a) is what the method's description says, taken literally: every block forward and backward with
 autograd, the exchange in stage 1 too, encoders online, heads over all frames at once, one clip at a time.  Then each
 optimisation is switched off alone (b).  "Ideal" is stated in ideal()."""
+
 from contextlib import ExitStack, contextmanager
 from types import SimpleNamespace
 from unittest.mock import patch
@@ -10,15 +11,17 @@ from unittest.mock import patch
 import torch
 
 import geometry
-import model as model_file
 import sample
 import train
+import wan
 from encoders import CLIPVision, UMT5Encoder, WanVAE
 from geometry import encode_pose, plucker_rays
 from lib.plan import Count, example_batch, fake_model, fake_tensors
-from model import start_condition
+from wan import start_condition
 
-OPTIONS = SimpleNamespace(**{k: v for k, v in vars(train).items() if type(v) in (int, float, str, bool, tuple, dict)})
+OPTIONS = SimpleNamespace(
+    **{k: v for k, v in vars(train).items() if type(v) in (int, float, str, bool, tuple, dict)}
+)
 
 
 # ---------------------------------------------------------------------------------------------------- the least work
@@ -40,14 +43,25 @@ def ideal(cfg, stage, size):
             counts[name] = c.flops, c.attention
             return out
 
-        (_, rows), (text, image) = dit.modulation(sigma), measure("embed", dit.embed_context, b["text"], b.get("clip"))
+        (_, rows), (text, image) = (
+            dit.modulation(sigma),
+            measure("embed", dit.embed_context, b["text"], b.get("clip")),
+        )
         x, grid = measure("embed", lambda: dit.embed(noise, b["y"], dit.control(b["plucker"])))
         ropes = model.ropes(grid, x.device)
-        given = dict(rows=rows, rows_z=torch.zeros(1, 6, cfg.geo_dim), ropes=ropes, frames=grid[0], camera=None)
+        given = dict(
+            rows=rows,
+            rows_z=torch.zeros(1, 6, cfg.geo_dim),
+            ropes=ropes,
+            frames=grid[0],
+            camera=None,
+        )
 
         def blocks(x, first, last):
             for i in range(first, last):
-                x = dit.blocks[i](x, rows, dit.blocks[i].cross_attn.keys_values(text, image), ropes["video"])
+                x = dit.blocks[i](
+                    x, rows, dit.blocks[i].cross_attn.keys_values(text, image), ropes["video"]
+                )
             return x
 
         def geometry_blocks(z):
@@ -60,16 +74,23 @@ def ideal(cfg, stage, size):
         z = measure("bridge", model.geometry_tokens, x, grid, None, 1.0)
         z, taps = measure("geometry", geometry_blocks, z)
         measure("tail", blocks, x, n, cfg.num_layers)
-        measure("exchange", lambda: [e(x, z, ropes["exchange_x"], ropes["exchange_z"]) for e in model.exchange])
+        measure(
+            "exchange",
+            lambda: [e(x, z, ropes["exchange_x"], ropes["exchange_z"]) for e in model.exchange],
+        )
         measure("heads", model.read_out, taps, grid)
     trained = ("bridge", "geometry", "heads") + (("exchange",) if stage == 2 else ())
     frozen = ("embed", "PCB") + (("tail",) if stage == 2 else ())
     ideal_ = sum(counts[k][0] for k in frozen) + 3 * sum(counts[k][0] for k in trained)
-    carried = ("PCB", "tail") if stage == 2 else ()              # gradient passes through, weights take none
+    carried = ("PCB", "tail") if stage == 2 else ()  # gradient passes through, weights take none
     ideal_ += sum(counts[k][0] + counts[k][1] for k in carried)
     fused = ideal_ + sum(counts[k][1] for k in (*trained, *carried)) / 2
-    return dict(ideal=ideal_, fused=fused, recomputed=fused + counts["heads"][0],
-                **{k: v[0] for k, v in counts.items()})
+    return dict(
+        ideal=ideal_,
+        fused=fused,
+        recomputed=fused + counts["heads"][0],
+        **{k: v[0] for k, v in counts.items()},
+    )
 
 
 # -------------------------------------------------------------------------------------------------------- variants
@@ -90,7 +111,7 @@ def whole_heads(model):
     heads = [model.depth_head, model.point_head]
     chunks = [head.chunk for head in heads]
     for head in heads:
-        head.chunk = 10 ** 6
+        head.chunk = 10**6
     yield
     for head, chunk in zip(heads, chunks):
         head.chunk = chunk
@@ -99,14 +120,24 @@ def whole_heads(model):
 def make_encoders(cfg, small):
     """VAE, umT5 and the vision tower (None without CLIP) with random weights; small: an eighth of the widths, a third of
     umT5's layers."""
-    width = dict(vocab=64, dim=cfg.text_dim, attn_dim=cfg.text_dim, ffn_dim=1280, heads=8, layers=8) if small else {}
-    return [WanVAE(12 if small else 96), UMT5Encoder(**width), CLIPVision() if cfg.has_clip else None]
+    width = (
+        dict(vocab=64, dim=cfg.text_dim, attn_dim=cfg.text_dim, ffn_dim=1280, heads=8, layers=8)
+        if small
+        else {}
+    )
+    return [
+        WanVAE(12 if small else 96),
+        UMT5Encoder(**width),
+        CLIPVision() if cfg.has_clip else None,
+    ]
 
 
 def raw_clips(batch, cfg, num_frames, height, width):
     """What the encoders read: pixels and token ids."""
-    return dict(video=torch.rand(batch, 3, num_frames, height, width) * 2 - 1,
-                ids=torch.randint(1, 64, (batch, cfg.text_len)))
+    return dict(
+        video=torch.rand(batch, 3, num_frames, height, width) * 2 - 1,
+        ids=torch.randint(1, 64, (batch, cfg.text_len)),
+    )
 
 
 def encode(raw, at, encoders):
@@ -114,7 +145,10 @@ def encode(raw, at, encoders):
     vae, text, tower = encoders
     video, ids = raw["video"][at], raw["ids"][at]
     start = vae.encode(video[:, :, :1]).bfloat16().float()
-    found = dict(latents=vae.encode(video).bfloat16().float(), text=list(text(ids, torch.ones_like(ids)).float()))
+    found = dict(
+        latents=vae.encode(video).bfloat16().float(),
+        text=list(text(ids, torch.ones_like(ids)).float()),
+    )
     found["y"] = start_condition(start, 32, found["latents"].shape[2])
     return found if tower is None else dict(found, clip=tower(video[:, :, 0]).float())
 
@@ -129,15 +163,20 @@ def step(model, batch, video, each=False, online=None):
         part = {k: v[at] for k, v in b.items()}
         if online:
             part.update(encode(online[0], at, online[1]))
-        loss, parts, _ = train.compute_loss(model, part, noise[at], sigma[at], keep[at], OPTIONS, video)
+        loss, parts, _ = train.compute_loss(
+            model, part, noise[at], sigma[at], keep[at], OPTIONS, video
+        )
         share = len(noise[at]) / n
         (loss * share).backward()
-        total = total + share * (parts["depth"] + parts["point"] + OPTIONS.camera_weight * parts["camera"])
+        total = total + share * (
+            parts["depth"] + parts["point"] + OPTIONS.camera_weight * parts["camera"]
+        )
     return total
 
 
 def variants(model, stage, batch, online):
     """name -> one step, ours first; each sets up what it needs and restores it."""
+
     def run(*contexts, as_stage=stage, checkpointing="none", video=stage == 2, **how):
         def call():
             model.stage, model.checkpoint_activations = as_stage, checkpointing
@@ -145,16 +184,20 @@ def variants(model, stage, batch, online):
                 for context in contexts:
                     stack.enter_context(context(model))
                 return step(model, batch, video, **how)
+
         return call
 
     best = dict(checkpointing="selective") if stage == 2 else {}
-    rows = {"ours": run(**best),
-            "(a) straightforward": run(gradients_everywhere, whole_heads, as_stage=2, video=True, each=True,
-                                       online=online),
-            "(b) encoders online": run(**best, online=online),
-            "(b) one clip at a time": run(**best, each=True),
-            "(b) autograd and weights of Wan": run(gradients_everywhere, **best),
-            "(b) heads over all frames": run(whole_heads, **best)}
+    rows = {
+        "ours": run(**best),
+        "(a) straightforward": run(
+            gradients_everywhere, whole_heads, as_stage=2, video=True, each=True, online=online
+        ),
+        "(b) encoders online": run(**best, online=online),
+        "(b) one clip at a time": run(**best, each=True),
+        "(b) autograd and weights of Wan": run(gradients_everywhere, **best),
+        "(b) heads over all frames": run(whole_heads, **best),
+    }
     if stage == 1:
         rows["(b) video tail and exchange"] = run(as_stage=2, video=True)
     for how in {"none", "selective", "full"} - {best.get("checkpointing", "none")}:
@@ -163,14 +206,18 @@ def variants(model, stage, batch, online):
 
 
 # ------------------------------------------------------------------------------------------------------------ sampling
-def straightforward_sample(model, noise, text, negative, y, w2c, K, steps, guidance, decode, clip=None):
+def straightforward_sample(
+    model, noise, text, negative, y, w2c, K, steps, guidance, decode, clip=None
+):
     """The literal loop: every forward embeds prompt and camera, makes its tables and runs the heads; two passes per
     step; the geometry of the last forward is not the read-out's, so one more forward follows; then decode the video."""
     size = (8 * noise.shape[-2], 8 * noise.shape[-1])
-    given = dict(y=y, clip=clip, plucker=plucker_rays(w2c, K, size), poses=encode_pose(w2c, K, size))
+    given = dict(
+        y=y, clip=clip, plucker=plucker_rays(w2c, K, size), poses=encode_pose(w2c, K, size)
+    )
 
     def velocity(x, t, context):
-        for table in (geometry.rope_2d, geometry.uv_embedding, model_file.rope_3d):
+        for table in (geometry.rope_2d, geometry.uv_embedding, wan.rope_3d):
             table.cache_clear()
         return model(x, t, context, **given)["velocity"]
 

@@ -1,6 +1,7 @@
 """Headless Chromium over its debugging pipe: open a page, run JavaScript, take a picture, read the console.
 
 Messages are JSON with a closing zero byte, on file descriptors 3 (to the browser) and 4 (from it)."""
+
 import base64
 import contextlib
 import json
@@ -11,14 +12,22 @@ import subprocess
 import tempfile
 import time
 
-BROWSER = next(filter(None, map(shutil.which, ("chromium-headless-shell", "chromium", "google-chrome",
-                                               "chromium-browser"))), None)
+BROWSER = next(
+    filter(
+        None,
+        map(
+            shutil.which,
+            ("chromium-headless-shell", "chromium", "google-chrome", "chromium-browser"),
+        ),
+    ),
+    None,
+)
 
 
 class Page:
     def __init__(self, to, back):
         self.to, self.back, self.buffer, self.count, self.session = to, back, b"", 0, None
-        self.problems = []                                   # console errors and uncaught exceptions
+        self.problems = []  # console errors and uncaught exceptions
 
     def receive(self, deadline):
         while b"\0" not in self.buffer:
@@ -29,7 +38,9 @@ class Page:
         message = json.loads(message)
         what, detail = message.get("method"), message.get("params", {})
         if what == "Runtime.exceptionThrown":
-            self.problems.append(detail["exceptionDetails"].get("exception", {}).get("description", "exception"))
+            self.problems.append(
+                detail["exceptionDetails"].get("exception", {}).get("description", "exception")
+            )
         if what == "Runtime.consoleAPICalled" and detail["type"] in ("error", "warning"):
             self.problems.append(str([a.get("value") for a in detail["args"]]))
         if what == "Log.entryAdded" and detail["entry"]["level"] == "error":
@@ -51,7 +62,9 @@ class Page:
 
     def run(self, script):
         """Value of a JavaScript expression; promises are awaited."""
-        answer = self.call("Runtime.evaluate", expression=script, awaitPromise=True, returnByValue=True)
+        answer = self.call(
+            "Runtime.evaluate", expression=script, awaitPromise=True, returnByValue=True
+        )
         assert "exceptionDetails" not in answer, answer["exceptionDetails"]
         return answer["result"].get("value")
 
@@ -60,8 +73,13 @@ class Page:
             file.write(base64.b64decode(self.call("Page.captureScreenshot", format="png")["data"]))
 
     def resize(self, width, height, ratio=1, mobile=False):
-        self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=ratio,
-                  mobile=mobile)
+        self.call(
+            "Emulation.setDeviceMetricsOverride",
+            width=width,
+            height=height,
+            deviceScaleFactor=ratio,
+            mobile=mobile,
+        )
 
 
 @contextlib.contextmanager
@@ -72,19 +90,45 @@ def opened(path, width=1280, height=800):
     script = 'exec 3<&"$1" 4>&"$2"; shift 2; exec "$@"'
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
         process = subprocess.Popen(
-            ["bash", "-c", script, "sh", str(to_read), str(back_write), BROWSER, "--headless", "--no-sandbox",
-             "--use-gl=angle", "--use-angle=swiftshader", "--enable-unsafe-swiftshader", "--remote-debugging-pipe",
-             "--disable-dev-shm-usage", f"--user-data-dir={profile}", f"--window-size={width},{height}", "about:blank"],
-            pass_fds=(to_read, back_write), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            [
+                "bash",
+                "-c",
+                script,
+                "sh",
+                str(to_read),
+                str(back_write),
+                BROWSER,
+                "--headless",
+                "--no-sandbox",
+                "--use-gl=angle",
+                "--use-angle=swiftshader",
+                "--enable-unsafe-swiftshader",
+                "--remote-debugging-pipe",
+                "--disable-dev-shm-usage",
+                f"--user-data-dir={profile}",
+                f"--window-size={width},{height}",
+                "about:blank",
+            ],
+            pass_fds=(to_read, back_write),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
         os.close(to_read), os.close(back_write)
         page = Page(to, back)
         try:
             target = page.call("Target.createTarget", url="about:blank")["targetId"]
-            page.session = page.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+            page.session = page.call("Target.attachToTarget", targetId=target, flatten=True)[
+                "sessionId"
+            ]
             for domain in ("Runtime", "Log", "Page", "Network"):
                 page.call(f"{domain}.enable")
-            page.call("Network.emulateNetworkConditions", offline=True, latency=0, downloadThroughput=0,
-                      uploadThroughput=0)
+            page.call(
+                "Network.emulateNetworkConditions",
+                offline=True,
+                latency=0,
+                downloadThroughput=0,
+                uploadThroughput=0,
+            )
             page.resize(width, height)
             page.call("Page.navigate", url=f"file://{os.path.abspath(path)}")
             deadline = time.monotonic() + 60

@@ -1,4 +1,5 @@
 """The suite runs from any folder, its files on two processes."""
+
 import os
 import sys
 from pathlib import Path
@@ -9,10 +10,15 @@ from precision import REAL
 
 pytest.register_assert_rewrite("loss_case")
 
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+
 # Two threads on two shared cores made a small training loop 15 times slower: one here, one in every process started here.
 torch.set_num_threads(1)
+
 os.environ["OMP_NUM_THREADS"] = "1"
+
 LONGEST = "test_survival.py test_bad_data.py test_train.py test_wan.py test_speed.py test_foreign.py test_sharding.py".split()
 
 
@@ -23,7 +29,11 @@ def pytest_xdist_auto_num_workers(config):
 
 def pytest_collection_modifyitems(items):
     """The longest files first, so that both workers end together."""
-    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+    items.sort(
+        key=lambda item: (
+            LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST)
+        )
+    )
 
 
 @pytest.fixture(params=[torch.float64, torch.float32], ids=["fp64", "fp32"])

@@ -2,6 +2,7 @@
 
 WHAT: nan (a pixel of the first clip of that micro-step), and on the first attempt of a torchrun only: term (SIGTERM to
 this rank), kill (SIGKILL), hang (this rank sleeps)."""
+
 import os
 import pathlib
 import signal
@@ -9,15 +10,18 @@ import sys
 import time
 
 ROOT = pathlib.Path(__file__).parents[1]
+
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-import config            # noqa: E402
-import train             # noqa: E402
+import config  # noqa: E402
+import train  # noqa: E402
 
-ACTS = dict(term=lambda b: os.kill(os.getpid(), signal.SIGTERM),
-            kill=lambda b: os.kill(os.getpid(), signal.SIGKILL),
-            nan=lambda b: b["latents"][0, 0, 0, 0, 0].fill_(float("nan")),
-            hang=lambda b: time.sleep(1000))
+ACTS = dict(
+    term=lambda b: os.kill(os.getpid(), signal.SIGTERM),
+    kill=lambda b: os.kill(os.getpid(), signal.SIGKILL),
+    nan=lambda b: b["latents"][0, 0, 0, 0, 0].fill_(float("nan")),
+    hang=lambda b: time.sleep(1000),
+)
 
 
 def at(step, micro, act):
@@ -29,6 +33,7 @@ def at(step, micro, act):
         if (now, counts[now]) == (step, micro):
             act(b)
         return draw(b, now, *rest)
+
     return dict(draw=disturbed)
 
 

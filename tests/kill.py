@@ -4,6 +4,7 @@
     python tests/kill.py --kills 20 --ranks 2    one rank killed at a time: torchrun --max-restarts brings the run back
 
 After every kill the newest checkpoint must read back whole; at the end weights and AdamW moments must be equal bitwise."""
+
 import argparse
 import contextlib
 import os
@@ -15,14 +16,16 @@ import sys
 import tempfile
 import time
 
+from safetensors.torch import load_file
+
 ROOT = pathlib.Path(__file__).parents[1]
+
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from safetensors.torch import load_file          # noqa: E402
-from tiny import TINY                            # noqa: E402
+from tiny import TINY  # noqa: E402
 
-from lib import checkpoints                               # noqa: E402
-from data import synth                           # noqa: E402
+from lib import checkpoints  # noqa: E402
+from lib.rooms import synth  # noqa: E402
 
 ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
 
@@ -30,18 +33,60 @@ ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
 def tiny_run(root, steps, ranks=1):
     """A rendered dataset and a random video branch -> the arguments of a tiny stage 1 run that saves every step."""
     if not (root / "clips").exists():
-        synth(root / "clips", num=8, num_frames=5, height=32, width=48, seed=0, variety="simple", cache_only=True, val=2)
-    return ["train.py", "config/demo1.py", f"--data_dir={root}/clips", "--wan_dir=", "--random_wan=True", "--height=32",
-            "--width=48", "--num_frames=5", "--num_workers=0", f"--batch_size={2 // ranks}", "--eval_every=0",
-            f"--max_steps={steps}", "--save_every=1", "--log_every=5", f"--model_overrides={vars(TINY)}", "--device=cpu",
-            "--keep_last=2", "--step_timeout=30"]
+        synth(
+            root / "clips",
+            num=8,
+            num_frames=5,
+            height=32,
+            width=48,
+            seed=0,
+            variety="simple",
+            cache_only=True,
+            val=2,
+        )
+    return [
+        "train.py",
+        "config/demo1.py",
+        f"--data_dir={root}/clips",
+        "--wan_dir=",
+        "--random_wan=True",
+        "--height=32",
+        "--width=48",
+        "--num_frames=5",
+        "--num_workers=0",
+        f"--batch_size={2 // ranks}",
+        "--eval_every=0",
+        f"--max_steps={steps}",
+        "--save_every=1",
+        "--log_every=5",
+        f"--model_overrides={vars(TINY)}",
+        "--device=cpu",
+        "--keep_last=2",
+        "--step_timeout=30",
+    ]
 
 
 def start(arguments, ranks=1, restarts=0):
-    launcher = [] if ranks == 1 else ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}",
-                                      f"--max-restarts={restarts}", "--monitor-interval=0.2"]
-    return subprocess.Popen([sys.executable, *launcher, *map(str, arguments)], cwd=ROOT, env=ENV, start_new_session=True,
-                            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    launcher = (
+        []
+        if ranks == 1
+        else [
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc_per_node={ranks}",
+            f"--max-restarts={restarts}",
+            "--monitor-interval=0.2",
+        ]
+    )
+    return subprocess.Popen(
+        [sys.executable, *launcher, *map(str, arguments)],
+        cwd=ROOT,
+        env=ENV,
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
 
 
 def children(pid):
@@ -50,7 +95,7 @@ def children(pid):
     for stat in pathlib.Path("/proc").glob("[0-9]*/stat"):
         try:
             fields = stat.read_text().rpartition(")")[2].split()
-        except OSError:                          # it has just gone
+        except OSError:  # it has just gone
             continue
         if int(fields[1]) == pid and fields[0] != "Z":
             found.append(int(stat.parent.name))
@@ -94,7 +139,9 @@ def kill_alone(arguments, out, kills, chance):
     counts = dict(random=0, saving=0)
     for n in range(kills):
         before, process = newest(out), start([*arguments, f"--out_dir={out}"])
-        assert wait_for(saved_further(out, before), process), "the run ended before it could be killed: raise --steps"
+        assert wait_for(saved_further(out, before), process), (
+            "the run ended before it could be killed: raise --steps"
+        )
         if n % 2:
             assert wait_for(lambda: any(out.glob("*.tmp")), process)
         else:
@@ -102,7 +149,9 @@ def kill_alone(arguments, out, kills, chance):
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         counts["saving" if any(out.glob("*.tmp")) else "random"] += 1
-        assert newest(out) >= before + 1, f"kill {n}: the newest whole checkpoint is {newest(out)}, it was {before + 1}"
+        assert newest(out) >= before + 1, (
+            f"kill {n}: the newest whole checkpoint is {newest(out)}, it was {before + 1}"
+        )
     assert start([*arguments, f"--out_dir={out}"]).wait(600) == 0
     return counts
 
@@ -126,7 +175,9 @@ def kill_ranks(arguments, out, kills, chance, ranks):
 def compare(one, two, step):
     for end in ("", ".optim"):
         a, b = (load_file(out / f"step-{step}{end}.safetensors") for out in (one, two))
-        assert a.keys() == b.keys() and all(a[k].equal(b[k]) for k in a), f"step-{step}{end} differs"
+        assert a.keys() == b.keys() and all(a[k].equal(b[k]) for k in a), (
+            f"step-{step}{end} differs"
+        )
 
 
 def stress(root, kills, steps, seed=0, ranks=1):
@@ -135,8 +186,11 @@ def stress(root, kills, steps, seed=0, ranks=1):
     whole, broken = root / f"whole{ranks}", root / f"broken{ranks}"
     broken.mkdir()
     assert start([*arguments, f"--out_dir={whole}"], ranks).wait(600) == 0
-    counts = kill_alone(arguments, broken, kills, chance) if ranks == 1 else kill_ranks(
-        arguments, broken, kills, chance, ranks)
+    counts = (
+        kill_alone(arguments, broken, kills, chance)
+        if ranks == 1
+        else kill_ranks(arguments, broken, kills, chance, ranks)
+    )
     compare(whole, broken, steps)
     return counts
 
@@ -150,6 +204,10 @@ if __name__ == "__main__":
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         began = time.monotonic()
-        found = stress(pathlib.Path(folder), args.kills, args.steps or 40 * args.kills, args.seed, args.ranks)
-    print(f"{args.kills} kills, {found}: every checkpoint whole, the end is bitwise that of the undisturbed run; "
-          f"{time.monotonic() - began:.0f} s")
+        found = stress(
+            pathlib.Path(folder), args.kills, args.steps or 40 * args.kills, args.seed, args.ranks
+        )
+    print(
+        f"{args.kills} kills, {found}: every checkpoint whole, the end is bitwise that of the undisturbed run; "
+        f"{time.monotonic() - began:.0f} s"
+    )

@@ -1,9 +1,11 @@
 """Tests of a module with `pytestmark = pytest.mark.usefixtures("precision")` (conftest.py) run in fp64 and again in
 fp32; a test that only makes sense in one of them says so by @only_fp64."""
+
 import pytest
 import torch
 
-REAL = dict(dtype=torch.float64)            # what such a test makes its tensors with
+REAL = dict(dtype=torch.float64)  # what such a test makes its tensors with
+
 only_fp64 = pytest.mark.parametrize("precision", [torch.float64], indirect=True, ids=["fp64"])
 
 

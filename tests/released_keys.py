@@ -6,6 +6,7 @@ Written from the list in the specification, not from our modules: at the release
     python tests/released_keys.py DIR [--pcb 1 --irg 1]
 
 writes a model.pth and its base at the release's true widths with fewer blocks, fp32, and measures loading it in bf16."""
+
 import argparse
 import pathlib
 import subprocess
@@ -15,13 +16,62 @@ import torch
 from safetensors.torch import save_file
 from wan_folder import keys, random_tensors
 
-RELEASE = dict(dim=5120, ffn=13824, text=4096, freq=256, pcb=16, irg=24, geo=1024, geo_head=64, pose=128, bicross=1152,
-               plucker=2048, adapted=25, encoder=5120, dpt=(256, 512, 1024, 1024), features=256, tail=32, trunk=4)
-GOLDEN = dict(RELEASE, dim=96, ffn=160, text=48, pcb=2, irg=4, geo=64, geo_head=16, bicross=48, plucker=40, adapted=6,
-              encoder=96, dpt=(16, 24, 32, 32), features=32)
+RELEASE = dict(
+    dim=5120,
+    ffn=13824,
+    text=4096,
+    freq=256,
+    pcb=16,
+    irg=24,
+    geo=1024,
+    geo_head=64,
+    pose=128,
+    bicross=1152,
+    plucker=2048,
+    adapted=25,
+    encoder=5120,
+    dpt=(256, 512, 1024, 1024),
+    features=256,
+    tail=32,
+    trunk=4,
+)
+
+GOLDEN = dict(
+    RELEASE,
+    dim=96,
+    ffn=160,
+    text=48,
+    pcb=2,
+    irg=4,
+    geo=64,
+    geo_head=16,
+    bicross=48,
+    plucker=40,
+    adapted=6,
+    encoder=96,
+    dpt=(16, 24, 32, 32),
+    features=32,
+)
+
 # Head widths of the release (128, 96, 64, 128), so that no head count has to be told; adapters end inside the IRG part.
-TINY = dict(RELEASE, dim=128, ffn=160, text=64, freq=64, pcb=2, irg=3, geo=64, bicross=96, plucker=40, adapted=3,
-            encoder=72, dpt=(8, 12, 16, 20), features=16, tail=8, trunk=2)
+TINY = dict(
+    RELEASE,
+    dim=128,
+    ffn=160,
+    text=64,
+    freq=64,
+    pcb=2,
+    irg=3,
+    geo=64,
+    bicross=96,
+    plucker=40,
+    adapted=3,
+    encoder=72,
+    dpt=(8, 12, 16, 20),
+    features=16,
+    tail=8,
+    trunk=2,
+)
 
 
 def linear(name, n_in, n_out, *kernel):
@@ -35,9 +85,14 @@ def norm(name, n):
 def geo_block(name, c, head=0):
     """VGGT's block with FantasyWorld's modulation; head = 0: without norms of queries and keys."""
     out = {f"{name}.modulation": (1, 6, c), f"{name}.ls1.gamma": (c,), f"{name}.ls2.gamma": (c,)}
-    for part in (norm(f"{name}.norm1", c), norm(f"{name}.norm2", c), linear(f"{name}.attn.qkv", c, 3 * c),
-                 linear(f"{name}.attn.proj", c, c), linear(f"{name}.mlp.fc1", c, 4 * c),
-                 linear(f"{name}.mlp.fc2", 4 * c, c)):
+    for part in (
+        norm(f"{name}.norm1", c),
+        norm(f"{name}.norm2", c),
+        linear(f"{name}.attn.qkv", c, 3 * c),
+        linear(f"{name}.attn.proj", c, c),
+        linear(f"{name}.mlp.fc1", c, 4 * c),
+        linear(f"{name}.mlp.fc2", 4 * c, c),
+    ):
         out.update(part)
     for which in ("q", "k") if head else ():
         out.update(norm(f"{name}.attn.{which}_norm", head))
@@ -46,10 +101,13 @@ def geo_block(name, c, head=0):
 
 def adapter(name, dim, plucker):
     hidden = min(dim, plucker) // 2
-    return {**linear(f"{name}.k_proj.group1", plucker, plucker), **linear(f"{name}.k_proj.group2.0", dim, hidden),
-            **linear(f"{name}.k_proj.group2.2", hidden, plucker),
-            **linear(f"{name}.v_proj.group2.0", plucker, plucker // 5),
-            **linear(f"{name}.v_proj.group2.2", plucker // 5, dim)}
+    return {
+        **linear(f"{name}.k_proj.group1", plucker, plucker),
+        **linear(f"{name}.k_proj.group2.0", dim, hidden),
+        **linear(f"{name}.k_proj.group2.2", hidden, plucker),
+        **linear(f"{name}.v_proj.group2.0", plucker, plucker // 5),
+        **linear(f"{name}.v_proj.group2.2", plucker // 5, dim),
+    }
 
 
 def dpt_head(name, n_in, channels, features, tail, n_out):
@@ -69,16 +127,27 @@ def dpt_head(name, n_in, channels, features, tail, n_out):
         out.update(linear(f"{refine}.out_conv", features, features, 1, 1))
         for unit in (1, 2) if i < 3 else (2,):
             for conv in (1, 2):
-                out.update(linear(f"{refine}.resConfUnit{unit}.conv{conv}", features, features, 3, 3))
-    return {**out, **linear(f"{name}.scratch.output_conv1", features, features // 2, 3, 3),
-            **linear(f"{name}.scratch.output_conv2.0", features // 2, tail, 3, 3),
-            **linear(f"{name}.scratch.output_conv2.2", tail, n_out, 1, 1)}
+                out.update(
+                    linear(f"{refine}.resConfUnit{unit}.conv{conv}", features, features, 3, 3)
+                )
+    return {
+        **out,
+        **linear(f"{name}.scratch.output_conv1", features, features // 2, 3, 3),
+        **linear(f"{name}.scratch.output_conv2.0", features // 2, tail, 3, 3),
+        **linear(f"{name}.scratch.output_conv2.2", tail, n_out, 1, 1),
+    }
 
 
 def camera_head(name, c, trunk):
-    out = {f"{name}.empty_pose_tokens": (1, 1, 9), **norm(f"{name}.token_norm", c), **norm(f"{name}.trunk_norm", c),
-           **linear(f"{name}.embed_pose", 9, c), **linear(f"{name}.poseLN_modulation.1", c, 3 * c),
-           **linear(f"{name}.pose_branch.fc1", c, c // 2), **linear(f"{name}.pose_branch.fc2", c // 2, 9)}
+    out = {
+        f"{name}.empty_pose_tokens": (1, 1, 9),
+        **norm(f"{name}.token_norm", c),
+        **norm(f"{name}.trunk_norm", c),
+        **linear(f"{name}.embed_pose", 9, c),
+        **linear(f"{name}.poseLN_modulation.1", c, 3 * c),
+        **linear(f"{name}.pose_branch.fc1", c, c // 2),
+        **linear(f"{name}.pose_branch.fc2", c // 2, 9),
+    }
     for i in range(trunk):
         out.update(geo_block(f"{name}.trunk.{i}", c))
     return {**out, **linear(f"{name}.camera_time_upsample.expand_channels", c, 4 * c, 1)}
@@ -86,8 +155,16 @@ def camera_head(name, c, trunk):
 
 def wan_shapes(s):
     """The base: Wan2.1-I2V in its official names."""
-    return keys.dit(dim=s["dim"], ffn=s["ffn"], layers=s["pcb"] + s["irg"], in_dim=36, clip=True, camera=False,
-                    text=s["text"], freq=s["freq"])
+    return keys.dit(
+        dim=s["dim"],
+        ffn=s["ffn"],
+        layers=s["pcb"] + s["irg"],
+        in_dim=36,
+        clip=True,
+        camera=False,
+        text=s["text"],
+        freq=s["freq"],
+    )
 
 
 def release_shapes(s, video=True):
@@ -96,7 +173,9 @@ def release_shapes(s, video=True):
     for name, shape in wan_shapes(s).items() if video else ():
         part, _, inner = name.removeprefix("blocks.").partition(".")
         late = name.startswith("blocks.") and int(part) >= s["pcb"]
-        out[f"IRGBlock.{int(part) - s['pcb']}.x_dit.{inner}" if late else f"pipe.dit.{name}"] = tuple(shape)
+        out[f"IRGBlock.{int(part) - s['pcb']}.x_dit.{inner}" if late else f"pipe.dit.{name}"] = (
+            tuple(shape)
+        )
     for i in range(s["adapted"]):
         block = f"pipe.dit.blocks.{i}" if i < s["pcb"] else f"IRGBlock.{i - s['pcb']}.x_dit"
         out.update(adapter(f"{block}.cross_attn.processor", dim, s["plucker"]))
@@ -106,27 +185,52 @@ def release_shapes(s, video=True):
         name = f"IRGBlock.{i}.bicross_attention"
         out.update({f"{name}.gamma_m1": (dim,), f"{name}.gamma_m2": (c,)})
         for m, width in (("m1", dim), ("m2", c)):
-            out.update({**linear(f"{name}.cross_attn.{m}_proj", width, b),
-                        **linear(f"{name}.cross_attn.values_{m}_proj", width, b),
-                        **linear(f"{name}.cross_attn.out_{m}_proj", b, width)})
-    out.update({"vggt.aggregator.camera_token": (1, 2, 1, c), "vggt.aggregator.register_token": (1, 2, 4, c)})
-    for part in (linear("vggt.projection_head", dim, c, 1, 1, 1), linear("vggt.time_embedding.0", s["freq"], c),
-                 linear("vggt.time_embedding.2", c, c), linear("vggt.time_projection.1", c, 6 * c),
-                 linear("vggt.aggregator.CamTokenProjector.mlp.0", 36, s["pose"]),
-                 linear("vggt.aggregator.CamTokenProjector.mlp.2", s["pose"], c),
-                 camera_head("vggt.camera_head", 2 * c, s["trunk"]),
-                 *(dpt_head(f"vggt.{head}_head", 2 * c, s["dpt"], s["features"], s["tail"], n)
-                   for head, n in (("depth", 2), ("point", 4)))):
+            out.update(
+                {
+                    **linear(f"{name}.cross_attn.{m}_proj", width, b),
+                    **linear(f"{name}.cross_attn.values_{m}_proj", width, b),
+                    **linear(f"{name}.cross_attn.out_{m}_proj", b, width),
+                }
+            )
+    out.update(
+        {
+            "vggt.aggregator.camera_token": (1, 2, 1, c),
+            "vggt.aggregator.register_token": (1, 2, 4, c),
+        }
+    )
+    for part in (
+        linear("vggt.projection_head", dim, c, 1, 1, 1),
+        linear("vggt.time_embedding.0", s["freq"], c),
+        linear("vggt.time_embedding.2", c, c),
+        linear("vggt.time_projection.1", c, 6 * c),
+        linear("vggt.aggregator.CamTokenProjector.mlp.0", 36, s["pose"]),
+        linear("vggt.aggregator.CamTokenProjector.mlp.2", s["pose"], c),
+        camera_head("vggt.camera_head", 2 * c, s["trunk"]),
+        *(
+            dpt_head(f"vggt.{head}_head", 2 * c, s["dpt"], s["features"], s["tail"], n)
+            for head, n in (("depth", 2), ("point", 4))
+        ),
+    ):
         out.update(part)
     e = "camera_condition.pose_encoder"
     for i, (first, second) in enumerate(((384, 384), (384, 384))):
-        out.update({**linear(f"{e}.controlnet_encode_first.{2 * i}", first, second, 1, 1),
-                    **norm(f"{e}.controlnet_encode_first.{2 * i + 1}", second)})
+        out.update(
+            {
+                **linear(f"{e}.controlnet_encode_first.{2 * i}", first, second, 1, 1),
+                **norm(f"{e}.controlnet_encode_first.{2 * i + 1}", second),
+            }
+        )
     width = s["encoder"]
-    return {**out, **linear(f"{e}.controlnet_encode_second.0", 384, 768, 1, 1),
-            **norm(f"{e}.controlnet_encode_second.1", 768), **linear(f"{e}.patch_embedding", 768, width, 1, 2, 2),
-            **linear(f"{e}.fc.0", width, width // 2), **norm(f"{e}.fc.1", width // 2),
-            **linear(f"{e}.fc.3", width // 2, s["plucker"]), **norm(f"{e}.fc.4", s["plucker"])}
+    return {
+        **out,
+        **linear(f"{e}.controlnet_encode_second.0", 384, 768, 1, 1),
+        **norm(f"{e}.controlnet_encode_second.1", 768),
+        **linear(f"{e}.patch_embedding", 768, width, 1, 2, 2),
+        **linear(f"{e}.fc.0", width, width // 2),
+        **norm(f"{e}.fc.1", width // 2),
+        **linear(f"{e}.fc.3", width // 2, s["plucker"]),
+        **norm(f"{e}.fc.4", s["plucker"]),
+    }
 
 
 def release_tensors(s, seed=0, video=True, dtype=None):
@@ -141,9 +245,14 @@ def release_tensors(s, seed=0, video=True, dtype=None):
 
 def write_zeros(s, folder):
     """model.pth without the video branch and its base in one file, fp32."""
-    torch.save({name: torch.zeros(shape) for name, shape in release_shapes(s, video=False).items()}, folder / "model.pth")
-    save_file({name: torch.zeros(shape) for name, shape in wan_shapes(s).items()},
-              folder / "diffusion_pytorch_model.safetensors")
+    torch.save(
+        {name: torch.zeros(shape) for name, shape in release_shapes(s, video=False).items()},
+        folder / "model.pth",
+    )
+    save_file(
+        {name: torch.zeros(shape) for name, shape in wan_shapes(s).items()},
+        folder / "diffusion_pytorch_model.safetensors",
+    )
 
 
 # VmHWM, not ru_maxrss: that one starts at the size of the process that we were started from.  A small model first: the
@@ -164,8 +273,12 @@ print((peak() - before) / weights, weights)
 
 def measure_loading(folder):
     """Peak host memory of loading model.pth over the base in bf16 as a multiple of the result's bytes, and those."""
-    result = subprocess.run([sys.executable, "-c", MEASURE, str(folder)], capture_output=True, text=True,
-                            cwd=pathlib.Path(__file__).parents[1])
+    result = subprocess.run(
+        [sys.executable, "-c", MEASURE, str(folder)],
+        capture_output=True,
+        text=True,
+        cwd=pathlib.Path(__file__).parents[1],
+    )
     assert result.returncode == 0, result.stderr
     ratio, weights = result.stdout.split()[-2:]
     return float(ratio), int(weights)
@@ -178,5 +291,11 @@ if __name__ == "__main__":
         parser.add_argument(f"--{name}", type=int, default=1)
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
-    write_zeros(dict(RELEASE, pcb=args.pcb, irg=args.irg, adapted=min(25, args.pcb + args.irg)), args.folder)
-    print("peak host memory {:.3f} x the {:,} bytes of the result".format(*measure_loading(args.folder)))
+    write_zeros(
+        dict(RELEASE, pcb=args.pcb, irg=args.irg, adapted=min(25, args.pcb + args.irg)), args.folder
+    )
+    print(
+        "peak host memory {:.3f} x the {:,} bytes of the result".format(
+            *measure_loading(args.folder)
+        )
+    )

@@ -1,17 +1,24 @@
 """The switches of the ablation table: what is off is not there, the rest trains, stage 2 starts where stage 1 ended."""
+
 import json
 
 import pytest
 import torch
 from safetensors.torch import save_file
-
-from lib.checkpoints import config_from_metadata, load_trained
-from model import FantasyWorld
 from tiny import loss_of, tiny_inputs, tiny_model
 
-SWITCHES = [dict(exchange="none"), dict(exchange="to_geometry"), dict(exchange="to_video"), dict(camera_adapters=False),
-            dict(exchange="none", camera_adapters=False), dict(num_pcb=1, taps=(0, 1, 1, 2)),
-            dict(num_pcb=3, taps=(0, 0, 0, 0))]
+from lib.weights import config_from_metadata, load_trained
+from model import FantasyWorld
+
+SWITCHES = [
+    dict(exchange="none"),
+    dict(exchange="to_geometry"),
+    dict(exchange="to_video"),
+    dict(camera_adapters=False),
+    dict(exchange="none", camera_adapters=False),
+    dict(num_pcb=1, taps=(0, 1, 1, 2)),
+    dict(num_pcb=3, taps=(0, 0, 0, 0)),
+]
 
 
 @pytest.mark.parametrize("switches", SWITCHES, ids=str)
@@ -48,7 +55,10 @@ def test_without_exchange_and_adapters_the_video_is_wans_and_geometry_trains_alo
 
 def test_to_geometry_leaves_the_video_alone_and_to_video_the_geometry():
     inputs = tiny_inputs()
-    for ways, kept, moved in (("to_geometry", "velocity", "depth"), ("to_video", "depth", "velocity")):
+    for ways, kept, moved in (
+        ("to_geometry", "velocity", "depth"),
+        ("to_video", "depth", "velocity"),
+    ):
         model = tiny_model(2, awake=True, exchange=ways)
         with_exchange = outputs(model, inputs)
         for step in model.steps:
@@ -60,15 +70,22 @@ def test_to_geometry_leaves_the_video_alone_and_to_video_the_geometry():
 
 def test_one_way_exchange_holds_half_of_the_values_and_outputs():
     names = lambda ways: {n for n, _ in tiny_model(2, exchange=ways).exchange[0].named_parameters()}
-    assert names("to_geometry") | names("to_video") == names("both") and "gamma_m1" not in names("to_geometry")
-    assert names("to_geometry") & names("to_video") == {f"cross_attn.{m}_proj.{p}" for m in ("m1", "m2")
-                                                        for p in ("weight", "bias")}
+    assert names("to_geometry") | names("to_video") == names("both") and "gamma_m1" not in names(
+        "to_geometry"
+    )
+    assert names("to_geometry") & names("to_video") == {
+        f"cross_attn.{m}_proj.{p}" for m in ("m1", "m2") for p in ("weight", "bias")
+    }
 
 
 def test_an_ablations_checkpoint_loads_into_its_own_config_only(tmp_path):
     model = tiny_model(2, awake=True, exchange="to_video", camera_adapters=False)
     meta = dict(stage="2", step="1", model_config=json.dumps(model.cfg.__dict__))
-    save_file({k: v.contiguous() for k, v in model.trainable_state_dict().items()}, tmp_path / "x.safetensors", meta)
+    save_file(
+        {k: v.contiguous() for k, v in model.trainable_state_dict().items()},
+        tmp_path / "x.safetensors",
+        meta,
+    )
     again = FantasyWorld(config_from_metadata(meta))
     load_trained(again, tmp_path / "x.safetensors")
     loaded = again.state_dict()
@@ -78,5 +95,7 @@ def test_an_ablations_checkpoint_loads_into_its_own_config_only(tmp_path):
 
 
 def test_an_unknown_way_is_refused_by_name():
-    with pytest.raises(ValueError, match="exchange = 'sideways'; wanted both, to_geometry, to_video or none"):
+    with pytest.raises(
+        ValueError, match="exchange = 'sideways'; wanted both, to_geometry, to_video or none"
+    ):
         tiny_model(exchange="sideways")

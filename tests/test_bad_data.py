@@ -1,4 +1,5 @@
 """Damaged and hostile datasets end in a named error; training refuses at its start or leaves the clip out."""
+
 import json
 import multiprocessing
 import os
@@ -18,11 +19,12 @@ import torch
 from safetensors.torch import load_file
 from test_train import SIZES, run
 
-from lib import caches, readers, verify
 import data
-from lib.cameras import read
+from lib import caches, files, rooms
+from lib.camera_files import read
 
 SIZE = (32, 48, 5)
+
 # torch ends a loader's workers by force after an error, and its queue complains
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 
@@ -43,9 +45,23 @@ def place(base, tmp_path):
     return bad_data.at(tmp_path / "data")
 
 
-SHORT = ["video: truncated", "npy: pipe", "npy: code to execute", "npz: 10^12 values", "npz: flipped bits",
-         "npy: booleans", "cameras: 'nan' for a number", "metadata: depth_dir = '../outside'", "metadata: nested",
-         "video: flipped bits, with SHA256SUMS", "cache: flipped bits, draw 0", "cache: NaN latent", "cache: another encoder", "cache: unreadable", "empty text: truncated"]
+SHORT = [
+    "video: truncated",
+    "npy: pipe",
+    "npy: code to execute",
+    "npz: 10^12 values",
+    "npz: flipped bits",
+    "npy: booleans",
+    "cameras: 'nan' for a number",
+    "metadata: depth_dir = '../outside'",
+    "metadata: nested",
+    "video: flipped bits, with SHA256SUMS",
+    "cache: flipped bits, draw 0",
+    "cache: NaN latent",
+    "cache: another encoder",
+    "cache: unreadable",
+    "empty text: truncated",
+]
 
 
 @pytest.mark.parametrize("name", SHORT)
@@ -66,20 +82,26 @@ def spoil(path, name="latents", value=torch.nan):
 
 
 def test_training_refuses_at_its_start_and_names_the_first_five_and_the_count(tmp_path):
-    data.synth(tmp_path, 16, 5, 32, 48, variety="simple", workers=0, cache_only=True)
+    rooms.synth(tmp_path, 16, 5, 32, 48, variety="simple", workers=0, cache_only=True)
     folder = next(tmp_path.glob("cache/*"))
     for n in range(7):
         spoil(folder / f"train_{n:06d}.safetensors")
     with pytest.raises(ValueError) as refused:
         data.CachedClips(tmp_path, "train", *SIZE)
     text = str(refused.value)
-    assert "7 of 16 train clips cannot be trained on" in text and "and 2 more" in text and "--skip_bad=True" in text
+    assert (
+        "7 of 16 train clips cannot be trained on" in text
+        and "and 2 more" in text
+        and "--skip_bad=True" in text
+    )
     assert text.count("latents holds NaN") == 5 and "render it again" in text
     clips = data.CachedClips(tmp_path, "train", *SIZE, skip_bad=True)
     assert [f.stem for f in clips.files] == [f"train_{n:06d}" for n in range(7, 16)]
     for n in range(7, 10):
         spoil(folder / f"train_{n:06d}.safetensors")
-    with pytest.raises(ValueError, match="10 of 16 .*\n(.*\n)*skip_bad leaves out the lesser part only"):
+    with pytest.raises(
+        ValueError, match="10 of 16 .*\n(.*\n)*skip_bad leaves out the lesser part only"
+    ):
         data.CachedClips(tmp_path, "train", *SIZE, skip_bad=True)
 
 
@@ -94,20 +116,34 @@ def test_a_second_start_reads_only_the_files_that_changed(place, monkeypatch):
     body = bytearray(place.cache.read_bytes())
     body[-9] ^= 1
     place.cache.write_bytes(body)
-    os.utime(place.cache, ns=(times.st_atime_ns, times.st_mtime_ns))              # as if it had never been touched
-    with pytest.raises(ValueError, match=f"{damage.VICTIM}.safetensors: its values have the checksum"):
+    os.utime(
+        place.cache, ns=(times.st_atime_ns, times.st_mtime_ns)
+    )  # as if it had never been touched
+    with pytest.raises(
+        ValueError, match=f"{damage.VICTIM}.safetensors: its values have the checksum"
+    ):
         data.CachedClips(place.root, "train", *SIZE)
 
 
 def batches(clips, workers):
     """All batches of a loader as train.py makes it."""
-    torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL = .1     # so long torch waits for a worker after an error: 5 s
-    return list(torch.utils.data.DataLoader(clips, batch_size=2, collate_fn=data.collate, num_workers=workers))
+    torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL = (
+        0.1  # so long torch waits for a worker after an error: 5 s
+    )
+    return list(
+        torch.utils.data.DataLoader(
+            clips, batch_size=2, collate_fn=data.collate, num_workers=workers
+        )
+    )
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_file_damaged_during_a_run_stops_it_by_name_or_the_next_clip_takes_its_place(place, workers, capfd):
-    clips, tolerant = (data.CachedClips(place.root, "train", *SIZE, skip_bad=skip) for skip in (False, True))
+def test_a_file_damaged_during_a_run_stops_it_by_name_or_the_next_clip_takes_its_place(
+    place, workers, capfd
+):
+    clips, tolerant = (
+        data.CachedClips(place.root, "train", *SIZE, skip_bad=skip) for skip in (False, True)
+    )
     place.cache.write_bytes(place.cache.read_bytes()[:500])
     with pytest.raises(ValueError, match=f"clip {damage.VICTIM}: damaged since the start"):
         batches(clips, workers)
@@ -118,8 +154,10 @@ def test_a_file_damaged_during_a_run_stops_it_by_name_or_the_next_clip_takes_its
 
 def test_any_exception_in_a_worker_carries_the_clip(place, monkeypatch):
     clips = data.CachedClips(place.root, "train", *SIZE)
+
     def fail(path, checked):
         raise RuntimeError("out of luck")
+
     monkeypatch.setattr(data, "read_again", fail)
     with pytest.raises(ValueError, match=f"clip {bad_data.OTHER}: .*RuntimeError.*out of luck"):
         batches(clips, 2)
@@ -127,11 +165,17 @@ def test_any_exception_in_a_worker_carries_the_clip(place, monkeypatch):
 
 def test_a_bad_entry_counts_in_its_own_split_and_moves_no_other_clip(tmp_path):
     for named in (True, False):
-        entries = [dict(id=f"c{n}", video=f"c{n}.mp4", fps=0 if n in (3, 4) else 10) for n in range(20)]
+        entries = [
+            dict(id=f"c{n}", video=f"c{n}.mp4", fps=0 if n in (3, 4) else 10) for n in range(20)
+        ]
         splits = dict(train=[f"c{n}" for n in range(18)], val=["c18", "c19"])
-        (tmp_path / "metadata.json").write_text(json.dumps(dict(samples=entries, splits=splits) if named else entries))
+        (tmp_path / "metadata.json").write_text(
+            json.dumps(dict(samples=entries, splits=splits) if named else entries)
+        )
         for split, problems, ids in (("train", 2, 16), ("val", 0, 2), (None, 2, 18)):
-            assert len(data.load_samples(tmp_path, split, bad := [])) == ids and len(bad) == problems, (named, split)
+            assert (
+                len(data.load_samples(tmp_path, split, bad := [])) == ids and len(bad) == problems
+            ), (named, split)
         assert [s["id"] for s in data.load_samples(tmp_path, "val")] == ["c18", "c19"]
         with pytest.raises(ValueError, match="sample 3: fps = 0; wanted"):
             data.load_samples(tmp_path, "train")
@@ -155,16 +199,22 @@ def test_encode_fails_by_default_skips_when_told_and_leaves_no_halves(place, cap
         assert stop.value.code == code
         assert f"{damage.VICTIM}/video.mp4: not a readable video" in "".join(capsys.readouterr())
     left = {p.name for p in place.folder.rglob("*") if p.is_file()} - {".checked"}
-    assert left == {"text_empty.safetensors", "train_000000.safetensors", f"{damage.VICTIM}.text.safetensors"}
+    assert left == {
+        "text_empty.safetensors",
+        "train_000000.safetensors",
+        f"{damage.VICTIM}.text.safetensors",
+    }
     (place.folder / "train_000000.safetensors").unlink()
     (place.root / bad_data.OTHER / "video.mp4").unlink()
-    with pytest.raises(SystemExit, match="1"):                # nothing is left
+    with pytest.raises(SystemExit, match="1"):  # nothing is left
         data.main()
 
 
 def test_a_write_that_fails_leaves_the_old_file_and_nothing_beside_it(place):
     before, limits = place.cache.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))              # as a disk that fills up in the middle
+    resource.setrlimit(
+        resource.RLIMIT_FSIZE, (1000, limits[1])
+    )  # as a disk that fills up in the middle
     try:
         with pytest.raises(OSError, match="File too large"):
             caches.save_tensors(place.cache, dict(text=torch.ones(2, 999)), {})
@@ -188,17 +238,23 @@ def test_encode_writes_through_no_link(place):
 
 def test_encoders_that_give_nan_are_refused_by_clip(place, monkeypatch, capsys):
     from encoders import TransformCodec
+
     place.cache.unlink()
-    monkeypatch.setattr(TransformCodec, "encode", lambda self, video: torch.full((1, 16, 2, 4, 6), torch.nan))
+    monkeypatch.setattr(
+        TransformCodec, "encode", lambda self, video: torch.full((1, 16, 2, 4, 6), torch.nan)
+    )
     assert data.encode(place.root, *SIZE, split="train") == 1
-    assert f"skipped {damage.VICTIM}: " in (text := "".join(capsys.readouterr())) and "latents is not finite" in text
+    assert (
+        f"skipped {damage.VICTIM}: " in (text := "".join(capsys.readouterr()))
+        and "latents is not finite" in text
+    )
 
 
 def test_no_array_file_is_unpickled(tmp_path):
     bomb = np.array([damage.Bomb(tmp_path / "EXECUTED")], object)
     np.save(tmp_path / "a.npy", bomb, allow_pickle=True)
     np.savez(tmp_path / "a.npz", depth=bomb, w2c=bomb, allow_pickle=True)
-    for name, what in (("a.npy", readers.read_array), ("a.npz", readers.read_array), ("a.npz", read)):
+    for name, what in (("a.npy", files.read_array), ("a.npz", files.read_array), ("a.npz", read)):
         with pytest.raises(ValueError, match="values of type object|Object arrays"):
             what(tmp_path / name)
     assert not (tmp_path / "EXECUTED").exists()
@@ -211,44 +267,60 @@ def test_no_source_file_unpickles_or_evaluates():
         text = path.read_text()
         for call in ("np.load(", "torch.load(", "read_array(file"):
             for line in (x for x in text.splitlines() if call in x):
-                assert "allow_pickle=False" in line or "weights_only=True" in line, (path.name, line)
+                assert "allow_pickle=False" in line or "weights_only=True" in line, (
+                    path.name,
+                    line,
+                )
         words = "pickle.load", "import pickle", " eval(", " exec(", "os.system", "shell=True"
         assert not any(word in text for word in words), path.name
 
 
 def test_a_video_that_names_other_files_is_not_followed(place):
-    for text in (f"#EXTM3U\n#EXTINF:1,\nfile://{place.root}/train_000000/video.mp4\n#EXT-X-ENDLIST\n",
-                 "ffconcat version 1.0\nfile train_000000/video.mp4\n"):
+    for text in (
+        f"#EXTM3U\n#EXTINF:1,\nfile://{place.root}/train_000000/video.mp4\n#EXT-X-ENDLIST\n",
+        "ffconcat version 1.0\nfile train_000000/video.mp4\n",
+    ):
         playlist = place.root / "list.mp4"
         playlist.write_text(text)
         with pytest.raises(ValueError, match="list.mp4: not a readable video"):
-            readers.read_video(playlist)
+            files.read_video(playlist)
 
 
 def test_frame_counts_must_agree_and_are_counted_to_the_end(place):
-    assert readers.count_frames(place.video) == 9 and readers.count_arrays(place.depth) == 9
-    (place.depth / "frame_0008.npy").unlink()                                     # behind the window of 5 frames
+    assert files.count_frames(place.video) == 9 and files.count_arrays(place.depth) == 9
+    (place.depth / "frame_0008.npy").unlink()  # behind the window of 5 frames
     with pytest.raises(ValueError, match="9 video frames, 9 cameras and 8 depth maps"):
         data.load_clip(data.load_samples(place.root)[1], *SIZE)
 
 
 def test_sums_cover_what_nothing_else_can_see(place):
-    command = readers.check_sums.__doc__.split("cd DIR && ")[1]
+    command = files.check_sums.__doc__.split("cd DIR && ")[1]
     subprocess.run(command, shell=True, cwd=place.root, check=True)
-    assert verify.verify(place.root, "train") == 0
-    place.camera.write_text(place.camera.read_text().replace("0.5", "0.6", 1))    # a plausible number
-    assert verify.verify(place.root, "train") == 1
+    assert data.verify(place.root, "train") == 0
+    place.camera.write_text(place.camera.read_text().replace("0.5", "0.6", 1))  # a plausible number
+    assert data.verify(place.root, "train") == 1
     place.cache.unlink()
     assert data.encode(place.root, *SIZE, split="train") == 1
 
 
 def on_two_ranks(work):
     """work() in two forked processes as torchrun would start them -> what it returns there."""
-    store = torch.distributed.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)      # on a free port
+    store = torch.distributed.TCPStore(
+        "localhost", 0, is_master=True, wait_for_workers=False
+    )  # on a free port
+
     def rank_of(rank, pipe):
-        os.environ.update(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT=str(store.port),
-                          TORCHELASTIC_RUN_ID="here", TORCHELASTIC_USE_AGENT_STORE="True", TORCHELASTIC_RESTART_COUNT="0")
+        os.environ.update(
+            RANK=str(rank),
+            WORLD_SIZE="2",
+            MASTER_ADDR="localhost",
+            MASTER_PORT=str(store.port),
+            TORCHELASTIC_RUN_ID="here",
+            TORCHELASTIC_USE_AGENT_STORE="True",
+            TORCHELASTIC_RESTART_COUNT="0",
+        )
         pipe.send(work())
+
     context, found = multiprocessing.get_context("fork"), []
     for rank in range(2):
         ours, theirs = context.Pipe(False)
@@ -262,34 +334,59 @@ def on_two_ranks(work):
 
 
 def test_ranks_leave_out_the_same_clips_and_share_the_reading(tmp_path, monkeypatch):
-    data.synth(tmp_path, 6, 5, 32, 48, variety="simple", workers=0, cache_only=True)
+    rooms.synth(tmp_path, 6, 5, 32, 48, variety="simple", workers=0, cache_only=True)
     folder = next(tmp_path.glob("cache/*"))
     spoil(folder / "train_000004.safetensors")
     os.truncate(folder / "train_000001.safetensors", 999)
     original, seen = caches.read_clip, []
     monkeypatch.setattr(caches, "read_clip", lambda path: seen.append(path.stem) or original(path))
+
     def start():
         torch.distributed.init_process_group("gloo")
         clips = data.CachedClips(tmp_path, "train", *SIZE, skip_bad=True)
         return [f.stem for f in clips.files], seen
+
     (one, first), (two, second) = on_two_ranks(start)
     assert one == two == [f"train_{n:06d}" for n in (0, 2, 3, 5)]
-    assert sorted(first + second) == [f"train_{n:06d}" for n in (0, 2, 3, 4, 5)] and first and second
+    assert (
+        sorted(first + second) == [f"train_{n:06d}" for n in (0, 2, 3, 4, 5)] and first and second
+    )
 
 
 def test_encode_under_torchrun_fails_on_every_rank_once_all_are_through(place):
     place.cache.unlink()
-    place.camera.write_text("none\n")                                              # rank 1's clip
+    place.camera.write_text("none\n")  # rank 1's clip
     assert on_two_ranks(lambda: data.encode(place.root, *SIZE, split="train")) == [1, 1]
 
 
 def test_train_refuses_in_one_message_and_goes_on_without_the_clip_when_told(tmp_path):
-    data.synth(tmp_path / "clips", 5, 5, 32, 48, variety="simple", workers=0, cache_only=True, val=1)
+    rooms.synth(
+        tmp_path / "clips", 5, 5, 32, 48, variety="simple", workers=0, cache_only=True, val=1
+    )
     spoil(next(tmp_path.glob("clips/cache/*/train_000002.safetensors")), "depth", torch.inf)
-    options = ["config/demo0.py", f"--data_dir={tmp_path}/clips", "--height=32", "--width=48", "--num_frames=5",
-               "--batch_size=2", "--num_workers=2", "--max_steps=2", f"--model_overrides={SIZES}", "--device=cpu", "--eval_every=0",
-               f"--out_dir={tmp_path}/out"]
+    options = [
+        "config/demo0.py",
+        f"--data_dir={tmp_path}/clips",
+        "--height=32",
+        "--width=48",
+        "--num_frames=5",
+        "--batch_size=2",
+        "--num_workers=2",
+        "--max_steps=2",
+        f"--model_overrides={SIZES}",
+        "--device=cpu",
+        "--eval_every=0",
+        f"--out_dir={tmp_path}/out",
+    ]
     text = run("train.py", *options, ok=False)
-    assert "1 of 5 train clips cannot be trained on" in text and "train_000002" in text and "Traceback" not in text
+    assert (
+        "1 of 5 train clips cannot be trained on" in text
+        and "train_000002" in text
+        and "Traceback" not in text
+    )
     text = run("train.py", *options, "--skip_bad=True")
-    assert text.count("1 of 5 train clips are left out") == 1 and "clips 4 + 0 val" in text and "step 2/2" in text
+    assert (
+        text.count("1 of 5 train clips are left out") == 1
+        and "clips 4 + 0 val" in text
+        and "step 2/2" in text
+    )

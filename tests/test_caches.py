@@ -1,12 +1,13 @@
 """A cache file in training: mapped while it is the one that was checked, else read whole, refused by name."""
+
 import os
 import sys
 
 import pytest
 import torch
 
-from lib import caches
 import data
+from lib import caches, rooms
 
 SIZE = (32, 48, 5)
 
@@ -14,7 +15,7 @@ SIZE = (32, 48, 5)
 @pytest.fixture
 def place(tmp_path):
     """Two cached clips with every kind of tensor, and the dataset around them."""
-    data.synth(tmp_path, 2, 5, 32, 48, variety="simple", workers=0, cache_only=True, moving=True)
+    rooms.synth(tmp_path, 2, 5, 32, 48, variety="simple", workers=0, cache_only=True, moving=True)
     return tmp_path
 
 
@@ -28,8 +29,11 @@ def seen(monkeypatch):
 
 def same_bits(a, b):
     return a.keys() == b.keys() and all(
-        a[k].dtype == b[k].dtype and a[k].shape == b[k].shape and torch.equal(
-            a[k].flatten().view(torch.uint8), b[k].flatten().view(torch.uint8)) for k in a)
+        a[k].dtype == b[k].dtype
+        and a[k].shape == b[k].shape
+        and torch.equal(a[k].flatten().view(torch.uint8), b[k].flatten().view(torch.uint8))
+        for k in a
+    )
 
 
 def test_a_mapped_load_equals_a_full_read_bitwise_and_leaves_no_map_behind(place, seen):
@@ -45,27 +49,37 @@ def test_a_mapped_load_equals_a_full_read_bitwise_and_leaves_no_map_behind(place
         seen.clear()
     if sys.platform == "linux":
         assert str(place) not in open("/proc/self/maps").read()
-    (batch,) = torch.utils.data.DataLoader(clips, batch_size=2, collate_fn=data.collate, num_workers=2)
+    (batch,) = torch.utils.data.DataLoader(
+        clips, batch_size=2, collate_fn=data.collate, num_workers=2
+    )
     assert all(torch.equal(batch[k][1], whole[k]) for k in whole)
 
 
 @pytest.mark.parametrize("skip_bad", [False, True])
 def test_a_file_changed_after_the_start_is_read_whole_and_refused_by_name(place, seen, skip_bad):
     clips = data.CachedClips(place, "train", *SIZE, skip_bad=skip_bad)
-    path, times, body = clips.files[0], clips.files[0].stat(), bytearray(clips.files[0].read_bytes())
+    path, times, body = (
+        clips.files[0],
+        clips.files[0].stat(),
+        bytearray(clips.files[0].read_bytes()),
+    )
     body[-9] ^= 1
     path.write_bytes(body)
-    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))             # as if it had never been touched
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))  # as if it had never been touched
     seen.clear()
     if skip_bad:
         assert clips[0]["id"] == "train_000001"
     else:
-        with pytest.raises(ValueError, match="clip train_000000: damaged.*its values have the checksum"):
+        with pytest.raises(
+            ValueError, match="clip train_000000: damaged.*its values have the checksum"
+        ):
             clips[0]
     assert seen == ["train_000000"]
     body[-9] ^= 1
     path.write_bytes(body)
-    assert clips[0]["id"] == "train_000000" and len(seen) == 2, "whole again, but another time of change"
+    assert clips[0]["id"] == "train_000000" and len(seen) == 2, (
+        "whole again, but another time of change"
+    )
 
 
 @pytest.mark.parametrize("length", [0, 100, 4096, 9999])
@@ -93,14 +107,17 @@ def test_a_file_cut_or_changed_while_it_is_loaded_is_not_trained_on(place, seen,
         return header
 
     monkeypatch.setattr(caches, "arrays_in", copied)
-    assert clips[0]["id"] == "train_000000" and seen == ["train_000000"]   # touched: read again, whole
+    assert clips[0]["id"] == "train_000000" and seen == [
+        "train_000000"
+    ]  # touched: read again, whole
     monkeypatch.setattr(caches, "read_header", cut)
     with pytest.raises(ValueError, match="clip train_000001: damaged since the start"):
         clips[1]
 
 
 def test_training_gets_the_float32_that_the_stored_bits_mean(place):
-    from lib.evaluate import prepare
+    from data import prepare
+
     clips = data.CachedClips(place, "train", *SIZE)
     b = prepare(data.collate([clips[0], clips[1]]), 32, torch.device("cpu"))
     whole = caches.read_clip(clips.files[1])[0]

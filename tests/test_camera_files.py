@@ -1,4 +1,5 @@
 """Camera files: every format has a hand-made example and comes back as it was written; what is open is refused."""
+
 import json
 import math
 import struct
@@ -7,51 +8,67 @@ import numpy as np
 import pytest
 import torch
 
-from lib import cameras
+import geometry
 from geometry import inv_se3, quat_to_mat
+from lib import camera_files, camera_paths
 
 SIZE = (120, 160)
+
 # The hand-made camera of every example stands at (1, 2, 3) and is turned by 90 degrees about y: its z axis is the
 # world's x, its x axis the world's -z.  w2c by hand: geometry.md 6.1c.
-C2W = np.array([[0., 0, 1, 1], [0, 1, 0, 2], [-1, 0, 0, 3]])
-W2C = np.array([[0., 0, -1, 3], [0, 1, 0, -2], [1, 0, 0, -1]])
-C2W_GL = C2W * [1, -1, -1, 1]                                                     # y up, z backward: columns 2, 3
-HALF = math.sqrt(.5)
+C2W = np.array([[0.0, 0, 1, 1], [0, 1, 0, 2], [-1, 0, 0, 3]])
+
+W2C = np.array([[0.0, 0, -1, 3], [0, 1, 0, -2], [1, 0, 0, -1]])
+
+C2W_GL = C2W * [1, -1, -1, 1]  # y up, z backward: columns 2, 3
+
+HALF = math.sqrt(0.5)
 
 
 def bottom(m):
     return [*np.asarray(m).tolist(), [0, 0, 0, 1]]
 
 
-def path_of(frames=7, focal=(.8, 1.0666666667), centre=(.5, .5)):
+def path_of(frames=7, focal=(0.8, 1.0666666667), centre=(0.5, 0.5)):
     torch.manual_seed(0)
-    q = torch.cat([.4 * torch.randn(frames, 3), torch.ones(frames, 1)], -1).double()
+    q = torch.cat([0.4 * torch.randn(frames, 3), torch.ones(frames, 1)], -1).double()
     w2c = torch.cat([quat_to_mat(q), torch.randn(frames, 3, 1).double()], -1).numpy()
     return w2c, np.tile([*focal, *centre], (frames, 1))
 
 
-@pytest.mark.parametrize("form, name", [("re10k", "c.txt"), ("fantasyworld", "c.json"), ("worldscore", "c.json"),
-                                        ("nerfstudio", "transforms.json"), ("colmap", "sparse"), ("npz", "c.npz"),
-                                        ("colmap binary", "sparse")])
+@pytest.mark.parametrize(
+    "form, name",
+    [
+        ("re10k", "c.txt"),
+        ("fantasyworld", "c.json"),
+        ("worldscore", "c.json"),
+        ("nerfstudio", "transforms.json"),
+        ("colmap", "sparse"),
+        ("npz", "c.npz"),
+        ("colmap binary", "sparse"),
+    ],
+)
 def test_what_is_written_is_read_back(tmp_path, form, name):
-    centre = (.47, .52) if form not in ("fantasyworld", "worldscore") else (.5, .5)
+    centre = (0.47, 0.52) if form not in ("fantasyworld", "worldscore") else (0.5, 0.5)
     w2c, k = path_of(centre=centre)
-    cameras.write(tmp_path / name, form.split()[0], w2c, k, SIZE, binary="binary" in form)
-    again, fractions, _ = cameras.read(tmp_path / name, form.split()[0], SIZE)
-    np.testing.assert_allclose(again, w2c, atol=1e-9)                             # 12 digits are written
+    camera_files.write(tmp_path / name, form.split()[0], w2c, k, SIZE, binary="binary" in form)
+    again, fractions, _ = camera_files.read(tmp_path / name, form.split()[0], SIZE)
+    np.testing.assert_allclose(again, w2c, atol=1e-9)  # 12 digits are written
     np.testing.assert_allclose(fractions, k, atol=1e-9)
     if form.split()[0] not in ("fantasyworld", "worldscore"):
-        np.testing.assert_allclose(cameras.read(tmp_path / name, size=SIZE)[0], w2c, atol=1e-9)    # recognised
+        np.testing.assert_allclose(
+            camera_files.read(tmp_path / name, size=SIZE)[0], w2c, atol=1e-9
+        )  # recognised
 
 
 def test_tum_round_trip_keeps_poses_and_has_no_intrinsics(tmp_path):
     w2c, k = path_of()
-    cameras.write(tmp_path / "c.txt", "tum", w2c, k)
-    again, fractions, size = cameras.read(tmp_path / "c.txt")
+    camera_files.write(tmp_path / "c.txt", "tum", w2c, k)
+    again, fractions, size = camera_files.read(tmp_path / "c.txt")
     np.testing.assert_allclose(again, w2c, atol=1e-9)
     assert fractions is None and size is None
     with pytest.raises(ValueError, match="has none; tum and npz"):
-        cameras.write(tmp_path / "d.txt", "re10k", again)
+        camera_files.write(tmp_path / "d.txt", "re10k", again)
 
 
 # ---- hand-made examples
@@ -63,34 +80,47 @@ def check(got, focal_px=(80, 80), centre=(80, 60)):
 
 def test_realestate10k_by_hand(tmp_path):
     row = "0 .5 .66666666666667 .5 .5 0 0 0 0 -1 3 0 1 0 -2 1 0 0 -1\n"
-    for head in ("", "https://www.youtube.com/watch?v=x\n", "\n\n", "# frame fx fy cx cy 0 0 w2c\n"):
+    for head in (
+        "",
+        "https://www.youtube.com/watch?v=x\n",
+        "\n\n",
+        "# frame fx fy cx cy 0 0 w2c\n",
+    ):
         (tmp_path / "c.txt").write_text(head + row + "\n" + row)
-        check(cameras.read(tmp_path / "c.txt"))
+        check(camera_files.read(tmp_path / "c.txt"))
 
 
 def test_fantasyworld_and_worldscore_json_by_hand_differ_in_axes_alone(tmp_path):
     for form, matrix in (("fantasyworld", C2W), ("worldscore", C2W_GL)):
-        (tmp_path / "c.json").write_text(json.dumps(dict(
-            focal_length=80, scale=1, cameras=[], cameras_interp=[bottom(matrix)] * 2)))
-        check(cameras.read(tmp_path / "c.json", form, SIZE))
+        (tmp_path / "c.json").write_text(
+            json.dumps(
+                dict(focal_length=80, scale=1, cameras=[], cameras_interp=[bottom(matrix)] * 2)
+            )
+        )
+        check(camera_files.read(tmp_path / "c.json", form, SIZE))
         with pytest.raises(ValueError, match="--from fantasyworld or --from worldscore"):
-            cameras.read(tmp_path / "c.json", size=SIZE)
+            camera_files.read(tmp_path / "c.json", size=SIZE)
         with pytest.raises(ValueError, match="--size HxW"):
-            cameras.read(tmp_path / "c.json", form)
+            camera_files.read(tmp_path / "c.json", form)
 
 
 def test_nerfstudio_by_hand_with_shared_frame_and_angle_intrinsics(tmp_path):
-    frames = [dict(file_path="b.png", transform_matrix=bottom(np.eye(3, 4))),
-              dict(file_path="a.png", transform_matrix=bottom(C2W_GL))]
-    for shared in (dict(w=160, h=120, fl_x=80, fl_y=80, cx=80, cy=60), dict(w=160, h=120, camera_angle_x=math.pi / 2)):
+    frames = [
+        dict(file_path="b.png", transform_matrix=bottom(np.eye(3, 4))),
+        dict(file_path="a.png", transform_matrix=bottom(C2W_GL)),
+    ]
+    for shared in (
+        dict(w=160, h=120, fl_x=80, fl_y=80, cx=80, cy=60),
+        dict(w=160, h=120, camera_angle_x=math.pi / 2),
+    ):
         (tmp_path / "transforms.json").write_text(json.dumps(dict(shared, frames=frames)))
-        got = cameras.read(tmp_path / "transforms.json")
+        got = camera_files.read(tmp_path / "transforms.json")
         check(got)
         np.testing.assert_allclose(got[0][1], np.diag([1, -1, -1, 0])[:3], atol=1e-12)
-    for lens in (dict(k1=.1), dict(camera_model="OPENCV_FISHEYE")):
+    for lens in (dict(k1=0.1), dict(camera_model="OPENCV_FISHEYE")):
         (tmp_path / "transforms.json").write_text(json.dumps(dict(shared, frames=frames, **lens)))
         with pytest.raises(ValueError, match="undistort"):
-            cameras.read(tmp_path / "transforms.json")
+            camera_files.read(tmp_path / "transforms.json")
 
 
 def test_colmap_text_and_binary_by_hand(tmp_path):
@@ -98,85 +128,99 @@ def test_colmap_text_and_binary_by_hand(tmp_path):
     text, binary = tmp_path / "text", tmp_path / "binary"
     text.mkdir(), binary.mkdir()
     (text / "cameras.txt").write_text("# Camera list\n3 SIMPLE_PINHOLE 160 120 80 80 60\n")
-    (text / "images.txt").write_text(f"# Image list\n9 1 0 0 0 0 0 0 3 b.png\n1 2 -1 3 4 7\n"
-                                     f"2 {HALF} 0 {-HALF} 0 3 -2 -1 3 a b.png\n\n")
+    (text / "images.txt").write_text(
+        f"# Image list\n9 1 0 0 0 0 0 0 3 b.png\n1 2 -1 3 4 7\n"
+        f"2 {HALF} 0 {-HALF} 0 3 -2 -1 3 a b.png\n\n"
+    )
     (binary / "cameras.bin").write_bytes(struct.pack("<QiiQQ4d", 1, 3, 1, 160, 120, 80, 80, 80, 60))
     (binary / "images.bin").write_bytes(
-        struct.pack("<Qi7di", 2, 9, 1, 0, 0, 0, 0, 0, 0, 3) + b"b.png\0"
+        struct.pack("<Qi7di", 2, 9, 1, 0, 0, 0, 0, 0, 0, 3)
+        + b"b.png\0"
         + struct.pack("<Qddqddq", 2, 1, 2, -1, 3, 4, 7)
-        + struct.pack("<i7di", 2, HALF, 0, -HALF, 0, 3, -2, -1, 3) + b"a.png\0" + struct.pack("<Q", 0))
+        + struct.pack("<i7di", 2, HALF, 0, -HALF, 0, 3, -2, -1, 3)
+        + b"a.png\0"
+        + struct.pack("<Q", 0)
+    )
     for folder in (text, binary):
-        got = cameras.read(folder)
+        got = camera_files.read(folder)
         check(got)
         assert got[2] == SIZE
         np.testing.assert_allclose(got[0][1], np.eye(3, 4), atol=1e-12)
     (text / "cameras.txt").write_text("3 OPENCV 160 120 80 80 80 60 .1 0 0 0\n")
     with pytest.raises(ValueError, match="image_undistorter"):
-        cameras.read(text)
+        camera_files.read(text)
 
 
 def test_tum_and_npz_by_hand(tmp_path):
-    (tmp_path / "t.txt").write_text(f"# time tx ty tz qx qy qz qw\n0.0 1 2 3 0 {HALF} 0 {HALF}\n1.0 1 2 3 0 0 0 1\n")
-    np.testing.assert_allclose(cameras.read(tmp_path / "t.txt")[0][0], W2C, atol=1e-12)
-    K = np.array([[[80., 0, 80], [0, 80, 60], [0, 0, 1]]])
+    (tmp_path / "t.txt").write_text(
+        f"# time tx ty tz qx qy qz qw\n0.0 1 2 3 0 {HALF} 0 {HALF}\n1.0 1 2 3 0 0 0 1\n"
+    )
+    np.testing.assert_allclose(camera_files.read(tmp_path / "t.txt")[0][0], W2C, atol=1e-12)
+    K = np.array([[[80.0, 0, 80], [0, 80, 60], [0, 0, 1]]])
     for key, matrix, axes in (("w2c", W2C, None), ("c2w", C2W, None), ("c2w", C2W_GL, "opengl")):
         np.savez(tmp_path / "c.npz", intrinsics=K, size=SIZE, **{key: matrix[None]})
-        check(cameras.read(tmp_path / "c.npz", axes=axes))
+        check(camera_files.read(tmp_path / "c.npz", axes=axes))
     np.savez(tmp_path / "c.npz", poses=C2W[None], intrinsics=K)
     with pytest.raises(ValueError, match="--matrices w2c.c2w"):
-        cameras.read(tmp_path / "c.npz")
+        camera_files.read(tmp_path / "c.npz")
     with pytest.raises(ValueError, match="--size HxW"):
-        cameras.read(tmp_path / "c.npz", matrices="c2w")
-    check(cameras.read(tmp_path / "c.npz", matrices="c2w", size=SIZE))
+        camera_files.read(tmp_path / "c.npz", matrices="c2w")
+    check(camera_files.read(tmp_path / "c.npz", matrices="c2w", size=SIZE))
 
 
 def test_what_is_no_camera_is_refused_by_name(tmp_path):
     (tmp_path / "m.txt").write_text("1 0 0 0 0 1 0 0 0 0 1 0\n")
     with pytest.raises(ValueError, match="bare matrices"):
-        cameras.read(tmp_path / "m.txt")
+        camera_files.read(tmp_path / "m.txt")
     np.savez(tmp_path / "c.npz", w2c=2 * W2C[None])
     with pytest.raises(ValueError, match="not orthonormal"):
-        cameras.read(tmp_path / "c.npz")
+        camera_files.read(tmp_path / "c.npz")
     with pytest.raises(ValueError, match="absent.json.*give --from|absent.json.*readable"):
-        cameras.read(tmp_path / "absent.json", "worldscore", SIZE)
-    w2c, k = path_of(focal=(.8, 1.2))
+        camera_files.read(tmp_path / "absent.json", "worldscore", SIZE)
+    w2c, k = path_of(focal=(0.8, 1.2))
     with pytest.raises(ValueError, match="one focal length"):
-        cameras.write(tmp_path / "c.json", "fantasyworld", w2c, k, SIZE)
+        camera_files.write(tmp_path / "c.json", "fantasyworld", w2c, k, SIZE)
 
 
 def test_command_converts_and_names_what_it_needs(tmp_path, monkeypatch, capsys):
     w2c, k = path_of()
-    cameras.write(tmp_path / "c.json", "worldscore", w2c, k, SIZE)
+    camera_files.write(tmp_path / "c.json", "worldscore", w2c, k, SIZE)
     common = ["cameras.py", str(tmp_path / "c.json"), str(tmp_path / "c.txt")]
     monkeypatch.setattr("sys.argv", [*common, "--from", "worldscore", "--size", "120x160"])
-    cameras.main()
-    np.testing.assert_allclose(cameras.read(tmp_path / "c.txt")[0], w2c, atol=1e-9)
+    camera_files.main()
+    np.testing.assert_allclose(camera_files.read(tmp_path / "c.txt")[0], w2c, atol=1e-9)
     monkeypatch.setattr("sys.argv", common)
     with pytest.raises(SystemExit, match="--from worldscore"):
-        cameras.main()
+        camera_files.main()
 
 
 # ---- key frames
 def test_look_at_by_hand():
-    np.testing.assert_allclose(cameras.look_at((0, 0, 0), (0, 0, 5)), np.eye(3, 4), atol=1e-12)
-    np.testing.assert_allclose(cameras.look_at((1, 2, 3), (9, 2, 3)), W2C, atol=1e-12)
+    np.testing.assert_allclose(camera_paths.look_at((0, 0, 0), (0, 0, 5)), np.eye(3, 4), atol=1e-12)
+    np.testing.assert_allclose(camera_paths.look_at((1, 2, 3), (9, 2, 3)), W2C, atol=1e-12)
     with pytest.raises(ValueError, match="choose another"):
-        cameras.look_at((0, 0, 0), (0, 3, 0))
+        camera_paths.look_at((0, 0, 0), (0, 3, 0))
 
 
 def test_interpolation_meets_the_key_frames_and_moves_along_a_constant_screw():
     w2c, _ = path_of(3)
-    path = torch.from_numpy(cameras.interpolate([0, 4, 10], w2c, np.arange(11)))
+    path = torch.from_numpy(camera_paths.interpolate([0, 4, 10], w2c, np.arange(11)))
     np.testing.assert_allclose(path[[0, 4, 10]], w2c, atol=1e-12)
-    steps = [cameras.compose(path[i + 1], inv_se3(path[i])) for i in range(4)]
+    steps = [geometry.compose(path[i + 1], inv_se3(path[i])) for i in range(4)]
     for step in steps[1:]:
         torch.testing.assert_close(step, steps[0], atol=1e-12, rtol=0)
     twist = torch.randn(20, 6).double()
-    torch.testing.assert_close(cameras.log_se3(cameras.exp_se3(twist)), twist)
-    torch.testing.assert_close(cameras.log_se3(cameras.exp_se3(1e-9 * twist)), 1e-9 * twist, atol=1e-15, rtol=0)
+    torch.testing.assert_close(camera_paths.log_se3(camera_paths.exp_se3(twist)), twist)
+    torch.testing.assert_close(
+        camera_paths.log_se3(camera_paths.exp_se3(1e-9 * twist)), 1e-9 * twist, atol=1e-15, rtol=0
+    )
 
 
 def test_half_way_of_a_quarter_turn_about_a_pivot_stays_on_the_circle():
-    keys = np.stack([cameras.look_at((0, 0, -2), (0, 0, 0)), cameras.look_at((-2, 0, 0), (0, 0, 0))])
-    middle = cameras.interpolate([0, 1], keys, [.5])
-    np.testing.assert_allclose(middle[0], cameras.look_at((-math.sqrt(2), 0, -math.sqrt(2)), (0, 0, 0)), atol=1e-12)
+    keys = np.stack(
+        [camera_paths.look_at((0, 0, -2), (0, 0, 0)), camera_paths.look_at((-2, 0, 0), (0, 0, 0))]
+    )
+    middle = camera_paths.interpolate([0, 1], keys, [0.5])
+    np.testing.assert_allclose(
+        middle[0], camera_paths.look_at((-math.sqrt(2), 0, -math.sqrt(2)), (0, 0, 0)), atol=1e-12
+    )

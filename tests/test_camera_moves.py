@@ -1,11 +1,13 @@
 """Named camera moves: direction, size, smoothness, and the message for a misspelt name."""
+
 import math
 
 import pytest
 import torch
 
-from lib.cameras import TRAVEL, TURN_AXIS, ZOOM, camera_move
-from geometry import inv_se3, rotation_angle
+from geometry import inv_se3
+from lib.camera_paths import TRAVEL, TURN_AXIS, ZOOM, camera_move
+from lib.metrics import rotation_angle
 
 NAMES = [*TRAVEL, *TURN_AXIS, *ZOOM, "spiral"]
 
@@ -13,24 +15,39 @@ NAMES = [*TRAVEL, *TURN_AXIS, *ZOOM, "spiral"]
 @pytest.mark.parametrize("name", NAMES)
 def test_every_move_starts_at_the_identity_with_the_given_focal_length_and_rotates_rigidly(name):
     w2c, focal = camera_move(name, 9)
-    torch.testing.assert_close(w2c[0], torch.eye(3, 4), rtol=0, atol=0)           # -0. is 0.
+    torch.testing.assert_close(w2c[0], torch.eye(3, 4), rtol=0, atol=0)  # -0. is 0.
     assert focal[0] == 1
     R = w2c[..., :3]
     torch.testing.assert_close(R @ R.mT, torch.eye(3).expand(9, 3, 3))
     assert torch.equal(camera_move(name, 1)[0][0], torch.eye(3, 4))
 
 
-@pytest.mark.parametrize("name, direction", [("forward", (0, 0, 1)), ("backward", (0, 0, -1)),
-                                             ("right", (1, 0, 0)), ("left", (-1, 0, 0)),
-                                             ("up", (0, -1, 0)), ("down", (0, 1, 0))])
+@pytest.mark.parametrize(
+    "name, direction",
+    [
+        ("forward", (0, 0, 1)),
+        ("backward", (0, 0, -1)),
+        ("right", (1, 0, 0)),
+        ("left", (-1, 0, 0)),
+        ("up", (0, -1, 0)),
+        ("down", (0, 1, 0)),
+    ],
+)
 def test_travel_ends_three_tenths_of_a_scene_unit_away_with_y_down(name, direction):
     centre = inv_se3(camera_move(name, 9)[0])[-1, :, 3]
     torch.testing.assert_close(centre, 0.3 * torch.tensor(direction, dtype=torch.float32))
     torch.testing.assert_close(inv_se3(camera_move(name, 9, amount=-2.0)[0])[-1, :, 3], -2 * centre)
 
 
-@pytest.mark.parametrize("name, forward", [("pan_right", (.5, 0, 1)), ("pan_left", (-.5, 0, 1)),
-                                           ("tilt_up", (0, -.5, 1)), ("tilt_down", (0, .5, 1))])
+@pytest.mark.parametrize(
+    "name, forward",
+    [
+        ("pan_right", (0.5, 0, 1)),
+        ("pan_left", (-0.5, 0, 1)),
+        ("tilt_up", (0, -0.5, 1)),
+        ("tilt_down", (0, 0.5, 1)),
+    ],
+)
 def test_turns_end_half_a_view_to_the_named_side_without_moving(name, forward):
     c2w = inv_se3(camera_move(name, 9, fov_deg=60.0)[0])
     want = torch.tensor(forward) * torch.tensor([1, 1, math.cos(math.radians(30))])
@@ -46,13 +63,22 @@ def test_orbit_moves_right_at_constant_distance_and_keeps_the_pivot_on_the_axis(
     assert inv_se3(w2c)[-1, 0, 3] > 0
 
 
-@pytest.mark.parametrize("ease, gone", [("linear", (.25, .5, .75)), ("smooth", (.15625, .5, .84375)),
-                                        ("in", (.0625, .25, .5625)), ("out", (.4375, .75, .9375))])
+@pytest.mark.parametrize(
+    "ease, gone",
+    [
+        ("linear", (0.25, 0.5, 0.75)),
+        ("smooth", (0.15625, 0.5, 0.84375)),
+        ("in", (0.0625, 0.25, 0.5625)),
+        ("out", (0.4375, 0.75, 0.9375)),
+    ],
+)
 def test_easing_by_hand(ease, gone):
     """s, s^2 (3 - 2s), s^2, s (2 - s) at a quarter, half, three quarters; all moves end at the same place."""
     w2c, _ = camera_move("forward", 5, ease=ease)
-    torch.testing.assert_close(inv_se3(w2c)[:, 2, 3], .3 * torch.tensor([0, *gone, 1]))
-    turned = rotation_angle(camera_move("pan_left", 5, ease=ease)[0][:, :, :3], torch.eye(3).expand(5, 3, 3))
+    torch.testing.assert_close(inv_se3(w2c)[:, 2, 3], 0.3 * torch.tensor([0, *gone, 1]))
+    turned = rotation_angle(
+        camera_move("pan_left", 5, ease=ease)[0][:, :, :3], torch.eye(3).expand(5, 3, 3)
+    )
     torch.testing.assert_close(turned, 30 * torch.tensor([0, *gone, 1]))
     with pytest.raises(ValueError, match="ease 'fast'.*smooth"):
         camera_move("forward", 5, ease="fast")
@@ -61,17 +87,22 @@ def test_easing_by_hand(ease, gone):
 @pytest.mark.parametrize("name", NAMES)
 def test_amount_scales_every_move_and_a_negative_one_reverts_it(name):
     """Half the turn, the way or the logarithm of the zoom; for the orbit the angle, for the spiral the radius."""
+
     def size(amount):
         w2c, focal = camera_move(name, 9, amount=amount, ease="linear")
         R = w2c[-1, :, :3] if name != "spiral" else torch.eye(3)
         turn = math.radians(rotation_angle(R, torch.eye(3)))
-        way = inv_se3(w2c)[..., 3].norm(dim=-1).max() if name in TRAVEL or name == "spiral" else 0.
+        way = inv_se3(w2c)[..., 3].norm(dim=-1).max() if name in TRAVEL or name == "spiral" else 0.0
         return turn, float(way), math.log(focal[-1])
-    assert [2 * x for x in size(.5)] == pytest.approx(size(1), abs=1e-5)
+
+    assert [2 * x for x in size(0.5)] == pytest.approx(size(1), abs=1e-5)
     assert [abs(x) for x in size(-1)] == pytest.approx([abs(x) for x in size(1)], abs=1e-5)
     if name != "static":
-        assert not torch.allclose(camera_move(name, 9, -1.)[0], camera_move(name, 9)[0]) or name in ZOOM
-        there, back = (camera_move(name, 9, a)[1] for a in (1., -1.))
+        assert (
+            not torch.allclose(camera_move(name, 9, -1.0)[0], camera_move(name, 9)[0])
+            or name in ZOOM
+        )
+        there, back = (camera_move(name, 9, a)[1] for a in (1.0, -1.0))
         torch.testing.assert_close(there * back, torch.ones(9))
 
 
@@ -79,9 +110,13 @@ def test_spiral_returns_to_its_axis_and_looks_at_one_point():
     w2c, focal = camera_move("spiral", 33, ease="linear", pivot_depth=1.5)
     centre, pivot = inv_se3(w2c)[..., 3], torch.tensor([0, 0, 1.5])
     seen = torch.nn.functional.normalize(w2c[..., :3] @ pivot + w2c[..., 3], dim=-1)
-    torch.testing.assert_close(seen, torch.tensor([0, 0, 1.]).expand(33, 3), atol=1e-6, rtol=0)
-    torch.testing.assert_close(centre[[0, 16, 32]], torch.zeros(3, 3), atol=1e-6, rtol=0)         # two windings
-    assert (focal == 1).all() and centre[:, 0].abs().max() > .05 and centre[:, 2].abs().max() < 1e-6
+    torch.testing.assert_close(seen, torch.tensor([0, 0, 1.0]).expand(33, 3), atol=1e-6, rtol=0)
+    torch.testing.assert_close(
+        centre[[0, 16, 32]], torch.zeros(3, 3), atol=1e-6, rtol=0
+    )  # two windings
+    assert (
+        (focal == 1).all() and centre[:, 0].abs().max() > 0.05 and centre[:, 2].abs().max() < 1e-6
+    )
 
 
 def test_zoom_changes_the_focal_length_only():

@@ -1,4 +1,5 @@
 """Readers, writers, crops and the cache: what is read is what was written, errors name their cure."""
+
 import json
 import shutil
 
@@ -8,14 +9,15 @@ import torch
 from safetensors.torch import load_file
 
 import data
-from lib.caches import cached_metadata
 from geometry import unproject
+from lib import camera_files, files, pictures, rooms
+from lib.caches import cached_metadata
 
 
 @pytest.fixture(scope="module")
 def rendered(tmp_path_factory):
     root = tmp_path_factory.mktemp("rooms")
-    data.synth(root, 2, 9, 64, 96, seed=5, val=1)
+    rooms.synth(root, 2, 9, 64, 96, seed=5, val=1)
     return root
 
 
@@ -24,102 +26,134 @@ def copy_of(rendered, tmp_path):
 
 
 def test_cameras_round_trip_and_url_and_blank_lines_are_ignored(tmp_path):
-    clip = data.render_clip(0, 5, 32, 48)
+    clip = rooms.render_clip(0, 5, 32, 48)
     k = np.repeat(clip["intrinsics"][None], 5, 0)
-    data.write_cameras(tmp_path / "c.txt", clip["w2c"], k, (32, 48))
+    camera_files.write_cameras(tmp_path / "c.txt", clip["w2c"], k, (32, 48))
     text = (tmp_path / "c.txt").read_text()
     (tmp_path / "url.txt").write_text("https://example.org/v\n\n" + text.replace("\n", "\n\n"))
     for name in ("c.txt", "url.txt"):
-        w2c, fractions = data.read_cameras(tmp_path / name)
-        np.testing.assert_allclose(w2c, clip["w2c"], atol=1e-9)                   # 10 digits are written
-        np.testing.assert_allclose(fractions[0], [k[0, 0, 0] / 48, k[0, 1, 1] / 32, .5, .5], rtol=1e-9)
+        w2c, fractions = camera_files.read_cameras(tmp_path / name)
+        np.testing.assert_allclose(w2c, clip["w2c"], atol=1e-9)  # 10 digits are written
+        np.testing.assert_allclose(
+            fractions[0], [k[0, 0, 0] / 48, k[0, 1, 1] / 32, 0.5, 0.5], rtol=1e-9
+        )
 
 
-@pytest.mark.parametrize("line, message", [("1 2 3", "line 2: 3 columns"),
-                                           ("a " * 19, "line 2: could not convert"),
-                                           ("0 nan" + " 1" * 17, "18 finite"),
-                                           ("0 500 500 320 240" + " 0" * 14, "Divide fx")])
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ("1 2 3", "line 2: 3 columns"),
+        ("a " * 19, "line 2: could not convert"),
+        ("0 nan" + " 1" * 17, "18 finite"),
+        ("0 500 500 320 240" + " 0" * 14, "Divide fx"),
+    ],
+)
 def test_a_bad_camera_line_is_named_with_what_was_wanted(tmp_path, line, message):
     good = "0 .5 .9 .5 .5 0 0 1 0 0 0 0 1 0 0 0 0 1 0"
     (tmp_path / "c.txt").write_text(good + "\n" + line + "\n")
     with pytest.raises(ValueError, match=f"c.txt, {message}|c.txt, line 2.*{message}"):
-        data.read_cameras(tmp_path / "c.txt")
+        camera_files.read_cameras(tmp_path / "c.txt")
 
 
 def test_video_and_png_round_trip(tmp_path):
-    rgb = data.render_clip(1, 5, 64, 96)["rgb"]
-    data.write_video(tmp_path / "v.mp4", rgb, 15)
-    frames, fps = data.read_video(tmp_path / "v.mp4")
+    rgb = rooms.render_clip(1, 5, 64, 96)["rgb"]
+    pictures.write_video(tmp_path / "v.mp4", rgb, 15)
+    frames, fps = files.read_video(tmp_path / "v.mp4")
     assert frames.shape == rgb.shape and fps == 15
-    assert np.abs(frames.astype(float) - rgb).mean() < 3                          # lossy: crf 14, half chroma
-    assert len(data.read_video(tmp_path / "v.mp4", 2)[0]) == 2
-    data.write_png(tmp_path / "p.png", rgb[0])
-    np.testing.assert_array_equal(data.read_video(tmp_path / "p.png")[0][0], rgb[0])
+    assert np.abs(frames.astype(float) - rgb).mean() < 3  # lossy: crf 14, half chroma
+    assert len(files.read_video(tmp_path / "v.mp4", 2)[0]) == 2
+    pictures.write_png(tmp_path / "p.png", rgb[0])
+    np.testing.assert_array_equal(files.read_video(tmp_path / "p.png")[0][0], rgb[0])
     (tmp_path / "bad.mp4").write_bytes(b"nothing")
     for name in ("bad.mp4", "absent.mp4"):
         with pytest.raises(ValueError, match=name):
-            data.read_video(tmp_path / name)
+            files.read_video(tmp_path / name)
 
 
-@pytest.mark.parametrize("kind", ["uint8", "0 .. 1 over the clip", "0 .. 1 per frame", "1 / z", "millimetres"])
+@pytest.mark.parametrize(
+    "kind", ["uint8", "0 .. 1 over the clip", "0 .. 1 per frame", "1 / z", "millimetres"]
+)
 def test_depth_without_a_unit_is_told_from_metric_depth_in_every_window(tmp_path, kind):
-    z = data.render_clip(2, 9, 32, 48)["depth"]
+    z = rooms.render_clip(2, 9, 32, 48)["depth"]
     low, high = (f(z.reshape(9, -1), axis=1).reshape(9, 1, 1) for f in (np.min, np.max))
-    stored = {"uint8": (255 * z / z.max()).astype(np.uint8), "0 .. 1 over the clip": (z - z.min()) / np.ptp(z),
-              "0 .. 1 per frame": (z - low) / (high - low), "1 / z": 1 / z, "millimetres": 1000 * z}[kind]
+    stored = {
+        "uint8": (255 * z / z.max()).astype(np.uint8),
+        "0 .. 1 over the clip": (z - z.min()) / np.ptp(z),
+        "0 .. 1 per frame": (z - low) / (high - low),
+        "1 / z": 1 / z,
+        "millimetres": 1000 * z,
+    }[kind]
     np.save(tmp_path / "d.npy", stored)
     relative = kind in ("uint8", "0 .. 1 over the clip", "0 .. 1 per frame")
-    assert bool(data.why_relative(tmp_path / "d.npy")) == relative
-    if relative:                                                                  # order is kept, nothing divided
-        np.testing.assert_array_equal(data.read_depth(tmp_path / "d.npy", frames=[3]), stored[[3]].astype(np.float32))
+    assert bool(files.why_relative(tmp_path / "d.npy")) == relative
+    if relative:  # order is kept, nothing divided
+        np.testing.assert_array_equal(
+            files.read_depth(tmp_path / "d.npy", frames=[3]), stored[[3]].astype(np.float32)
+        )
         with pytest.raises(ValueError, match="relative inverse depth"):
-            data.read_depth(tmp_path / "d.npy", inverse=True)
+            files.read_depth(tmp_path / "d.npy", inverse=True)
     elif kind == "1 / z":
-        np.testing.assert_allclose(data.read_depth(tmp_path / "d.npy", inverse=True), z, rtol=1e-6)
+        np.testing.assert_allclose(files.read_depth(tmp_path / "d.npy", inverse=True), z, rtol=1e-6)
     else:
-        np.testing.assert_allclose(data.read_depth(tmp_path / "d.npy", .001), z, rtol=1e-6)
+        np.testing.assert_allclose(files.read_depth(tmp_path / "d.npy", 0.001), z, rtol=1e-6)
 
 
-def test_clips_without_a_unit_are_marked_in_the_cache_and_the_user_is_told(rendered, tmp_path, capsys):
+def test_clips_without_a_unit_are_marked_in_the_cache_and_the_user_is_told(
+    rendered, tmp_path, capsys
+):
     root = copy_of(rendered, tmp_path)
     for f in (root / "train_000000" / "depth").glob("*.npy"):
         np.save(f, (20 * np.load(f)).clip(0, 255).astype(np.uint8))
     assert data.encode(root, 64, 96, 9) == 0
     assert "train_000000: 8-bit depth: not metric" in capsys.readouterr().out
     clips = data.CachedClips(root, "train", 64, 96, 9)
-    assert [bool(clips[i]["relative"]) for i in range(2)] == [True, False] and clips.count_relative() == 1
+    assert [bool(clips[i]["relative"]) for i in range(2)] == [
+        True,
+        False,
+    ] and clips.count_relative() == 1
     assert data.collate([clips[0], clips[1]])["relative"].tolist() == [True, False]
 
 
 def test_depth_reads_the_same_from_every_container(tmp_path):
-    depth = (data.render_clip(2, 5, 32, 48)["depth"] * 1000).round().astype(np.uint16)
-    metres = depth.astype(np.float32) * np.float32(.001)
+    depth = (rooms.render_clip(2, 5, 32, 48)["depth"] * 1000).round().astype(np.uint16)
+    metres = depth.astype(np.float32) * np.float32(0.001)
     (tmp_path / "npy").mkdir()
     (tmp_path / "png").mkdir()
     for t in range(5):
         np.save(tmp_path / "npy" / f"frame_{t:04d}.npy", metres[t])
-        data.write_png(tmp_path / "png" / f"frame_{t:04d}.png", depth[t])
+        pictures.write_png(tmp_path / "png" / f"frame_{t:04d}.png", depth[t])
     np.save(tmp_path / "one.npy", metres)
     np.savez(tmp_path / "one.npz", depth=metres)
-    for name, scale in (("npy", None), ("one.npy", None), ("one.npz", None), ("png", .001)):
-        np.testing.assert_array_equal(data.read_depth(tmp_path / name, scale), metres)
-        np.testing.assert_array_equal(data.read_depth(tmp_path / name, scale, [3, 1]), metres[[3, 1]])
+    for name, scale in (("npy", None), ("one.npy", None), ("one.npz", None), ("png", 0.001)):
+        np.testing.assert_array_equal(files.read_depth(tmp_path / name, scale), metres)
+        np.testing.assert_array_equal(
+            files.read_depth(tmp_path / name, scale, [3, 1]), metres[[3, 1]]
+        )
     with pytest.raises(ValueError, match="depth_scale"):
-        data.read_depth(tmp_path / "png")
+        files.read_depth(tmp_path / "png")
     with pytest.raises(ValueError, match="5 frames found, 8 wanted"):
-        data.read_depth(tmp_path / "npy", None, [7])
+        files.read_depth(tmp_path / "npy", None, [7])
     np.save(tmp_path / "holes.npy", np.array([[[np.nan, np.inf, -1, 2]]], np.float32))
-    np.testing.assert_array_equal(data.read_depth(tmp_path / "holes.npy"), [[[0, 0, 0, 2]]])
+    np.testing.assert_array_equal(files.read_depth(tmp_path / "holes.npy"), [[[0, 0, 0, 2]]])
 
 
 def test_the_three_forms_of_metadata_list_the_same_samples(rendered, tmp_path):
     root = copy_of(rendered, tmp_path)
     full = data.load_samples(root)
     assert [s["split"] for s in full] == ["train", "train", "val"]
-    flat = [dict(video=f"{s['id']}/video.mp4", prompt=s["prompt"], depth=f"{s['id']}/depth",
-                 camera_params=f"{s['id']}/camera_params.txt") for s in full]
+    flat = [
+        dict(
+            video=f"{s['id']}/video.mp4",
+            prompt=s["prompt"],
+            depth=f"{s['id']}/depth",
+            camera_params=f"{s['id']}/camera_params.txt",
+        )
+        for s in full
+    ]
     (root / "metadata.json").write_text(json.dumps(flat))
-    assert data.load_samples(root) == [dict(s, fps=None) for s in full]  # last tenth, at least one, is val
+    assert data.load_samples(root) == [
+        dict(s, fps=None) for s in full
+    ]  # last tenth, at least one, is val
     (root / "metadata.json").unlink()
     assert data.load_samples(root) == [dict(s, fps=None, prompt="") for s in full]
     assert len(data.load_samples(root, "train")) == 2
@@ -127,10 +161,16 @@ def test_the_three_forms_of_metadata_list_the_same_samples(rendered, tmp_path):
         data.load_samples(root, "test")
 
 
-@pytest.mark.parametrize("bad, message", [
-    (dict(video="../x.mp4"), "sample 1.*leaves the dataset"), (dict(video="/x.mp4"), "sample 1.*leaves"),
-    (dict(prompt="x"), "sample 1: no video_path; found prompt"), (dict(video="ok/video.mp4"), "there twice"),
-    (dict(video="a.mp4", id="../a"), "file name")])
+@pytest.mark.parametrize(
+    "bad, message",
+    [
+        (dict(video="../x.mp4"), "sample 1.*leaves the dataset"),
+        (dict(video="/x.mp4"), "sample 1.*leaves"),
+        (dict(prompt="x"), "sample 1: no video_path; found prompt"),
+        (dict(video="ok/video.mp4"), "there twice"),
+        (dict(video="a.mp4", id="../a"), "file name"),
+    ],
+)
 def test_bad_entries_are_named(tmp_path, bad, message):
     (tmp_path / "metadata.json").write_text(json.dumps([dict(video="ok/video.mp4"), bad]))
     with pytest.raises(ValueError, match=message):
@@ -143,9 +183,11 @@ def test_crop_and_resize_move_intrinsics_by_hand_computed_numbers(rendered):
     k = full["intrinsics"][0]
     half = data.load_clip(sample, 32, 48, 9)["intrinsics"][0]  # resize by 1/2: everything halves
     torch.testing.assert_close(half[:2], k[:2] / 2)
-    square = data.load_clip(sample, 32, 32, 9)["intrinsics"][0]  # 16 columns off each side, then 1/2
+    square = data.load_clip(sample, 32, 32, 9)["intrinsics"][
+        0
+    ]  # 16 columns off each side, then 1/2
     torch.testing.assert_close(square[0], torch.stack([k[0, 0] / 2, k[0, 1], (k[0, 2] - 16) / 2]))
-    wide = data.load_clip(sample, 32, 96, 9)["intrinsics"][0]                     # 16 rows off top and bottom
+    wide = data.load_clip(sample, 32, 96, 9)["intrinsics"][0]  # 16 rows off top and bottom
     torch.testing.assert_close(wide[1], torch.stack([k[1, 0], k[1, 1], k[1, 2] - 16]))
     torch.testing.assert_close(wide[0], k[0])
 
@@ -153,18 +195,24 @@ def test_crop_and_resize_move_intrinsics_by_hand_computed_numbers(rendered):
 def test_cropped_depth_unprojects_to_the_full_size_points(rendered):
     sample = data.load_samples(rendered)[0]
     full, small = data.load_clip(sample, 64, 96, 9), data.load_clip(sample, 32, 96, 9)
-    lift = [unproject(c["depth"].double()[None], c["w2c"][None], c["intrinsics"][None])[0]
-            for c in (full, small)]
+    lift = [
+        unproject(c["depth"].double()[None], c["w2c"][None], c["intrinsics"][None])[0]
+        for c in (full, small)
+    ]
     torch.testing.assert_close(lift[1], lift[0][:, 16:48])  # a pure crop: the same points
     third = data.load_clip(sample, 64 // 2, 96 // 2, 9)
-    points = unproject(third["depth"].double()[None], third["w2c"][None], third["intrinsics"][None])[0]
+    points = unproject(
+        third["depth"].double()[None], third["w2c"][None], third["intrinsics"][None]
+    )[0]
     # pixel i takes source pixel 2i + 1, whose ray is half a source pixel away: .5 z / f in each direction
     error = (points - lift[0][:, 1::2, 1::2]).norm(dim=-1) / full["depth"][:, 1::2, 1::2]
-    assert error.max() < .5 * 2 ** .5 / full["intrinsics"][0, 0, 0] * 1.01
+    assert error.max() < 0.5 * 2**0.5 / full["intrinsics"][0, 0, 0] * 1.01
     assert (full["video"][:, :, 16:48] - small["video"]).abs().max() < 1e-6
 
 
-def test_windows_are_relative_to_their_first_frame_and_depth_comes_from_points_too(rendered, tmp_path):
+def test_windows_are_relative_to_their_first_frame_and_depth_comes_from_points_too(
+    rendered, tmp_path
+):
     root = copy_of(rendered, tmp_path)
     sample = data.load_samples(root)[0]
     clip = data.load_clip(sample, 64, 96, 9)
@@ -172,8 +220,10 @@ def test_windows_are_relative_to_their_first_frame_and_depth_comes_from_points_t
     torch.testing.assert_close(window["w2c"][0], torch.eye(3, 4).double())
     torch.testing.assert_close(window["depth"], clip["depth"][2:7])
     assert data.load_clip(sample, 64, 96, 5, stride=2)["fps"] == 7.5
-    points = unproject(clip["depth"].double()[None], clip["w2c"][None], clip["intrinsics"][None])[0].numpy()
-    points[:, :2] = 0                                                             # no reading there
+    points = unproject(clip["depth"].double()[None], clip["w2c"][None], clip["intrinsics"][None])[
+        0
+    ].numpy()
+    points[:, :2] = 0  # no reading there
     np.save(root / "points.npy", points)
     depth = data.load_clip(dict(sample, depth=None, points=root / "points.npy"), 64, 96, 9)["depth"]
     torch.testing.assert_close(depth[:, 2:], clip["depth"][:, 2:])
@@ -186,19 +236,27 @@ def test_windows_are_relative_to_their_first_frame_and_depth_comes_from_points_t
 
 def test_the_cache_is_kept_refreshed_when_stale_and_repaired_when_cut(rendered, tmp_path, capsys):
     root = copy_of(rendered, tmp_path)
-    with pytest.raises(ValueError, match="python data.py encode .* --codec transform --height 64 --width"):
+    with pytest.raises(
+        ValueError, match="python data.py encode .* --codec transform --height 64 --width"
+    ):
         data.CachedClips(root, "train", 64, 96, 9)
     assert data.encode(root, 64, 96, 9) == 0
     folder = next((root / "cache").iterdir())
     files = sorted(f for f in folder.iterdir() if f.name != "text_empty.safetensors")
     before = [f.stat().st_mtime_ns for f in files]
-    (root / "train_000000" / "video.mp4").touch()                                 # newer than its cache
-    files[1].write_bytes(files[1].read_bytes()[:1000])                            # cut short
+    (root / "train_000000" / "video.mp4").touch()  # newer than its cache
+    files[1].write_bytes(files[1].read_bytes()[:1000])  # cut short
     data.encode(root, 64, 96, 9)
     assert [f.stat().st_mtime_ns > t for f, t in zip(files, before)] == [True, True, False]
     clips = data.CachedClips(root, "train", 64, 96, 9)
     batch = data.collate([clips[0], clips[1]])
-    assert batch["latents"].shape == (2, 16, 3, 8, 12) and batch["start_latents"].shape == (2, 16, 3, 8, 12)
+    assert batch["latents"].shape == (2, 16, 3, 8, 12) and batch["start_latents"].shape == (
+        2,
+        16,
+        3,
+        8,
+        12,
+    )
     assert batch["depth"].shape == (2, 9, 64, 96) and batch["w2c"].shape == (2, 9, 3, 4)
     assert [t.shape[1] for t in batch["text"]] == [64, 64] and clips.empty_text.is_file()
     torch.testing.assert_close(batch["latents"][:, :, :1], batch["start_latents"][:, :, :1])
@@ -211,7 +269,9 @@ def test_the_cache_is_kept_refreshed_when_stale_and_repaired_when_cut(rendered, 
 
 def test_cache_only_rendering_is_the_same_for_any_number_of_workers(rendered, tmp_path):
     for workers in (0, 2):
-        data.synth(tmp_path / str(workers), 2, 9, 64, 96, seed=5, val=1, workers=workers, cache_only=True)
+        rooms.synth(
+            tmp_path / str(workers), 2, 9, 64, 96, seed=5, val=1, workers=workers, cache_only=True
+        )
     one, two = (sorted((tmp_path / w / "cache").glob("*/*.safetensors")) for w in "02")
     assert [f.name for f in one] == [f.name for f in two] and len(one) == 4
     for a, b in zip(one, two):  # the header's key order is random
@@ -219,8 +279,10 @@ def test_cache_only_rendering_is_the_same_for_any_number_of_workers(rendered, tm
         assert cached_metadata(a) == cached_metadata(b)
         assert all(torch.equal(a_tensors[k], b_tensors[k]) for k in a_tensors | b_tensors)
     data.encode(rendered, 64, 96, 9)
-    direct, written = (data.CachedClips(root, "val", 64, 96, 9)[0] for root in (tmp_path / "2", rendered))
+    direct, written = (
+        data.CachedClips(root, "val", 64, 96, 9)[0] for root in (tmp_path / "2", rendered)
+    )
     assert direct["prompt"] == written["prompt"]
     torch.testing.assert_close(direct["w2c"], written["w2c"])
     torch.testing.assert_close(direct["depth"], written["depth"])
-    assert (direct["latents"] - written["latents"]).abs().mean() < .1             # the written video is H.264
+    assert (direct["latents"] - written["latents"]).abs().mean() < 0.1  # the written video is H.264

@@ -1,4 +1,5 @@
 """Depth of every kind, from the user's files to a trained step: what has a unit is metric, what has none is not."""
+
 import json
 import shutil
 
@@ -7,7 +8,8 @@ import pytest
 from test_train import SIZES, run
 
 import data
-from lib import verify
+from lib import files, pictures
+from lib.rooms import synth
 
 SHAPE = dict(num_frames=5, height=32, width=48)
 
@@ -15,7 +17,7 @@ SHAPE = dict(num_frames=5, height=32, width=48)
 @pytest.fixture(scope="module")
 def rooms(tmp_path_factory):
     root = tmp_path_factory.mktemp("rooms")
-    data.synth(root, 2, **SHAPE, seed=3, variety="simple", val=1)
+    synth(root, 2, **SHAPE, seed=3, variety="simple", val=1)
     return root
 
 
@@ -25,7 +27,7 @@ def rewrite(rooms, root, store, **entry):
     meta = json.loads((root / "metadata.json").read_text())
     for sample in meta["samples"]:
         if sample["id"].startswith("train"):
-            depth = data.read_depth(root / sample["depth_dir"])
+            depth = files.read_depth(root / sample["depth_dir"])
             shutil.rmtree(root / sample["depth_dir"])
             path = store(root / sample["id"], depth)
             sample.update(entry, depth_dir=f"{sample['id']}/{path}")
@@ -35,7 +37,7 @@ def rewrite(rooms, root, store, **entry):
 def png(folder, depth):
     (folder / "png").mkdir()
     for t, frame in enumerate(depth):
-        data.write_png(folder / "png" / f"{t}.png", (1000 * frame).round().astype(np.uint16))
+        pictures.write_png(folder / "png" / f"{t}.png", (1000 * frame).round().astype(np.uint16))
     return "png"
 
 
@@ -45,6 +47,7 @@ def per_frame(write):
         for t, frame in enumerate(depth):
             write(folder / "frames" / f"frame_{t:04d}", frame)
         return "frames"
+
     return store
 
 
@@ -52,51 +55,96 @@ def one(write):
     def store(folder, depth):
         write(folder / "d", depth)
         return next(f.name for f in folder.glob("d.*"))
+
     return store
 
 
-@pytest.mark.parametrize("store, entry, error", [
-    (png, dict(depth_scale=.001), 5.1e-4),
-    (per_frame(np.save), {}, 1e-6),
-    (per_frame(lambda f, d: np.savez_compressed(f, depth=d)), {}, 1e-6),
-    (one(np.save), {}, 1e-6),
-    (one(lambda f, d: np.savez(f, depth=d, other=0 * d)), {}, 1e-6),
-    (one(lambda f, d: np.save(f, 1 / d)), dict(inverse_depth=True), 1e-5),
-    (one(lambda f, d: np.savez(f, depth=2 / d)), dict(inverse_depth=True, depth_scale=2), 1e-5)],
-    ids=["16-bit PNG", "npy per frame", "npz per frame", "npy", "npz", "inverse npy", "inverse npz with a scale"])
-def test_metric_depth_of_every_container_reaches_the_cache_and_verify(rooms, tmp_path, store, entry, error):
+@pytest.mark.parametrize(
+    "store, entry, error",
+    [
+        (png, dict(depth_scale=0.001), 5.1e-4),
+        (per_frame(np.save), {}, 1e-6),
+        (per_frame(lambda f, d: np.savez_compressed(f, depth=d)), {}, 1e-6),
+        (one(np.save), {}, 1e-6),
+        (one(lambda f, d: np.savez(f, depth=d, other=0 * d)), {}, 1e-6),
+        (one(lambda f, d: np.save(f, 1 / d)), dict(inverse_depth=True), 1e-5),
+        (one(lambda f, d: np.savez(f, depth=2 / d)), dict(inverse_depth=True, depth_scale=2), 1e-5),
+    ],
+    ids=[
+        "16-bit PNG",
+        "npy per frame",
+        "npz per frame",
+        "npy",
+        "npz",
+        "inverse npy",
+        "inverse npz with a scale",
+    ],
+)
+def test_metric_depth_of_every_container_reaches_the_cache_and_verify(
+    rooms, tmp_path, store, entry, error
+):
     root = tmp_path / "copy"
     rewrite(rooms, root, store, **entry)
     assert data.encode(root, 32, 48, 5) == 0
     got = data.CachedClips(root, "train", 32, 48, 5)
     for i, name in enumerate(("train_000000", "train_000001")):
-        true = data.read_depth(rooms / name / "depth")
+        true = files.read_depth(rooms / name / "depth")
         assert not got[i]["relative"] and np.abs(got[i]["depth"].numpy() - true).max() < error
-    assert verify.verify(root, "train") == 0
+    assert data.verify(root, "train") == 0
 
 
-def test_training_on_depth_without_a_unit_warns_and_moves_the_depth_head_alone(rooms, tmp_path, capsys):
+def test_training_on_depth_without_a_unit_warns_and_moves_the_depth_head_alone(
+    rooms, tmp_path, capsys
+):
     """One clip of 8 bits, one stretched to 0 .. 1: verify, encode and train.py all say so; then two steps."""
+
     def store(folder, depth):
         low, high = depth.min(), depth.max()
         eight = folder.name.endswith("0")
-        np.save(folder / "d.npy", (40 * depth).astype(np.uint8) if eight else (depth - low) / (high - low))
+        np.save(
+            folder / "d.npy",
+            (40 * depth).astype(np.uint8) if eight else (depth - low) / (high - low),
+        )
         return "d.npy"
+
     root = tmp_path / "copy"
     rewrite(rooms, root, store)
-    assert verify.verify(root, "train") == 0 and "2 x relative depth" in capsys.readouterr().out
+    assert data.verify(root, "train") == 0 and "2 x relative depth" in capsys.readouterr().out
     assert data.encode(root, 32, 48, 5) == 0
     text = capsys.readouterr().out
-    for line in ("train_000000: 8-bit depth: not metric", "train_000001: stretched to 0 .. 1", "with the ssi loss"):
+    for line in (
+        "train_000000: 8-bit depth: not metric",
+        "train_000001: stretched to 0 .. 1",
+        "with the ssi loss",
+    ):
         assert line in text
-    text = run("train.py", "config/demo1.py", f"--data_dir={root}", "--height=32", "--width=48", "--num_frames=5",
-               "--num_workers=0", "--batch_size=1", "--warmup_steps=0", "--log_every=1", "--device=cpu", "--wan_dir=",
-               "--random_wan=True", f"--model_overrides={SIZES}", "--max_steps=2", f"--out_dir={tmp_path}/out")
+    text = run(
+        "train.py",
+        "config/demo1.py",
+        f"--data_dir={root}",
+        "--height=32",
+        "--width=48",
+        "--num_frames=5",
+        "--num_workers=0",
+        "--batch_size=1",
+        "--warmup_steps=0",
+        "--log_every=1",
+        "--device=cpu",
+        "--wan_dir=",
+        "--random_wan=True",
+        f"--model_overrides={SIZES}",
+        "--max_steps=2",
+        f"--out_dir={tmp_path}/out",
+    )
     assert "warning: 2 of 2 clips have depth without a unit" in text and "depth_mode ssi" in text
     lines = [line for line in text.splitlines() if line.startswith("step ")]
     for line in lines:
-        values = dict(part.rsplit(" ", 1) for part in line.split(" | ")[1:] if part.startswith("loss/"))
+        values = dict(
+            part.rsplit(" ", 1) for part in line.split(" | ")[1:] if part.startswith("loss/")
+        )
         values = {k: float(v) for k, v in values.items()}
         assert values["loss/point"] == values["loss/camera"] == 0 < values["loss/depth"]
-        assert values["loss/total"] == pytest.approx(values["loss/depth"], rel=1e-3)      # four digits are printed
+        assert values["loss/total"] == pytest.approx(
+            values["loss/depth"], rel=1e-3
+        )  # four digits are printed
     assert len(lines) == 2

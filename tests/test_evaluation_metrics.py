@@ -1,16 +1,26 @@
 """Evaluation measures against hand-computed numbers."""
+
 import math
 
 import pytest
 import torch
 from torch import tensor
 
-from geometry import depth_metrics, inv_se3, unproject
-from lib.metrics import ause, cloud_metrics, head_agreement, nearest, splat, temporal_error
-from lib.scenes import render_clip
+from geometry import inv_se3, unproject
+from lib.metrics import (
+    ause,
+    cloud_metrics,
+    depth_metrics,
+    head_agreement,
+    nearest,
+    splat,
+    temporal_error,
+)
+from lib.rooms import render_clip
 
 F64 = dict(dtype=torch.float64)
-K = tensor([[8., 0, 4], [0, 8, 3], [0, 0, 1]], **F64)
+
+K = tensor([[8.0, 0, 4], [0, 8, 3], [0, 0, 1]], **F64)
 
 
 def forward(*z):
@@ -26,17 +36,21 @@ def flat(*z):
 
 
 def test_delta_2_and_3_count_factors_of_1_5625_and_1_953125():
-    g = tensor([1., 1, 1, 1], **F64).view(1, 1, 1, 4)
-    m = depth_metrics(g * tensor([1.2, 1.5, 1.6, .5], **F64), g, g > 0)
-    assert (m["delta1"], m["delta2"], m["delta3"]) == (.25, .5, .75)              # 1 / .5 = 2 is beyond all three
+    g = tensor([1.0, 1, 1, 1], **F64).view(1, 1, 1, 4)
+    m = depth_metrics(g * tensor([1.2, 1.5, 1.6, 0.5], **F64), g, g > 0)
+    assert (m["delta1"], m["delta2"], m["delta3"]) == (
+        0.25,
+        0.5,
+        0.75,
+    )  # 1 / .5 = 2 is beyond all three
 
 
 def test_clouds_by_hand():
     """Nearest: pred 0 -> 0 (0), pred 3 -> 1 (2); gt 0 -> 0 (0), 1 -> 0 (1), -1 -> 0 (1)."""
     line = torch.zeros(3, 3, **F64)
     pred, gt, mask = line.clone(), line.clone(), torch.ones(1, 1, 1, 3, dtype=torch.bool)
-    pred[:, 0], gt[:, 0] = tensor([0., 3, 0], **F64), tensor([0., 1, -1], **F64)
-    m = cloud_metrics(pred.view(1, 1, 1, 3, 3), gt.view(1, 1, 1, 3, 3), mask, threshold=.5)
+    pred[:, 0], gt[:, 0] = tensor([0.0, 3, 0], **F64), tensor([0.0, 1, -1], **F64)
+    m = cloud_metrics(pred.view(1, 1, 1, 3, 3), gt.view(1, 1, 1, 3, 3), mask, threshold=0.5)
     assert m["accuracy"] == pytest.approx(2 / 3) and m["completeness"] == pytest.approx(2 / 3)
     assert m["chamfer"] == pytest.approx(2 / 3)
     assert m["f_score"] == pytest.approx(2 * (2 / 3) * (1 / 3) / (2 / 3 + 1 / 3))
@@ -53,12 +67,22 @@ def test_nearest_in_chunks_equals_all_at_once_and_order_does_not_matter():
     assert math.isnan(cloud_metrics(cloud, cloud, ~mask)["chamfer"])
 
 
-@pytest.mark.parametrize("depth, z, want", [
-    ((2, 1.5), (0, .5), 0),                          # a wall that comes as near as the camera goes
-    ((1, 1.1), (0, 0), 50 * (.1 / 1.1 + .1 / 1)),    # flicker: 1 against 1.1 one way, 1.1 against 1 the other
-    ((2, 2), (0, .5), 50 * (.5 / 2 + .5 / 2))])      # constant depth of a moving camera
+@pytest.mark.parametrize(
+    "depth, z, want",
+    [
+        ((2, 1.5), (0, 0.5), 0),  # a wall that comes as near as the camera goes
+        (
+            (1, 1.1),
+            (0, 0),
+            50 * (0.1 / 1.1 + 0.1 / 1),
+        ),  # flicker: 1 against 1.1 one way, 1.1 against 1 the other
+        ((2, 2), (0, 0.5), 50 * (0.5 / 2 + 0.5 / 2)),
+    ],
+)  # constant depth of a moving camera
 def test_temporal_error_by_hand(depth, z, want):
-    got = temporal_error(flat(*depth), forward(*z), K.expand(1, 2, 3, 3), torch.ones(1, 2, 6, 8, dtype=torch.bool))
+    got = temporal_error(
+        flat(*depth), forward(*z), K.expand(1, 2, 3, 3), torch.ones(1, 2, 6, 8, dtype=torch.bool)
+    )
     assert got == pytest.approx(want, abs=1e-9)
 
 
@@ -66,29 +90,37 @@ def test_the_nearest_surface_wins_where_two_land_on_one_pixel():
     """98 back, the points at depth 2 and 4 are seen at depth 100 and 102, u = .206 and .251."""
     motion = torch.eye(4, **F64)[:3].clone()
     motion[2, 3] = 98
-    seen = splat(tensor([[2., 4.]], **F64), motion, tensor([[.5, 0, .2], [0, .5, .5], [0, 0, 1]], **F64), (1, 2))
+    seen = splat(
+        tensor([[2.0, 4.0]], **F64),
+        motion,
+        tensor([[0.5, 0, 0.2], [0, 0.5, 0.5], [0, 0, 1]], **F64),
+        (1, 2),
+    )
     assert seen.tolist() == [[100, math.inf]]
 
 
 def test_true_depth_of_a_rendered_room_is_consistent_in_time_and_flicker_is_not():
     clip = render_clip(0, 5, 64, 96, "simple")
     depth, w2c = torch.from_numpy(clip["depth"])[None], torch.from_numpy(clip["w2c"])[None]
-    k, mask = torch.from_numpy(clip["intrinsics"]).expand(1, 5, 3, 3), torch.ones(1, 5, 64, 96, dtype=torch.bool)
+    k, mask = (
+        torch.from_numpy(clip["intrinsics"]).expand(1, 5, 3, 3),
+        torch.ones(1, 5, 64, 96, dtype=torch.bool),
+    )
     flicker = depth * tensor([1, 1.1, 1, 1.1, 1]).view(1, 5, 1, 1)
     assert temporal_error(depth, w2c, k, mask) < 2 < 8 < temporal_error(flicker, w2c, k, mask)
 
 
 def test_heads_agree_when_points_are_the_unprojected_depth():
-    depth, w2c, k = flat(2, 1.5), forward(0, .5), K.expand(1, 2, 3, 3)
+    depth, w2c, k = flat(2, 1.5), forward(0, 0.5), K.expand(1, 2, 3, 3)
     mask, points = torch.ones(1, 2, 6, 8, dtype=torch.bool), unproject(depth, w2c, k)
     assert head_agreement(points, depth, w2c, k, mask) < 1e-15
-    assert head_agreement(points / 1.1, depth, w2c, k, mask) == pytest.approx(.1)
+    assert head_agreement(points / 1.1, depth, w2c, k, mask) == pytest.approx(0.1)
 
 
 def test_sparsification_by_hand():
     """Errors 1 2 3 4, confidence the wrong way round: curve 2.5 3 3.5 4 against 2.5 2 1.5 1; area 1.5 over mean 2.5."""
-    e, mask = tensor([1., 2, 3, 4]).view(1, 1, 1, 4), torch.ones(1, 1, 1, 4, dtype=torch.bool)
-    assert ause(e, e, mask, steps=4) == pytest.approx(.6)
+    e, mask = tensor([1.0, 2, 3, 4]).view(1, 1, 1, 4), torch.ones(1, 1, 1, 4, dtype=torch.bool)
+    assert ause(e, e, mask, steps=4) == pytest.approx(0.6)
     assert ause(e, -e, mask, steps=4) == 0
     mask[..., 3] = False
     assert ause(torch.where(mask, e, math.nan), 1 / e, mask) == 0

@@ -1,4 +1,5 @@
 """Files of a sample, read back by readers written from the formats' own descriptions."""
+
 import json
 import struct
 from dataclasses import replace
@@ -7,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from lib import cameras
-from lib import export as E
 from geometry import encode_pose, inv_se3, normalize_scene, unproject
-from lib.readers import read_array, read_video
-from lib.scenes import render_clip
+from lib import camera_files
+from lib import export as E
+from lib.files import read_array, read_video
+from lib.rooms import render_clip
 
 T, H, W = 5, 32, 48
 
@@ -24,13 +25,26 @@ def sampled(seed=4, bend=0.0, told_scale=None, slow=1.0, drop=20.0):
     depth, w2c, scale = normalize_scene(depth, w2c, K, depth > 0)
     seen = w2c.clone()
     seen[..., 3] *= slow
-    turn = torch.tensor([[np.cos(bend), 0, np.sin(bend)], [0, 1, 0], [-np.sin(bend), 0, np.cos(bend)]]).float()
+    turn = torch.tensor(
+        [[np.cos(bend), 0, np.sin(bend)], [0, 1, 0], [-np.sin(bend), 0, np.cos(bend)]]
+    ).float()
     seen[:, 1:, :, :3] = turn @ seen[:, 1:, :, :3]
     conf = (1 + torch.linspace(0, 1, H * W)).view(1, 1, H, W).repeat(1, T, 1, 1)
-    geometry = dict(depth=depth, depth_conf=conf, pose_enc=encode_pose(seen, K, (H, W))[None],
-                    points=unproject(depth, w2c, K))
-    scene = E.make_scene(torch.from_numpy(clip["rgb"]).permute(3, 0, 1, 2) / 127.5 - 1, geometry, w2c, K, 16.0,
-                         float(scale) if told_scale is None else told_scale, drop)
+    geometry = dict(
+        depth=depth,
+        depth_conf=conf,
+        pose_enc=encode_pose(seen, K, (H, W))[None],
+        points=unproject(depth, w2c, K),
+    )
+    scene = E.make_scene(
+        torch.from_numpy(clip["rgb"]).permute(3, 0, 1, 2) / 127.5 - 1,
+        geometry,
+        w2c,
+        K,
+        16.0,
+        float(scale) if told_scale is None else told_scale,
+        drop,
+    )
     scene.report.update(prompt="a room", facts="rendered", warnings=[])
     return scene, clip
 
@@ -53,7 +67,10 @@ def test_depth_comes_back_in_the_users_unit_when_the_predicted_path_is_the_comma
     unit = scene.report["unit"]
     assert unit["fitted"] and unit["residual"] < 1e-5 * unit["scale"]
     np.testing.assert_allclose(scene.depth, clip["depth"], rtol=2e-4)
-    assert scene.report["control"]["rot_deg"] < 0.05 and scene.report["control"]["trans"] < 1e-4 * unit["scale"]
+    assert (
+        scene.report["control"]["rot_deg"] < 0.05
+        and scene.report["control"]["trans"] < 1e-4 * unit["scale"]
+    )
 
 
 def test_a_path_of_half_the_commanded_length_means_that_scene_units_are_twice_as_long():
@@ -62,7 +79,7 @@ def test_a_path_of_half_the_commanded_length_means_that_scene_units_are_twice_as
     assert abs(half.report["unit"]["scale"] / full.report["unit"]["scale"] - 2) < 1e-3
     np.testing.assert_allclose(half.depth, 2 * full.depth, rtol=1e-3)
     np.testing.assert_allclose(half.predicted, full.predicted, atol=1e-3)
-    np.testing.assert_array_equal(half.w2c, full.w2c)                             # the commanded path is the user's
+    np.testing.assert_array_equal(half.w2c, full.w2c)  # the commanded path is the user's
 
 
 def test_a_path_too_short_or_not_followed_keeps_the_told_scale_and_says_so():
@@ -72,7 +89,11 @@ def test_a_path_too_short_or_not_followed_keeps_the_told_scale_and_says_so():
     walk, away = still.copy(), still.copy()
     walk[:, 0, 3], away[:, 1, 3] = np.linspace(0, 1, T), np.random.default_rng(0).normal(size=T)
     unit = E.fit_unit(walk, away, 3.0)
-    assert unit["scale"] == 3 and "do not follow the commanded path" in unit["warning"] and unit["residual"] > 0
+    assert (
+        unit["scale"] == 3
+        and "do not follow the commanded path" in unit["warning"]
+        and unit["residual"] > 0
+    )
 
 
 def test_a_rotation_error_of_3_degrees_is_reported_as_3_degrees():
@@ -91,18 +112,26 @@ def test_consistency_is_near_perfect_on_a_true_scene_and_worse_with_depth_off_by
 def test_nan_geometry_is_refused_with_the_cure():
     bad = torch.full((1, T, H, W), float("nan"))
     with pytest.raises(ValueError, match="NaN.*--dtype fp32"):
-        E.make_scene(torch.zeros(3, T, H, W), dict(depth=bad, depth_conf=bad, pose_enc=torch.zeros(1, 1, T, 9)),
-                     torch.eye(4)[:3].expand(1, T, 3, 4), torch.eye(3).expand(1, T, 3, 3))
+        E.make_scene(
+            torch.zeros(3, T, H, W),
+            dict(depth=bad, depth_conf=bad, pose_enc=torch.zeros(1, 1, T, 9)),
+            torch.eye(4)[:3].expand(1, T, 3, 4),
+            torch.eye(3).expand(1, T, 3, 3),
+        )
 
 
 # ---- videos and depth
 def test_video_and_depth_video_with_its_legend(scene, out):
     frames, fps = read_video(out / "video.mp4")
-    assert frames.shape == (T, H, W, 3) and fps == 16 and np.abs(frames.astype(int) - scene.rgb).mean() < 6
+    assert (
+        frames.shape == (T, H, W, 3)
+        and fps == 16
+        and np.abs(frames.astype(int) - scene.rgb).mean() < 6
+    )
     depth, _ = read_video(out / "depth.mp4")
     assert depth.shape == (T, H + 14, W, 3)
-    strip = depth[0, H + 1:H + 3].mean(0).astype(int)
-    assert strip[0].sum() > 450 and strip[-1].sum() < 250                          # near is bright, far is dark
+    strip = depth[0, H + 1 : H + 3].mean(0).astype(int)
+    assert strip[0].sum() > 450 and strip[-1].sum() < 250  # near is bright, far is dark
 
 
 def test_depth_arrays_and_16_bit_pictures_hold_the_depth(scene, out):
@@ -112,8 +141,13 @@ def test_depth_arrays_and_16_bit_pictures_hold_the_depth(scene, out):
         np.testing.assert_allclose(f["w2c"], scene.w2c, atol=1e-6)
     step = json.loads((out / "depth_png" / "scale.json").read_text())["depth_scale"]
     for t in range(T):
-        assert np.abs(read_array(out / "depth_png" / f"frame_{t:05d}.png") * step - scene.depth[t]).max() <= step * .51
-    assert scene.depth.max() / step > 6500                                         # at least that many levels are used
+        assert (
+            np.abs(
+                read_array(out / "depth_png" / f"frame_{t:05d}.png") * step - scene.depth[t]
+            ).max()
+            <= step * 0.51
+        )
+    assert scene.depth.max() / step > 6500  # at least that many levels are used
 
 
 # ---- point clouds
@@ -122,7 +156,9 @@ def read_ply(path):
     lines = header.decode().split("\n")
     assert lines[:2] == ["ply", "format binary_little_endian 1.0"]
     kinds = dict(float="<f4", uchar="u1")
-    names = [(line.split()[2], kinds[line.split()[1]]) for line in lines if line.startswith("property")]
+    names = [
+        (line.split()[2], kinds[line.split()[1]]) for line in lines if line.startswith("property")
+    ]
     table = np.frombuffer(body, names)
     assert len(table) == int(lines[2].split()[2])
     return table
@@ -132,7 +168,9 @@ def test_ply_holds_the_sure_points_off_edges_and_frames_add_up(scene, out):
     table = read_ply(out / "points.ply")
     assert len(table) == scene.mask.sum() < 0.81 * T * H * W
     np.testing.assert_array_equal(np.stack([table[c] for c in "xyz"], 1), scene.points[scene.mask])
-    np.testing.assert_array_equal(np.stack([table[c] for c in ("red", "green", "blue")], 1), scene.rgb[scene.mask])
+    np.testing.assert_array_equal(
+        np.stack([table[c] for c in ("red", "green", "blue")], 1), scene.rgb[scene.mask]
+    )
     assert sum(len(read_ply(out / "points" / f"frame_{t:05d}.ply")) for t in range(T)) == len(table)
 
 
@@ -149,9 +187,16 @@ def test_glb_is_valid_gltf_with_y_up(scene, out):
     assert (magic, version, length) == (b"glTF", 2, len(data))
     size, kind = struct.unpack_from("<I4s", data, 12)
     assert kind == b"JSON" and size % 4 == 0
-    tree, (body_size, kind) = json.loads(data[20:20 + size]), struct.unpack_from("<I4s", data, 20 + size)
-    body = data[28 + size:]
-    assert kind == b"BIN\0" and body_size == len(body) == tree["buffers"][0]["byteLength"] and body_size % 4 == 0
+    tree, (body_size, kind) = (
+        json.loads(data[20 : 20 + size]),
+        struct.unpack_from("<I4s", data, 20 + size),
+    )
+    body = data[28 + size :]
+    assert (
+        kind == b"BIN\0"
+        and body_size == len(body) == tree["buffers"][0]["byteLength"]
+        and body_size % 4 == 0
+    )
     primitive = tree["meshes"][0]["primitives"][0]
     assert primitive["mode"] == 0 and tree["scenes"][0]["nodes"] == [0]
     arrays = {}
@@ -159,13 +204,14 @@ def test_glb_is_valid_gltf_with_y_up(scene, out):
         a = tree["accessors"][index]
         view = tree["bufferViews"][a["bufferView"]]
         width = {"VEC3": 3, "VEC4": 4}[a["type"]]
-        arrays[name] = np.frombuffer(body, {5126: "<f4"}[a["componentType"]], a["count"] * width,
-                                     view["byteOffset"]).reshape(-1, width)
+        arrays[name] = np.frombuffer(
+            body, {5126: "<f4"}[a["componentType"]], a["count"] * width, view["byteOffset"]
+        ).reshape(-1, width)
     position = tree["accessors"][0]
     np.testing.assert_allclose(arrays["POSITION"].min(0), position["min"], rtol=1e-6)
     np.testing.assert_allclose(arrays["POSITION"].max(0), position["max"], rtol=1e-6)
     np.testing.assert_array_equal(arrays["POSITION"] * [1, -1, -1], scene.points[scene.mask])
-    linear = (scene.rgb[scene.mask] / 255 + .055) / 1.055                         # sRGB curve above 0.04
+    linear = (scene.rgb[scene.mask] / 255 + 0.055) / 1.055  # sRGB curve above 0.04
     bright = (scene.rgb[scene.mask] > 11).all(1)
     np.testing.assert_allclose(arrays["COLOR_0"][bright, :3], linear[bright] ** 2.4, atol=1e-5)
     assert (arrays["COLOR_0"][:, 3] == 1).all()
@@ -173,8 +219,19 @@ def test_glb_is_valid_gltf_with_y_up(scene, out):
 
 def test_gaussians_have_the_reference_columns_colours_and_pixel_sized_widths(scene, out):
     table = read_ply(out / "gaussians.ply")
-    wanted = ["x", "y", "z", "nx", "ny", "nz", *(f"f_dc_{i}" for i in range(3)), *(f"f_rest_{i}" for i in range(45)),
-              "opacity", *(f"scale_{i}" for i in range(3)), *(f"rot_{i}" for i in range(4))]
+    wanted = [
+        "x",
+        "y",
+        "z",
+        "nx",
+        "ny",
+        "nz",
+        *(f"f_dc_{i}" for i in range(3)),
+        *(f"f_rest_{i}" for i in range(45)),
+        "opacity",
+        *(f"scale_{i}" for i in range(3)),
+        *(f"rot_{i}" for i in range(4)),
+    ]
     assert list(table.dtype.names) == wanted and len(table) == scene.mask.sum()
     rgb = np.stack([0.5 + 0.28209479 * table[f"f_dc_{c}"] for c in range(3)], 1) * 255
     np.testing.assert_allclose(rgb, scene.rgb[scene.mask], atol=0.01)
@@ -185,41 +242,53 @@ def test_gaussians_have_the_reference_columns_colours_and_pixel_sized_widths(sce
 
 # ---- cameras and folders
 def test_cameras_come_back_from_every_format(scene, out):
-    assert len(list((out / "cameras" / "commanded").iterdir())) == len(cameras.FORMATS)
+    assert len(list((out / "cameras" / "commanded").iterdir())) == len(camera_files.FORMATS)
     for who, w2c in (("commanded", scene.w2c), ("predicted", scene.predicted)):
         for path in (out / "cameras" / who).iterdir():
-            form = path.stem if path.suffix == ".json" and path.stem in cameras.FORMATS else None
-            found, intrinsics, _ = cameras.read(path, form, (H, W))
+            form = (
+                path.stem if path.suffix == ".json" and path.stem in camera_files.FORMATS else None
+            )
+            found, intrinsics, _ = camera_files.read(path, form, (H, W))
             np.testing.assert_allclose(found, w2c, atol=1e-6, err_msg=str(path))
             if intrinsics is not None and who == "commanded":
-                np.testing.assert_allclose(intrinsics, scene.intrinsics, atol=1e-6, err_msg=str(path))
-    np.testing.assert_allclose(cameras.read(out / "cameras.txt")[0], scene.w2c, atol=1e-9)
-    np.testing.assert_allclose(cameras.read(out / "cameras_predicted.txt")[0], scene.predicted, atol=1e-9)
+                np.testing.assert_allclose(
+                    intrinsics, scene.intrinsics, atol=1e-6, err_msg=str(path)
+                )
+    np.testing.assert_allclose(camera_files.read(out / "cameras.txt")[0], scene.w2c, atol=1e-9)
+    np.testing.assert_allclose(
+        camera_files.read(out / "cameras_predicted.txt")[0], scene.predicted, atol=1e-9
+    )
 
 
 def test_a_zooming_camera_is_left_out_of_formats_that_hold_one_focal_length(scene, tmp_path):
-    zoom = replace(scene, intrinsics=scene.intrinsics * np.linspace(1, 1.5, T)[:, None] ** [1, 1, 0, 0])
+    zoom = replace(
+        scene, intrinsics=scene.intrinsics * np.linspace(1, 1.5, T)[:, None] ** [1, 1, 0, 0]
+    )
     left_out = E.write_camera_files(zoom, tmp_path / "cameras")
     assert left_out == ["commanded/fantasyworld.json", "commanded/worldscore.json"]
 
 
 def test_colmap_folder_in_bytes_and_in_text(scene, out):
     for place in ("sparse/0", "text"):
-        w2c, intrinsics, size = cameras.read_colmap(out / "colmap" / place)
+        w2c, intrinsics, size = camera_files.read_colmap(out / "colmap" / place)
         np.testing.assert_allclose(w2c, scene.w2c, atol=1e-9)
         np.testing.assert_allclose(intrinsics, scene.intrinsics, atol=1e-9)
         assert size == (H, W)
     data = (out / "colmap" / "sparse" / "0" / "points3D.bin").read_bytes()
     (count,), at, found = struct.unpack_from("<Q", data), 8, []
-    for _ in range(count):                                  # id, xyz, rgb, error, track length, (image, point) pairs
+    for _ in range(count):  # id, xyz, rgb, error, track length, (image, point) pairs
         point = struct.unpack_from("<Q3d3BdQ", data, at)
         found.append(point[1:7])
         at += 43 + 8 + 8 * point[-1]
     assert at == len(data) and count == scene.mask.sum()
     np.testing.assert_allclose(np.array(found)[:, :3], scene.points[scene.mask], rtol=1e-6)
-    text = [line.split() for line in (out / "colmap" / "text" / "points3D.txt").read_text().splitlines()]
+    text = [
+        line.split() for line in (out / "colmap" / "text" / "points3D.txt").read_text().splitlines()
+    ]
     np.testing.assert_allclose(np.array(text, float)[:, 1:7], np.array(found), rtol=1e-5, atol=1e-6)
-    assert sorted(p.name for p in (out / "colmap" / "images").iterdir()) == [f"frame_{t:05d}.png" for t in range(T)]
+    assert sorted(p.name for p in (out / "colmap" / "images").iterdir()) == [
+        f"frame_{t:05d}.png" for t in range(T)
+    ]
 
 
 def test_nerfstudio_folder_projects_its_points_to_the_pixels_they_came_from(scene, out):
@@ -230,14 +299,17 @@ def test_nerfstudio_folder_projects_its_points_to_the_pixels_they_came_from(scen
     index = np.flatnonzero(scene.mask)
     for t, frame in enumerate(tree["frames"]):
         assert (out / "nerfstudio" / frame["file_path"]).is_file()
-        depth = read_array(out / "nerfstudio" / frame["depth_file_path"]) * tree["depth_unit_scale_factor"]
+        depth = (
+            read_array(out / "nerfstudio" / frame["depth_file_path"])
+            * tree["depth_unit_scale_factor"]
+        )
         np.testing.assert_allclose(depth, scene.depth[t], atol=tree["depth_unit_scale_factor"])
         own = index // (H * W) == t
         cam = xyz[own] @ np.linalg.inv(frame["transform_matrix"]).T
         u = frame["cx"] + frame["fl_x"] * cam[:, 0] / -cam[:, 2]
         v = frame["cy"] - frame["fl_y"] * cam[:, 1] / -cam[:, 2]
-        np.testing.assert_allclose(u, index[own] % W + .5, atol=1e-3)
-        np.testing.assert_allclose(v, index[own] // W % H + .5, atol=1e-3)
+        np.testing.assert_allclose(u, index[own] % W + 0.5, atol=1e-3)
+        np.testing.assert_allclose(v, index[own] // W % H + 0.5, atol=1e-3)
 
 
 def test_points_lifted_with_the_predicted_cameras_lie_where_those_see_them(scene):
@@ -251,7 +323,10 @@ def test_points_lifted_with_the_predicted_cameras_lie_where_those_see_them(scene
 
 # ---- choosing
 def test_export_all_writes_every_name_and_unknown_names_are_refused(out):
-    assert all((out / name).exists() for name, _ in E.EXPORTS.values()) and (out / "report.json").is_file()
+    assert (
+        all((out / name).exists() for name, _ in E.EXPORTS.values())
+        and (out / "report.json").is_file()
+    )
     with pytest.raises(ValueError, match="--export obj: unknown; wanted all, or names of video,"):
         E.export_names("video,obj")
 

@@ -1,16 +1,20 @@
 """It learns: each branch overfits one rendered clip, through the losses and the noise that training uses."""
+
 import dataclasses
 import types
 
 import pytest
 import torch
-
-import train
-from data import collate, render_clip
-from encoders import HashedText, TransformCodec
-from geometry import depth_metrics, point_metrics
-from model import FantasyWorld, flow_matching_loss
 from tiny import TINY
+
+import data
+import geometry
+import train
+from data import collate
+from encoders import HashedText, TransformCodec
+from lib.metrics import depth_metrics, point_metrics
+from lib.rooms import render_clip
+from model import FantasyWorld, flow_matching_loss
 
 
 @pytest.fixture(scope="module")
@@ -18,15 +22,25 @@ def batch():
     clip = render_clip(3, 5, 32, 48, "simple")
     video = torch.from_numpy(clip["rgb"]).permute(3, 0, 1, 2).float()[None] / 127.5 - 1
     codec = TransformCodec()
-    item = dict(latents=codec.encode(video)[0], start_latents=codec.encode(video[:, :, :1])[0],
-                text=HashedText()([clip["prompt"]])[0], depth=torch.from_numpy(clip["depth"]),
-                w2c=torch.from_numpy(clip["w2c"]).float(),
-                intrinsics=torch.from_numpy(clip["intrinsics"]).float().expand(5, 3, 3))
-    return train.prepare(collate([item]), 32, torch.device("cpu"))
+    item = dict(
+        latents=codec.encode(video)[0],
+        start_latents=codec.encode(video[:, :, :1])[0],
+        text=HashedText()([clip["prompt"]])[0],
+        depth=torch.from_numpy(clip["depth"]),
+        w2c=torch.from_numpy(clip["w2c"]).float(),
+        intrinsics=torch.from_numpy(clip["intrinsics"]).float().expand(5, 3, 3),
+    )
+    return data.prepare(collate([item]), 32, torch.device("cpu"))
 
 
-OPTIONS = types.SimpleNamespace(depth_mode="metric", alpha_tgm=10.0, beta_frame=1.0, gamma_conf=0.2, camera_delta=0.1,
-                                camera_weight=3.0)
+OPTIONS = types.SimpleNamespace(
+    depth_mode="metric",
+    alpha_tgm=10.0,
+    beta_frame=1.0,
+    gamma_conf=0.2,
+    camera_delta=0.1,
+    camera_weight=3.0,
+)
 
 
 def test_geometry_branch_overfits_one_clip(batch):
@@ -40,12 +54,24 @@ def test_geometry_branch_overfits_one_clip(batch):
         for group in optimizer.param_groups:
             group["lr"] = 1e-2 * (1 - step / 270)
         x = (1 - sigma) * batch["latents"] + sigma * noise
-        out = model(x, 1000 * sigma, batch["text"], y=batch["y"], plucker=batch["plucker"], poses=batch["pose_enc"],
-                    pose_keep=keep, video=False)
+        out = model(
+            x,
+            1000 * sigma,
+            batch["text"],
+            y=batch["y"],
+            plucker=batch["plucker"],
+            poses=batch["pose_enc"],
+            pose_keep=keep,
+            video=False,
+        )
         if step in (0, 250):
-            errors.append((point_metrics(out["points"].detach(), batch["points"], batch["mask"])["dist"],
-                           depth_metrics(out["depth"].detach(), batch["depth"], batch["mask"])["abs_rel"]))
-        loss, _ = train.geometry_losses(out, batch, OPTIONS)
+            errors.append(
+                (
+                    point_metrics(out["points"].detach(), batch["points"], batch["mask"])["dist"],
+                    depth_metrics(out["depth"].detach(), batch["depth"], batch["mask"])["abs_rel"],
+                )
+            )
+        loss, _ = geometry.geometry_losses(out, batch, OPTIONS)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trainable, 1.0)

@@ -1,14 +1,15 @@
 """Links that lead out of a dataset: refused by default, with the option's name, and followed when told."""
+
 import json
 import os
 import shutil
 import sys
 
 import pytest
+from test_train import SIZES, run
 
 import data
-from lib import readers
-from test_train import SIZES, run
+from lib import files, rooms
 
 SIZE = (32, 48, 5)
 
@@ -16,7 +17,7 @@ SIZE = (32, 48, 5)
 @pytest.fixture(scope="module")
 def rendered(tmp_path_factory):
     root = tmp_path_factory.mktemp("rooms")
-    data.synth(root, 2, 5, 32, 48, variety="simple", workers=0)
+    rooms.synth(root, 2, 5, 32, 48, variety="simple", workers=0)
     return root
 
 
@@ -50,7 +51,7 @@ def test_links_out_of_a_dataset_are_refused_with_the_name_of_the_option(root, mo
         assert "--follow_links=True" in command(monkeypatch, what)
     text = (root / "metadata.json").read_text()
     (root / "metadata.json").unlink()
-    (root / "metadata.json").write_text(text)                     # the list itself, the files still links
+    (root / "metadata.json").write_text(text)  # the list itself, the files still links
     (root / "cache").unlink()
     assert command(monkeypatch, f"verify {root}") == 1
     assert "train_000000/video.mp4: a link that leads out" in capsys.readouterr().out
@@ -58,20 +59,36 @@ def test_links_out_of_a_dataset_are_refused_with_the_name_of_the_option(root, mo
     assert "--follow_links=True" in "".join(capsys.readouterr())
 
 
-def test_links_are_followed_by_verify_encode_and_training_when_told(root, rendered, monkeypatch, tmp_path):
-    option = "--follow_links=True"                                         # as the message says it
+def test_links_are_followed_by_verify_encode_and_training_when_told(
+    root, rendered, monkeypatch, tmp_path
+):
+    option = "--follow_links=True"  # as the message says it
     assert command(monkeypatch, f"verify {root} {option}") == 0
-    assert command(monkeypatch, f"encode {root} --height 32 --width 48 --num_frames 5 {option}") == 0
-    assert len(list(tmp_path.glob("scratch/*/train_*.safetensors"))) == 2, "written where the link leads"
+    assert (
+        command(monkeypatch, f"encode {root} --height 32 --width 48 --num_frames 5 {option}") == 0
+    )
+    assert len(list(tmp_path.glob("scratch/*/train_*.safetensors"))) == 2, (
+        "written where the link leads"
+    )
     with pytest.raises(ValueError, match="--follow_links=True"):
         data.CachedClips(root, "train", *SIZE)
     clips = data.CachedClips(root, "train", *SIZE, follow_links=True)
     data.encode(rendered, *SIZE)
     plain = data.CachedClips(rendered, "train", *SIZE)
     assert (clips[1]["depth"] == plain[1]["depth"]).all() and clips.frames(1) is not None
-    options = ["config/demo0.py", f"--data_dir={root}", "--height=32", "--width=48", "--num_frames=5",
-               "--batch_size=2", "--num_workers=0", "--max_steps=1", f"--model_overrides={SIZES}",
-               "--device=cpu", "--eval_every=0"]
+    options = [
+        "config/demo0.py",
+        f"--data_dir={root}",
+        "--height=32",
+        "--width=48",
+        "--num_frames=5",
+        "--batch_size=2",
+        "--num_workers=0",
+        "--max_steps=1",
+        f"--model_overrides={SIZES}",
+        "--device=cpu",
+        "--eval_every=0",
+    ]
     assert "--follow_links=True" in run("train.py", *options, f"--out_dir={tmp_path}/a", ok=False)
     assert "step 1/1" in run("train.py", *options, f"--out_dir={tmp_path}/b", option)
 
@@ -80,17 +97,22 @@ def test_with_links_followed_everything_else_stays_refused(root, monkeypatch):
     entries = json.loads((root / "metadata.json").read_text())["samples"]
     for path in ("../blobs/0000", "/etc/passwd", "train_000000/../../blobs/0000"):
         (root / "metadata.json").unlink()
-        (root / "metadata.json").write_text(json.dumps([entries[0], dict(entries[1], video_path=path)]))
+        (root / "metadata.json").write_text(
+            json.dumps([entries[0], dict(entries[1], video_path=path)])
+        )
         with pytest.raises(ValueError, match="leaves the dataset folder"):
             data.load_samples(root, inside="/")
     (root / "metadata.json").write_text(json.dumps(entries))
     sample = data.load_samples(root, inside="/")[0]
-    for target, message in (("/dev/zero", "not a regular file"), ("absent", "no such file"),
-                            ("video.mp4", "cannot be followed|cannot be opened")):
+    for target, message in (
+        ("/dev/zero", "not a regular file"),
+        ("absent", "no such file"),
+        ("video.mp4", "cannot be followed|cannot be opened"),
+    ):
         sample["video"].unlink()
         sample["video"].symlink_to(target)
         with pytest.raises(ValueError, match=message):
-            readers.check_sample("/", sample)
+            files.check_sample("/", sample)
 
 
 def test_a_dataset_that_is_itself_a_link_needs_no_option(rendered, tmp_path):

@@ -1,15 +1,33 @@
 """Every geometry loss, minimised over free pixels, finds what it measures."""
+
 import math
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from geometry import (camera_loss, conf_loss, corner_normals, decode_pose, frame_loss, geometry_losses, normal_loss,
-                      points_loss, standardize, still_pairs, tgm_loss)
+from geometry import (
+    camera_loss,
+    conf_loss,
+    corner_normals,
+    decode_pose,
+    frame_loss,
+    geometry_losses,
+    normal_loss,
+    points_loss,
+    standardize,
+    still_pairs,
+    tgm_loss,
+)
 
-CFG = SimpleNamespace(depth_mode="metric", alpha_tgm=10.0, beta_frame=1.0, gamma_conf=0.2, camera_delta=0.1,
-                      camera_weight=3.0)
+CFG = SimpleNamespace(
+    depth_mode="metric",
+    alpha_tgm=10.0,
+    beta_frame=1.0,
+    gamma_conf=0.2,
+    camera_delta=0.1,
+    camera_weight=3.0,
+)
 
 
 def angles(p, b):
@@ -33,37 +51,66 @@ LOSSES = {
     "points": lambda p, b: points_loss(p["points"], p["points_conf"], b["points"], b["mask"]),
     "normal": lambda p, b: normal_loss(p["points"], b["points"], b["mask"]),
     "camera": lambda p, b: camera_loss(p["pose_enc"], b["pose_enc"]),
-    "total": lambda p, b: geometry_losses(p, b, CFG)[0]}
+    "total": lambda p, b: geometry_losses(p, b, CFG)[0],
+}
+
 ERRORS = {
     "depth": lambda p, b: (p["depth"] - b["depth"])[b["mask"]],
-    "shape of depth": lambda p, b: standardize(p["depth"], b["mask"]) - standardize(b["depth"], b["mask"]),
-    "change of depth": lambda p, b: (p["depth"] - b["depth"]).diff(dim=1)[still_pairs(b["depth"], b["mask"], .05)],
+    "shape of depth": lambda p, b: (
+        standardize(p["depth"], b["mask"]) - standardize(b["depth"], b["mask"])
+    ),
+    "change of depth": lambda p, b: (p["depth"] - b["depth"]).diff(dim=1)[
+        still_pairs(b["depth"], b["mask"], 0.05)
+    ],
     "points": lambda p, b: (p["points"] - b["points"])[b["mask"]],
     "normals": angles,
-    "cameras": cameras}
-FINDS = dict(frame=["depth"], ssi=["shape of depth"], tgm=["change of depth"], conf=["depth"], points=["points"],
-             normal=["normals"], camera=["cameras"], total=["depth", "points", "cameras"])
+    "cameras": cameras,
+}
+
+FINDS = dict(
+    frame=["depth"],
+    ssi=["shape of depth"],
+    tgm=["change of depth"],
+    conf=["depth"],
+    points=["points"],
+    normal=["normals"],
+    camera=["cameras"],
+    total=["depth", "points", "cameras"],
+)
 
 
 def fit(loss, steps):
     """Depth, points, confidence and cameras as raw parameters -> errors before and after Adam."""
-    t, y, x = torch.stack(torch.meshgrid(*(torch.arange(n) / n for n in (5, 12, 16)), indexing="ij"))[:, None]
-    depth = 1.2 + 0.5 * torch.sin(4 * x) + 0.4 * y + 0.05 * t                     # (1, 5, 12, 16)
+    t, y, x = torch.stack(
+        torch.meshgrid(*(torch.arange(n) / n for n in (5, 12, 16)), indexing="ij")
+    )[:, None]
+    depth = 1.2 + 0.5 * torch.sin(4 * x) + 0.4 * y + 0.05 * t  # (1, 5, 12, 16)
     points = torch.stack([x * depth, y * depth, depth], -1)
     g = torch.Generator().manual_seed(1)
-    b = dict(depth=depth, points=points, mask=torch.rand(depth.shape, generator=g) > 0.25,
-             pose_enc=torch.rand(1, 5, 9, generator=g))
+    b = dict(
+        depth=depth,
+        points=points,
+        mask=torch.rand(depth.shape, generator=g) > 0.25,
+        pose_enc=torch.rand(1, 5, 9, generator=g),
+    )
     b["pose_enc"][..., 3:7] /= b["pose_enc"][..., 3:7].norm(dim=-1, keepdim=True)
-    shapes = dict(depth=depth.shape, depth_conf=depth.shape, points=points.shape, points_conf=depth.shape,
-                  pose_enc=(2, 1, 5, 9))
+    shapes = dict(
+        depth=depth.shape,
+        depth_conf=depth.shape,
+        points=points.shape,
+        points_conf=depth.shape,
+        pose_enc=(2, 1, 5, 9),
+    )
     raw = {k: 0.1 * torch.randn(s, generator=g) for k, s in shapes.items()}
-    raw["points"] += torch.stack([x, y, torch.ones_like(x)], -1)                  # a wall, or normals have no sides
+    raw["points"] += torch.stack([x, y, torch.ones_like(x)], -1)  # a wall, or normals have no sides
     raw = {k: v.requires_grad_() for k, v in raw.items()}
     optimizer = torch.optim.Adam(raw.values(), lr=0.03)
 
     def decode():
         conf = {k: 1 + raw[k].clamp(max=10).exp() for k in ("depth_conf", "points_conf")}
-        return dict(depth=raw["depth"].exp(), points=raw["points"], pose_enc=raw["pose_enc"], **conf)
+        return dict(
+            depth=raw["depth"].exp(), points=raw["points"], pose_enc=raw["pose_enc"], **conf
+        )
 
     def errors():
         return {name: error(decode(), b).abs().mean().item() for name, error in ERRORS.items()}
@@ -79,6 +126,8 @@ def fit(loss, steps):
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_free_parameters_find_the_truth(loss):
-    start, end = fit(LOSSES[loss], steps=600 if loss == "ssi" else 300)           # L1 on standardised depth is slow
+    start, end = fit(
+        LOSSES[loss], steps=600 if loss == "ssi" else 300
+    )  # L1 on standardised depth is slow
     for name in FINDS[loss]:
         assert end[name] < start[name] / 10, (name, start, end)

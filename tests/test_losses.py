@@ -1,4 +1,5 @@
 """Geometry losses against hand-computed numbers, masks and invariances; every test in fp64 and in fp32."""
+
 import math
 
 import pytest
@@ -7,10 +8,23 @@ from loss_case import all_true, case, near
 from precision import REAL, loose, only_fp64
 from torch import tensor
 
-from geometry import (below_quantile, camera_loss, conf_loss, corner_normals, fit_scale_shift, frame_loss,
-                      gradient_levels, normal_loss, points_loss, standardize, still_pairs, tgm_loss)
+from geometry import (
+    below_quantile,
+    camera_loss,
+    conf_loss,
+    corner_normals,
+    fit_scale_shift,
+    frame_loss,
+    gradient_levels,
+    normal_loss,
+    points_loss,
+    standardize,
+    still_pairs,
+    tgm_loss,
+)
 
 torch.manual_seed(0)
+
 pytestmark = pytest.mark.usefixtures("precision")
 
 
@@ -20,18 +34,20 @@ def ssi_example():
 
 def tgm_example():
     pred, gt = [[1, 5], [1.3, 5.0], [1.2, 5.6]], [[1, 5], [1.1, 5.5], [1.2, 5.4]]
-    return [tensor(x, **REAL)[None, :, None] for x in (pred, gt)]                 # (1, 3, 1, 2)
+    return [tensor(x, **REAL)[None, :, None] for x in (pred, gt)]  # (1, 3, 1, 2)
 
 
 def residual_example():
-    return tensor([[0, 0, .3], [0, .1, .3]], **REAL)[None, None]
+    return tensor([[0, 0, 0.3], [0, 0.1, 0.3]], **REAL)[None, None]
 
 
 def test_ssi_example_by_hand():
     """Medians 2 and 2, deviations 1.5 and 1.5: data 1/3, gradient 2/3 at half weight."""
     (pred, gt), mask = ssi_example(), torch.ones(1, 1, 2, 2, dtype=torch.bool)
     p, g = standardize(pred, mask), standardize(gt, mask)
-    for got, want in zip((*p.flatten(), *g.flatten()), (-2 / 3, 0, 4 / 3, 2, -2 / 3, 0, 2 / 3, 8 / 3)):
+    for got, want in zip(
+        (*p.flatten(), *g.flatten()), (-2 / 3, 0, 4 / 3, 2, -2 / 3, 0, 2 / 3, 8 / 3)
+    ):
         near(got, want)
     near((p - g).abs().mean(), 1 / 3)
     near(gradient_levels([p - g], mask, mask).sum(), 2 / 3)
@@ -54,15 +70,22 @@ def test_ssi_is_blind_to_one_scale_and_shift_per_frame():
     assert frame_loss(scale * batch["depth"] + shift, *args) < loose()
 
 
-@pytest.mark.parametrize("options, want", [
-    (dict(), .36666667), (dict(rel_th=1e9), .4), (dict(align=True), .37749049),
-    (dict(signed=False), .23333333), (dict(rel_th=1e9, signed=False), .3)])
+@pytest.mark.parametrize(
+    "options, want",
+    [
+        (dict(), 0.36666667),
+        (dict(rel_th=1e9), 0.4),
+        (dict(align=True), 0.37749049),
+        (dict(signed=False), 0.23333333),
+        (dict(rel_th=1e9, signed=False), 0.3),
+    ],
+)
 def test_temporal_example_by_hand(options, want):
     """Thresholds .2, .22, .21 drop one of four pairs; the least-squares fit is 1.03247148 p - .08670087."""
     (pred, gt), mask = tgm_example(), torch.ones(1, 3, 1, 2, dtype=torch.bool)
     near(tgm_loss(pred, gt, mask, **options), want)
     assert still_pairs(gt, mask, 0.05).tolist() == [[[[True, False]], [[True, True]]]]
-    for got, fit in zip(fit_scale_shift(pred, gt, mask), (1.03247148, -.08670087)):
+    for got, fit in zip(fit_scale_shift(pred, gt, mask), (1.03247148, -0.08670087)):
         near(got, fit)
 
 
@@ -84,16 +107,20 @@ def test_gradient_matching_example_by_hand():
     """Level 0: .7 / 6, level 1: .15, then nothing.  Depth sums levels at half weight, points average."""
     r = residual_example()
     mask, zero, data = all_true(r), torch.zeros_like(r), 0.7 / 6
-    for level, want in zip(gradient_levels([r], mask, mask)[0], (.11666667, .15, 0, 0)):
+    for level, want in zip(gradient_levels([r], mask, mask)[0], (0.11666667, 0.15, 0, 0)):
         near(level, want)
-    near(frame_loss(r, zero, mask), data + 0.5 * .26666667)
+    near(frame_loss(r, zero, mask), data + 0.5 * 0.26666667)
     points = torch.stack([zero, r, zero], -1)
-    near(points_loss(points, zero + 1, 0 * points, mask), data + .06666667)
+    near(points_loss(points, zero + 1, 0 * points, mask), data + 0.06666667)
 
 
-@pytest.mark.parametrize("error, best, value", [(.05, 4, -.07725887), (.1, 2, .06137056), (.2, 1, .2)])
+@pytest.mark.parametrize(
+    "error, best, value", [(0.05, 4, -0.07725887), (0.1, 2, 0.06137056), (0.2, 1, 0.2)]
+)
 def test_confidence_settles_at_gamma_over_error(error, best, value):
-    logit = torch.full((1, 1, 1, 1), math.log(best - 1) if best > 1 else -40.0, **REAL).requires_grad_()
+    logit = torch.full(
+        (1, 1, 1, 1), math.log(best - 1) if best > 1 else -40.0, **REAL
+    ).requires_grad_()
     pred, zero = torch.full_like(logit, error).detach(), torch.zeros(1, 1, 1, 1, **REAL)
     loss = conf_loss(pred, 1 + logit.exp(), zero, all_true(pred))
     near(loss, value)
@@ -106,7 +133,10 @@ def test_confidence_settles_at_gamma_over_error(error, best, value):
 def test_gradients_towards_masked_pixels_do_not_count():
     """Without the right column: data .1 / 4, two edges of .1 over 4 pixels at half weight."""
     mask = torch.tensor([[True, True, False]] * 2)[None, None]
-    near(frame_loss(residual_example(), torch.zeros(1, 1, 2, 3, **REAL), mask), 0.1 / 4 + 0.5 * 0.2 / 4)
+    near(
+        frame_loss(residual_example(), torch.zeros(1, 1, 2, 3, **REAL), mask),
+        0.1 / 4 + 0.5 * 0.2 / 4,
+    )
 
 
 def test_the_later_frame_sets_the_temporal_threshold():
@@ -124,7 +154,7 @@ def test_points_pay_for_confidence_once_per_pixel_and_weigh_gradients_by_it():
     r = residual_example()
     mask, zero = all_true(r), torch.zeros_like(r)
     points = torch.stack([r, zero, zero], -1)
-    want = 3 * (0.7 / 6 + .2 / 3) - 0.2 * math.log(3)
+    want = 3 * (0.7 / 6 + 0.2 / 3) - 0.2 * math.log(3)
     near(points_loss(points, zero + 3, 0 * points, mask), want)
 
 
@@ -132,13 +162,18 @@ def test_camera_example_by_hand():
     """Constant errors in four iterations: stage weights sum to .544; Huber with delta .1."""
     half = math.radians(5)
     gt = tensor([0, 0, 0, 0, 0, 0, 1, 1, 1], **REAL).expand(1, 2, 9)
-    pred = tensor([.1, 0, 0, 0, math.sin(half), 0, math.cos(half), 1.02, 1.04], **REAL).expand(4, 1, 2, 9)
-    l1 = 0.544 * (.03333333 + .02274026 + 0.5 * .03)
+    pred = tensor([0.1, 0, 0, 0, math.sin(half), 0, math.cos(half), 1.02, 1.04], **REAL).expand(
+        4, 1, 2, 9
+    )
+    l1 = 0.544 * (0.03333333 + 0.02274026 + 0.5 * 0.03)
     near(camera_loss(pred, gt, delta=1e-9), l1, rtol=1e-6)  # delta -> 0 is the L1 of the reference
-    near(tensor(l1, **REAL), .03866404, rtol=1e-6)
+    near(tensor(l1, **REAL), 0.03866404, rtol=1e-6)
 
 
-@pytest.mark.parametrize("r, want, at_1", [(.05, .0125, .00125), (.1, .05, .005), (.5, .45, .125), (2, 1.95, 1.5)])
+@pytest.mark.parametrize(
+    "r, want, at_1",
+    [(0.05, 0.0125, 0.00125), (0.1, 0.05, 0.005), (0.5, 0.45, 0.125), (2, 1.95, 1.5)],
+)
 def test_huber_over_delta_by_hand(r, want, at_1):
     gt = tensor([0, 0, 0, 0, 0, 0, 1, 1, 1], **REAL).expand(1, 1, 9)
     moved = gt[None] + tensor([r, r, r] + 6 * [0], **REAL)
@@ -149,7 +184,7 @@ def test_huber_over_delta_by_hand(r, want, at_1):
 
 def test_later_iterations_weigh_more():
     gt = torch.zeros(1, 1, 9, **REAL)
-    for k, weight in enumerate((.216, .36, .6, 1)):
+    for k, weight in enumerate((0.216, 0.36, 0.6, 1)):
         pred = torch.zeros(4, 1, 1, 9, **REAL)
         pred[k, ..., :3] = 2
         near(camera_loss(pred, gt), 1.95 * weight / 4)
@@ -175,16 +210,25 @@ def ramp(n):
 def test_the_98_percent_quantile_of_2001_even_errors_keeps_1960_with_mean_48975():
     """k = round(.98 * 2000) + 1 = 1961: the threshold is .98, exclusive."""
     v = ramp(2001)
-    keep = below_quantile(v, all_true(v), .98)
+    keep = below_quantile(v, all_true(v), 0.98)
     assert keep.sum() == 1960 and not keep[..., 1960:].any()
-    near(conf_loss(v, torch.ones_like(v), 0 * v, all_true(v), quantile=.98), .48975)
+    near(conf_loss(v, torch.ones_like(v), 0 * v, all_true(v), quantile=0.98), 0.48975)
     points = torch.stack([v, 0 * v, 0 * v], -1)
-    cut, whole = (points_loss(points, torch.ones_like(v), 0 * points, all_true(v), quantile=q) for q in (.98, 1))
-    near(cut - whole, .48975 - .5)                                                # its gradient term stays
+    cut, whole = (
+        points_loss(points, torch.ones_like(v), 0 * points, all_true(v), quantile=q)
+        for q in (0.98, 1)
+    )
+    near(cut - whole, 0.48975 - 0.5)  # its gradient term stays
 
 
 def test_small_clips_keep_all_errors_and_so_do_those_that_would_become_small():
-    for n, q, kept in ((1000, .98, 1000), (1001, .98, 1001), (2001, .4, 2001), (2001, 1, 2001), (2001, .6, 1200)):
+    for n, q, kept in (
+        (1000, 0.98, 1000),
+        (1001, 0.98, 1001),
+        (2001, 0.4, 2001),
+        (2001, 1, 2001),
+        (2001, 0.6, 1200),
+    ):
         assert below_quantile(ramp(n), all_true(ramp(n)), q).sum() == kept, (n, q)
 
 
@@ -195,13 +239,17 @@ def test_the_quantile_is_of_each_clips_valid_pixels_and_what_it_drops_has_no_gra
     mask[0, 1], mask[1, 0, :, :900] = True, True
     dirty = torch.where(mask, v, math.nan).requires_grad_()
     conf = torch.ones_like(v).requires_grad_()
-    keep = below_quantile(dirty, mask, .98)
+    keep = below_quantile(dirty, mask, 0.98)
     assert keep.flatten(1).sum(1).tolist() == [1960, 900] and not (keep & ~mask).any()
-    loss = conf_loss(dirty, conf, 0 * v, mask, quantile=.98)
-    near(loss, (.48975 + v[1, 0, 0, :900].mean().item()) / 2)
+    loss = conf_loss(dirty, conf, 0 * v, mask, quantile=0.98)
+    near(loss, (0.48975 + v[1, 0, 0, :900].mean().item()) / 2)
     loss.backward()
     for grad in (dirty.grad, conf.grad):
-        assert torch.isfinite(grad).all() and not grad[~keep].any() and grad[keep].count_nonzero() >= 2858
+        assert (
+            torch.isfinite(grad).all()
+            and not grad[~keep].any()
+            and grad[keep].count_nonzero() >= 2858
+        )
 
 
 # ---- surface normals
@@ -212,11 +260,15 @@ def plane(degrees, size=(17, 17), tall=1):
     return torch.stack([math.cos(a) * x, tall * y, math.sin(a) * x], -1)[None, None]
 
 
-@pytest.mark.parametrize("degrees, want", [(0, 0), (10, .01519225), (45, .29289322), (90, 1), (180, 2)])
+@pytest.mark.parametrize(
+    "degrees, want", [(0, 0), (10, 0.01519225), (45, 0.29289322), (90, 1), (180, 2)]
+)
 def test_planes_differ_by_one_minus_the_cosine_of_their_angle_wherever_they_are(degrees, want):
     mask = torch.ones(1, 1, 17, 17, dtype=torch.bool)
     near(normal_loss(plane(degrees), plane(0), mask), want)
-    near(normal_loss(2.5 * plane(degrees, tall=3) + tensor([1, -2, 3], **REAL), plane(0), mask), want)
+    near(
+        normal_loss(2.5 * plane(degrees, tall=3) + tensor([1, -2, 3], **REAL), plane(0), mask), want
+    )
 
 
 def test_a_missing_pixel_takes_its_triangles_along():
@@ -224,14 +276,20 @@ def test_a_missing_pixel_takes_its_triangles_along():
     points, mask = plane(30, (3, 3)), torch.ones(1, 1, 3, 3, dtype=torch.bool)
     normals, whole = corner_normals(points, mask)
     assert whole.sum() == 16
-    torch.testing.assert_close(normals, tensor([.5, 0, -math.sqrt(.75)], **REAL).expand(1, 1, 2, 2, 4, 3),
-                               rtol=loose(), atol=loose())
+    torch.testing.assert_close(
+        normals,
+        tensor([0.5, 0, -math.sqrt(0.75)], **REAL).expand(1, 1, 2, 2, 4, 3),
+        rtol=loose(),
+        atol=loose(),
+    )
     mask[..., 1, 1] = False
     points[..., 1, 1, :] = math.nan
     normals, whole = corner_normals(points, mask)
     assert whole.nonzero()[:, 2:].tolist() == [[0, 0, 0], [0, 1, 1], [1, 0, 2], [1, 1, 3]]
     assert torch.isfinite(normals).all()
-    near(normal_loss(points, plane(0, (3, 3)), mask), 2 / 3 * (1 - math.cos(math.radians(30))))  # stride 4: none
+    near(
+        normal_loss(points, plane(0, (3, 3)), mask), 2 / 3 * (1 - math.cos(math.radians(30)))
+    )  # stride 4: none
 
 
 def test_normals_of_a_collapsed_prediction_have_finite_gradients():
@@ -243,6 +301,12 @@ def test_normals_of_a_collapsed_prediction_have_finite_gradients():
 @only_fp64
 def test_gradients_of_the_optional_losses_match_finite_differences():
     pred, batch = case(B=1, T=2, H=5, W=5)
-    points, depth, mask = pred["points"].requires_grad_(), pred["depth"].requires_grad_(), batch["mask"]
+    points, depth, mask = (
+        pred["points"].requires_grad_(),
+        pred["depth"].requires_grad_(),
+        batch["mask"],
+    )
     assert torch.autograd.gradcheck(lambda p: normal_loss(p, batch["points"], mask), (points,))
-    assert torch.autograd.gradcheck(lambda d: tgm_loss(d, batch["depth"], mask, signed=False), (depth,))
+    assert torch.autograd.gradcheck(
+        lambda d: tgm_loss(d, batch["depth"], mask, signed=False), (depth,)
+    )

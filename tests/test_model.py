@@ -1,16 +1,17 @@
 """The architecture: frozen and trained parts, batch correctness, starting point of each stage, parameter table."""
+
 import pathlib
 
 import pytest
 import torch
 from tiny import TINY, loss_of, tiny_inputs, tiny_model
 
-import model as model_file
-from model import (PRESETS, Config, FantasyWorld, WanDiT, flow_matching_loss, half_precision, parameter_table,
-                   shift_sigma, start_condition)
+from model import PRESETS, Config, FantasyWorld, flow_matching_loss, parameter_table, shift_sigma
 from sample import sample_euler, sample_unipc
+from wan import WanDiT, half_precision, start_condition
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
+
 SHARED = pathlib.Path(__file__).parents[2] / "shared" / "golden"
 
 
@@ -33,27 +34,40 @@ def test_wan_dit_matches_the_official_forward_with_ragged_prompts_and_two_timest
         assert relative(seen[name], tap) < 1e-5, name
     assert relative(out, data["out_fp32"]) < 1e-5
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        assert relative(dit(inputs["x"], inputs["t"], inputs["context"]).float(), data["out_fp32"]) < 1e-2
+        assert (
+            relative(dit(inputs["x"], inputs["t"], inputs["context"]).float(), data["out_fp32"])
+            < 1e-2
+        )
 
 
-@pytest.mark.skipif(not SHARED.is_dir(), reason="needs shared/golden (15 MB, not in the repository)")
-def test_wan_camera_family_matches_the_official_forward(monkeypatch):
+@pytest.mark.skipif(
+    not SHARED.is_dir(), reason="needs shared/golden (15 MB, not in the repository)"
+)
+def test_wan_camera_family_matches_the_official_forward():
     data = torch.load(SHARED / "dit_camera_hd32.pt", weights_only=True)
     dit, inputs = WanDiT.from_state_dict(data["state_dict"], head_dim=32), data["inputs"]
-    monkeypatch.setattr(model_file, "pack_frames", lambda x: x)        # the file holds packed rays (B, 24, f, H, W)
+    packed = inputs["y_camera"].unflatten(1, (6, 4))  # the file holds packed rays (B, 24, f, H, W)
+    plucker = packed.transpose(2, 3).flatten(2, 3)[:, :, 3:]  # frame 0 is there four times
     with torch.no_grad():
-        args = [inputs[k] for k in ("x", "t", "context", "y", "clip_fea", "y_camera")]
+        args = [*(inputs[k] for k in ("x", "t", "context", "y", "clip_fea")), plucker]
         assert relative(dit(*args), data["out_fp32"]) < 1e-5
         with torch.autocast("cpu", torch.bfloat16):
             assert relative(dit(*args).float(), data["out_fp32"]) < 1e-2
-        with torch.autocast("cpu", torch.bfloat16):         # as trained on a GPU: frozen matrices are stored in bf16
-            assert relative(half_precision(dit, torch.bfloat16)(*args).float(), data["out_fp32"]) < 1e-2
+        with torch.autocast(
+            "cpu", torch.bfloat16
+        ):  # as trained on a GPU: frozen matrices are stored in bf16
+            assert (
+                relative(half_precision(dit, torch.bfloat16)(*args).float(), data["out_fp32"])
+                < 1e-2
+            )
 
 
 def test_wan_loading_names_what_is_missing_or_of_another_shape():
     sd = torch.load(GOLDEN / "dit_t2v_hd32.pt", weights_only=True)["state_dict"]
     with pytest.raises(ValueError, match="blocks.1.norm3.bias"):
-        WanDiT.from_state_dict({k: v for k, v in sd.items() if k != "blocks.1.norm3.bias"}, head_dim=32)
+        WanDiT.from_state_dict(
+            {k: v for k, v in sd.items() if k != "blocks.1.norm3.bias"}, head_dim=32
+        )
     with pytest.raises(ValueError, match="stranger"):
         WanDiT.from_state_dict(dict(sd, stranger=torch.zeros(1)), head_dim=32)
     with pytest.raises(ValueError, match="another shape.*norm3"):
@@ -64,7 +78,7 @@ def test_wan_loading_names_what_is_missing_or_of_another_shape():
 def test_parameter_table_is_within_ten_percent_of_the_guide():
     with torch.device("meta"):
         count = FantasyWorld(PRESETS["1.3b"]).count_parameters()
-    assert count["wan"] == 1_616_313_152                                # exactly Wan2.1-Fun-V1.1-1.3B-Control-Camera
+    assert count["wan"] == 1_616_313_152  # exactly Wan2.1-Fun-V1.1-1.3B-Control-Camera
     stage1 = sum(count[k] for k in FantasyWorld.TRAINED[1])
     stage2 = sum(count[k] for k in FantasyWorld.TRAINED[2])
     assert abs(stage1 / 956e6 - 1) < 0.1 and abs(stage2 / 1186e6 - 1) < 0.1
@@ -75,8 +89,8 @@ def test_14b_preset_has_the_released_sizes():
     with torch.device("meta"):
         model = FantasyWorld(PRESETS["14b"])
     count = model.count_parameters()
-    assert count["wan"] == 16_394_878_784                               # Wan2.1-I2V-14B-480P
-    assert count["irg"] == 510_013_440 and count["bridge"] == 5_243_904          # fantasyworld.md section 7
+    assert count["wan"] == 16_394_878_784  # Wan2.1-I2V-14B-480P
+    assert count["irg"] == 510_013_440 and count["bridge"] == 5_243_904  # fantasyworld.md section 7
     assert sum(p.numel() for p in model.frame_blocks.parameters()) == 302_512_128
     assert sum(p.numel() for p in model.depth_head.parameters()) == 195_143_650
     assert sum(p.numel() for p in model.point_head.parameters()) == 195_143_716
@@ -86,13 +100,17 @@ def test_14b_preset_has_the_released_sizes():
 @pytest.mark.parametrize("stage", [0, 1, 2])
 def test_every_trainable_parameter_gets_a_gradient_and_no_frozen_one_moves(stage):
     model, inputs = tiny_model(stage), tiny_inputs()
-    torch.nn.init.normal_(model.dit.head.head.weight)        # zero in a fresh DiT, which would hide the last exchange
+    torch.nn.init.normal_(
+        model.dit.head.head.weight
+    )  # zero in a fresh DiT, which would hide the last exchange
     before = {n: p.clone() for n, p in model.named_parameters()}
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 1e-2)
     touched = set()
-    for _ in range(3):                      # zero-initialised gates hide what is behind them in the first step
+    for _ in range(3):  # zero-initialised gates hide what is behind them in the first step
         loss_of(model(**inputs, video=stage != 1)).backward()
-        touched |= {n for n, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
+        touched |= {
+            n for n, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0
+        }
         optimizer.step()
         optimizer.zero_grad()
     trainable = {n for n, p in model.named_parameters() if p.requires_grad}
@@ -119,7 +137,7 @@ def test_awake_exchange_and_adapters_change_both_branches():
     with torch.no_grad():
         both, alone = model(**inputs), model.set_stage(1)(**inputs)
     assert relative(both["velocity"], alone["velocity"]) > 1e-3
-    assert relative(both["depth"], alone["depth"]) > 1e-5        # rounding alone gives 1e-7
+    assert relative(both["depth"], alone["depth"]) > 1e-5  # rounding alone gives 1e-7
 
 
 def test_stage_1_builds_no_graph_through_wan():
@@ -149,11 +167,15 @@ def test_a_sample_in_a_batch_gives_what_it_gives_alone(stage):
     with torch.no_grad():
         together = model(**inputs)
         for i in range(3):
-            alone = model(**{k: v[i:i + 1] for k, v in inputs.items()})
+            alone = model(**{k: v[i : i + 1] for k, v in inputs.items()})
             for key, value in alone.items():
                 batch_axis = 1 if key == "pose_enc" else 0
-                torch.testing.assert_close(together[key].select(batch_axis, i), value.select(batch_axis, 0),
-                                           rtol=1e-4, atol=1e-5)
+                torch.testing.assert_close(
+                    together[key].select(batch_axis, i),
+                    value.select(batch_axis, 0),
+                    rtol=1e-4,
+                    atol=1e-5,
+                )
 
 
 def test_dropping_a_clips_camera_equals_not_giving_it():
@@ -189,13 +211,19 @@ def test_euler_with_the_true_velocity_recovers_the_data_in_any_number_of_steps()
     g = torch.Generator().manual_seed(0)
     data, noise = torch.randn(2, 16, 2, 4, 4, generator=g), torch.randn(2, 16, 2, 4, 4, generator=g)
     for steps in (1, 3, 50):
-        torch.testing.assert_close(sample_euler(lambda x, t: noise - data, noise, steps), data, rtol=0, atol=1e-5)
+        torch.testing.assert_close(
+            sample_euler(lambda x, t: noise - data, noise, steps), data, rtol=0, atol=1e-5
+        )
 
 
 def test_euler_visits_the_shifted_grid():
     times = []
     sample_euler(lambda x, t: times.append(t[0].item()) or x, torch.zeros(1, 1), 50)
-    assert times[0] == 1000 and times[1] == pytest.approx(995.93, abs=0.01) and times[-1] == pytest.approx(92.59, abs=0.01)
+    assert (
+        times[0] == 1000
+        and times[1] == pytest.approx(995.93, abs=0.01)
+        and times[-1] == pytest.approx(92.59, abs=0.01)
+    )
     assert shift_sigma(0.5) == pytest.approx(0.8333, abs=1e-4)
 
 
@@ -204,20 +232,23 @@ def test_unipc_walks_the_official_trajectory(run):
     golden = torch.load(GOLDEN / "sched.pt", weights_only=True)
     want, (_, steps, shift), visited = golden["runs"][run], run.split("_"), []
 
-    def velocity(x, t):                                     # of the golden file: 0.6 x + sin(3 sigma) c
+    def velocity(x, t):  # of the golden file: 0.6 x + sin(3 sigma) c
         visited.append((t.item(), x))
         return 0.6 * x + torch.sin(3 * t / 1000) * golden["c"]
+
     out = sample_unipc(velocity, golden["noise"], int(steps), float(shift))
     assert [t for t, _ in visited] == want["timesteps"].tolist()
     assert relative(out, want["traj"][-1]) < 1e-5
     for (_, x), there in zip(visited, want["traj"]):
-        assert relative(x, there) < 1e-5                    # fp32; the official steps are fp32 too
+        assert relative(x, there) < 1e-5  # fp32; the official steps are fp32 too
 
 
 def test_flow_matching_loss_is_per_clip_and_zero_at_noise_minus_data():
     noise, data = torch.randn(2, 4), torch.randn(2, 4)
     assert flow_matching_loss(noise - data, data, noise).tolist() == [0, 0]
-    assert flow_matching_loss(noise - data + torch.tensor([[0.0], [2.0]]), data, noise).tolist() == pytest.approx([0, 4])
+    assert flow_matching_loss(
+        noise - data + torch.tensor([[0.0], [2.0]]), data, noise
+    ).tolist() == pytest.approx([0, 4])
 
 
 def test_start_condition_has_the_channels_of_the_family():

@@ -1,10 +1,23 @@
 """Geometry modules: starting points, token order, causality, chunking; the released quirks behind their flag."""
+
 import torch
 import torch.nn.functional as F
 
-from geometry import (CameraHead, CausalUpsample, DPTHead, GeoBlock, LatentBridge, PoseEncoder, ResidualConvUnit,
-                      TemporalUpsampler, activate_depth, activate_points, rope_2d, rotate_half)
-from model import rope_3d, rotate_pairs
+from geometry import (
+    CameraHead,
+    CausalUpsample,
+    DPTHead,
+    GeoBlock,
+    LatentBridge,
+    PoseEncoder,
+    ResidualConvUnit,
+    TemporalUpsampler,
+    activate_depth,
+    activate_points,
+    rope_2d,
+    rotate_half,
+)
+from wan import rope_3d, rotate_pairs
 
 
 def test_a_modulated_block_starts_as_the_plain_pre_norm_block():
@@ -22,7 +35,11 @@ def test_geometry_block_equals_its_formula_in_fp64():
     z, rows = torch.randn(2, 7, 32).double(), torch.randn(2, 6, 32).double()
     e = [row[:, None] for row in (block.modulation + rows).unbind(1)]
     x = F.layer_norm(z, (32,), block.norm1.weight, block.norm1.bias) * (1 + e[1]) + e[0]
-    q, k, v = (x @ block.attn.qkv.weight.T + block.attn.qkv.bias).view(2, 7, 3, 2, 16).permute(2, 0, 3, 1, 4)
+    q, k, v = (
+        (x @ block.attn.qkv.weight.T + block.attn.qkv.bias)
+        .view(2, 7, 3, 2, 16)
+        .permute(2, 0, 3, 1, 4)
+    )
     q, k = F.layer_norm(q, (16,)), F.layer_norm(k, (16,))
     weights = torch.softmax(q @ k.transpose(-1, -2) / 4, -1)
     out = (weights @ v).transpose(1, 2).reshape(2, 7, 32)
@@ -35,17 +52,21 @@ def test_frame_attention_sees_only_its_own_frame():
     torch.manual_seed(0)
     block, z = GeoBlock(32, 2, 1.0), torch.randn(1, 12, 32)
     changed = z.clone()
-    changed[:, 6:] += 1                                                # second of two frames
+    changed[:, 6:] += 1  # second of two frames
     rope = rope_2d(1, 1, 1, 16, torch.device("cpu"))
     assert rope[0].shape == (6, 16)
-    assert torch.equal(block(z, frames=2, rope=rope)[:, :6], block(changed, frames=2, rope=rope)[:, :6])
+    assert torch.equal(
+        block(z, frames=2, rope=rope)[:, :6], block(changed, frames=2, rope=rope)[:, :6]
+    )
     assert not torch.equal(block(z)[:, :6], block(changed)[:, :6])
 
 
 def test_rotations_keep_lengths_and_depend_on_relative_position_only():
     cos, sin = rope_2d(2, 3, 4, 16, torch.device("cpu"))
     assert cos.shape == (2 * (5 + 12), 16)
-    assert torch.equal(cos[:5], torch.ones(5, 16)) and torch.equal(cos[:17], cos[17:])       # special tokens, no time
+    assert torch.equal(cos[:5], torch.ones(5, 16)) and torch.equal(
+        cos[:17], cos[17:]
+    )  # special tokens, no time
     q, k = torch.randn(16), torch.randn(16)
     rotated = [rotate_half(x.expand(len(cos), 16), cos, sin) for x in (q, k)]
     torch.testing.assert_close(rotated[0].norm(dim=-1), q.norm().expand(len(cos)))
@@ -54,7 +75,9 @@ def test_rotations_keep_lengths_and_depend_on_relative_position_only():
     torch.testing.assert_close(dots[0], dots[1])
     cos, sin = rope_3d(3, 2, 2, 16, 5, torch.device("cpu"))
     assert cos.shape == (3 * 9, 8)
-    assert torch.equal(cos[9:14], torch.ones(5, 8)), "exchange: special tokens are not rotated, not even in time"
+    assert torch.equal(cos[9:14], torch.ones(5, 8)), (
+        "exchange: special tokens are not rotated, not even in time"
+    )
     x = torch.randn(1, 1, 27, 16)
     torch.testing.assert_close(rotate_pairs(x, cos, sin).norm(dim=-1), x.norm(dim=-1))
 
@@ -67,7 +90,7 @@ def test_bridge_starts_as_its_linear_map():
 def test_pose_encoder_groups_frames_like_the_latents():
     encoder = PoseEncoder(8, 16)
     encoder.mlp = torch.nn.Identity()
-    poses = torch.arange(9.0)[None, :, None].expand(1, 9, 9)           # frame t holds t
+    poses = torch.arange(9.0)[None, :, None].expand(1, 9, 9)  # frame t holds t
     grouped = encoder(poses).view(1, 3, 9, 4)[0, :, 0]
     assert grouped.tolist() == [[0, 0, 0, 0], [1, 2, 3, 4], [5, 6, 7, 8]]
 
@@ -91,7 +114,7 @@ def test_camera_tokens_are_interleaved_in_time_and_group_major_only_when_release
         head = CameraHead(8, 8, 2, 0.1, layers=1, iterations=1, released=released)
         head.token_norm = torch.nn.Identity()
         conv = head.camera_time_upsample["expand_channels"]
-        with torch.no_grad():                     # channel group j of latent n carries 20 n + j
+        with torch.no_grad():  # channel group j of latent n carries 20 n + j
             conv.weight.copy_(torch.eye(8).repeat_interleave(4, 0)[..., None])
             conv.bias.copy_(torch.arange(4.0).repeat(8))
         tokens = 20 * torch.arange(-1.0, 3.0)[None, :, None].expand(1, 4, 8)
@@ -127,7 +150,11 @@ def test_released_residual_unit_clips_its_skip():
 def test_activations_have_the_specified_values_and_gradients():
     raw = torch.tensor([[0.0, 0.0], [1.0, 1.0], [99.0, 99.0]], requires_grad=True)
     depth, conf = activate_depth(raw)
-    assert torch.allclose(depth[:2], torch.tensor([1.0, 2.7182818])) and torch.isfinite(conf).all() and (conf > 1).all()
+    assert (
+        torch.allclose(depth[:2], torch.tensor([1.0, 2.7182818]))
+        and torch.isfinite(conf).all()
+        and (conf > 1).all()
+    )
     for dtype in (torch.float64, torch.float32):
         raw = torch.tensor([[0.0, 1.0, -1.0, 0.0]], dtype=dtype, requires_grad=True)
         points, conf = activate_points(raw)

@@ -1,4 +1,5 @@
 """scene.html: what is inside, and how it behaves in a browser without network."""
+
 import base64
 import json
 import re
@@ -6,13 +7,15 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-
-from lib import page
 from browser import BROWSER, opened
-from lib.export import write_page
 from test_export import H, T, W, sampled
 
-needs_browser = pytest.mark.skipif(BROWSER is None, reason="no Chromium here (apt-get install chromium-headless-shell)")
+from lib import page
+from lib.page import write_page
+
+needs_browser = pytest.mark.skipif(
+    BROWSER is None, reason="no Chromium here (apt-get install chromium-headless-shell)"
+)
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +35,9 @@ def test_the_page_asks_for_nothing_from_outside_and_no_prompt_can_break_it(made)
     text, data = made[1].read_text(), contents(made[1])
     assert not re.search(r"""(src|href)\s*=\s*["']?(http|//)|import |fetch\(|url\(""", text)
     assert data["title"] == 'a </script><b>"room"</b>' and text.count("</script>") == 2
-    assert base64.b64decode(data["video"])[4:8] == b"ftyp" and list(made[1].parent.iterdir()) == [made[1]]
+    assert base64.b64decode(data["video"])[4:8] == b"ftyp" and list(made[1].parent.iterdir()) == [
+        made[1]
+    ]
 
 
 def test_the_page_holds_depth_to_a_thousandth_and_drops_edges(made):
@@ -44,7 +49,7 @@ def test_the_page_holds_depth_to_a_thousandth_and_drops_edges(made):
     inside = (code > 1) & (code < 65535)
     np.testing.assert_allclose(depth[inside], scene.depth[inside], rtol=1e-3)
     rank = np.frombuffer(base64.b64decode(data["colour"]), np.uint8).reshape(T, H, W, 4)[..., 3]
-    assert abs(np.mean(rank < 0.2 * 255) - 0.2) < 0.02                              # a rank: 20 % are below 20 %
+    assert abs(np.mean(rank < 0.2 * 255) - 0.2) < 0.02  # a rank: 20 % are below 20 %
 
 
 def test_81_frames_stay_below_15_mb_at_default_density(made, tmp_path, monkeypatch):
@@ -53,8 +58,10 @@ def test_81_frames_stay_below_15_mb_at_default_density(made, tmp_path, monkeypat
         stride = page.page_stride(81, size)
         samples = 81 * -(-size[0] // stride) * -(-size[1] // stride)
         assert 0.9e6 < samples and (6 * samples + page.PAGE_VIDEO) * 4 / 3 + 4e4 < 15e6
-    noise = replace(made[0], rgb=np.random.default_rng(0).integers(0, 255, made[0].rgb.shape, dtype=np.uint8))
-    for limit, check in ((10 ** 9, lambda n: n > 5000), (5000, lambda n: n <= 5000)):
+    noise = replace(
+        made[0], rgb=np.random.default_rng(0).integers(0, 255, made[0].rgb.shape, dtype=np.uint8)
+    )
+    for limit, check in ((10**9, lambda n: n > 5000), (5000, lambda n: n <= 5000)):
         monkeypatch.setattr(page, "PAGE_VIDEO", limit)
         write_page(noise, tmp_path / "scene.html")
         assert check(len(base64.b64decode(contents(tmp_path / "scene.html")["video"])))
@@ -76,8 +83,11 @@ def pixels(browser):
 
 
 def touch(browser, kind, *points):
-    browser.call("Input.dispatchTouchEvent", type=kind,
-                 touchPoints=[dict(x=x, y=y, id=i) for i, (x, y) in enumerate(points)])
+    browser.call(
+        "Input.dispatchTouchEvent",
+        type=kind,
+        touchPoints=[dict(x=x, y=y, id=i) for i, (x, y) in enumerate(points)],
+    )
 
 
 @needs_browser
@@ -94,16 +104,25 @@ def test_the_page_draws_reacts_and_reports_no_error(made):
             browser.run(script)
             assert changed(before, pixels(browser)) > least, script
 
-        after("document.querySelector('[data-v=\"0\"][title]').click()")            # this frame alone
-        after("(e => { e.value = 4; e.dispatchEvent(new Event('input')); })(document.getElementById('time'))", 0.002)
-        assert browser.run("viewer.state.frame") == 4 and "frame 5 of 5" in browser.run("document.body.innerText")
+        after("document.querySelector('[data-v=\"0\"][title]').click()")  # this frame alone
+        after(
+            "(e => { e.value = 4; e.dispatchEvent(new Event('input')); })(document.getElementById('time'))",
+            0.002,
+        )
+        assert browser.run("viewer.state.frame") == 4 and "frame 5 of 5" in browser.run(
+            "document.body.innerText"
+        )
         for button in (1, 2, 0):
             after(f"document.getElementById('colour').children[{button}].click()", 0.03)
-        after("(e => { e.value = 3; e.dispatchEvent(new Event('input')); })(document.getElementById('size'))")
-        after("(e => { e.value = 80; e.dispatchEvent(new Event('input')); })(document.getElementById('unsure'))")
+        after(
+            "(e => { e.value = 3; e.dispatchEvent(new Event('input')); })(document.getElementById('size'))"
+        )
+        after(
+            "(e => { e.value = 80; e.dispatchEvent(new Event('input')); })(document.getElementById('unsure'))"
+        )
         after("document.getElementById('ride').click()", 0.02)
         after("document.getElementById('reset').click()", 0.02)
-        after("viewer.choose('mode', 2), viewer.slide('unsure', 0)")                 # all frames, nothing hidden
+        after("viewer.choose('mode', 2), viewer.slide('unsure', 0)")  # all frames, nothing hidden
         after("document.getElementById('show').children[0].click()", 0.05)
         assert browser.problems == []
 
@@ -112,13 +131,17 @@ def test_the_page_draws_reacts_and_reports_no_error(made):
 def test_mouse_wheel_keys_and_two_fingers_move_the_view(made):
     view = "JSON.stringify(viewer.state.view)"
     with opened(made[1], 900, 600) as browser:
+
         def moved(*names):
             now = json.loads(browser.run(view))
             found = {k for k in now if now[k] != moved.before[k]}
             moved.before = now
             assert found == set(names), found
+
         moved.before = json.loads(browser.run(view))
-        mouse = lambda kind, x, y, **more: browser.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, **more)
+        mouse = lambda kind, x, y, **more: browser.call(
+            "Input.dispatchMouseEvent", type=kind, x=x, y=y, **more
+        )
         mouse("mousePressed", 200, 200, button="left", buttons=1, clickCount=1)
         mouse("mouseMoved", 260, 230, button="left", buttons=1)
         mouse("mouseReleased", 260, 230, button="left", clickCount=1)
@@ -137,9 +160,14 @@ def test_mouse_wheel_keys_and_two_fingers_move_the_view(made):
         touch(browser, "touchMove", (180, 200), (320, 220))
         touch(browser, "touchEnd")
         moved("distance", "target")
-        for key, check in (("2", "viewer.state.colour === 1"), ("s", "viewer.state.mode === 1"),
-                           ("]", "viewer.state.size > 1.3"), ("ArrowRight", "viewer.state.frame === 1"),
-                           ("c", "viewer.state.ride"), ("h", "!!document.querySelector('#help.open')")):
+        for key, check in (
+            ("2", "viewer.state.colour === 1"),
+            ("s", "viewer.state.mode === 1"),
+            ("]", "viewer.state.size > 1.3"),
+            ("ArrowRight", "viewer.state.frame === 1"),
+            ("c", "viewer.state.ride"),
+            ("h", "!!document.querySelector('#help.open')"),
+        ):
             browser.call("Input.dispatchKeyEvent", type="keyDown", key=key)
             assert browser.run(check), key
         assert browser.problems == []
@@ -147,16 +175,24 @@ def test_mouse_wheel_keys_and_two_fingers_move_the_view(made):
 
 @needs_browser
 def test_the_video_plays_and_without_its_codec_the_points_own_colours_do(made, tmp_path):
-    ended = ("new Promise(done => { viewer.play(true); const wait = () => viewer.state.playing ? setTimeout(wait, 30) : "
-             "done(viewer.state.frame); wait(); })")
+    ended = (
+        "new Promise(done => { viewer.play(true); const wait = () => viewer.state.playing ? setTimeout(wait, 30) : "
+        "done(viewer.state.frame); wait(); })"
+    )
     with opened(made[1], 900, 600) as browser:
-        ready = browser.run("new Promise(done => { const v = document.getElementById('video'), wait = () => "
-                            "v.readyState > 1 ? done('plays') : v.error ? done('no codec') : setTimeout(wait, 20); wait(); })")
+        ready = browser.run(
+            "new Promise(done => { const v = document.getElementById('video'), wait = () => "
+            "v.readyState > 1 ? done('plays') : v.error ? done('no codec') : setTimeout(wait, 20); wait(); })"
+        )
         assert browser.run(ended) == T - 1 and browser.problems == []
         assert ready == "plays" or browser.run("!document.getElementById('frame').hidden")
     text, data = made[1].read_text(), contents(made[1])
-    (tmp_path / "broken.html").write_text(text.replace(data["video"], base64.b64encode(b"no video at all").decode()))
+    (tmp_path / "broken.html").write_text(
+        text.replace(data["video"], base64.b64encode(b"no video at all").decode())
+    )
     with opened(tmp_path / "broken.html", 900, 600) as browser:
         browser.run("new Promise(done => setTimeout(done, 300))")
-        assert browser.run("document.getElementById('video').hidden && !document.getElementById('frame').hidden")
+        assert browser.run(
+            "document.getElementById('video').hidden && !document.getElementById('frame').hidden"
+        )
         assert browser.run(ended) == T - 1

@@ -1,4 +1,5 @@
 """sample.py as a person runs it: prompts, cameras, batches that go on, refusals in one line."""
+
 import json
 import pathlib
 import subprocess
@@ -8,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-
-from lib import cameras
-import sample
-from data import read_video
-from lib.jobs import parse_arguments
 from tiny import tiny_model
+
+import sample
+from lib import camera_files, camera_paths
+from lib.files import read_video
+from lib.jobs import parse_arguments
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -24,8 +25,11 @@ def ckpt(tmp_path_factory):
     root, model = tmp_path_factory.mktemp("run"), tiny_model(2, awake=True, has_control=True)
     (root / "s0").mkdir()
     dit = {f"dit.{k}": v.contiguous() for k, v in model.dit.state_dict().items()}
-    meta = dict(model_config=json.dumps(model.cfg.__dict__), step="3",
-                train_config=json.dumps(dict(num_frames=5, height=32, width=48, wan_dir=str(root / "s0"))))
+    meta = dict(
+        model_config=json.dumps(model.cfg.__dict__),
+        step="3",
+        train_config=json.dumps(dict(num_frames=5, height=32, width=48, wan_dir=str(root / "s0"))),
+    )
     save_file(dit, root / "s0" / "latest.safetensors", dict(meta, stage="0"))
     own = {k: v.contiguous() for k, v in model.trainable_state_dict().items()}
     save_file(own, root / "two.safetensors", dict(meta, stage="2"))
@@ -39,24 +43,39 @@ def run(monkeypatch, ckpt, out, *more):
 
 
 def test_a_file_of_prompts_and_two_seeds_gets_a_folder_each_and_goes_on_where_it_stopped(
-        ckpt, tmp_path, monkeypatch, capsys):
-    (tmp_path / "prompts.txt").write_text("a red room\n\n# not this one\na blue room, seen from above\n")
-    more = (f"--prompt={tmp_path}/prompts.txt", "--num_samples=2", "--seed=7", "--export=video,npz", "--guidance=1")
+    ckpt, tmp_path, monkeypatch, capsys
+):
+    (tmp_path / "prompts.txt").write_text(
+        "a red room\n\n# not this one\na blue room, seen from above\n"
+    )
+    more = (
+        f"--prompt={tmp_path}/prompts.txt",
+        "--num_samples=2",
+        "--seed=7",
+        "--export=video,npz",
+        "--guidance=1",
+    )
     run(monkeypatch, ckpt, tmp_path / "out", *more)
     folders = sorted(p.name for p in (tmp_path / "out").iterdir())
-    assert folders == ["000-a-red-room-seed7", "001-a-red-room-seed8", "002-a-blue-room-seen-from-above-seed7",
-                       "003-a-blue-room-seen-from-above-seed8"]
+    assert folders == [
+        "000-a-red-room-seed7",
+        "001-a-red-room-seed8",
+        "002-a-blue-room-seen-from-above-seed7",
+        "003-a-blue-room-seen-from-above-seed8",
+    ]
     frames = [read_video(tmp_path / "out" / f / "video.mp4")[0] for f in folders]
     assert not np.array_equal(frames[0], frames[1])
-    (tmp_path / "out" / folders[2] / "report.json").unlink()                       # as if it had been killed there
+    (tmp_path / "out" / folders[2] / "report.json").unlink()  # as if it had been killed there
     stamps = {f: (tmp_path / "out" / f / "video.mp4").stat().st_mtime_ns for f in folders}
     capsys.readouterr()
     run(monkeypatch, ckpt, tmp_path / "out", *more)
     again = {f: (tmp_path / "out" / f / "video.mp4").stat().st_mtime_ns for f in folders}
     assert [f for f in folders if again[f] != stamps[f]] == [folders[2]]
     assert "3 of 4 samples are there already" in capsys.readouterr().out
-    np.testing.assert_array_equal(read_video(tmp_path / "out" / folders[2] / "video.mp4")[0], frames[2])
-    run(monkeypatch, ckpt, tmp_path / "out", *more, "--steps=1")                   # other settings: nothing is kept
+    np.testing.assert_array_equal(
+        read_video(tmp_path / "out" / folders[2] / "video.mp4")[0], frames[2]
+    )
+    run(monkeypatch, ckpt, tmp_path / "out", *more, "--steps=1")  # other settings: nothing is kept
     assert all((tmp_path / "out" / f / "video.mp4").stat().st_mtime_ns > again[f] for f in folders)
 
 
@@ -65,68 +84,108 @@ def test_low_memory_and_previews_change_no_result(ckpt, tmp_path, monkeypatch):
     run(monkeypatch, ckpt, tmp_path / "b", "--export=npz", "--low_memory", "--preview_every=1")
     a, b = (np.load(tmp_path / x / "depth.npz")["depth"] for x in "ab")
     np.testing.assert_allclose(a, b, rtol=1e-5)
-    assert sorted(p.name for p in (tmp_path / "b" / "preview").iterdir()) == ["step-0001.png", "step-0002.png"]
+    assert sorted(p.name for p in (tmp_path / "b" / "preview").iterdir()) == [
+        "step-0001.png",
+        "step-0002.png",
+    ]
     report = json.loads((tmp_path / "a" / "report.json").read_text())
-    assert len(report["control"]["frames"]) == 5 and {"depth", "colour", "heads"} <= set(report["consistency"])
+    assert len(report["control"]["frames"]) == 5 and {"depth", "colour", "heads"} <= set(
+        report["consistency"]
+    )
 
 
-def test_one_line_of_the_summary_names_control_error_scale_and_consistency(ckpt, tmp_path, monkeypatch, capsys):
+def test_one_line_of_the_summary_names_control_error_scale_and_consistency(
+    ckpt, tmp_path, monkeypatch, capsys
+):
     run(monkeypatch, ckpt, tmp_path / "x", "--export=video", "--camera=static", "--unit=m")
     said = capsys.readouterr().out
     assert "predicted against commanded cameras: rotation" in said and "depth differs by" in said
-    assert "warning: the commanded cameras move too little" in said and "video.mp4 report.json" in said
+    assert (
+        "warning: the commanded cameras move too little" in said and "video.mp4 report.json" in said
+    )
 
 
 # ---- cameras
 def test_a_camera_file_of_any_format_gives_the_same_path(tmp_path):
-    w2c, _ = cameras.camera_move("orbit", 5, 1.0)
-    w2c, K = w2c.double().numpy(), np.tile([.9, 1.2, .5, .5], (5, 1))              # square pixels at 4 : 3
-    want, want_K = sample.load_camera("orbit", 5, (48, 64))
-    for form, name in (("re10k", "a.txt"), ("nerfstudio", "t.json"), ("colmap", "folder"), ("npz", "a.npz"),
-                       ("tum", "b.txt"), ("fantasyworld", "f.json"), ("worldscore", "w.json")):
-        cameras.write(tmp_path / name, form, w2c * [[[1, 1, 1, 2]]], K, (48, 64))
-        got, got_K = sample.load_camera(str(tmp_path / name), 5, (48, 64), scene_scale=2.0,
-                                        form=form if form in ("fantasyworld", "worldscore") else None)
+    w2c, _ = camera_paths.camera_move("orbit", 5, 1.0)
+    w2c, K = w2c.double().numpy(), np.tile([0.9, 1.2, 0.5, 0.5], (5, 1))  # square pixels at 4 : 3
+    want, want_K = camera_paths.load_camera("orbit", 5, (48, 64))
+    for form, name in (
+        ("re10k", "a.txt"),
+        ("nerfstudio", "t.json"),
+        ("colmap", "folder"),
+        ("npz", "a.npz"),
+        ("tum", "b.txt"),
+        ("fantasyworld", "f.json"),
+        ("worldscore", "w.json"),
+    ):
+        camera_files.write(tmp_path / name, form, w2c * [[[1, 1, 1, 2]]], K, (48, 64))
+        got, got_K = camera_paths.load_camera(
+            str(tmp_path / name),
+            5,
+            (48, 64),
+            scene_scale=2.0,
+            form=form if form in ("fantasyworld", "worldscore") else None,
+        )
         torch.testing.assert_close(got, want, atol=1e-5, rtol=0)
         if form != "tum":
-            assert abs(got_K[0, 0, 0, 0] - .9 * 64) < 1e-3 and abs(got_K[0, 0, 1, 1] - 1.2 * 48) < 1e-3, form
+            assert (
+                abs(got_K[0, 0, 0, 0] - 0.9 * 64) < 1e-3
+                and abs(got_K[0, 0, 1, 1] - 1.2 * 48) < 1e-3
+            ), form
     assert abs(want_K[0, 0, 0, 0] - 32 / np.tan(np.radians(32.5))) < 1e-3
 
 
 def test_intrinsics_of_a_wide_picture_are_cropped_as_the_picture_would_be():
     """Hand computed: 1600 x 900, f = 800 px.  Filling 100 x 100 scales by 1/9 and cuts 350 px a side: f = 800/9 px."""
-    K = cameras.crop_intrinsics(np.array([[.5, 800 / 900, .5, .5]]), 1600 / 900, (100, 100))
+    K = camera_files.crop_intrinsics(np.array([[0.5, 800 / 900, 0.5, 0.5]]), 1600 / 900, (100, 100))
     np.testing.assert_allclose(K * 100, [[800 / 9, 800 / 9, 50, 50]])
-    K = cameras.crop_intrinsics(np.array([[.5, 800 / 900, .25, .5]]), 1600 / 900, (100, 100))   # 400 px: 50 past the cut
+    K = camera_files.crop_intrinsics(
+        np.array([[0.5, 800 / 900, 0.25, 0.5]]), 1600 / 900, (100, 100)
+    )  # 400 px: 50 past the cut
     np.testing.assert_allclose(K[0, 2] * 100, 50 / 9)
 
 
 def test_key_frames_stand_where_they_say_and_look_at_their_targets():
-    w2c, _ = sample.load_camera("0,0,0 -> 0,0,2 | 0.4: 1,0,0 -> 0,0,2 | 1: 0,0,1 -> 0,0,2", 11, (48, 64))
+    w2c, _ = camera_paths.load_camera(
+        "0,0,0 -> 0,0,2 | 0.4: 1,0,0 -> 0,0,2 | 1: 0,0,1 -> 0,0,2", 11, (48, 64)
+    )
     centre = -(w2c[0, :, :, :3].mT @ w2c[0, :, :, 3:])[..., 0]
     for t, where in ((0, (0, 0, 0)), (4, (1, 0, 0)), (10, (0, 0, 1))):
         torch.testing.assert_close(centre[t], torch.tensor(where).float(), atol=1e-5, rtol=0)
-        seen = w2c[0, t, :, :3] @ torch.tensor([0., 0, 2]) + w2c[0, t, :, 3]
+        seen = w2c[0, t, :, :3] @ torch.tensor([0.0, 0, 2]) + w2c[0, t, :, 3]
         assert seen[:2].abs().max() < 1e-5 and seen[2] > 0
 
 
 # ---- refusals: one line, exit status 2
-@pytest.mark.parametrize("arguments, words", [
-    (["--camera=orbitt"], ["unknown camera move 'orbitt'", "nearest: orbit"]),
-    (["--camera=nowhere.txt"], ["nowhere.txt", "missing"]),
-    (["--camera=0,0 -> 0,0,1 | 1,0,0 -> 0,0,1"], ["key frame '0,0 -> 0,0,1'", "wanted x,y,z -> x,y,z"]),
-    (["--frames=6"], ["--frames 6", "4k + 1", "such as --frames 5"]),
-    (["--height=33"], ["--height 33", "--height 32"]),
-    (["--steps=0"], ["--steps 0: wanted 1 to 1000"]),
-    (["--export=obj"], ["--export obj: unknown", "glb"]),
-    (["--prompt=prompts.txt"], ["--prompt prompts.txt: no such file"]),
-    (["--image=missing.png"], ["missing.png", "no such file"]),
-    (["--wan_dir=missing"], ["missing"]),
-    (["--ckpt=missing.safetensors"], ["missing.safetensors"]),
-    (["--sampler=ddim"], ["ddim", "euler", "--help"]),
-])
-def test_user_errors_are_one_line_with_exit_status_2(ckpt, tmp_path, monkeypatch, capsys, arguments, words):
-    monkeypatch.setattr(sys, "argv", ["sample.py", f"--ckpt={ckpt}", f"--out={tmp_path}/o", "--device=cpu", *arguments])
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--camera=orbitt"], ["unknown camera move 'orbitt'", "nearest: orbit"]),
+        (["--camera=nowhere.txt"], ["nowhere.txt", "missing"]),
+        (
+            ["--camera=0,0 -> 0,0,1 | 1,0,0 -> 0,0,1"],
+            ["key frame '0,0 -> 0,0,1'", "wanted x,y,z -> x,y,z"],
+        ),
+        (["--frames=6"], ["--frames 6", "4k + 1", "such as --frames 5"]),
+        (["--height=33"], ["--height 33", "--height 32"]),
+        (["--steps=0"], ["--steps 0: wanted 1 to 1000"]),
+        (["--export=obj"], ["--export obj: unknown", "glb"]),
+        (["--prompt=prompts.txt"], ["--prompt prompts.txt: no such file"]),
+        (["--image=missing.png"], ["missing.png", "no such file"]),
+        (["--wan_dir=missing"], ["missing"]),
+        (["--ckpt=missing.safetensors"], ["missing.safetensors"]),
+        (["--sampler=ddim"], ["ddim", "euler", "--help"]),
+    ],
+)
+def test_user_errors_are_one_line_with_exit_status_2(
+    ckpt, tmp_path, monkeypatch, capsys, arguments, words
+):
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        ["sample.py", f"--ckpt={ckpt}", f"--out={tmp_path}/o", "--device=cpu", *arguments],
+    )
     with pytest.raises((ValueError, SystemExit)) as caught:
         sample.main()
     said = capsys.readouterr().err if isinstance(caught.value, SystemExit) else str(caught.value)
@@ -136,7 +195,13 @@ def test_user_errors_are_one_line_with_exit_status_2(ckpt, tmp_path, monkeypatch
 
 
 def test_the_command_itself_exits_with_2_and_one_line(ckpt, tmp_path):
-    command = [sys.executable, str(ROOT / "sample.py"), f"--ckpt={ckpt}", f"--out={tmp_path}/o", "--camera=orbitt"]
+    command = [
+        sys.executable,
+        str(ROOT / "sample.py"),
+        f"--ckpt={ckpt}",
+        f"--out={tmp_path}/o",
+        "--camera=orbitt",
+    ]
     failed = subprocess.run(command, capture_output=True, text=True)
     assert failed.returncode == 2 and failed.stderr.count("\n") == 1
     assert failed.stderr.startswith("sample.py: unknown camera move")
@@ -146,6 +211,16 @@ def test_help_is_grouped_and_shows_defaults(capsys):
     with pytest.raises(SystemExit) as caught:
         parse_arguments(["--help"])
     said = capsys.readouterr().out
-    for words in ("what to sample:", "camera:", "size:", "sampling:", "machine:", "files:", "[50]", "[orbit]", "--low_memory"):
+    for words in (
+        "what to sample:",
+        "camera:",
+        "size:",
+        "sampling:",
+        "machine:",
+        "files:",
+        "[50]",
+        "[orbit]",
+        "--low_memory",
+    ):
         assert words in said, words
     assert caught.value.code == 0 and "None" not in said

@@ -1,22 +1,23 @@
 """Weights spread over ranks: the same numbers, the same files, a share of the memory.  Two real gloo ranks."""
+
 import pytest
-import torch
 import torch.distributed as dist
-import torch.distributed.fsdp
 import torch.multiprocessing
 from safetensors.torch import load_file
 from tiny import loss_of, tiny_inputs, tiny_model
 from torch.nn.parallel import DistributedDataParallel
 
-import bench
 import train
-from lib import plan
-from lib.checkpoints import load_optimizer, load_trained, save_checkpoint, training_state
-from lib.control import end_processes
-from lib.sharding import fill, shard, whole
+from lib import plan, variants
+from lib.checkpoints import load_optimizer, save_checkpoint, training_state
+from lib.distributed import end_processes, fill, shard, whole
+from lib.weights import load_trained
 from model import PRESETS, FantasyWorld
 
-pytestmark = pytest.mark.skipif(torch.__version__ < (2, 7), reason="fully_shard with ignored_params: torch 2.7")
+pytestmark = pytest.mark.skipif(
+    torch.__version__ < (2, 7), reason="fully_shard with ignored_params: torch 2.7"
+)
+
 CPU = torch.device("cpu")
 
 
@@ -24,7 +25,9 @@ def steps(model, wrapped, optimizer, numbers, stage):
     for n in numbers:
         optimizer.zero_grad()
         loss_of(wrapped(**tiny_inputs(seed=2 * n + dist.get_rank()), video=stage == 2)).backward()
-        norm = torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)
+        norm = torch.nn.utils.clip_grad_norm_(
+            [p for p in model.parameters() if p.requires_grad], 1.0
+        )
         optimizer.found_inf = (~whole(norm).isfinite()).float()
         optimizer.step()
 
@@ -33,7 +36,10 @@ def differences(model, reference):
     """name -> largest difference; the two must have the same names in the same order."""
     names = [n for n, _ in reference.named_parameters()]
     assert [n for n, _ in model.named_parameters()] == names
-    return {n: (whole(a) - b).abs().max().item() for n, a, b in zip(names, model.parameters(), reference.parameters())}
+    return {
+        n: (whole(a) - b).abs().max().item()
+        for n, a, b in zip(names, model.parameters(), reference.parameters())
+    }
 
 
 def equality(folder, group):
@@ -43,18 +49,27 @@ def equality(folder, group):
         plain.checkpoint_activations = spread.checkpoint_activations = how
         shard(spread, group, CPU)
         ours, theirs = (train.make_optimizer(m, 1) for m in (spread, plain))
-        assert sum(p.to_local().numel() for p in spread.parameters()) < .51 * sum(p.numel() for p in plain.parameters())
+        assert sum(p.to_local().numel() for p in spread.parameters()) < 0.51 * sum(
+            p.numel() for p in plain.parameters()
+        )
         steps(plain, DistributedDataParallel(plain), theirs, range(2), stage)
         steps(spread, spread, ours, range(2), stage)
-        assert max(differences(spread, plain).values()) < 1e-6, (stage, how)     # sums of gradients in another order
-        assert not any(group.is_unsharded for m in spread.modules() if isinstance(m, torch.distributed.fsdp.FSDPModule)
-                       for group in m._get_fsdp_state()._fsdp_param_groups), "left whole after the step"
+        assert max(differences(spread, plain).values()) < 1e-6, (
+            stage,
+            how,
+        )  # sums of gradients in another order
+        assert not any(
+            group.is_unsharded
+            for m in spread.modules()
+            if isinstance(m, torch.distributed.fsdp.FSDPModule)
+            for group in m._get_fsdp_state()._fsdp_param_groups
+        ), "left whole after the step"
     content = training_state(spread, ours)
     if dist.get_rank() == 0:
         save_checkpoint(folder, 2, *content, dict(stage="2"), 1)
     dist.barrier()
     for spread_again in (False, True):
-        model = tiny_model(2)                                                    # other weights than those saved
+        model = tiny_model(2)  # other weights than those saved
         if spread_again:
             shard(model, group, CPU)
         optimizer = train.make_optimizer(model, 1)
@@ -67,7 +82,9 @@ def equality(folder, group):
         steps(model, wrapped, optimizer, range(2, 3), 2)
         if not spread_again:
             steps(spread, spread, ours, range(2, 3), 2)
-        assert max(differences(spread, model if not spread_again else plain_of(model)).values()) < 1e-6, spread_again
+        assert (
+            max(differences(spread, model if not spread_again else plain_of(model)).values()) < 1e-6
+        ), spread_again
 
 
 def plain_of(model):
@@ -82,13 +99,16 @@ def memory(group):
     cfg, size = PRESETS["demo"], (5, 48, 64)
 
     def loss(model, *batch):
-        return train.compute_loss(model, *batch, bench.OPTIONS, True)[0]
+        return train.compute_loss(model, *batch, variants.OPTIONS, True)[0]
+
     model = shard(FantasyWorld(cfg).set_stage(2), group, CPU)
     model.checkpoint_activations = "full"
     loss(model, *plan.example_batch(cfg, 1, *size)).backward()
     if dist.get_rank():
         return loss(model, *plan.example_batch(cfg, 1, *size)).backward()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
         loss(model, *plan.example_batch(cfg, 1, *size)).backward()
     now = peak = 0
     events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
@@ -126,4 +146,6 @@ def one_rank(rank, folder):
 
 def test_spread_weights_train_to_the_same_values_files_and_planned_memory(tmp_path):
     torch.multiprocessing.spawn(one_rank, (tmp_path,), nprocs=2)
-    assert all(v.isfinite().all() for v in load_file(tmp_path / "step-2.optim.safetensors").values())
+    assert all(
+        v.isfinite().all() for v in load_file(tmp_path / "step-2.optim.safetensors").values()
+    )

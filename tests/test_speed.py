@@ -1,9 +1,9 @@
 """The least work and what is sent and kept: counted FLOPs, bytes, operations and graphs; never time."""
+
 import pathlib
 from dataclasses import replace
 
 import pytest
-import torch
 import torch.distributed as dist
 import torch.multiprocessing
 from safetensors.torch import load_file
@@ -13,46 +13,64 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import bench
-from lib import plan
 import sample
 import train
-from lib.checkpoints import load_optimizer, load_trained, save_checkpoint, training_state
-from lib.control import end_processes
-from model import PRESETS, WanCrossAttention, WanDiT
+from lib import camera_paths, plan, variants
+from lib.checkpoints import load_optimizer, save_checkpoint, training_state
+from lib.distributed import end_processes
+from lib.weights import load_trained
+from model import PRESETS, FantasyWorld
+from wan import WanCrossAttention, WanDiT
 
 ROOT = pathlib.Path(__file__).parents[1]
+
 # True widths and clips, few layers; narrow heads, which else would be most of so shallow a model.
-SHALLOW = replace(PRESETS["1.3b"], num_layers=3, num_pcb=1, taps=(0, 0, 1, 1), dpt_channels=(8, 16, 32, 32),
-                  dpt_features=16, dpt_tail=8, camera_layers=1, camera_iterations=1)
+SHALLOW = replace(
+    PRESETS["1.3b"],
+    num_layers=3,
+    num_pcb=1,
+    taps=(0, 0, 1, 1),
+    dpt_channels=(8, 16, 32, 32),
+    dpt_features=16,
+    dpt_tail=8,
+    camera_layers=1,
+    camera_iterations=1,
+)
 
 
 def geometry_and_diffusion(video):
-    return lambda model, *batch: train.compute_loss(model, *batch, bench.OPTIONS, video)[0]
+    return lambda model, *batch: train.compute_loss(model, *batch, variants.OPTIONS, video)[0]
 
 
 # ---- least work
 def test_stage_1_costs_the_video_forward_to_the_bridge_and_three_times_the_trainable_forward():
-    least = bench.ideal(SHALLOW, 1, (21, 336, 592))
+    least = variants.ideal(SHALLOW, 1, (21, 336, 592))
     N, T, D = 6 * 21 * 37, 512 + 257, 1536
-    block = 8 * N * D ** 2 + 4 * N ** 2 * D + 4 * N * D ** 2 + 4 * T * D ** 2 + 4 * N * T * D + 4 * N * D * 8960
-    assert least["PCB"] == block                                        # by hand, training.md section 1
+    block = (
+        8 * N * D**2 + 4 * N**2 * D + 4 * N * D**2 + 4 * T * D**2 + 4 * N * T * D + 4 * N * D * 8960
+    )
+    assert least["PCB"] == block  # by hand, training.md section 1
     C, P = 1408, 5 + 21 * 37
-    assert least["geometry"] == 2 * (48 * C ** 2 * 6 * P + 4 * 6 * P * P * C + 4 * (6 * P) ** 2 * C)
-    flops = plan.count(SHALLOW, 1, geometry_and_diffusion(False), (1, 21, 336, 592), "none")["flops"]
+    assert least["geometry"] == 2 * (48 * C**2 * 6 * P + 4 * 6 * P * P * C + 4 * (6 * P) ** 2 * C)
+    flops = plan.count(SHALLOW, 1, geometry_and_diffusion(False), (1, 21, 336, 592), "none")[
+        "flops"
+    ]
     assert flops <= 1.01 * least["fused"] and flops <= 1.05 * least["ideal"]
 
 
 def test_stage_2_recomputes_less_than_a_tenth_and_no_weight_gradient_of_wan():
-    least = bench.ideal(SHALLOW, 2, (81, 592, 336))
+    least = variants.ideal(SHALLOW, 2, (81, 592, 336))
     counts = plan.count(SHALLOW, 2, geometry_and_diffusion(True), (1, 81, 592, 336), "selective")
     assert counts["flops"] <= 1.10 * least["fused"]
 
 
 def test_keys_of_the_prompt_are_computed_once_per_clip_although_blocks_are_recomputed(monkeypatch):
     calls, original = [], WanCrossAttention.keys_values
-    monkeypatch.setattr(WanCrossAttention, "keys_values",
-                        lambda self, *args: calls.append(1) or original(self, *args))
+    monkeypatch.setattr(
+        WanCrossAttention,
+        "keys_values",
+        lambda self, *args: calls.append(1) or original(self, *args),
+    )
     model = tiny_model(2)
     model.checkpoint_activations = "full"
     loss_of(model(**tiny_inputs())).backward()
@@ -63,11 +81,13 @@ def test_keys_of_the_prompt_are_computed_once_per_clip_although_blocks_are_recom
 def test_planned_bytes_of_the_demo_step_are_what_the_allocator_hands_out():
     size, cfg, stage = (2, 9, 64, 96), PRESETS["demo"], 2
     planned = plan.count(cfg, stage, geometry_and_diffusion(stage == 2), size, "full", half=False)
-    model = plan.FantasyWorld(cfg).set_stage(stage)
+    model = FantasyWorld(cfg).set_stage(stage)
     model.checkpoint_activations = "full"
     for p in model.parameters():
         p.grad = torch.zeros_like(p) if p.requires_grad else None
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
         geometry_and_diffusion(stage == 2)(model, *plan.example_batch(cfg, *size)).backward()
     events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
     now = peak = 0
@@ -79,9 +99,23 @@ def test_planned_bytes_of_the_demo_step_are_what_the_allocator_hands_out():
 
 
 def test_the_plan_prefers_no_recomputation_then_little_sharding_and_refuses_what_cannot_fit():
-    one = dict(frozen=0, trainable=4, gradients=4, moments=8, heads=0, backward=0, gathered_heads=1, gathered_backward=2)
-    counts = {how: {b: {k: v * plan.GIB for k, v in dict(one, activations=peak * b, peak=peak * b).items()}
-                    for b in (1, 2)} for how, peak in (("none", 40), ("selective", 10), ("full", 5))}
+    one = dict(
+        frozen=0,
+        trainable=4,
+        gradients=4,
+        moments=8,
+        heads=0,
+        backward=0,
+        gathered_heads=1,
+        gathered_backward=2,
+    )
+    counts = {
+        how: {
+            b: {k: v * plan.GIB for k, v in dict(one, activations=peak * b, peak=peak * b).items()}
+            for b in (1, 2)
+        }
+        for how, peak in (("none", 40), ("selective", 10), ("full", 5))
+    }
     assert plan.settings(counts, 8, 80, 112)[:4] == ("none", "-", 1, 14)
     assert plan.settings(counts, 8, 40, 112)[:4] == ("selective", "-", 2, 7)
     assert plan.settings(counts, 8, 22, 112)[:4] == ("selective", "optimizer", 1, 14)
@@ -92,8 +126,18 @@ def test_the_plan_prefers_no_recomputation_then_little_sharding_and_refuses_what
 
 def test_the_plan_command_needs_no_weights_and_no_data(monkeypatch, capsys):
     known = dict(vars(train))
-    found = train.config.apply(known, [f"{ROOT}/config/demo0.py", "--num_frames=5", "--height=32", "--width=48",
-                                       f"--model_overrides={TINY.__dict__}", "--plan=True", "--plan_gpus=2"])
+    found = train.config.apply(
+        known,
+        [
+            f"{ROOT}/config/demo0.py",
+            "--num_frames=5",
+            "--height=32",
+            "--width=48",
+            f"--model_overrides={TINY.__dict__}",
+            "--plan=True",
+            "--plan_gpus=2",
+        ],
+    )
     for name, value in found.items():
         monkeypatch.setattr(train, name, value)
     train.main(found)
@@ -116,11 +160,15 @@ def test_every_attention_of_a_step_is_fused_and_none_stores_its_scores():
     model = tiny_model(2, awake=True)
     with Operations() as seen:
         loss_of(model(**tiny_inputs())).backward()
-    fused = [n for n in seen.names if n.startswith("_scaled_dot_product") and not n.endswith("backward")]
+    fused = [
+        n for n in seen.names if n.startswith("_scaled_dot_product") and not n.endswith("backward")
+    ]
     n = TINY.geo_layers
     cameras = TINY.camera_layers * TINY.camera_iterations
     assert set(fused) == {"_scaled_dot_product_flash_attention_for_cpu"}
-    assert len(fused) == 2 * TINY.num_layers + 4 * n + TINY.bridge_layers + cameras     # Wan | geometry + exchange
+    assert (
+        len(fused) == 2 * TINY.num_layers + 4 * n + TINY.bridge_layers + cameras
+    )  # Wan | geometry + exchange
     assert not {"_softmax", "softmax", "bmm", "baddbmm"} & set(seen.names)
 
 
@@ -131,6 +179,7 @@ def test_every_attention_at_true_widths_is_what_flash_attention_takes_on_a_gpu(m
     def seen(q, k, v, *args, **kwargs):
         calls.append((q, k, v, args, kwargs))
         return original(q, k, v, *args, **kwargs)
+
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", seen)
     for cfg in (SHALLOW, replace(PRESETS["14b"], num_layers=2, num_pcb=1, taps=(0, 0, 0, 0))):
         with plan.fake_tensors(), torch.autocast("cpu", torch.bfloat16):
@@ -140,12 +189,19 @@ def test_every_attention_at_true_widths_is_what_flash_attention_takes_on_a_gpu(m
     for q, k, v, args, kwargs in calls:
         assert not args and not kwargs
         for x in (q, k, v):
-            assert x.dtype == torch.bfloat16 and x.shape[-1] <= 256 and x.shape[-1] % 8 == 0 and x.stride(-1) == 1
+            assert (
+                x.dtype == torch.bfloat16
+                and x.shape[-1] <= 256
+                and x.shape[-1] % 8 == 0
+                and x.stride(-1) == 1
+            )
 
 
 @pytest.mark.parametrize("stage", [1, 2])
 def test_a_step_never_waits_for_a_value_on_the_device(stage):
-    with plan.fake_tensors():               # no values: .item(), float() or a data-dependent shape would raise here
+    with (
+        plan.fake_tensors()
+    ):  # no values: .item(), float() or a data-dependent shape would raise here
         model = plan.fake_model(TINY, stage, half=False)
         loss = geometry_and_diffusion(stage == 2)(model, *plan.example_batch(TINY, 2, 5, 32, 48))
         loss.backward()
@@ -179,9 +235,13 @@ def test_sampling_with_constants_computed_once_equals_the_literal_loop(stage):
     g = torch.Generator().manual_seed(0)
     noise, y = torch.randn(1, 16, 2, 4, 6, generator=g), torch.randn(1, 16, 2, 4, 6, generator=g)
     text, negative = [torch.randn(5, 64, generator=g)], [torch.randn(3, 64, generator=g)]
-    w2c, K = sample.load_camera("orbit", 5, (32, 48), 65.0, 1.0, 1.0)
-    ours = sample.generate(model, noise, text, negative, y, None, w2c, K, "euler", 3, 5.0, 5.0, lambda x: x + 1)
-    literal = bench.straightforward_sample(model, noise, text, negative, y, w2c, K, 3, 5.0, lambda x: x + 1)
+    w2c, K = camera_paths.load_camera("orbit", 5, (32, 48), 65.0, 1.0, 1.0)
+    ours = sample.generate(
+        model, noise, text, negative, y, None, w2c, K, "euler", 3, 5.0, 5.0, lambda x: x + 1
+    )
+    literal = variants.straightforward_sample(
+        model, noise, text, negative, y, w2c, K, 3, 5.0, lambda x: x + 1
+    )
     torch.testing.assert_close(ours[0], literal[0], rtol=0, atol=1e-4)
     torch.testing.assert_close(ours[2], literal[2], rtol=0, atol=1e-4)
     for key in ("depth", "points", "pose_enc"):
@@ -193,7 +253,10 @@ def test_constants_of_the_video_branch_stand_in_for_prompt_and_camera():
     dit, x = WanDiT(32, 64, 2, 16, 16, 64, 16, 32, has_clip=True, has_control=True), tiny_inputs()
     given = dict(context=x["context"], clip=torch.randn(2, 257, 1280), plucker=x["plucker"])
     with torch.no_grad():
-        assert torch.equal(dit(x["x"], x["t"], **given), dit(x["x"], x["t"], None, constants=dit.constants(**given)))
+        assert torch.equal(
+            dit(x["x"], x["t"], **given),
+            dit(x["x"], x["t"], None, constants=dit.constants(**given)),
+        )
 
 
 # ---- ranks
@@ -212,7 +275,11 @@ def two_ranks(rank, folder):
     def start(shard):
         train.shard_optimizer = shard
         model = tiny_model(1, awake=True)
-        return model, DistributedDataParallel(model, gradient_as_bucket_view=True), train.make_optimizer(model, 2, None)
+        return (
+            model,
+            DistributedDataParallel(model, gradient_as_bucket_view=True),
+            train.make_optimizer(model, 2, None),
+        )
 
     def steps(wrapped, optimizer, numbers):
         for n in numbers:
@@ -238,7 +305,7 @@ def two_ranks(rank, folder):
     if rank == 0:
         save_checkpoint(folder, 2, *content, dict(stage="1"), 1)
     dist.barrier()
-    sharded, wrapped, optimizer = start(True)                                           # resume
+    sharded, wrapped, optimizer = start(True)  # resume
     load_trained(sharded, folder / "step-2.safetensors")
     load_optimizer(folder / "step-2.optim.safetensors", sharded, optimizer)
     steps(wrapped, optimizer, range(2, 3))
@@ -247,7 +314,11 @@ def two_ranks(rank, folder):
     end_processes()
 
 
-def test_ranks_send_the_gradient_once_and_sharded_adamw_resumes_to_the_weights_of_the_whole_one(tmp_path):
+def test_ranks_send_the_gradient_once_and_sharded_adamw_resumes_to_the_weights_of_the_whole_one(
+    tmp_path,
+):
     torch.multiprocessing.spawn(two_ranks, (tmp_path,), nprocs=2)
     names = load_file(tmp_path / "step-2.optim.safetensors")
-    assert {n.split("|")[0] for n in names} == set(load_file(tmp_path / "step-2.safetensors")), "every rank's share"
+    assert {n.split("|")[0] for n in names} == set(load_file(tmp_path / "step-2.safetensors")), (
+        "every rank's share"
+    )

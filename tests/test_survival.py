@@ -1,6 +1,6 @@
 """A run that is stopped, killed, fed bad numbers or a full disk: nothing is lost and nothing is silent."""
+
 import json
-import os
 import resource
 import signal
 import subprocess
@@ -15,9 +15,11 @@ from safetensors.torch import load_file, save_file
 from test_train import run
 from tiny import train_here
 
-from lib import checkpoints
+import data
 import train
-from lib.records import Records, Watch, changed_options, read_log
+from lib import checkpoints, weights
+from lib.guards import Watch
+from lib.log import Records, changed_options, read_log
 
 STEPS = 5
 
@@ -26,7 +28,11 @@ STEPS = 5
 def survivor(tmp_path_factory):
     """Arguments of a tiny run with an epoch of 2 steps and 2 micro-steps a step, and its undisturbed end."""
     root = tmp_path_factory.mktemp("survival")
-    arguments = [a for a in tiny_run(root, STEPS)[1:] if not a.startswith(("--log_every", "--save_every", "--keep_last"))]
+    arguments = [
+        a
+        for a in tiny_run(root, STEPS)[1:]
+        if not a.startswith(("--log_every", "--save_every", "--keep_last"))
+    ]
     arguments += ["--grad_accum=2", "--log_every=1", "--save_every=2", "--keep_last=9"]
     assert train_here(*arguments, f"--out_dir={root}/whole")[0] == 0
     return root, arguments
@@ -36,9 +42,22 @@ def survivor(tmp_path_factory):
 def stuck(survivor):
     """A run of two ranks, one of which sleeps from step 3 on; it waits for its timeouts while the other tests run."""
     root, arguments = survivor
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "tests/inject.py",
-               "1,2,0,hang", *arguments, "--batch_size=1", "--step_timeout=10", f"--out_dir={root}/hang"]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        "tests/inject.py",
+        "1,2,0,hang",
+        *arguments,
+        "--batch_size=1",
+        "--step_timeout=10",
+        f"--out_dir={root}/hang",
+    ]
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
     yield process
     end_run(process)
 
@@ -46,8 +65,13 @@ def stuck(survivor):
 @pytest.fixture(scope="module", autouse=True)
 def killer():
     """The stress script with two kills, one of them while saving, on the other core meanwhile."""
-    process = subprocess.Popen([sys.executable, "tests/kill.py", "--kills", "2", "--steps", "24"], cwd=ROOT,
-                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "tests/kill.py", "--kills", "2", "--steps", "24"],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
     yield process
     end_run(process)
 
@@ -67,23 +91,33 @@ def test_a_run_stopped_by_sigterm_goes_on_without_a_seam(survivor, step, micro, 
 
 def test_curves_and_log_of_a_crashed_and_resumed_run_have_every_step_once(survivor):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
     root, arguments = survivor
 
     def crash(_b):
         raise RuntimeError("the cable was pulled")
+
     with pytest.raises(RuntimeError, match="cable"):
         train_here(*arguments, f"--out_dir={root}/crashed", **at(3, 1, crash))
-    time.sleep(1.1)              # event files sort by second, process and count: a new process would have a new second
+    time.sleep(
+        1.1
+    )  # event files sort by second, process and count: a new process would have a new second
     code, text = train_here(*arguments, f"--out_dir={root}/crashed")
     assert code == 0 and "steps 2 .. 5" in text
     board = EventAccumulator(str(root / "crashed" / "tensorboard")).Reload()
     assert [event.step for event in board.Scalars("loss/total")] == [1, 2, 3, 4, 5]
     steps, whole = (read_log(root / name / "training.log") for name in ("crashed", "whole"))
-    assert [s["step"] for s in steps] == [1, 2, 3, 4, 5] and "step 3/5" in (root / "crashed" / "training.log").read_text()
+    assert [s["step"] for s in steps] == [1, 2, 3, 4, 5] and "step 3/5" in (
+        root / "crashed" / "training.log"
+    ).read_text()
     assert [s["loss/total"] for s in steps] == [s["loss/total"] for s in whole]
-    starts = [json.loads(line) for line in (root / "crashed" / "starts.jsonl").read_text().splitlines()]
+    starts = [
+        json.loads(line) for line in (root / "crashed" / "starts.jsonl").read_text().splitlines()
+    ]
     assert [s["first_step"] for s in starts] == [0, 2]
-    assert json.loads(starts[0]["versions"])["torch"].split("+")[0] == torch.__version__.split("+")[0]    # +cu121, say
+    assert (
+        json.loads(starts[0]["versions"])["torch"].split("+")[0] == torch.__version__.split("+")[0]
+    )  # +cu121, say
     assert starts[1]["command"].startswith("train.py") and starts[0]["git"]
 
 
@@ -94,12 +128,19 @@ def test_the_result_does_not_depend_on_the_number_of_loader_workers(survivor):
 
 
 def test_a_second_signal_exits_at_once():
-    code = ("import os, signal, time\nfrom lib import control\nstop = control.Stop(None)\n"
-            "os.kill(os.getpid(), signal.SIGINT)\nos.kill(os.getpid(), signal.SIGTERM)\n"
-            "assert stop.agreed() == signal.SIGINT\ntime.sleep(1.1)\n"
-            "os.kill(os.getpid(), signal.SIGTERM)\ntime.sleep(9)")
-    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert ended.returncode == 128 + signal.SIGTERM and ended.stderr.count("once more exits at once") == 1
+    code = (
+        "import os, signal, time\nfrom lib import control\nstop = control.Stop(None)\n"
+        "os.kill(os.getpid(), signal.SIGINT)\nos.kill(os.getpid(), signal.SIGTERM)\n"
+        "assert stop.agreed() == signal.SIGINT\ntime.sleep(1.1)\n"
+        "os.kill(os.getpid(), signal.SIGTERM)\ntime.sleep(9)"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert (
+        ended.returncode == 128 + signal.SIGTERM
+        and ended.stderr.count("once more exits at once") == 1
+    )
 
 
 # ---- several ranks
@@ -108,14 +149,31 @@ def test_two_ranks_agree_on_stops_and_bad_steps_survive_a_kill_and_go_on_with_fo
     two = [*arguments, "--batch_size=1"]
     short = [*two, "--max_steps=4"]
     text = run("tests/inject.py", "1,3,1,nan", *short, f"--out_dir={root}/two_whole", ranks=2)
-    assert text.count("step 4 skipped on all ranks (1 in a row, 1 in all): loss not finite on clips ['train_") == 1
-    text = run("tests/inject.py", "1,3,0,term", *two, f"--out_dir={root}/two_stopped", ranks=2, ok=False)
+    assert (
+        text.count(
+            "step 4 skipped on all ranks (1 in a row, 1 in all): loss not finite on clips ['train_"
+        )
+        == 1
+    )
+    text = run(
+        "tests/inject.py", "1,3,0,term", *two, f"--out_dir={root}/two_stopped", ranks=2, ok=False
+    )
     assert "stopped by SIGTERM after step 3;" in text and "exitcode  : 143" in text
-    text = run("tests/inject.py", "1,3,0,kill+1,3,1,nan", *short, f"--out_dir={root}/two_stopped", ranks=2, restarts=1)
-    assert text.count("steps 3 .. 4") == 2                # torchrun brought the run back by itself
+    text = run(
+        "tests/inject.py",
+        "1,3,0,kill+1,3,1,nan",
+        *short,
+        f"--out_dir={root}/two_stopped",
+        ranks=2,
+        restarts=1,
+    )
+    assert text.count("steps 3 .. 4") == 2  # torchrun brought the run back by itself
     compare(root / "two_whole", root / "two_stopped", 4)
     text = run("train.py", *two, f"--out_dir={root}/two_stopped", ranks=4)
-    assert "global batch kept at 4 on 4 GPUs: batch_size 1, grad_accum 1" in text and "steps 4 .. 5" in text
+    assert (
+        "global batch kept at 4 on 4 GPUs: batch_size 1, grad_accum 1" in text
+        and "steps 4 .. 5" in text
+    )
 
 
 # ---- bad numbers
@@ -127,14 +185,18 @@ def patch_loss(change, when=3):
         calls.append(1)
         loss, *rest = compute_loss(*args)
         return (change(loss) if (len(calls) - 2) // 2 == when else loss), *rest
+
     return dict(compute_loss=patched)
 
 
-@pytest.mark.parametrize("accident, more, words", [
-    (at(3, 1, ACTS["nan"]), [], "loss not finite on clips ['train_"),
-    (patch_loss(lambda loss: loss + float("inf")), [], "loss not finite on clips ['train_"),
-    (patch_loss(lambda loss: 1e6 * loss), ["--spike_guard=20"], "gradient norm"),
-])
+@pytest.mark.parametrize(
+    "accident, more, words",
+    [
+        (at(3, 1, ACTS["nan"]), [], "loss not finite on clips ['train_"),
+        (patch_loss(lambda loss: loss + float("inf")), [], "loss not finite on clips ['train_"),
+        (patch_loss(lambda loss: 1e6 * loss), ["--spike_guard=20"], "gradient norm"),
+    ],
+)
 def test_a_bad_step_is_skipped_and_its_clips_are_named(survivor, tmp_path, accident, more, words):
     code, text = train_here(*survivor[1], *more, f"--out_dir={tmp_path}", **accident)
     assert code == 0 and text.count("skipped on all ranks") == 1
@@ -143,28 +205,40 @@ def test_a_bad_step_is_skipped_and_its_clips_are_named(survivor, tmp_path, accid
     counts = {int(v) for k, v in moments.items() if k.endswith("|step")}
     assert counts == {4} and all(v.isfinite().all() for v in moments.values())
     before, after = (load_file(tmp_path / f"step-{n}.safetensors") for n in (4, 5))
-    assert any(not before[k].equal(after[k]) for k in before) and all(v.isfinite().all() for v in after.values())
+    assert any(not before[k].equal(after[k]) for k in before) and all(
+        v.isfinite().all() for v in after.values()
+    )
     code, text = train_here(*survivor[1], *more, f"--out_dir={tmp_path}", "--max_steps=6")
     assert code == 0 and "skipped on" not in text
 
 
 def test_nan_weights_end_the_run_with_the_last_good_checkpoint_intact(survivor, tmp_path):
     models, make = [], train.make_optimizer
-    poison = at(2, 0, lambda b: next(p for p in models[0].bridge.parameters()).data.fill_(float("nan")))
-    capture = dict(make_optimizer=lambda model, *rest: (models.append(model), make(model, *rest))[1])
-    code, text = train_here(*survivor[1], f"--out_dir={tmp_path}", "--max_bad_steps=2", **poison, **capture)
-    assert str(code).startswith("2 bad steps in a row (max_bad_steps), last at step 4") and text.count("skipped") == 2
+    poison = at(
+        2, 0, lambda b: next(p for p in models[0].bridge.parameters()).data.fill_(float("nan"))
+    )
+    capture = dict(
+        make_optimizer=lambda model, *rest: (models.append(model), make(model, *rest))[1]
+    )
+    code, text = train_here(
+        *survivor[1], f"--out_dir={tmp_path}", "--max_bad_steps=2", **poison, **capture
+    )
+    assert (
+        str(code).startswith("2 bad steps in a row (max_bad_steps), last at step 4")
+        and text.count("skipped") == 2
+    )
     assert checkpoints.saved_steps(tmp_path) == [2]
     assert "whole, and fits" in checkpoints.describe(tmp_path / "latest.safetensors")
 
 
 def test_infinite_depth_is_masked_and_harms_nothing(survivor, tmp_path):
-    prepare = train.prepare
+    prepare = data.prepare
 
     def broken(batch, *rest):
         batch["depth"][0, 0] = float("inf")
         batch["depth"][0, 1, 0] = float("nan")
         return prepare(batch, *rest)
+
     code, text = train_here(*survivor[1], f"--out_dir={tmp_path}", prepare=broken)
     assert code == 0 and "skipped" not in text
     assert all(v.isfinite().all() for v in load_file(tmp_path / "latest.safetensors").values())
@@ -173,7 +247,7 @@ def test_infinite_depth_is_masked_and_harms_nothing(survivor, tmp_path):
 # ---- full disks and damaged files
 def full_disk(step):
     """save_checkpoint that runs against a file size limit in one step: a real write error inside the real code."""
-    save = train.save_checkpoint
+    save = checkpoints.save_checkpoint
 
     def limited(out, now, *rest):
         soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -182,18 +256,30 @@ def full_disk(step):
             save(out, now, *rest)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
     return dict(save_checkpoint=limited)
 
 
 def test_a_full_disk_costs_one_checkpoint_or_stops_as_configured(survivor, tmp_path):
     code, text = train_here(*survivor[1], f"--out_dir={tmp_path}/on", **full_disk(4))
-    assert code == 0 and "warning: step 4 is not saved" in text and checkpoints.saved_steps(tmp_path / "on") == [2, 5]
+    assert (
+        code == 0
+        and "warning: step 4 is not saved" in text
+        and checkpoints.saved_steps(tmp_path / "on") == [2, 5]
+    )
     assert not list((tmp_path / "on").glob("*.tmp"))
-    accident = {**full_disk(4), **at(4, 0, ACTS["term"])}        # a failed save is tried again before leaving
-    code, text = train_here(*survivor[1], f"--out_dir={tmp_path}/again", "--log_every=9", **accident)
+    accident = {
+        **full_disk(4),
+        **at(4, 0, ACTS["term"]),
+    }  # a failed save is tried again before leaving
+    code, text = train_here(
+        *survivor[1], f"--out_dir={tmp_path}/again", "--log_every=9", **accident
+    )
     assert code == 128 + signal.SIGTERM and "goes on from step 2" in text
     compare(survivor[0] / "whole", tmp_path / "on", STEPS)
-    code, text = train_here(*survivor[1], f"--out_dir={tmp_path}/off", "--on_save_error=stop", **full_disk(4))
+    code, text = train_here(
+        *survivor[1], f"--out_dir={tmp_path}/off", "--on_save_error=stop", **full_disk(4)
+    )
     assert "step 4 is not saved" in code and checkpoints.newest_whole(tmp_path / "off") == 2
     code, text = train_here(*survivor[1], f"--out_dir={tmp_path}/last", **full_disk(5))
     assert "step 5 is not saved" in code and checkpoints.newest_whole(tmp_path / "last") == 4
@@ -206,7 +292,10 @@ def test_a_record_that_cannot_be_written_is_announced_and_lost(tmp_path, capsys)
     records.line("step 1/2")
     records.scalars(1, {"loss": 1.0})
     told = capsys.readouterr().out
-    assert "training.log: No space left on device; this entry is lost" in told and "tensorboard: " in told
+    assert (
+        "training.log: No space left on device; this entry is lost" in told
+        and "tensorboard: " in told
+    )
 
 
 def test_a_flipped_byte_is_found_and_the_checkpoint_before_is_used(survivor):
@@ -227,13 +316,16 @@ def test_a_flipped_byte_is_found_and_the_checkpoint_before_is_used(survivor):
 
 
 def test_pruning_keeps_the_newest_the_multiples_and_what_latest_points_to(survivor, tmp_path):
-    code, _ = train_here(*survivor[1], f"--out_dir={tmp_path}", "--save_every=1", "--keep_last=1", "--keep_every=2")
+    code, _ = train_here(
+        *survivor[1], f"--out_dir={tmp_path}", "--save_every=1", "--keep_last=1", "--keep_every=2"
+    )
     assert code == 0 and checkpoints.saved_steps(tmp_path) == [2, 4, 5]
     assert [p.name for p in tmp_path.glob("*.optim.safetensors")] == ["step-5.optim.safetensors"]
     (tmp_path / "step-7.safetensors").write_bytes(b"a damaged later one")
     checkpoints.prune(tmp_path, 5, 1, 0)
-    assert checkpoints.saved_steps(tmp_path) == [5, 7] and (tmp_path / "latest.safetensors").samefile(
-        tmp_path / "step-5.safetensors")
+    assert checkpoints.saved_steps(tmp_path) == [5, 7] and (
+        tmp_path / "latest.safetensors"
+    ).samefile(tmp_path / "step-5.safetensors")
 
 
 @pytest.mark.parametrize("keep_last", [1, 2, 3, 4, 8])
@@ -241,40 +333,71 @@ def test_pruning_keeps_as_many_as_it_was_told(tmp_path, keep_last):
     for step in range(1, 11):
         (tmp_path / f"step-{step}.safetensors").touch()
         checkpoints.prune(tmp_path, step, keep_last, 0)
-        assert checkpoints.saved_steps(tmp_path) == list(range(max(1, step - keep_last + 1), step + 1))
+        assert checkpoints.saved_steps(tmp_path) == list(
+            range(max(1, step - keep_last + 1), step + 1)
+        )
 
 
 def test_check_prints_what_a_checkpoint_holds_and_refuses_others(survivor, tmp_path):
     latest = survivor[0] / "whole" / "latest.safetensors"
     text = run("train.py", "--check", latest)
     tensors = load_file(latest)
-    assert "stage 1, step 5" in text and f"{len(tensors)} tensors, {sum(v.numel() for v in tensors.values()):,}" in text
-    assert checkpoints.digest(tensors) in text and min(tensors) in text and "optimizer state beside it" in text
-    meta = checkpoints.read_metadata(latest)
-    save_file({k: v for k, v in tensors.items() if k != min(tensors)}, tmp_path / "less.safetensors",
-              {k: v for k, v in meta.items() if k != "sha256"})
-    assert "1 tensors are not those of its model" in run("train.py", "--check", tmp_path / "less.safetensors", ok=False)
+    assert (
+        "stage 1, step 5" in text
+        and f"{len(tensors)} tensors, {sum(v.numel() for v in tensors.values()):,}" in text
+    )
+    assert (
+        weights.digest(tensors) in text
+        and min(tensors) in text
+        and "optimizer state beside it" in text
+    )
+    meta = weights.read_metadata(latest)
+    save_file(
+        {k: v for k, v in tensors.items() if k != min(tensors)},
+        tmp_path / "less.safetensors",
+        {k: v for k, v in meta.items() if k != "sha256"},
+    )
+    assert "1 tensors are not those of its model" in run(
+        "train.py", "--check", tmp_path / "less.safetensors", ok=False
+    )
 
 
 # ---- words about the course of a run
 def test_changed_options_are_listed_at_a_resume(survivor):
     root, arguments = survivor
     train_here(*arguments, f"--out_dir={root}/changed", "--max_steps=2")
-    text = train_here(*arguments, f"--out_dir={root}/changed", "--learning_rate=2e-3", "--max_steps=3")[1]
-    assert "changed since step 2: max_steps 2 -> 3" in text and "warning: the learning rate changes at this resume" in text
-    assert changed_options(dict(a=[1, 2], b=1, resume=""), dict(a=(1, 2), b=2, resume="x")) == ["b 1 -> 2"]
-    code, _ = train_here(*arguments, "--stage=0", f"--out_dir={root}/new",
-                         f"--resume={root}/changed/latest.safetensors")
+    text = train_here(
+        *arguments, f"--out_dir={root}/changed", "--learning_rate=2e-3", "--max_steps=3"
+    )[1]
+    assert (
+        "changed since step 2: max_steps 2 -> 3" in text
+        and "warning: the learning rate changes at this resume" in text
+    )
+    assert changed_options(dict(a=[1, 2], b=1, resume=""), dict(a=(1, 2), b=2, resume="x")) == [
+        "b 1 -> 2"
+    ]
+    code, _ = train_here(
+        *arguments,
+        "--stage=0",
+        f"--out_dir={root}/new",
+        f"--resume={root}/changed/latest.safetensors",
+    )
     assert "is of stage 1, this run is stage 0" in code
 
 
-@pytest.mark.parametrize("curve, words", [
-    (lambda n: {"loss/diffusion": 1.0}, "is not falling"),
-    (lambda n: {"loss/diffusion": 1.0 - n / 200 + (0.9 if n % 2 else -0.5 + n / 400)}, "oscillates"),
-    (lambda n: {"loss/depth": 0.3}, "loss/depth is 0.3 late in the run"),
-    (lambda n: {"gpu_memory": 1 + n / 50}, "memory keeps growing"),
-    (lambda n: {"loss/diffusion": 1 / (1 + n), "loss/depth": 0.1 + 1 / (1 + n)}, ""),
-])
+@pytest.mark.parametrize(
+    "curve, words",
+    [
+        (lambda n: {"loss/diffusion": 1.0}, "is not falling"),
+        (
+            lambda n: {"loss/diffusion": 1.0 - n / 200 + (0.9 if n % 2 else -0.5 + n / 400)},
+            "oscillates",
+        ),
+        (lambda n: {"loss/depth": 0.3}, "loss/depth is 0.3 late in the run"),
+        (lambda n: {"gpu_memory": 1 + n / 50}, "memory keeps growing"),
+        (lambda n: {"loss/diffusion": 1 / (1 + n), "loss/depth": 0.1 + 1 / (1 + n)}, ""),
+    ],
+)
 def test_warnings_of_the_guide_are_given_once_and_not_to_a_good_run(curve, words):
     said = []
     watch = Watch(100, {"depth": 0.2}, said.append)
@@ -292,4 +415,8 @@ def test_a_stuck_rank_ends_the_run_instead_of_hanging_it(stuck, survivor):
 
 def test_killed_runs_end_bitwise_like_an_undisturbed_one(killer):
     told = killer.communicate(timeout=240)[0]
-    assert killer.returncode == 0 and "2 kills" in told and "bitwise that of the undisturbed run" in told, told
+    assert (
+        killer.returncode == 0
+        and "2 kills" in told
+        and "bitwise that of the undisturbed run" in told
+    ), told

@@ -1,94 +1,107 @@
 """The renderer and the demo's stand-in encoders: exact, deterministic, cheap."""
+
 import math
 
 import numpy as np
 import pytest
 import torch
 
-from lib import scenes
 from encoders import DETAIL, MOTION, SHARED, HashedText, TransformCodec, transform_rows
 from geometry import project, unproject
+from lib import rooms
 
 
 def as_video(rgb):
-    return torch.from_numpy(rgb).permute(3, 0, 1, 2)[None].float() / 127.5 - 1    # (1, 3, T, H, W)
+    return torch.from_numpy(rgb).permute(3, 0, 1, 2)[None].float() / 127.5 - 1  # (1, 3, T, H, W)
 
 
 @pytest.mark.parametrize("variety", ["full", "simple"])
 def test_points_of_any_frame_reproject_onto_the_depth_of_frame_0(variety):
     errors = []
     for seed in range(4):
-        clip = scenes.render_clip(seed, 5, 64, 96, variety)
-        depth, w2c = torch.from_numpy(clip["depth"]).double()[None], torch.from_numpy(clip["w2c"])[None]
+        clip = rooms.render_clip(seed, 5, 64, 96, variety)
+        depth, w2c = (
+            torch.from_numpy(clip["depth"]).double()[None],
+            torch.from_numpy(clip["w2c"])[None],
+        )
         k = torch.from_numpy(clip["intrinsics"]).expand(1, 5, 3, 3)
         points = unproject(depth, w2c, k)[:, 4:].flatten(2, 3)  # (1, 1, P, 3) of the last frame
         uv, z = project(points, w2c[:, :1], k[:, :1])
-        grid = (uv / torch.tensor([96., 64.]) * 2 - 1)[:, 0, None]
-        seen = torch.nn.functional.grid_sample(depth[:, :1], grid.double(), align_corners=False)[0, 0, 0]
-        inside = (grid.abs() < .98).all(-1)[0, 0] & (z[0, 0] > 0)
+        grid = (uv / torch.tensor([96.0, 64.0]) * 2 - 1)[:, 0, None]
+        seen = torch.nn.functional.grid_sample(depth[:, :1], grid.double(), align_corners=False)[
+            0, 0, 0
+        ]
+        inside = (grid.abs() < 0.98).all(-1)[0, 0] & (z[0, 0] > 0)
         errors.append(((seen - z[0, 0]).abs() / z[0, 0])[inside])
     # bilinear depth of a plane is off by second order only: geometry.md 2.6 measures 2e-5 at this size
     assert torch.cat(errors).median() < 1e-4
 
 
 def test_depth_is_the_analytic_distance_to_a_wall_seen_head_on():
-    variety = dict(scenes.VARIETY["full"], boxes=(0, 0), spheres=(0, 0))
-    scene = scenes.make_scene(np.random.default_rng(0), variety, 50.)
-    pose = np.concatenate([np.eye(3), [[.3], [.1], [.2]]], 1)
-    k = np.array([[100., 0, 8], [0, 100, 8], [0, 0, 1]])                          # narrow: the far wall only
-    depth, material, points, normals = scenes.trace(scene, pose, k, 16, 16)
-    np.testing.assert_allclose(depth, scene["half"][0, 2] - .2, rtol=1e-14)
+    variety = dict(rooms.VARIETY["full"], boxes=(0, 0), spheres=(0, 0))
+    scene = rooms.make_scene(np.random.default_rng(0), variety, 50.0)
+    pose = np.concatenate([np.eye(3), [[0.3], [0.1], [0.2]]], 1)
+    k = np.array([[100.0, 0, 8], [0, 100, 8], [0, 0, 1]])  # narrow: the far wall only
+    depth, material, points, normals = rooms.trace(scene, pose, k, 16, 16)
+    np.testing.assert_allclose(depth, scene["half"][0, 2] - 0.2, rtol=1e-14)
     assert (material == 5).all() and np.allclose(normals, [[0], [0], [-1]])
     assert np.allclose(points[2], scene["half"][0, 2])
 
 
 def test_sphere_and_box_hits_match_hand_computed_depths():
-    variety = dict(scenes.VARIETY["full"], boxes=(1, 1), spheres=(1, 1))
-    scene = scenes.make_scene(np.random.default_rng(0), variety, 50.)
-    scene.update(centre=np.array([[0, 0, 0], [-.5, 0, 1.5]]), half=np.array([[2., 1.5, 3], [.25, .25, .25]]),
-                 rot=np.stack([np.eye(3)] * 2), sphere=np.array([[.5, 0, 1.5]]), radius=np.array([.25]))
-    pose, k = np.eye(4)[:3], np.array([[3., 0, 1.5], [0, 3, .5], [0, 0, 1]])  # x/z = -1/3, 0, 1/3
-    depth, material, points, normals = scenes.trace(scene, pose, k, 1, 3)
+    variety = dict(rooms.VARIETY["full"], boxes=(1, 1), spheres=(1, 1))
+    scene = rooms.make_scene(np.random.default_rng(0), variety, 50.0)
+    scene.update(
+        centre=np.array([[0, 0, 0], [-0.5, 0, 1.5]]),
+        half=np.array([[2.0, 1.5, 3], [0.25, 0.25, 0.25]]),
+        rot=np.stack([np.eye(3)] * 2),
+        sphere=np.array([[0.5, 0, 1.5]]),
+        radius=np.array([0.25]),
+    )
+    pose, k = np.eye(4)[:3], np.array([[3.0, 0, 1.5], [0, 3, 0.5], [0, 0, 1]])  # x/z = -1/3, 0, 1/3
+    depth, material, points, normals = rooms.trace(scene, pose, k, 1, 3)
     # sphere: (t/3 - .5)^2 + (t - 1.5)^2 = 1/16: the ray meets the centre, t = 1.5 - .25 / |(1/3, 0, 1)|
-    np.testing.assert_allclose(depth, [1.25, 3, 1.5 - .25 / math.sqrt(10 / 9)], rtol=1e-12)
+    np.testing.assert_allclose(depth, [1.25, 3, 1.5 - 0.25 / math.sqrt(10 / 9)], rtol=1e-12)
     assert material.tolist() == [6, 5, 7]
-    np.testing.assert_allclose(normals[:, 2], np.array([-1 / 3, 0, -1]) / math.sqrt(10 / 9), atol=1e-12)
+    np.testing.assert_allclose(
+        normals[:, 2], np.array([-1 / 3, 0, -1]) / math.sqrt(10 / 9), atol=1e-12
+    )
 
 
 def test_colour_is_a_function_of_the_surface_point_so_views_agree():
-    clip = scenes.render_clip(11, 5, 96, 160, "simple")
+    clip = rooms.render_clip(11, 5, 96, 160, "simple")
     depth, w2c = torch.from_numpy(clip["depth"]).double()[None], torch.from_numpy(clip["w2c"])[None]
     k = torch.from_numpy(clip["intrinsics"]).expand(1, 5, 3, 3)
     rgb = torch.from_numpy(clip["rgb"]).double() / 255
     uv, z = project(unproject(depth, w2c, k)[:, 4:].flatten(2, 3), w2c[:, :1], k[:, :1])
-    grid = (uv / torch.tensor([160., 96.]) * 2 - 1)[:, 0, None].double()
+    grid = (uv / torch.tensor([160.0, 96.0]) * 2 - 1)[:, 0, None].double()
     first = torch.cat([rgb[0].permute(2, 0, 1), depth[0, :1]])[None]  # colour and depth of frame 0
     warped = torch.nn.functional.grid_sample(first, grid, align_corners=False)[0, :, 0]
-    same = (grid.abs() < .98).all(-1)[0, 0] & ((warped[3] - z[0, 0]).abs() < .01 * z[0, 0])
+    same = (grid.abs() < 0.98).all(-1)[0, 0] & ((warped[3] - z[0, 0]).abs() < 0.01 * z[0, 0])
     target = rgb[4].reshape(-1, 3).T
     still = (rgb[0].reshape(-1, 3).T - target)[:, same].abs().mean()
-    assert same.float().mean() > .3 and (warped[:3] - target)[:, same].abs().mean() < .15 * still
+    assert same.float().mean() > 0.3 and (warped[:3] - target)[:, same].abs().mean() < 0.15 * still
 
 
 def test_clips_depend_on_the_seed_alone():
-    a, b, c = (scenes.render_clip(seed, 5, 32, 48) for seed in (3, 3, 4))
+    a, b, c = (rooms.render_clip(seed, 5, 32, 48) for seed in (3, 3, 4))
     assert all(np.array_equal(a[k], b[k]) for k in ("rgb", "depth", "w2c", "intrinsics", "prompt"))
     assert not np.array_equal(a["depth"], c["depth"])
     np.testing.assert_array_equal(a["w2c"][0], np.eye(3, 4))
 
 
 def test_cameras_move_and_keep_their_distance_to_every_surface():
-    v = scenes.VARIETY["simple"]
+    v = rooms.VARIETY["simple"]
     moves = []
     for seed in range(20):
         rng = np.random.default_rng(seed)
-        scene = scenes.make_scene(rng, v, 70.)
-        c2w, kind = scenes.camera_path(rng, v, scene, 9)
-        assert scenes.clearance(scene, c2w[:, :, 3]).min() > v["clearance"]
+        scene = rooms.make_scene(rng, v, 70.0)
+        c2w, kind = rooms.camera_path(rng, v, scene, 9)
+        assert rooms.clearance(scene, c2w[:, :, 3]).min() > v["clearance"]
         rot = c2w[:, :, :3]
         assert np.abs(rot @ rot.transpose(0, 2, 1) - np.eye(3)).max() < 1e-12
         moves.append(np.linalg.norm(c2w[-1, :, 3] - c2w[0, :, 3]))
-    assert np.median(moves) > .8                                                  # metres
+    assert np.median(moves) > 0.8  # metres
 
 
 def test_captions_name_the_direction_of_the_move():
@@ -97,12 +110,15 @@ def test_captions_name_the_direction_of_the_move():
     c2w[1, 2, 3] = 1
     seen = np.array([True, True, True])
     wanted = "a room with two boxes and a green sphere, the camera moves forward"
-    assert scenes.caption(scene, seen, c2w, "free") == wanted
-    assert scenes.caption(scene, ~seen, c2w, "static") == "an empty room, the camera does not move"
+    assert rooms.caption(scene, seen, c2w, "free") == wanted
+    assert rooms.caption(scene, ~seen, c2w, "static") == "an empty room, the camera does not move"
 
 
 def test_codec_rows_are_orthonormal_and_its_channels_distinct():
-    for indices, frames in (([(0, *i) for i in SHARED + DETAIL], 1), ([(0, *i) for i in SHARED] + MOTION, 4)):
+    for indices, frames in (
+        ([(0, *i) for i in SHARED + DETAIL], 1),
+        ([(0, *i) for i in SHARED] + MOTION, 4),
+    ):
         rows = transform_rows(indices, frames)
         torch.testing.assert_close(rows @ rows.T, torch.eye(16).double(), atol=1e-12, rtol=0)
 
@@ -112,21 +128,23 @@ def test_codec_reconstructs_rendered_rooms():
     for height, width, wanted in ((64, 96, 25), (96, 160, 27)):
         psnr = []
         for seed in range(700, 706):
-            video = as_video(scenes.render_clip(seed, 9, height, width)["rgb"])
-            psnr.append(10 * torch.log10(4 / (codec.decode(codec.encode(video)) - video).square().mean()))
+            video = as_video(rooms.render_clip(seed, 9, height, width)["rgb"])
+            psnr.append(
+                10 * torch.log10(4 / (codec.decode(codec.encode(video)) - video).square().mean())
+            )
         assert torch.stack(psnr).mean() > wanted
 
 
 def test_codec_decodes_what_it_encodes_and_static_video_has_static_latents():
     codec = TransformCodec()
     torch.manual_seed(0)
-    latents = .05 * torch.randn(2, 16, 3, 4, 6)                                   # small: nothing is clamped
+    latents = 0.05 * torch.randn(2, 16, 3, 4, 6)  # small: nothing is clamped
     video = codec.decode(latents)
     assert video.shape == (2, 3, 9, 32, 48)
     torch.testing.assert_close(codec.encode(video), latents, atol=1e-4, rtol=0)  # fp32 rounding
     still = codec.encode(video[:, :, :1].expand(-1, -1, 9, -1, -1))
     torch.testing.assert_close(still[:, :7, 1], still[:, :7, 0], atol=1e-4, rtol=0)
-    assert still[:, 7:, 1:].abs().max() < 1e-4                                    # nothing moves
+    assert still[:, 7:, 1:].abs().max() < 1e-4  # nothing moves
     with pytest.raises(ValueError, match="4k \\+ 1"):
         codec.encode(video[:, :, :8])
 

@@ -1,4 +1,5 @@
 """What holds of every geometry loss and of their sum: masks, batches, gradients; every test in fp64 and in fp32."""
+
 import math
 from types import SimpleNamespace
 
@@ -8,22 +9,41 @@ from loss_case import CFG, case, losses_of, near
 from precision import loose, only_fp64
 from torch import tensor
 
-from geometry import (camera_loss, conf_loss, frame_loss, geometry_losses, normal_loss, points_loss, standardize,
-                      still_pairs, tgm_loss)
+from geometry import (
+    camera_loss,
+    conf_loss,
+    frame_loss,
+    geometry_losses,
+    normal_loss,
+    points_loss,
+    standardize,
+    still_pairs,
+    tgm_loss,
+)
 
 torch.manual_seed(0)
+
 pytestmark = pytest.mark.usefixtures("precision")
 
 
 def test_the_truth_costs_nothing():
     _, b = case()
     one, m = torch.ones_like(b["depth"]), b["mask"]
-    costs = [frame_loss(b["depth"], b["depth"], m), frame_loss(b["depth"], b["depth"], m, "ssi"),
-             tgm_loss(b["depth"], b["depth"], m), points_loss(b["points"], one, b["points"], m),
-             tgm_loss(b["depth"], b["depth"], m, signed=False), normal_loss(b["points"], b["points"], m),
-             conf_loss(b["depth"], one, b["depth"], m), camera_loss(b["pose_enc"][None], b["pose_enc"])]
+    costs = [
+        frame_loss(b["depth"], b["depth"], m),
+        frame_loss(b["depth"], b["depth"], m, "ssi"),
+        tgm_loss(b["depth"], b["depth"], m),
+        points_loss(b["points"], one, b["points"], m),
+        tgm_loss(b["depth"], b["depth"], m, signed=False),
+        normal_loss(b["points"], b["points"], m),
+        conf_loss(b["depth"], one, b["depth"], m),
+        camera_loss(b["pose_enc"][None], b["pose_enc"]),
+    ]
     pred = dict(b, depth_conf=one, points_conf=one, pose_enc=b["pose_enc"][None])
-    assert max(abs(c.item()) for c in [*costs, geometry_losses(pred, b, SimpleNamespace(**CFG))[0]]) < loose()
+    assert (
+        max(abs(c.item()) for c in [*costs, geometry_losses(pred, b, SimpleNamespace(**CFG))[0]])
+        < loose()
+    )
 
 
 @pytest.mark.parametrize("garbage", [math.nan, math.inf, 1e6])
@@ -38,6 +58,7 @@ def test_masked_pixels_change_neither_value_nor_gradient(garbage):
         values = losses_of(pred, batch)
         grads = torch.autograd.grad(sum(values.values()), list(leaves.values()))
         return values, grads
+
     (values, grads), (dirty, dirty_grads) = run(1.0), run(garbage)
     for name in values:
         assert torch.equal(values[name], dirty[name]), name
@@ -51,9 +72,13 @@ def test_empty_mask_costs_zero_with_zero_gradients():
     values = losses_of(pred, batch)
     assert all(v.item() == 0 for v in values.values())
     for name, value in values.items():
-        for g in torch.autograd.grad(value, list(leaves.values()), allow_unused=True, retain_graph=True):
+        for g in torch.autograd.grad(
+            value, list(leaves.values()), allow_unused=True, retain_graph=True
+        ):
             assert g is None or not g.any(), name
-    for g in torch.autograd.grad(values["total_metric"], list(leaves.values())):  # all stay in the graph
+    for g in torch.autograd.grad(
+        values["total_metric"], list(leaves.values())
+    ):  # all stay in the graph
         assert torch.isfinite(g).all()
 
 
@@ -66,9 +91,11 @@ def test_one_frame_has_no_temporal_loss_and_finite_total():
 def test_batch_loss_is_the_mean_over_clips_in_any_order():
     """So ranks and micro-steps average to the full batch, whatever their masks."""
     pred, batch = case(B=3)
+
     def pick(index):
         p = {k: v[:, index] if k == "pose_enc" else v[index] for k, v in pred.items()}
         return losses_of(p, {k: v[index] for k, v in batch.items()})
+
     whole, shuffled, single = losses_of(pred, batch), pick([2, 0, 1]), [pick([i]) for i in range(3)]
     for name in whole:
         near(shuffled[name], whole[name].item())
@@ -79,7 +106,9 @@ def test_geo_weight_scales_each_clip():
     pred, batch = case(B=2)
     one = {k: v[:, :1] if k == "pose_enc" else v[:1] for k, v in pred.items()}
     alone = geometry_losses(one, {k: v[:1] for k, v in batch.items()}, SimpleNamespace(**CFG))[0]
-    weighted = geometry_losses(pred, dict(batch, geo_weight=tensor([0.5, 0])), SimpleNamespace(**CFG))[0]
+    weighted = geometry_losses(
+        pred, dict(batch, geo_weight=tensor([0.5, 0])), SimpleNamespace(**CFG)
+    )[0]
     near(weighted, 0.25 * alone.item())
 
 
@@ -94,10 +123,14 @@ def test_total_is_the_documented_sum_of_its_parts(mode):
     want = 10 * tgm_loss(d, g, m, align=mode == "ssi") + frame_loss(d, g, m, mode)
     want = want + conf_loss(x, pred["depth_conf"], y, m)
     near(parts["depth"], want.item())
-    near(parts["point"], points_loss(pred["points"], pred["points_conf"], batch["points"], m).item())
+    near(
+        parts["point"], points_loss(pred["points"], pred["points_conf"], batch["points"], m).item()
+    )
     near(parts["depth_conf_mean"], pred["depth_conf"][m].mean().item())
     assert parts["valid_fraction"].item() == pytest.approx(m.double().mean().item())
-    assert parts["tgm_fraction"].item() == pytest.approx(still_pairs(g, m, .05).double().mean().item())
+    assert parts["tgm_fraction"].item() == pytest.approx(
+        still_pairs(g, m, 0.05).double().mean().item()
+    )
     assert not any(p.requires_grad for p in parts.values())
 
 
@@ -124,15 +157,16 @@ def test_loss_gradients_match_finite_differences():
 
 def test_clips_whose_depth_has_no_unit_train_the_depth_head_alone_and_blind_to_scale_and_shift():
     (pred, batch), cfg, relative = case(B=2), SimpleNamespace(**CFG), tensor([True, False])
-    factor, shift = tensor([7., 1]).view(2, 1, 1, 1), tensor([3., 0]).view(2, 1, 1, 1)
+    factor, shift = tensor([7.0, 1]).view(2, 1, 1, 1), tensor([3.0, 0]).view(2, 1, 1, 1)
     stretched = dict(pred, depth=factor * pred["depth"] + shift)
     total = geometry_losses(pred, dict(batch, relative=relative), cfg)[0]
     near(geometry_losses(stretched, dict(batch, relative=relative), cfg)[0], total.item())
 
     def clip(i, mode):
-        p = {k: v[:, i:i + 1] if k == "pose_enc" else v[i:i + 1] for k, v in pred.items()}
-        one = {k: v[i:i + 1] for k, v in batch.items()}
+        p = {k: v[:, i : i + 1] if k == "pose_enc" else v[i : i + 1] for k, v in pred.items()}
+        one = {k: v[i : i + 1] for k, v in batch.items()}
         return geometry_losses(p, one, SimpleNamespace(**{**CFG, "depth_mode": mode}))
+
     near(total, (clip(0, "ssi")[1]["depth"] + clip(1, "metric")[0]).item() / 2)
     for name in ("points", "pose_enc", "depth"):
         pred[name].requires_grad_()
@@ -142,16 +176,25 @@ def test_clips_whose_depth_has_no_unit_train_the_depth_head_alone_and_blind_to_s
 
 
 def test_options_join_the_total_at_their_weights():
-    pred, batch = case(B=2, T=3, H=24, W=30)                                      # enough pixels for the quantile
+    pred, batch = case(B=2, T=3, H=24, W=30)  # enough pixels for the quantile
     d, g, m = pred["depth"], batch["depth"], batch["mask"]
     plain, parts = geometry_losses(pred, batch, SimpleNamespace(**CFG))
-    cfg = SimpleNamespace(**CFG, normal_weight=.3, valid_quantile=.9, tgm_signed=False)
+    cfg = SimpleNamespace(**CFG, normal_weight=0.3, valid_quantile=0.9, tgm_signed=False)
     loss, new = geometry_losses(pred, batch, cfg)
     near(new["normal"], normal_loss(pred["points"], batch["points"], m).item())
     near(new["tgm"], tgm_loss(d, g, m, signed=False).item())
-    near(new["point"], .3 * new["normal"].item() + points_loss(
-        pred["points"], pred["points_conf"], batch["points"], m, quantile=.9).item())
-    near(new["depth"], 10 * new["tgm"].item() + new["frame"].item()
-         + conf_loss(d, pred["depth_conf"], g, m, quantile=.9).item())
+    near(
+        new["point"],
+        0.3 * new["normal"].item()
+        + points_loss(pred["points"], pred["points_conf"], batch["points"], m, quantile=0.9).item(),
+    )
+    near(
+        new["depth"],
+        10 * new["tgm"].item()
+        + new["frame"].item()
+        + conf_loss(d, pred["depth_conf"], g, m, quantile=0.9).item(),
+    )
     near(loss, (new["depth"] + new["point"] + 3 * new["camera"]).item())
-    assert "normal" not in parts and all(abs(new[k] - parts[k]) > 1e-4 for k in ("tgm", "point", "depth"))
+    assert "normal" not in parts and all(
+        abs(new[k] - parts[k]) > 1e-4 for k in ("tgm", "point", "depth")
+    )

@@ -1,4 +1,5 @@
 """data.py verify: names every usual mistake, stays quiet on what is right, says what cannot be checked."""
+
 import copy
 import json
 import sys
@@ -9,10 +10,10 @@ import pytest
 import torch
 
 import data
-from lib import verify
-from lib.cameras import read_table
 from geometry import unproject
-from lib.scenes import render_clip
+from lib import rooms, verify
+from lib.camera_files import read_table
+from lib.rooms import render_clip
 
 
 def static_clip(kind):
@@ -26,12 +27,18 @@ def static_clip(kind):
 def test_every_usual_mistake_on_rendered_rooms_is_named(kind):
     """One trial each; `python tests/corruptions.py` runs the twenty, on the recording too."""
     for variety in ("simple", "full"):
-        found = corruptions.sweep(lambda s: corruptions.rendered(s, 13, variety=variety), 1, [kind], first=40)
+        found = corruptions.sweep(
+            lambda s: corruptions.rendered(s, 13, variety=variety), 1, [kind], first=40
+        )
         assert found[kind][kind] == 1, found
 
 
-@pytest.mark.skipif(not corruptions.LIVINGROOM.is_dir(), reason="the recording is not beside this checkout")
-@pytest.mark.parametrize("kind", ["c2w stored as w2c", "poses one frame late", "translation scale off"])
+@pytest.mark.skipif(
+    not corruptions.LIVINGROOM.is_dir(), reason="the recording is not beside this checkout"
+)
+@pytest.mark.parametrize(
+    "kind", ["c2w stored as w2c", "poses one frame late", "translation scale off"]
+)
 def test_mistakes_on_the_recording_are_named(kind):
     found = corruptions.sweep(lambda s: corruptions.livingroom(s, 25), 1, ["clean", kind])
     assert found[kind][kind] == 1 and found["clean"]["none"] == 1, found
@@ -44,10 +51,16 @@ def test_clean_renderings_raise_no_alarm_at_the_thresholds_of_exact_data():
             assert report.status in ("ok", "skip") and not report.suspects, (seed, report.checks)
 
 
-@pytest.mark.parametrize("kind, words", [("static", "stand still"), ("rotation", "scale not checkable")])
+@pytest.mark.parametrize(
+    "kind, words", [("static", "stand still"), ("rotation", "scale not checkable")]
+)
 def test_a_camera_that_does_not_move_is_called_not_checkable(kind, words):
     report = verify.inspect(static_clip(kind)[0])
-    assert report.status == "skip" and report.checks["views"][0] == "skip" and words in report.checks["views"][1]
+    assert (
+        report.status == "skip"
+        and report.checks["views"][0] == "skip"
+        and words in report.checks["views"][1]
+    )
 
 
 def test_noise_of_an_estimator_is_no_alarm():
@@ -55,11 +68,19 @@ def test_noise_of_an_estimator_is_no_alarm():
     rng = np.random.default_rng(0)
     for seed in range(2):
         raw = copy.deepcopy(corruptions.rendered(seed)[0])
-        raw["depth"] = raw["depth"] * (1 + .01 * rng.normal(size=raw["depth"].shape)
-                                       + .01 * rng.normal(size=(len(raw["depth"]), 1, 1))).astype(np.float32)
-        raw["table"][:, [10, 14, 18]] += .002 * rng.normal(size=(len(raw["table"]), 3))
-        angle = .001 * rng.normal(size=len(raw["table"]))
-        turn = np.stack([[[np.cos(a), 0, np.sin(a), 0], [0, 1, 0, 0], [-np.sin(a), 0, np.cos(a), 0]] for a in angle])
+        raw["depth"] = raw["depth"] * (
+            1
+            + 0.01 * rng.normal(size=raw["depth"].shape)
+            + 0.01 * rng.normal(size=(len(raw["depth"]), 1, 1))
+        ).astype(np.float32)
+        raw["table"][:, [10, 14, 18]] += 0.002 * rng.normal(size=(len(raw["table"]), 3))
+        angle = 0.001 * rng.normal(size=len(raw["table"]))
+        turn = np.stack(
+            [
+                [[np.cos(a), 0, np.sin(a), 0], [0, 1, 0, 0], [-np.sin(a), 0, np.cos(a), 0]]
+                for a in angle
+            ]
+        )
         w2c = raw["table"][:, 7:].reshape(-1, 3, 4)
         raw["table"][:, 7:] = np.einsum("tij,tjk->tik", turn[:, :, :3], w2c).reshape(-1, 12)
         report = verify.inspect(raw)
@@ -71,7 +92,7 @@ def test_factor_of_wrong_translations_is_measured():
     raw["table"][:, [10, 14, 18]] *= 4
     report = verify.inspect(raw)
     assert report.suspects == ["translation scale off"]
-    assert float(report.checks["views"][1].split("factor ")[1]) == pytest.approx(1 / 4, rel=.02)
+    assert float(report.checks["views"][1].split("factor ")[1]) == pytest.approx(1 / 4, rel=0.02)
 
 
 def test_a_video_that_runs_ahead_of_depth_and_cameras_is_found():
@@ -83,30 +104,47 @@ def test_a_video_that_runs_ahead_of_depth_and_cameras_is_found():
 
 def test_frame_counts_sizes_rotations_points_and_jumps_are_checked():
     raw = corruptions.rendered(0, 9)[0]
+
     def status(check, **changes):
         return verify.inspect(dict(raw, **changes)).checks[check][0]
+
     table = raw["table"].copy()
     table[3, 7] *= 1.01
     depth = raw["depth"][:, :, :48]
-    assert status("frames", rgb=raw["rgb"][:8]) == "fail" and status("frames", table=table[:4]) == "fail"
+    assert (
+        status("frames", rgb=raw["rgb"][:8]) == "fail"
+        and status("frames", table=table[:4]) == "fail"
+    )
     assert status("sizes", depth=depth) == "fail" and status("rotations", table=table) == "fail"
     w2c, K = verify.check_cameras(verify.Report("x"), raw["table"], (64, 96))
     right = unproject(torch.from_numpy(raw["depth"]).double()[None], w2c[None], K[None])[0].numpy()
     assert status("points", points=right) == "ok" and status("points", points=1.1 * right) == "fail"
     longer = raw["table"].copy()
-    longer[:, [10, 14, 18]] *= 1.1                                                # depth cannot tell, points can
-    for table, level, want in ((raw["table"], "exact", "ok"), (longer, "data", "ok"), (longer, "exact", "fail")):
+    longer[:, [10, 14, 18]] *= 1.1  # depth cannot tell, points can
+    for table, level, want in (
+        (raw["table"], "exact", "ok"),
+        (longer, "data", "ok"),
+        (longer, "exact", "fail"),
+    ):
         report = verify.inspect(dict(raw, points=right, table=table), level)
-        assert report.checks["points"][0] == want and (report.numbers["points_error"] > 1e-3) == (table is longer)
+        assert report.checks["points"][0] == want and (report.numbers["points_error"] > 1e-3) == (
+            table is longer
+        )
     assert status("points", points=right[:, ::2]) == "fail"
     jumpy = np.delete(raw["table"], 4, 0)
-    jumpy[:, [10, 14, 18]] = np.arange(9)[np.arange(9) != 4, None] * [.1, 0, 0]
-    assert "jumps between frames 3 and 4" in verify.inspect(dict(raw, table=jumpy)).checks["rotations"][1]
+    jumpy[:, [10, 14, 18]] = np.arange(9)[np.arange(9) != 4, None] * [0.1, 0, 0]
+    assert (
+        "jumps between frames 3 and 4"
+        in verify.inspect(dict(raw, table=jumpy)).checks["rotations"][1]
+    )
 
 
 def test_command_prints_a_table_names_the_cure_and_fails(tmp_path, capsys, monkeypatch):
-    data.synth(tmp_path, 2, 9, 64, 96, seed=5, variety="simple", workers=0)
-    assert verify.verify(tmp_path, exact=True) == 0 and "2 samples, 0 failed" in capsys.readouterr().out
+    rooms.synth(tmp_path, 2, 9, 64, 96, seed=5, variety="simple", workers=0)
+    assert (
+        verify.verify(tmp_path, exact=True) == 0
+        and "2 samples, 0 failed" in capsys.readouterr().out
+    )
     path = tmp_path / "train_000001" / "camera_params.txt"
     table = read_table(path)
     table[:, [10, 14, 18]] *= 3
@@ -118,7 +156,10 @@ def test_command_prints_a_table_names_the_cure_and_fails(tmp_path, capsys, monke
     assert verify.verify(tmp_path, as_json=True) == 2
     found = json.loads(capsys.readouterr().out)["samples"]
     assert found[1]["suspects"] == ["translation scale off"] and found[1]["hints"]
-    for option, words in (("--fix-hints", "    cure of translation scale off: "), ("--json", '"failed": 2')):
+    for option, words in (
+        ("--fix-hints", "    cure of translation scale off: "),
+        ("--json", '"failed": 2'),
+    ):
         monkeypatch.setattr(sys, "argv", ["data.py", "verify", str(tmp_path), option])
         with pytest.raises(SystemExit, match="1"):
             data.main()

@@ -1,5 +1,6 @@
 """A Wan2.1 folder: every family loads or is refused by name, loading is lean, caches hold what the encoders say, and
 encode -> stage 1 -> stage 2 -> sample run as in the README on a tiny complete folder."""
+
 import gc
 import json
 import pathlib
@@ -15,16 +16,20 @@ from safetensors.torch import load_file, save_file
 from test_train import run
 from wan_folder import OVERRIDES, keys, write_wan_folder
 
-from lib import checkpoints
 import data
-from lib.caches import cached_metadata, save_tensors
-from lib.checkpoints import FAMILIES, fingerprint, load_wan
-from data import read_video, synth
 from encoders import WanFolder, wan_family
-from model import Config, WanDiT
+from lib import caches, checkpoints, weights
+from lib.caches import cached_metadata, save_tensors
+from lib.files import read_video
+from lib.rooms import synth
+from lib.weights import FAMILIES, fingerprint, load_wan
+from model import Config
+from wan import WanDiT
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
+
 ROOT = pathlib.Path(__file__).parents[1]
+
 TINY = Config(head_dim=32)
 
 
@@ -33,23 +38,41 @@ def meta(release):
 
 
 # ---- families
-@pytest.mark.parametrize("release, inputs, clip, parameters", [
-    ("Wan2.1-T2V-1.3B", 16, False, 1_418_996_800), ("Wan2.1-Fun-1.3B-InP (=V1.1-InP)", 36, True, 1_564_428_608),
-    ("Wan2.1-Fun-V1.1-1.3B-Control-Camera", 32, True, 1_616_313_152), ("Wan2.1-T2V-14B", 16, False, 14_288_491_584),
-    ("Wan2.1-I2V-14B-480P / Fun-14B-InP", 36, True, 16_394_878_784),
-    ("Wan2.1-Fun-V1.1-14B-Control-Camera", 32, True, 16_898_128_704)])
-def test_the_names_and_shapes_of_a_release_load_strictly_and_are_recognised(release, inputs, clip, parameters):
+@pytest.mark.parametrize(
+    "release, inputs, clip, parameters",
+    [
+        ("Wan2.1-T2V-1.3B", 16, False, 1_418_996_800),
+        ("Wan2.1-Fun-1.3B-InP (=V1.1-InP)", 36, True, 1_564_428_608),
+        ("Wan2.1-Fun-V1.1-1.3B-Control-Camera", 32, True, 1_616_313_152),
+        ("Wan2.1-T2V-14B", 16, False, 14_288_491_584),
+        ("Wan2.1-I2V-14B-480P / Fun-14B-InP", 36, True, 16_394_878_784),
+        ("Wan2.1-Fun-V1.1-14B-Control-Camera", 32, True, 16_898_128_704),
+    ],
+)
+def test_the_names_and_shapes_of_a_release_load_strictly_and_are_recognised(
+    release, inputs, clip, parameters
+):
     sd = meta(release)
     dit = WanDiT.from_state_dict(sd)
     assert sum(p.numel() for p in dit.parameters()) == parameters
-    assert (dit.in_dim, dit.img_emb is not None, dit.control_adapter is not None) == (inputs, clip, "Camera" in release)
+    assert (dit.in_dim, dit.img_emb is not None, dit.control_adapter is not None) == (
+        inputs,
+        clip,
+        "Camera" in release,
+    )
     assert FAMILIES[fingerprint({k: tuple(v.shape) for k, v in sd.items()})].split()[0] in release
 
 
-@pytest.mark.parametrize("release, what", [
-    ("Wan2.1-FLF2V-14B-720P", "FLF2V"), ("Wan2.1-Fun-V1.1-1.3B-Control", "reference frame of Fun-V1.1-Control"),
-    ("Wan2.1-Fun-1.3B-Control", "48 input channels"), ("Wan2.1_VAE.pth", "not a Wan2.1 DiT"),
-    ("umt5-xxl encoder .pth", "not a Wan2.1 DiT.*patch_embedding.weight")])
+@pytest.mark.parametrize(
+    "release, what",
+    [
+        ("Wan2.1-FLF2V-14B-720P", "FLF2V"),
+        ("Wan2.1-Fun-V1.1-1.3B-Control", "reference frame of Fun-V1.1-Control"),
+        ("Wan2.1-Fun-1.3B-Control", "48 input channels"),
+        ("Wan2.1_VAE.pth", "not a Wan2.1 DiT"),
+        ("umt5-xxl encoder .pth", "not a Wan2.1 DiT.*patch_embedding.weight"),
+    ],
+)
 def test_other_families_and_models_are_refused_with_what_is_unsupported(release, what):
     with pytest.raises(ValueError, match=what):
         WanDiT.from_state_dict(meta(release))
@@ -67,11 +90,15 @@ def shards(folder, sd, count):
         file = f"diffusion_pytorch_model-{i + 1:05d}-of-{count:05d}.safetensors"
         save_file({k: sd[k] for k in list(sd)[i::count]}, folder / file)
         index.update(dict.fromkeys(list(sd)[i::count], file))
-    (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(dict(weight_map=index)))
+    (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(
+        json.dumps(dict(weight_map=index))
+    )
 
 
 @pytest.mark.parametrize("form", ["one file", "shards", "pth", "model.", "pipe.dit."])
-def test_a_folder_loads_from_one_file_shards_or_pth_with_and_without_prefix(golden, tmp_path, form, capsys):
+def test_a_folder_loads_from_one_file_shards_or_pth_with_and_without_prefix(
+    golden, tmp_path, form, capsys
+):
     sd = golden["state_dict"]
     if form == "shards":
         shards(tmp_path, sd, 3)
@@ -79,14 +106,19 @@ def test_a_folder_loads_from_one_file_shards_or_pth_with_and_without_prefix(gold
         torch.save(sd, tmp_path / "diffusion_pytorch_model.pth")
     else:
         prefix = form if form.endswith(".") else ""
-        save_file({prefix + k: v for k, v in sd.items()}, tmp_path / "diffusion_pytorch_model.safetensors")
+        save_file(
+            {prefix + k: v for k, v in sd.items()}, tmp_path / "diffusion_pytorch_model.safetensors"
+        )
     dit, cfg = load_wan(tmp_path.as_posix(), TINY)
     assert all(torch.equal(v, sd[k]) for k, v in dit.state_dict().items())
     found = (cfg.dim, cfg.in_dim, cfg.num_layers, cfg.text_dim, cfg.has_clip, cfg.has_control)
     assert found == (64, 16, 3, 48, False, False)
     assert "no release has: dim 64" in capsys.readouterr().out
     half, _ = load_wan(tmp_path.as_posix(), TINY, "cpu", torch.bfloat16)
-    assert half.blocks[0].ffn[0].weight.dtype == torch.bfloat16 and half.head.head.weight.dtype == torch.float32
+    assert (
+        half.blocks[0].ffn[0].weight.dtype == torch.bfloat16
+        and half.head.head.weight.dtype == torch.float32
+    )
     assert half.blocks[0].modulation.dtype == half.blocks[0].norm3.weight.dtype == torch.float32
 
 
@@ -97,14 +129,20 @@ def test_missing_cut_double_and_foreign_files_are_named(golden, tmp_path):
     shards(tmp_path, sd, 3)
     last = tmp_path / "diffusion_pytorch_model-00003-of-00003.safetensors"
     whole = last.read_bytes()
-    last.write_bytes(whole[:len(whole) // 2])
-    with pytest.raises(ValueError, match="00003-of-00003.safetensors: [0-9,]+ bytes that cannot be read"):
+    last.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(
+        ValueError, match="00003-of-00003.safetensors: [0-9,]+ bytes that cannot be read"
+    ):
         load_wan(folder, TINY)
     last.unlink()
-    with pytest.raises(ValueError, match="index.json: 1 of 3 shards are missing, first .*00003-of-00003"):
+    with pytest.raises(
+        ValueError, match="index.json: 1 of 3 shards are missing, first .*00003-of-00003"
+    ):
         load_wan(folder, TINY)
     (tmp_path / "diffusion_pytorch_model.safetensors.index.json").unlink()
-    with pytest.raises(ValueError, match="text_embedding.0.weight' is missing .*A shard is missing"):
+    with pytest.raises(
+        ValueError, match="text_embedding.0.weight' is missing .*A shard is missing"
+    ):
         load_wan(folder, TINY)
     last.write_bytes(whole)
     save_file({list(sd)[2]: sd[list(sd)[2]]}, tmp_path / "diffusion_pytorch_model.safetensors")
@@ -116,11 +154,14 @@ def test_missing_cut_double_and_foreign_files_are_named(golden, tmp_path):
 
 def test_loading_reads_every_tensor_once(golden, tmp_path, monkeypatch):
     shards(tmp_path, golden["state_dict"], 2)
-    read, lazy = [], checkpoints.lazy_tensors
+    read, lazy = [], weights.lazy_tensors
 
     def counting(path):
-        return {name: (shape, lambda name=name, get=get: (read.append(name), get())[1])
-                for name, (shape, get) in lazy(path).items()}
+        return {
+            name: (shape, lambda name=name, get=get: (read.append(name), get())[1])
+            for name, (shape, get) in lazy(path).items()
+        }
+
     monkeypatch.setattr(checkpoints, "lazy_tensors", counting)
     load_wan(tmp_path.as_posix(), TINY)
     assert sorted(read) == sorted(golden["state_dict"])
@@ -143,10 +184,20 @@ print((peak() - before) / sum(p.nbytes for p in dit.parameters()))
 
 @pytest.mark.parametrize("stored, wanted", [("float32", "bf16"), ("bfloat16", "fp32")])
 def test_loading_takes_no_more_host_memory_than_1_2_times_the_weights(tmp_path, stored, wanted):
-    shapes = keys.dit(dim=512, ffn=2048, layers=12, in_dim=16, clip=False, text=64, freq=64)       # 51 M parameters
-    shards(tmp_path, {name: torch.zeros(shape, dtype=getattr(torch, stored)) for name, shape in shapes.items()}, 2)
-    result = subprocess.run([sys.executable, "-c", MEASURE, str(tmp_path), wanted], cwd=ROOT, capture_output=True,
-                            text=True)
+    shapes = keys.dit(
+        dim=512, ffn=2048, layers=12, in_dim=16, clip=False, text=64, freq=64
+    )  # 51 M parameters
+    shards(
+        tmp_path,
+        {name: torch.zeros(shape, dtype=getattr(torch, stored)) for name, shape in shapes.items()},
+        2,
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", MEASURE, str(tmp_path), wanted],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     assert float(result.stdout.split()[-1]) < 1.2, result.stdout + result.stderr
 
 
@@ -174,17 +225,26 @@ def test_a_cache_file_holds_what_the_encoders_say(clips, wan, tmp_path):
     assert wan_family(wan) == "wan32clip" and encoders.fingerprint.startswith("wan32clip-")
     cached = load_file(next(root.glob("cache/5x32x48-wan32clip-*/val_000000.safetensors")))
     video, vae = data.load_clip(sample, 32, 48, 5)["video"][None], encoders.load_vae()
-    want = dict(latents=vae.encode(video)[0], start_latents=vae.encode(video[:, :, :1])[0],
-                clip=encoders.load_image()(video[:, :, 0])[0], text=encoders.load_text()([sample["prompt"]])[0])
+    want = dict(
+        latents=vae.encode(video)[0],
+        start_latents=vae.encode(video[:, :, :1])[0],
+        clip=encoders.load_image()(video[:, :, 0])[0],
+        text=encoders.load_text()([sample["prompt"]])[0],
+    )
     for name, value in want.items():
         assert torch.equal(cached[name], value.bfloat16()), name
     assert cached["clip"].shape == (257, 1280)
-    assert len(cached["text"]) == len(re.findall(r"\w+|[^\w\s]+", sample["prompt"])) + 1          # words and </s>
+    assert (
+        len(cached["text"]) == len(re.findall(r"\w+|[^\w\s]+", sample["prompt"])) + 1
+    )  # words and </s>
     assert not list(root.glob("cache/*/.parts"))
 
 
 def test_image_to_video_families_cache_the_image_followed_by_grey(clips, tmp_path):
-    root, wan = copy_of(clips, tmp_path), write_wan_folder(tmp_path / "InP", in_dim=36, camera=False, prefix="model.")
+    root, wan = (
+        copy_of(clips, tmp_path),
+        write_wan_folder(tmp_path / "InP", in_dim=36, camera=False, prefix="model."),
+    )
     data.encode(root, 32, 48, 5, wan_dir=wan, split="val")
     clip = data.CachedClips(root, "val", 32, 48, 5, wan)[0]
     video = data.load_clip(data.load_samples(root, "val")[0], 32, 48, 5)["video"][None].clone()
@@ -197,34 +257,46 @@ def test_image_to_video_families_cache_the_image_followed_by_grey(clips, tmp_pat
 def test_each_encoder_is_freed_before_the_next_is_loaded(clips, wan, tmp_path, monkeypatch):
     alive, seen = [], []
     for name in ("load_text", "load_clip", "load_vae"):
+
         def load(self, original=getattr(WanFolder, name), name=name):
             gc.collect()
             seen.append((name, sum(ref() is not None for ref in alive)))
             part = original(self)
             alive.append(weakref.ref(part))
             return part
+
         monkeypatch.setattr(WanFolder, name, load)
     data.encode(copy_of(clips, tmp_path), 32, 48, 5, wan_dir=wan, split="val")
     assert seen == [("load_text", 0), ("load_clip", 0), ("load_vae", 0)]
 
 
-def test_a_killed_run_goes_on_where_it_was_and_ranks_share_the_clips(clips, wan, tmp_path, monkeypatch):
-    root, whole, save = copy_of(clips, tmp_path / "a"), copy_of(clips, tmp_path / "b"), data.save_clip
+def test_a_killed_run_goes_on_where_it_was_and_ranks_share_the_clips(
+    clips, wan, tmp_path, monkeypatch
+):
+    root, whole, save = (
+        copy_of(clips, tmp_path / "a"),
+        copy_of(clips, tmp_path / "b"),
+        caches.save_clip,
+    )
     data.encode(whole, 32, 48, 5, wan_dir=wan)
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")
 
-    def killed(path, *args):                                # at its second clip of the last pass
+    def killed(path, *args):  # at its second clip of the last pass
         if list(path.parent.glob("*_0*.safetensors")):
             raise KeyboardInterrupt
         save(path, *args)
+
     monkeypatch.setattr(data, "save_clip", killed)
     with pytest.raises(KeyboardInterrupt):
         data.encode(root, 32, 48, 5, wan_dir=wan)
     parts = sorted(root.glob("cache/*/.parts/*"))
-    assert [p.name for p in parts] == ["train_000002.clip.safetensors", "train_000002.text.safetensors"]
+    assert [p.name for p in parts] == [
+        "train_000002.clip.safetensors",
+        "train_000002.text.safetensors",
+    ]
     monkeypatch.setattr(data, "save_clip", save)
-    for path in parts:                                      # a mark that only reading, not computing again, leaves
+    for path in parts:  # a mark that only reading, not computing again, leaves
         save_tensors(path, {k: v + 1 for k, v in load_file(path).items()}, cached_metadata(path))
     for rank in "01":
         monkeypatch.setenv("RANK", rank)
@@ -236,7 +308,9 @@ def test_a_killed_run_goes_on_where_it_was_and_ranks_share_the_clips(clips, wan,
             assert torch.equal(got[name], want[name] + added if added else want[name])
 
 
-def test_a_corrupt_clip_is_reported_left_out_and_fails_the_command(clips, wan, tmp_path, monkeypatch, capsys):
+def test_a_corrupt_clip_is_reported_left_out_and_fails_the_command(
+    clips, wan, tmp_path, monkeypatch, capsys
+):
     root = copy_of(clips, tmp_path)
     (root / "train_000001" / "video.mp4").write_bytes(b"broken")
     command = f"data.py encode {root} --wan_dir {wan} --height 32 --width 48 --num_frames 5"
@@ -246,7 +320,9 @@ def test_a_corrupt_clip_is_reported_left_out_and_fails_the_command(clips, wan, t
     text = "".join(capsys.readouterr())
     assert stop.value.code == 1 and "train_000001/video.mp4: not a readable video" in text
     assert "3 encoded, 0 kept, skipped: train_000001" in text
-    with pytest.raises(ValueError, match="1 of 3 train clips cannot be trained on\n  train_000001: not encoded"):
+    with pytest.raises(
+        ValueError, match="1 of 3 train clips cannot be trained on\n  train_000001: not encoded"
+    ):
         data.CachedClips(root, "train", 32, 48, 5, wan)
     assert len(data.CachedClips(root, "train", 32, 48, 5, wan, skip_bad=True)) == 2
 
@@ -266,13 +342,23 @@ def test_a_missing_cache_or_encoder_file_is_named_with_the_cure(clips, wan, tmp_
 def test_random_windows_repeat_themselves_and_stay_inside_the_clip(clips):
     sample = data.load_samples(clips)[0]
     starts = [data.window_starts(sample, 5, 2, 1, 6, seed) for seed in (3, 3, 4)]
-    assert starts[0] == starts[1] != starts[2] and all(1 <= s <= 13 - 9 for s in starts[0] + starts[2])
-    assert data.window_starts(sample, 5, 1, 0, 3, -1) == [0, 4, 8] and data.window_starts(sample, 5, 1, 2, 1, -1) == [2]
+    assert starts[0] == starts[1] != starts[2] and all(
+        1 <= s <= 13 - 9 for s in starts[0] + starts[2]
+    )
+    assert data.window_starts(sample, 5, 1, 0, 3, -1) == [0, 4, 8] and data.window_starts(
+        sample, 5, 1, 2, 1, -1
+    ) == [2]
 
 
 def test_a_dropped_start_image_takes_its_clip_tokens_with_it(monkeypatch):
     import train
-    b = dict(latents=torch.randn(2, 16, 2, 4, 4), y=torch.ones(2, 16, 2, 4, 4), clip=torch.ones(2, 257, 8), text=["", ""])
+
+    b = dict(
+        latents=torch.randn(2, 16, 2, 4, 4),
+        y=torch.ones(2, 16, 2, 4, 4),
+        clip=torch.ones(2, 257, 8),
+        text=["", ""],
+    )
     for probability, left in ((1.0, 0), (0.0, 1)):
         monkeypatch.setattr(train, "image_dropout", probability)
         dropped = train.draw(b, 0, range(2), 2, "")[3]
@@ -284,15 +370,49 @@ def test_encode_stage_1_stage_2_and_sample_run_on_a_complete_folder(clips, wan, 
     root = copy_of(clips, tmp_path)
     size = ["--height", 32, "--width", 48, "--num_frames", 5]
     run("data.py", "encode", root, "--wan_dir", wan, *size, alone=True)
-    common = [f"--wan_dir={wan}", f"--data_dir={root}", "--height=32", "--width=48", "--num_frames=5",
-              "--num_workers=0", "--batch_size=1", "--grad_accum=2", "--max_steps=2", "--log_every=1", "--eval_every=2",
-              "--device=cpu", f"--model_overrides={OVERRIDES}"]
+    common = [
+        f"--wan_dir={wan}",
+        f"--data_dir={root}",
+        "--height=32",
+        "--width=48",
+        "--num_frames=5",
+        "--num_workers=0",
+        "--batch_size=1",
+        "--grad_accum=2",
+        "--max_steps=2",
+        "--log_every=1",
+        "--eval_every=2",
+        "--device=cpu",
+        f"--model_overrides={OVERRIDES}",
+    ]
     text = run("train.py", "config/stage1.py", *common, f"--out_dir={tmp_path}/s1")
     assert "step 2/2 | loss/depth" in text and "has_clip True, has_control True" in text
-    text = run("train.py", "config/stage2.py", *common, f"--out_dir={tmp_path}/s2",
-               f"--init_from={tmp_path}/s1/latest.safetensors", "--precision=bf16")
+    text = run(
+        "train.py",
+        "config/stage2.py",
+        *common,
+        f"--out_dir={tmp_path}/s2",
+        f"--init_from={tmp_path}/s1/latest.safetensors",
+        "--precision=bf16",
+    )
     assert "step 2/2 | loss/diffusion" in text
-    run("sample.py", "--ckpt", tmp_path / "s2" / "latest.safetensors", "--prompt", "a room with a red box", "--camera",
-        "forward", "--image", root / "train_000000" / "video.mp4", "--sampler", "unipc", "--steps", 2, "--out",
-        tmp_path / "out", "--device", "cpu")
+    run(
+        "sample.py",
+        "--ckpt",
+        tmp_path / "s2" / "latest.safetensors",
+        "--prompt",
+        "a room with a red box",
+        "--camera",
+        "forward",
+        "--image",
+        root / "train_000000" / "video.mp4",
+        "--sampler",
+        "unipc",
+        "--steps",
+        2,
+        "--out",
+        tmp_path / "out",
+        "--device",
+        "cpu",
+    )
     assert read_video(tmp_path / "out" / "video.mp4")[0].shape == (5, 32, 48, 3)

@@ -1,4 +1,5 @@
 """A real FantasyWorld at the smallest sizes at which every part still has its shape, and train.py on it in-process."""
+
 import contextlib
 import io
 import pathlib
@@ -9,14 +10,37 @@ import sys
 import torch
 
 import config
-
 from model import Config, FantasyWorld
 
 ROOT = pathlib.Path(__file__).parents[1]
-TINY = Config(dim=32, ffn_dim=64, num_layers=4, in_dim=32, head_dim=16, text_dim=64, text_len=16, freq_dim=32,
-              has_clip=False, num_pcb=2, geo_dim=32, geo_heads=2, bridge_layers=1, bridge_width=32, pose_hidden=32,
-              irg_dim=32, irg_heads=2, taps=(0, 0, 1, 1), dpt_channels=(8, 8, 8, 8), dpt_features=8, dpt_tail=4,
-              camera_dim=16, camera_heads=2, camera_layers=1, camera_iterations=2)
+
+TINY = Config(
+    dim=32,
+    ffn_dim=64,
+    num_layers=4,
+    in_dim=32,
+    head_dim=16,
+    text_dim=64,
+    text_len=16,
+    freq_dim=32,
+    has_clip=False,
+    num_pcb=2,
+    geo_dim=32,
+    geo_heads=2,
+    bridge_layers=1,
+    bridge_width=32,
+    pose_hidden=32,
+    irg_dim=32,
+    irg_heads=2,
+    taps=(0, 0, 1, 1),
+    dpt_channels=(8, 8, 8, 8),
+    dpt_features=8,
+    dpt_tail=4,
+    camera_dim=16,
+    camera_heads=2,
+    camera_layers=1,
+    camera_iterations=2,
+)
 
 
 def tiny_model(stage=2, seed=0, awake=False, **overrides):
@@ -35,9 +59,14 @@ def tiny_inputs(batch=2, frames=5, height=32, width=48, seed=1):
     g = torch.Generator().manual_seed(seed)
     f, h, w = (frames - 1) // 4 + 1, height // 8, width // 8
     randn = lambda *shape: torch.randn(*shape, generator=g)
-    return dict(x=randn(batch, 16, f, h, w), t=1000 * torch.rand(batch, generator=g),
-                context=[randn(3 + i % 3, 64) for i in range(batch)], y=randn(batch, 16, f, h, w),
-                plucker=randn(batch, 6, frames, height, width), poses=randn(batch, frames, 9))
+    return dict(
+        x=randn(batch, 16, f, h, w),
+        t=1000 * torch.rand(batch, generator=g),
+        context=[randn(3 + i % 3, 64) for i in range(batch)],
+        y=randn(batch, 16, f, h, w),
+        plucker=randn(batch, 6, frames, height, width),
+        poses=randn(batch, frames, 9),
+    )
 
 
 def loss_of(out):
@@ -49,7 +78,11 @@ def train_here(*arguments, **patches):
 
     returns  exit code (0, a number or a message) and everything printed"""
     import train
-    before, handlers = dict(vars(train)), {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
+
+    before, handlers = (
+        dict(vars(train)),
+        {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)},
+    )
     text, argv, code = io.StringIO(), sys.argv, 0
     arguments = [str(a) for a in arguments]
     arguments[0] = str(ROOT / arguments[0])
@@ -58,7 +91,7 @@ def train_here(*arguments, **patches):
         sys.argv = ["train.py", *arguments]
         with contextlib.redirect_stdout(text), contextlib.redirect_stderr(text):
             train.main(config.apply(vars(train), arguments))
-    except (SystemExit, ValueError) as left:         # the script turns a ValueError into a line and code 1
+    except (SystemExit, ValueError) as left:  # the script turns a ValueError into a line and code 1
         code = left.code if isinstance(left, SystemExit) else f"train.py: {left}"
     finally:
         sys.argv = argv

@@ -1,9 +1,93 @@
 """Pictures with numpy alone: words, legends, top views of camera paths, contact sheets.
 
 Pictures are uint8 (H, W, 3).  Colours of depth: data.COLOUR_MAP; paths: cyan commanded or true, orange predicted."""
+
+import struct
+import zlib
+from pathlib import Path
+
+import imageio_ffmpeg
 import numpy as np
 
-from data import depth_to_rgb
+
+def write_video(path, frames, fps, crf=14):
+    """Write uint8 frames (T, H, W, 3) as H.264; crf 0 is best, 51 worst."""
+    h, w = frames.shape[1:3]
+    if h % 2 or w % 2:
+        raise ValueError(f"{path}: frames of {h}x{w}; H.264 wants even sizes")
+    writer = imageio_ffmpeg.write_frames(
+        str(path),
+        (w, h),
+        fps=fps,
+        codec="libx264",
+        macro_block_size=1,
+        pix_fmt_out="yuv420p",
+        output_params=["-crf", str(crf)],
+    )
+    writer.send(None)
+    for frame in frames:
+        writer.send(np.ascontiguousarray(frame))
+    writer.close()
+
+
+def write_png(path, image):
+    """Write (H, W, 3) uint8 colour or (H, W) uint16 grey."""
+    bits, colour = {(3, "uint8"): (8, 2), (2, "uint16"): (16, 0)}[image.ndim, str(image.dtype)]
+    (h, w), body = image.shape[:2], np.ascontiguousarray(image.astype(f">u{bits // 8}"))
+    rows = zlib.compress(
+        np.pad(body.view(np.uint8).reshape(h, -1), ((0, 0), (1, 0)))
+    )  # 0 = unfiltered row
+    chunks = [
+        b"IHDR" + struct.pack(">IIBBBBB", w, h, bits, colour, 0, 0, 0),
+        b"IDAT" + rows,
+        b"IEND",
+    ]
+    Path(path).write_bytes(
+        b"\x89PNG\r\n\x1a\n"
+        + b"".join(
+            struct.pack(">I", len(c) - 4) + c + struct.pack(">I", zlib.crc32(c)) for c in chunks
+        )
+    )
+
+
+COLOUR_MAP = np.array(
+    [
+        [252, 247, 180],
+        [252, 196, 90],
+        [244, 136, 73],
+        [219, 83, 103],
+        [168, 50, 125],
+        [110, 34, 130],
+        [58, 22, 104],
+        [16, 12, 48],
+    ],
+    np.float32,
+)  # near: bright and warm; far: dark
+
+
+def depth_to_rgb(depth, low, high):
+    """(..., H, W) -> uint8 (..., H, W, 3), low bright, high dark, steps of 1/depth; invalid (<= 0) grey."""
+    valid = np.isfinite(depth) & (depth > 0)
+    x = (1 / low - 1 / np.where(valid, depth, low)) / max(
+        1 / low - 1 / max(high, low * 1.001), 1e-9
+    )
+    x = np.clip(x, 0, 1) * (len(COLOUR_MAP) - 1)
+    i = np.minimum(x.astype(int), len(COLOUR_MAP) - 2)
+    rgb = COLOUR_MAP[i] + (COLOUR_MAP[i + 1] - COLOUR_MAP[i]) * (x - i)[..., None]
+    return np.where(valid[..., None], rgb + 0.5, 128).astype(np.uint8)
+
+
+def tile(rows, gap=2, zoom=1):
+    """Rows of equal uint8 pictures (H, W, 3) -> one picture on white."""
+    h, w = rows[0][0].shape[:2]
+    sheet = np.full(
+        (len(rows) * (h + gap) - gap, max(map(len, rows)) * (w + gap) - gap, 3), 255, np.uint8
+    )
+    for r, row in enumerate(rows):
+        for c, picture in enumerate(row):
+            sheet[r * (h + gap) : r * (h + gap) + h, c * (w + gap) : c * (w + gap) + w] = picture
+    return sheet.repeat(zoom, 0).repeat(zoom, 1)
+
 
 DARK, PALE, TOLD, SEEN = (16, 19, 24), (214, 220, 228), (76, 201, 240), (255, 169, 77)
 
@@ -21,7 +105,9 @@ Z ### ..# .#. #.. ###|0 ### #.# #.# #.# ###|1 .# ## .# .# .#|2 ##. ..# .#. #.. #
 9 ### #.# ### ..# ##.|. . . . . #|, .. .. .. .# #.|: . # . # .|- ... ... ### ... ...|+ ... .#. ### .#. ...
 / ..# ..# .#. #.. #..|% #.# ..# .#. #.. #.#|( .# #. #. #. .#|) #. .# .# .# #.|= ... ### ... ### ...|_ ... ... ... ... ###"""
     glyphs = {g[0]: g[2:].split() for line in art.strip().splitlines() for g in line.split("|")}
-    return {c: np.array([[dot == "#" for dot in row] for row in rows]) for c, rows in glyphs.items()}
+    return {
+        c: np.array([[dot == "#" for dot in row] for row in rows]) for c, rows in glyphs.items()
+    }
 
 
 FONT = _font()
@@ -38,8 +124,11 @@ def words(text, scale=2, colour=PALE, back=DARK):
 
 def paste(canvas, picture, top, left):
     """Draw a picture into the canvas; what hangs over the edge is cut."""
-    h, w = min(picture.shape[0], canvas.shape[0] - top), min(picture.shape[1], canvas.shape[1] - left)
-    canvas[top:top + h, left:left + w] = picture[:h, :w]
+    h, w = (
+        min(picture.shape[0], canvas.shape[0] - top),
+        min(picture.shape[1], canvas.shape[1] - left),
+    )
+    canvas[top : top + h, left : left + w] = picture[:h, :w]
 
 
 def stroke(canvas, a, b, colour, width=1):
@@ -67,9 +156,18 @@ def depth_legend(low, high, width, unit=""):
     strip = np.full((tall + 2 + 7 * scale + scale % 2, width, 3), DARK, np.uint8)
     depth = 1 / np.linspace(1 / low, 1 / max(high, low * 1.001), width)
     strip[:tall] = depth_to_rgb(depth[None], low, high)
-    for share, text in ((0, number(low)), (.5, number(depth[width // 2])), (1, f"{number(high)} {unit}".strip())):
+    for share, text in (
+        (0, number(low)),
+        (0.5, number(depth[width // 2])),
+        (1, f"{number(high)} {unit}".strip()),
+    ):
         label = words(text, scale)
-        paste(strip, label, tall + 2, int(share * (width - label.shape[1])) if label.shape[1] < width else 0)
+        paste(
+            strip,
+            label,
+            tall + 2,
+            int(share * (width - label.shape[1])) if label.shape[1] < width else 0,
+        )
     return strip
 
 
@@ -82,16 +180,29 @@ def top_view(paths, size, cloud=None, rgb=None):
     returns  the picture, with a scale bar in the unit of the paths"""
     height, width = size
     canvas = np.full((height, width, 3), DARK, np.uint8)
-    tracks = [(-np.einsum("tji,tj->ti", E[:, :, :3], E[:, :, 3]), E[:, 2, :3], colour) for E, colour in paths]
-    ground = [np.concatenate([c, c + 0.15 * np.ptp(c, axis=0).max() * f])[:, [0, 2]] for c, f, _ in tracks]
+    tracks = [
+        (-np.einsum("tji,tj->ti", E[:, :, :3], E[:, :, 3]), E[:, 2, :3], colour)
+        for E, colour in paths
+    ]
+    ground = [
+        np.concatenate([c, c + 0.15 * np.ptp(c, axis=0).max() * f])[:, [0, 2]] for c, f, _ in tracks
+    ]
     if cloud is not None and len(cloud):
-        ground.append(np.quantile(cloud[:, [0, 2]], [.02, .98], axis=0))
+        ground.append(np.quantile(cloud[:, [0, 2]], [0.02, 0.98], axis=0))
     low, high = np.concatenate(ground).min(0), np.concatenate(ground).max(0)
-    scale = 0.86 * min(width / max(high[0] - low[0], 1e-6), height / max(high[1] - low[1], 1e-6), 1e6)
+    scale = 0.86 * min(
+        width / max(high[0] - low[0], 1e-6), height / max(high[1] - low[1], 1e-6), 1e6
+    )
     middle = (low + high) / 2
 
     def pixel(p):
-        return np.stack([width / 2 + scale * (p[..., 0] - middle[0]), height / 2 - scale * (p[..., 2] - middle[1])], -1)
+        return np.stack(
+            [
+                width / 2 + scale * (p[..., 0] - middle[0]),
+                height / 2 - scale * (p[..., 2] - middle[1]),
+            ],
+            -1,
+        )
 
     if cloud is not None and len(cloud):
         x, y = pixel(cloud).round().astype(int).T
@@ -99,18 +210,25 @@ def top_view(paths, size, cloud=None, rgb=None):
         canvas[y[inside], x[inside]] = np.uint8(DARK) // 4 + (rgb[inside] * 0.75).astype(np.uint8)
     for centres, forward, colour in tracks:
         at, tip = pixel(centres), pixel(centres + forward)
-        tick = (tip - at) / np.maximum(np.linalg.norm(tip - at, axis=1, keepdims=True), 1e-9) * 0.05 * min(size)
+        tick = (
+            (tip - at)
+            / np.maximum(np.linalg.norm(tip - at, axis=1, keepdims=True), 1e-9)
+            * 0.05
+            * min(size)
+        )
         for t in range(len(at)):
             if t:
                 stroke(canvas, at[t - 1], at[t], colour, 2)
             if t % max(1, len(at) // 6) == 0 or t == len(at) - 1:
                 stroke(canvas, at[t], at[t] + tick[t], colour)
         x, y = at[0].round().astype(int)
-        canvas[max(0, y - 2):y + 3, max(0, x - 2):x + 3] = colour
+        canvas[max(0, y - 2) : y + 3, max(0, x - 2) : x + 3] = colour
     bar = 10.0 ** np.floor(np.log10(0.5 * width / scale))
     bar *= max(k for k in (1, 2, 5) if k == 1 or bar * k * scale < 0.5 * width)
     stroke(canvas, (6, height - 6), (6 + bar * scale, height - 6), PALE, 2)
-    paste(canvas, words(number(bar), 1 if width < 200 else 2), height - (16 if width < 200 else 24), 6)
+    paste(
+        canvas, words(number(bar), 1 if width < 200 else 2), height - (16 if width < 200 else 24), 6
+    )
     return canvas
 
 
@@ -145,4 +263,3 @@ def sheet(rows, titles, aside=(), gap=4):
 def sure_to_rgb(conf, low, high):
     """Confidence in the colours of depth, bright is sure."""
     return depth_to_rgb(high / np.maximum(conf, 1e-9), 1, max(high / low, 1.001))
-

@@ -13,6 +13,7 @@ them:
 
 Sources: FantasyWorld 2025 (arXiv 2509.21657) and its release of 26 Feb 2026; AC3D 2024 (ray encoder); VGGT 2025.
 Shapes: B clips, T = 4f - 3 pixel frames, (f, h, w) token grid, N = f*h*w video tokens, D video width, R ray width."""
+
 import re
 
 import torch
@@ -38,7 +39,7 @@ def constant_rays(w2c, K, size):
 
 def halve_time(x):
     """Average frames in pairs, (B, T, ...) -> (B, ceil(T/2), ...); an odd clip keeps its first frame alone."""
-    first, rest = x[:, :x.shape[1] % 2], x[:, x.shape[1] % 2:]
+    first, rest = x[:, : x.shape[1] % 2], x[:, x.shape[1] % 2 :]
     return torch.cat([first, rest.unflatten(1, (-1, 2)).mean(2)], 1)
 
 
@@ -50,18 +51,35 @@ class RayEncoder(nn.Module):
     def __init__(self, sizes):
         super().__init__()
         first, second, width, hidden, out = sizes
-        self.controlnet_encode_first = nn.Sequential(nn.Conv2d(6 * 64, first, 1), nn.GroupNorm(2, first),
-                                                     nn.Conv2d(first, first, 1), nn.GroupNorm(2, first), nn.ReLU())
-        self.controlnet_encode_second = nn.Sequential(nn.Conv2d(first, second, 1), nn.GroupNorm(2, second), nn.ReLU())
+        self.controlnet_encode_first = nn.Sequential(
+            nn.Conv2d(6 * 64, first, 1),
+            nn.GroupNorm(2, first),
+            nn.Conv2d(first, first, 1),
+            nn.GroupNorm(2, first),
+            nn.ReLU(),
+        )
+        self.controlnet_encode_second = nn.Sequential(
+            nn.Conv2d(first, second, 1), nn.GroupNorm(2, second), nn.ReLU()
+        )
         self.patch_embedding = nn.Conv3d(second, width, (1, 2, 2), (1, 2, 2))
-        self.fc = nn.Sequential(nn.Linear(width, hidden), nn.LayerNorm(hidden), nn.GELU(), nn.Linear(hidden, out),
-                                nn.LayerNorm(out))
+        self.fc = nn.Sequential(
+            nn.Linear(width, hidden),
+            nn.LayerNorm(hidden),
+            nn.GELU(),
+            nn.Linear(hidden, out),
+            nn.LayerNorm(out),
+        )
 
     def forward(self, rays):
-        x = F.pixel_unshuffle(rays.transpose(1, 2), 8)                                 # (B, T, 384, H/8, W/8)
-        for encode in (self.controlnet_encode_first, self.controlnet_encode_second):   # norms are per frame
-            x = halve_time(encode(x.flatten(0, 1)).unflatten(0, x.shape[:2]))          # T -> (T+1)/2 -> f
-        return self.fc(rearrange(self.patch_embedding(x.transpose(1, 2)), "b d f h w -> b (f h w) d"))
+        x = F.pixel_unshuffle(rays.transpose(1, 2), 8)  # (B, T, 384, H/8, W/8)
+        for encode in (
+            self.controlnet_encode_first,
+            self.controlnet_encode_second,
+        ):  # norms are per frame
+            x = halve_time(encode(x.flatten(0, 1)).unflatten(0, x.shape[:2]))  # T -> (T+1)/2 -> f
+        return self.fc(
+            rearrange(self.patch_embedding(x.transpose(1, 2)), "b d f h w -> b (f h w) d")
+        )
 
 
 class AttentionAdapter(nn.Module):
@@ -71,27 +89,41 @@ class AttentionAdapter(nn.Module):
 
     def __init__(self, dim, ray_dim, hidden, shift_hidden):
         super().__init__()
+
         def mlp(*sizes):
-            return nn.Sequential(nn.Linear(sizes[0], sizes[1]), nn.ReLU(), nn.Linear(sizes[1], sizes[2]))
-        self.k_proj = nn.ModuleDict(dict(group1=nn.Linear(ray_dim, ray_dim), group2=mlp(dim, hidden, ray_dim)))
+            return nn.Sequential(
+                nn.Linear(sizes[0], sizes[1]), nn.ReLU(), nn.Linear(sizes[1], sizes[2])
+            )
+
+        self.k_proj = nn.ModuleDict(
+            dict(group1=nn.Linear(ray_dim, ray_dim), group2=mlp(dim, hidden, ray_dim))
+        )
         self.v_proj = nn.ModuleDict(dict(group2=mlp(ray_dim, shift_hidden, dim)))
         nn.init.zeros_(self.v_proj["group2"][2].weight)
         nn.init.zeros_(self.v_proj["group2"][2].bias)
 
     def forward(self, attended, rays, keep=1.0):
-        seen = self.k_proj["group1"](rays) + self.k_proj["group2"](attended)           # (B, N, R)
+        seen = self.k_proj["group1"](rays) + self.k_proj["group2"](attended)  # (B, N, R)
         return attended + keep * self.v_proj["group2"](seen)
 
 
 # -------------------------------------------------------------------------------------------------------------- names
 def dead(name):
     """Whether one of our parameters belongs to the release but reaches no output."""
-    return name.startswith("pose_encoder.") or bool(re.fullmatch(r"camera_head\.trunk\.\d+\.modulation", name))
+    return name.startswith("pose_encoder.") or bool(
+        re.fullmatch(r"camera_head\.trunk\.\d+\.modulation", name)
+    )
 
 
-HOME = {"dit.": "pipe.dit.", "ray_encoder.": "camera_condition.pose_encoder.", "bridge.proj.": "vggt.projection_head.",
-        "pose_encoder.": "vggt.aggregator.CamTokenProjector.", "frame_blocks.": "vggt.aggregator.frame_blocks.",
-        "camera_token": "vggt.aggregator.camera_token", "register_token": "vggt.aggregator.register_token"}
+HOME = {
+    "dit.": "pipe.dit.",
+    "ray_encoder.": "camera_condition.pose_encoder.",
+    "bridge.proj.": "vggt.projection_head.",
+    "pose_encoder.": "vggt.aggregator.CamTokenProjector.",
+    "frame_blocks.": "vggt.aggregator.frame_blocks.",
+    "camera_token": "vggt.aggregator.camera_token",
+    "register_token": "vggt.aggregator.register_token",
+}
 
 
 def release_name(name, num_pcb):
@@ -99,15 +131,21 @@ def release_name(name, num_pcb):
     block = re.match(r"(dit\.blocks|camera_adapters|exchange|global_blocks)\.(\d+)\.(.+)", name)
     if not block:
         prefix = next((p for p in HOME if name.startswith(p)), "")
-        return HOME.get(prefix, "vggt.") + name[len(prefix):]
+        return HOME.get(prefix, "vggt.") + name[len(prefix) :]
     kind, i, inner = block[1], int(block[2]), block[3]
     if kind in ("exchange", "global_blocks"):
         return f"IRGBlock.{i}.{dict(exchange='bicross_attention', global_blocks='x_agg')[kind]}.{inner}"
     inner = f"cross_attn.processor.{inner}" if kind == "camera_adapters" else inner
-    return f"pipe.dit.blocks.{i}.{inner}" if i < num_pcb else f"IRGBlock.{i - num_pcb}.x_dit.{inner}"
+    return (
+        f"pipe.dit.blocks.{i}.{inner}" if i < num_pcb else f"IRGBlock.{i - num_pcb}.x_dit.{inner}"
+    )
 
 
-ENCODERS = ("pipe.text_encoder.", "pipe.image_encoder.", "pipe.vae.")      # frozen; they come from the Wan folder
+ENCODERS = (
+    "pipe.text_encoder.",
+    "pipe.image_encoder.",
+    "pipe.vae.",
+)  # frozen; they come from the Wan folder
 
 
 def is_release(names):
@@ -116,7 +154,7 @@ def is_release(names):
 
 def count(names, prefix):
     """1 + the largest index after prefix, 0 when there is none."""
-    found = (re.match(r"(\d+)\.", name[len(prefix):]) for name in names if name.startswith(prefix))
+    found = (re.match(r"(\d+)\.", name[len(prefix) :]) for name in names if name.startswith(prefix))
     return max((1 + int(m[1]) for m in found if m), default=0)
 
 
@@ -129,7 +167,9 @@ def sizes(release, base=None, dit_heads=None, irg_heads=None, camera_heads=None,
     taps      geometry layers read by the DPT heads, finest level first; None: last, 3/4, 1/2, 1/3 of the depth
     Errors: ValueError when it is another model's file."""
     if any(name.startswith("pipe.dit.control_adapter.") for name in release):
-        raise ValueError("this is a file of the release's Wan2.2 variant; only the Wan2.1 one is supported")
+        raise ValueError(
+            "this is a file of the release's Wan2.2 variant; only the Wan2.1 one is supported"
+        )
     base, steps = base or {}, count(release, "IRGBlock.")
     num_pcb = count(base, "blocks.") - steps if base else count(release, "pipe.dit.blocks.")
 
@@ -137,40 +177,86 @@ def sizes(release, base=None, dit_heads=None, irg_heads=None, camera_heads=None,
         video = name.replace("IRGBlock.0.x_dit", f"blocks.{num_pcb}").replace("pipe.dit.", "")
         found = release.get(name) or base.get(video)
         if not found:
-            raise ValueError(f"not a whole FantasyWorld release: {name} is missing" + (
-                "" if name.startswith("vggt") or base else "; without --wan_dir (the folder of Wan2.1-I2V-14B-480P) "
-                "the file must hold the video branch too") + f" (its first names are {list(release)[:3]})")
+            raise ValueError(
+                f"not a whole FantasyWorld release: {name} is missing"
+                + (
+                    ""
+                    if name.startswith("vggt") or base
+                    else "; without --wan_dir (the folder of Wan2.1-I2V-14B-480P) "
+                    "the file must hold the video branch too"
+                )
+                + f" (its first names are {list(release)[:3]})"
+            )
         return found
 
     dim, in_dim = shape("pipe.dit.patch_embedding.weight")[:2]
-    geo_dim, camera_dim = shape("vggt.projection_head.weight")[0], shape("vggt.camera_head.token_norm.weight")[0]
-    irg_dim, = shape("IRGBlock.0.bicross_attention.cross_attn.m1_proj.bias")
+    geo_dim, camera_dim = (
+        shape("vggt.projection_head.weight")[0],
+        shape("vggt.camera_head.token_norm.weight")[0],
+    )
+    (irg_dim,) = shape("IRGBlock.0.bicross_attention.cross_attn.m1_proj.bias")
     encoder, adapter = "camera_condition.pose_encoder.", "pipe.dit.blocks.0.cross_attn.processor."
-    conv = ("controlnet_encode_first.0", "controlnet_encode_second.0", "patch_embedding", "fc.0", "fc.3")
-    per_head = dict(dit_heads=(dit_heads, dim, 128), irg_heads=(irg_heads, irg_dim, 96),
-                    camera_heads=(camera_heads, camera_dim, 128))
+    conv = (
+        "controlnet_encode_first.0",
+        "controlnet_encode_second.0",
+        "patch_embedding",
+        "fc.0",
+        "fc.3",
+    )
+    per_head = dict(
+        dit_heads=(dit_heads, dim, 128),
+        irg_heads=(irg_heads, irg_dim, 96),
+        camera_heads=(camera_heads, camera_dim, 128),
+    )
     for name, (n, width, usual) in per_head.items():
         if width % (n or usual):
-            raise ValueError(f"width {width} has no heads of {usual} channels; give {name}=" if n is None else
-                             f"{name} = {n} does not divide the width {width}")
+            raise ValueError(
+                f"width {width} has no heads of {usual} channels; give {name}="
+                if n is None
+                else f"{name} = {n} does not divide the width {width}"
+            )
     return dict(
-        released=True, dim=dim, in_dim=in_dim, ffn_dim=shape("IRGBlock.0.x_dit.ffn.0.weight")[0],
-        num_layers=num_pcb + steps, num_pcb=num_pcb, head_dim=dim // dit_heads if dit_heads else 128,
-        text_dim=shape("pipe.dit.text_embedding.0.weight")[1], freq_dim=shape("pipe.dit.time_embedding.0.weight")[1],
-        has_clip="IRGBlock.0.x_dit.cross_attn.k_img.weight" in release or "img_emb.proj.1.weight" in base,
-        has_control=False, geo_dim=geo_dim, bridge_layers=0, layer_scale=0.01,
+        released=True,
+        dim=dim,
+        in_dim=in_dim,
+        ffn_dim=shape("IRGBlock.0.x_dit.ffn.0.weight")[0],
+        num_layers=num_pcb + steps,
+        num_pcb=num_pcb,
+        head_dim=dim // dit_heads if dit_heads else 128,
+        text_dim=shape("pipe.dit.text_embedding.0.weight")[1],
+        freq_dim=shape("pipe.dit.time_embedding.0.weight")[1],
+        has_clip="IRGBlock.0.x_dit.cross_attn.k_img.weight" in release
+        or "img_emb.proj.1.weight" in base,
+        has_control=False,
+        geo_dim=geo_dim,
+        bridge_layers=0,
+        layer_scale=0.01,
         geo_heads=geo_dim // shape("vggt.aggregator.frame_blocks.0.attn.q_norm.weight")[0],
         pose_hidden=shape("vggt.aggregator.CamTokenProjector.mlp.0.weight")[0],
-        irg_dim=irg_dim, irg_heads=irg_heads or irg_dim // 96,
-        taps=tuple(taps or (steps - 1, max(3 * steps // 4 - 1, 0), max(steps // 2 - 1, 0), max(steps // 3 - 1, 0))),
+        irg_dim=irg_dim,
+        irg_heads=irg_heads or irg_dim // 96,
+        taps=tuple(
+            taps
+            or (
+                steps - 1,
+                max(3 * steps // 4 - 1, 0),
+                max(steps // 2 - 1, 0),
+                max(steps // 3 - 1, 0),
+            )
+        ),
         dpt_channels=tuple(shape(f"vggt.depth_head.projects.{i}.bias")[0] for i in range(4)),
         dpt_features=shape("vggt.depth_head.scratch.output_conv1.weight")[1],
         dpt_tail=shape("vggt.depth_head.scratch.output_conv2.0.weight")[0],
-        camera_dim=camera_dim, camera_heads=camera_heads or camera_dim // 128,
+        camera_dim=camera_dim,
+        camera_heads=camera_heads or camera_dim // 128,
         camera_layers=count(release, "vggt.camera_head.trunk."),
         ray_sizes=tuple(shape(f"{encoder}{name}.bias")[0] for name in conv),
-        adapter_sizes=(sum(name.endswith(".processor.k_proj.group1.bias") for name in release),
-                       shape(adapter + "k_proj.group2.0.bias")[0], shape(adapter + "v_proj.group2.0.bias")[0]))
+        adapter_sizes=(
+            sum(name.endswith(".processor.k_proj.group1.bias") for name in release),
+            shape(adapter + "k_proj.group2.0.bias")[0],
+            shape(adapter + "v_proj.group2.0.bias")[0],
+        ),
+    )
 
 
 def match(own, release, base, num_pcb, where="this release"):
@@ -191,9 +277,11 @@ def match(own, release, base, num_pcb, where="this release"):
     extra = [k for k in release if k not in known and not k.startswith(ENCODERS)]
     extra += [f"{k} (of the Wan folder)" for k in base if f"dit.{k}" not in own]
     if missing or extra or wrong:
-        raise ValueError(f"{where}: {len(missing)} tensors missing {missing[:3]}, {len(extra)} unexpected {extra[:3]}, "
-                         f"{len(wrong)} of another shape {wrong[:3]}; a truncated file, another model, or another base "
-                         f"than Wan2.1-I2V-14B-480P?")
+        raise ValueError(
+            f"{where}: {len(missing)} tensors missing {missing[:3]}, {len(extra)} unexpected {extra[:3]}, "
+            f"{len(wrong)} of another shape {wrong[:3]}; a truncated file, another model, or another base "
+            f"than Wan2.1-I2V-14B-480P?"
+        )
     return plan
 
 
@@ -208,14 +296,21 @@ def from_vggt(vggt, own, layers):
     vggt, own   name -> shape.   The first k = layers frame and global blocks and the tokens must fit; the camera head is
     taken when its width fits.  The image encoder, the other heads and deeper blocks stay behind.   Source: VGGT 2025."""
     k = min(layers, count(vggt, "aggregator.frame_blocks."))
-    wanted, plan = re.compile(r"aggregator\.(?:frame|global)_blocks\.(\d+)\.|aggregator\.(?:camera|register)_token$"), {}
+    wanted, plan = (
+        re.compile(
+            r"aggregator\.(?:frame|global)_blocks\.(\d+)\.|aggregator\.(?:camera|register)_token$"
+        ),
+        {},
+    )
     for name in vggt:
         found, ours = wanted.match(name), name.removeprefix("aggregator.")
         if found and (found[1] is None or int(found[1]) < k):
             if own.get(ours) != vggt[name]:
-                raise ValueError(f"VGGT's {name} is {vggt[name]}, this model's {own.get(ours)}; blocks and tokens fit "
-                                 f"geo_dim = {vggt['aggregator.camera_token'][-1]} with heads of 64 channels: "
-                                 f"--model_overrides='{{\"geo_dim\": 1024, \"geo_heads\": 16}}'")
+                raise ValueError(
+                    f"VGGT's {name} is {vggt[name]}, this model's {own.get(ours)}; blocks and tokens fit "
+                    f"geo_dim = {vggt['aggregator.camera_token'][-1]} with heads of 64 channels: "
+                    f'--model_overrides=\'{{"geo_dim": 1024, "geo_heads": 16}}\''
+                )
             plan[ours] = name
     camera = [name for name in vggt if name.startswith("camera_head.")]
     if camera and all(own.get(name) == vggt[name] for name in camera):

@@ -4,6 +4,7 @@ A refusal is a ValueError that names the file, what was found, what was wanted a
 opened (a named pipe would hang), at most MAX_BYTES of one are held, ffmpeg opens local files of FORMATS alone (a
 playlist names other files) and stops at the first damaged picture, and arrays of objects are refused (unpickling them
 runs code).   Depth: z-depth, metres, 0 = unknown."""
+
 import functools
 import hashlib
 import json
@@ -20,13 +21,35 @@ from pathlib import Path
 import imageio_ffmpeg
 import numpy as np
 
-MAX_BYTES = 2 ** 32             # of one file, and of what one read decodes
-MAX_TEXT, MAX_CAMERAS = 2 ** 29, 2 ** 24     # of a JSON file (a million samples with captions), of a camera file
-MAX_PIXELS = 2 ** 26            # of one picture: 8192 x 8192
-FAR = 1e6                       # metres; a depth or a camera beyond this is no measurement
+MAX_BYTES = 2**32  # of one file, and of what one read decodes
+
+MAX_TEXT, MAX_CAMERAS = (
+    2**29,
+    2**24,
+)  # of a JSON file (a million samples with captions), of a camera file
+
+MAX_PIXELS = 2**26  # of one picture: 8192 x 8192
+
+FAR = 1e6  # metres; a depth or a camera beyond this is no measurement
+
 FORMATS = "mov,avi,matroska,mpegts,png_pipe,jpeg_pipe,webp_pipe,bmp_pipe,tiff_pipe"
-STRICT = ["-hide_banner", "-nostdin", "-timelimit", "600", "-xerror", "-err_detect", "crccheck+explode",  # CPU seconds
-          "-protocol_whitelist", "file", "-format_whitelist", FORMATS, "-max_pixels", str(MAX_PIXELS)]
+
+STRICT = [
+    "-hide_banner",
+    "-nostdin",
+    "-timelimit",
+    "600",
+    "-xerror",
+    "-err_detect",
+    "crccheck+explode",  # CPU seconds
+    "-protocol_whitelist",
+    "file",
+    "-format_whitelist",
+    FORMATS,
+    "-max_pixels",
+    str(MAX_PIXELS),
+]
+
 ARRAYS = (".npy", ".npz", ".png")
 
 
@@ -41,9 +64,13 @@ def check_file(path, limit=MAX_BYTES):
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file. Restore it, or remove the clip") from None
     except OSError as error:
-        raise ValueError(f"{path}: cannot be opened: {error.strerror}. Make it readable, or remove the clip") from None
+        raise ValueError(
+            f"{path}: cannot be opened: {error.strerror}. Make it readable, or remove the clip"
+        ) from None
     if not 0 < info.st_size <= limit:
-        raise ValueError(f"{path}: {info.st_size:,} bytes; wanted 1 to {limit:,}. Copy or make it again")
+        raise ValueError(
+            f"{path}: {info.st_size:,} bytes; wanted 1 to {limit:,}. Copy or make it again"
+        )
     return info.st_size
 
 
@@ -53,13 +80,17 @@ def check_lines(path):
     with open(path, "rb") as file:
         file.seek(-1, os.SEEK_END)
         if file.read(1) not in b"\r\n":
-            raise ValueError(f"{path}: the last line has no end: cut short? Add a line break if it is whole")
+            raise ValueError(
+                f"{path}: the last line has no end: cut short? Add a line break if it is whole"
+            )
 
 
 def no_twins(pairs):
     """A JSON object, keys that stand there twice refused."""
     if len(found := dict(pairs)) < len(pairs):
-        raise ValueError(f"a key is there twice among {', '.join(sorted(k for k, _ in pairs))[:200]}")
+        raise ValueError(
+            f"a key is there twice among {', '.join(sorted(k for k, _ in pairs))[:200]}"
+        )
     return found
 
 
@@ -89,17 +120,19 @@ def sums_of(root):
 def check_sums(root, paths):
     """Files must be what DIR/SHA256SUMS says, where there is one: nothing else sees a flipped bit in a plausible value.
 
-        cd DIR && find -L . -type f -not -path './cache/*' -not -name SHA256SUMS -exec sha256sum {} + > SHA256SUMS"""
+    cd DIR && find -L . -type f -not -path './cache/*' -not -name SHA256SUMS -exec sha256sum {} + > SHA256SUMS"""
     sums, known = Path(root, "SHA256SUMS"), sums_of(root)
     for path in paths if known is not None else ():
         name, digest = path.relative_to(root).as_posix(), hashlib.sha256()
         check_file(path)
         with open(path, "rb") as file:
-            for block in iter(lambda: file.read(2 ** 20), b""):
+            for block in iter(lambda: file.read(2**20), b""):
                 digest.update(block)
         if known.get(name) != digest.hexdigest():
-            raise ValueError(f"{path}: not the file that {sums} lists ({digest.hexdigest()[:12]}, listed: "
-                             f"{known.get(name, 'nothing')[:12]}). Restore it; if it was meant, write SHA256SUMS again")
+            raise ValueError(
+                f"{path}: not the file that {sums} lists ({digest.hexdigest()[:12]}, listed: "
+                f"{known.get(name, 'nothing')[:12]}). Restore it; if it was meant, write SHA256SUMS again"
+            )
 
 
 def check_inside(root, path):
@@ -107,10 +140,14 @@ def check_inside(root, path):
     try:
         if Path(path).resolve().is_relative_to(Path(root).resolve()):
             return
-    except (OSError, RuntimeError) as error:                                      # a link that leads to itself
-        raise ValueError(f"{path}: cannot be followed: {error}. Put the file or folder itself there") from None
-    raise ValueError(f"{path}: a link that leads out of {root}. Put the file or folder itself there, or "
-                     "allow such links with --follow_links=True")
+    except (OSError, RuntimeError) as error:  # a link that leads to itself
+        raise ValueError(
+            f"{path}: cannot be followed: {error}. Put the file or folder itself there"
+        ) from None
+    raise ValueError(
+        f"{path}: a link that leads out of {root}. Put the file or folder itself there, or "
+        "allow such links with --follow_links=True"
+    )
 
 
 # --- What a dataset lists ----------------------------------------------------------------------------------
@@ -121,25 +158,35 @@ def read_entries(root, inside):
     try:
         os.listdir(root)
     except OSError as error:
-        raise ValueError(f"{root}: not a folder that can be opened: {error.strerror}. Wanted a dataset; the layout is "
-                         "at the top of data.py") from None
+        raise ValueError(
+            f"{root}: not a folder that can be opened: {error.strerror}. Wanted a dataset; the layout is "
+            "at the top of data.py"
+        ) from None
     if not os.path.lexists(path):
         check_sums(root, [path] if "metadata.json" in (sums_of(root) or ()) else [])
         folders = {}
         for f in sorted(root.glob("*/*")):
             if f.stem in ("video", "depth", "points", "moving", "camera_params"):
-                folders.setdefault(f.parent.name, {}).setdefault(f.stem, []).append(f"{f.parent.name}/{f.name}")
-        return [dict({k: v if len(v) > 1 else v[0] for k, v in parts.items()}, id=name)
-                for name, parts in folders.items()], splits   # one there twice: a list, which read_entry refuses
+                folders.setdefault(f.parent.name, {}).setdefault(f.stem, []).append(
+                    f"{f.parent.name}/{f.name}"
+                )
+        return [
+            dict({k: v if len(v) > 1 else v[0] for k, v in parts.items()}, id=name)
+            for name, parts in folders.items()
+        ], splits  # one there twice: a list, which read_entry refuses
     check_inside(inside, path)
     check_sums(root, [path])
     entries = read_json(path)
     if isinstance(entries, dict):
         entries, splits = entries.get("samples"), entries.get("splits") or {}
     if not isinstance(entries, list) or not all(isinstance(e, dict) for e in entries):
-        raise ValueError(f"{path}: wanted a list of samples, or an object with a list called samples")
+        raise ValueError(
+            f"{path}: wanted a list of samples, or an object with a list called samples"
+        )
     if not isinstance(splits, dict) or not all(isinstance(ids, list) for ids in splits.values()):
-        raise ValueError(f'{path}: splits must be lists of ids, for instance {{"train": ["a"], "val": ["b"]}}')
+        raise ValueError(
+            f'{path}: splits must be lists of ids, for instance {{"train": ["a"], "val": ["b"]}}'
+        )
     return entries, splits
 
 
@@ -151,7 +198,9 @@ def check_sample(inside, sample):
         try:
             files += array_files(path) if path.is_dir() else [path]
         except OSError as error:
-            raise ValueError(f"{path}: cannot be opened: {error.strerror}. Make it readable or remove it") from None
+            raise ValueError(
+                f"{path}: cannot be opened: {error.strerror}. Make it readable or remove it"
+            ) from None
     if sample["camera"]:
         check_lines(sample["camera"])
     for path in files:
@@ -165,10 +214,24 @@ def check_sample(inside, sample):
 def ffmpeg(path, *output):
     """What ffmpeg makes of the first video stream of a file: its output, and a file with its messages."""
     check_file(path)
-    command = [imageio_ffmpeg.get_ffmpeg_exe(), *STRICT, "-i", f"file:{path}", "-map", "0:v:0", "-fps_mode",
-               "passthrough", *output, "pipe:1"]
-    with tempfile.TemporaryFile() as log, subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log) as process:
+    command = [
+        imageio_ffmpeg.get_ffmpeg_exe(),
+        *STRICT,
+        "-i",
+        f"file:{path}",
+        "-map",
+        "0:v:0",
+        "-fps_mode",
+        "passthrough",
+        *output,
+        "pipe:1",
+    ]
+    with (
+        tempfile.TemporaryFile() as log,
+        subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log
+        ) as process,
+    ):
         try:
             yield process.stdout, log
             code = process.wait()
@@ -177,7 +240,9 @@ def ffmpeg(path, *output):
         if code:
             log.seek(max(0, log.tell() - 4000))
             said = log.read().decode(errors="replace").strip().splitlines()
-            telling = [line for line in said if re.search("rror|nvalid|whitelist|exceed|not found", line)] or said[-1:]
+            telling = [
+                line for line in said if re.search("rror|nvalid|whitelist|exceed|not found", line)
+            ] or said[-1:]
             said = telling[0] if telling else f"ffmpeg ended with {code}"
             raise ValueError(re.sub(r"\[.*? @ 0x\w+\] *", "", said)[:200])
 
@@ -202,16 +267,21 @@ def read_video(path, max_frames=None):
     """Decode the first max_frames frames (default all): uint8 (T, H, W, 3) and the frame rate, 0 if it has none."""
     some = [] if max_frames is None else ["-frames:v", str(max_frames)]
     try:
-        with ffmpeg(path, *some, "-pix_fmt", "rgb24", "-c:v", "ppm", "-f", "image2pipe") as (stream, log):
+        with ffmpeg(path, *some, "-pix_fmt", "rgb24", "-c:v", "ppm", "-f", "image2pipe") as (
+            stream,
+            log,
+        ):
             frames = list(pictures(stream))
             log.seek(0)
-            fps = re.search(rb"Video: .*?\b([\d.]+)(k?) fps", log.read(2 ** 16))
+            fps = re.search(rb"Video: .*?\b([\d.]+)(k?) fps", log.read(2**16))
     except ValueError as error:
-        raise ValueError(f"{path}: not a readable video: {str(error).removeprefix(f'{path}: ')}. "
-                         "Re-encode or remove it.") from None
+        raise ValueError(
+            f"{path}: not a readable video: {str(error).removeprefix(f'{path}: ')}. "
+            "Re-encode or remove it."
+        ) from None
     if not frames:
         raise ValueError(f"{path}: the video has no frames. Re-encode or remove it.")
-    return np.stack(frames), float(fps[1]) * (1000 if fps[2] else 1) if fps else 0.
+    return np.stack(frames), float(fps[1]) * (1000 if fps[2] else 1) if fps else 0.0
 
 
 def count_frames(path):
@@ -229,8 +299,10 @@ def count_frames_at(path, changed):
             raise ValueError("it has no frames")
         return counts[-1]
     except ValueError as error:
-        raise ValueError(f"{path}: not a readable video: {str(error).removeprefix(f'{path}: ')}. "
-                         "Re-encode or remove it.") from None
+        raise ValueError(
+            f"{path}: not a readable video: {str(error).removeprefix(f'{path}: ')}. "
+            "Re-encode or remove it."
+        ) from None
 
 
 # --- Arrays ------------------------------------------------------------------------------------------------
@@ -239,14 +311,19 @@ def array_header(file, size, mask):
     version = np.lib.format.read_magic(file)
     if version not in ((1, 0), (2, 0)):
         raise ValueError(f".npy version {version}")
-    shape, _, dtype = (np.lib.format.read_array_header_1_0 if version == (1, 0)
-                       else np.lib.format.read_array_header_2_0)(file)
+    shape, _, dtype = (
+        np.lib.format.read_array_header_1_0
+        if version == (1, 0)
+        else np.lib.format.read_array_header_2_0
+    )(file)
     if dtype.kind not in ("fiub" if mask else "fiu") or dtype.hasobject:
         raise ValueError(f"values of type {dtype}; wanted numbers")
     want = file.tell() + dtype.itemsize * math.prod(shape)
     if min(shape, default=0) < 1 or want != size or size > MAX_BYTES:
-        raise ValueError(f"{size:,} bytes; its header speaks of {shape} values, that is {want:,}, and at most "
-                         f"{MAX_BYTES:,} are read")
+        raise ValueError(
+            f"{size:,} bytes; its header speaks of {shape} values, that is {want:,}, and at most "
+            f"{MAX_BYTES:,} are read"
+        )
     return shape, dtype
 
 
@@ -269,7 +346,9 @@ def open_array(path, read, mask):
         shape = png_header(path, mask)
         if not read:
             return shape, np.dtype("u2")
-        with ffmpeg(path, "-frames:v", "1", "-pix_fmt", "gray16be", "-c:v", "pgm", "-f", "image2pipe") as (stream, _):
+        with ffmpeg(
+            path, "-frames:v", "1", "-pix_fmt", "gray16be", "-c:v", "pgm", "-f", "image2pipe"
+        ) as (stream, _):
             image = next(pictures(stream), np.zeros(0))
         if image.shape != shape:
             raise ValueError(f"a picture of {image.shape}; its header says {shape}")
@@ -295,9 +374,13 @@ def read_array(path, read=True, mask=False):
     """The array of one file; read=False: its shape and dtype, from the header; mask: a PNG of any kind will do."""
     try:
         return open_array(Path(path), read, mask)
-    except Exception as error:          # flipped bytes make numpy and zipfile raise almost any class of error
-        raise ValueError(f"{path}: cannot be read: {str(error).removeprefix(f'{path}: ') or repr(error)}. "
-                         "Make it again or remove the clip") from None
+    except (
+        Exception
+    ) as error:  # flipped bytes make numpy and zipfile raise almost any class of error
+        raise ValueError(
+            f"{path}: cannot be read: {str(error).removeprefix(f'{path}: ') or repr(error)}. "
+            "Make it again or remove the clip"
+        ) from None
 
 
 def array_files(path):
@@ -322,13 +405,17 @@ def read_arrays(path, frames=None, mask=False):
         return source[list(frames)]
     first = read_array(source[frames[0]], False, mask)
     if math.prod(first[0]) * first[1].itemsize * len(frames) > MAX_BYTES:
-        raise ValueError(f"{path}: {len(frames)} frames of {first[0]} values; at most {MAX_BYTES:,} bytes are read")
+        raise ValueError(
+            f"{path}: {len(frames)} frames of {first[0]} values; at most {MAX_BYTES:,} bytes are read"
+        )
     arrays = []
     for t in frames:
         arrays.append(read_array(source[t], mask=mask))
         if (arrays[-1].shape, arrays[-1].dtype) != first:
-            raise ValueError(f"{source[t]}: {arrays[-1].dtype} {arrays[-1].shape}, where {source[frames[0]].name} is "
-                             f"{first[1]} {first[0]}. Make all frames of a clip alike")
+            raise ValueError(
+                f"{source[t]}: {arrays[-1].dtype} {arrays[-1].shape}, where {source[frames[0]].name} is "
+                f"{first[1]} {first[0]}. Make all frames of a clip alike"
+            )
     return np.stack(arrays)
 
 
@@ -342,7 +429,12 @@ def relative_depth(depth):
     if high in (255, 65535) and (finite[::7] == np.round(finite[::7])).all():
         return f"integers that reach exactly {high:.0f}: stretched to the full range"
     per_frame = np.array([f[np.isfinite(f)].max(initial=0) for f in depth])
-    if low >= 0 and abs(high - 1) < 1e-6 and (np.abs(per_frame - 1) < 1e-6).mean() > .9 or (low == 0 and high == 1):
+    if (
+        low >= 0
+        and abs(high - 1) < 1e-6
+        and (np.abs(per_frame - 1) < 1e-6).mean() > 0.9
+        or (low == 0 and high == 1)
+    ):
         return "stretched to 0 .. 1 (min-max normalised)"
     return None
 
@@ -350,7 +442,9 @@ def relative_depth(depth):
 def why_relative(path):
     """relative_depth of a whole clip: a window of a stretched clip need not reach its ends."""
     files = [path, *path.glob("*")] if path.is_dir() else [path]
-    return why_relative_at(path, max((f.stat().st_mtime_ns for f in files if f.exists()), default=0))
+    return why_relative_at(
+        path, max((f.stat().st_mtime_ns for f in files if f.exists()), default=0)
+    )
 
 
 @functools.lru_cache(maxsize=1)  # one clip is asked about several times in a row
@@ -369,16 +463,53 @@ def read_depth(path, scale=None, frames=None, inverse=False):
         raise ValueError(f"{path}: array of shape {depth.shape}; wanted z-depth (T, H, W)")
     relative = scale is None and why_relative(Path(path))
     if relative and inverse:
-        raise ValueError(f"{path}: relative inverse depth ({relative}): its shift is unknown, so 1 / d is no depth. "
-                         "Fit it to metric points first, or set depth_scale if it has a unit")
+        raise ValueError(
+            f"{path}: relative inverse depth ({relative}): its shift is unknown, so 1 / d is no depth. "
+            "Fit it to metric points first, or set depth_scale if it has a unit"
+        )
     if depth.dtype.kind != "f" and scale is None and not relative:
-        raise ValueError(f"{path}: {depth.dtype} depth without a unit; add depth_scale (metres per "
-                         "count, 0.001 for millimetres) to the sample's entry in metadata.json")
+        raise ValueError(
+            f"{path}: {depth.dtype} depth without a unit; add depth_scale (metres per "
+            "count, 0.001 for millimetres) to the sample's entry in metadata.json"
+        )
     largest = depth[np.isfinite(depth)].max(initial=0) * float(scale or 1)
     if not inverse and largest > FAR:
-        raise ValueError(f"{path}: depth up to {largest:.3g} m; wanted at most {FAR:.0e}. Write 0 where it is unknown, "
-                         "sky included; check depth_scale")
+        raise ValueError(
+            f"{path}: depth up to {largest:.3g} m; wanted at most {FAR:.0e}. Write 0 where it is unknown, "
+            "sky included; check depth_scale"
+        )
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         depth = depth.astype(np.float32)
         depth = (1 / depth if inverse else depth) * np.float32(scale or 1)
     return np.where((depth > 0) & (depth <= FAR), depth, np.float32(0))
+
+
+def write_aside(path, data):
+    """Write bytes beside path, then rename: a reader never sees half a file."""
+    temp = path.with_name(f".{path.name}.{os.getpid()}")
+    temp.unlink(missing_ok=True)
+    try:
+        with open(
+            os.open(temp, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644), "wb"
+        ) as file:  # never through a link
+            file.write(data)  # no fsync: a loss shows, and is encoded again
+        os.replace(temp, path)
+    except IsADirectoryError:
+        raise ValueError(f"{path}: a folder where the file belongs. Delete it") from None
+    finally:
+        temp.unlink(missing_ok=True)  # after a full disk
+
+
+def write_whole(path, write):
+    """write(temporary path), flush to the disk, rename: the file is whole or absent."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        write(temporary)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)  # a full disk gets its space back
+    folder = os.open(path.parent, os.O_RDONLY)  # the rename itself reaches the disk
+    os.fsync(folder)
+    os.close(folder)

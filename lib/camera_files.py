@@ -7,19 +7,16 @@ images, .txt or .bin), tum (text), npz.  What a file leaves open is refused with
 Inside: w2c (T, 3, 4) float64, OpenCV axes (x right, y down, z forward), in the world and unit of the file;
 intrinsics (T, 4) float64 = fx/W, fy/H, cx/W, cy/H, pixel centres at +0.5, or None where the file holds none;
 size (H, W) of the images in pixels, or None."""
+
 import argparse
-import difflib
 import json
-import math
-import re
 import struct
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
-from geometry import compose, inv_se3, mat_to_quat, quat_to_mat
+from geometry import inv_se3, mat_to_quat, quat_to_mat
 
 RE10K = "19 numbers: index fx fy cx cy 0 0 and the row-major 3x4 world-to-camera matrix"
 
@@ -40,17 +37,25 @@ def read_table(path, pixels=False):
             raise ValueError(f"{path}, line {n}: {error}; wanted {RE10K}") from None
         finite = np.isfinite(rows[-1]).sum()
         if not len(words) == finite == 19:
-            raise ValueError(f"{path}, line {n}: {len(words)} columns, {finite} finite; wanted {RE10K}")
+            raise ValueError(
+                f"{path}, line {n}: {len(words)} columns, {finite} finite; wanted {RE10K}"
+            )
         if not pixels and not 0 < min(rows[-1][1:3]) <= max(rows[-1][1:3]) < 20:
-            raise ValueError(f"{path}, line {n}: focal lengths {words[1]} {words[2]}; wanted fractions of "
-                             "the image size. Divide fx, cx by the width and fy, cy by the height.")
+            raise ValueError(
+                f"{path}, line {n}: focal lengths {words[1]} {words[2]}; wanted fractions of "
+                "the image size. Divide fx, cx by the width and fy, cy by the height."
+            )
     if not rows:
         raise ValueError(f"{path}: missing, or without cameras; wanted {RE10K}")
     table = np.array(rows)
-    if (step := np.diff(table[:, 0])).any() and (step <= 0).any():                # all equal: no index was written
+    if (step := np.diff(table[:, 0])).any() and (
+        step <= 0
+    ).any():  # all equal: no index was written
         t = int(np.argmax(step <= 0))
-        raise ValueError(f"{path}: frame {t + 1} has index {table[t + 1, 0]:g} after {table[t, 0]:g}: rows out of order or "
-                         "twice. Sort them by the first column")
+        raise ValueError(
+            f"{path}: frame {t + 1} has index {table[t + 1, 0]:g} after {table[t, 0]:g}: rows out of order or "
+            "twice. Sort them by the first column"
+        )
     return table
 
 
@@ -69,7 +74,7 @@ def write_cameras(path, w2c, intrinsics, size):
 
 
 # --- Shared pieces -----------------------------------------------------------------------------------------
-FLIP = np.array([[1.], [-1], [-1]])                                               # OpenGL <-> OpenCV camera axes
+FLIP = np.array([[1.0], [-1], [-1]])  # OpenGL <-> OpenCV camera axes
 
 
 def inverse(matrices):
@@ -80,8 +85,10 @@ def inverse(matrices):
     R = m[:, :3, :3]
     off = np.abs(R @ R.transpose(0, 2, 1) - np.eye(3)).max() + np.abs(np.linalg.det(R) - 1).max()
     if not off < 1e-3:
-        raise ValueError(f"rotations are not orthonormal with determinant +1 (off by {off:.2g}); "
-                         "transposed, scaled or mirrored matrices?")
+        raise ValueError(
+            f"rotations are not orthonormal with determinant +1 (off by {off:.2g}); "
+            "transposed, scaled or mirrored matrices?"
+        )
     return inv_se3(torch.from_numpy(m[:, :3])).numpy()
 
 
@@ -93,7 +100,9 @@ def oriented(matrices, kind, axes):
 
 def need_size(size, path, what):
     if size is None:
-        raise ValueError(f"{path}: {what} in pixels, but no image size; give --size HxW (size=(H, W))")
+        raise ValueError(
+            f"{path}: {what} in pixels, but no image size; give --size HxW (size=(H, W))"
+        )
     return size
 
 
@@ -109,20 +118,30 @@ def read_interp(path, size, axes):
     h, w = need_size(size, path, "focal_length")
     focal = float(data.get("focal_length", 500))
     w2c = oriented(data["cameras_interp"], "c2w", axes)
-    return w2c, np.tile([focal / w, focal / h, .5, .5], (len(w2c), 1)), (h, w)
+    return w2c, np.tile([focal / w, focal / h, 0.5, 0.5], (len(w2c), 1)), (h, w)
 
 
 def write_interp(path, w2c, intrinsics, size, axes):
     h, w = need_size(size, path, "focal_length")
     pixels = intrinsics * [w, h, w, h]
-    if np.ptp(pixels[:, :2]) > 1e-3 or np.abs(intrinsics[:, 2:] - .5).max() > 1e-3:
-        raise ValueError(f"{path}: this format holds one focal length and centred cameras; these have fx, fy from "
-                         f"{pixels[:, :2].min():.6g} to {pixels[:, :2].max():.6g} px. Write re10k or nerfstudio.")
+    if np.ptp(pixels[:, :2]) > 1e-3 or np.abs(intrinsics[:, 2:] - 0.5).max() > 1e-3:
+        raise ValueError(
+            f"{path}: this format holds one focal length and centred cameras; these have fx, fy from "
+            f"{pixels[:, :2].min():.6g} to {pixels[:, :2].max():.6g} px. Write re10k or nerfstudio."
+        )
     c2w = np.tile(np.eye(4), (len(w2c), 1, 1))
     c2w[:, :3] = inverse(w2c * FLIP if axes == "opengl" else w2c)
     c2w = c2w.tolist()
-    Path(path).write_text(json.dumps(dict(focal_length=float(pixels[0, 0]), scale=1, cameras=[c2w[0], c2w[-1]],
-                                          cameras_interp=c2w)))
+    Path(path).write_text(
+        json.dumps(
+            dict(
+                focal_length=float(pixels[0, 0]),
+                scale=1,
+                cameras=[c2w[0], c2w[-1]],
+                cameras_interp=c2w,
+            )
+        )
+    )
 
 
 def read_nerfstudio(path, size):
@@ -130,41 +149,68 @@ def read_nerfstudio(path, size):
     data = json.loads(Path(path).read_text())
     frames = sorted(data["frames"], key=lambda f: f.get("file_path", ""))
     if (model := data.get("camera_model", "PINHOLE")) not in (*MODELS, "PERSPECTIVE"):
-        raise ValueError(f"{path}: camera model {model}; wanted a pinhole camera: undistort the images first")
+        raise ValueError(
+            f"{path}: camera model {model}; wanted a pinhole camera: undistort the images first"
+        )
     rows = []
     for f in ({**data, **f} for f in frames):
         if any(abs(f.get(k, 0)) > 1e-9 for k in ("k1", "k2", "k3", "k4", "p1", "p2")):
-            raise ValueError(f"{path}: lens distortion; undistort the images first (colmap image_undistorter)")
+            raise ValueError(
+                f"{path}: lens distortion; undistort the images first (colmap image_undistorter)"
+            )
         if "w" in f and "h" in f:
             size = size or (int(f["h"]), int(f["w"]))
         h, w = need_size(size, path, "intrinsics")
         fx = f.get("fl_x") or w / 2 / np.tan(f["camera_angle_x"] / 2)
-        fy = f.get("fl_y") or (h / 2 / np.tan(f["camera_angle_y"] / 2) if "camera_angle_y" in f else fx)
-        scale = np.array([w / f.get("w", w), h / f.get("h", h)] * 2)                      # --size: resized images
-        rows.append(np.array([fx, fy, f.get("cx", w / 2), f.get("cy", h / 2)]) * (scale if "fl_x" in f else 1))
-    return oriented([f["transform_matrix"] for f in frames], "c2w", "opengl"), fractions(rows, size), size
+        fy = f.get("fl_y") or (
+            h / 2 / np.tan(f["camera_angle_y"] / 2) if "camera_angle_y" in f else fx
+        )
+        scale = np.array([w / f.get("w", w), h / f.get("h", h)] * 2)  # --size: resized images
+        rows.append(
+            np.array([fx, fy, f.get("cx", w / 2), f.get("cy", h / 2)])
+            * (scale if "fl_x" in f else 1)
+        )
+    return (
+        oriented([f["transform_matrix"] for f in frames], "c2w", "opengl"),
+        fractions(rows, size),
+        size,
+    )
 
 
 def write_nerfstudio(path, w2c, intrinsics, size):
     h, w = need_size(size, path, "intrinsics")
     c2w = np.tile(np.eye(4), (len(w2c), 1, 1))
     c2w[:, :3] = inverse(w2c * FLIP)
-    frames = [dict(file_path=f"images/frame_{t:05d}.png", fl_x=k[0], fl_y=k[1], cx=k[2], cy=k[3], transform_matrix=m)
-              for t, (m, k) in enumerate(zip(c2w.tolist(), (intrinsics * [w, h, w, h]).tolist()))]
-    Path(path).write_text(json.dumps(dict(camera_model="PINHOLE", w=w, h=h, frames=frames), indent=1))
+    frames = [
+        dict(
+            file_path=f"images/frame_{t:05d}.png",
+            fl_x=k[0],
+            fl_y=k[1],
+            cx=k[2],
+            cy=k[3],
+            transform_matrix=m,
+        )
+        for t, (m, k) in enumerate(zip(c2w.tolist(), (intrinsics * [w, h, w, h]).tolist()))
+    ]
+    Path(path).write_text(
+        json.dumps(dict(camera_model="PINHOLE", w=w, h=h, frames=frames), indent=1)
+    )
 
 
 # --- COLMAP: pixel centres at +0.5, w2c in OpenCV axes; images ordered by name ------------------------------
 MODELS = ["SIMPLE_PINHOLE", "PINHOLE", "SIMPLE_RADIAL", "RADIAL", "OPENCV"]
+
 PARAMS = dict(zip(MODELS, (3, 4, 4, 5, 8)))
 
 
 def colmap_camera(path, model, w, h, params):
     """Fractions fx fy cx cy of one camera; distorted ones are refused."""
     shared = model in ("SIMPLE_PINHOLE", "SIMPLE_RADIAL", "RADIAL")
-    if model not in PARAMS or any(abs(p) > 1e-9 for p in params[3 if shared else 4:]):
-        raise ValueError(f"{path}: camera model {model} {params}: lens distortion or unknown; run colmap "
-                         "image_undistorter first")
+    if model not in PARAMS or any(abs(p) > 1e-9 for p in params[3 if shared else 4 :]):
+        raise ValueError(
+            f"{path}: camera model {model} {params}: lens distortion or unknown; run colmap "
+            "image_undistorter first"
+        )
     fx, fy, cx, cy = (params[0], *params[:3]) if shared else params[:4]
     return fractions([fx, fy, cx, cy], (h, w)), (h, w)
 
@@ -179,22 +225,24 @@ def read_colmap(path):
             i, model, w, h = struct.unpack_from("<iiQQ", data, at)
             name = MODELS[model] if model < len(MODELS) else f"number {model}"
             params = struct.unpack_from(f"<{PARAMS.get(name, 0)}d", data, at + 24)
-            cameras[i] = colmap_camera(path, name, w, h, params)                  # an unknown model is refused here
+            cameras[i] = colmap_camera(path, name, w, h, params)  # an unknown model is refused here
             at += 24 + 8 * len(params)
         data = (path / "images.bin").read_bytes()
         (count,), at = struct.unpack_from("<Q", data), 8
         for _ in range(count):
             _, *pose, camera = struct.unpack_from("<i7di", data, at)
             end = data.index(b"\0", at + 64)
-            images.append((data[at + 64:end].decode(), pose, camera))
+            images.append((data[at + 64 : end].decode(), pose, camera))
             at = end + 9 + 24 * struct.unpack_from("<Q", data, end + 1)[0]
     else:
         for line in (path / "cameras.txt").read_text().splitlines():
             if line.strip() and not line.startswith("#"):
                 i, model, w, h, *params = line.split()
-                cameras[int(i)] = colmap_camera(path, model, int(w), int(h), [float(p) for p in params])
+                cameras[int(i)] = colmap_camera(
+                    path, model, int(w), int(h), [float(p) for p in params]
+                )
         lines = [x for x in (path / "images.txt").read_text().splitlines() if not x.startswith("#")]
-        for line in lines[::2]:                                                   # every second one holds 2D points
+        for line in lines[::2]:  # every second one holds 2D points
             if line.strip():
                 _, *pose, camera, name = line.split(maxsplit=9)
                 images.append((name, [float(p) for p in pose], int(camera)))
@@ -216,17 +264,30 @@ def write_colmap(path, w2c, intrinsics, size, binary=False):
     names = [f"frame_{t:05d}.png" for t in range(len(w2c))]
     which = which.ravel() + 1
     if binary:
-        (path / "cameras.bin").write_bytes(struct.pack("<Q", len(kinds)) + b"".join(
-            struct.pack("<iiQQ4d", i, 1, w, h, *k) for i, k in enumerate(kinds, 1)))
-        (path / "images.bin").write_bytes(struct.pack("<Q", len(poses)) + b"".join(
-            struct.pack("<i7di", t, *p, c) + name.encode() + b"\0" + struct.pack("<Q", 0)
-            for t, (p, c, name) in enumerate(zip(poses, which, names), 1)))
+        (path / "cameras.bin").write_bytes(
+            struct.pack("<Q", len(kinds))
+            + b"".join(struct.pack("<iiQQ4d", i, 1, w, h, *k) for i, k in enumerate(kinds, 1))
+        )
+        (path / "images.bin").write_bytes(
+            struct.pack("<Q", len(poses))
+            + b"".join(
+                struct.pack("<i7di", t, *p, c) + name.encode() + b"\0" + struct.pack("<Q", 0)
+                for t, (p, c, name) in enumerate(zip(poses, which, names), 1)
+            )
+        )
     else:
-        (path / "cameras.txt").write_text("".join(
-            f"{i} PINHOLE {w} {h} " + " ".join(f"{x:.12g}" for x in k) + "\n" for i, k in enumerate(kinds, 1)))
-        (path / "images.txt").write_text("".join(
-            f"{t} " + " ".join(f"{x:.12g}" for x in p) + f" {c} {name}\n\n"
-            for t, (p, c, name) in enumerate(zip(poses, which, names), 1)))
+        (path / "cameras.txt").write_text(
+            "".join(
+                f"{i} PINHOLE {w} {h} " + " ".join(f"{x:.12g}" for x in k) + "\n"
+                for i, k in enumerate(kinds, 1)
+            )
+        )
+        (path / "images.txt").write_text(
+            "".join(
+                f"{t} " + " ".join(f"{x:.12g}" for x in p) + f" {c} {name}\n\n"
+                for t, (p, c, name) in enumerate(zip(poses, which, names), 1)
+            )
+        )
 
 
 # --- TUM, npz ----------------------------------------------------------------------------------------------
@@ -250,14 +311,24 @@ def read_npz(path, size, kind):
     with np.load(path, allow_pickle=False) as f:
         data = dict(f)
     named = [k for k in ("w2c", "c2w") if k in data]
-    key = named[0] if len(named) == 1 else next((k for k in ("extrinsics", "poses", "cameras") if k in data), None)
+    key = (
+        named[0]
+        if len(named) == 1
+        else next((k for k in ("extrinsics", "poses", "cameras") if k in data), None)
+    )
     if len(named) != 1 and (kind is None or key is None):
-        raise ValueError(f"{path}: holds {', '.join(data)}; which way do the matrices map? Name one array w2c or c2w, "
-                         "or give --matrices w2c|c2w for an array called extrinsics, poses or cameras")
+        raise ValueError(
+            f"{path}: holds {', '.join(data)}; which way do the matrices map? Name one array w2c or c2w, "
+            "or give --matrices w2c|c2w for an array called extrinsics, poses or cameras"
+        )
     size = tuple(int(x) for x in data["size"]) if "size" in data else size
     k = data.get("intrinsics")
     if k is not None:
-        k = np.stack([k[..., 0, 0], k[..., 1, 1], k[..., 0, 2], k[..., 1, 2]], -1) if k.shape[-2:] == (3, 3) else k
+        k = (
+            np.stack([k[..., 0, 0], k[..., 1, 1], k[..., 0, 2], k[..., 1, 2]], -1)
+            if k.shape[-2:] == (3, 3)
+            else k
+        )
         k = np.broadcast_to(k, (len(data[key]), 4)).astype(float)
         k = fractions(k, need_size(size, path, "intrinsics")) if k[:, :2].max() > 20 else k
     return data[key], named[0] if named else kind, k, size
@@ -279,16 +350,24 @@ def guess(path):
         if "frames" in data:
             return "nerfstudio"
         if "cameras_interp" in data:
-            raise ValueError(f"{path}: FantasyWorld (OpenCV axes) and WorldScore (OpenGL axes) share this layout; "
-                             "give --from fantasyworld or --from worldscore")
+            raise ValueError(
+                f"{path}: FantasyWorld (OpenCV axes) and WorldScore (OpenGL axes) share this layout; "
+                "give --from fantasyworld or --from worldscore"
+            )
     elif path.is_file():
-        lines = [x for x in path.read_text().splitlines() if x.strip() and x[0] != "#" and "://" not in x]
+        lines = [
+            x for x in path.read_text().splitlines() if x.strip() and x[0] != "#" and "://" not in x
+        ]
         columns = {len(x.split()) for x in lines}
         if columns in ({19}, {8}):
             return "re10k" if columns == {19} else "tum"
         if columns == {12} or columns == {16}:
-            raise ValueError(f"{path}: bare matrices: w2c or c2w? Save them as npz under one of these names")
-    raise ValueError(f"{path}: missing or of no known format; give --from, one of {', '.join(FORMATS)}")
+            raise ValueError(
+                f"{path}: bare matrices: w2c or c2w? Save them as npz under one of these names"
+            )
+    raise ValueError(
+        f"{path}: missing or of no known format; give --from, one of {', '.join(FORMATS)}"
+    )
 
 
 def read(path, form=None, size=None, axes=None, matrices=None):
@@ -302,7 +381,9 @@ def read(path, form=None, size=None, axes=None, matrices=None):
         if form == "re10k":
             w2c, intrinsics = read_cameras(path)
         elif form in ("fantasyworld", "worldscore"):
-            w2c, intrinsics, size = read_interp(path, size, axes or dict(worldscore="opengl").get(form))
+            w2c, intrinsics, size = read_interp(
+                path, size, axes or dict(worldscore="opengl").get(form)
+            )
             axes = None
         elif form == "nerfstudio":
             w2c, intrinsics, size = read_nerfstudio(path, size)
@@ -317,16 +398,26 @@ def read(path, form=None, size=None, axes=None, matrices=None):
             raise ValueError(f"format {form!r}; known: {', '.join(FORMATS)}")
     except (OSError, KeyError, json.JSONDecodeError, struct.error) as error:
         raise ValueError(f"{path}: not a readable {form} file: {error!r}") from None
-    inverse(w2c)                                                                  # refuses what is no rotation
-    return w2c * FLIP if axes and axes != dict(nerfstudio="opengl").get(form, "opencv") else w2c, intrinsics, size
+    inverse(w2c)  # refuses what is no rotation
+    return (
+        w2c * FLIP if axes and axes != dict(nerfstudio="opengl").get(form, "opencv") else w2c,
+        intrinsics,
+        size,
+    )
 
 
 def write(path, form, w2c, intrinsics=None, size=None, binary=False):
     """Write cameras as read() returns them; binary: COLMAP only."""
     if intrinsics is None and form not in ("tum", "npz"):
-        raise ValueError(f"{path}: {form} holds intrinsics, but the source has none; tum and npz do without")
+        raise ValueError(
+            f"{path}: {form} holds intrinsics, but the source has none; tum and npz do without"
+        )
     if form == "re10k":
-        np.savetxt(path, [[t, *k, 0, 0, *e.ravel()] for t, (e, k) in enumerate(zip(w2c, intrinsics))], "%.12g")
+        np.savetxt(
+            path,
+            [[t, *k, 0, 0, *e.ravel()] for t, (e, k) in enumerate(zip(w2c, intrinsics))],
+            "%.12g",
+        )
     elif form in ("fantasyworld", "worldscore"):
         write_interp(path, w2c, intrinsics, size, "opengl" if form == "worldscore" else "opencv")
     elif form == "nerfstudio":
@@ -342,120 +433,19 @@ def write(path, form, w2c, intrinsics=None, size=None, binary=False):
         raise ValueError(f"format {form!r}; known: {', '.join(FORMATS)}")
 
 
-# --- Named moves -------------------------------------------------------------------------------------------
-TRAVEL = {"static": (0, 0, 0), "forward": (0, 0, 1), "backward": (0, 0, -1),
-          "right": (1, 0, 0), "left": (-1, 0, 0), "up": (0, -1, 0), "down": (0, 1, 0)}
-TURN_AXIS = {"pan_right": (0, 1, 0), "pan_left": (0, -1, 0), "tilt_up": (1, 0, 0), "tilt_down": (-1, 0, 0),
-             "tilt": (1, 0, 0), "orbit": (0, -1, 0)}
-ZOOM = {"zoom_in": 1, "zoom_out": -1, "zoom": 1}
-
-
-def camera_move(name, num_frames, amount=1.0, fov_deg=60.0, pivot_depth=1.0, ease="smooth"):
-    """A named camera move, starting at the identity.
-
-    name         static; forward, backward, left, right, up, down; pan_left, pan_right, tilt_up (or tilt), tilt_down;
-                 zoom_in (or zoom), zoom_out; orbit; spiral
-    amount       1 travels 0.3 scene units, turns (pan, tilt, orbit) by fov_deg / 2, zooms by 1.5; < 0 reverts
-    pivot_depth  scene units; orbit circles to the right around the point this far ahead, looking at it;
-                 spiral winds twice around the view axis up to 0.1 * amount off it, looking at that point
-    ease         smooth: at rest at both ends; linear; in, out: at rest at the first, the last frame only
-    returns      w2c (T, 3, 4) in scene units, focal (T,): the factor on fx and fy, 1 unless zooming."""
-    known = [*TRAVEL, *TURN_AXIS, *ZOOM, "spiral"]
-    if name not in known:
-        near = ", ".join(difflib.get_close_matches(name, known, cutoff=0.4)) or "none"
-        raise ValueError(f"unknown camera move {name!r}; nearest: {near}; known: {', '.join(known)}.")
-    s = torch.linspace(0, 1, num_frames)
-    eased = dict(smooth=s * s * (3 - 2 * s), linear=s, out=s * (2 - s), **{"in": s * s})
-    if ease not in eased:
-        raise ValueError(f"ease {ease!r}; known: {', '.join(eased)}.")
-    gone = eased[ease]
-    ease = amount * gone                                              # (T,)
-    half = ease[:, None] * math.radians(fov_deg) / 4                  # (T, 1) half of the angle turned
-    R = quat_to_mat(torch.cat([half.sin() * torch.tensor(TURN_AXIS.get(name, (0, 0, 0))), half.cos()], -1))
-    centre = 0.3 * ease[:, None] * torch.tensor(TRAVEL.get(name, (0, 0, 0)))      # (T, 3)
-    if name == "orbit":
-        centre = pivot_depth * torch.cat([(2 * half).sin(), 0 * half, 1 - (2 * half).cos()], -1)
-    if name == "spiral":
-        off, round_ = 0.1 * ease, 4 * math.pi * gone
-        centre = torch.stack([off * round_.sin(), off * (1 - round_.cos()), torch.zeros_like(off)], -1)
-        z = F.normalize(centre.new_tensor([0, 0, pivot_depth]) - centre, dim=-1)
-        x = F.normalize(torch.linalg.cross(torch.tensor([0, 1.0, 0]).expand_as(z), z, dim=-1), dim=-1)
-        R = torch.stack([x, torch.linalg.cross(z, x, dim=-1), z], -1)
-    return inv_se3(torch.cat([R, centre[..., None]], -1)), 1.5 ** (ZOOM.get(name, 0) * ease)
-
-
-# --- Paths from key frames ---------------------------------------------------------------------------------
-def look_at(centre, target, down=(0, 1, 0)):
-    """w2c (3, 4) float64 of a camera at `centre` that looks at `target`; `down` points to the picture's bottom."""
-    centre, target, down = (np.asarray(x, float) for x in (centre, target, down))
-    z = target - centre
-    x = np.cross(down, z)
-    if np.linalg.norm(z) < 1e-12 or np.linalg.norm(x) < 1e-9 * np.linalg.norm(z):
-        raise ValueError(f"look_at: seen from {centre} towards {target}, down = {down} is no side of the picture; "
-                         "choose another")
-    x, z = x / np.linalg.norm(x), z / np.linalg.norm(z)
-    R = np.stack([x, np.cross(z, x), z])                                          # rows: the camera's axes in the world
-    return np.concatenate([R, -R @ centre[:, None]], 1)
-
-
-def log_se3(E):
-    """Twist (..., 6) = rotation vector, velocity of rigid transforms (..., 3, 4); angles up to 180 degrees."""
-    q = mat_to_quat(E[..., :3])
-    sine = q[..., :3].norm(dim=-1, keepdim=True)
-    angle = 2 * torch.atan2(sine, q[..., 3:])
-    w = q[..., :3] * torch.where(sine > 1e-9, angle / sine.clamp(min=1e-12), 2)
-    half = angle.clamp(min=1e-4) / 2
-    c = torch.where(angle > 1e-4, (1 - half / half.tan()) / (2 * half) ** 2, 1 / 12)
-    t = E[..., 3]
-    wt = torch.linalg.cross(w, t, dim=-1)
-    return torch.cat([w, t - wt / 2 + c * torch.linalg.cross(w, wt, dim=-1)], -1)
-
-
-def exp_se3(twist):
-    """Inverse of log_se3."""
-    (a, b, c), v = twist[..., :3].unbind(-1), twist[..., 3:]
-    zero = torch.zeros_like(a)
-    W = torch.stack([zero, -c, b, c, zero, -a, -b, a, zero], -1).unflatten(-1, (3, 3))
-    return torch.matrix_exp(F.pad(torch.cat([W, v[..., None]], -1), (0, 0, 0, 1)))[..., :3, :]
-
-
-def interpolate(times, w2c, at):
-    """Camera path through key frames: w2c (K, 3, 4) at increasing `times` (K,) -> (T, 3, 4) at times `at` (T,).
-
-    Between two key frames the camera moves by a constant screw motion; at is clipped to the key frames."""
-    times, at, w2c = (torch.as_tensor(np.asarray(x), dtype=torch.float64) for x in (times, at, w2c))
-    if len(times) < 2 or (times.diff() <= 0).any():
-        raise ValueError(f"interpolate: times {times.tolist()}; wanted two or more, increasing")
-    i = (torch.searchsorted(times, at, right=True) - 1).clamp(0, len(times) - 2)
-    share = ((at - times[i]) / (times[i + 1] - times[i])).clamp(0, 1)
-    twist = log_se3(compose(w2c[i + 1], inv_se3(w2c[i])))
-    return compose(exp_se3(share[:, None] * twist), w2c[i]).numpy()
-
-
 def crop_intrinsics(fractions, aspect, size):
     """Fractions (T, 4) of a picture of aspect W0 / H0 -> of its centre crop that fills (H, W); pixels stay square."""
-    wide = aspect / (size[1] / size[0])                       # above 1: the sides are cut, below: top and bottom
+    wide = aspect / (size[1] / size[0])  # above 1: the sides are cut, below: top and bottom
     factor = np.array([max(wide, 1), max(1 / wide, 1)] * 2)
-    middle = np.array([0, 0, .5, .5])
+    middle = np.array([0, 0, 0.5, 0.5])
     return (fractions - middle) * factor + middle
 
 
-def key_frames(text, num_frames):
-    """"x,y,z -> x,y,z | ..." or "0: x,y,z -> x,y,z | 0.4: ...": from where to what the camera looks, y down, in the
-    user's unit; times are shares of the clip, evenly spread when left out -> w2c (T, 3, 4) float64."""
-    times, poses, parts = [], [], text.split("|")
-    for i, part in enumerate(parts):
-        found = re.fullmatch(r"\s*(?:([\d.]+)\s*:)?(.*)->(.*)", part)
-        try:
-            centre, target = ([float(x) for x in found[k].split(",")] for k in (2, 3))
-            if not len(centre) == len(target) == 3:
-                raise TypeError
-            times.append(float(found[1] or i / max(1, len(parts) - 1)))
-        except (TypeError, ValueError):
-            raise ValueError(f"--camera, key frame {part.strip()!r}: wanted x,y,z -> x,y,z, as in "
-                             f"'0,0,0 -> 0,0,2 | 0.3,0,0.5 -> 0,0,2'") from None
-        poses.append(look_at(centre, target))
-    return interpolate(times, poses, np.linspace(0, 1, num_frames))
+def pixel_matrix(fractions, size):
+    """fx/W, fy/H, cx/W, cy/H (T, 4) -> (T, 3, 3) float64 in pixels."""
+    fx, fy, cx, cy = (np.asarray(fractions, float) * [size[1], size[0], size[1], size[0]]).T
+    zero, one = np.zeros_like(fx), np.ones_like(fx)
+    return np.stack([fx, zero, cx, zero, fy, cy, zero, zero, one], -1).reshape(-1, 3, 3)
 
 
 def main():

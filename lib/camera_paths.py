@@ -1,0 +1,197 @@
+"""Camera paths: named moves, key frames, and files brought to the frames and size of a video."""
+
+import difflib
+import math
+import pathlib
+import re
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from geometry import (
+    compose,
+    inv_se3,
+    mat_to_quat,
+    normalize_scene,
+    quat_to_mat,
+    relative_to_first,
+    valid_depth,
+)
+from lib import camera_files
+from lib.camera_files import pixel_matrix
+from lib.files import read_depth
+
+
+def load_camera(text, num_frames, size, fov_deg=65.0, amount=1.0, scene_scale=1.0, form=None):
+    """A named move, key frames or a camera file -> w2c (1, T, 3, 4) relative to frame 0 in scene units, and pixel
+    intrinsics (1, T, 3, 3) of pictures of `size`; files and key frames are in units of 1 / scene_scale scene units."""
+    zoom, intrinsics = torch.ones(num_frames), None
+    if "->" in text:
+        w2c = key_frames(text, num_frames)
+    elif pathlib.Path(text).suffix or pathlib.Path(text).exists():
+        try:
+            w2c, intrinsics, source = camera_files.read(text, form, size)
+        except ValueError as error:
+            raise ValueError(str(error).replace("--from", "--camera_format")) from None
+        if len(w2c) < num_frames:
+            raise ValueError(
+                f"{text}: {len(w2c)} cameras; --frames {num_frames} wants at least that many"
+            )
+        if intrinsics is not None:  # files without a size: of square pixels
+            aspect = source[1] / source[0] if source else intrinsics[0, 1] / intrinsics[0, 0]
+            intrinsics = camera_files.crop_intrinsics(intrinsics[:num_frames], aspect, size)
+    else:
+        w2c, zoom = camera_move(text, num_frames, amount)
+        scene_scale = 1.0
+    w2c = relative_to_first(torch.as_tensor(w2c[:num_frames])[None].double())
+    w2c = torch.cat([w2c[..., :3], w2c[..., 3:] / scene_scale], -1).float()
+    if intrinsics is None:
+        fx = zoom.double().numpy() / 2 / np.tan(np.radians(fov_deg) / 2)
+        intrinsics = np.stack([fx, fx * size[1] / size[0], fx * 0 + 0.5, fx * 0 + 0.5], -1)
+    return w2c, torch.from_numpy(pixel_matrix(intrinsics, size)).float()[None]
+
+
+def mean_distance(path, K, size):
+    """Mean distance of a depth map of the start image (.npy, .npz, .png), in its unit, as seen with the cameras' K."""
+    depth = F.interpolate(
+        torch.from_numpy(read_depth(path, frames=[0]))[None], size, mode="nearest-exact"
+    )
+    return normalize_scene(depth, torch.eye(4)[None, None, :3], K[:, :1], valid_depth(depth))[
+        2
+    ].item()
+
+
+TRAVEL = {
+    "static": (0, 0, 0),
+    "forward": (0, 0, 1),
+    "backward": (0, 0, -1),
+    "right": (1, 0, 0),
+    "left": (-1, 0, 0),
+    "up": (0, -1, 0),
+    "down": (0, 1, 0),
+}
+
+
+TURN_AXIS = {
+    "pan_right": (0, 1, 0),
+    "pan_left": (0, -1, 0),
+    "tilt_up": (1, 0, 0),
+    "tilt_down": (-1, 0, 0),
+    "tilt": (1, 0, 0),
+    "orbit": (0, -1, 0),
+}
+
+
+ZOOM = {"zoom_in": 1, "zoom_out": -1, "zoom": 1}
+
+
+def camera_move(name, num_frames, amount=1.0, fov_deg=60.0, pivot_depth=1.0, ease="smooth"):
+    """A named camera move, starting at the identity.
+
+    name         static; forward, backward, left, right, up, down; pan_left, pan_right, tilt_up (or tilt), tilt_down;
+                 zoom_in (or zoom), zoom_out; orbit; spiral
+    amount       1 travels 0.3 scene units, turns (pan, tilt, orbit) by fov_deg / 2, zooms by 1.5; < 0 reverts
+    pivot_depth  scene units; orbit circles to the right around the point this far ahead, looking at it;
+                 spiral winds twice around the view axis up to 0.1 * amount off it, looking at that point
+    ease         smooth: at rest at both ends; linear; in, out: at rest at the first, the last frame only
+    returns      w2c (T, 3, 4) in scene units, focal (T,): the factor on fx and fy, 1 unless zooming."""
+    known = [*TRAVEL, *TURN_AXIS, *ZOOM, "spiral"]
+    if name not in known:
+        near = ", ".join(difflib.get_close_matches(name, known, cutoff=0.4)) or "none"
+        raise ValueError(
+            f"unknown camera move {name!r}; nearest: {near}; known: {', '.join(known)}."
+        )
+    s = torch.linspace(0, 1, num_frames)
+    eased = dict(smooth=s * s * (3 - 2 * s), linear=s, out=s * (2 - s), **{"in": s * s})
+    if ease not in eased:
+        raise ValueError(f"ease {ease!r}; known: {', '.join(eased)}.")
+    gone = eased[ease]
+    ease = amount * gone  # (T,)
+    half = ease[:, None] * math.radians(fov_deg) / 4  # (T, 1) half of the angle turned
+    R = quat_to_mat(
+        torch.cat([half.sin() * torch.tensor(TURN_AXIS.get(name, (0, 0, 0))), half.cos()], -1)
+    )
+    centre = 0.3 * ease[:, None] * torch.tensor(TRAVEL.get(name, (0, 0, 0)))  # (T, 3)
+    if name == "orbit":
+        centre = pivot_depth * torch.cat([(2 * half).sin(), 0 * half, 1 - (2 * half).cos()], -1)
+    if name == "spiral":
+        off, round_ = 0.1 * ease, 4 * math.pi * gone
+        centre = torch.stack(
+            [off * round_.sin(), off * (1 - round_.cos()), torch.zeros_like(off)], -1
+        )
+        z = F.normalize(centre.new_tensor([0, 0, pivot_depth]) - centre, dim=-1)
+        x = F.normalize(
+            torch.linalg.cross(torch.tensor([0, 1.0, 0]).expand_as(z), z, dim=-1), dim=-1
+        )
+        R = torch.stack([x, torch.linalg.cross(z, x, dim=-1), z], -1)
+    return inv_se3(torch.cat([R, centre[..., None]], -1)), 1.5 ** (ZOOM.get(name, 0) * ease)
+
+
+def look_at(centre, target, down=(0, 1, 0)):
+    """w2c (3, 4) float64 of a camera at `centre` that looks at `target`; `down` points to the picture's bottom."""
+    centre, target, down = (np.asarray(x, float) for x in (centre, target, down))
+    z = target - centre
+    x = np.cross(down, z)
+    if np.linalg.norm(z) < 1e-12 or np.linalg.norm(x) < 1e-9 * np.linalg.norm(z):
+        raise ValueError(
+            f"look_at: seen from {centre} towards {target}, down = {down} is no side of the picture; "
+            "choose another"
+        )
+    x, z = x / np.linalg.norm(x), z / np.linalg.norm(z)
+    R = np.stack([x, np.cross(z, x), z])  # rows: the camera's axes in the world
+    return np.concatenate([R, -R @ centre[:, None]], 1)
+
+
+def log_se3(E):
+    """Twist (..., 6) = rotation vector, velocity of rigid transforms (..., 3, 4); angles up to 180 degrees."""
+    q = mat_to_quat(E[..., :3])
+    sine = q[..., :3].norm(dim=-1, keepdim=True)
+    angle = 2 * torch.atan2(sine, q[..., 3:])
+    w = q[..., :3] * torch.where(sine > 1e-9, angle / sine.clamp(min=1e-12), 2)
+    half = angle.clamp(min=1e-4) / 2
+    c = torch.where(angle > 1e-4, (1 - half / half.tan()) / (2 * half) ** 2, 1 / 12)
+    t = E[..., 3]
+    wt = torch.linalg.cross(w, t, dim=-1)
+    return torch.cat([w, t - wt / 2 + c * torch.linalg.cross(w, wt, dim=-1)], -1)
+
+
+def exp_se3(twist):
+    """Inverse of log_se3."""
+    (a, b, c), v = twist[..., :3].unbind(-1), twist[..., 3:]
+    zero = torch.zeros_like(a)
+    W = torch.stack([zero, -c, b, c, zero, -a, -b, a, zero], -1).unflatten(-1, (3, 3))
+    return torch.matrix_exp(F.pad(torch.cat([W, v[..., None]], -1), (0, 0, 0, 1)))[..., :3, :]
+
+
+def interpolate(times, w2c, at):
+    """Camera path through key frames: w2c (K, 3, 4) at increasing `times` (K,) -> (T, 3, 4) at times `at` (T,).
+
+    Between two key frames the camera moves by a constant screw motion; at is clipped to the key frames."""
+    times, at, w2c = (torch.as_tensor(np.asarray(x), dtype=torch.float64) for x in (times, at, w2c))
+    if len(times) < 2 or (times.diff() <= 0).any():
+        raise ValueError(f"interpolate: times {times.tolist()}; wanted two or more, increasing")
+    i = (torch.searchsorted(times, at, right=True) - 1).clamp(0, len(times) - 2)
+    share = ((at - times[i]) / (times[i + 1] - times[i])).clamp(0, 1)
+    twist = log_se3(compose(w2c[i + 1], inv_se3(w2c[i])))
+    return compose(exp_se3(share[:, None] * twist), w2c[i]).numpy()
+
+
+def key_frames(text, num_frames):
+    """ "x,y,z -> x,y,z | ..." or "0: x,y,z -> x,y,z | 0.4: ...": from where to what the camera looks, y down, in the
+    user's unit; times are shares of the clip, evenly spread when left out -> w2c (T, 3, 4) float64."""
+    times, poses, parts = [], [], text.split("|")
+    for i, part in enumerate(parts):
+        found = re.fullmatch(r"\s*(?:([\d.]+)\s*:)?(.*)->(.*)", part)
+        try:
+            centre, target = ([float(x) for x in found[k].split(",")] for k in (2, 3))
+            if not len(centre) == len(target) == 3:
+                raise TypeError
+            times.append(float(found[1] or i / max(1, len(parts) - 1)))
+        except (TypeError, ValueError):
+            raise ValueError(
+                f"--camera, key frame {part.strip()!r}: wanted x,y,z -> x,y,z, as in "
+                f"'0,0,0 -> 0,0,2 | 0.3,0,0.5 -> 0,0,2'"
+            ) from None
+        poses.append(look_at(centre, target))
+    return interpolate(times, poses, np.linspace(0, 1, num_frames))

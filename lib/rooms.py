@@ -1,0 +1,479 @@
+"""Exact renderer of synthetic rooms: a seed -> a short clip with true depth and cameras.  Textures, light and shade
+are functions of the surface point alone, so all views of a scene agree.
+
+Shapes: T frames, P = H*W pixels, n boxes (box 0 is the room, seen from inside), m spheres.  numpy, float64 rays.
+Rays have z = 1 in the camera, so the ray parameter is exactly the z-depth.  y points down; metres."""
+
+import functools
+import json
+import multiprocessing
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from encoders import make_encoders
+from geometry import inv_se3, relative_to_first
+from lib.caches import EMPTY_TEXT, save_clip, save_tensors
+from lib.camera_files import write_cameras
+from lib.pictures import write_video
+
+
+def synth_one(job):
+    """Render one clip and write it, as a sample folder or as a cache file; returns its metadata entry."""
+    out, name, seed, split, num_frames, height, width, variety, cache_only, moving = job
+    clip = render_clip(seed, num_frames, height, width, variety, moving)
+    clip["intrinsics"] = np.repeat(clip["intrinsics"][None], num_frames, 0)
+    entry = dict(
+        id=name, prompt=clip["prompt"], num_frames=num_frames, height=height, width=width, fps=15
+    )
+    if cache_only:
+        encoders = make_encoders()
+        text = encoders.load_text()
+        clip["video"] = torch.from_numpy(clip.pop("rgb")).permute(3, 0, 1, 2) / 127.5 - 1
+        clip.update(
+            {
+                k: torch.from_numpy(clip[k])
+                for k in ("depth", "w2c", "intrinsics", "moving")
+                if k in clip
+            }
+        )
+        folder = out / "cache" / f"{num_frames}x{height}x{width}-{encoders.fingerprint}"
+        save_clip(
+            folder / f"{name}.safetensors",
+            clip,
+            encoders.load_vae(),
+            encoders.start_pad,
+            dict(text=text([clip["prompt"]])[0]),
+            dict(entry, sample=name, split=split, fingerprint=encoders.fingerprint),
+        )
+        if not (folder / f"{EMPTY_TEXT}.safetensors").exists():
+            save_tensors(
+                folder / f"{EMPTY_TEXT}.safetensors",
+                dict(text=text([""])[0].bfloat16()),
+                dict(fingerprint=encoders.fingerprint),
+            )
+        return dict(entry, cached=True)
+    (out / name / "depth").mkdir(parents=True, exist_ok=True)
+    write_video(out / name / "video.mp4", clip["rgb"], 15)
+    for t, depth in enumerate(clip["depth"]):
+        np.save(out / name / "depth" / f"frame_{t:04d}.npy", depth)
+    write_cameras(
+        out / name / "camera_params.txt", clip["w2c"], clip["intrinsics"], (height, width)
+    )
+    if moving:
+        np.savez_compressed(
+            out / name / "moving.npz",
+            mask=clip["moving"],  # first: the array that is read
+            track=clip["track"],
+            radius=clip["radius"],
+        )
+        entry["moving_path"] = f"{name}/moving.npz"
+    return dict(
+        entry,
+        video_path=f"{name}/video.mp4",
+        depth_dir=f"{name}/depth",
+        camera_file=f"{name}/camera_params.txt",
+    )
+
+
+def synth(
+    out,
+    num,
+    num_frames,
+    height,
+    width,
+    seed=0,
+    variety="full",
+    workers=0,
+    cache_only=False,
+    val=0,
+    moving=False,
+):
+    """Render num training and val validation clips (other seeds): sample folders, or the cache alone.
+
+    moving   one sphere of each clip moves by itself; moving.npz holds its mask, track and radius (scenes.render_clip)"""
+    out, recipe = Path(out), [num, num_frames, height, width, seed, variety, cache_only, val]
+    recipe += ["moving"] if moving else []
+    if num_frames % 4 != 1 or height % 16 or width % 16:
+        raise ValueError(
+            f"{num_frames} frames of {height}x{width}; wanted 4k + 1 and multiples of 16"
+        )
+    if (out / "metadata.json").is_file():
+        meta = json.loads((out / "metadata.json").read_text())
+        if not isinstance(meta, dict) or meta.get("synth") != recipe:
+            raise ValueError(f"{out}: holds another dataset; choose a new folder or delete it")
+        return print(f"{out}: already rendered")
+    jobs = [
+        (
+            out,
+            f"{split}_{n:06d}",
+            first + n,
+            split,
+            num_frames,
+            height,
+            width,
+            variety,
+            cache_only,
+            moving,
+        )
+        for split, count, first in (("train", num, seed), ("val", val, seed + 10_000_000))
+        for n in range(count)
+    ]
+    os.environ["OMP_NUM_THREADS"] = os.environ["OPENBLAS_NUM_THREADS"] = (
+        "1"  # read by the workers' numpy
+    )
+    show = functools.partial(tqdm, total=len(jobs), desc="render", unit="clip")
+    if workers:
+        with multiprocessing.get_context("spawn").Pool(
+            workers, torch.set_num_threads, (1,)
+        ) as pool:
+            entries = list(show(pool.imap(synth_one, jobs, chunksize=4)))
+    else:
+        entries = list(show(map(synth_one, jobs)))
+    ids = [e["id"] for e in entries]
+    meta = dict(
+        version="1.0",
+        description="rendered by data.py synth",
+        synth=recipe,
+        samples=entries,
+        splits=dict(train=ids[:num], val=ids[num:], test=[]),
+    )
+    (out / "metadata.json").write_text(
+        json.dumps(meta, indent=1)
+    )  # last: it marks a finished dataset
+    print(f"{out}: {num} training and {val} validation clips")
+
+
+# Metres and radians (fov: degrees): low, high; turn: mean, sd; aim, pitch, roll: sd.  "simple": the demo.
+VARIETY = dict(
+    full=dict(
+        room=(2, 4),
+        height=(1.2, 1.6),
+        boxes=(3, 6),
+        spheres=(1, 3),
+        contrast=(0.5, 0.9),
+        frequency=(2, 5),
+        fov=(50, 85),
+        path=(0.3, 1.5),
+        aim=0.5,
+        turn=(0, 0.35),
+        pitch=0.1,
+        roll=0.03,
+        special=0.4,
+        clearance=0.35,
+    ),
+    simple=dict(
+        room=(2.6, 3.2),
+        height=(1.35, 1.45),
+        boxes=(0, 2),
+        spheres=(0, 1),
+        contrast=(0.3, 0.6),
+        frequency=(2, 4),
+        fov=(62, 70),
+        path=(0.7, 1.8),
+        aim=0.25,
+        turn=(0.15, 0.1),
+        pitch=0.05,
+        roll=0.01,
+        special=0,
+        clearance=0.6,
+    ),
+)
+
+COLOURS = dict(
+    red=(0.80, 0.16, 0.13),
+    green=(0.20, 0.58, 0.24),
+    blue=(0.15, 0.33, 0.76),
+    yellow=(0.90, 0.74, 0.16),
+    orange=(0.90, 0.46, 0.12),
+    purple=(0.50, 0.24, 0.62),
+    white=(0.88, 0.88, 0.85),
+    teal=(0.10, 0.55, 0.56),
+)
+
+
+def rotation(axis, angle):
+    """Rotations (..., 3, 3) about axis 0, 1 or 2."""
+    i, j = (axis + 1) % 3, (axis + 2) % 3
+    r = np.zeros((*np.shape(angle), 3, 3)) + np.eye(3)
+    r[..., i, i] = r[..., j, j] = np.cos(angle)
+    r[..., j, i], r[..., i, j] = np.sin(angle), -np.sin(angle)
+    return r
+
+
+def make_scene(rng, v, focal):
+    """Draw a room (box 0, from inside), boxes and spheres.  Materials: 6 room faces, then one per object."""
+    room = np.array([rng.uniform(*v["room"]), rng.uniform(*v["height"]), rng.uniform(*v["room"])])
+    n, m = rng.integers(*v["boxes"], endpoint=True), rng.integers(*v["spheres"], endpoint=True)
+    names = rng.choice(list(COLOURS), n + m, replace=n + m > len(COLOURS))
+    half = rng.uniform([0.15, 0.2, 0.15], [0.6, 0.9, 0.6], (n, 3))
+    radius = rng.uniform(0.2, 0.45, m)
+    centre = rng.uniform(-0.85, 0.85, (n + m, 3)) * (room - 0.3)
+    centre[:, 1] = room[1] - np.concatenate([half[:, 1], radius])  # standing on the floor
+    wall, floor = rng.uniform(0.6, 0.95, 3), rng.uniform([0.5, 0.4, 0.3], [0.8, 0.68, 0.6])
+    base = np.stack(
+        [
+            wall * 0.92,
+            wall * 1.05,
+            np.full(3, 0.93),
+            floor,
+            wall * 0.8,
+            wall,
+            *(COLOURS[name] for name in names),
+        ]
+    )
+    dark = base * rng.uniform(0.25, 0.6, (len(base), 1)) + rng.uniform(0, 0.12, base.shape)
+    # waves of 3 pixels or more at the far end of the room (the warp triples the frequency): no aliasing
+    frequency = rng.uniform(*v["frequency"], len(base)) * ([1] * 6 + [2] * (n + m))
+    contrast = rng.uniform(*v["contrast"], len(base)) * (
+        [0.6, 0.6, 0.25, 1.2, 0.6, 0.6] + [1] * (n + m)
+    )
+    warp = rng.normal(size=(2, 3, 3))
+    return dict(
+        half=np.stack([room, *half]),
+        centre=np.stack([np.zeros(3), *centre[:n]]),
+        sphere=centre[n:],
+        rot=rotation(1, np.concatenate([[0], rng.uniform(0, np.pi, n)])),
+        radius=radius,
+        names=names,
+        base=base,
+        dark=dark,
+        frequency=np.minimum(frequency, 2 * np.pi * focal / (18 * room.max())),
+        warp=warp / np.linalg.norm(warp, axis=-1, keepdims=True),
+        contrast=contrast,
+        offset=rng.uniform(-9, 9, (len(base), 3)),
+        phase=rng.uniform(0, 2 * np.pi, 3),
+        ambient=rng.uniform(0.4, 0.55),
+        light=rng.uniform(-0.5, 0.5, 3) * room - [0, 0.45 * room[1], 0],
+    )
+
+
+def clearance(scene, p):
+    """Distance of points p (T, 3) to the nearest surface."""
+    q = (
+        np.abs(np.einsum("tnc,nck->tnk", p[:, None] - scene["centre"], scene["rot"]))
+        - scene["half"]
+    )
+    d = np.linalg.norm(np.maximum(q, 0), axis=-1) + np.minimum(q.max(-1), 0)  # (T, n)
+    d[:, 0] *= -1  # seen from inside
+    spheres = np.linalg.norm(p[:, None] - scene["sphere"], axis=-1) - scene["radius"]
+    return np.concatenate([d, spheres], 1).min(1)
+
+
+def camera_path(rng, v, scene, num_frames):
+    """Draw a smooth collision-free c2w (T, 3, 4) in the room's frame and its kind; None where none fits."""
+    kind = rng.choice(
+        ["free", "rotation", "translation", "static", "orbit"],
+        p=[1 - v["special"]] + [v["special"] / 4] * 4,
+    )
+    s = np.linspace(0, 1, num_frames)
+    s = s * s * (3 - 2 * s) if rng.random() < 0.3 else s  # ease in and out
+    turns, moves = kind in ("free", "rotation"), kind in ("free", "translation")
+    for attempt in range(300):
+        start = rng.uniform(-0.6, 0.6, 3) * scene["half"][0] * [1, 0.5, 1]
+        length = rng.uniform(*v["path"]) * 0.998**attempt  # shorter where crowded
+        yaw = np.arctan2(-start[0], -start[2]) + rng.normal(0, v["aim"])  # to the room's middle
+        yaw = yaw + s * rng.normal(*v["turn"]) * rng.choice([-1, 1]) * turns
+        pitch = rng.normal(-0.15, v["pitch"]) + s * rng.normal(0, v["pitch"]) * turns
+        roll = s * rng.normal(0, v["roll"]) * turns
+        heading = rng.uniform(-np.pi, np.pi)
+        step = np.array([np.sin(heading), rng.normal(0, 0.17), np.cos(heading)]) * length
+        bend = np.stack([s * (1 - s) ** 2, s * s * (1 - s)], 1) @ rng.normal(
+            0, 0.3, (2, 3)
+        )  # cubic Bezier
+        centre = start + moves * (s[:, None] * step + bend)
+        if kind == "orbit":  # about a point in front
+            reach = rng.uniform(1.2, 2.2)
+            yaw = yaw + s * length / reach * rng.choice([-1, 1])
+            forward = np.stack([np.sin(yaw), 0 * yaw, np.cos(yaw)], -1)
+            centre = start + reach * (forward[:1] - forward)
+        if clearance(scene, centre).min() > v["clearance"]:
+            rot = rotation(1, yaw) @ rotation(0, pitch) @ rotation(2, roll)
+            return np.concatenate([rot, centre[..., None]], -1), str(kind)
+    return None
+
+
+def add_mover(rng, scene, c2w, k):
+    """The scene with one more sphere that glides along a line across the cameras' view, clear of everything; None where
+    none fits.  Its texture goes along; scene["track"] (T, 3): its centres in the room's frame."""
+    radius, name, eyes, middle = (
+        rng.uniform(0.15, 0.35),
+        rng.choice(list(COLOURS)),
+        c2w[:, :, 3],
+        c2w[len(c2w) // 2],
+    )
+    s, between = np.linspace(0, 1, len(c2w))[:, None], np.linspace(0.1, 0.9, 9)[:, None, None]
+    for _ in range(300):
+        rays = np.append(rng.uniform(-0.7, 0.7, (2, 2)) * k[:2, 2] / k[0, 0], np.ones((2, 1)), 1)
+        a, b = (rays * rng.uniform(1, 3, (2, 1))) @ middle[:, :3].T + middle[
+            :, 3
+        ]  # ends, in the middle view
+        track = a + s * (b - a)
+        x, y, z = np.einsum("tji,tj->it", c2w[:, :, :3], track - eyes)  # camera frames
+        inside = (
+            (z > 0.1) & (np.abs(x) * k[0, 0] < k[0, 2] * z) & (np.abs(y) * k[1, 1] < k[1, 2] * z)
+        )
+        free = (
+            clearance(scene, (eyes + between * (track - eyes)).reshape(-1, 3)).reshape(9, -1).min(0)
+            > 0
+        )
+        if (
+            0.4 < np.linalg.norm(b - a) < 2
+            and clearance(scene, track).min() > radius + 0.03
+            and (inside & free).mean() > 0.6
+            and np.linalg.norm(track - eyes, axis=1).min() > radius + 0.5
+        ):
+            colour = np.array(COLOURS[name])
+            more = dict(
+                sphere=track[0],
+                radius=radius,
+                names=name,
+                base=colour,
+                dark=0.3 * colour,
+                frequency=min(6, scene["frequency"][:6].max()),
+                contrast=0.8,
+                offset=rng.uniform(-9, 9, 3),
+            )
+            return (
+                scene
+                | {key: np.append(scene[key], [value], 0) for key, value in more.items()}
+                | dict(track=track)
+            )
+    return None
+
+
+def at_frame(scene, t):
+    """The scene with its moving sphere, if it has one, where it is at frame t."""
+    if "track" not in scene:
+        return scene
+    sphere, offset = scene["sphere"].copy(), scene["offset"].copy()
+    sphere[-1] = scene["track"][t]
+    offset[-1] -= scene["track"][t]
+    return dict(scene, sphere=sphere, offset=offset)
+
+
+def trace(scene, c2w, k, height, width):
+    """First hit of every pixel-centre ray.  Rays have camera z = 1: their parameter is exactly the z-depth.
+
+    returns  depth (P,), material (P,), points (3, P), normals (3, P) in the room's frame; float64"""
+    v, u = np.mgrid[:height, :width].reshape(2, -1) + 0.5
+    rays = c2w[:, :3] @ np.stack(
+        [(u - k[0, 2]) / k[0, 0], (v - k[1, 2]) / k[1, 1], np.ones_like(u)]
+    )
+    origin, half, rot, n = c2w[:, 3], scene["half"], scene["rot"], len(scene["half"])
+    d = rot.transpose(0, 2, 1) @ rays  # (n, 3, P) box frames
+    d[np.abs(d) < 1e-12] = 1e-12
+    middle = np.einsum("nck,nc->nk", rot, scene["centre"] - origin)[..., None] / d
+    slab = half[..., None] / np.abs(d)
+    near, far = middle - slab, middle + slab  # (n, 3, P) entry and exit
+    near[0] = -far[0]  # the room is seen from inside
+    t, face = near.max(1), near.argmax(1)  # (n, P) face = axis of the hit
+    t[0] *= -1
+    t[1:][(t[1:] >= far[1:].min(1)) | (t[1:] < 1e-4)] = np.inf
+    a, offset = (rays * rays).sum(0), origin - scene["sphere"]  # (P,), (m, 3)
+    b, c = offset @ rays, (offset**2).sum(-1)[:, None] - scene["radius"][:, None] ** 2
+    disc = b * b - a * c  # (m, P)
+    t_sphere = (-b - np.sqrt(np.maximum(disc, 0))) / a
+    t = np.concatenate([t, np.where((disc > 0) & (t_sphere > 1e-4), t_sphere, np.inf)])
+    hit, depth = t.argmin(0), t.min(0)
+    points, pixel = origin[:, None] + rays * depth, np.arange(len(hit))
+    box = np.minimum(hit, n - 1)
+    axis = face[box, pixel]
+    sign = np.sign(d[box, axis, pixel])
+    normals = -sign * rot[box, :, axis].T  # against the ray
+    for j in range(len(offset)):
+        on = hit == n + j
+        normals[:, on] = (points[:, on] - scene["sphere"][j, :, None]) / scene["radius"][j]
+    return depth, np.where(hit == 0, 2 * axis + (sign > 0), hit + 5), points, normals
+
+
+def shade(scene, material, points, normals):
+    """Colours (P, 3) in [0, 1] of surface points (3, P)."""
+    s = {
+        k: np.asarray(x, np.float32) for k, x in scene.items() if k not in ("names", "track")
+    }  # twice as fast
+    points, normals = points.astype(np.float32), normals.astype(np.float32)
+    q = (points + s["offset"][material].T) * s["frequency"][material]
+    bend = np.sin(s["warp"][0] @ q + s["phase"][:, None])
+    mix = 0.5 + 0.5 * np.sin(
+        2 * (s["warp"][1, 0] @ q) + 2.4 * (s["warp"][1, 1] @ bend)
+    )  # warped sinusoid
+    floor = material == 3
+    tiles = np.tanh(3 * np.sin(q[0, floor]) * np.sin(q[2, floor]))
+    mix[floor] = 0.2 * mix[floor] + 0.4 + 0.4 * tiles
+    base = s["base"][material].T
+    colour = base + (s["dark"][material].T - base) * mix * s["contrast"][material]
+    to_light = s["light"][:, None] - points
+    r2, facing = (to_light * to_light).sum(0), (normals * to_light).sum(0)
+    light = s["ambient"] + (1 - s["ambient"]) * 1.4 * np.maximum(facing, 0) / (
+        np.sqrt(r2) * (1 + 0.08 * r2)
+    )
+    gap = np.sort(s["half"][0][:, None] - np.abs(points), 0)[1]  # to the room's nearest edge
+    return np.clip(colour * light * (1 - 0.35 * np.exp(-4 * gap)), 0, 1).T
+
+
+def caption(scene, seen, c2w, kind):
+    """Prompt: the objects seen (boolean each) and the move from the first camera's point of view."""
+    things, boxes, still = [], len(scene["half"]) - 1, len(scene["names"]) - ("track" in scene)
+    for part, one, many in (
+        (slice(0, boxes), "box", "boxes"),
+        (slice(boxes, still), "sphere", "spheres"),
+    ):
+        names = scene["names"][part][seen[part]]
+        number = ["", "", "two", "three", "four", "five", "six"][len(names)]
+        things += (
+            [f"a {names[0]} {one}" if len(names) == 1 else f"{number} {many}"] if len(names) else []
+        )
+    things += [f"a moving {scene['names'][-1]} sphere"] if seen[still:].any() else []
+    side = "right" if c2w[0, :, 0] @ c2w[-1, :, 2] > 0 else "left"  # where the view turns to
+    move = c2w[0, :, :3].T @ (c2w[-1, :, 3] - c2w[0, :, 3])
+    axis = np.abs(move).argmax()
+    word = [("left", "right"), ("up", "down"), ("backward", "forward")][axis][int(move[axis] > 0)]
+    words = dict(static="does not move", rotation=f"turns {side}", orbit=f"orbits, turning {side}")
+    room = f"a room with {' and '.join(things)}" if things else "an empty room"
+    return f"{room}, the camera {words.get(kind, f'moves {word}')}"
+
+
+def render_clip(seed, num_frames, height, width, variety="full", moving=False):
+    """Render the clip of a seed: rgb (T, H, W, 3) uint8, depth (T, H, W) float32 metres, exact at the pixel
+    centres, w2c (T, 3, 4) float64 relative to frame 0, intrinsics (3, 3) pixels, prompt.
+
+    moving   adds one sphere that moves by itself to the same room and path, and to the result: moving (T, H, W) bool,
+             True on its pixels; track (T, 3) float64, its centres in the first camera's frame, metres; radius"""
+    v, rng, path = VARIETY[variety], np.random.default_rng(seed), None
+    focal = width / 2 / np.tan(np.radians(rng.uniform(*v["fov"])) / 2)
+    k = np.array([[focal, 0, width / 2], [0, focal, height / 2], [0, 0, 1]])
+    while path is None:  # too crowded: draw again
+        scene = make_scene(rng, v, focal)
+        path = camera_path(rng, v, scene, num_frames)
+        if moving and path:
+            scene = add_mover(np.random.default_rng([seed, 1]), scene, path[0], k)
+            path = scene and path
+    (c2w, kind), rgb, depths, masks, pixels = path, [], [], [], np.zeros(len(scene["base"]), int)
+    for t, pose in enumerate(c2w):
+        now = at_frame(scene, t)
+        depth, material, points, normals = trace(now, pose, k, height, width)
+        colour = shade(now, material, points, normals) * 255 + 0.5
+        rgb.append(colour.astype(np.uint8).reshape(height, width, 3))
+        depths.append(depth.astype(np.float32).reshape(height, width))
+        masks.append((material == len(pixels) - 1).reshape(height, width))  # the last object
+        pixels += np.bincount(material, minlength=len(pixels))
+    seen = pixels[6:] > 0.004 * pixels.sum()
+    w2c = relative_to_first(inv_se3(torch.from_numpy(c2w))).numpy()
+    clip = dict(
+        rgb=np.stack(rgb),
+        depth=np.stack(depths),
+        w2c=w2c,
+        intrinsics=k,
+        prompt=caption(scene, seen, c2w, kind),
+    )
+    if moving:
+        clip.update(
+            moving=np.stack(masks),
+            track=(scene["track"] - c2w[0, :, 3]) @ c2w[0, :, :3],
+            radius=scene["radius"][-1],
+        )
+    return clip

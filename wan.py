@@ -1,0 +1,441 @@
+"""The Wan 2.1 video DiT family as one class: frozen, its attribute names are the official checkpoint keys."""
+
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import nn
+
+UNSUPPORTED = {
+    "img_emb.emb_pos": "first-and-last-frame conditioning (FLF2V)",
+    "vace_": "VACE",
+    "ref_conv.": "the reference frame of Fun-V1.1-Control",
+}
+
+
+def timestep_embedding(t, dim):
+    """Sinusoid of t in [0, 1000], cosines first, angles in fp64: (B,) -> (B, dim) fp32."""
+    half = dim // 2
+    frequencies = 10000.0 ** (-torch.arange(half, dtype=torch.float64, device=t.device) / half)
+    angles = t.double()[:, None] * frequencies
+    return torch.cat([angles.cos(), angles.sin()], -1).float()
+
+
+@lru_cache(maxsize=16)
+def rope_3d(f, h, w, head_dim, num_special, device):
+    """cos, sin (f*(num_special + h*w), head_dim/2) fp32 of the time | row | column rotation of interleaved pairs.
+
+    Each axis owns head_dim - 4*(head_dim//6), 2*(head_dim//6), 2*(head_dim//6) channels and its own spectrum
+    10000^(-2j/d).  num_special leading tokens of every frame are not rotated at all (exchange, geometry side)."""
+    sizes = (head_dim - 4 * (head_dim // 6), 2 * (head_dim // 6), 2 * (head_dim // 6))
+    grid = torch.meshgrid(*(torch.arange(n, dtype=torch.float64) for n in (f, h, w)), indexing="ij")
+    angles = torch.cat(
+        [
+            g[..., None] * 10000.0 ** (-torch.arange(0, d, 2, dtype=torch.float64) / d)
+            for g, d in zip(grid, sizes)
+        ],
+        -1,
+    ).reshape(f, h * w, head_dim // 2)
+    angles = F.pad(angles, (0, 0, num_special, 0)).flatten(0, 1)
+    return angles.cos().float().to(device), angles.sin().float().to(device)
+
+
+def rotate_pairs(x, cos, sin):
+    """Rotate the interleaved pairs (2j, 2j+1) of the last axis in real arithmetic; x (B, heads, N, d), fp32 out."""
+    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2)
+
+
+def attention(q, k, v, heads):
+    """(B, N, D) x 3 -> (B, N, D); q, k already split into heads when 4-d."""
+    split = [
+        x if x.dim() == 4 else rearrange(x, "b n (h d) -> b h n d", h=heads) for x in (q, k, v)
+    ]
+    q, k, v = split[0].to(v.dtype), split[1].to(v.dtype), split[2]
+    return rearrange(F.scaled_dot_product_attention(q, k, v), "b h n d -> b n (h d)")
+
+
+# Attribute names are the official checkpoint's keys, so loading is strict and needs no table.
+class RMSNorm(nn.Module):
+    """Over the full width, before the split into heads; computed in fp32."""
+
+    def __init__(self, dim, eps=1e-6):
+        super().__init__()
+        self.eps, self.weight = eps, nn.Parameter(torch.ones(dim))
+
+    def forward(self, x):
+        y = x.float()
+        return (y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps) * self.weight).to(
+            x.dtype
+        )
+
+
+class WanSelfAttention(nn.Module):
+    def __init__(self, dim, heads):
+        super().__init__()
+        self.heads = heads
+        self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in range(4))
+        self.norm_q, self.norm_k = RMSNorm(dim), RMSNorm(dim)
+
+    def forward(self, x, rope):
+        q, k = self.norm_q(self.q(x)), self.norm_k(self.k(x))
+        q, k = (
+            rotate_pairs(rearrange(y, "b n (h d) -> b h n d", h=self.heads), *rope) for y in (q, k)
+        )
+        return self.o(attention(q, k, self.v(x), self.heads))
+
+
+class WanCrossAttention(nn.Module):
+    """Text, and CLIP image tokens where the family has them: two softmaxes, one query, one output projection."""
+
+    def __init__(self, dim, heads, has_clip):
+        super().__init__()
+        self.heads, self.has_clip = heads, has_clip
+        self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in range(4))
+        self.norm_q, self.norm_k = RMSNorm(dim), RMSNorm(dim)
+        if has_clip:
+            self.k_img, self.v_img, self.norm_k_img = (
+                nn.Linear(dim, dim),
+                nn.Linear(dim, dim),
+                RMSNorm(dim),
+            )
+
+    def keys_values(self, text, image):
+        """[(k, v) of the text, then of the image where there is one], (B, L, D) each: the same at every noise level."""
+        pairs = [(self.norm_k(self.k(text)), self.v(text))]
+        if self.has_clip:
+            pairs.append((self.norm_k_img(self.k_img(image)), self.v_img(image)))
+        return pairs
+
+    def forward(self, x, keys, adapter=None):
+        q, (text, *image) = self.norm_q(self.q(x)), keys
+        out = attention(q, *text, self.heads)
+        for pair in image:
+            out = out + attention(q, *pair, self.heads)
+        return self.o(out if adapter is None else adapter(out))
+
+
+class WanBlock(nn.Module):
+    """adaLN transformer block in two halves, so that the exchange can sit between them."""
+
+    def __init__(self, dim, ffn_dim, heads, has_clip):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
+        self.norm3 = nn.LayerNorm(dim, eps=1e-6)
+        self.self_attn = WanSelfAttention(dim, heads)
+        self.cross_attn = WanCrossAttention(dim, heads, has_clip)
+        self.ffn = nn.Sequential(
+            nn.Linear(dim, ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(ffn_dim, dim)
+        )
+        self.modulation = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
+
+    def attend(self, x, rows, keys, rope, adapter=None):
+        """x (B, N, D) fp32 residual stream; rows (B, 6, D) shift, scale, gate of attention then of the FFN;
+        keys: keys_values of this block's cross-attention; adapter changes its output (released camera module)."""
+        m = (self.modulation + rows).unbind(1)
+        m = [row[:, None] for row in m]  # (B, 1, D) each
+        x = x + m[2] * self.self_attn(self.norm1(x) * (1 + m[1]) + m[0], rope)
+        return x + self.cross_attn(self.norm3(x), keys, adapter)
+
+    def feed_forward(self, x, rows):
+        shift, scale, gate = (
+            (self.modulation + rows)[:, 3:].unsqueeze(2).unbind(1)
+        )  # (B, 1, D) each
+        return x + gate * self.ffn(self.norm2(x) * (1 + scale) + shift)
+
+    def forward(self, x, rows, keys, rope, adapter=None):
+        return self.feed_forward(self.attend(x, rows, keys, rope, adapter), rows)
+
+
+class WanHead(nn.Module):
+    def __init__(self, dim, out):
+        super().__init__()
+        self.norm = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
+        self.head = nn.Linear(dim, out)
+        self.modulation = nn.Parameter(torch.randn(1, 2, dim) / dim**0.5)
+
+    def forward(self, x, e):
+        shift, scale = (self.modulation + e[:, None]).chunk(2, 1)  # (B, 1, D): per sample
+        with torch.autocast(x.device.type, enabled=False):
+            return self.head(self.norm(x.float()) * (1 + scale) + shift)
+
+
+class ClipProjection(nn.Module):
+    def __init__(self, dim, clip_dim=1280):
+        super().__init__()
+        self.proj = nn.Sequential(
+            nn.LayerNorm(clip_dim),
+            nn.Linear(clip_dim, clip_dim),
+            nn.GELU(),
+            nn.Linear(clip_dim, dim),
+            nn.LayerNorm(dim),
+        )
+
+    def forward(self, x):
+        return self.proj(x)
+
+
+class ControlResidual(nn.Module):
+    def __init__(self, dim):
+        super().__init__()
+        self.conv1, self.conv2 = (
+            nn.Conv2d(dim, dim, 3, padding=1),
+            nn.Conv2d(dim, dim, 3, padding=1),
+        )
+
+    def forward(self, x):
+        return x + self.conv2(F.relu(self.conv1(x)))
+
+
+class ControlAdapter(nn.Module):
+    """Wan-Fun's camera control: Pluecker rays at pixel rate (B, 6, T, H, W) -> (B, D, f, h, w), added to the tokens."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.conv = nn.Conv2d(24 * 64, dim, 2, 2)
+        self.residual_blocks = nn.Sequential(ControlResidual(dim))
+
+    def forward(self, plucker):
+        first = plucker[:, :, :1].expand(-1, -1, 3, -1, -1)  # frame 0 fills a latent frame alone
+        x = torch.cat([first, plucker], 2)
+        x = rearrange(x, "b c (f j) h w -> (b f) (c j) h w", j=4)  # (B*f, 24, H, W)
+        x = self.residual_blocks(self.conv(F.pixel_unshuffle(x, 8)))
+        return rearrange(x, "(b f) d h w -> b d f h w", b=plucker.shape[0])
+
+
+class WanDiT(nn.Module):
+    """Wan2.1 video DiT: noisy latents and conditions -> velocity.  Source: Wan 2.1; Wan-Fun for the control adapter."""
+
+    def __init__(
+        self,
+        dim,
+        ffn_dim,
+        num_layers,
+        in_dim=16,
+        head_dim=128,
+        text_dim=4096,
+        text_len=512,
+        freq_dim=256,
+        has_clip=False,
+        has_control=False,
+        out_dim=16,
+    ):
+        super().__init__()
+        if dim % head_dim:
+            raise ValueError(f"WanDiT: width {dim} is not a multiple of head_dim {head_dim}")
+        self.heads, self.in_dim, self.out_dim = dim // head_dim, in_dim, out_dim
+        self.freq_dim, self.text_len, self.head_dim = freq_dim, text_len, head_dim
+        self.patch_embedding = nn.Conv3d(in_dim, dim, (1, 2, 2), (1, 2, 2))
+        self.text_embedding = nn.Sequential(
+            nn.Linear(text_dim, dim), nn.GELU(approximate="tanh"), nn.Linear(dim, dim)
+        )
+        self.time_embedding = nn.Sequential(
+            nn.Linear(freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim)
+        )
+        self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
+        self.blocks = nn.ModuleList(
+            WanBlock(dim, ffn_dim, self.heads, has_clip) for _ in range(num_layers)
+        )
+        self.head = WanHead(dim, 4 * out_dim)
+        self.img_emb = ClipProjection(dim) if has_clip else None
+        self.control_adapter = ControlAdapter(dim) if has_control else None
+        # From scratch (stage 0) the output starts as the input: at high noise the velocity nearly is the noisy latent.
+        nn.init.orthogonal_(self.patch_embedding.weight)
+        with torch.no_grad():
+            self.head.head.weight.copy_(
+                rearrange(self.patch_embedding.weight[:, :out_dim], "d c 1 p q -> (p q c) d")
+            )
+
+    @classmethod
+    def from_shapes(cls, shapes, head_dim=128, text_len=512, where="these tensors"):
+        """Empty model on the meta device, every size read off name -> shape; ValueError unless it is a known family."""
+        try:
+            (dim, in_dim), text_dim = (
+                shapes["patch_embedding.weight"][:2],
+                shapes["text_embedding.0.weight"][1],
+            )
+            ffn_dim, out_dim = (
+                shapes["blocks.0.ffn.0.weight"][0],
+                shapes["head.head.weight"][0] // 4,
+            )
+            freq_dim = shapes["time_embedding.0.weight"][1]
+            layers = 1 + max(
+                int(name.split(".")[1]) for name in shapes if name.startswith("blocks.")
+            )
+        except (KeyError, IndexError, ValueError) as error:
+            raise ValueError(
+                f"{where}: not a Wan2.1 DiT in the official layout: tensor {error} is missing (the first "
+                f"names are {list(shapes)[:3]}). A shard is missing, or it is a *-Diffusers copy in place "
+                f"of the official files"
+            ) from None
+        odd = [
+            what for name, what in UNSUPPORTED.items() if any(k.startswith(name) for k in shapes)
+        ]
+        if odd or in_dim not in (16, 32, 36):
+            raise ValueError(
+                f"{where}: {odd[0] if odd else f'{in_dim} input channels'} is not supported; wanted a "
+                f"text-to-video (16 inputs), Control-Camera (32) or image-to-video / InP (36) family"
+            )
+        with torch.device("meta"):
+            return cls(
+                dim,
+                ffn_dim,
+                layers,
+                in_dim,
+                head_dim,
+                text_dim,
+                text_len,
+                freq_dim,
+                "img_emb.proj.1.weight" in shapes,
+                "control_adapter.conv.weight" in shapes,
+                out_dim,
+            )
+
+    @classmethod
+    def from_state_dict(cls, sd, head_dim=128, text_len=512):
+        """Build from official tensors, used as they are; missing or extra names are a ValueError."""
+        dit = cls.from_shapes({k: tuple(v.shape) for k, v in sd.items()}, head_dim, text_len)
+        return load_strict(dit, sd, "Wan2.1 DiT")
+
+    def modulation(self, t):
+        """t (B,) -> e (B, D), rows (B, 6, D)."""
+        device = self.patch_embedding.weight.device
+        with torch.autocast(
+            device.type, enabled=False
+        ):  # in fp32: cheap, and halves the bf16 error
+            e = self.time_embedding(timestep_embedding(t.to(device), self.freq_dim))
+            return e, self.time_projection(e).unflatten(1, (6, -1))
+
+    def embed_context(self, context, clip=None):
+        """context, clip -> text (B, L, D), image (B, 257, D) or None."""
+        device = self.patch_embedding.weight.device
+        if not torch.is_tensor(
+            context
+        ):  # padded rows are not masked: Wan attends to them, and so must we
+            context = torch.stack(
+                [F.pad(c, (0, 0, 0, self.text_len - c.shape[0])) for c in context]
+            )
+        text = self.text_embedding(
+            context.to(device=device, dtype=self.text_embedding[0].weight.dtype)
+        )
+        image = None
+        if self.img_emb is not None:
+            if clip is None:
+                clip = torch.zeros(len(context), 257, 1280, device=device)
+            image = self.img_emb(clip.to(device=device, dtype=self.img_emb.proj[1].weight.dtype))
+        return text, image
+
+    def conditions(self, t, context, clip=None):
+        """t (B,), context, clip -> e (B, D), rows (B, 6, D), text (B, L, D), image (B, 257, D) or None."""
+        return *self.modulation(t), *self.embed_context(context, clip)
+
+    def control(self, plucker):
+        """Rays (B, 6, T, H, W) or None -> what they add to the tokens (B, D, f, h, w), or None."""
+        if self.control_adapter is None or plucker is None:
+            return None
+        return self.control_adapter(plucker.to(self.patch_embedding.weight.dtype)).float()
+
+    def constants(self, context, clip=None, plucker=None):
+        """What does not change with x and t, for forward(constants=...): a sampler computes it once per video."""
+        text, image = self.embed_context(context, clip)
+        return dict(
+            keys=[block.cross_attn.keys_values(text, image) for block in self.blocks],
+            control=self.control(plucker),
+        )
+
+    def embed(self, x, y=None, control=None, keep=None):
+        """Latents (B, 16, f, 2h, 2w) [+ y, control] -> tokens (B, N, D) fp32 and their grid (f, h, w)."""
+        extra = self.in_dim - x.shape[1]
+        if extra:
+            y = x.new_zeros(x.shape[0], extra, *x.shape[2:]) if y is None else y
+            if y.shape[1] != extra:
+                raise ValueError(
+                    f"y has {y.shape[1]} channels; this Wan family ({self.in_dim} inputs) wants {extra}"
+                )
+            x = torch.cat([x, y.to(x.dtype)], 1)
+        weight = self.patch_embedding.weight
+        tokens = self.patch_embedding(x.to(weight.dtype)).float()
+        if control is not None:
+            tokens = tokens + (control if keep is None else control * keep.view(-1, 1, 1, 1, 1))
+        grid = tuple(tokens.shape[2:])
+        return rearrange(tokens, "b d f h w -> b (f h w) d"), grid
+
+    def rope(self, grid, device):
+        return rope_3d(*grid, self.head_dim, 0, device)
+
+    def unpatchify(self, x, grid):
+        """(B, N, 64), channel fastest -> (B, 16, f, 2h, 2w)."""
+        f, h, w = grid
+        return rearrange(x, "b (f h w) (p q c) -> b c f (h p) (w q)", f=f, h=h, w=w, p=2, q=2)
+
+    def forward(self, x, t, context, y=None, clip=None, plucker=None, keep=None, constants=None):
+        """Velocity (B, 16, f, h, w) of noisy latents.
+
+        x        (B, 16, f, h, w)         x_sigma
+        t        (B,)                     1000 sigma, fp32, one per sample
+        context  list of (L, text_dim)    zero-padded to text_len here; or a (B, L, text_dim) tensor, used as it is
+        y        (B, in_dim-16, f, h, w)  start-image latents (and mask), None = zeros
+        clip     (B, 257, 1280)           CLIP tokens of the start image, None = zeros
+        plucker  (B, 6, T, 8h, 8w)        rays at pixel rate, None = no camera
+        keep     (B,) 0/1                 0 drops the clip's camera, as plucker=None would
+        constants                         of the method of that name: then context, clip, plucker are not read"""
+        e, rows = self.modulation(t)
+        constants = constants or self.constants(context, clip, plucker)
+        x, grid = self.embed(x, y, constants["control"], keep)
+        rope = self.rope(grid, x.device)
+        for block, keys in zip(self.blocks, constants["keys"]):
+            x = block(x, rows, keys, rope)
+        return self.unpatchify(self.head(x, e), grid)
+
+
+def start_condition(start_latents, in_dim, frames):
+    """Latents of the start image (B, 16, 1 or f, h, w) -> y (B, in_dim-16, f, h, w) of the family, or None.
+
+    32 inputs (Control-Camera): the image's latent in frame 0, zeros after.  36 (InP, I2V): 4 mask channels, 1 = known,
+    before the latents of the image followed by grey frames (all f latent frames are then wanted)."""
+    extra = in_dim - start_latents.shape[1]
+    if not extra:
+        return None
+    y = F.pad(start_latents, (0, 0, 0, 0, 0, frames - start_latents.shape[2]))
+    if extra == 20:
+        mask = torch.zeros_like(y[:, :4])
+        mask[:, :, 0] = 1
+        y = torch.cat([mask, y], 1)
+    return y
+
+
+def check_names(module, shapes, what):
+    """One readable error instead of torch's list, unless name -> shape fits the module exactly."""
+    own = {k: tuple(v.shape) for k, v in module.state_dict().items()}
+    missing, extra = [k for k in own if k not in shapes], [k for k in shapes if k not in own]
+    wrong = [
+        f"{k} {shapes[k]}, wanted {own[k]}" for k in own if k in shapes and shapes[k] != own[k]
+    ]
+    if missing or extra or wrong:
+        raise ValueError(
+            f"{what}: {len(missing)} missing {missing[:3]}, {len(extra)} unexpected {extra[:3]}, "
+            f"{len(wrong)} of another shape {wrong[:3]}; is this another model or a truncated file?"
+        )
+
+
+def load_strict(module, sd, what):
+    """load_state_dict(assign=True) after check_names; returns the module."""
+    check_names(module, {k: tuple(v.shape) for k, v in sd.items()}, what)
+    module.load_state_dict(sd, assign=True)
+    return module
+
+
+def half_precision(dit, dtype):
+    """Store the big matrices of the frozen branch in dtype; norms, modulation, timestep MLP and head stay fp32."""
+    return cast_matrices(dit, dtype, [dit.time_embedding, dit.time_projection, dit.head])
+
+
+def cast_matrices(model, dtype, but):
+    """Linear and convolution layers to dtype, except those inside the modules `but`, which run in fp32."""
+    kept = {layer for module in but for layer in module.modules()}
+    for layer in model.modules():
+        if isinstance(layer, (nn.Linear, nn.modules.conv._ConvNd)) and layer not in kept:
+            layer.to(dtype)
+    return model
