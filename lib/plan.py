@@ -6,6 +6,8 @@ builds the model and one batch as fake tensors (sizes without storage), runs for
 every operation's FLOPs and every tensor's bytes from its allocation to its release.  A minute at the 1.3B size.
 Sources: torch's FlopCounterMode and FakeTensorMode; the accounting of ZeRO, Rajbhandari et al. 2020."""
 
+import math
+import time
 import weakref
 from contextlib import contextmanager, nullcontext
 
@@ -22,11 +24,27 @@ from lib.distributed import sharded_units
 from model import CHECKPOINTING, FantasyWorld
 from wan import half_precision
 
-GPU_SHARE = (
-    0.92  # of a GPU's memory is planned with: the rest is for its context, workspaces, fragments
-)
+# Of a GPU's memory; the rest is for its context, for workspaces and for what fragments.
+GPU_SHARE = 0.92
 
 HARDWARE = ((8, 40), (8, 80), (1, 140))  # (GPUs, GB): the guide's stage 2 must fit each
+
+# Dense bf16 FLOP/s by a part of torch.cuda.get_device_name(); the first that fits counts, so the longer names come
+# first.  Source: NVIDIA's public data sheets, without sparsity (they print twice as much with it).
+PEAK_FLOPS = {
+    "GB200": 2500e12,
+    "B200": 2250e12,
+    "H200 NVL": 835e12,
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,  # SXM
+    "H20": 148e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "RTX 4090": 165e12,
+    "A6000": 155e12,
+}
 
 
 # -------------------------------------------------------------------------------------------------------- counting
@@ -214,6 +232,47 @@ def count(cfg, stage, loss, size, checkpointing, half=True):
         model = fake_model(cfg, stage, half)
         model.checkpoint_activations = checkpointing
         return dict(static_bytes(model), **measure_step(model, loss, size, half))
+
+
+def flops_of_step(cfg, stage, loss, size, *, checkpointing="none", half=True):
+    """FLOPs of one micro-step, forward, losses and backward, counted without touching the real model.
+
+    cfg            model.Config; of a model that is loaded already its own, model.cfg
+    loss           function(model, b, noise, sigma, keep) -> scalar, as compute_loss of train.py
+    size           (batch, num_frames, height, width) of the micro-batch
+    checkpointing  one of model.CHECKPOINTING; what is recomputed counts
+    half           bf16 autocast and frozen matrices in bf16; it decides what "selective" keeps
+    returns        int, what a Count around the real step gives
+
+    Costs one core 1 s (tests' sizes), 2 s (demo) or 9 s (1.3b, stage 2): one rank is enough, others need no
+    MFU.  Nothing is cached.  Call it before anything else made fake or real tensors meet: it clears the tables of
+    positions, which are made again at the next step."""
+    with fake_tensors():
+        model = fake_model(cfg, stage, half)
+        model.checkpoint_activations = checkpointing
+        batch = example_batch(cfg, *size)
+        with Count() as counter:
+            with torch.autocast("cpu", torch.bfloat16, enabled=half):
+                value = loss(model, *batch)
+            value.backward()
+    return counter.flops
+
+
+def peak_flops(device):
+    """FLOP/s to compare with: PEAK_FLOPS where it knows the GPU, else a large matrix product, measured (a second)."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        known = [flops for part, flops in PEAK_FLOPS.items() if part in name]
+        if known:
+            return known[0]
+    n, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (1024, torch.float32)
+    a = torch.randn(n, n, device=device, dtype=dtype)
+    best = math.inf
+    for _ in range(5):
+        start = time.perf_counter()
+        (a @ a)[0, 0].item()  # waits for the device
+        best = min(best, time.perf_counter() - start)
+    return 2 * n**3 / best
 
 
 # ----------------------------------------------------------------------------------------------------------- the plan
