@@ -1,15 +1,18 @@
-"""What a training step costs, counted without a GPU: FLOPs and bytes of the real graph on fake tensors.
+"""What a training step costs, counted without a GPU: FLOPs and bytes of its graph on fake tensors.
 
-    python train.py CONFIG --plan=True [--plan_gpus=8 --plan_gb=80]
+    python train.py CONFIG --plan [--plan_gpus=8 --plan_gb=80]
 
-builds the model and one batch as fake tensors (sizes without storage), runs forward, losses and backward, and counts
-every operation's FLOPs and every tensor's bytes from its allocation to its release.  A minute at the 1.3B size.
-Sources: torch's FlopCounterMode and FakeTensorMode; the accounting of ZeRO, Rajbhandari et al. 2020."""
+builds the model and one batch as fake tensors (sizes without storage), runs forward, losses and
+backward, and counts every operation's FLOPs and every tensor's bytes from its allocation to its
+release.  A minute at the 1.3B size.  Sources: torch's FlopCounterMode and FakeTensorMode; the
+accounting of ZeRO, Rajbhandari et al. 2020."""
 
 import math
 import time
 import weakref
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -24,22 +27,24 @@ from lib.distributed import sharded_units
 from model import CHECKPOINTING, FantasyWorld
 from wan import half_precision
 
+GIB = 2**30
+
 # Of a GPU's memory; the rest is for its context, for workspaces and for what fragments.
 GPU_SHARE = 0.92
 
 HARDWARE = ((8, 40), (8, 80), (1, 140))  # (GPUs, GB): the guide's stage 2 must fit each
 
-# Dense bf16 FLOP/s by a part of torch.cuda.get_device_name(); the first that fits counts, so the longer names come
-# first.  Source: NVIDIA's public data sheets, without sparsity (they print twice as much with it).
+SHARDING = ("-", "optimizer", "weights")  # in order of what they send
+
+# Dense bf16 FLOP/s by a part of torch.cuda.get_device_name(); the first that fits counts, so the
+# longer names come first.  Source: NVIDIA's public data sheets, without sparsity (they print twice
+# as much with it).
 PEAK_FLOPS = {
-    "GB200": 2500e12,
     "B200": 2250e12,
     "H200 NVL": 835e12,
     "H200": 989e12,
     "H100 PCIe": 756e12,
-    "H100 NVL": 835e12,
     "H100": 989e12,  # SXM
-    "H20": 148e12,
     "A100": 312e12,
     "L40S": 362e12,
     "RTX 4090": 165e12,
@@ -47,32 +52,39 @@ PEAK_FLOPS = {
 }
 
 
-# -------------------------------------------------------------------------------------------------------- counting
+# ---------------------------------------------------------------------------------------- counting
 aten = torch.ops.aten
 
-FORMULAS = {
-    **flop_registry,
-    aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[
-        aten._scaled_dot_product_flash_attention
-    ],
-    aten._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[
-        aten._scaled_dot_product_flash_attention_backward
-    ],
-}
+FORMULAS = dict(flop_registry)
+for way in ("", "_backward"):  # torch's table lacks the attention that CPU tensors ask for
+    flash = getattr(aten, f"_scaled_dot_product_flash_attention{way}")
+    on_cpu = getattr(aten, f"_scaled_dot_product_flash_attention_for_cpu{way}")
+    FORMULAS[on_cpu] = flop_registry[flash]
 
 
 class Count(TorchDispatchMode):
-    """FLOPs of what runs inside (.attention: its part of them), and bytes of the tensors made inside that are alive:
-    .now, and .peak per .phase.
+    """FLOPs of what runs inside, and bytes of the tensors made inside that are alive.
 
-    Recomputation counts.  A fused attention's backward counts 2.5 times its forward, for it recomputes the scores that
-    were never stored.  torch's table of formulas lacks the CPU's attention: FORMULAS has it too.  (FlopCounterMode itself
-    keeps tensors alive longer.)  Bytes are exact for tensors; scratch memory inside a kernel is not seen."""
+    flops      recomputation counts; a fused attention's backward is 2.5 times its forward, for it
+               recomputes the scores that were never stored.  attention: its part of the flops
+    now, peak  bytes alive, {phase: most of them}; scratch memory inside a kernel is not seen
+    start      {phase: bytes alive when it was entered}
+
+    FlopCounterMode itself keeps tensors alive longer than the program does."""
 
     def __init__(self):
         super().__init__()
-        self.flops, self.attention, self.now, self.phase, self.peak = 0, 0, 0, "", {}
+        self.flops = 0
+        self.attention = 0
+        self.now = 0
+        self.peak = {}
+        self.start = {}
         self.seen = weakref.WeakKeyDictionary()
+        self.enter("")
+
+    def enter(self, phase):
+        self.phase = phase
+        self.start[phase] = self.now
 
     def release(self, size):
         self.now -= size
@@ -116,17 +128,14 @@ def fake(build):
     with unset_fake_temporarily(), torch.device("meta"):
         module = build()
     for part in module.modules():
-        for name, p in part._parameters.items():
-            if p is not None:
-                part._parameters[name] = nn.Parameter(
-                    torch.empty_strided(p.shape, p.stride(), dtype=p.dtype),
-                    requires_grad=p.requires_grad,
-                )
+        for name, p in part.named_parameters(recurse=False):
+            like = torch.empty_strided(p.shape, p.stride(), dtype=p.dtype)
+            setattr(part, name, nn.Parameter(like, requires_grad=p.requires_grad))
     return module
 
 
 def fake_model(cfg, stage, half=True):
-    """FantasyWorld of fake tensors; frozen matrices in bf16 when half."""
+    """FantasyWorld with fake parameters; frozen matrices in bf16 when half."""
 
     def build():
         model = FantasyWorld(cfg)
@@ -137,8 +146,10 @@ def fake_model(cfg, stage, half=True):
     return fake(build)
 
 
-def example_batch(cfg, batch, num_frames, height, width, words=None):
-    """Random tensors with the names and shapes of evaluate.prepare's batch, and noise: the sizes are what counts."""
+def example_batch(cfg, batch, num_frames, height, width):
+    """Random tensors with the names and shapes of a prepared batch: only the sizes count.
+
+    returns  as compute_loss of train.py takes them: batch, noise, sigma, keep"""
     f, h, w = (num_frames - 1) // 4 + 1, height // 8, width // 8
     maps = (batch, num_frames, height, width)
     b = dict(
@@ -149,7 +160,7 @@ def example_batch(cfg, batch, num_frames, height, width, words=None):
         pose_enc=torch.randn(batch, num_frames, 9),
         plucker=torch.randn(batch, 6, *maps[1:]),
         y=None,
-        text=[torch.randn(words or cfg.text_len, cfg.text_dim) for _ in range(batch)],
+        text=[torch.randn(cfg.text_len, cfg.text_dim) for _ in range(batch)],
     )
     if cfg.in_dim > 16:
         b["y"] = torch.randn(batch, cfg.in_dim - 16, f, h, w)
@@ -158,108 +169,102 @@ def example_batch(cfg, batch, num_frames, height, width, words=None):
     return b, torch.randn(batch, 16, f, h, w), torch.rand(batch), torch.ones(batch)
 
 
-# ------------------------------------------------------------------------------------------------------------ a step
-def measure_step(model, loss, size, half=True):
-    """Bytes and FLOPs of forward, loss and backward of one micro-batch with gradients in place.
+# ------------------------------------------------------------------------------------------ a step
+@dataclass(frozen=True)
+class Cost:
+    """Bytes of a rank, and FLOPs of one micro-batch."""
 
-    loss   function(model, b, noise, sigma, pose_keep) -> scalar
-    size   (batch, num_frames, height, width)
-    returns  dict: activations (kept by the blocks), heads (on top, heads and losses), backward (on top, one block's
-             recomputation and gradients), peak of the step above weights, gradients and moments; flops"""
-    live, left = Count(), set(range(4))
+    frozen: int  # weights
+    trainable: int  # weights
+    gradients: int
+    moments: int  # AdamW's two
+    # Where weights are sharded, what is whole at a time: while the heads run, and after them (two
+    # steps and their gradients, on the way out once more).
+    gathered_heads: int
+    gathered_backward: int
+    activations: int  # kept by the blocks from forward to backward
+    heads: int  # on top of the activations: heads and losses
+    backward: int  # later on top of them: one block's recomputation and gradients
+    peak: int  # of the step, above weights, gradients and moments
+    flops: int = 0
+
+
+def step_counter(model, loss, size, half):
+    """Count of forward, losses and backward of an example micro-batch, with gradients in place."""
+    counter, arrived = Count(), []
     for p in model.parameters():
         p.grad = torch.zeros_like(p) if p.requires_grad else None
 
-    def arrived(i):
-        left.discard(i)
-        live.phase = live.phase if left else "backward"
+    def gradient_arrives(_):
+        arrived.append(1)
+        if len(arrived) == 4:  # those of all four levels are there: the heads are done
+            counter.enter("backward")
 
     def heads_begin(head, args):
-        live.phase, kept["activations"] = "heads", live.now
-        for i, taps in enumerate(
-            args[0]
-        ):  # when the gradients of all four have arrived, the heads are done
-            taps.register_hook(lambda gradient, i=i: arrived(i))
+        counter.enter("heads")
+        for level in args[0]:
+            level.register_hook(gradient_arrives)
 
-    kept, hook = {}, model.depth_head.register_forward_pre_hook(heads_begin)
-    with live:
-        live.phase = "forward"
+    hook = model.depth_head.register_forward_pre_hook(heads_begin)
+    with counter:
         batch = example_batch(model.cfg, *size)
-        with torch.autocast("cpu", torch.bfloat16) if half else nullcontext():
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
             value = loss(model, *batch)
         value.backward()
     hook.remove()
-    base = kept.get("activations", live.peak["forward"])
-    return dict(
-        activations=base,
-        heads=max(0, live.peak.get("heads", 0) - base),
-        forward=live.peak["forward"] - base,
-        backward=max(0, live.peak.get("backward", 0) - base),
-        peak=max(live.peak.values()),
-        flops=live.flops,
-    )
+    return counter
 
 
-def static_bytes(model):
-    """Bytes that do not depend on the batch: frozen and trainable weights, gradients, AdamW's two moments.  Where weights
-    are sharded, what is whole at a time: gathered_heads while the heads run, gathered_backward after them (two steps
-    and their gradients, on the way out once more)."""
+def split_bytes(module):
+    """Bytes of its frozen and of its trainable parameters."""
+    sizes = {False: 0, True: 0}
+    for p in module.parameters():
+        sizes[p.requires_grad] += p.nbytes
+    return sizes[False], sizes[True]
 
-    def split(parameters):
-        frozen, trained = (
-            sum(p.numel() * p.element_size() for p in parameters if p.requires_grad == state)
-            for state in (False, True)
-        )
-        return frozen, trained
 
-    frozen, trained = split(list(model.parameters()))
-    parts = [split(list(unit.parameters())) for unit in sharded_units(model)]
+def count(cfg, stage, loss, size, *, checkpointing="none", half=True):
+    """Cost of one micro-step, forward, losses and backward, of a model that is never allocated.
+
+    cfg            model.Config; of a model that is loaded already its own, model.cfg
+    loss           function(model, b, noise, sigma, keep) -> scalar, as compute_loss of train.py
+    size           (batch, num_frames, height, width) of the micro-batch
+    checkpointing  one of model.CHECKPOINTING; what is recomputed counts
+    half           bf16 autocast and frozen matrices in bf16; it decides what "selective" keeps"""
+    with fake_tensors():
+        model = fake_model(cfg, stage, half)
+        model.checkpoint_activations = checkpointing
+        counter = step_counter(model, loss, size, half)
+        frozen, trained = split_bytes(model)
+        parts = [split_bytes(unit) for unit in sharded_units(model)]
     steps, others = parts[: len(model.steps)], parts[len(model.steps) :]
     rest = frozen + trained - sum(f + t for f, t in parts)
-    return dict(
+    base = counter.start.get("heads", counter.peak[""])  # stage 0 has no heads
+    return Cost(
         frozen=frozen,
         trainable=trained,
         gradients=trained,
         moments=2 * trained,
         gathered_heads=rest + sum(f + t for f, t in others),
         gathered_backward=2 * rest + 2 * max(f + 2 * t for f, t in steps),
+        activations=base,
+        heads=max(0, counter.peak.get("heads", 0) - base),
+        backward=max(0, counter.peak.get("backward", 0) - base),
+        peak=max(counter.peak.values()),
+        flops=counter.flops,
     )
 
 
-def count(cfg, stage, loss, size, checkpointing, half=True):
-    """measure_step and static_bytes of a model that is never allocated."""
-    with fake_tensors():
-        model = fake_model(cfg, stage, half)
-        model.checkpoint_activations = checkpointing
-        return dict(static_bytes(model), **measure_step(model, loss, size, half))
-
-
 def flops_of_step(cfg, stage, loss, size, *, checkpointing="none", half=True):
-    """FLOPs of one micro-step, forward, losses and backward, counted without touching the real model.
+    """FLOPs of one micro-step, an int; arguments as count's, and no real tensor is touched.
 
-    cfg            model.Config; of a model that is loaded already its own, model.cfg
-    loss           function(model, b, noise, sigma, keep) -> scalar, as compute_loss of train.py
-    size           (batch, num_frames, height, width) of the micro-batch
-    checkpointing  one of model.CHECKPOINTING; what is recomputed counts
-    half           bf16 autocast and frozen matrices in bf16; it decides what "selective" keeps
-    returns        int, what a Count around the real step gives
-
-    Costs one core 1 s (tests' sizes), 2 s (demo) or 9 s (1.3b, stage 2): one rank is enough, others need no
-    MFU.  Nothing is cached.  Call it before anything else made fake or real tensors meet: it clears the tables of
-    positions, which are made again at the next step."""
-    with fake_tensors():
-        model = fake_model(cfg, stage, half)
-        model.checkpoint_activations = checkpointing
-        batch = example_batch(cfg, *size)
-        with Count() as counter:
-            with torch.autocast("cpu", torch.bfloat16, enabled=half):
-                value = loss(model, *batch)
-            value.backward()
-    return counter.flops
+    Takes one core 2 s (demo) or 11 s (1.3b, stage 2), and nothing is kept: call it where the number
+    is printed, on one rank alone.  It clears the tables of positions; the next step makes them."""
+    return count(cfg, stage, loss, size, checkpointing=checkpointing, half=half).flops
 
 
 def peak_flops(device):
-    """FLOP/s to compare with: PEAK_FLOPS where it knows the GPU, else a large matrix product, measured (a second)."""
+    """FLOP/s that are 100 %: PEAK_FLOPS where it knows the GPU, else those of a large product."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         known = [flops for part, flops in PEAK_FLOPS.items() if part in name]
@@ -275,95 +280,93 @@ def peak_flops(device):
     return 2 * n**3 / best
 
 
-# ----------------------------------------------------------------------------------------------------------- the plan
-GIB = 2**30
-
-
-SHARDING = ("-", "optimizer", "weights")  # in order of what they send
+# ---------------------------------------------------------------------------------------- the plan
+class Setting(NamedTuple):
+    checkpointing: str
+    sharding: str  # one of SHARDING
+    batch_size: int
+    grad_accum: int
+    bytes: float  # of a rank at its fullest
 
 
 def needs(counts, batch, sharding="-", ranks=1):
-    """Bytes of a rank at its fullest: counts is {1: count of one clip, 2: count of two}."""
+    """Bytes of a rank at its fullest; counts is {1: Cost of one clip, 2: Cost of two}."""
+    one, two = counts[1], counts[2]
 
-    def grown(size):
-        return size(counts[1]) + (batch - 1) * (size(counts[2]) - size(counts[1]))
+    def grown(*fields):
+        first, second = (sum(getattr(c, field) for field in fields) for c in (one, two))
+        return first + (batch - 1) * (second - first)
 
-    one = counts[1]
-    weights, moments = one["frozen"] + one["trainable"] + one["gradients"], one["moments"]
+    weights = one.frozen + one.trainable + one.gradients
     if sharding == "weights":
-        return (weights + moments) / ranks + max(
-            grown(lambda c: c["activations"] + c[phase]) + one[f"gathered_{phase}"]
-            for phase in ("heads", "backward")
-        )
-    return (
-        weights + moments / (ranks if sharding == "optimizer" else 1) + grown(lambda c: c["peak"])
-    )
+        heads = grown("activations", "heads") + one.gathered_heads
+        backward = grown("activations", "backward") + one.gathered_backward
+        return (weights + one.moments) / ranks + max(heads, backward)
+    moments = one.moments / (ranks if sharding == "optimizer" else 1)
+    return weights + moments + grown("peak")
 
 
 def settings(counts, gpus, gigabytes, total):
-    """Cheapest setting that fits: the least recomputation, then the least sharding, then the largest micro-batch.
+    """Cheapest Setting that fits: the least recomputation, then the least sharding, then the
+    largest micro-batch; None when nothing fits.
 
-    counts  {checkpointing: {1: count, 2: count}};  total: the global batch
-    returns  checkpointing, one of SHARDING, batch_size, grad_accum, bytes; None when nothing fits"""
+    counts  {checkpointing: {1: Cost, 2: Cost}};  total: the global batch"""
+    batches = [b for b in range(total // gpus, 0, -1) if total % (b * gpus) == 0]
     for how in (how for how in CHECKPOINTING if how in counts):
         for sharding in SHARDING if gpus > 1 else SHARDING[:1]:
-            fits = [
-                b
-                for b in range(1, total // gpus + 1)
-                if total % (b * gpus) == 0
-                and needs(counts[how], b, sharding, gpus) <= GPU_SHARE * gigabytes * GIB
-            ]
-            if fits:
-                return (
-                    how,
-                    sharding,
-                    fits[-1],
-                    total // (fits[-1] * gpus),
-                    needs(counts[how], fits[-1], sharding, gpus),
-                )
+            for batch in batches:
+                size = needs(counts[how], batch, sharding, gpus)
+                if size <= GPU_SHARE * gigabytes * GIB:
+                    return Setting(how, sharding, batch, total // (batch * gpus), size)
     return None
 
 
-def report(cfg, stage, loss, size, total, hardware, half=True):
-    """The plan as lines of text; size (num_frames, height, width), total: the global batch."""
-    counts = {
-        how: {b: count(cfg, stage, loss, (b, *size), how, half) for b in (1, 2)}
-        for how in (CHECKPOINTING if stage else CHECKPOINTING[:1])
-    }
+def cost_lines(counts):
+    """What a clip takes, one line for each kind of recomputation."""
     one = counts["none"][1]
     yield (
-        f"stage {stage}, {size[0]} x {size[1]} x {size[2]}, global batch {total}.  GiB per rank, counted on fake "
-        f"tensors in {'bf16' if half else 'fp32'}; nothing was allocated."
-    )
-    yield (
-        f"frozen weights {one['frozen'] / GIB:.3g} | trainable weights {one['trainable'] / GIB:.3g} | gradients "
-        f"{one['gradients'] / GIB:.3g} | AdamW moments {one['moments'] / GIB:.3g}; shard_optimizer divides the moments "
-        f"by the number of GPUs, shard_weights all four, and gathers up to {one['gathered_backward'] / GIB:.3g}"
+        f"frozen weights {one.frozen / GIB:.3g} | trainable weights {one.trainable / GIB:.3g} | "
+        f"gradients {one.gradients / GIB:.3g} | AdamW moments {one.moments / GIB:.3g}; "
+        f"shard_optimizer divides the moments by the number of GPUs, shard_weights all four, and "
+        f"gathers up to {one.gathered_backward / GIB:.3g}"
     )
     yield f"{'one clip':<17s} blocks    heads  backward     peak  each more  TFLOP/clip"
-    for how, c in counts.items():
-        more = c[2]["peak"] - c[1]["peak"]
+    for how, costs in counts.items():
+        c, more = costs[1], costs[2].peak - costs[1].peak
         yield (
-            f"{how:<15s}"
-            + "".join(
-                f"{c[1][k] / GIB:>{n}.3g}"
-                for k, n in (("activations", 9), ("heads", 9), ("backward", 10), ("peak", 9))
-            )
-            + f"{more / GIB:>11.3g}{c[1]['flops'] / 1e12:>12.4g}"
+            f"{how:<15s}{c.activations / GIB:>9.3g}{c.heads / GIB:>9.3g}{c.backward / GIB:>10.3g}"
+            f"{c.peak / GIB:>9.3g}{more / GIB:>11.3g}{c.flops / 1e12:>12.4g}"
         )
     yield (
         "blocks: kept from forward to backward; on top of them heads and losses, later backward.  "
         f"Up to {GPU_SHARE:.0%} of a GPU is planned with."
     )
-    yield f"{'GPUs':<14s} checkpoint_activations  shard (shard_optimizer, shard_weights)  batch_size  grad_accum     GiB"
+
+
+def report(cfg, stage, loss, size, total, hardware, half=True):
+    """The plan as lines of text; size (num_frames, height, width), total: the global batch."""
+    counts = {
+        how: {b: count(cfg, stage, loss, (b, *size), checkpointing=how, half=half) for b in (1, 2)}
+        for how in (CHECKPOINTING if stage else CHECKPOINTING[:1])
+    }
+    yield (
+        f"stage {stage}, {size[0]} x {size[1]} x {size[2]}, global batch {total}.  GiB per rank, "
+        f"counted on fake tensors in {'bf16' if half else 'fp32'}; nothing was allocated."
+    )
+    yield from cost_lines(counts)
+    yield (
+        f"{'GPUs':<14s} checkpoint_activations  shard (shard_optimizer, shard_weights)  "
+        "batch_size  grad_accum     GiB"
+    )
     for gpus, gigabytes in hardware:
         found = settings(counts, gpus, gigabytes, total)
-        name = f"{gpus} x {gigabytes:g} GB"
-        if not found:
-            least = min(
-                needs(c, 1, sharding, gpus) for c in counts.values() for sharding in SHARDING
+        line = f"{f'{gpus} x {gigabytes:g} GB':<14s}"
+        if found:
+            yield (
+                f"{line}{found.checkpointing:>23s}{found.sharding:>40s}{found.batch_size:>12d}"
+                f"{found.grad_accum:>12d}{found.bytes / GIB:>8.1f}"
             )
-            yield f"{name:<14s}does not fit: one clip needs {least / GIB:.1f} GiB with everything sharded"
         else:
-            how, sharding, batch, accum, total_bytes = found
-            yield f"{name:<14s}{how:>23s}{sharding:>40s}{batch:>12d}{accum:>12d}{total_bytes / GIB:>8.1f}"
+            sharding = SHARDING if gpus > 1 else SHARDING[:1]
+            least = min(needs(c, 1, how, gpus) for c in counts.values() for how in sharding)
+            yield f"{line}does not fit: one clip needs {least / GIB:.1f} GiB, sharded or not"

@@ -117,7 +117,8 @@ def memory(group):
         peak = max(peak, now)
     trained = sum(p.to_local().nbytes for p in model.parameters() if p.requires_grad)
     here = sum(p.to_local().nbytes for p in model.parameters()) + 3 * trained + peak
-    counts = {b: plan.count(cfg, 2, loss, (b, *size), "full", half=False) for b in (1, 2)}
+    how = dict(checkpointing="full", half=False)
+    counts = {b: plan.count(cfg, 2, loss, (b, *size), **how) for b in (1, 2)}
     assert plan.needs(counts, 1, "weights", 2) == pytest.approx(here, rel=0.1)
 
 

@@ -1,4 +1,4 @@
-"""The least work and what is sent and kept: counted FLOPs, bytes, operations and graphs; never time."""
+"""The least work, what is sent and what is kept: counted FLOPs, bytes, operations; never time."""
 
 import pathlib
 from dataclasses import replace
@@ -52,16 +52,15 @@ def test_stage_1_costs_the_video_forward_to_the_bridge_and_three_times_the_train
     assert least["PCB"] == block  # by hand, training.md section 1
     C, P = 1408, 5 + 21 * 37
     assert least["geometry"] == 2 * (48 * C**2 * 6 * P + 4 * 6 * P * P * C + 4 * (6 * P) ** 2 * C)
-    flops = plan.count(SHALLOW, 1, geometry_and_diffusion(False), (1, 21, 336, 592), "none")[
-        "flops"
-    ]
+    flops = plan.count(SHALLOW, 1, geometry_and_diffusion(False), (1, 21, 336, 592)).flops
     assert flops <= 1.01 * least["fused"] and flops <= 1.05 * least["ideal"]
 
 
 def test_stage_2_recomputes_less_than_a_tenth_and_no_weight_gradient_of_wan():
     least = variants.ideal(SHALLOW, 2, (81, 592, 336))
-    counts = plan.count(SHALLOW, 2, geometry_and_diffusion(True), (1, 81, 592, 336), "selective")
-    assert counts["flops"] <= 1.10 * least["fused"]
+    size, loss = (1, 81, 592, 336), geometry_and_diffusion(True)
+    cost = plan.count(SHALLOW, 2, loss, size, checkpointing="selective")
+    assert cost.flops <= 1.10 * least["fused"]
 
 
 def test_keys_of_the_prompt_are_computed_once_per_clip_although_blocks_are_recomputed(monkeypatch):
@@ -80,7 +79,8 @@ def test_keys_of_the_prompt_are_computed_once_per_clip_although_blocks_are_recom
 # ---- memory plan
 def test_planned_bytes_of_the_demo_step_are_what_the_allocator_hands_out():
     size, cfg, stage = (2, 9, 64, 96), PRESETS["demo"], 2
-    planned = plan.count(cfg, stage, geometry_and_diffusion(stage == 2), size, "full", half=False)
+    loss = geometry_and_diffusion(stage == 2)
+    planned = plan.count(cfg, stage, loss, size, checkpointing="full", half=False)
     model = FantasyWorld(cfg).set_stage(stage)
     model.checkpoint_activations = "full"
     for p in model.parameters():
@@ -88,14 +88,25 @@ def test_planned_bytes_of_the_demo_step_are_what_the_allocator_hands_out():
     with torch.profiler.profile(
         activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
     ) as profile:
-        geometry_and_diffusion(stage == 2)(model, *plan.example_batch(cfg, *size)).backward()
+        loss(model, *plan.example_batch(cfg, *size)).backward()
     events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
     now = peak = 0
     for event in sorted(events, key=lambda e: e.start_ns()):
         now += event.nbytes()
         peak = max(peak, now)
-    assert planned["peak"] == pytest.approx(peak, rel=0.1)
-    assert planned["trainable"] == sum(p.numel() * 4 for p in model.parameters() if p.requires_grad)
+    assert planned.peak == pytest.approx(peak, rel=0.1)
+    assert planned.trainable == sum(p.numel() * 4 for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_flops_of_a_step_are_those_of_the_real_one(stage):
+    loss, size = geometry_and_diffusion(stage != 1), (2, 5, 32, 48)
+    planned = plan.flops_of_step(TINY, stage, loss, size, checkpointing="full", half=False)
+    model = tiny_model(stage)
+    model.checkpoint_activations = "full"
+    with plan.Count() as counter:
+        loss(model, *plan.example_batch(TINY, *size)).backward()
+    assert counter.flops == planned
 
 
 def test_the_plan_prefers_no_recomputation_then_little_sharding_and_refuses_what_cannot_fit():
@@ -109,11 +120,12 @@ def test_the_plan_prefers_no_recomputation_then_little_sharding_and_refuses_what
         gathered_heads=1,
         gathered_backward=2,
     )
+
+    def sized(peak):
+        return dict(one, activations=peak, peak=peak)
+
     counts = {
-        how: {
-            b: {k: v * plan.GIB for k, v in dict(one, activations=peak * b, peak=peak * b).items()}
-            for b in (1, 2)
-        }
+        how: {b: plan.Cost(**{k: v * plan.GIB for k, v in sized(peak * b).items()}) for b in (1, 2)}
         for how, peak in (("none", 40), ("selective", 10), ("full", 5))
     }
     assert plan.settings(counts, 8, 80, 112)[:4] == ("none", "-", 1, 14)
@@ -173,7 +185,8 @@ def test_every_attention_of_a_step_is_fused_and_none_stores_its_scores():
 
 
 def test_every_attention_at_true_widths_is_what_flash_attention_takes_on_a_gpu(monkeypatch):
-    """Its conditions on CUDA: bf16, heads of at most 256 channels and a multiple of 8, no mask, dense last axis."""
+    """On CUDA it takes bf16, heads of at most 256 channels and a multiple of 8, no mask, a dense
+    last axis."""
     calls, original = [], torch.nn.functional.scaled_dot_product_attention
 
     def seen(q, k, v, *args, **kwargs):
@@ -261,7 +274,7 @@ def test_constants_of_the_video_branch_stand_in_for_prompt_and_camera():
 
 # ---- ranks
 def two_ranks(rank, folder):
-    """One of two gloo ranks: what is sent under accumulation, and a sharded AdamW against a whole one."""
+    """One of two gloo ranks: what accumulation sends, and a sharded AdamW against a whole one."""
     sent = []
 
     def hook(state, bucket):
