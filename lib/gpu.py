@@ -1,20 +1,14 @@
 """The true size on a GPU: `python bench.py gpu`.  Random weights, the guide's clips, the settings that --plan=True names.
 
-Per stage: seconds of a whole step and of every variant's forward and backward, their share of the peak, memory by part
-beside the plan, which attention kernels ran, whether the host waited for the device, where the device's time went.
-Then the sampling loop, and how far bf16, fp32 and the CPU agree.
+Per stage: seconds of a whole step and of every variant's forward and backward, and their share of the peak.  Then the sampling loop, and how far bf16, fp32 and the CPU agree.
 **No GPU was at hand so far**: on a CPU the same code runs at tiny sizes (tests/test_gpu.py), which says nothing of a GPU."""
 
-import re
 import statistics
 import time
-from collections import Counter
 from contextlib import nullcontext
 from unittest.mock import patch
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-
 import sample
 import train
 from encoders import WanVAE
@@ -22,14 +16,6 @@ from lib import camera_paths, plan
 from lib.variants import OPTIONS, make_encoders, raw_clips, straightforward_sample, variants
 from model import FantasyWorld
 from wan import half_precision
-
-KERNELS = dict(
-    attention="flash|fmha|attention|sdpa",
-    convolution="conv|dgrad|wgrad|implicit|fprop",
-    matmul="gemm|nvjet|cutlass|xmma|cublas|aten::(add|b)?mm",
-    optimizer="adam|multi_tensor|foreach",
-    copies="memcpy|memset|copy|cat|fill|transpose",
-)  # by name, the first that fits; the rest is elementwise
 
 
 def wait(device):
@@ -53,54 +39,6 @@ def seconds(call, device, rounds):
     return statistics.median(spent), (max(spent) - min(spent)) / statistics.median(spent)
 
 
-class Attentions(TorchDispatchMode):
-    """Counts the attention kernels that are called inside."""
-
-    def __init__(self):
-        super().__init__()
-        self.found = Counter()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.overloadpacket.__name__
-        self.found.update([name] if "attention" in name else [])
-        return func(*args, **(kwargs or {}))
-
-
-def shares(call, device):
-    """Share of a call's wall time that each kind of kernel takes, and the device's idle share."""
-    on_gpu = device.type == "cuda"
-    kind = torch.profiler.ProfilerActivity.CUDA if on_gpu else torch.profiler.ProfilerActivity.CPU
-    wait(device)
-    start = time.perf_counter()
-    with torch.profiler.profile(activities=[kind]) as profile:
-        call()
-        wait(device)
-    wall, found = time.perf_counter() - start, Counter()
-    for event in profile.key_averages():
-        group = next(
-            (g for g, words in KERNELS.items() if re.search(words, event.key.lower())),
-            "elementwise",
-        )
-        found[group] += (
-            (event.self_device_time_total if on_gpu else event.self_cpu_time_total) / 1e6 / wall
-        )
-    return {**dict(found.most_common()), "idle": 1 - sum(found.values())}
-
-
-def host_waits(call, device):
-    """The first place where the host waits for the device, "none" without one; None on a CPU."""
-    if device.type != "cuda":
-        return None
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        call()
-    except RuntimeError as error:
-        return str(error).splitlines()[0]
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    return "none"
-
-
 def autocast(device):
     return torch.autocast(device.type, torch.bfloat16)
 
@@ -121,31 +59,6 @@ def whole_step(model, optimizer, batch, video):
     return call
 
 
-def memory_by_part(model, step, device):
-    """GiB allocated: weights, + gradients and moments, + what the blocks keep, and the step's peak; {} on a CPU."""
-    if device.type != "cuda":
-        return {}
-
-    def now():
-        return torch.cuda.memory_allocated(device) / plan.GIB
-
-    found = {"gradients, moments": 0.0, "blocks": 0.0, "weights": now()}
-    step()
-    found["gradients, moments"] = (
-        now()
-        - found["weights"]
-        + sum(p.nbytes for p in model.parameters() if p.requires_grad) / plan.GIB
-    )  # gradients are freed after a step
-    hook = model.depth_head.register_forward_pre_hook(
-        lambda *_: found.update(blocks=now() - before)
-    )
-    before = now()
-    torch.cuda.reset_peak_memory_stats(device)
-    step()
-    hook.remove()
-    return dict(found, peak=torch.cuda.max_memory_allocated(device) / plan.GIB)
-
-
 def step_table(cfg, stage, size, total, device, gigabytes, rounds):
     """One stage at its true size."""
 
@@ -153,7 +66,7 @@ def step_table(cfg, stage, size, total, device, gigabytes, rounds):
         return train.compute_loss(model, *batch, OPTIONS, stage == 2)[0]
 
     counts = {
-        how: {n: plan.count(cfg, stage, loss, (n, *size), how) for n in (1, 2)}
+        how: {n: plan.count(cfg, stage, loss, (n, *size), checkpointing=how) for n in (1, 2)}
         for how in ("none", "selective", "full")
     }
     found = plan.settings(counts, 1, gigabytes, total)
@@ -173,25 +86,13 @@ def step_table(cfg, stage, size, total, device, gigabytes, rounds):
         f"product reaches {peak / 1e12:.3g} TFLOP/s",
         flush=True,
     )
-    memory = memory_by_part(model, step, device)
-    print(
-        "  GiB: "
-        + ", ".join(f"{k} {v:.1f}" for k, v in memory.items())
-        + f"; planned {planned / plan.GIB:.1f}"
-    )
-    flops = counts[how][1]["flops"] * batch_size
+    print(f"  planned {planned / plan.GIB:.1f} GiB")
+    flops = counts[how][1].flops * batch_size
     whole, spread = seconds(step, device, rounds)
     print(
         f"  {'whole step':34s}{whole:9.3f} s, spread {spread:.0%}, {batch_size / whole:.2f} clips/s, "
         f"{flops / whole / 1e12:.3g} TFLOP/s, MFU {flops / whole / peak:.0%}",
         flush=True,
-    )
-    with Attentions() as seen:
-        step()
-    print("  attention: " + ", ".join(f"{n} x {name}" for name, n in seen.found.most_common()))
-    print(f"  the host waits for the device at: {host_waits(step, device)}")
-    print(
-        "  time: " + ", ".join(f"{k} {v:.0%}" for k, v in shares(step, device).items()), flush=True
     )
     ours = None
     for name, call in variants(model, stage, batch, (raw, encoders)).items():
@@ -211,14 +112,6 @@ def step_table(cfg, stage, size, total, device, gigabytes, rounds):
             ),
             flush=True,
         )
-    model.stage, model.checkpoint_activations = stage, how
-    train.compile_blocks(model)
-    took, spread = seconds(step, device, rounds)
-    print(
-        f"  {'whole step, compiled':34s}{took:9.3f} s, spread {spread:.0%}, {whole / took:.2f} x as fast, "
-        f"MFU {flops / took / peak:.0%}",
-        flush=True,
-    )
 
 
 def sampling_table(cfg, size, device, rounds, steps=4):
