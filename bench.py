@@ -4,7 +4,7 @@
     train     the same steps timed at a reduced width on a CPU, with their memory
     sample    a guided loop and its decoding, the same way
     data      what the loader delivers at the guide's sizes, and how long a step waits for it
-    scaling   bytes that 1, 2, 4 gloo ranks send per step and when; cost against the number of tokens
+    scaling   bytes that 1, 2, 4 gloo ranks send per step and when
     gpu       the steps and the sampling loop at true size, where there is a GPU: lib/gpu.py
 
 What is compared with what is in lib/variants.py.  All variants of a table are timed in turn in every round, on a CPU in
@@ -12,7 +12,6 @@ seconds of one thread's processor time, and the median is given, so ratios hold 
 
 import argparse
 import json
-import math
 import resource
 import statistics
 import subprocess
@@ -36,7 +35,7 @@ from data import CachedClips, collate, prepare
 from encoders import CLIPVision, UMT5Encoder, WanVAE
 from lib import camera_paths, gpu
 from lib.caches import save_tensors
-from lib.plan import Count, count, example_batch, fake, fake_model, fake_tensors
+from lib.plan import Count, example_batch, fake, fake_model, fake_tensors
 from lib.variants import (
     OPTIONS,
     encode,
@@ -453,8 +452,8 @@ def overlap(trace, width=70):
     )
 
 
-def scaling_table(rounds):
-    """What ranks send, and how cost grows with the number of tokens."""
+def scaling_table():
+    """What ranks send."""
     print(
         "\nscaling: gloo ranks, two micro-steps, one synchronised; from a profiler trace of its backward"
     )
@@ -480,37 +479,6 @@ def scaling_table(rounds):
         )
         for name, line in zip(("backward", "all-reduce"), r["lines"]):
             print(f"    {name:10s} |{line}|")
-    model, rows, tokens, flops = FantasyWorld(SMALL), {}, {}, {}
-    model.set_stage(2)
-    for frames in (21, 41, 81):
-        batch = example_batch(SMALL, 1, frames, *SMALL_SIZE[1:])
-        tokens[frames] = ((frames - 1) // 4 + 1) * SMALL_SIZE[1] * SMALL_SIZE[2] // 256
-        rows[frames] = lambda batch=batch: step(model, batch, True)
-        flops[frames] = counted(rows[frames])[0].flops
-    times = interleaved(rows, rounds)
-    true = {
-        frames: count(
-            PRESETS["1.3b"],
-            2,
-            lambda m, *b: train.compute_loss(m, *b, OPTIONS, True)[0],
-            (1, frames, 592, 336),
-            "none",
-        )["flops"]
-        for frames in (21, 41, 81)
-    }
-    print(
-        "  stage 2, exponent of cost against tokens, 4n + 1 frames of 592 x 336 and of the reduced size:"
-    )
-    for a, b in ((21, 41), (41, 81)):
-
-        def exponent(values, a=a, b=b):
-            return math.log(values[b] / values[a]) / math.log(tokens[b] / tokens[a])
-
-        print(
-            f"    {a} -> {b} frames: FLOPs at true size {exponent(true):.2f}; reduced width: FLOPs "
-            f"{exponent(flops):.2f}, measured time {exponent({k: v[0] for k, v in times.items()}):.2f}",
-            flush=True,
-        )
 
 
 def main():
@@ -528,7 +496,7 @@ def main():
         train=lambda: train_small(args.rounds),
         sample=lambda: sample_table(args.rounds),
         data=data_table,
-        scaling=lambda: scaling_table(args.rounds),
+        scaling=scaling_table,
         gpu=lambda: gpu.tables(PRESETS["1.3b"], TRUE, SMALL, SMALL_SIZE, args.rounds),
     )
     for name in args.parts:
