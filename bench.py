@@ -3,7 +3,7 @@
     work      stages 1 and 2: FLOPs per clip at true size (fake tensors) beside the ideal
     train     the same steps timed at a reduced width on a CPU, with their memory
     sample    a guided loop and its decoding, the same way
-    data      what the loader delivers at the guide's sizes, and how long a step waits for it
+    data      what the loader delivers at the guide's sizes
     scaling   bytes that 1, 2, 4 gloo ranks send per step and when
     gpu       the steps and the sampling loop at true size, where there is a GPU: lib/gpu.py
 
@@ -31,7 +31,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import sample
 import train
-from data import CachedClips, collate, prepare
+from data import CachedClips, collate
 from encoders import CLIPVision, UMT5Encoder, WanVAE
 from lib import camera_paths, gpu
 from lib.caches import save_tensors
@@ -42,7 +42,6 @@ from lib.variants import (
     ideal,
     make_encoders,
     raw_clips,
-    step,
     straightforward_sample,
     variants,
 )
@@ -332,7 +331,7 @@ def processor_seconds():
 
 
 def data_table():
-    """Clips per second of the loader at the guide's sizes, and the share of a reduced step that waits for it."""
+    """Clips per second of the loader at the guide's sizes."""
     print(
         "\ndata: two loader workers, files in the page cache; needed: one H200 at the goal of row 5"
     )
@@ -358,28 +357,6 @@ def data_table():
                 f"cores; an H200 at {share:.0%} of {H200_PEAK / 1e12:.0f} TFLOP/s takes {need:.1f}, {2 / cost / need:.1f} x",
                 flush=True,
             )
-    with tempfile.TemporaryDirectory() as root:
-        clips = write_caches(root, 8, *SMALL_SIZE, SMALL)
-        model = FantasyWorld(SMALL).set_stage(1)
-        loader = iter(
-            torch.utils.data.DataLoader(
-                clips, batch_sampler=[[0, 1]] * 100, collate_fn=collate, num_workers=2
-            )
-        )
-        wait = spent = 0.0
-        for i in range(8):
-            start = time.perf_counter()
-            batch = next(loader)
-            ready = time.perf_counter()
-            b = prepare(batch, 32, torch.device("cpu"))
-            step(model, (b, torch.randn_like(b["latents"]), torch.rand(2), torch.ones(2)), False)
-            if i:  # the first fetch starts the workers
-                wait, spent = wait + ready - start, spent + time.perf_counter() - start
-        print(
-            f"  waiting for the loader: {wait / spent:.2%} of the time of 7 reduced stage 1 steps",
-            flush=True,
-        )
-        del loader
 
 
 # ------------------------------------------------------------------------------------------------------------- scaling
