@@ -387,17 +387,15 @@ def scaling_rank():
                 found["no_sync" if micro == 0 else "bytes"] = sum(sent)
     trained = sum(p.numel() * 4 for p in model.parameters() if p.requires_grad)
     if dist.get_rank() == 0:
-        if len(sys.argv) > 2:
-            trace.export_chrome_trace(sys.argv[2])
         print(json.dumps(dict(found, gradient=trained, buckets=len(sent), **overlap(trace))))
     dist.destroy_process_group()
 
 
-def overlap(trace, width=70):
+def overlap(trace):
     """From the profiler's trace of a backward pass: when its operations ran and when gloo's all-reduces were in flight.
 
     returns  first: share of the computation that is done when the first bucket leaves; hidden: share of the
-             communication's time before the last one does; lines: both as text, `width` characters wide"""
+             communication's time before the last one does"""
     events = [
         (e.name(), e.start_ns(), e.start_ns() + e.duration_ns())
         for e in trace.profiler.kineto_results.events()
@@ -411,20 +409,10 @@ def overlap(trace, width=70):
         max(a for a, _ in calls),
     )  # the last bucket leaves when all gradients are there
 
-    def line(spans, mark):
-        step = (max(b for _, b in work + sent) - begin) / width
-        return "".join(
-            mark
-            if any(a < begin + (i + 1) * step and b > begin + i * step for a, b in spans)
-            else " "
-            for i in range(width)
-        )
-
     edges = sorted({t for span in sent for t in span} | {end})
     flying = [(a, b) for a, b in zip(edges, edges[1:]) if any(s <= a and b <= e for s, e in sent)]
     return dict(
         first=(min(a for a, _ in sent) - begin) / (end - begin),
-        lines=[line(work, "#"), line(sent, "=")],
         hidden=sum(b - a for a, b in flying if b <= end) / sum(b - a for a, b in flying),
     )
 
@@ -454,8 +442,6 @@ def scaling_table():
             f"{r['first']:.0%} of the computation, {r['hidden']:.0%} of the communication during it",
             flush=True,
         )
-        for name, line in zip(("backward", "all-reduce"), r["lines"]):
-            print(f"    {name:10s} |{line}|")
 
 
 def main():
@@ -466,7 +452,7 @@ def main():
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    if args.parts[0] == "rank":  # one rank of scaling_table; `rank FILE` keeps its trace
+    if args.parts[0] == "rank":  # one rank of scaling_table
         return scaling_rank()
     tables = dict(
         work=train_true,
