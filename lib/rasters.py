@@ -1,0 +1,166 @@
+"""Depth pictures that ffmpeg cannot read exactly, told by their first bytes: OpenEXR, PFM, PGM.
+
+EXR is what ViPE and MoGe write: scan lines, one channel of half or single floats, compression none,
+ZIPS or ZIP.  Other kinds are refused by name.  Sources: the OpenEXR file layout document, the PFM
+and Netpbm format descriptions."""
+
+import math
+import re
+import struct
+import zlib
+
+import numpy as np
+
+MAX_PIXELS = 2**26  # of one picture: 8192 x 8192
+
+EXR, PFM, PGM = b"\x76\x2f\x31\x01", b"Pf", b"P5"
+PIXEL_TYPES = {0: np.dtype("<u4"), 1: np.dtype("<f2"), 2: np.dtype("<f4")}
+# Every compression that OpenEXR knows: its name, and the lines of a block where it is read here.
+COMPRESSIONS = [
+    ("none", 1),
+    ("RLE", 0),
+    ("ZIPS", 1),
+    ("ZIP", 16),
+    ("PIZ", 0),
+    ("PXR24", 0),
+    ("B44", 0),
+    ("B44A", 0),
+    ("DWAA", 0),
+    ("DWAB", 0),
+]
+
+
+def is_raster(head):
+    """Whether the first bytes of a file are those of a picture that this file reads."""
+    return head[:4] == EXR or head[:2] in (PFM, PGM)
+
+
+def read_raster(data):
+    """Bytes of an EXR, PFM or PGM file -> (H, W) in its own type: half, single, 8 or 16 bits.
+
+    Raises ValueError that says what the file is and what is read."""
+    try:
+        if data[:4] == EXR:
+            return read_exr(data)
+        return read_pfm(data) if data[:2] == PFM else read_pgm(data)
+    except (struct.error, IndexError, zlib.error, UnicodeDecodeError) as error:
+        raise ValueError(f"the file is cut short or damaged ({error})") from None
+
+
+def check_size(height, width):
+    if not (0 < height <= 2**16 and 0 < width <= 2**16 and height * width <= MAX_PIXELS):
+        raise ValueError(f"a picture of {height}x{width}; at most {MAX_PIXELS:,} pixels are read")
+
+
+# --- OpenEXR -------------------------------------------------------------------------------------
+def exr_header(data):
+    """Attributes name -> bytes of a scan-line file, and where the table of its blocks begins."""
+    version = struct.unpack_from("<i", data, 4)[0]
+    for flag, name in ((0x200, "tiles"), (0x800, "deep pixels"), (0x1000, "several parts")):
+        if version & flag:
+            raise ValueError(f"an EXR file of {name}; only scan lines of one part are read")
+    attributes, at = {}, 8
+    while data[at]:
+        name_end = data.index(b"\0", at)
+        type_end = data.index(b"\0", name_end + 1)
+        size = struct.unpack_from("<i", data, type_end + 1)[0]
+        start = type_end + 5
+        if size < 0 or start + size > len(data) or len(attributes) > 200:
+            raise ValueError("an EXR header that does not fit the file")
+        attributes[data[at:name_end].decode("latin-1")] = data[start : start + size]
+        at = start + size
+    return attributes, at + 1
+
+
+def exr_channels(chlist):
+    """[(name, dtype)] in the order of a scan line."""
+    channels, at = [], 0
+    while chlist[at]:
+        end = chlist.index(b"\0", at)
+        kind, _, across, down = struct.unpack_from("<iB3x2i", chlist, end + 1)
+        if kind not in PIXEL_TYPES or (across, down) != (1, 1):
+            raise ValueError("an EXR channel of an unknown type, or one that is subsampled")
+        channels.append((chlist[at:end].decode("latin-1"), PIXEL_TYPES[kind]))
+        at = end + 17
+    return channels
+
+
+def unpredicted(data):
+    """What ZIP and ZIPS do before deflating, undone: differences of bytes, interleaved halves."""
+    deltas = np.frombuffer(data, np.uint8).astype(np.int64)
+    plain = (np.cumsum(deltas) - 128 * np.arange(len(deltas))).astype(np.uint8)
+    half = (len(plain) + 1) // 2
+    out = np.empty_like(plain)
+    out[0::2], out[1::2] = plain[:half], plain[half:]
+    return out.tobytes()
+
+
+def read_exr(data):
+    attributes, at = exr_header(data)
+    missing = {"channels", "compression", "dataWindow"} - set(attributes)
+    if missing:
+        raise ValueError(f"an EXR file without {', '.join(sorted(missing))}")
+    channels = exr_channels(attributes["channels"])
+    names = [name for name, _ in channels]
+    chosen = names[0] if len(names) == 1 else "Z"
+    if chosen not in names:
+        raise ValueError(f"an EXR file with channels {names[:8]}; wanted Z, or one channel alone")
+    kind = attributes["compression"][0]
+    name, lines = COMPRESSIONS[kind] if kind < len(COMPRESSIONS) else (f"number {kind}", 0)
+    if not lines:
+        raise ValueError(f"EXR compression {name}; none, ZIPS and ZIP are read: save it again")
+    left, top, right, bottom = struct.unpack("<4i", attributes["dataWindow"])
+    height, width = bottom - top + 1, right - left + 1
+    check_size(height, width)
+    stride = width * sum(dtype.itemsize for _, dtype in channels)
+    before = width * sum(dtype.itemsize for _, dtype in channels[: names.index(chosen)])
+    dtype = dict(channels)[chosen]
+    out = np.zeros((height, width), dtype)
+    blocks = math.ceil(height / lines)
+    for place in struct.unpack_from(f"<{blocks}Q", data, at):
+        first, size = struct.unpack_from("<2i", data, place)
+        rows = min(lines, bottom + 1 - first)
+        body = data[place + 8 : place + 8 + size]
+        if not top <= first <= bottom or len(body) != size:
+            raise ValueError("an EXR block that does not fit the file")
+        if name != "none" and size < rows * stride:
+            inflater = zlib.decompressobj()
+            body = unpredicted(inflater.decompress(body, rows * stride))
+        if len(body) != rows * stride:
+            raise ValueError("an EXR block of another length than its lines")
+        for row in range(rows):
+            start = row * stride + before
+            out[first - top + row] = np.frombuffer(body, dtype, width, start)
+    return out
+
+
+# --- PFM and PGM ---------------------------------------------------------------------------------
+def read_pfm(data):
+    """One channel of floats, bottom line first; the sign of the scale tells the order of bytes."""
+    match = re.match(rb"Pf\s+(\d+)\s+(\d+)\s+([-+.\deE]+)\s", data[:100])
+    if not match:
+        raise ValueError("not a PFM file of one channel")
+    width, height, scale = int(match[1]), int(match[2]), float(match[3])
+    check_size(height, width)
+    body = data[match.end() :]
+    if len(body) != 4 * width * height:
+        raise ValueError(f"a PFM file of {height}x{width} that holds {len(body):,} bytes")
+    order = "<f4" if scale < 0 else ">f4"
+    return np.frombuffer(body, order).reshape(height, width)[::-1].astype(np.float32)
+
+
+def read_pgm(data):
+    """Binary grey, 8 or 16 bits (most significant byte first); comments are skipped."""
+    match = re.match(
+        rb"P5(?:\s+|#[^\n]*\n)+(\d+)(?:\s+|#[^\n]*\n)+(\d+)(?:\s+|#[^\n]*\n)+(\d+)\s", data[:4096]
+    )
+    if not match:
+        raise ValueError("not a binary PGM file")
+    width, height, most = (int(match[n]) for n in (1, 2, 3))
+    check_size(height, width)
+    dtype = np.dtype(">u2" if most > 255 else "u1")
+    body = data[match.end() :]
+    if not 0 < most < 65536 or len(body) < dtype.itemsize * width * height:
+        raise ValueError(f"a PGM file of {height}x{width}, values to {most}, cut short")
+    image = np.frombuffer(body, dtype, width * height).reshape(height, width)
+    return image.astype(image.dtype.newbyteorder("="))
