@@ -1,19 +1,26 @@
-"""FantasyWorld: a frozen Wan2.1 video DiT plus a trainable geometry branch; one forward gives velocity, depth, points
-and cameras.  Sources: Wan 2.1 (video branch), VGGT 2025 (geometry blocks, heads), FantasyWorld 2025 (arXiv 2509.21657).
+"""FantasyWorld: a frozen Wan video DiT plus a trainable geometry branch.
 
-    prompt, start image, rays -> dit.embed -> PCB: dit blocks 0 .. num_pcb-1   (stage 2: + camera adapter i)
-                                                | bridge: D -> C, + camera and register tokens, + pose embedding
-                                                v
-    IRG step i:  frame block  ->  dit block attention | global block attention
-                                  <-  bidirectional exchange (stage 2)  ->
-                                  dit block FFN       | global block MLP        -> tap: concat(frame, global)
-                                                |                                        |
-                                             velocity                       depth, points, cameras (heads)
+One forward gives velocity, depth, points and cameras (docs/architecture.svg is the same picture):
 
-Shapes: B batch, T = 4(f-1)+1 pixel frames, (f, h, w) token grid, N = f*h*w video tokens, P = 5 + h*w geometry tokens
-of one latent frame, D video width, C geometry width.  Latents (B, 16, f, 2h, 2w); video (B, 3, T, 16h, 16w).
-Flow matching: sigma in [0, 1], 1 = noise; x_sigma = (1-sigma) x0 + sigma noise; velocity = noise - x0; t = 1000 sigma.
-Stages: 0 trains the video branch alone (demo only), 1 trains bridge + geometry, 2 adds camera adapters + exchange."""
+    prompt, start image, rays -> dit.embed
+                                    |
+                                   PCB        dit blocks 0 .. num_pcb-1; stage 2: + camera adapter i
+                                    |------------------- bridge: D -> C, + camera and register
+                                    |                       |    tokens, + pose embedding
+    IRG step i:     dit block's attention half  |  frame block, global block's attention half
+                             <- exchange, both ways (stage 2) ->
+                    dit block's FFN half        |  global block's MLP half
+                                    |                       |    layer output: frame + global block
+                                velocity            depth, points, cameras (heads)
+
+Shapes: B batch, T = 4(f-1)+1 pixel frames, (f, h, w) token grid, N = f*h*w video tokens,
+P = 5 + h*w geometry tokens of one latent frame, D video width, C geometry width.
+Latents (B, 16, f, 2h, 2w); video (B, 3, T, 16h, 16w).
+Flow matching: sigma in [0, 1], 1 = noise; x_sigma = (1 - sigma) x0 + sigma noise;
+velocity = noise - x0; t = 1000 sigma.
+Stages: 0 trains the video branch alone (it made the demo's), 1 trains bridge and geometry branch,
+2 adds camera adapters and exchange.  Sources: Wan 2.1 (video branch), VGGT 2025 (geometry blocks,
+heads), FantasyWorld 2025 (arXiv 2509.21657)."""
 
 import argparse
 from contextlib import nullcontext
@@ -39,7 +46,15 @@ from geometry import (
     plucker_rays,
     rope_2d,
 )
-from wan import WanDiT, attention, cast_matrices, rope_3d, rotate_pairs, timestep_embedding
+from wan import (
+    VideoConditions,
+    WanDiT,
+    attention,
+    cast_matrices,
+    rope_3d,
+    rotate_pairs,
+    timestep_embedding,
+)
 
 try:
     from torch.utils.checkpoint import create_selective_checkpoint_contexts
@@ -68,9 +83,8 @@ class Config:
     geo_heads: int = 11
     bridge_layers: int = 2
     bridge_width: int = 320
-    layer_scale: float = (
-        0.1  # 0.01 for released / VGGT weights; at 1.0 the camera head did not learn
-    )
+    # 0.01 for released and VGGT weights; at 1.0 the camera head did not learn from scratch
+    layer_scale: float = 0.1
     pose_hidden: int = 640
     irg_dim: int = 1152
     irg_heads: int = 12
@@ -83,17 +97,11 @@ class Config:
     camera_layers: int = 4
     camera_iterations: int = 4
     head_chunk: int = 16  # pixel frames that a DPT head fuses at once
-    released: bool = (
-        False  # the released weights: their quirks and their camera module (lib/released.py)
-    )
+    # the released weights: their quirks and their camera module (released.py)
+    released: bool = False
     true_rays: bool = False  # released: true per-pixel rays in place of the ones it was trained on
-    ray_sizes: tuple = (
-        384,
-        768,
-        5120,
-        2560,
-        2048,
-    )  # released: widths of the ray encoder, features last
+    # released: widths of the ray encoder, features last
+    ray_sizes: tuple = (384, 768, 5120, 2560, 2048)
     adapter_sizes: tuple = (25, 1024, 409)  # released: adapted blocks, hidden widths of an adapter
     # ablations: what is switched off is not built, so checkpoints, counts and gradients lack it too
     exchange: str = "both"  # of the IRG steps: both, to_geometry, to_video (one way) or none
@@ -104,59 +112,30 @@ class Config:
         return self.num_layers - self.num_pcb
 
 
+# fmt: off
 PRESETS = {
     "1.3b": Config(),
     "14b": Config(
-        dim=5120,
-        ffn_dim=13824,
-        num_layers=40,
-        in_dim=36,
-        has_control=False,
-        num_pcb=16,
-        geo_dim=1024,
-        geo_heads=16,
-        bridge_layers=0,
-        layer_scale=0.01,
-        pose_hidden=128,
-        taps=(23, 17, 11, 7),
-        dpt_channels=(256, 512, 1024, 1024),
-        dpt_features=256,
-        camera_dim=2048,
-        camera_heads=16,
+        dim=5120, ffn_dim=13824, num_layers=40, in_dim=36, has_control=False, num_pcb=16,
+        geo_dim=1024, geo_heads=16, bridge_layers=0, layer_scale=0.01, pose_hidden=128,
+        taps=(23, 17, 11, 7), dpt_channels=(256, 512, 1024, 1024), dpt_features=256,
+        camera_dim=2048, camera_heads=16,
     ),
-    # The demo's widths: both stages learn in minutes on two CPU cores.  Same classes, small numbers.
+    # The demo's widths: both stages learn in minutes on two CPU cores.
     "demo": Config(
-        dim=128,
-        ffn_dim=384,
-        num_layers=8,
-        in_dim=32,
-        head_dim=32,
-        text_dim=64,
-        text_len=16,
-        freq_dim=64,
-        has_clip=False,
-        num_pcb=4,
-        geo_dim=128,
-        geo_heads=4,
-        bridge_layers=2,
-        bridge_width=64,
-        pose_hidden=128,
-        irg_dim=96,
-        irg_heads=3,
-        taps=(0, 1, 2, 3),
-        dpt_channels=(16, 24, 32, 48),
-        dpt_features=24,
-        dpt_tail=8,
-        camera_dim=96,
-        camera_heads=3,
+        dim=128, ffn_dim=384, num_layers=8, in_dim=32, head_dim=32, text_dim=64, text_len=16,
+        freq_dim=64, has_clip=False, num_pcb=4, geo_dim=128, geo_heads=4, bridge_layers=2,
+        bridge_width=64, pose_hidden=128, irg_dim=96, irg_heads=3, taps=(0, 1, 2, 3),
+        dpt_channels=(16, 24, 32, 48), dpt_features=24, dpt_tail=8, camera_dim=96, camera_heads=3,
         camera_layers=2,
     ),
 }
+# fmt: on
 
 
-# ----------------------------------------------------------------------------------------- interaction (stage 2)
+# ------------------------------------------------------------------------- interaction (stage 2)
 class CameraAdapter(nn.Module):
-    """Shift of the video tokens before one PCB block from the camera of their latent frame; starts at zero."""
+    """Shift of video tokens before a PCB block by the camera of their frame; starts at zero."""
 
     def __init__(self, geo_dim, video_dim):
         super().__init__()
@@ -165,9 +144,11 @@ class CameraAdapter(nn.Module):
         nn.init.zeros_(self.linear.bias)
 
     def forward(self, x, pose_embedding, keep):
-        """x (B, f*h*w, D), pose_embedding (B, f, C), keep (B, 1, 1)."""
+        """x (B, f*h*w, D), pose_embedding (B, f, C), keep (B, 1, 1) -> x, and nothing to add later.
+
+        The release's adapter has the same interface, and acts inside the attention instead."""
         shift = self.linear(F.silu(pose_embedding)) * keep  # (B, f, D)
-        return x + shift.repeat_interleave(x.shape[1] // shift.shape[1], 1)
+        return x + shift.repeat_interleave(x.shape[1] // shift.shape[1], 1), None
 
 
 class ExchangeProjections(nn.Module):
@@ -194,8 +175,10 @@ class ExchangeProjections(nn.Module):
 
 
 class BiCrossAttention(nn.Module):
-    """Bidirectional video <-> geometry attention between the halves of both blocks: one score matrix, normalised
-    along either direction; both streams are updated from the same pair; the gates start at zero."""
+    """Bidirectional video <-> geometry attention between the halves of both blocks.
+
+    One score matrix is normalised along either direction.  Both streams are updated from the same
+    pair, and the gates start at zero: stage 2 begins as stage 1 ended."""
 
     def __init__(self, video_dim, geo_dim, dim, heads, ways="both"):
         super().__init__()
@@ -221,9 +204,9 @@ class BiCrossAttention(nn.Module):
         return x, z
 
 
-# ---------------------------------------------------------------------------------------------------- flow matching
+# ---------------------------------------------------------------------------------- flow matching
 def shift_sigma(s, shift=5.0):
-    """Uniform s in [0, 1] -> sigma = shift s / (1 + (shift-1) s): more of the steps at high noise."""
+    """Uniform s in [0, 1] -> sigma = shift s / (1 + (shift-1) s): more steps at high noise."""
     return shift * s / (1 + (shift - 1) * s)
 
 
@@ -232,7 +215,7 @@ def flow_matching_loss(velocity, latents, noise):
     return (velocity.float() - (noise - latents).float()).square().flatten(1).mean(1)
 
 
-# ---------------------------------------------------------------------------------------- activation checkpointing
+# ----------------------------------------------------------------------- activation checkpointing
 CHECKPOINTING = ("none", "selective", "attention", "full")
 
 KEEP_ABOVE = 4096  # FLOPs per byte
@@ -249,14 +232,16 @@ ATTENTION_OPS = {
 
 
 def keep_costly(linear, ctx, op, *args, **kwargs):
-    """Policy of "selective": keep what costs more than KEEP_ABOVE FLOPs per byte to compute again, recompute the rest.
+    """Policy of "selective": keep what costs over KEEP_ABOVE FLOPs per byte to compute again.
 
-    Attention over n keys costs 4 n FLOPs per output value, a linear layer 2 in_features.  In bf16 at the 1.3B sizes that
-    keeps attention among all tokens of a clip (9,000 to 33,000) and the second layer of every MLP (5,632 and 8,960), and
-    recomputes the other layers (1,152 to 1,536), attention to text and inside a latent frame (1,024 to 1,564), and
-    everything elementwise.  "attention" (linear False) keeps attention alone: at 14B widths every linear layer is above
-    the limit.  "full" keeps the input of a block only, "none" everything.  The DPT heads, whose maps at half resolution
-    are the largest tensors of all, run in chunks of frames and are recomputed unless it is "none"."""
+    Attention over n keys costs 4 n FLOPs per output value, a linear layer 2 in_features.  In bf16
+    at the 1.3B sizes that keeps attention among all tokens of a clip (9,000 to 33,000) and the
+    second layer of every MLP (5,632 and 8,960).  It recomputes the other layers (1,152 to 1,536),
+    attention to text and inside a latent frame (1,024 to 1,564), and everything elementwise.
+    "attention" (linear False) keeps attention alone: at 14B widths every linear layer is above the
+    limit.  "full" keeps the input of a block only, "none" everything.  The DPT heads, whose maps at
+    half resolution are the largest tensors of all, run in chunks of frames and are recomputed
+    unless it is "none"."""
     packet = op.overloadpacket
     if packet in ATTENTION_OPS:
         cost = 4 * args[1].shape[-2] / args[0].element_size()
@@ -268,7 +253,7 @@ def keep_costly(linear, ctx, op, *args, **kwargs):
 
 
 def recompute(how, function, *args):
-    """function(*args), whose activations backward computes again: in part (selective, attention) or all of them (full)."""
+    """function(*args); backward computes its activations again, in part or (full) all of them."""
     if how == "none" or not torch.is_grad_enabled():
         return function(*args)
     policy = partial(keep_costly, how == "selective")
@@ -278,145 +263,162 @@ def recompute(how, function, *args):
     return checkpoint(function, *args, use_reentrant=False, context_fn=contexts)
 
 
-# ---------------------------------------------------------------------------------------------------------- one step
-class Step(nn.Module):
-    """One PCB block, or one IRG step: a video block, a geometry layer and the exchange between their halves.
+# --------------------------------------------------------------------------------------- the steps
+@dataclass(frozen=True)
+class Conditions(VideoConditions):
+    """What does not change with x and t, the camera's part for the geometry branch included."""
 
-    It is recomputed as one in backward, and gathered as one where weights are sharded (lib/sharding.py).  Its parts
-    are FantasyWorld's, under their names in checkpoints; a model keeps its steps in a plain list, so they add none."""
+    pose_embedding: torch.Tensor | None = None  # (B, f, C) of the given poses
+    rays: torch.Tensor | None = None  # (B, N, R) ray features, which the release's adapters read
 
-    def __init__(self, block, adapter=None, frame_block=None, global_block=None, exchange=None):
+
+@dataclass(frozen=True)
+class Ropes:
+    """cos and sin of every attention that is rotated, each (tokens, half of a head's channels)."""
+
+    video: tuple  # (N, .) of the dit blocks
+    frame: tuple  # (h*w, .) inside a latent frame
+    clip: tuple  # (f*h*w, .) over the whole clip
+    exchange_x: tuple  # (N, .) video side of the exchange
+    exchange_z: tuple  # (f*P, .) geometry side: its special tokens are not rotated
+
+
+@dataclass(frozen=True)
+class Shared:
+    """What all steps of one forward have in common."""
+
+    modulation: torch.Tensor  # (B, 6, D) shift, scale, gate of attention, then of the FFN
+    modulation_z: torch.Tensor  # (B, 6, C) the same for the geometry blocks
+    ropes: Ropes
+    frames: int  # f, latent frames
+    camera: torch.Tensor | None  # what the camera adapters read; None before stage 2
+    keep: torch.Tensor | float  # (B, 1, 1) 0/1: 0 hides the clip's camera
+    exchange: bool  # whether the branches meet: stage 2
+    recompute: str  # of CHECKPOINTING
+
+
+class PCBStep(nn.Module):
+    """One block of the PCB with its camera adapter.
+
+    A step is what backward recomputes as one, and what is gathered as one where weights are sharded
+    (lib/distributed.py).  Its parts are FantasyWorld's, under their names in checkpoints; a model
+    keeps its steps in plain lists, so they add no names."""
+
+    def __init__(self, block, adapter):
+        super().__init__()
+        self.block, self.adapter = block, adapter
+
+    def forward(self, x, conditions, i, shared):
+        """Video tokens x (B, N, D) -> the same shape; i: the place of its keys."""
+        with torch.no_grad():  # out here: recomputation would compute them twice
+            keys = conditions.keys_of(i, self.block)
+        return recompute(shared.recompute, self.run, x, keys, shared)
+
+    def run(self, x, keys, shared):
+        x, inside = adapted(self.adapter, x, shared)
+        return self.block(x, shared.modulation, keys, shared.ropes.video, inside)
+
+
+class IRGStep(nn.Module):
+    """A video block and a geometry layer side by side, and the exchange between their halves."""
+
+    def __init__(self, block, adapter, frame_block, global_block, exchange):
         super().__init__()
         self.block, self.adapter, self.exchange = block, adapter, exchange
         self.frame_block, self.global_block = frame_block, global_block
 
-    def forward(self, x, z, given, how="none"):
-        """Video tokens x (B, N, D), or None for geometry alone; geometry tokens z (B, f*P, C), None in the PCB.
+    def forward(self, x, z, conditions, i, shared):
+        """One step of both branches.
 
-        given    what all steps share: rows, text, image (or keys), ropes of the video; rows_z, frames of the geometry;
-                 camera: what the camera adapters read, keep: (B, 1, 1) 0/1; exchange: whether the branches meet
-        returns  x, z and the tap (B, f*P, 2C): frame block and global block side by side, None in the PCB"""
-        keys = given["keys"]
-        if (
-            keys is None and x is not None
-        ):  # out here: inside, checkpointing would compute them twice
-            with torch.no_grad():
-                keys = self.block.cross_attn.keys_values(given["text"], given["image"])
-        return recompute(how, self.run, x, z, given, keys)
+        x        (B, N, D)     video tokens, or None: geometry alone
+        z        (B, f*P, C)   geometry tokens
+        returns  x, z, and the layer's output for the heads (B, f*P, 2C): frame and global block"""
+        with torch.no_grad():
+            keys = None if x is None else conditions.keys_of(i, self.block)
+        return recompute(shared.recompute, self.run, x, z, keys, shared)
 
-    def run(self, x, z, given, keys):
-        rows, rows_z, ropes, inside = given["rows"], given["rows_z"], given["ropes"], None
-        if self.adapter is not None and given["camera"] is not None:
-            if isinstance(self.adapter, CameraAdapter):
-                x = self.adapter(x, given["camera"], given["keep"])
-            else:  # the release's sits inside the cross-attention
-                inside = partial(self.adapter, rays=given["camera"], keep=given["keep"])
-        if self.frame_block is None:
-            return self.block(x, rows, keys, ropes["video"], inside), None, None
-        z_frame = self.frame_block(z, rows_z, given["frames"], ropes["frame"])
-        z = self.global_block.attend(z_frame, rows_z, 1, ropes["global"])
+    def run(self, x, z, keys, shared):
+        modulation, ropes = shared.modulation_z, shared.ropes
+        z_frame = self.frame_block(z, modulation, shared.frames, ropes.frame)  # (B, f*P, C)
+        z = self.global_block.attend(z_frame, modulation, 1, ropes.clip)
         if x is not None:
-            x = self.block.attend(x, rows, keys, ropes["video"], inside)
-            if self.exchange is not None and given["exchange"]:
-                x, z = self.exchange(x, z, ropes["exchange_x"], ropes["exchange_z"])
-            x = self.block.feed_forward(x, rows)
-        z = self.global_block.feed_forward(z, rows_z)
+            x, inside = adapted(self.adapter, x, shared)
+            x = self.block.attend(x, shared.modulation, keys, ropes.video, inside)
+            if self.exchange is not None and shared.exchange:
+                x, z = self.exchange(x, z, ropes.exchange_x, ropes.exchange_z)
+            x = self.block.feed_forward(x, shared.modulation)
+        z = self.global_block.feed_forward(z, modulation)
         return x, z, torch.cat([z_frame, z], -1)
 
 
-# --------------------------------------------------------------------------------------------------- FantasyWorld
+def adapted(adapter, x, shared):
+    """x with the camera's shift, and what is left to do inside the attention, or None."""
+    if adapter is None or shared.camera is None:
+        return x, None
+    return adapter(x, shared.camera, shared.keep)
+
+
+# ------------------------------------------------------------------------------------ FantasyWorld
 class FantasyWorld(nn.Module):
-    """Frozen WanDiT (`dit`) + trainable geometry branch.  `set_stage(n)` decides what trains and what runs."""
+    """Frozen WanDiT (`dit`) + trainable geometry branch.
+
+    set_stage(n) decides what trains and what runs; checkpoint_activations is one of
+    CHECKPOINTING."""
 
     def __init__(self, cfg, dit=None):
         super().__init__()
-        self.cfg, self.stage, self.checkpoint_activations = (
-            cfg,
-            2,
-            "none",
-        )  # or another of CHECKPOINTING
+        check_config(cfg)
+        self.cfg, self.stage = cfg, 2
+        self.checkpoint_activations = "none"
         n, C, D = cfg.geo_layers, cfg.geo_dim, cfg.dim
-        if max(cfg.taps) >= n:
-            raise ValueError(f"taps {cfg.taps}: this model has geometry layers 0 .. {n - 1}")
-        if cfg.exchange not in ("both", "to_geometry", "to_video", "none"):
-            raise ValueError(
-                f"exchange = {cfg.exchange!r}; wanted both, to_geometry, to_video or none"
-            )
-        self.dit = dit or WanDiT(
-            D,
-            cfg.ffn_dim,
-            cfg.num_layers,
-            cfg.in_dim,
-            cfg.head_dim,
-            cfg.text_dim,
-            cfg.text_len,
-            cfg.freq_dim,
-            cfg.has_clip,
-            cfg.has_control,
-        )
+        self.dit = dit or WanDiT(**{name: getattr(cfg, name) for name in WanDiT.SIZES})
         self.bridge = LatentBridge(D, C, cfg.bridge_layers, cfg.bridge_width, cfg.layer_scale)
-        # timestep -> rows of every geometry block; zero at the start, so that a block starts as the plain one
+        # The timestep modulates every geometry block.  Zero at the start: a block begins as the
+        # plain one.
         self.time_embedding = nn.Sequential(nn.Linear(cfg.freq_dim, C), nn.SiLU(), nn.Linear(C, C))
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(C, 6 * C))
         nn.init.zeros_(self.time_projection[1].weight)
         nn.init.zeros_(self.time_projection[1].bias)
-        self.camera_token = nn.Parameter(
-            1e-6 * torch.randn(1, 2, 1, C)
-        )  # [first frame, all others]
+        # Two sets of special tokens: of the first frame, and of all others.
+        self.camera_token = nn.Parameter(1e-6 * torch.randn(1, 2, 1, C))
         self.register_token = nn.Parameter(1e-6 * torch.randn(1, 2, NUM_SPECIAL - 1, C))
         self.pose_encoder = PoseEncoder(cfg.pose_hidden, C)
-        self.frame_blocks = nn.ModuleList(
-            GeoBlock(C, cfg.geo_heads, cfg.layer_scale) for _ in range(n)
+        self.frame_blocks, self.global_blocks = (
+            nn.ModuleList(GeoBlock(C, cfg.geo_heads, cfg.layer_scale) for _ in range(n))
+            for _ in range(2)
         )
-        self.global_blocks = nn.ModuleList(
-            GeoBlock(C, cfg.geo_heads, cfg.layer_scale) for _ in range(n)
-        )
-        self.depth_head, self.point_head = (
-            DPTHead(
-                2 * C,
-                out,
-                cfg.dpt_channels,
-                cfg.dpt_features,
-                cfg.dpt_tail,
-                cfg.released,
-                cfg.head_chunk,
-            )
-            for out in (2, 4)
-        )
-        self.camera_head = CameraHead(
-            2 * C,
-            cfg.camera_dim,
-            cfg.camera_heads,
-            cfg.layer_scale,
-            cfg.camera_layers,
-            cfg.camera_iterations,
-            cfg.released,
-        )
+        tail = (cfg.dpt_channels, cfg.dpt_features, cfg.dpt_tail, cfg.released, cfg.head_chunk)
+        self.depth_head = DPTHead(2 * C, 2, *tail)
+        self.point_head = DPTHead(2 * C, 4, *tail)
+        sizes = (cfg.camera_dim, cfg.camera_heads, cfg.layer_scale, cfg.camera_layers)
+        self.camera_head = CameraHead(2 * C, *sizes, cfg.camera_iterations, cfg.released)
         if cfg.released:
             self.ray_encoder = released.RayEncoder(cfg.ray_sizes)
-            self.camera_adapters = nn.ModuleList(
-                released.AttentionAdapter(D, cfg.ray_sizes[-1], *cfg.adapter_sizes[1:])
-                for _ in range(cfg.adapter_sizes[0])
-            )
-        else:
-            self.camera_adapters = nn.ModuleList(
-                CameraAdapter(C, D) for _ in range(cfg.num_pcb if cfg.camera_adapters else 0)
-            )
+        self.camera_adapters = self.make_adapters()
         self.exchange = nn.ModuleList(
             BiCrossAttention(D, C, cfg.irg_dim, cfg.irg_heads, cfg.exchange)
             for _ in range(n if cfg.exchange != "none" else 0)
         )
-        parts, pcb = (self.frame_blocks, self.global_blocks, self.exchange), cfg.num_pcb
-        self.steps = [
-            Step(
-                block,
-                *(
-                    p[j] if 0 <= j < len(p) else None
-                    for p, j in zip((self.camera_adapters, *parts), (i, i - pcb, i - pcb, i - pcb))
-                ),
-            )
-            for i, block in enumerate(self.dit.blocks)
-        ]
+        self.pcb, self.irg = self.make_steps()
+
+    def make_adapters(self):
+        cfg = self.cfg
+        if cfg.released:
+            count, *hidden = cfg.adapter_sizes
+            sizes = (cfg.dim, cfg.ray_sizes[-1], *hidden)
+            return nn.ModuleList(released.AttentionAdapter(*sizes) for _ in range(count))
+        count = cfg.num_pcb if cfg.camera_adapters else 0
+        return nn.ModuleList(CameraAdapter(cfg.geo_dim, cfg.dim) for _ in range(count))
+
+    def make_steps(self):
+        """The PCB's steps and the IRG's, in order.  What a config switches off is None there."""
+        n = self.cfg.num_pcb
+        blocks = list(self.dit.blocks)
+        adapters = [*self.camera_adapters, *[None] * len(blocks)][: len(blocks)]
+        exchange = self.exchange if len(self.exchange) else [None] * self.cfg.geo_layers
+        pcb = [PCBStep(block, adapter) for block, adapter in zip(blocks[:n], adapters)]
+        parts = zip(blocks[n:], adapters[n:], self.frame_blocks, self.global_blocks, exchange)
+        return pcb, [IRGStep(*part) for part in parts]
 
     @classmethod
     def from_released(
@@ -425,9 +427,11 @@ class FantasyWorld(nn.Module):
         """Build from the release's tensors, used as they are; every size is read off their shapes.
 
         sd              the release's model.pth, name -> tensor
-        wan_state_dict  Wan2.1-I2V-14B-480P in its official names, for the video tensors that sd lacks
-        dit_heads, irg_heads, camera_heads, taps   as in released.sizes; 40, 12, 16, (23, 17, 11, 7) in the release
-        Errors: ValueError for missing, unexpected or misshapen tensors."""
+        wan_state_dict  Wan2.1-I2V-14B-480P in its official names, for the video tensors that sd
+                        lacks
+        dit_heads, irg_heads, camera_heads, taps   as in released.sizes; in the release 40, 12, 16
+                        and (23, 17, 11, 7)
+        Raises ValueError for missing, unexpected or misshapen tensors."""
         shapes, base = (
             {k: tuple(v.shape) for k, v in d.items()} for d in (sd, wan_state_dict or {})
         )
@@ -470,11 +474,10 @@ class FantasyWorld(nn.Module):
     TRAINED[2] = TRAINED[1] + ("camera_adapters", "irg")
 
     def set_stage(self, stage):
-        """Toggle requires_grad: 0 video branch alone, 1 geometry branch, 2 geometry branch + interaction."""
+        """Toggle requires_grad: 0 video branch, 1 geometry branch, 2 geometry and interaction."""
         if stage not in self.TRAINED:
-            raise ValueError(
-                f"stage = {stage}: wanted 0 (video branch), 1 (geometry) or 2 (geometry + interaction)"
-            )
+            wanted = "must be 0 (video branch), 1 (geometry) or 2 (geometry + interaction)"
+            raise ValueError(f"stage is {stage}, {wanted}")
         self.stage = stage
         for name, members in self.groups().items():
             for member in members:
@@ -497,7 +500,7 @@ class FantasyWorld(nn.Module):
         return {name: sum(map(size, members)) for name, members in self.groups().items()}
 
     def trainable_state_dict(self):
-        """name -> tensor of what the current stage trains (and the release's dead ones): the content of a checkpoint."""
+        """What a checkpoint holds: tensors that this stage trains, and the release's dead ones."""
         return {
             name: p.detach()
             for name, p in self.named_parameters()
@@ -506,54 +509,69 @@ class FantasyWorld(nn.Module):
 
     # ---- forward
     def geometry_tokens(self, x, grid, pose_embedding, keep):
-        """PCB output (B, N, D) -> [camera, registers, patches] of every latent frame (B, f*P, C)."""
-        f, h, w = grid
+        """PCB output (B, N, D) -> [camera, registers, patches] of each frame, (B, f*P, C)."""
+        f = grid[0]
         patches = rearrange(self.bridge(x, f), "b (f n) c -> b f n c", f=f)
-        first_then_rest = (
-            torch.arange(f, device=x.device) > 0
-        ).long()  # made on the device: no wait
-        camera = self.camera_token[:, first_then_rest].expand(len(x), -1, -1, -1)  # (B, f, 1, C)
+        later = (torch.arange(f, device=x.device) > 0).long()  # made on the device: no wait
+        camera = self.camera_token[:, later].expand(len(x), -1, -1, -1)  # (B, f, 1, C)
         if pose_embedding is not None:
             camera = camera + (pose_embedding * keep)[:, :, None]
-        registers = self.register_token[:, first_then_rest].expand(len(x), -1, -1, -1)
-        return (
-            torch.cat([camera, registers.to(camera.dtype), patches.to(camera.dtype)], 2)
-            .flatten(1, 2)
-            .float()
-        )
+        registers = self.register_token[:, later].expand(len(x), -1, -1, -1)
+        tokens = [camera, registers.to(camera.dtype), patches.to(camera.dtype)]
+        return torch.cat(tokens, 2).flatten(1, 2).float()
 
     def rays(self, w2c, K, size):
-        """The ray map (B, 6, T, H, W) that this model is conditioned on; arguments as geometry.plucker_rays."""
+        """This model's kind of ray map (B, 6, T, H, W); arguments as plucker_rays."""
         quirk = self.cfg.released and not self.cfg.true_rays
         return released.constant_rays(w2c, K, size) if quirk else plucker_rays(w2c, K, size)
-
-    def ray_features(self, plucker):
-        """Rays (B, 6, T, H, W) or None -> (B, N, R) for the release's camera module; None without one, or without rays."""
-        return (
-            self.ray_encoder(plucker)
-            if self.cfg.released and self.stage == 2 and plucker is not None
-            else None
-        )
 
     def ropes(self, grid, device):
         f, h, w = grid
         cfg = self.cfg
         geo_dim, irg_dim = cfg.geo_dim // cfg.geo_heads, cfg.irg_dim // cfg.irg_heads
-        return dict(
+        return Ropes(
             video=self.dit.rope(grid, device),
             frame=rope_2d(1, h, w, geo_dim, device),
-            **{"global": rope_2d(f, h, w, geo_dim, device)},
+            clip=rope_2d(f, h, w, geo_dim, device),
             exchange_x=rope_3d(f, h, w, irg_dim, 0, device),
             exchange_z=rope_3d(f, h, w, irg_dim, NUM_SPECIAL, device),
         )
 
+    def conditions(self, context, clip=None, plucker=None, poses=None):
+        """Prompt, CLIP tokens, rays and poses as steps read them; each makes its own keys."""
+        with torch.no_grad():  # nothing trainable lies upstream
+            video = vars(self.dit.conditions(context, clip, plucker))
+        pose_embedding = rays = None
+        if self.cfg.released:
+            if self.stage == 2 and plucker is not None:
+                rays = self.ray_encoder(plucker)
+        elif poses is not None:
+            pose_embedding = self.pose_encoder(poses)
+        return Conditions(**video, pose_embedding=pose_embedding, rays=rays)
+
     @torch.no_grad()
     def constants(self, context, clip=None, plucker=None, poses=None):
-        """What does not change with x and t, for forward(constants=...): a sampler computes it once per video."""
-        return dict(
-            self.dit.constants(context, clip, plucker),
-            pose_embedding=None if poses is None or self.cfg.released else self.pose_encoder(poses),
-            rays=self.ray_features(plucker),
+        """conditions with all keys, for forward(constants=...): made once per sampled video."""
+        return self.conditions(context, clip, plucker, poses).with_keys(self.dit.blocks)
+
+    def shared(self, t, grid, conditions, keep):
+        """What the steps have in common, for timesteps t (B,) and a token grid."""
+        device = self.camera_token.device
+        with torch.no_grad():
+            e, modulation = self.dit.modulation(t)
+        with torch.autocast(device.type, enabled=False):
+            embedding = timestep_embedding(t.to(device), self.cfg.freq_dim)
+            rows = self.time_projection(self.time_embedding(embedding))
+        camera = conditions.rays if self.cfg.released else conditions.pose_embedding
+        return e, Shared(
+            modulation=modulation,
+            modulation_z=rows.unflatten(1, (6, -1)),
+            ropes=self.ropes(grid, device),
+            frames=grid[0],
+            camera=camera if self.stage == 2 else None,
+            keep=1.0 if keep is None else keep.float().view(-1, 1, 1),
+            exchange=self.stage == 2,
+            recompute=self.checkpoint_activations,
         )
 
     def forward(
@@ -567,126 +585,103 @@ class FantasyWorld(nn.Module):
         poses=None,
         heads=True,
         video=True,
-        pose_keep=None,
+        keep=None,
         constants=None,
     ):
-        """x, t, context, y, clip, plucker: as WanDiT.forward.
+        """Velocity and geometry of noisy latents; x, t, context, y, clip, plucker as
+        WanDiT.forward.
 
         poses      (B, T, 9)   pose encodings relative to frame 0, scene units; None = not given
-        heads      False skips depth, points and cameras;  video False skips the video tail and the exchange
-                   (stage 1 training: no loss there has a gradient) and returns velocity None
-        pose_keep  (B,) 0/1    0 hides the clip's camera everywhere, exactly as plucker=None, poses=None would
-        constants              of the method of that name: then context, clip, plucker and poses are not read
-        returns    dict: velocity (B, 16, f, h, w); depth, depth_conf, points_conf (B, T, H, W); points (B, T, H, W, 3)
-                   in the first camera's frame, scene units; pose_enc (iterations, B, T, 9), last refinement last"""
+        heads                  False skips depth, points and cameras
+        video                  False skips the video tail and the exchange (stage 1 training: no
+                               loss there has a gradient) and returns velocity None
+        keep       (B,) 0/1    0 hides the clip's camera, exactly as plucker=None, poses=None would
+        constants              of that method: then context, clip, plucker and poses are not read
+        returns    dict        velocity (B, 16, f, h, w); depth, depth_conf, points_conf (B, T, H,
+                               W); points (B, T, H, W, 3) in the first camera's frame, scene units;
+                               pose_enc (iterations, B, T, 9), last refinement last
+        Raises ValueError for video=False where the exchange trains."""
         if self.stage == 0:
-            return dict(velocity=self.dit(x, t, context, y, clip, plucker, pose_keep, constants))
+            return dict(velocity=self.dit(x, t, context, y, clip, plucker, keep, constants))
         if not video and self.stage == 2 and torch.is_grad_enabled():
             raise ValueError("video=False leaves the exchange of stage 2 without a gradient")
-        dit, cfg = self.dit, self.cfg
-        keep = None if pose_keep is None else pose_keep.float().view(-1, 1, 1)
-        if constants:
-            pose_embedding, rays = constants["pose_embedding"], constants["rays"]
-        else:
-            pose_embedding = (
-                None if poses is None or cfg.released else self.pose_encoder(poses)
-            )  # (B, f, C)
-            rays = self.ray_features(plucker)
-        pose_weight = 1.0 if keep is None else keep
-        with torch.no_grad():  # nothing trainable lies upstream
-            e, rows = dit.modulation(t)
-            text, image = (None, None) if constants else dit.embed_context(context, clip)
-            x, grid = dit.embed(
-                x, y, constants["control"] if constants else dit.control(plucker), pose_keep
-            )
+        conditions = constants or self.conditions(context, clip, plucker, poses)
+        with torch.no_grad():
+            x, grid = self.dit.embed(x, y, conditions.control, keep)  # (B, N, D), (f, h, w)
+        e, shared = self.shared(t, grid, conditions, keep)
 
-        with torch.autocast(x.device.type, enabled=False):
-            rows_z = self.time_projection(
-                self.time_embedding(timestep_embedding(t.to(x.device), cfg.freq_dim))
-            )
-        camera = None if self.stage != 2 else rays if cfg.released else pose_embedding
-        given = dict(
-            rows=rows,
-            text=text,
-            image=image,
-            ropes=self.ropes(grid, x.device),
-            rows_z=rows_z.unflatten(1, (6, -1)),
-            frames=grid[0],
-            camera=camera,
-            keep=pose_weight,
-            exchange=self.stage == 2,
-        )
-
-        def take(step, i, *tokens):
-            given["keys"] = constants["keys"][i] if constants else None
-            return step(*tokens, given, self.checkpoint_activations)
-
-        n, taps = cfg.num_pcb, {}
+        # In stage 1 nothing upstream of the bridge trains, so the PCB keeps nothing for backward.
         with nullcontext() if self.stage == 2 else torch.no_grad():
-            for i, step in enumerate(self.steps[:n]):
-                x, _, _ = take(step, i, x, None)
-        z = self.geometry_tokens(x, grid, pose_embedding, pose_weight)
-        x = x if video else None
-        for i, step in enumerate(self.steps[n:]):
-            x, z, tap = take(step, n + i, x, z)
-            if heads and (i in cfg.taps or i == cfg.geo_layers - 1):
-                taps[i] = tap
-        out = dict(velocity=dit.unpatchify(dit.head(x, e), grid) if video else None)
-        if heads:
-            out.update(self.read_out(taps, grid))
-        return out
+            for i, step in enumerate(self.pcb):
+                x = step(x, conditions, i, shared)  # (B, N, D)
+        z = self.geometry_tokens(x, grid, conditions.pose_embedding, shared.keep)  # (B, f*P, C)
 
-    def read_out(self, taps, grid):
-        """Geometry heads on the tapped layers."""
+        read = {*self.cfg.taps, self.cfg.geo_layers - 1} if heads else set()
+        x, outputs = x if video else None, {}
+        for layer, step in enumerate(self.irg):
+            x, z, layer_output = step(x, z, conditions, len(self.pcb) + layer, shared)
+            if layer in read:  # the others are freed at once
+                outputs[layer] = layer_output  # (B, f*P, 2C)
+
+        out = dict(velocity=self.dit.unpatchify(self.dit.head(x, e), grid) if video else None)
+        return {**out, **self.read_out(outputs, grid)} if heads else out
+
+    def read_out(self, outputs, grid):
+        """Geometry heads on layer -> output (B, f*P, 2C)."""
         f = grid[0]
-        taps = {i: rearrange(tap, "b (f p) c -> b f p c", f=f) for i, tap in taps.items()}
-        maps = [taps[i][:, :, NUM_SPECIAL:] for i in self.cfg.taps]
-        recompute = self.checkpoint_activations != "none"
-        depth, depth_conf = activate_depth(self.depth_head(maps, grid, recompute))
-        points, points_conf = activate_points(self.point_head(maps, grid, recompute))
-        cameras = self.camera_head(taps[self.cfg.geo_layers - 1][:, :, 0])
+        frames = {i: rearrange(z, "b (f p) c -> b f p c", f=f) for i, z in outputs.items()}
+        maps = [frames[i][:, :, NUM_SPECIAL:] for i in self.cfg.taps]  # (B, f, h*w, 2C) each
+        camera = frames[self.cfg.geo_layers - 1][:, :, 0]  # (B, f, 2C)
+        again = self.checkpoint_activations != "none"
+        depth, depth_conf = activate_depth(self.depth_head(maps, grid, again))
+        points, points_conf = activate_points(self.point_head(maps, grid, again))
         return dict(
             depth=depth,
             depth_conf=depth_conf,
             points=points,
             points_conf=points_conf,
-            pose_enc=cameras,
+            pose_enc=self.camera_head(camera),
         )
 
 
+def check_config(cfg):
+    """ValueError for what cannot be built."""
+    if max(cfg.taps) >= cfg.geo_layers:
+        last = cfg.geo_layers - 1
+        raise ValueError(f"taps {cfg.taps}: this model has geometry layers 0 .. {last}")
+    if cfg.exchange not in ("both", "to_geometry", "to_video", "none"):
+        wanted = "wanted both, to_geometry, to_video or none"
+        raise ValueError(f"exchange = {cfg.exchange!r}; {wanted}")
+
+
 def half_geometry(model, dtype):
-    """The same for the geometry branch, when nothing trains: what autocast would cast at every call is cast once."""
+    """half_precision of the geometry branch, when nothing trains: cast once, not at every call."""
     ends = [head.scratch.output_conv2[2] for head in (model.depth_head, model.point_head)]
     return cast_matrices(
         model, dtype, [model.dit, model.time_embedding, model.time_projection, *ends]
     )
 
 
-# --------------------------------------------------------------------------------------------------- command line
-GUIDE = dict(
-    wan=1616.3,
-    bridge=5,
-    geodit=900,
-    heads=50,
-    pose_encoder=1,
-    tokens=0.01,
-    camera_adapters=30,
-    irg=200,
-)
+# ----------------------------------------------------------------------------------- command line
+# Millions of parameters in the training guide's table.
+GUIDE = dict(wan=1616.3, bridge=5, geodit=900, heads=50, pose_encoder=1, tokens=0.01)
+GUIDE |= dict(camera_adapters=30, irg=200)
 
 
 def parameter_table(preset):
-    """Rows of the guide's table (millions of parameters) beside ours; counted on the meta device."""
+    """Rows of the guide's table beside ours, in millions; counted on the meta device."""
     with torch.device("meta"):
         model = FantasyWorld(PRESETS[preset])
     ours = {k: v / 1e6 for k, v in model.count_parameters().items()}
     lines = [
-        f"{'millions of parameters':24s}{'ours':>10s}{'guide':>10s}{'ours/guide':>12s}   stage 1   stage 2"
+        f"{'millions of parameters':24s}{'ours':>10s}{'guide':>10s}{'ours/guide':>12s}   stage 1  "
+        " stage 2"
     ]
     for name, count in ours.items():
         state = ["train" if name in FantasyWorld.TRAINED[stage] else "frozen" for stage in (1, 2)]
         lines.append(
-            f"{name:24s}{count:10.2f}{GUIDE[name]:10.2f}{count / GUIDE[name]:12.2f}   {state[0]:8s}  {state[1]}"
+            f"{name:24s}{count:10.2f}{GUIDE[name]:10.2f}{count / GUIDE[name]:12.2f}   "
+            f"{state[0]:8s}  {state[1]}"
         )
     for stage, guide in ((1, 956.0), (2, 1186.0)):
         total = sum(ours[name] for name in FantasyWorld.TRAINED[stage])

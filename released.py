@@ -1,20 +1,28 @@
-"""The released FantasyWorld weights (Wan2.1 variant): their camera module, their tensor names, and VGGT's.
+"""The released FantasyWorld weights (Wan2.1 variant): camera module, tensor names, and VGGT's.
 
-The release's modules are ours under other names, but for its camera module: a Pluecker encoder, and one adapter inside
-the cross-attention of each of video blocks 0 .. 24.  Its quirks are kept, behind Config.released, as its weights expect
-them:
+The release's modules are ours under other names, but for its camera module: a Pluecker encoder, and
+one adapter inside the cross-attention of each of video blocks 0 .. 24.  Its quirks are kept, behind
+Config.released, as its weights expect them:
 
-    ray map          intrinsics scaled twice: one ray a frame, the top-left pixel's          constant_rays, below
-    camera adapter   called adaLN, but a pure shift; added before the output projection      AttentionAdapter, below
-    camera head      latent frames become pixel frames group by group, not in time order;    geometry.CameraHead
-                     only the first one passes the token norm; refinement starts from zero
-    DPT heads        the skip of a residual unit is clipped by an in-place ReLU; ReLU tail   geometry.ResidualConvUnit
-    dead tensors     CamTokenProjector, modulation of the camera trunk: kept, never used     dead, below
+    ray map          intrinsics scaled twice: one ray a frame, the top-left pixel's.
+                     constant_rays, below
+    camera adapter   called adaLN, but a pure shift; added before the output projection.
+                     AttentionAdapter, below
+    camera head      latent frames become pixel frames group by group, not in time order; only the
+                     first one passes the token norm; refinement starts from zero.
+                     geometry.CameraHead
+    DPT heads        the skip of a residual unit is clipped by an in-place ReLU; ReLU tail.
+                     geometry.ResidualConvUnit
+    dead tensors     CamTokenProjector, modulation of the camera trunk: kept, never used.
+                     dead, below
 
-Sources: FantasyWorld 2025 (arXiv 2509.21657) and its release of 26 Feb 2026; AC3D 2024 (ray encoder); VGGT 2025.
-Shapes: B clips, T = 4f - 3 pixel frames, (f, h, w) token grid, N = f*h*w video tokens, D video width, R ray width."""
+Sources: FantasyWorld 2025 (arXiv 2509.21657) and its release of 26 Feb 2026; AC3D 2024 (ray
+encoder); VGGT 2025.
+Shapes: B clips, T = 4f - 3 pixel frames, (f, h, w) token grid, N = f*h*w video tokens, D video
+width, R ray width."""
 
 import re
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -24,13 +32,15 @@ from torch import nn
 from geometry import plucker_rays
 
 
-# ------------------------------------------------------------------------------------------------- the camera module
+# -------------------------------------------------------------------------------- the camera module
 def constant_rays(w2c, K, size):
-    """The release's ray map: plucker_rays of intrinsics that were multiplied by (W, H) a second time.
+    """The release's ray map: plucker_rays of intrinsics that were multiplied by (W, H) a second
+    time.
 
-    Column u then looks through pixel coordinate u/W, row v through v/H: the footprint of the top-left pixel is spread
-    over the whole frame, so that only the pose is told.  Arguments and result as geometry.plucker_rays; the principal
-    point is put in the middle, as by the pose encoding that the release goes through."""
+    Column u then looks through pixel coordinate u/W, row v through v/H: the footprint of the
+    top-left pixel is spread over the whole frame, so that only the pose is told.  Arguments and
+    result as geometry.plucker_rays; the principal point is put in the middle, as by the pose
+    encoding that the release goes through."""
     height, width = size
     K = K.clone()
     K[..., 0, 2], K[..., 1, 2] = width / 2, height / 2
@@ -38,13 +48,14 @@ def constant_rays(w2c, K, size):
 
 
 def halve_time(x):
-    """Average frames in pairs, (B, T, ...) -> (B, ceil(T/2), ...); an odd clip keeps its first frame alone."""
+    """Average frames in pairs, (B, T, ...) -> (B, ceil(T/2), ...); an odd first frame stays."""
     first, rest = x[:, : x.shape[1] % 2], x[:, x.shape[1] % 2 :]
     return torch.cat([first, rest.unflatten(1, (-1, 2)).mean(2)], 1)
 
 
 class RayEncoder(nn.Module):
-    """Ray map at pixel rate (B, 6, T, H, W) -> one feature per video token (B, N, R).  Source: AC3D 2024.
+    """Ray map at pixel rate (B, 6, T, H, W) -> one feature per video token (B, N, R).  Source: AC3D
+    2024.
 
     sizes  (first, second, width, hidden, R): 384, 768, 5120, 2560, 2048 in the release"""
 
@@ -83,9 +94,11 @@ class RayEncoder(nn.Module):
 
 
 class AttentionAdapter(nn.Module):
-    """Shift of a block's cross-attention, before its output projection, by the ray features; starts at zero.
+    """Shift of a block's cross-attention, before its output projection, by the ray features; starts
+    at zero.
 
-    attended (B, N, D) text + image attention, rays (B, N, R), keep (B, 1, 1) 0/1: 0 hides the camera."""
+    attended (B, N, D) text + image attention, rays (B, N, R), keep (B, 1, 1) 0/1: 0 hides the
+    camera."""
 
     def __init__(self, dim, ray_dim, hidden, shift_hidden):
         super().__init__()
@@ -102,12 +115,16 @@ class AttentionAdapter(nn.Module):
         nn.init.zeros_(self.v_proj["group2"][2].weight)
         nn.init.zeros_(self.v_proj["group2"][2].bias)
 
-    def forward(self, attended, rays, keep=1.0):
+    def forward(self, x, rays, keep=1.0):
+        """x as it came, and what to do inside the attention; one interface with CameraAdapter."""
+        return x, partial(self.shift, rays, keep)
+
+    def shift(self, rays, keep, attended):
         seen = self.k_proj["group1"](rays) + self.k_proj["group2"](attended)  # (B, N, R)
         return attended + keep * self.v_proj["group2"](seen)
 
 
-# -------------------------------------------------------------------------------------------------------------- names
+# -------------------------------------------------------------------------------------------- names
 def dead(name):
     """Whether one of our parameters belongs to the release but reaches no output."""
     return name.startswith("pose_encoder.") or bool(
@@ -127,25 +144,23 @@ HOME = {
 
 
 def release_name(name, num_pcb):
-    """The release's name of one of our tensors: every block with two branches is kept in an IRGBlock there."""
+    """The release's name of one of our tensors: its IRGBlock holds both branches of a step."""
     block = re.match(r"(dit\.blocks|camera_adapters|exchange|global_blocks)\.(\d+)\.(.+)", name)
     if not block:
         prefix = next((p for p in HOME if name.startswith(p)), "")
         return HOME.get(prefix, "vggt.") + name[len(prefix) :]
     kind, i, inner = block[1], int(block[2]), block[3]
-    if kind in ("exchange", "global_blocks"):
-        return f"IRGBlock.{i}.{dict(exchange='bicross_attention', global_blocks='x_agg')[kind]}.{inner}"
+    beside_video = dict(exchange="bicross_attention", global_blocks="x_agg")
+    if kind in beside_video:
+        return f"IRGBlock.{i}.{beside_video[kind]}.{inner}"
     inner = f"cross_attn.processor.{inner}" if kind == "camera_adapters" else inner
     return (
         f"pipe.dit.blocks.{i}.{inner}" if i < num_pcb else f"IRGBlock.{i - num_pcb}.x_dit.{inner}"
     )
 
 
-ENCODERS = (
-    "pipe.text_encoder.",
-    "pipe.image_encoder.",
-    "pipe.vae.",
-)  # frozen; they come from the Wan folder
+# The frozen encoders may travel in the file; they come from the Wan folder.
+ENCODERS = ("pipe.text_encoder.", "pipe.image_encoder.", "pipe.vae.")
 
 
 def is_release(names):
@@ -158,65 +173,69 @@ def count(names, prefix):
     return max((1 + int(m[1]) for m in found if m), default=0)
 
 
+def shape_reader(release, base, num_pcb):
+    """name -> shape in the release, or else in the base; ValueError where both lack it."""
+
+    def shape(name):
+        video = name.replace("IRGBlock.0.x_dit", f"blocks.{num_pcb}").replace("pipe.dit.", "")
+        found = release.get(name) or base.get(video)
+        if found:
+            return found
+        hint = ""
+        if not (base or name.startswith("vggt")):
+            hint = (
+                "; without --wan_dir (the folder of Wan2.1-I2V-14B-480P) the file must hold the "
+                "video branch too"
+            )
+        first = f"(its first names are {list(release)[:3]})"
+        raise ValueError(f"not a whole FantasyWorld release: {name} is missing{hint} {first}")
+
+    return shape
+
+
+def check_heads(name, heads, width, usual):
+    """ValueError unless a width splits into so many heads (None: heads of the usual width)."""
+    if heads is None and width % usual:
+        raise ValueError(f"width {width} has no heads of {usual} channels; give {name}=")
+    if heads is not None and width % heads:
+        raise ValueError(f"{name} = {heads} does not divide the width {width}")
+
+
+def usual_taps(steps):
+    """Last, 3/4, 1/2 and 1/3 of the depth, finest level first."""
+    return (
+        steps - 1,
+        max(3 * steps // 4 - 1, 0),
+        max(steps // 2 - 1, 0),
+        max(steps // 3 - 1, 0),
+    )
+
+
 def sizes(release, base=None, dit_heads=None, irg_heads=None, camera_heads=None, taps=None):
     """Fields of model.Config that these tensors have.
 
-    release   name -> shape   the release's model.pth, whole or without the frozen video tensors
-    base      name -> shape   the Wan2.1 DiT that it was trained on (official names), for what release lacks
-    heads     numbers of attention heads; None: the release's head widths 128, 96 and 128 (40, 12, 16 heads there)
-    taps      geometry layers read by the DPT heads, finest level first; None: last, 3/4, 1/2, 1/3 of the depth
-    Errors: ValueError when it is another model's file."""
+    release  name -> shape  the release's model.pth, whole or without the frozen video tensors
+    base     name -> shape  the Wan2.1 DiT it was trained on, for what release lacks
+    heads                   numbers of attention heads; None: the release's head widths 128, 96 and
+                            128 (40, 12 and 16 heads there)
+    taps                    geometry layers that the DPT heads read; None: usual_taps
+    Raises ValueError when it is another model's file."""
     if any(name.startswith("pipe.dit.control_adapter.") for name in release):
         raise ValueError(
             "this is a file of the release's Wan2.2 variant; only the Wan2.1 one is supported"
         )
     base, steps = base or {}, count(release, "IRGBlock.")
     num_pcb = count(base, "blocks.") - steps if base else count(release, "pipe.dit.blocks.")
-
-    def shape(name):
-        video = name.replace("IRGBlock.0.x_dit", f"blocks.{num_pcb}").replace("pipe.dit.", "")
-        found = release.get(name) or base.get(video)
-        if not found:
-            raise ValueError(
-                f"not a whole FantasyWorld release: {name} is missing"
-                + (
-                    ""
-                    if name.startswith("vggt") or base
-                    else "; without --wan_dir (the folder of Wan2.1-I2V-14B-480P) "
-                    "the file must hold the video branch too"
-                )
-                + f" (its first names are {list(release)[:3]})"
-            )
-        return found
-
+    shape = shape_reader(release, base, num_pcb)
     dim, in_dim = shape("pipe.dit.patch_embedding.weight")[:2]
-    geo_dim, camera_dim = (
-        shape("vggt.projection_head.weight")[0],
-        shape("vggt.camera_head.token_norm.weight")[0],
-    )
-    (irg_dim,) = shape("IRGBlock.0.bicross_attention.cross_attn.m1_proj.bias")
-    encoder, adapter = "camera_condition.pose_encoder.", "pipe.dit.blocks.0.cross_attn.processor."
-    conv = (
-        "controlnet_encode_first.0",
-        "controlnet_encode_second.0",
-        "patch_embedding",
-        "fc.0",
-        "fc.3",
-    )
-    per_head = dict(
-        dit_heads=(dit_heads, dim, 128),
-        irg_heads=(irg_heads, irg_dim, 96),
-        camera_heads=(camera_heads, camera_dim, 128),
-    )
-    for name, (n, width, usual) in per_head.items():
-        if width % (n or usual):
-            raise ValueError(
-                f"width {width} has no heads of {usual} channels; give {name}="
-                if n is None
-                else f"{name} = {n} does not divide the width {width}"
-            )
-    return dict(
-        released=True,
+    geo_dim = shape("vggt.projection_head.weight")[0]
+    camera_dim = shape("vggt.camera_head.token_norm.weight")[0]
+    irg_dim = shape("IRGBlock.0.bicross_attention.cross_attn.m1_proj.bias")[0]
+    check_heads("dit_heads", dit_heads, dim, 128)
+    check_heads("irg_heads", irg_heads, irg_dim, 96)
+    check_heads("camera_heads", camera_heads, camera_dim, 128)
+    clip = ("IRGBlock.0.x_dit.cross_attn.k_img.weight", "img_emb.proj.1.weight")
+    video = dict(
         dim=dim,
         in_dim=in_dim,
         ffn_dim=shape("IRGBlock.0.x_dit.ffn.0.weight")[0],
@@ -225,45 +244,49 @@ def sizes(release, base=None, dit_heads=None, irg_heads=None, camera_heads=None,
         head_dim=dim // dit_heads if dit_heads else 128,
         text_dim=shape("pipe.dit.text_embedding.0.weight")[1],
         freq_dim=shape("pipe.dit.time_embedding.0.weight")[1],
-        has_clip="IRGBlock.0.x_dit.cross_attn.k_img.weight" in release
-        or "img_emb.proj.1.weight" in base,
+        has_clip=clip[0] in release or clip[1] in base,
         has_control=False,
+    )
+    geometry = dict(
+        released=True,
         geo_dim=geo_dim,
         bridge_layers=0,
         layer_scale=0.01,
         geo_heads=geo_dim // shape("vggt.aggregator.frame_blocks.0.attn.q_norm.weight")[0],
-        pose_hidden=shape("vggt.aggregator.CamTokenProjector.mlp.0.weight")[0],
         irg_dim=irg_dim,
         irg_heads=irg_heads or irg_dim // 96,
-        taps=tuple(
-            taps
-            or (
-                steps - 1,
-                max(3 * steps // 4 - 1, 0),
-                max(steps // 2 - 1, 0),
-                max(steps // 3 - 1, 0),
-            )
-        ),
+        camera_dim=camera_dim,
+        camera_heads=camera_heads or camera_dim // 128,
+        taps=tuple(taps or usual_taps(steps)),
+    )
+    return {**video, **geometry, **head_sizes(release, shape)}
+
+
+def head_sizes(release, shape):
+    """Fields of the heads and of the camera module."""
+    encoder, adapter = "camera_condition.pose_encoder.", "pipe.dit.blocks.0.cross_attn.processor."
+    first, second = "controlnet_encode_first.0", "controlnet_encode_second.0"
+    layers = (first, second, "patch_embedding", "fc.0", "fc.3")
+    adapted = sum(name.endswith(".processor.k_proj.group1.bias") for name in release)
+    hidden = [shape(f"{adapter}{kind}_proj.group2.0.bias")[0] for kind in "kv"]
+    return dict(
+        pose_hidden=shape("vggt.aggregator.CamTokenProjector.mlp.0.weight")[0],
         dpt_channels=tuple(shape(f"vggt.depth_head.projects.{i}.bias")[0] for i in range(4)),
         dpt_features=shape("vggt.depth_head.scratch.output_conv1.weight")[1],
         dpt_tail=shape("vggt.depth_head.scratch.output_conv2.0.weight")[0],
-        camera_dim=camera_dim,
-        camera_heads=camera_heads or camera_dim // 128,
         camera_layers=count(release, "vggt.camera_head.trunk."),
-        ray_sizes=tuple(shape(f"{encoder}{name}.bias")[0] for name in conv),
-        adapter_sizes=(
-            sum(name.endswith(".processor.k_proj.group1.bias") for name in release),
-            shape(adapter + "k_proj.group2.0.bias")[0],
-            shape(adapter + "v_proj.group2.0.bias")[0],
-        ),
+        ray_sizes=tuple(shape(f"{encoder}{layer}.bias")[0] for layer in layers),
+        adapter_sizes=(adapted, *hidden),
     )
 
 
 def match(own, release, base, num_pcb, where="this release"):
-    """Where each of our tensors comes from: our name -> (True, release's name) or (False, name in the base).
+    """Where each of our tensors comes from.
 
-    own, release, base   name -> shape.   ValueError unless every tensor of ours is found in one shape, and every other
-    name is used too (the base may hold what the release replaces; the release may hold the frozen encoders)."""
+    own, release, base  name -> shape
+    returns             our name -> (True, release's name) or (False, name in the base)
+    Raises ValueError unless every tensor of ours is found in one shape and every other name is
+    used.  The base may hold what the release replaces; the release may hold the encoders."""
     names = {k: release_name(k, num_pcb) for k in own}
     plan, wrong = {}, []
     for k, name in names.items():
@@ -278,38 +301,38 @@ def match(own, release, base, num_pcb, where="this release"):
     extra += [f"{k} (of the Wan folder)" for k in base if f"dit.{k}" not in own]
     if missing or extra or wrong:
         raise ValueError(
-            f"{where}: {len(missing)} tensors missing {missing[:3]}, {len(extra)} unexpected {extra[:3]}, "
-            f"{len(wrong)} of another shape {wrong[:3]}; a truncated file, another model, or another base "
-            f"than Wan2.1-I2V-14B-480P?"
+            f"{where}: {len(missing)} tensors missing {missing[:3]}, {len(extra)} unexpected "
+            f"{extra[:3]}, {len(wrong)} of another shape {wrong[:3]}; a truncated file, another "
+            f"model, or another base than Wan2.1-I2V-14B-480P?"
         )
     return plan
 
 
-# --------------------------------------------------------------------------------------------------------------- VGGT
+# --------------------------------------------------------------------------------------------- VGGT
+VGGT_NAMES = r"aggregator\.(?:frame|global)_blocks\.(\d+)\.|aggregator\.(?:camera|register)_token$"
+
+
 def is_vggt(names):
     return any(name.startswith("aggregator.frame_blocks.") for name in names)
 
 
 def from_vggt(vggt, own, layers):
-    """Which tensors of VGGT-1B start a stage 1 model of `layers` geometry layers: our name -> VGGT's, left-over names.
+    """Which tensors of VGGT-1B start a stage 1 model of `layers` geometry layers.
 
-    vggt, own   name -> shape.   The first k = layers frame and global blocks and the tokens must fit; the camera head is
-    taken when its width fits.  The image encoder, the other heads and deeper blocks stay behind.   Source: VGGT 2025."""
-    k = min(layers, count(vggt, "aggregator.frame_blocks."))
-    wanted, plan = (
-        re.compile(
-            r"aggregator\.(?:frame|global)_blocks\.(\d+)\.|aggregator\.(?:camera|register)_token$"
-        ),
-        {},
-    )
+    vggt, own  name -> shape
+    returns    our name -> VGGT's, and the names that stay behind
+    The first frame and global blocks and the tokens must fit; the camera head is taken when its
+    width fits.  The image encoder, the other heads and deeper blocks stay.  Source: VGGT 2025."""
+    k, plan = min(layers, count(vggt, "aggregator.frame_blocks.")), {}
     for name in vggt:
-        found, ours = wanted.match(name), name.removeprefix("aggregator.")
+        found, ours = re.match(VGGT_NAMES, name), name.removeprefix("aggregator.")
         if found and (found[1] is None or int(found[1]) < k):
             if own.get(ours) != vggt[name]:
+                width = vggt["aggregator.camera_token"][-1]
                 raise ValueError(
-                    f"VGGT's {name} is {vggt[name]}, this model's {own.get(ours)}; blocks and tokens fit "
-                    f"geo_dim = {vggt['aggregator.camera_token'][-1]} with heads of 64 channels: "
-                    f'--model_overrides=\'{{"geo_dim": 1024, "geo_heads": 16}}\''
+                    f"VGGT's {name} is {vggt[name]}, this model's {own.get(ours)}; blocks and "
+                    f"tokens fit geo_dim = {width} with heads of 64 channels: "
+                    '--model_overrides=\'{"geo_dim": 1024, "geo_heads": 16}\''
                 )
             plan[ours] = name
     camera = [name for name in vggt if name.startswith("camera_head.")]

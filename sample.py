@@ -12,6 +12,7 @@ import json
 import pathlib
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -160,11 +161,11 @@ def generate(
     if clip is not None:
         clip = clip.expand(len(contexts), -1, -1)
     constants = model.constants(contexts, clip, model.rays(w2c, K, size), encode_pose(w2c, K, size))
-    first = dict(
-        constants, keys=[[(k[:1], v[:1]) for k, v in block] for block in constants["keys"]]
+    first = replace(
+        constants, keys=[[(k[:1], v[:1]) for k, v in block] for block in constants.keys]
     )
-    second = dict(
-        constants, keys=[[(k[1:], v[1:]) for k, v in block] for block in constants["keys"]]
+    second = replace(
+        constants, keys=[[(k[1:], v[1:]) for k, v in block] for block in constants.keys]
     )
     passes, seen, count = [constants], {}, itertools.count(1)
 
@@ -172,7 +173,7 @@ def generate(
         return model(x, t, None, y, constants=first, video=model.stage == 2)
 
     def velocity(x, t, given):
-        x, t = (z.expand(len(given["keys"][0][0][0]), *z.shape[1:]) for z in (x, t))
+        x, t = (z.expand(len(given.keys[0][0][0]), *z.shape[1:]) for z in (x, t))
         image = None if y is None else y.expand(len(x), *y.shape[1:])
         if model.stage == 2:
             return model(x, t, None, image, heads=False, constants=given)["velocity"]

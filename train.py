@@ -253,7 +253,7 @@ def compute_loss(model, b, noise, sigma, pose_keep, options, video):
         clip=b.get("clip"),
         plucker=b["plucker"],
         poses=b["pose_enc"],
-        pose_keep=pose_keep,
+        keep=pose_keep,
         video=video,
     )
     loss, parts, per_clip = torch.zeros((), device=x.device), {}, {}

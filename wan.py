@@ -1,12 +1,28 @@
-"""The Wan 2.1 video DiT family as one class: frozen, its attribute names are the official checkpoint keys."""
+"""The Wan 2.1 video DiT family as one class: frozen, its attribute names are the official
+checkpoint keys."""
 
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
+
+class LatentGrid(NamedTuple):
+    """How a video becomes latents and tokens: the outside numbers of the Wan family."""
+
+    channels: int = 16
+    time: int = 4  # pixel frames of a latent frame, but for the first, which is alone
+    space: int = 8  # pixels of a latent, each way
+    patch: int = 2  # latents of a token, each way
+
+
+LATENT = LatentGrid()
+
+# Relatives that are refused by name: the first letters of a tensor name that gives them away.
 UNSUPPORTED = {
     "img_emb.emb_pos": "first-and-last-frame conditioning (FLF2V)",
     "vace_": "VACE",
@@ -24,10 +40,12 @@ def timestep_embedding(t, dim):
 
 @lru_cache(maxsize=16)
 def rope_3d(f, h, w, head_dim, num_special, device):
-    """cos, sin (f*(num_special + h*w), head_dim/2) fp32 of the time | row | column rotation of interleaved pairs.
+    """cos, sin (f*(num_special + h*w), head_dim/2) fp32 of the time | row | column rotation of
+    interleaved pairs.
 
-    Each axis owns head_dim - 4*(head_dim//6), 2*(head_dim//6), 2*(head_dim//6) channels and its own spectrum
-    10000^(-2j/d).  num_special leading tokens of every frame are not rotated at all (exchange, geometry side)."""
+    Each axis owns head_dim - 4*(head_dim//6), 2*(head_dim//6), 2*(head_dim//6) channels and its own
+    spectrum 10000^(-2j/d).  num_special leading tokens of every frame are not rotated at all
+    (exchange, geometry side)."""
     sizes = (head_dim - 4 * (head_dim // 6), 2 * (head_dim // 6), 2 * (head_dim // 6))
     grid = torch.meshgrid(*(torch.arange(n, dtype=torch.float64) for n in (f, h, w)), indexing="ij")
     angles = torch.cat(
@@ -42,7 +60,7 @@ def rope_3d(f, h, w, head_dim, num_special, device):
 
 
 def rotate_pairs(x, cos, sin):
-    """Rotate the interleaved pairs (2j, 2j+1) of the last axis in real arithmetic; x (B, heads, N, d), fp32 out."""
+    """Rotate the interleaved pairs (2j, 2j+1) of x (B, heads, N, d) in real numbers, fp32 out."""
     a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2)
 
@@ -87,7 +105,7 @@ class WanSelfAttention(nn.Module):
 
 
 class WanCrossAttention(nn.Module):
-    """Text, and CLIP image tokens where the family has them: two softmaxes, one query, one output projection."""
+    """Text and, in some families, CLIP image tokens: two softmaxes, one query and output."""
 
     def __init__(self, dim, heads, has_clip):
         super().__init__()
@@ -102,7 +120,7 @@ class WanCrossAttention(nn.Module):
             )
 
     def keys_values(self, text, image):
-        """[(k, v) of the text, then of the image where there is one], (B, L, D) each: the same at every noise level."""
+        """[(k, v) of the text, then of an image], (B, L, D) each: the same at every noise level."""
         pairs = [(self.norm_k(self.k(text)), self.v(text))]
         if self.has_clip:
             pairs.append((self.norm_k_img(self.k_img(image)), self.v_img(image)))
@@ -131,22 +149,23 @@ class WanBlock(nn.Module):
         )
         self.modulation = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
 
-    def attend(self, x, rows, keys, rope, adapter=None):
-        """x (B, N, D) fp32 residual stream; rows (B, 6, D) shift, scale, gate of attention then of the FFN;
-        keys: keys_values of this block's cross-attention; adapter changes its output (released camera module)."""
-        m = (self.modulation + rows).unbind(1)
+    def attend(self, x, modulation, keys, rope, adapter=None):
+        """x (B, N, D) fp32 residual stream; modulation (B, 6, D) shift, scale, gate of attention
+        then of the FFN; keys: keys_values of this block's cross-attention; adapter changes its
+        output (released camera module)."""
+        m = (self.modulation + modulation).unbind(1)
         m = [row[:, None] for row in m]  # (B, 1, D) each
         x = x + m[2] * self.self_attn(self.norm1(x) * (1 + m[1]) + m[0], rope)
         return x + self.cross_attn(self.norm3(x), keys, adapter)
 
-    def feed_forward(self, x, rows):
+    def feed_forward(self, x, modulation):
         shift, scale, gate = (
-            (self.modulation + rows)[:, 3:].unsqueeze(2).unbind(1)
+            (self.modulation + modulation)[:, 3:].unsqueeze(2).unbind(1)
         )  # (B, 1, D) each
         return x + gate * self.ffn(self.norm2(x) * (1 + scale) + shift)
 
-    def forward(self, x, rows, keys, rope, adapter=None):
-        return self.feed_forward(self.attend(x, rows, keys, rope, adapter), rows)
+    def forward(self, x, modulation, keys, rope, adapter=None):
+        return self.feed_forward(self.attend(x, modulation, keys, rope, adapter), modulation)
 
 
 class WanHead(nn.Module):
@@ -189,8 +208,16 @@ class ControlResidual(nn.Module):
         return x + self.conv2(F.relu(self.conv1(x)))
 
 
+def stacked_frames(x):
+    """(B, c, T, H, W) -> (B*f, 4c, H, W), channel c*4 + j: the pixel frames of a latent frame.
+
+    Frame 0 is a latent frame alone and fills its four places."""
+    x = torch.cat([x[:, :, :1].expand(-1, -1, LATENT.time - 1, -1, -1), x], 2)
+    return rearrange(x, "b c (f j) h w -> (b f) (c j) h w", j=LATENT.time)
+
+
 class ControlAdapter(nn.Module):
-    """Wan-Fun's camera control: Pluecker rays at pixel rate (B, 6, T, H, W) -> (B, D, f, h, w), added to the tokens."""
+    """Wan-Fun's camera control: rays (B, 6, T, H, W) -> (B, D, f, h, w), added to the tokens."""
 
     def __init__(self, dim):
         super().__init__()
@@ -198,29 +225,45 @@ class ControlAdapter(nn.Module):
         self.residual_blocks = nn.Sequential(ControlResidual(dim))
 
     def forward(self, plucker):
-        first = plucker[:, :, :1].expand(-1, -1, 3, -1, -1)  # frame 0 fills a latent frame alone
-        x = torch.cat([first, plucker], 2)
-        x = rearrange(x, "b c (f j) h w -> (b f) (c j) h w", j=4)  # (B*f, 24, H, W)
+        x = stacked_frames(plucker)  # (B*f, 24, H, W)
         x = self.residual_blocks(self.conv(F.pixel_unshuffle(x, 8)))
         return rearrange(x, "(b f) d h w -> b d f h w", b=plucker.shape[0])
 
 
+@dataclass(frozen=True)
+class VideoConditions:
+    """What does not change with x and t."""
+
+    text: torch.Tensor  # (B, L, D) embedded prompt
+    image: torch.Tensor | None  # (B, 257, D) embedded CLIP tokens
+    control: torch.Tensor | None  # (B, D, f, h, w) of the rays, added to the tokens
+    keys: tuple | None = None  # of every block: keys_values of its cross-attention
+
+    def keys_of(self, i, block):
+        """Keys and values of block i: kept ones, or made now."""
+        return self.keys[i] if self.keys else block.cross_attn.keys_values(self.text, self.image)
+
+    def with_keys(self, blocks):
+        """The same with the keys of all blocks."""
+        return replace(self, keys=tuple(self.keys_of(i, b) for i, b in enumerate(blocks)))
+
+
 class WanDiT(nn.Module):
-    """Wan2.1 video DiT: noisy latents and conditions -> velocity.  Source: Wan 2.1; Wan-Fun for the control adapter."""
+    """Wan2.1 video DiT: noisy latents and conditions -> velocity.  Sources: Wan 2.1, Wan-Fun."""
 
     def __init__(
         self,
         dim,
         ffn_dim,
         num_layers,
-        in_dim=16,
+        in_dim=LATENT.channels,
         head_dim=128,
         text_dim=4096,
         text_len=512,
         freq_dim=256,
         has_clip=False,
         has_control=False,
-        out_dim=16,
+        out_dim=LATENT.channels,
     ):
         super().__init__()
         if dim % head_dim:
@@ -241,95 +284,87 @@ class WanDiT(nn.Module):
         self.head = WanHead(dim, 4 * out_dim)
         self.img_emb = ClipProjection(dim) if has_clip else None
         self.control_adapter = ControlAdapter(dim) if has_control else None
-        # From scratch (stage 0) the output starts as the input: at high noise the velocity nearly is the noisy latent.
+        # From scratch (stage 0) the output starts as the input: at high noise the velocity nearly
+        # is the noisy latent.
         nn.init.orthogonal_(self.patch_embedding.weight)
         with torch.no_grad():
             self.head.head.weight.copy_(
                 rearrange(self.patch_embedding.weight[:, :out_dim], "d c 1 p q -> (p q c) d")
             )
 
+    # What a config must say to build one; all but head_dim and text_len can be read off tensors.
+    SIZES = (
+        "dim ffn_dim num_layers in_dim head_dim text_dim text_len freq_dim has_clip has_control"
+    ).split()
+
     @classmethod
     def from_shapes(cls, shapes, head_dim=128, text_len=512, where="these tensors"):
-        """Empty model on the meta device, every size read off name -> shape; ValueError unless it is a known family."""
+        """Empty model on the meta device, every size read off name -> shape.
+
+        Raises ValueError unless it is a known family."""
         try:
-            (dim, in_dim), text_dim = (
-                shapes["patch_embedding.weight"][:2],
-                shapes["text_embedding.0.weight"][1],
-            )
-            ffn_dim, out_dim = (
-                shapes["blocks.0.ffn.0.weight"][0],
-                shapes["head.head.weight"][0] // 4,
-            )
-            freq_dim = shapes["time_embedding.0.weight"][1]
-            layers = 1 + max(
-                int(name.split(".")[1]) for name in shapes if name.startswith("blocks.")
+            dim, in_dim = shapes["patch_embedding.weight"][:2]
+            sizes = dict(
+                text_dim=shapes["text_embedding.0.weight"][1],
+                ffn_dim=shapes["blocks.0.ffn.0.weight"][0],
+                out_dim=shapes["head.head.weight"][0] // LATENT.patch**2,
+                freq_dim=shapes["time_embedding.0.weight"][1],
+                num_layers=1 + max(int(k.split(".")[1]) for k in shapes if k.startswith("blocks.")),
             )
         except (KeyError, IndexError, ValueError) as error:
             raise ValueError(
-                f"{where}: not a Wan2.1 DiT in the official layout: tensor {error} is missing (the first "
-                f"names are {list(shapes)[:3]}). A shard is missing, or it is a *-Diffusers copy in place "
-                f"of the official files"
+                f"{where}: not a Wan2.1 DiT in the official layout: tensor {error} is missing (the "
+                f"first names are {list(shapes)[:3]}). A shard is missing, or it is a *-Diffusers "
+                f"copy in place of the official files"
             ) from None
         odd = [
             what for name, what in UNSUPPORTED.items() if any(k.startswith(name) for k in shapes)
         ]
         if odd or in_dim not in (16, 32, 36):
             raise ValueError(
-                f"{where}: {odd[0] if odd else f'{in_dim} input channels'} is not supported; wanted a "
-                f"text-to-video (16 inputs), Control-Camera (32) or image-to-video / InP (36) family"
+                f"{where}: {odd[0] if odd else f'{in_dim} input channels'} is not supported; "
+                "wanted "
+                f"a text-to-video (16 inputs), Control-Camera (32) or image-to-video / InP (36) "
+                f"family"
             )
         with torch.device("meta"):
             return cls(
-                dim,
-                ffn_dim,
-                layers,
-                in_dim,
-                head_dim,
-                text_dim,
-                text_len,
-                freq_dim,
-                "img_emb.proj.1.weight" in shapes,
-                "control_adapter.conv.weight" in shapes,
-                out_dim,
+                dim=dim,
+                in_dim=in_dim,
+                head_dim=head_dim,
+                text_len=text_len,
+                has_clip="img_emb.proj.1.weight" in shapes,
+                has_control="control_adapter.conv.weight" in shapes,
+                **sizes,
             )
 
     @classmethod
     def from_state_dict(cls, sd, head_dim=128, text_len=512):
-        """Build from official tensors, used as they are; missing or extra names are a ValueError."""
+        """From official tensors, used as they are; missing or extra names are a ValueError."""
         dit = cls.from_shapes({k: tuple(v.shape) for k, v in sd.items()}, head_dim, text_len)
         return load_strict(dit, sd, "Wan2.1 DiT")
 
     def modulation(self, t):
-        """t (B,) -> e (B, D), rows (B, 6, D)."""
+        """t (B,) -> e (B, D) for the head, modulation (B, 6, D) of every block."""
         device = self.patch_embedding.weight.device
-        with torch.autocast(
-            device.type, enabled=False
-        ):  # in fp32: cheap, and halves the bf16 error
+        with torch.autocast(device.type, enabled=False):  # fp32: cheap, and halves the bf16 error
             e = self.time_embedding(timestep_embedding(t.to(device), self.freq_dim))
             return e, self.time_projection(e).unflatten(1, (6, -1))
 
-    def embed_context(self, context, clip=None):
-        """context, clip -> text (B, L, D), image (B, 257, D) or None."""
-        device = self.patch_embedding.weight.device
-        if not torch.is_tensor(
-            context
-        ):  # padded rows are not masked: Wan attends to them, and so must we
-            context = torch.stack(
-                [F.pad(c, (0, 0, 0, self.text_len - c.shape[0])) for c in context]
-            )
-        text = self.text_embedding(
-            context.to(device=device, dtype=self.text_embedding[0].weight.dtype)
-        )
+    def conditions(self, context, clip=None, plucker=None):
+        """Prompt, CLIP tokens and rays as the blocks read them; arguments as forward's."""
+        device, layer = self.patch_embedding.weight.device, self.text_embedding[0]
+        if not torch.is_tensor(context):
+            # Padded rows are not masked: Wan attends to them, and so must we.
+            rows = [F.pad(c, (0, 0, 0, self.text_len - c.shape[0])) for c in context]
+            context = torch.stack(rows)
+        text = self.text_embedding(context.to(device=device, dtype=layer.weight.dtype))
         image = None
         if self.img_emb is not None:
             if clip is None:
                 clip = torch.zeros(len(context), 257, 1280, device=device)
             image = self.img_emb(clip.to(device=device, dtype=self.img_emb.proj[1].weight.dtype))
-        return text, image
-
-    def conditions(self, t, context, clip=None):
-        """t (B,), context, clip -> e (B, D), rows (B, 6, D), text (B, L, D), image (B, 257, D) or None."""
-        return *self.modulation(t), *self.embed_context(context, clip)
+        return VideoConditions(text, image, self.control(plucker))
 
     def control(self, plucker):
         """Rays (B, 6, T, H, W) or None -> what they add to the tokens (B, D, f, h, w), or None."""
@@ -338,21 +373,18 @@ class WanDiT(nn.Module):
         return self.control_adapter(plucker.to(self.patch_embedding.weight.dtype)).float()
 
     def constants(self, context, clip=None, plucker=None):
-        """What does not change with x and t, for forward(constants=...): a sampler computes it once per video."""
-        text, image = self.embed_context(context, clip)
-        return dict(
-            keys=[block.cross_attn.keys_values(text, image) for block in self.blocks],
-            control=self.control(plucker),
-        )
+        """conditions with all keys, for forward(constants=...): made once per sampled video."""
+        return self.conditions(context, clip, plucker).with_keys(self.blocks)
 
     def embed(self, x, y=None, control=None, keep=None):
-        """Latents (B, 16, f, 2h, 2w) [+ y, control] -> tokens (B, N, D) fp32 and their grid (f, h, w)."""
+        """Latents (B, 16, f, 2h, 2w) [+ y, control] -> tokens (B, N, D) fp32, grid (f, h, w)."""
         extra = self.in_dim - x.shape[1]
         if extra:
             y = x.new_zeros(x.shape[0], extra, *x.shape[2:]) if y is None else y
             if y.shape[1] != extra:
                 raise ValueError(
-                    f"y has {y.shape[1]} channels; this Wan family ({self.in_dim} inputs) wants {extra}"
+                    f"y has {y.shape[1]} channels; this Wan family ({self.in_dim} inputs) wants "
+                    f"{extra}"
                 )
             x = torch.cat([x, y.to(x.dtype)], 1)
         weight = self.patch_embedding.weight
@@ -375,26 +407,30 @@ class WanDiT(nn.Module):
 
         x        (B, 16, f, h, w)         x_sigma
         t        (B,)                     1000 sigma, fp32, one per sample
-        context  list of (L, text_dim)    zero-padded to text_len here; or a (B, L, text_dim) tensor, used as it is
+        context  list of (L, text_dim)    zero-padded to text_len here; or a (B, L, text_dim)
+                                          tensor, used as it is
         y        (B, in_dim-16, f, h, w)  start-image latents (and mask), None = zeros
         clip     (B, 257, 1280)           CLIP tokens of the start image, None = zeros
         plucker  (B, 6, T, 8h, 8w)        rays at pixel rate, None = no camera
         keep     (B,) 0/1                 0 drops the clip's camera, as plucker=None would
-        constants                         of the method of that name: then context, clip, plucker are not read"""
-        e, rows = self.modulation(t)
+        constants                         of the method of that name: then context, clip, plucker
+                                          are not read"""
+        e, modulation = self.modulation(t)
         constants = constants or self.constants(context, clip, plucker)
-        x, grid = self.embed(x, y, constants["control"], keep)
+        x, grid = self.embed(x, y, constants.control, keep)
         rope = self.rope(grid, x.device)
-        for block, keys in zip(self.blocks, constants["keys"]):
-            x = block(x, rows, keys, rope)
+        for block, keys in zip(self.blocks, constants.keys):
+            x = block(x, modulation, keys, rope)
         return self.unpatchify(self.head(x, e), grid)
 
 
 def start_condition(start_latents, in_dim, frames):
-    """Latents of the start image (B, 16, 1 or f, h, w) -> y (B, in_dim-16, f, h, w) of the family, or None.
+    """Latents of the start image (B, 16, 1 or f, h, w) -> y (B, in_dim-16, f, h, w) of the family,
+    or None.
 
-    32 inputs (Control-Camera): the image's latent in frame 0, zeros after.  36 (InP, I2V): 4 mask channels, 1 = known,
-    before the latents of the image followed by grey frames (all f latent frames are then wanted)."""
+    32 inputs (Control-Camera): the image's latent in frame 0, zeros after.  36 (InP, I2V): 4 mask
+    channels, 1 = known, before the latents of the image followed by grey frames (all f latent
+    frames are then wanted)."""
     extra = in_dim - start_latents.shape[1]
     if not extra:
         return None
@@ -428,12 +464,12 @@ def load_strict(module, sd, what):
 
 
 def half_precision(dit, dtype):
-    """Store the big matrices of the frozen branch in dtype; norms, modulation, timestep MLP and head stay fp32."""
+    """Big matrices of the frozen branch in dtype; norms, modulation, time MLP, head stay fp32."""
     return cast_matrices(dit, dtype, [dit.time_embedding, dit.time_projection, dit.head])
 
 
 def cast_matrices(model, dtype, but):
-    """Linear and convolution layers to dtype, except those inside the modules `but`, which run in fp32."""
+    """Linear and convolution layers to dtype, except inside the modules `but`."""
     kept = {layer for module in but for layer in module.modules()}
     for layer in model.modules():
         if isinstance(layer, (nn.Linear, nn.modules.conv._ConvNd)) and layer not in kept:

@@ -22,7 +22,7 @@ except ImportError:  # before torch 2.5: nothing is ever sharded there
 
 def sharded_units(model):
     """The modules of a FantasyWorld that are gathered one at a time."""
-    return [*model.steps, model.bridge, model.depth_head, model.point_head, model.camera_head]
+    return [*model.pcb, *model.irg, model.bridge, model.depth_head, model.point_head, model.camera_head]
 
 
 def shard(model, group, device):
@@ -39,7 +39,8 @@ def shard(model, group, device):
 
     mesh = DeviceMesh.from_group(group, device.type)
     model.to(memory_format=torch.contiguous_format)  # all that fully_shard takes
-    model.steps, done = nn.ModuleList(model.steps), set()  # a root gathers for the modules below it
+    # A root gathers for the modules below it, so the steps must be modules of the model.
+    model.pcb, model.irg, done = nn.ModuleList(model.pcb), nn.ModuleList(model.irg), set()
     for unit in sharded_units(model):
         fully_shard(unit, mesh=mesh)
         done.update(unit.parameters())

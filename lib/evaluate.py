@@ -104,7 +104,7 @@ def evaluate(model, clips, dev, autocast, options, rank=0, world=1, picture=None
                         clip=b.get("clip"),
                         plucker=b["plucker"],
                         poses=b["pose_enc"],
-                        pose_keep=keep,
+                        keep=keep,
                         **what,
                     )
 

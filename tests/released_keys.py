@@ -259,7 +259,7 @@ def write_zeros(s, folder):
 # meta device makes torch import 70 MB of its own code.
 MEASURE = """
 import re, sys, torch
-from lib.foreign import load_release
+from lib.weights import load_release
 from model import PRESETS, FantasyWorld
 peak = lambda: 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
 with torch.device("meta"):

@@ -61,7 +61,7 @@ def test_to_geometry_leaves_the_video_alone_and_to_video_the_geometry():
     ):
         model = tiny_model(2, awake=True, exchange=ways)
         with_exchange = outputs(model, inputs)
-        for step in model.steps:
+        for step in model.irg:
             step.exchange = None
         without = outputs(model, inputs)
         assert torch.equal(with_exchange[kept], without[kept]), ways

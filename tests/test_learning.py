@@ -61,7 +61,7 @@ def test_geometry_branch_overfits_one_clip(batch):
             y=batch["y"],
             plucker=batch["plucker"],
             poses=batch["pose_enc"],
-            pose_keep=keep,
+            keep=keep,
             video=False,
         )
         if step in (0, 250):

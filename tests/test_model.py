@@ -6,6 +6,7 @@ import pytest
 import torch
 from tiny import TINY, loss_of, tiny_inputs, tiny_model
 
+import wan
 from model import PRESETS, Config, FantasyWorld, flow_matching_loss, parameter_table, shift_sigma
 from sample import sample_euler, sample_unipc
 from wan import WanDiT, half_precision, start_condition
@@ -28,7 +29,8 @@ def test_wan_dit_matches_the_official_forward_with_ragged_prompts_and_two_timest
         block.register_forward_hook(lambda m, args, out, i=i: seen.update({f"block{i}": out}))
     with torch.no_grad():
         out = dit(inputs["x"], inputs["t"], inputs["context"])
-        e, rows, text, _ = dit.conditions(inputs["t"], inputs["context"])
+        e, rows = dit.modulation(inputs["t"])
+        text = dit.conditions(inputs["context"]).text
     seen.update(time_e=e, time_e0=rows.flatten(1), text=text)
     for name, tap in data["taps"].items():
         assert relative(seen[name], tap) < 1e-5, name
@@ -43,13 +45,13 @@ def test_wan_dit_matches_the_official_forward_with_ragged_prompts_and_two_timest
 @pytest.mark.skipif(
     not SHARED.is_dir(), reason="needs shared/golden (15 MB, not in the repository)"
 )
-def test_wan_camera_family_matches_the_official_forward():
+def test_wan_camera_family_matches_the_official_forward(monkeypatch):
     data = torch.load(SHARED / "dit_camera_hd32.pt", weights_only=True)
     dit, inputs = WanDiT.from_state_dict(data["state_dict"], head_dim=32), data["inputs"]
-    packed = inputs["y_camera"].unflatten(1, (6, 4))  # the file holds packed rays (B, 24, f, H, W)
-    plucker = packed.transpose(2, 3).flatten(2, 3)[:, :, 3:]  # frame 0 is there four times
+    # The file holds packed rays (B, 24, f, H, W), random ones that no unpacked rays would give.
+    monkeypatch.setattr(wan, "stacked_frames", lambda x: x.transpose(1, 2).flatten(0, 1))
     with torch.no_grad():
-        args = [*(inputs[k] for k in ("x", "t", "context", "y", "clip_fea")), plucker]
+        args = [inputs[k] for k in ("x", "t", "context", "y", "clip_fea", "y_camera")]
         assert relative(dit(*args), data["out_fp32"]) < 1e-5
         with torch.autocast("cpu", torch.bfloat16):
             assert relative(dit(*args).float(), data["out_fp32"]) < 1e-2
@@ -181,7 +183,7 @@ def test_a_sample_in_a_batch_gives_what_it_gives_alone(stage):
 def test_dropping_a_clips_camera_equals_not_giving_it():
     model, inputs = tiny_model(2, awake=True), tiny_inputs(batch=2)
     with torch.no_grad():
-        mixed = model(**inputs, pose_keep=torch.tensor([1.0, 0.0]))
+        mixed = model(**inputs, keep=torch.tensor([1.0, 0.0]))
         given = model(**inputs)
         without = model(**{**inputs, "poses": None, "plucker": None})
     for key in ("velocity", "depth", "points"):

@@ -203,7 +203,7 @@ def test_a_batch_of_two_equals_two_batches_of_one(tiny):
 # ---- the camera module and the quirks
 def test_a_hidden_camera_equals_no_camera_and_given_poses_change_nothing(tiny):
     model, inputs = FantasyWorld.from_released(tiny), inputs_of(TINY)
-    seen, hidden = run(model, **inputs), run(model, **inputs, pose_keep=torch.zeros(1))
+    seen, hidden = run(model, **inputs), run(model, **inputs, keep=torch.zeros(1))
     none = run(model, **dict(inputs, plucker=None), poses=torch.randn(1, 9, 9))
     assert all(torch.equal(hidden[k], none[k]) for k in none)
     assert not torch.allclose(seen["velocity"], none["velocity"], atol=1e-3)
