@@ -1,24 +1,25 @@
-"""Train one stage of FantasyWorld: `python train.py CONFIG.py [--key=value ...]`, or the same under torchrun.
+"""Train one stage of FantasyWorld: `python train.py CONFIG.py [--key=value ...]`, also by torchrun.
 
-    stage 0  video branch from scratch (demo only)      writes OUT/{training.log, starts.jsonl, tensorboard/, eval/,
-    stage 1  geometry branch on the frozen video branch         step-N.safetensors, step-N.optim.safetensors,
-    stage 2  + camera adapters + exchange                       latest.safetensors}
+    stage 0  video branch from scratch (it made the demo's)
+    stage 1  geometry branch on the frozen video branch
+    stage 2  + camera adapters + exchange
 
-Every option below is a plain global; a config file and --key=value override them.  World size 1 is the same code.
-The batch of a step (clips, noise, sigma, drops) is a pure function of (seed, step, position in the global batch), so a
-resumed run needs no random state, and neither the number of ranks nor of loader workers changes what is trained on.
-SIGTERM or Ctrl-C saves and leaves with 128 + the signal's number.  `python train.py --check CKPT` examines a file."""
+OUT receives training.log, starts.jsonl, tensorboard/, eval/, step-N.safetensors,
+step-N.optim.safetensors and latest.safetensors.  World size 1 is the same code.
+The batch of a step (clips, noise, sigma, drops) is a pure function of (seed, step, position in the
+global batch).  So a resumed run needs no random state, and neither the number of ranks nor of
+loader workers changes what is trained on.
+SIGTERM or Ctrl-C saves and leaves with 128 + the signal's number.
+`python train.py --check CKPT` examines a checkpoint; --help lists every option."""
 
 import json
 import math
 import pathlib
-import resource
 import signal
 import sys
 import time
 from contextlib import nullcontext
-from dataclasses import asdict, replace
-from types import SimpleNamespace
+from dataclasses import asdict, dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -26,145 +27,101 @@ from safetensors import SafetensorError
 from torch.nn.parallel import DistributedDataParallel
 
 import config
+from config import option
 from data import CachedClips, collate, prepare
 from geometry import clip_mean, geometry_losses
 from lib.checkpoints import (
     describe,
     link_latest,
     load_optimizer,
-    newest_whole,
+    newest_valid,
+    remove_leftovers,
     save_checkpoint,
-    tidy,
     training_state,
 )
-from lib.distributed import end_processes, from_first, shard, start_processes, whole
-from lib.evaluate import evaluate, evaluate_only
-from lib.guards import BadSteps, Stop, Watch, ignore_signals
-from lib.log import Records, changed_options, provenance
-from lib.plan import HARDWARE, Count, report
+from lib.distributed import end_processes, from_first, gather_full, shard, start_processes
+from lib.evaluate import How, evaluate, evaluate_only
+from lib.guards import BadSteps, Stop, Watch, ignore_signals, run_command
+from lib.log import Records, Tally, changed_options, clock, memory_gb, provenance
+from lib.plan import HARDWARE, flops_of_step, peak_flops, report
 from lib.weights import load_weights, metadata_of, open_model, read_tensors
 from model import CHECKPOINTING, PRESETS, flow_matching_loss, shift_sigma
 
+# fmt: off
 # ---- what
-preset = "1.3b"  # 1.3b, 14b or demo: widths in model.PRESETS
-
-model_overrides = {}  # single fields of model.Config, e.g. {"num_pcb": 10}
-
-stage = 1
-
-data_dir = "data/train"  # has metadata.json and the caches that `python data.py encode` wrote
-
-skip_bad = (
-    False  # leave out clips whose caches are missing or damaged, instead of refusing to start
-)
-
-follow_links = False  # the dataset's files and folders may be links that lead out of data_dir
-
-out_dir = "outputs/stage1"
-
-wan_dir = ""  # folder of the Wan2.1 weights (or of a stage 0 run); "" = random, stage 0 only
-
-random_wan = False  # allow stages 1 and 2 on a random video branch (benchmarks, tests)
-
-init_from = (
-    ""  # stage 2: the stage 1 checkpoint or a release's model.pth, required; stage 1: also VGGT-1B;
-)
-
-# eval_only: one or several, comma-separated
-resume = "auto"  # "auto": newest whole checkpoint of out_dir; "": start afresh; or a file
-
+preset = option("1.3b", "widths of the model, in model.PRESETS", choices=tuple(PRESETS))
+model_overrides = option({}, "single fields of model.Config, such as {'num_pcb': 10}")
+stage = option(1, "what trains, see the top of this file", choices=(0, 1, 2))
+data_dir = option("data/train", "has metadata.json and the caches that data.py encode wrote")
+skip_bad = option(False, "leave out clips whose caches are missing or damaged")
+follow_links = option(False, "the dataset's files may be links that lead out of data_dir")
+out_dir = option("outputs/stage1", "the run folder")
+wan_dir = option("", "folder of the Wan weights, or of a stage 0 run; empty: random, for stage 0")
+random_wan = option(False, "allow stages 1 and 2 on a random video branch (tests)")
+init_from = option("", "stage 2: a stage 1 checkpoint or a release; eval_only: one or more, commas")
+resume = option("auto", "auto: newest valid checkpoint of out_dir; empty: afresh; or a file")
 # ---- how much
-height, width, num_frames = 336, 592, 21
-
-batch_size, grad_accum = (
-    8,
-    1,
-)  # per GPU and micro-step; global batch = batch_size * grad_accum * GPUs
-
-max_steps, save_every, log_every, eval_every = 20000, 1000, 10, 1000
-
-keep_last, keep_every = (
-    3,
-    0,
-)  # checkpoints to keep: the newest ones, and the weights of every multiple of keep_every
-
-eval_clips, eval_only = 16, False
-
-eval_sigma = 0.1  # noise level of the geometry read-out; the release reads out at 0.0926
-
-eval_more_sigmas = (0.5, 0.9)  # further noise levels of --eval_only=True
-
+height = option(336, "pixels, a multiple of 16", low=16)
+width = option(592, "pixels, a multiple of 16", low=16)
+num_frames = option(21, "pixel frames, 4k + 1", low=5)
+batch_size = option(8, "clips per GPU and micro-step", low=1)
+grad_accum = option(1, "micro-steps; global batch = batch_size * grad_accum * GPUs", low=1)
+max_steps = option(20000, "steps of the whole run", low=1)
+save_every = option(1000, "steps between checkpoints", low=1)
+log_every = option(10, "steps between lines of training.log", low=1)
+eval_every = option(1000, "steps between evaluations; 0: none", low=0)
+keep_last = option(3, "newest checkpoints that are kept", low=1)
+keep_every = option(0, "also keep the weights of every multiple of this; 0: none", low=0)
+eval_clips = option(16, "clips of an evaluation", low=1)
+eval_only = option(False, "print the table of the checkpoints in init_from, and stop")
+eval_sigma = option(0.1, "noise level of the geometry read-out", above=0, high=1)
+eval_more_sigmas = option((0.5, 0.9), "further noise levels of eval_only")
 # ---- optimisation
-learning_rate, min_lr, warmup_steps, lr_schedule = (
-    1e-5,
-    0.0,
-    100,
-    "constant",
-)  # constant, cosine or linear
-
-weight_decay, beta2, grad_clip = 0.01, 0.999, 1.0
-
-shift, pose_dropout, prompt_dropout, image_dropout = 5.0, 0.1, 0.1, 0.1  # dropped for whole clips
-
-lambda_diffusion, lambda_geo, depth_mode, alpha_tgm, beta_frame = 1.0, 1.0, "metric", 10.0, 1.0
-
-gamma_conf, camera_delta, camera_weight = 0.2, 0.1, 3.0
-
-tgm_signed = True  # False: TGM as in the VDA paper, ||dp| - |dg||, blind to the direction of change
-
-valid_quantile = (
-    1.0  # 0.98: a clip's largest errors are taken for wrong labels and left out, as in VGGT
-)
-
-normal_weight = 0.0  # of a loss on the surface normals of the point map
-
-geo_sigma_power = 0.0  # geometry loss of a clip is weighted by (1 - sigma) ** this
-
-max_bad_steps, spike_guard = (
-    10,
-    0.0,
-)  # end after so many non-finite steps in a row; skip norms over guard * mean
-
-late_limits = {
-    "depth": 0.2,
-    "point": 0.5,
-    "camera": 0.1,
-}  # warn when a loss is above this late in the run
-
+learning_rate = option(1e-5, "of AdamW; 5e-6 is the guide's fallback", above=0)
+min_lr = option(0.0, "where a falling schedule ends", low=0)
+warmup_steps = option(100, "steps of linear rise", low=0)
+lr_schedule = option("constant", "after the rise", choices=("constant", "cosine", "linear"))
+weight_decay = option(0.01, "of matrices; norms, gates, biases and tokens have none", low=0)
+beta2 = option(0.999, "of AdamW", low=0, high=0.99999)
+grad_clip = option(1.0, "largest gradient norm; 0: no clipping", low=0)
+shift = option(5.0, "of the noise levels: more of them near 1", above=0)
+pose_dropout = option(0.1, "share of clips that lose their camera", low=0, high=1)
+prompt_dropout = option(0.1, "share of clips that lose their prompt", low=0, high=1)
+image_dropout = option(0.1, "share of clips that lose their start image", low=0, high=1)
+lambda_diffusion = option(1.0, "weight of the diffusion loss", low=0)
+lambda_geo = option(1.0, "weight of the geometry losses together", low=0)
+depth_mode = option("metric", "ssi: scale and shift are fitted first", choices=("metric", "ssi"))
+alpha_tgm = option(10.0, "weight of the temporal gradient loss of depth", low=0)
+beta_frame = option(1.0, "weight of the depth loss frame by frame", low=0)
+gamma_conf = option(0.2, "weight of the confidence's logarithm", low=0)
+camera_delta = option(0.1, "where the camera's Huber loss turns linear", above=0)
+camera_weight = option(3.0, "weight of the camera loss", low=0)
+tgm_signed = option(True, "False: |dp| - |dg| as the VDA paper has it, blind to the direction")
+valid_quantile = option(1.0, "0.98: a clip's largest errors are wrong labels", above=0, high=1)
+normal_weight = option(0.0, "weight of a loss on the surface normals of the point map", low=0)
+geo_sigma_power = option(0.0, "a clip's geometry loss is weighted by (1 - sigma) ** this", low=0)
+max_bad_steps = option(10, "so many steps in a row that are not finite end the run", low=1)
+spike_guard = option(0.0, "skip gradient norms over this times their mean; 0: off", low=0)
 # ---- machine
-device, seed, num_workers, compile = "auto", 0, 2, False
-
-checkpoint_activations = "none"  # or selective (keeps attention, wide MLPs), attention, full: less memory, more recomputation
-
-shard_optimizer = (
-    False  # every rank keeps AdamW's moments of its share of the parameters (ZeRO stage 1)
-)
-
-shard_weights = (
-    False  # every rank keeps its share of all weights, gradients and moments (FSDP2, ZeRO stage 3)
-)
-
-plan, plan_gpus, plan_gb = (
-    False,
-    8,
-    80,
-)  # print memory, FLOPs and the settings that fit, then stop; see lib/plan.py
-
-step_timeout, wait_timeout = (
-    600,
-    3600,
-)  # seconds a rank waits for the others: in a step; around saving, evaluating
-
-on_save_error = "continue"  # or "stop", when the disk is full
-
-precision = (
-    "auto"  # bf16: frozen matrices in bf16, the rest under autocast; fp32; auto: bf16 on a GPU
-)
+device = option("auto", "auto, cpu or cuda")
+seed = option(0, "of everything random", low=0)
+num_workers = option(2, "processes that load clips", low=0)
+compile = option(False, "torch.compile the blocks")  # noqa: A001  (the option's name since the start)
+checkpoint_activations = option("none", "less memory, more recomputation", choices=CHECKPOINTING)
+shard_optimizer = option(False, "each rank keeps AdamW's moments of its share (ZeRO stage 1)")
+shard_weights = option(False, "each rank keeps its share of all weights (FSDP2, ZeRO stage 3)")
+plan = option(False, "print memory, work and the settings that fit, and stop")
+plan_gpus = option(8, "of the plan: GPUs", low=1)
+plan_gb = option(80, "of the plan: memory of each", low=1)
+step_timeout = option(600, "seconds that a rank waits for the others in a step", low=1)
+wait_timeout = option(3600, "the same around loading, saving and evaluation", low=1)
+precision = option("auto", "auto: bf16 on a GPU", choices=("auto", "bf16", "fp32"))
+# fmt: on
 
 
-# --------------------------------------------------------------------------------------------------------- one batch
+# --------------------------------------------------------------------------------------- one batch
 def generator(*key):
-    """A CPU generator for one purpose: the same numbers on every device, rank count and after every resume."""
+    """A CPU generator for one purpose: the same numbers on every device and rank count."""
     mixed = 0
     for k in key:
         mixed = (mixed * 0x9E3779B97F4A7C15 + k + 1) % (1 << 63)
@@ -172,38 +129,43 @@ def generator(*key):
 
 
 class Batches:
-    """Index lists of this rank's micro-batches from a step on: a pure function of (seed, step), no state to save."""
+    """Index lists of this rank's micro-batches: a pure function of (seed, step), without state."""
 
-    def __init__(self, clips, first_step, rank, world):
-        self.clips, self.first_step, self.rank, self.world = clips, first_step, rank, world
+    def __init__(self, clips, first_step, rank, world, options):
+        self.clips, self.first_step, self.options = clips, first_step, options
+        self.rank, self.world = rank, world
 
     def positions(self, step, micro):
         """Positions of this rank's micro-batch in the global batch of a step."""
-        start = (micro * self.world + self.rank) * batch_size
-        return range(start, start + batch_size)
+        size = self.options.batch_size
+        start = (micro * self.world + self.rank) * size
+        return range(start, start + size)
 
     def __iter__(self):
+        total = self.options.batch_size * self.options.grad_accum * self.world
         epoch, order = -1, None
-        for step in range(self.first_step, max_steps):
-            for micro in range(grad_accum):
+        for step in range(self.first_step, self.options.max_steps):
+            for micro in range(self.options.grad_accum):
                 indices = []
                 for position in self.positions(step, micro):
-                    n = step * batch_size * grad_accum * self.world + position
+                    n = step * total + position
                     if n // self.clips != epoch:
                         epoch = n // self.clips
-                        order = torch.randperm(
-                            self.clips, generator=generator(seed, 1, epoch)
-                        ).tolist()
+                        g = generator(self.options.seed, 1, epoch)
+                        order = torch.randperm(self.clips, generator=g).tolist()
                     indices.append(order[n % self.clips])
                 yield indices
 
 
-def draw(b, step, positions, total, empty_text):
-    """The random part of a step, keyed by (seed, step, position): noise, sigma stratified over the global batch, and
-    which clips lose their camera, prompt or start image -> noise, sigma, pose_keep, batch."""
+def draw(b, step, positions, total, empty_text, options):
+    """The random part of a micro-batch, keyed by (seed, step, position).
+
+    b         prepared batch;  positions, total: its place in the global batch of `total` clips
+    returns   noise as the latents; sigma (B,), stratified over the global batch; keep (B,) 0/1, 0
+              for clips that lose their camera; the batch with some prompts and images taken away"""
     noise, uniform = [], []
     for position in positions:
-        g = generator(seed, 2, step, position)
+        g = generator(options.seed, 2, step, position)
         u = torch.rand(4, generator=g)
         u[0] = (position + u[0]) / total
         uniform.append(u)
@@ -213,79 +175,63 @@ def draw(b, step, positions, total, empty_text):
     def send(x):  # a copy from memory that is not pinned waits for the device
         return (x.pin_memory() if dev.type == "cuda" else x).to(dev, non_blocking=True)
 
-    pose_keep, image_keep = (
-        send((u[:, i] >= p).float()) for i, p in ((1, pose_dropout), (3, image_dropout))
-    )
+    keep = send((u[:, 1] >= options.pose_dropout).float())
+    image_keep = send((u[:, 3] >= options.image_dropout).float())
     if "relative" in b:  # without metric depth, translations have no scene unit
-        pose_keep = pose_keep * ~b["relative"]
-    text = [
-        text if keep else empty_text for text, keep in zip(b["text"], u[:, 2] >= prompt_dropout)
-    ]
-    y = None if b["y"] is None else b["y"] * image_keep.view(-1, 1, 1, 1, 1)
-    image = {"clip": b["clip"] * image_keep.view(-1, 1, 1)} if "clip" in b else {}
-    return (
-        send(torch.stack(noise)),
-        send(shift_sigma(u[:, 0], shift)),
-        pose_keep,
-        dict(b, **image, text=text, y=y),
-    )
+        keep = keep * ~b["relative"]
+    told = u[:, 2] >= options.prompt_dropout
+    text = [text if stays else empty_text for text, stays in zip(b["text"], told)]
+    changed = dict(text=text, y=None)
+    if b["y"] is not None:
+        changed["y"] = b["y"] * image_keep.view(-1, 1, 1, 1, 1)
+    if "clip" in b:
+        changed["clip"] = b["clip"] * image_keep.view(-1, 1, 1)
+    sigma = send(shift_sigma(u[:, 0], options.shift))
+    return send(torch.stack(noise)), sigma, keep, {**b, **changed}
 
 
-def by_sigma(sigma, **per_clip):
-    """Sums of per-clip values in four bins of the noise level, and counts: (4, names + 1) on the device."""
-    values = torch.stack(
-        [*(v.detach().float() for v in per_clip.values()), torch.ones_like(sigma)], 1
-    )
-    return torch.zeros(4, values.shape[1], device=sigma.device).index_add(
-        0, (4 * sigma).long().clamp(max=3), values
-    )
+def by_sigma(sigma, value):
+    """Sums of per-clip values in four bins of the noise level, and counts: (4, 2) on the device."""
+    values = torch.stack([value.detach().float(), torch.ones_like(sigma)], 1)
+    bins = (4 * sigma).long().clamp(max=3)
+    return torch.zeros(4, 2, device=sigma.device).index_add(0, bins, values)
 
 
-def compute_loss(model, b, noise, sigma, pose_keep, options, video):
-    """Forward and all losses of one micro-batch -> scalar loss, dict of detached parts, by_sigma of the main ones."""
+def compute_loss(model, b, noise, *, sigma, keep, options, video):
+    """Forward and all losses of one micro-batch: the whole objective.
+
+    returns  scalar loss; dict of detached parts; by_sigma of the diffusion and depth errors"""
     s = sigma.view(-1, 1, 1, 1, 1)
     x = (1 - s) * b["latents"] + s * noise
-    out = model(
-        x,
-        1000 * sigma,
-        b["text"],
-        y=b["y"],
-        clip=b.get("clip"),
-        plucker=b["plucker"],
-        poses=b["pose_enc"],
-        keep=pose_keep,
-        video=video,
-    )
-    loss, parts, per_clip = torch.zeros((), device=x.device), {}, {}
+    camera = dict(plucker=b["plucker"], poses=b["pose_enc"], keep=keep)
+    out = model(x, 1000 * sigma, b["text"], b["y"], b.get("clip"), video=video, **camera)
+    loss, parts, bins = torch.zeros((), device=x.device), {}, {}
     if out["velocity"] is not None:
-        per_clip["diffusion"] = flow_matching_loss(out["velocity"], b["latents"], noise)
-        diffusion = per_clip["diffusion"].mean()
-        loss, parts["diffusion"] = loss + lambda_diffusion * diffusion, diffusion.detach()
+        per_clip = flow_matching_loss(out["velocity"], b["latents"], noise)
+        bins["diffusion"] = by_sigma(sigma, per_clip)
+        diffusion = per_clip.mean()
+        loss, parts["diffusion"] = loss + options.lambda_diffusion * diffusion, diffusion.detach()
     if "depth" in out:
-        geo, geo_parts = geometry_losses(
-            out, dict(b, geo_weight=(1 - sigma) ** geo_sigma_power), options
-        )
-        loss, parts = loss + lambda_geo * geo, {**parts, **geo_parts}
-        per_clip["depth_l1"] = clip_mean((out["depth"] - b["depth"]).abs() * b["mask"], b["mask"])
-    return (
-        loss,
-        {**parts, "total": loss.detach()},
-        {name: by_sigma(sigma, value=v) for name, v in per_clip.items()},
-    )
+        weighted = dict(b, geo_weight=(1 - sigma) ** options.geo_sigma_power)
+        geo, geo_parts = geometry_losses(out, weighted, options)
+        loss, parts = loss + options.lambda_geo * geo, {**parts, **geo_parts}
+        error = (out["depth"] - b["depth"]).abs() * b["mask"]
+        bins["depth_l1"] = by_sigma(sigma, clip_mean(error, b["mask"]))
+    return loss, {**parts, "total": loss.detach()}, bins
 
 
 class Examples:
-    """Clips as evaluation reads them: batches of one, prepared, with noise that is the same in every run."""
+    """Clips as evaluation reads them: prepared batches of one; the noise is equal in all runs."""
 
-    def __init__(self, clips, model, dev):
-        self.clips, self.model, self.dev = clips, model, dev
+    def __init__(self, clips, model, dev, seed):
+        self.clips, self.model, self.dev, self.seed = clips, model, dev, seed
 
     def __len__(self):
         return len(self.clips)
 
     def __getitem__(self, i):
         b = prepare(collate([self.clips[i]]), self.model.dit.in_dim, self.dev, self.model.rays)
-        noise = torch.randn(b["latents"].shape, generator=generator(seed, 3, i))
+        noise = torch.randn(b["latents"].shape, generator=generator(self.seed, 3, i))
         return dict(b, noise=noise.to(self.dev))
 
     def frames(self, i):
@@ -293,112 +239,107 @@ class Examples:
         return self.clips.frames(i)
 
 
-# --------------------------------------------------------------------------------------------------------------- main
-def check_options():
-    """Everything that can be wrong is refused before anything slow."""
-    if precision not in ("auto", "bf16", "fp32"):
-        raise SystemExit(f"precision = {precision!r}: wanted auto, bf16 or fp32")
-    if stage not in (0, 1, 2):
-        raise SystemExit(f"stage = {stage}: wanted 0, 1 or 2")
-    if preset not in PRESETS:
-        raise SystemExit(f"preset = {preset!r}: wanted one of {', '.join(PRESETS)}")
-    for key, known in (
-        ("lr_schedule", ("constant", "cosine", "linear")),
-        ("depth_mode", ("metric", "ssi")),
-        ("checkpoint_activations", CHECKPOINTING),
-    ):
-        if globals()[key] not in known:
-            raise SystemExit(f"{key} = {globals()[key]!r}: wanted one of {', '.join(known)}")
-    if on_save_error not in ("continue", "stop"):
-        raise SystemExit(f"on_save_error = {on_save_error!r}: wanted continue or stop")
-    for key in (
-        "batch_size",
-        "grad_accum",
-        "log_every",
-        "save_every",
-        "keep_last",
-        "max_bad_steps",
-        "step_timeout",
-    ):
-        if globals()[key] < 1:
-            raise SystemExit(f"{key} = {globals()[key]}: wanted at least 1")
-    needed = (2, 10) if checkpoint_activations in ("selective", "attention") else (2, 5)
-    if (
-        compile and torch.__version__ < needed
-    ):  # older ones skip blocks under a policy of checkpointing; 2.4 shares no graph
-        raise SystemExit(
-            f"compile with checkpoint_activations = {checkpoint_activations} needs torch "
+# ------------------------------------------------------------------------------------- the options
+def check_options(options):
+    """What ranges alone cannot say is refused before anything slow."""
+    recompute = options.checkpoint_activations
+    # Older ones skip blocks under a policy of checkpointing; 2.4 shares no graph.
+    needed = (2, 10) if recompute in ("selective", "attention") else (2, 5)
+    if options.compile and torch.__version__ < needed:
+        raise ValueError(
+            f"compile with checkpoint_activations = {recompute} needs torch "
             f"{'.'.join(map(str, needed))} or newer, this is {torch.__version__}; leave compile out"
         )
-    if shard_weights and shard_optimizer:
-        raise SystemExit("shard_weights shards the optimizer too: leave shard_optimizer out")
-    if not 0 < valid_quantile <= 1:
-        raise SystemExit(
-            f"valid_quantile = {valid_quantile}: wanted a share above 0, at most 1 (all)"
+    if options.shard_weights and options.shard_optimizer:
+        raise ValueError("shard_weights shards the optimizer too: leave shard_optimizer out")
+    if options.num_frames % 4 != 1 or options.height % 16 or options.width % 16:
+        raise ValueError(
+            f"num_frames = {options.num_frames}, height x width = {options.height} x "
+            f"{options.width}: the video latents need 4k + 1 frames (21, 81) and multiples of 16"
         )
-    if num_frames < 5 or num_frames % 4 != 1 or height % 16 or width % 16:
-        raise SystemExit(
-            f"num_frames = {num_frames}, height x width = {height} x {width}: the video latents need "
-            f"4k + 1 frames (21, 81) and multiples of 16"
-        )
-    if plan:
+    if options.plan:
         return
-    if stage and not wan_dir and not random_wan:
-        raise SystemExit(
-            f"stage {stage} needs --wan_dir=FOLDER (Wan2.1 weights, or the run folder of stage 0)"
+    if options.stage and not options.wan_dir and not options.random_wan:
+        raise ValueError(
+            f"stage {options.stage} needs --wan_dir=FOLDER (Wan2.1 weights, or the run folder of "
+            f"stage 0)"
         )
-    if (
-        stage == 2
-        and not eval_only
-        and (not init_from or metadata_of(init_from).get("stage") not in ("1", "2"))
-    ):
-        raise SystemExit(
-            f"stage 2 starts from a stage 1 checkpoint or a release's model.pth; init_from = "
-            f"{init_from!r} is neither. "
-            f"Train config/stage1.py first, then --init_from=outputs/stage1/latest.safetensors"
-        )
-    if eval_only and not init_from:
-        raise SystemExit("eval_only needs --init_from=CHECKPOINT[,CHECKPOINT ...]")
-    for path in filter(None, init_from.split(",")):
+    origin = options.init_from
+    if options.stage == 2 and not options.eval_only:
+        if not origin or metadata_of(origin).get("stage") not in ("1", "2"):
+            raise ValueError(
+                f"stage 2 starts from a stage 1 checkpoint or a release's model.pth; init_from = "
+                f"{origin!r} is neither. Train config/stage1.py first, then "
+                f"--init_from=outputs/stage1/latest.safetensors"
+            )
+    if options.eval_only and not origin:
+        raise ValueError("eval_only needs --init_from=CHECKPOINT[,CHECKPOINT ...]")
+    for path in filter(None, origin.split(",")):
         metadata_of(path)
 
 
-def check_depth_kinds(clips, master):
-    """Clips whose depth has no unit: their depth head trains with the ssi loss; what needs a unit refuses them."""
+def check_depth_kinds(clips, options, master):
+    """Clips whose depth has no unit train the depth head alone; what needs a unit refuses them."""
     count = {split: c.count_relative() for split, c in clips.items()}
-    if count.get("val") and stage:
-        raise SystemExit(
-            f"{data_dir}: {count['val']} validation clips have depth without a unit; their errors would "
-            "mean nothing. Give depth_scale in metadata.json, or choose other clips for the split val."
+    where = options.data_dir
+    if count.get("val") and options.stage:
+        raise ValueError(
+            f"{where}: {count['val']} validation clips have depth without a unit; their errors "
+            "would mean nothing. Give depth_scale in metadata.json, or choose other clips for the "
+            "split val."
         )
-    if count["train"] and stage == 2:
-        raise SystemExit(
-            f"{data_dir}: {count['train']} clips have depth without a unit; stage 2 conditions on cameras "
-            "in units of the scene. Train them in stage 1, or leave them out."
+    if count["train"] and options.stage == 2:
+        raise ValueError(
+            f"{where}: {count['train']} clips have depth without a unit; stage 2 conditions on "
+            "cameras in units of the scene. Train them in stage 1, or leave them out."
         )
-    if count["train"] and stage and master:
+    if count["train"] and options.stage and master:
         print(
-            f"warning: {count['train']} of {len(clips['train'])} clips have depth without a unit (8-bit or min-max "
-            "normalised); they train the depth head alone, with depth_mode ssi",
+            f"warning: {count['train']} of {len(clips['train'])} clips have depth without a unit "
+            "(8-bit or min-max normalised); they train the depth head alone, with depth_mode ssi",
             flush=True,
         )
 
 
-def make_optimizer(model, world, group=None):
-    """AdamW; no decay on norms, gates, biases, modulation and tokens.  Sharded: each rank updates its share of the
-    parameters and sends them to the others, so the moments are kept once in all (ZeRO, Rajbhandari et al. 2020)."""
+def print_plan(options):
+    """--plan=True: what the step needs and which settings fit; the global batch is 8 GPUs'."""
+    hardware = dict.fromkeys((*HARDWARE, (options.plan_gpus, options.plan_gb)))
+    size = (options.num_frames, options.height, options.width)
+    total = 8 * options.batch_size * options.grad_accum
+    cfg = replace(PRESETS[options.preset], **options.model_overrides)
+    half = options.precision != "fp32"
+    for line in report(cfg, options.stage, loss_alone(options), size, total, hardware, half):
+        print(line, flush=True)
+
+
+def loss_alone(options):
+    """What lib/plan counts: (model, b, noise, sigma, keep) -> the scalar loss of one micro-step."""
+
+    def loss(model, b, noise, sigma, keep):
+        how = dict(sigma=sigma, keep=keep, options=options, video=options.stage != 1)
+        return compute_loss(model, b, noise, **how)[0]
+
+    return loss
+
+
+# ---------------------------------------------------------------------------------- the optimizer
+def make_optimizer(model, options, world=1, group=None):
+    """AdamW; no decay on norms, gates, biases, modulation and tokens.
+
+    Sharded: each rank updates its share of the parameters and sends them to the others, so the
+    moments are kept once in all (ZeRO, Rajbhandari et al. 2020)."""
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     plain = [p for n, p in named if p.dim() < 2 or n.endswith(("modulation", "_token", "_tokens"))]
     ids = {id(p) for p in plain}
+    matrices = [p for _, p in named if id(p) not in ids]
     groups = [
-        dict(params=[p for _, p in named if id(p) not in ids], weight_decay=weight_decay),
+        dict(params=matrices, weight_decay=options.weight_decay),
         dict(params=plain, weight_decay=0.0),
     ]
-    how = dict(lr=learning_rate, betas=(0.9, beta2), fused=True)
-    if shard_optimizer and world > 1:
-        from torch.distributed.optim import (
-            ZeroRedundancyOptimizer,
-        )  # a second: it compiles TorchScript we do not use
+    how = dict(lr=options.learning_rate, betas=(0.9, options.beta2), fused=True)
+    if options.shard_optimizer and world > 1:
+        # Imported here: it takes a second to compile TorchScript that we do not use.
+        from torch.distributed.optim import ZeroRedundancyOptimizer
 
         return ZeroRedundancyOptimizer(groups, torch.optim.AdamW, process_group=group, **how)
     return torch.optim.AdamW(groups, **how)
@@ -407,384 +348,314 @@ def make_optimizer(model, world, group=None):
 def compile_blocks(model):
     """Half blocks, which the exchange lies between; equal ones share their graphs."""
     for block in [*model.dit.blocks, *model.frame_blocks, *model.global_blocks]:
-        block.attend, block.feed_forward = (
-            torch.compile(block.attend),
-            torch.compile(block.feed_forward),
-        )
+        block.attend = torch.compile(block.attend)
+        block.feed_forward = torch.compile(block.feed_forward)
 
 
-def learning_rate_at(step):
-    if step < warmup_steps:
-        return learning_rate * (step + 1) / warmup_steps
-    done = (step - warmup_steps) / max(1, max_steps - warmup_steps)
-    down = {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 + 0.5 * math.cos(math.pi * done)}[
-        lr_schedule
-    ]
-    return min_lr + (learning_rate - min_lr) * down
+def learning_rate_at(step, options):
+    """Linear rise, then the schedule down to min_lr at max_steps."""
+    if step < options.warmup_steps:
+        return options.learning_rate * (step + 1) / options.warmup_steps
+    done = (step - options.warmup_steps) / max(1, options.max_steps - options.warmup_steps)
+    down = dict(constant=1.0, linear=1 - done, cosine=0.5 + 0.5 * math.cos(math.pi * done))
+    share = down[options.lr_schedule]
+    return options.min_lr + (options.learning_rate - options.min_lr) * share
 
 
-def matmul_peak(dev):
-    """Measured FLOP/s of one large matrix product: the yardstick of the MFU column."""
-    n, dtype = (8192, torch.bfloat16) if dev.type == "cuda" else (1024, torch.float32)
-    a = torch.randn(n, n, device=dev, dtype=dtype)
-    best = math.inf
-    for _ in range(5):
-        start = time.perf_counter()
-        (a @ a)[0, 0].item()
-        best = min(best, time.perf_counter() - start)
-    return 2 * n**3 / best
-
-
-def count_flops(model, clips, dev, autocast, options, video):
-    """FLOPs of one micro-step's forward and backward.  In a pass of its own: under the counter some operations take
-    another path, and a resumed run would differ from an uninterrupted one in the last bit."""
-    b = prepare(
-        collate([clips[i % len(clips)] for i in range(batch_size)]),
-        model.dit.in_dim,
-        dev,
-        model.rays,
-    )
-    noise, sigma, pose_keep, b = draw(b, 0, range(batch_size), batch_size, b["text"][0])
-    with Count() as counter:
-        with autocast:
-            loss, *_ = compute_loss(model, b, noise, sigma, pose_keep, options, video)
-        loss.backward()
-    model.zero_grad(set_to_none=True)
-    return counter.flops
-
-
-def print_plan(options):
-    """--plan=True: what the configured step needs and which settings fit; the global batch is the config's on 8 GPUs."""
-    hardware = dict.fromkeys((*HARDWARE, (plan_gpus, plan_gb)))
-    for line in report(
-        replace(PRESETS[preset], **model_overrides),
-        stage,
-        lambda model, *batch: compute_loss(model, *batch, options, stage != 1)[0],
-        (num_frames, height, width),
-        8 * batch_size * grad_accum,
-        hardware,
-        precision != "fp32",
-    ):
-        print(line, flush=True)
-
-
-def memory_gb(dev):
-    if dev.type == "cuda":
-        return torch.cuda.max_memory_allocated(dev) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-
-def clock(seconds):
-    return f"{int(seconds) // 3600:d}:{int(seconds) // 60 % 60:02d}:{int(seconds) % 60:02d}"
-
-
-def choose_start(out):
-    """The checkpoint to go on from ("" = none), after tidying what a killed run left; for rank 0."""
+# ------------------------------------------------------------------------------------------ resume
+def choose_start(out, asked):
+    """The checkpoint to go on from ("" = none), after a killed run's leftovers; for rank 0."""
     if out.is_dir():
-        tidy(out)
-    newest = newest_whole(out)
-    if resume == "auto":
+        remove_leftovers(out)
+    newest = newest_valid(out)
+    if asked == "auto":
         if newest is not None:
             link_latest(out, newest)
         return "" if newest is None else f"{out}/step-{newest}.safetensors"
-    first = int(metadata_of(resume).get("step", 0)) if resume else 0
+    first = int(metadata_of(asked).get("step", 0)) if asked else 0
     if newest is not None and newest > first:
-        raise SystemExit(
-            f"{out} holds checkpoints later than step {first}, up to {newest}; this run would mix with them. "
-            f"Use another --out_dir, or delete them"
+        raise ValueError(
+            f"{out} holds checkpoints later than step {first}, up to {newest}; this run would mix "
+            f"with them. Use another --out_dir, or delete them"
         )
-    return resume
+    return asked
 
 
-def keep_global_batch(meta, world):
-    """On another number of GPUs: set batch_size and grad_accum so that the run's global batch stays; returns a remark."""
-    global batch_size, grad_accum
+def keep_global_batch(meta, options, world):
+    """On another number of GPUs: options whose global batch is that of the run, and a remark."""
     before, total = json.loads(meta["train_config"]), int(meta.get("global_batch", 0))
-    same = (before["batch_size"], before["grad_accum"]) == (batch_size, grad_accum)
-    if not total or not same or total == batch_size * grad_accum * world:
-        return []
+    size, accum = options.batch_size, options.grad_accum
+    same = (before["batch_size"], before["grad_accum"]) == (size, accum)
+    if not total or not same or total == size * accum * world:
+        return options, []
     if total % world:
-        raise SystemExit(
-            f"the run to resume has a global batch of {total}, which {world} GPUs cannot share; start a "
-            f"number of GPUs that divides it, or set --batch_size and --grad_accum to change it"
+        raise ValueError(
+            f"the run to resume has a global batch of {total}, which {world} GPUs cannot share; "
+            f"start a number of GPUs that divides it, or set --batch_size and --grad_accum"
         )
-    batch_size = max(b for b in range(1, batch_size + 1) if total % (b * world) == 0)
-    grad_accum = total // (batch_size * world)
-    return [
-        f"global batch kept at {total} on {world} GPUs: batch_size {batch_size}, grad_accum {grad_accum}"
-    ]
+    size = max(b for b in range(1, size + 1) if total % (b * world) == 0)
+    accum = total // (size * world)
+    remark = f"global batch kept at {total} on {world} GPUs: batch_size {size}, grad_accum {accum}"
+    return options.replaced(batch_size=size, grad_accum=accum), [remark]
 
 
 def resume_from(path, model, optimizer, options, world):
-    """Load a checkpoint of this stage and its optimizer state -> its metadata, remarks for the log."""
+    """Load a checkpoint of this stage and its optimizer state.
+
+    returns  its metadata, options with its global batch, remarks for the log"""
     meta = metadata_of(path)
-    if meta.get("stage") != str(stage):
-        raise SystemExit(
-            f"resume = {path} is of stage {meta.get('stage')}, this run is stage {stage}; "
+    if meta.get("stage") != str(options.stage):
+        raise ValueError(
+            f"resume = {path} is of stage {meta.get('stage')}, this run is stage {options.stage}; "
             f"use --init_from to start a stage from another one, or another --out_dir"
         )
     load_weights(model, path)
-    load_optimizer(
-        pathlib.Path(path).with_name(f"step-{meta['step']}.optim.safetensors"), model, optimizer
-    )
-    changes = changed_options(json.loads(meta["train_config"]), options)
+    moments = pathlib.Path(path).with_name(f"step-{meta['step']}.optim.safetensors")
+    load_optimizer(moments, model, optimizer)
+    before = json.loads(meta["train_config"])
+    changes = changed_options(before, vars(options))
     remarks = [f"changed since step {meta['step']}: {c}" for c in changes]
-    for name in ("learning_rate", "min_lr", "warmup_steps", "lr_schedule"):
-        remarks += [
-            f"warning: the learning rate changes at this resume: {c}"
-            for c in changes
-            if c.startswith(name + " ")
-        ]
-    return meta, remarks + keep_global_batch(meta, world)
+    rates = ("learning_rate", "min_lr", "warmup_steps", "lr_schedule")
+    remarks += [
+        f"warning: the learning rate changes at this resume: {c}"
+        for c in changes
+        if c.split(" ")[0] in rates
+    ]
+    options, kept = keep_global_batch(meta, options, world)
+    return meta, options, remarks + kept
 
 
-def average(values, group):
-    """Dict of scalars of this rank -> means over the ranks, floats."""
-    stacked = torch.stack([torch.as_tensor(v, dtype=torch.float32) for v in values.values()])
-    if group is not None:
-        dist.all_reduce(stacked, group=group)
-        stacked /= dist.get_world_size()
-    return dict(zip(values, stacked.tolist()))
+def flops_share(model, options, master):
+    """FLOPs of a micro-step over the device's FLOP/s, in seconds: the MFU column; rank 0 alone.
+
+    Counted on fake tensors, so that it costs no step and changes no bit of the run."""
+    if not master:
+        return 0.0
+    size = (options.batch_size, options.num_frames, options.height, options.width)
+    half = next(model.dit.blocks.parameters()).dtype == torch.bfloat16
+    how = dict(checkpointing=options.checkpoint_activations, half=half)
+    flops = flops_of_step(model.cfg, options.stage, loss_alone(options), size, **how)
+    return flops / peak_flops(model.dit.patch_embedding.weight.device)
 
 
-def by_bin(seen, group):
-    """Sums of by_sigma since the last line of the log -> {"sigma/NAME 0.25-0.50": mean over all ranks}."""
-    scalars = {}
-    for key, value in seen.items():
-        if group is not None:
-            dist.all_reduce(value, group=group)
-        scalars.update(
-            {
-                f"sigma/{key} {k / 4:.2f}-{(k + 1) / 4:.2f}": total / n
-                for k, (total, n) in enumerate(value.tolist())
-                if n
-            }
+# -------------------------------------------------------------------------------------------- main
+def open_clips(options):
+    """split -> CachedClips; the validation split only where something evaluates."""
+    splits = ("train", "val") if options.eval_every or options.eval_only else ("train",)
+    size = (options.height, options.width, options.num_frames)
+    how = (options.wan_dir, options.skip_bad, options.follow_links)
+    return {split: CachedClips(options.data_dir, split, *size, *how) for split in splits}
+
+
+def load_batches(clips, batches, dev, options):
+    """Iterator over this rank's micro-batches, read ahead by worker processes."""
+    return iter(
+        torch.utils.data.DataLoader(
+            clips,
+            batch_sampler=batches,
+            collate_fn=collate,
+            num_workers=options.num_workers,
+            pin_memory=dev.type == "cuda",
+            worker_init_fn=ignore_signals,
         )
-    return scalars
+    )
+
+
+def describe_run(options, trained, clips, world):
+    """The first line of a start in training.log."""
+    millions = sum(p.numel() for p in trained) / 1e6
+    size, accum = options.batch_size, options.grad_accum
+    return (
+        f"stage {options.stage}, {millions:.1f}M trainable, clips {len(clips['train'])} + "
+        f"{len(clips.get('val', ()))} val, global batch {size} x {accum} x {world} = "
+        f"{size * accum * world}"
+    )
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every micro-step of a run needs."""
+
+    model: torch.nn.Module
+    wrapped: torch.nn.Module  # the model, or DDP around it
+    autocast: object
+    options: config.Options
+    empty_text: torch.Tensor  # (L, D) text of clips that lose their prompt
+    total: int  # clips of the global batch
+
+    def micro_step(self, b, step, positions, last):
+        """Forward and backward of a loaded batch -> its loss, parts, bins and clip ids.
+
+        last   the gradients are reduced over the ranks only in a step's last micro-step"""
+        options, model = self.options, self.model
+        b = prepare(b, model.dit.in_dim, self.empty_text.device, model.rays)
+        noise, sigma, keep, b = draw(b, step, positions, self.total, self.empty_text, options)
+        how = dict(sigma=sigma, keep=keep, options=options, video=options.stage != 1)
+        waits = not last and self.wrapped is not model
+        with self.wrapped.no_sync() if waits else nullcontext():
+            with self.autocast:
+                loss, parts, bins = compute_loss(self.wrapped, b, noise, **how)
+            (loss / options.grad_accum).backward()
+        return loss.detach(), parts, bins, b["id"]
+
+
+def wrap(model, group, dev, spread):
+    """DDP around a model, or the model itself where it is alone or its weights are spread."""
+    if group is None:
+        return model
+    dist.barrier()  # loading took each rank its own time; a step must not
+    if spread:
+        return model
+    ids = [dev] if dev.type == "cuda" else None
+    how = dict(gradient_as_bucket_view=True, process_group=group, device_ids=ids)
+    return DistributedDataParallel(model, **how)
 
 
 def main(options):
-    check_options()
-    if plan:
-        return print_plan(SimpleNamespace(**options))
-    rank, world, dev, group = start_processes(device, step_timeout, wait_timeout)
-    torch.manual_seed(seed)
-    out, master = pathlib.Path(out_dir), rank == 0
+    check_options(options)
+    if options.plan:
+        return print_plan(options)
+
+    # ---- device, ranks
+    timeouts = (options.step_timeout, options.wait_timeout)
+    rank, world, dev, group = start_processes(options.device, *timeouts)
+    torch.manual_seed(options.seed)
+    out, master = pathlib.Path(options.out_dir), rank == 0
 
     # ---- model and data
-    cfg = replace(PRESETS[preset], **model_overrides)
-    half = precision == "bf16" or precision == "auto" and dev.type == "cuda"
-    spread = (
-        shard_weights and world > 1
-    )  # autocast would keep a bf16 copy of every weight once gathered
-    autocast = (
-        torch.autocast(dev.type, torch.bfloat16, cache_enabled=not spread)
-        if half
-        else nullcontext()
-    )
-    origin = metadata_of(init_from.split(",")[0]) if init_from else {}
-    model = open_model(
-        origin, cfg, wan_dir, "cpu" if spread else dev, torch.bfloat16 if half and stage else None
-    )
-    model.set_stage(stage).checkpoint_activations = checkpoint_activations
+    cfg = replace(PRESETS[options.preset], **options.model_overrides)
+    half = options.precision == "bf16" or options.precision == "auto" and dev.type == "cuda"
+    spread = options.shard_weights and world > 1
+    autocast = nullcontext()
+    if half:  # its cache would keep a bf16 copy of every weight that was gathered
+        autocast = torch.autocast(dev.type, torch.bfloat16, cache_enabled=not spread)
+    sources = list(filter(None, options.init_from.split(",")))
+    origin = metadata_of(sources[0]) if sources else {}
+    dtype = torch.bfloat16 if half and options.stage else None
+    model = open_model(origin, cfg, options.wan_dir, "cpu" if spread else dev, dtype)
+    model.set_stage(options.stage).checkpoint_activations = options.checkpoint_activations
     if spread:
         shard(model, group, dev)
-    sources = list(filter(None, init_from.split(",")))
-    splits = ("train", "val") if eval_every or eval_only else ("train",)
-    clips = {
-        split: CachedClips(
-            data_dir, split, height, width, num_frames, wan_dir, skip_bad, follow_links
-        )
-        for split in splits
-    }
-    in_dim, settings = model.dit.in_dim, SimpleNamespace(**options)
-    check_depth_kinds(clips, master)
-    if eval_only:
-        examples = {split: Examples(c, model, dev) for split, c in clips.items()}
-        return evaluate_only(model, examples, out, sources, dev, autocast, settings, rank, world)
+    clips = open_clips(options)
+    check_depth_kinds(clips, options, master)
+    examples = {split: Examples(c, model, dev, options.seed) for split, c in clips.items()}
+    how = How(dev, autocast, options.eval_clips, options.eval_sigma, rank, world)
+    if options.eval_only:
+        return evaluate_only(model, examples, out, sources, how, options.eval_more_sigmas)
 
     # ---- optimizer, resume
-    optimizer, meta, remarks = make_optimizer(model, world, group), {}, []
-    start_from = from_first(choose_start(out) if master else None)
+    optimizer = make_optimizer(model, options, world, group)
+    asked, meta, remarks = options, {}, []
+    start_from = from_first(choose_start(out, options.resume) if master else None)
     if start_from:
-        meta, remarks = resume_from(start_from, model, optimizer, options, world)
-    elif (
-        sources and origin.get("foreign") != "release"
-    ):  # a release's weights are in the model already
+        meta, options, remarks = resume_from(start_from, model, optimizer, options, world)
+    elif sources and origin.get("foreign") != "release":  # a release's weights are in it already
         load_weights(model, sources[0])
-    first_step, total = int(meta.get("step", 0)), batch_size * grad_accum * world
-    video, wrapped = stage != 1, model
-    flops = count_flops(model, clips["train"], dev, autocast, settings, video)
-    if compile:
+    first_step = int(meta.get("step", 0))
+    total = options.batch_size * options.grad_accum * world
+    mfu_unit = flops_share(model, options, master)
+    if options.compile:
         compile_blocks(model)
-    if world > 1:
-        dist.barrier()  # loading took each rank its own time; a step must not
-        wrapped = (
-            model
-            if spread
-            else DistributedDataParallel(
-                model,
-                gradient_as_bucket_view=True,
-                process_group=group,
-                device_ids=[dev] if dev.type == "cuda" else None,
-            )
-        )
+    wrapped = wrap(model, group, dev, spread)
 
     # ---- records
     metadata = dict(
-        provenance(options),
+        provenance(vars(asked)),
         format="fantasyworld",
-        stage=str(stage),
+        stage=str(options.stage),
         global_batch=str(total),
         world=str(world),
         model_config=json.dumps(asdict(model.cfg)),
         release=origin.get("release", ""),
     )
     records = Records(out if master else None, metadata, first_step)
-    log, watch = records.line, Watch(max_steps, late_limits, records.line)
+    log, watch = records.line, Watch(options.max_steps, records.line)
     trained = [p for p in model.parameters() if p.requires_grad]
-    log(
-        f"# stage {stage}, {sum(p.numel() for p in trained) / 1e6:.1f}M trainable, clips {len(clips['train'])} + "
-        f"{len(clips.get('val', ()))} val, global batch {batch_size} x {grad_accum} x {world} = {total}, {dev}, "
-        f"git {metadata['git']}, steps {first_step} .. {max_steps}"
-    )
+    headline = describe_run(options, trained, clips, world)
+    log(f"# {headline}, {dev}, git {metadata['git']}, steps {first_step} .. {options.max_steps}")
     for remark in remarks:
         log(f"# {remark}")
-
-    bad = BadSteps(group, spike_guard, max_bad_steps, float(meta.get("norm_mean", 0)), dev)
+    guard = (options.spike_guard, options.max_bad_steps, float(meta.get("norm_mean", 0)))
+    bad = BadSteps(group, *guard, dev)
 
     def save(step):
-        """Write the checkpoint of a step on rank 0, every rank waiting; a failed write ends the run if it should."""
+        """Write a step's checkpoint on rank 0 while every rank waits -> whether it was written."""
         bad.report(log)
         records.flush()
         content, error = training_state(model, optimizer), ""
         if master:
             try:
                 told = dict(metadata, norm_mean=repr(float(bad.mean)))
-                save_checkpoint(out, step, *content, told, keep_last, keep_every)
+                keep = (options.keep_last, options.keep_every)
+                save_checkpoint(out, step, *content, told, *keep)
             except (OSError, SafetensorError) as caught:
-                error = f"step {step} is not saved ({caught}); earlier checkpoints in {out} are untouched. Free some space"
+                error = f"step {step} is not saved ({caught}); earlier checkpoints in {out} are "
+                error += "untouched. Free some space"
                 log(f"# warning: {error}")
-        if (error := from_first(error)) and (on_save_error == "stop" or step == max_steps):
+        error = from_first(error)
+        if error and step == options.max_steps:
             raise SystemExit(f"{error}, then start the same command again")
         return not error
 
     # ---- loop
-    batches = Batches(len(clips["train"]), first_step, rank, world)
-    loader = torch.utils.data.DataLoader(
-        clips["train"],
-        batch_sampler=batches,
-        collate_fn=collate,
-        num_workers=num_workers,
-        pin_memory=dev.type == "cuda",
-        worker_init_fn=ignore_signals,
-    )
-    seen, peak, started, tick, since = (
-        {},
-        matmul_peak(dev),
-        time.perf_counter(),
-        time.perf_counter(),
-        0,
-    )
-    stop, stopped, done, saved = Stop(group), 0, first_step, first_step
-    data = iter(loader)
+    batches = Batches(len(clips["train"]), first_step, rank, world, options)
+    data = load_batches(clips["train"], batches, dev, options)
     empty_text = read_tensors(clips["train"].empty_text)[0]["text"].float().to(dev)
-    for step in range(first_step, max_steps):
-        lr = learning_rate_at(step)
+    job = Job(model, wrapped, autocast, options, empty_text, total)
+    stop, stopped, done, saved = Stop(group), 0, first_step, first_step
+    tally, started = Tally(), time.perf_counter()
+    for step in range(first_step, options.max_steps):
+        lr = learning_rate_at(step, options)
         for param_group in optimizer.param_groups:
             param_group["lr"] = lr
-        sums, losses, names = {}, [], []
-        for micro in range(grad_accum):
+        tally.parts, losses, names = {}, [], []
+        for micro in range(options.grad_accum):
             if stopped := stop.agreed():
                 break
-            b = prepare(next(data), in_dim, dev, model.rays)
-            noise, sigma, pose_keep, b = draw(
-                b, step, batches.positions(step, micro), total, empty_text
-            )
-            last = micro == grad_accum - 1
-            with nullcontext() if last or wrapped is model else wrapped.no_sync():
-                with autocast:
-                    loss, parts, bins = compute_loss(
-                        wrapped, b, noise, sigma, pose_keep, settings, video
-                    )
-                (loss / grad_accum).backward()
-            losses.append(loss.detach())
-            names.append(b["id"])
-            for key, value in bins.items():
-                seen[key] = seen.get(key, 0) + value
-            for (
-                key,
-                value,
-            ) in parts.items():  # stays on the device: .item() here would stall every step
-                sums[key] = sums.get(key, 0) + value / grad_accum
+            positions, last = batches.positions(step, micro), micro == options.grad_accum - 1
+            loss, parts, bins, ids = job.micro_step(next(data), step, positions, last)
+            tally.add(parts, bins, options.grad_accum)
+            losses.append(loss)
+            names.append(ids)
         if stopped:  # the micro-steps of an unfinished step are repeated by the resume
             break
-        norm = whole(torch.nn.utils.clip_grad_norm_(trained, grad_clip))
+        norm = gather_full(torch.nn.utils.clip_grad_norm_(trained, options.grad_clip or math.inf))
         bad.judge(optimizer, step, norm, losses, names)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        done, since = step + 1, since + 1
+        done, tally.steps = step + 1, tally.steps + 1
 
-        if done % log_every == 0 or done == max_steps:
+        if done % options.log_every == 0 or done == options.max_steps:
             bad.report(log)
-            scalars = {f"loss/{k}": v for k, v in average(sums, group).items()}
-            scalars.update(by_bin(seen, group))
-            seen, spent = {}, (time.perf_counter() - tick) / since
-            scalars.update(
+            spent = (time.perf_counter() - tally.since) / tally.steps
+            scalars = dict(
+                tally.scalars(group),
                 learning_rate=lr,
                 gradient_norm=float(norm),
                 samples_per_second=total / spent,
                 gpu_memory=memory_gb(dev),
-                mfu=flops * grad_accum / spent / peak,
+                mfu=mfu_unit * options.grad_accum / spent,
             )
-            left = clock((max_steps - done) * (time.perf_counter() - started) / (done - first_step))
-            log(
-                f"step {done}/{max_steps} | "
-                + " | ".join(
-                    f"{k} {v:.4g}" for k, v in scalars.items() if not k.startswith("sigma/")
-                )
-                + f" | {spent:.3f} s/step | {left} left"
-            )
-            log(
-                f"# sigma step {done} | "
-                + " | ".join(
-                    f"{k.removeprefix('sigma/')} {v:.4g}"
-                    for k, v in scalars.items()
-                    if k.startswith("sigma/")
-                )
-            )
-            records.scalars(done, scalars)
+            passed = (time.perf_counter() - started) / (done - first_step)
+            left = clock((options.max_steps - done) * passed)
+            tail = (options.max_steps, f"{spent:.3f} s/step", f"{left} left")
+            records.step(done, scalars, tail)
             watch.update(done, scalars)
-            tick, since = time.perf_counter(), 0
-        if done % save_every == 0 or done == max_steps:
+            tally = Tally()
+        if done % options.save_every == 0 or done == options.max_steps:
             saved = done if save(done) else saved
-        if (
-            eval_every and done % eval_every == 0
-        ):  # after saving: it can take longer than a preemption's grace
-            rows = evaluate(
-                model,
-                Examples(clips["val"], model, dev),
-                dev,
-                autocast,
-                settings,
-                rank,
-                world,
-                lambda image: records.picture(done, image),
-            )
-            for name, row in rows.items():
-                log(
-                    f"# val step {done} {name} | "
-                    + " | ".join(f"{k} {v:.4g}" for k, v in row.items())
-                )
-                records.scalars(done, {f"val {name}/{key}": value for key, value in row.items()})
-            tick, since = time.perf_counter(), 0
+        # After saving: it can take longer than a preemption's grace.
+        if options.eval_every and done % options.eval_every == 0:
+            rows = evaluate(model, examples["val"], how, lambda i, at=done: records.picture(at, i))
+            records.rows(done, rows)
+            tally.steps, tally.since = 0, time.perf_counter()
     if stopped and done > saved and save(done):
         saved = done
-    log(
-        f"# stopped by {signal.Signals(stopped).name} after step {done}; the same command goes on from step {saved}"
-        if stopped
-        else f"# done: {out / 'latest.safetensors'}, {clock(time.perf_counter() - started)}"
-    )
+    if stopped:
+        name = signal.Signals(stopped).name
+        log(f"# stopped by {name} after step {done}; the same command goes on from step {saved}")
+    else:
+        log(f"# done: {out / 'latest.safetensors'}, {clock(time.perf_counter() - started)}")
     records.close()
     if world > 1:
         end_processes()
@@ -792,17 +663,14 @@ def main(options):
         raise SystemExit(128 + stopped)
 
 
+def command():
+    if sys.argv[1:2] == ["--check"]:
+        for path in sys.argv[2:]:
+            print(describe(path))
+    else:
+        main(config.apply(globals(), sys.argv[1:]))
+
+
 if __name__ == "__main__":
-    try:
-        if sys.argv[1:2] == ["--check"]:
-            for path in sys.argv[2:]:
-                print(describe(path))
-        else:
-            main(config.apply(globals(), sys.argv[1:]))
-    except torch.cuda.OutOfMemoryError as error:
-        raise SystemExit(
-            f"train.py: {str(error).splitlines()[0]} Halve --batch_size and double --grad_accum, or set "
-            f"--checkpoint_activations=full"
-        ) from None
-    except ValueError as error:  # bad input: one line that names it, no traceback
-        raise SystemExit(f"train.py: {error}") from None
+    advice = "Halve --batch_size and double --grad_accum, or set --checkpoint_activations=full"
+    run_command("train.py", command, advice)

@@ -1,4 +1,4 @@
-"""Demo, stage 0: a tiny video DiT from scratch on rendered rooms, in place of the Wan weights.   (see demo.sh)"""
+"""Demo, stage 0: a tiny video DiT from scratch on rendered rooms, in place of Wan (see demo.sh)."""
 
 preset = "demo"
 stage = 0

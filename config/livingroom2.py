@@ -1,9 +1,10 @@
-"""A real recording, stage 2: ICL-NUIM living room, 81-frame clip to train on, 21-frame clip to validate.
-No Wan weights needed: a tiny video DiT is trained on the clip itself.
+"""A real recording, stage 2: ICL-NUIM living room, 81-frame clip to train on, 21-frame clip to
+validate. No Wan weights needed: a tiny video DiT is trained on the clip itself.
 
-    python ../shared/livingroom/make_dataset.py data/livingroom
-    python data.py encode data/livingroom --codec transform --height 96 --width 128 --num_frames 21 --windows 16
-    python train.py config/livingroom0.py && python train.py config/livingroom1.py && python train.py config/livingroom2.py
+    python ../shared/livingroom/make_dataset.py data/livingroom python data.py encode
+    data/livingroom --codec transform --height 96 --width 128 --num_frames 21 --windows 16 python
+    train.py config/livingroom0.py && python train.py config/livingroom1.py && python train.py
+    config/livingroom2.py
 """
 
 preset = "demo"

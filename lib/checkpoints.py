@@ -1,6 +1,6 @@
-"""Reading and writing weights: Wan2.1 folders in, our checkpoints in and out.
+"""The run folder: checkpoints in and out, which are kept, from which a run goes on.
 
-A run folder holds step-N.safetensors (the trainable tensors; config, git hash and command as metadata),
+It holds step-N.safetensors (the trainable tensors; config, git hash and command as metadata),
 step-N.optim.safetensors (AdamW's moments) and latest.safetensors, a hard link to the newest."""
 
 import os
@@ -13,18 +13,20 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 
-from lib.distributed import DTensor, fill, gathered, whole
+from lib.distributed import DTensor, copy_into, gather_full, gathered
 from lib.files import write_whole
 from lib.weights import config_from_metadata, digest, read_checked, read_tensors
 from model import FantasyWorld
 
 
 def save_checkpoint(out, step, weights, moments, metadata, keep_last, keep_every=0):
-    """OUT/step-N.safetensors (trainable tensors), its optimizer state beside it, latest as a hard link; prune.
+    """OUT/step-N.safetensors (trainable tensors), its optimizer state beside it, latest as a hard
+    link; prune.
 
     weights, moments   of training_state
 
-    Raises OSError or SafetensorError when the disk is full or gone; what was saved before is then untouched."""
+    Raises OSError or SafetensorError when the disk is full or gone; what was saved before is then
+    untouched."""
     for end, tensors in ((".optim", moments), ("", weights)):  # the weights make a checkpoint: last
         content = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
         told = {**metadata, "step": str(step), "sha256": digest(content)}
@@ -37,7 +39,8 @@ def save_checkpoint(out, step, weights, moments, metadata, keep_last, keep_every
 
 
 def link_latest(out, step):
-    """latest.safetensors becomes a hard link to a checkpoint; it is replaced, so it is never missing."""
+    """latest.safetensors becomes a hard link to a checkpoint; it is replaced, so it is never
+    missing."""
     path, latest, link = (
         out / f"step-{step}.safetensors",
         out / "latest.safetensors",
@@ -54,7 +57,8 @@ def link_latest(out, step):
 
 
 def prune(out, newest, keep_last, keep_every):
-    """Delete checkpoints before the newest but keep_last; those at multiples of keep_every lose their optimizer only."""
+    """Delete checkpoints before the newest but keep_last; those at multiples of keep_every lose
+    their optimizer only."""
     older = [step for step in saved_steps(out) if step < newest]
     for step in older[: max(0, len(older) - keep_last + 1)]:
         if not keep_every or step % keep_every:
@@ -63,51 +67,45 @@ def prune(out, newest, keep_last, keep_every):
 
 
 def training_state(model, optimizer):
-    """What a checkpoint holds: name -> trainable tensor, "name|key" -> AdamW's state.  To be called on all ranks: what
-    is spread over them is gathered tensor by tensor, on the host of rank 0."""
-    first, names = (
-        not dist.is_initialized() or dist.get_rank() == 0,
-        {p: n for n, p in model.named_parameters()},
-    )
+    """What a checkpoint holds: name -> trainable tensor, "name|key" -> AdamW's state.
+
+    To be called on all ranks: what is spread over them is gathered tensor by tensor, on the host of
+    rank 0."""
+    first = not dist.is_initialized() or dist.get_rank() == 0
+    names = {p: n for n, p in model.named_parameters()}
 
     def gather(tensor):
         if not isinstance(tensor, DTensor):
             return tensor
-        tensor = whole(tensor)
+        tensor = gather_full(tensor)
         return tensor.cpu() if first else None
 
-    states = shares(optimizer) if hasattr(optimizer, "optim") else optimizer.state
-    return (
-        {name: gather(value) for name, value in model.trainable_state_dict().items()},
-        {
-            f"{names[p]}|{key}": gather(value)
-            for p, state in states.items()
-            for key, value in state.items()
-        },
-    )
+    states = gather_shares(optimizer) if hasattr(optimizer, "optim") else optimizer.state
+    weights = {name: gather(value) for name, value in model.trainable_state_dict().items()}
+    moments = {}
+    for p, state in states.items():
+        moments.update({f"{names[p]}|{key}": gather(value) for key, value in state.items()})
+    return weights, moments
 
 
-def shares(optimizer):
-    """parameter -> AdamW state of a sharded optimizer: each owner sends its share, and rank 0 gets all of it, on the
-    host (torch's consolidate_state_dict takes minutes for GBs)."""
-    mine, whole = optimizer.optim.state, {}
+def gather_shares(optimizer):
+    """parameter -> AdamW state of a sharded optimizer, all of it on rank 0's host.
+
+    Each owner sends its share; torch's consolidate_state_dict takes minutes for GBs."""
+    mine, everything = optimizer.optim.state, {}
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    shares = gathered({i: list(mine[p]) for i, p in enumerate(parameters) if p in mine})
-    for owner, share in enumerate(shares):
+    owned = gathered({i: list(mine[p]) for i, p in enumerate(parameters) if p in mine})
+    rank = dist.get_rank()
+    for owner, share in enumerate(owned):
         for i, keys in share.items():
             p = parameters[i]
             for key in keys:
-                value = (
-                    mine[p][key]
-                    if owner == dist.get_rank()
-                    else (
-                        torch.zeros((), device=p.device) if key == "step" else torch.empty_like(p)
-                    )
-                )
+                empty = torch.zeros((), device=p.device) if key == "step" else torch.empty_like(p)
+                value = mine[p][key] if owner == rank else empty
                 dist.broadcast(value, owner)
-                if dist.get_rank() == 0:
-                    whole.setdefault(p, {})[key] = value.detach().cpu()
-    return whole
+                if rank == 0:
+                    everything.setdefault(p, {})[key] = value.detach().cpu()
+    return everything
 
 
 def saved_steps(out):
@@ -118,8 +116,9 @@ def saved_steps(out):
     return sorted(int(m[1]) for m in found if m)
 
 
-def newest_whole(out):
-    """The newest step whose weights and optimizer state are undamaged, else None; damaged ones are named and stay."""
+def newest_valid(out):
+    """The newest step whose weights and optimizer state are undamaged, else None; damaged ones are
+    named and stay."""
     for step in reversed(saved_steps(out)):
         try:
             for end in ("", ".optim"):
@@ -129,8 +128,9 @@ def newest_whole(out):
             print(f"warning: checkpoint passed over: {error}", flush=True)
 
 
-def tidy(out):
-    """Remove what a killed save left: unfinished files, and optimizer states whose weights were never written."""
+def remove_leftovers(out):
+    """Remove what a killed save left: unfinished files, and optimizer states whose weights were
+    never written."""
     for path in [*out.glob("*.tmp"), *out.glob("step-*.optim.safetensors")]:
         weights = path.with_name(path.name.replace(".optim", ""))
         if path.suffix == ".tmp" or not weights.exists():
@@ -143,7 +143,8 @@ def load_optimizer(path, model, optimizer):
     wanted = {name for name, p in params.items() if p.requires_grad}
     if differ := wanted ^ {name.split("|")[0] for name in tensors}:
         raise ValueError(
-            f"{path}: {len(differ)} parameters differ from this model's, first {min(differ)}; it belongs to "
+            f"{path}: {len(differ)} parameters differ from this model's, first {min(differ)}; it "
+            "belongs to "
             f"another stage or model_overrides"
         )
     local = getattr(optimizer, "optim", optimizer)
@@ -155,11 +156,12 @@ def load_optimizer(path, model, optimizer):
             local.state[p][key] = torch.empty_like(
                 value if key == "step" else p, device=p.device, requires_grad=False
             )
-            fill(local.state[p][key], value)
+            copy_into(local.state[p][key], value)
 
 
 def describe(path):
-    """What a checkpoint holds, as text; ValueError when it is damaged or does not fit the model that it names."""
+    """What a checkpoint holds, as text; ValueError when it is damaged or does not fit the model
+    that it names."""
     if str(path).endswith((".pth", ".pt")):
         raise ValueError(
             f"{path}: not a checkpoint of train.py; wanted a .safetensors file of a run folder"
@@ -187,7 +189,8 @@ def describe(path):
         f"command {meta.get('command')}",
         f"versions {meta.get('versions')}",
         f"{len(tensors)} tensors, {sum(v.numel() for v in tensors.values()):,} parameters, "
-        f"{sum(v.nbytes for v in tensors.values()):,} bytes, sha256 {meta.get('sha256', 'not recorded')}",
+        f"{sum(v.nbytes for v in tensors.values()):,} bytes, sha256 "
+        f"{meta.get('sha256', 'not recorded')}",
     ]
     if bad := [name for name, value in tensors.items() if not value.isfinite().all()]:
         raise ValueError(

@@ -1,8 +1,10 @@
-"""Weights spread over the ranks (FSDP2): every rank stores 1/n of each tensor and gathers a step's for its own use.
+"""Process groups of a run, and weights spread over its ranks (FSDP2).
 
-What is gathered as one is a model.Step (a PCB block or an IRG step) or a head; the rest, the stem and the tokens, stays
-gathered from forward to backward.  Gradients are averaged and cut as soon as a step's backward is done, so weights,
-gradients and moments take 1/n of their bytes.  Checkpoints are the same files as without.
+Spread: every rank stores 1/n of each tensor and gathers a step's for its own use.  What is gathered
+as one is a step of the model (a PCB block or an IRG step) or a head; the rest, the stem and the
+tokens, stays gathered from forward to backward.  Gradients are averaged and cut as soon as a step's
+backward is done, so weights, gradients and moments take 1/n of their bytes.  Checkpoints are the
+same files as without.
 Sources: Rajbhandari et al. 2020 (ZeRO stage 3); torch.distributed.fsdp.fully_shard."""
 
 import os
@@ -22,17 +24,27 @@ except ImportError:  # before torch 2.5: nothing is ever sharded there
 
 def sharded_units(model):
     """The modules of a FantasyWorld that are gathered one at a time."""
-    return [*model.pcb, *model.irg, model.bridge, model.depth_head, model.point_head, model.camera_head]
+    return [
+        *model.pcb,
+        *model.irg,
+        model.bridge,
+        model.depth_head,
+        model.point_head,
+        model.camera_head,
+    ]
 
 
 def shard(model, group, device):
-    """Spread a whole model, the same on every rank, over the ranks of a group; its tensors move to the device.
+    """Spread a whole model, the same on every rank, over the ranks of a group; its tensors move to
+    the device.
 
-    To be called before the optimizer is made.   Errors: ValueError before torch 2.7, whose fully_shard can leave
+    To be called before the optimizer is made.   Errors: ValueError before torch 2.7, whose
+                                                 fully_shard can leave
     parameters to others."""
     if torch.__version__ < (2, 7):
         raise ValueError(
-            f"shard_weights needs torch 2.7 or newer, this is {torch.__version__}; use shard_optimizer"
+            f"shard_weights needs torch 2.7 or newer, this is {torch.__version__}; use "
+            "shard_optimizer"
         )
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.fsdp import fully_shard
@@ -48,13 +60,13 @@ def shard(model, group, device):
     return model
 
 
-def whole(tensor):
+def gather_full(tensor):
     """A tensor that may be spread over the ranks, gathered; to be called on all of them."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 @torch.no_grad()
-def fill(target, value):
+def copy_into(target, value):
     """Copy a whole value, the same on every rank, into a tensor that may be spread over them."""
     if isinstance(target, DTensor):
         value = distribute_tensor(
@@ -67,7 +79,8 @@ def start_processes(device, step_timeout, wait_timeout):
     """Join the other ranks when torchrun started us.
 
     device         auto, cpu or cuda
-    step_timeout   seconds that a rank waits for the others within a step; then it dies, and torchrun ends the rest
+    step_timeout   seconds that a rank waits for the others within a step; then it dies, and
+                   torchrun ends the rest
     wait_timeout   the same around loading, saving and evaluation: the default group
     returns        rank, world size, device, the group of the steps (None when alone)"""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -79,7 +92,8 @@ def start_processes(device, step_timeout, wait_timeout):
         return rank, world, torch.device(name), None
     wait = timedelta(seconds=wait_timeout)
     store, _, _ = next(rendezvous("env://", timeout=wait))
-    # the agent's store outlives an attempt: without a prefix a restarted rank can read a dead one's address
+    # the agent's store outlives an attempt: without a prefix a restarted rank can read a dead one's
+    # address
     store = dist.PrefixStore("attempt" + os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if name.startswith("cuda") else "gloo",
@@ -94,8 +108,9 @@ def start_processes(device, step_timeout, wait_timeout):
 def end_processes():
     """Wait for the other ranks and leave the groups."""
     dist.barrier()
-    # Before torch 2.8 destroying holds the interpreter lock while it joins gloo's threads; one that is still freeing the
-    # tensors of the last calls waits for that lock: without a pause two ranks hung after 1 to 41 such endings.
+    # Before torch 2.8 destroying holds the interpreter lock while it joins gloo's threads; one that
+    # is still freeing the tensors of the last calls waits for that lock: without a pause two ranks
+    # hung after 1 to 41 such endings.
     time.sleep(0.2)
     dist.destroy_process_group()
 

@@ -1,29 +1,46 @@
-"""What keeps a run in order: stop signals that all ranks agree on, bad steps that are skipped, warnings about its course."""
+"""What keeps a run in order: stop signals that all ranks agree on, bad steps that are skipped,
+warnings about its course, and user errors in one line."""
 
 import math
 import os
 import signal
+import sys
 import time
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 
 from lib.distributed import gathered
 
+# The guide's figures: a mean loss above them in the last fifth of a run earns a warning.
+LATE_LIMITS = dict(depth=0.2, point=0.5, camera=0.1)
+
+
+def run_command(program, command, advice=""):
+    """command(), whose user errors become one line on stderr and exit status 2.
+
+    advice   what to do when memory runs out"""
+    try:
+        command()
+    except torch.cuda.OutOfMemoryError as error:
+        said = f"{str(error).splitlines()[0]} {advice}"
+    except (ValueError, OSError, SafetensorError) as error:
+        said = str(error)
+    else:
+        return
+    line = " ".join("".join(c if c.isprintable() else " " for c in said).split())
+    print(f"{program}: {line}", file=sys.stderr)
+    sys.exit(2)
+
 
 class Watch:
-    """Warnings about a run's course, each kind once a start; update() takes the scalars of a log line.
+    """Warnings about a run's course, each kind once a start; update() takes a log line's
+    scalars."""
 
-    late_limits   {"depth": 0.2, ...}: bounds for loss/NAME over the last fifth of the run"""
-
-    def __init__(self, max_steps, late_limits, log):
-        self.max_steps, self.late_limits, self.log, self.said, self.seen = (
-            max_steps,
-            late_limits,
-            log,
-            set(),
-            [],
-        )
+    def __init__(self, max_steps, log):
+        self.max_steps, self.log = max_steps, log
+        self.said, self.seen = set(), []
 
     def say(self, kind, text):
         if kind not in self.said:
@@ -45,21 +62,24 @@ class Watch:
                 self.say(
                     "falling",
                     f"loss/diffusion is not falling: {last:.4g} over the last {quarter} log lines, "
-                    f"{first:.4g} over the first; lower --learning_rate (5e-6 is the guide's fallback)",
+                    f"{first:.4g} over the first; lower --learning_rate (5e-6 is the guide's "
+                    "fallback)",
                 )
             if spread > 0.5 * last:
                 self.say(
                     "oscillating",
-                    f"loss/diffusion oscillates: {last:.4g} +- {spread:.4g} over {quarter} log lines; "
+                    f"loss/diffusion oscillates: {last:.4g} +- {spread:.4g} over {quarter} log "
+                    "lines; "
                     f"raise the global batch (--grad_accum) or lower --learning_rate",
                 )
         late = [s for n, s in self.seen if n > 0.8 * self.max_steps]
-        for name, limit in self.late_limits.items() if len(late) >= 5 else ():
+        for name, limit in LATE_LIMITS.items() if len(late) >= 5 else ():
             values = [s[f"loss/{name}"] for s in late if f"loss/{name}" in s]
             if values and sum(values) / len(values) > limit:
                 self.say(
                     name,
-                    f"loss/{name} is {sum(values) / len(values):.4g} late in the run; expected below {limit}: "
+                    f"loss/{name} is {sum(values) / len(values):.4g} late in the run; expected "
+                    f"below {limit}: "
                     f"check the data (python data.py verify), or train longer",
                 )
         memory = [s["gpu_memory"] for _, s in self.seen]
@@ -68,13 +88,15 @@ class Watch:
             if rises >= 8:
                 self.say(
                     "memory",
-                    f"memory keeps growing: {memory[10]:.2f} GB at log line 10, {memory[-1]:.2f} GB now; "
+                    f"memory keeps growing: {memory[10]:.2f} GB at log line 10, {memory[-1]:.2f} "
+                    "GB now; "
                     f"something holds on to tensors of past steps",
                 )
 
 
 def ignore_signals(_worker):
-    """For loader workers: a terminal or torchrun signals the whole process group, and the trainer still needs them."""
+    """For loader workers: a terminal or torchrun signals the whole process group, and the trainer
+    still needs them."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
 
@@ -82,7 +104,8 @@ def ignore_signals(_worker):
 class Stop:
     """SIGTERM and SIGINT as a flag that is read between micro-steps.
 
-    A second signal exits at once; signals within one second are one (a scheduler and torchrun may both send it)."""
+    A second signal exits at once; signals within one second are one (a scheduler and torchrun may
+    both send it)."""
 
     def __init__(self, group):
         self.group, self.number, self.since = group, 0, 0.0
@@ -111,8 +134,9 @@ class Stop:
 class BadSteps:
     """Skips steps with a non-finite loss or gradient, or a gradient spike, on all ranks alike.
 
-    The verdict stays on the device: AdamW takes it as `found_inf` (the input that gradient scalers use) and then
-    leaves weights and moments as they are, so no step waits for the host.  `report` reads the verdicts later.
+    The verdict stays on the device: AdamW takes it as `found_inf` (the input that gradient scalers
+    use) and then leaves weights and moments as they are, so no step waits for the host.  `report`
+    reads the verdicts later.
 
     spike     skip when the gradient norm exceeds this many times its running mean; 0 = off
     limit     so many bad steps in a row end the run
@@ -123,7 +147,8 @@ class BadSteps:
         self.mean, self.pending, self.row, self.count = torch.tensor(mean, device=device), [], 0, 0
 
     def judge(self, optimizer, step, norm, losses, ids):
-        """norm () of the averaged gradient; losses: () of each micro-step of this rank; ids: its clips, likewise."""
+        """norm () of the averaged gradient; losses: () of each micro-step of this rank; ids: its
+        clips, likewise."""
         finite, norm = torch.stack(losses).isfinite(), norm.detach().float()
         bad = (~(finite.all() & norm.isfinite())).float()
         if self.spike:
@@ -138,7 +163,8 @@ class BadSteps:
         self.pending.append((step, bad, norm, finite, ids))
 
     def report(self, log):
-        """Log the bad steps since the last call with the clips behind them; SystemExit after `limit` in a row."""
+        """Log the bad steps since the last call with the clips behind them; SystemExit after
+        `limit` in a row."""
         pending, self.pending = self.pending, []
         if not pending:
             return
@@ -160,17 +186,22 @@ class BadSteps:
                     f"loss not finite on clips {culprits}"
                     if culprits
                     else (
-                        f"gradient norm {found[step][2]:.4g}, running mean {float(self.mean):.4g}, clips "
+                        f"gradient norm {found[step][2]:.4g}, running mean "
+                        f"{float(self.mean):.4g}, clips "
                         f"{sum((f[step][1] for f in everyone), [])}"
                     )
                 )
                 log(
-                    f"# warning: step {step + 1} skipped on all ranks ({self.row} in a row, {self.count} in all): {cause}"
+                    f"# warning: step {step + 1} skipped on all ranks ({self.row} in a row, "
+                    f"{self.count} in all): {cause}"
                 )
             if self.row == self.limit:
                 raise SystemExit(
-                    f"{self.limit} bad steps in a row (max_bad_steps), last at step {step + 1}: the weights "
-                    f"are those of the last good step and the saved checkpoints are untouched. Look at the "
-                    f"clips named in training.log, lower --learning_rate, or go back to an older checkpoint "
+                    f"{self.limit} bad steps in a row (max_bad_steps), last at step {step + 1}: "
+                    "the weights "
+                    "are those of the last good step and the saved checkpoints are untouched. "
+                    "Look at the "
+                    "clips named in training.log, lower --learning_rate, or go back to an older "
+                    "checkpoint "
                     f"with --resume=FILE --out_dir=ANOTHER"
                 )

@@ -1,17 +1,23 @@
-"""What a run writes down: training.log, tensorboard/, config.json (last start), starts.jsonl (every start), warnings.
+"""What a run writes down: training.log, tensorboard/, config.json (last start), starts.jsonl (every
+start), warnings.
 
-training.log lines are `step N/M | key value | ... | S s/step | H:MM:SS left`, `# val step N NAME | key value | ...` or
-`# free text`.  After a crash the steps since the last checkpoint appear again; the later line holds.  On a full disk
-lines are lost, not the run."""
+training.log lines are `step N/M | key value | ... | S s/step | H:MM:SS left`, `# val step N NAME |
+key value | ...` or `# free text`.  After a crash the steps since the last checkpoint appear again;
+the later line holds.  On a full disk lines are lost, not the run."""
 
 import importlib.metadata
 import json
 import platform
 import re
+import resource
 import subprocess
 import sys
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
+
+import torch
+import torch.distributed as dist
 
 from lib.pictures import write_png
 
@@ -29,7 +35,8 @@ def git_hash():
 
 
 def provenance(options):
-    """Git hash, command, package versions and options, as the strings of a checkpoint's metadata."""
+    """Git hash, command, package versions and options, as the strings of a checkpoint's
+    metadata."""
     versions = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
@@ -56,13 +63,61 @@ def changed_options(before, now):
 
 
 def read_log(path):
-    """training.log -> [{"step": N, key: value, ...}], one entry a step, the last line of a step holds."""
+    """training.log -> [{"step": N, key: value, ...}], one entry a step, the last line of a step
+    holds."""
     steps = {}
     for line in Path(path).read_text().splitlines():
         if m := re.match(r"step (\d+)/\d+ \| ", line):
             fields = (field.rsplit(" ", 1) for field in line.split(" | ")[1:-2])
             steps[int(m[1])] = {"step": int(m[1]), **{key: float(value) for key, value in fields}}
     return [steps[n] for n in sorted(steps)]
+
+
+@dataclass
+class Tally:
+    """Sums that stay on the device until the next line of the log: .item() would stall a step."""
+
+    parts: dict = field(default_factory=dict)  # of the last step, mean over micro-steps
+    bins: dict = field(default_factory=dict)  # by_sigma since the last line
+    steps: int = 0  # since the last line
+    since: float = field(default_factory=time.perf_counter)
+
+    def add(self, parts, bins, count):
+        """One micro-step of `count` in a step."""
+        for key, value in bins.items():
+            self.bins[key] = self.bins.get(key, 0) + value
+        for key, value in parts.items():
+            self.parts[key] = self.parts.get(key, 0) + value / count
+
+    def scalars(self, group):
+        """Means over the ranks: "loss/NAME", and "sigma/NAME 0.25-0.50" by noise level."""
+        scalars = {f"loss/{k}": v for k, v in average(self.parts, group).items()}
+        for key, value in self.bins.items():
+            if group is not None:
+                dist.all_reduce(value, group=group)
+            for k, (total, n) in enumerate(value.tolist()):
+                if n:
+                    scalars[f"sigma/{key} {k / 4:.2f}-{(k + 1) / 4:.2f}"] = total / n
+        return scalars
+
+
+def average(values, group):
+    """Dict of scalars of this rank -> means over the ranks, floats."""
+    stacked = torch.stack([torch.as_tensor(v, dtype=torch.float32) for v in values.values()])
+    if group is not None:
+        dist.all_reduce(stacked, group=group)
+        stacked /= dist.get_world_size()
+    return dict(zip(values, stacked.tolist()))
+
+
+def memory_gb(dev):
+    if dev.type == "cuda":
+        return torch.cuda.max_memory_allocated(dev) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def clock(seconds):
+    return f"{int(seconds) // 3600:d}:{int(seconds) // 60 % 60:02d}:{int(seconds) % 60:02d}"
 
 
 class Records:
@@ -83,7 +138,8 @@ class Records:
             write()
         except OSError as error:
             print(
-                f"warning: {self.out / name}: {error.strerror or error}; this entry is lost, training goes on",
+                f"warning: {self.out / name}: {error.strerror or error}; this entry is lost, "
+                "training goes on",
                 flush=True,
             )
             return False
@@ -108,6 +164,23 @@ class Records:
             lambda board: [board.add_scalar(key, value, step) for key, value in values.items()],
         )
 
+    def step(self, step, scalars, tail):
+        """A line of training.log, one of the losses by noise level, and TensorBoard.
+
+        tail   the run's last step, and the words that end the line"""
+        shown = [f"{k} {v:.4g}" for k, v in scalars.items() if not k.startswith("sigma/")]
+        levels = [f"{k[6:]} {v:.4g}" for k, v in scalars.items() if k.startswith("sigma/")]
+        self.line(" | ".join([f"step {step}/{tail[0]}", *shown, *tail[1:]]))
+        self.line(f"# sigma step {step} | " + " | ".join(levels))
+        self.scalars(step, scalars)
+
+    def rows(self, step, rows):
+        """The rows of an evaluation, a line each, and TensorBoard."""
+        for name, row in rows.items():
+            values = " | ".join(f"{k} {v:.4g}" for k, v in row.items())
+            self.line(f"# val step {step} {name} | {values}")
+            self.scalars(step, {f"val {name}/{key}": value for key, value in row.items()})
+
     def picture(self, step, image):
         """uint8 (H, W, 3) -> eval/step-N.png and TensorBoard."""
         if self.out:
@@ -120,7 +193,8 @@ class Records:
             )
 
     def to_board(self, step, add):
-        """purge_step makes TensorBoard forget what a killed run wrote after the checkpoint that we resume."""
+        """purge_step makes TensorBoard forget what a killed run wrote after the checkpoint that we
+        resume."""
 
         def write():
             if self.board is None:

@@ -1,7 +1,9 @@
-"""Other people's weights: a FantasyWorld release sampled, fine-tuned and written again; VGGT-1B as a start for stage 1.
+"""Other people's weights: a FantasyWorld release sampled, fine-tuned and written again; VGGT-1B as
+a start for stage 1.
 
-Tensor names and modules are in released.py; this file reads and writes the files.  A release is recognised by its
-tensor names, so its model.pth goes wherever a checkpoint of ours does: sample.py --ckpt, train.py --init_from."""
+Tensor names and modules are in released.py; this file reads and writes the files.  A release is
+recognised by its tensor names, so its model.pth goes wherever a checkpoint of ours does: sample.py
+--ckpt, train.py --init_from."""
 
 import glob
 import hashlib
@@ -19,14 +21,15 @@ from safetensors.torch import save_file
 from torch import nn
 
 import released
-from lib.distributed import fill
+from lib.distributed import copy_into
 from lib.files import write_whole
 from model import Config, FantasyWorld, half_geometry
 from wan import WanDiT, check_names, half_precision
 
 
 def metadata_of(path):
-    """Metadata of a checkpoint without its tensors; what ours would say for a release's model.pth or VGGT-1B."""
+    """Metadata of a checkpoint without its tensors; what ours would say for a release's model.pth
+    or VGGT-1B."""
     meta = (
         {} if str(path).endswith((".pth", ".pt")) and os.path.isfile(path) else read_metadata(path)
     )
@@ -49,7 +52,8 @@ def tensor_shapes(tensors):
 
 
 def load_weights(model, path):
-    """Copy a checkpoint's tensors into the model, a release's or VGGT-1B's by name; returns its metadata."""
+    """Copy a checkpoint's tensors into the model, a release's or VGGT-1B's by name; returns its
+    metadata."""
     meta = metadata_of(path)
     if "foreign" not in meta:
         return load_trained(model, path)
@@ -57,7 +61,8 @@ def load_weights(model, path):
     if meta["foreign"] == "release":
         if not model.cfg.released:
             raise ValueError(
-                f"{path}: a FantasyWorld release does not fit a model of our own; start from it alone"
+                f"{path}: a FantasyWorld release does not fit a model of our own; start from it "
+                "alone"
             )
         base = {k.removeprefix("dit."): shape for k, shape in own.items() if k.startswith("dit.")}
         plan = released.match(own, tensor_shapes(file), base, model.cfg.num_pcb, path)
@@ -67,19 +72,21 @@ def load_weights(model, path):
         kinds = sorted({".".join(re.sub(r"\d+", "*", name).split(".")[:3]) for name in left})
         if os.environ.get("RANK", "0") == "0":
             print(
-                f"{path}: VGGT: {len(plan)} tensors taken, {len(left)} left behind: {', '.join(kinds)}",
+                f"{path}: VGGT: {len(plan)} tensors taken, {len(left)} left behind: "
+                f"{', '.join(kinds)}",
                 flush=True,
             )
     parameters = dict(model.named_parameters())
     for k, name in plan.items():
-        fill(parameters[k], file[name][1]().reshape(own[k]))
+        copy_into(parameters[k], file[name][1]().reshape(own[k]))
     return meta
 
 
 def release_tensors(path):
     if not os.path.isfile(path):
         raise ValueError(
-            f"{path}: no such file; a model fine-tuned from a release needs the release's model.pth too "
+            f"{path}: no such file; a model fine-tuned from a release needs the release's "
+            "model.pth too "
             f"(sample.py --release=PATH, if it was moved)"
         )
     return lazy_tensors(path)
@@ -88,8 +95,10 @@ def release_tensors(path):
 def load_release(path, wan_dir="", device="cpu", dtype=None, trains=False, true_rays=False):
     """FantasyWorld from a release's model.pth, what it lacks from the Wan2.1 folder wan_dir.
 
-    Tensors go to device one by one, the big matrices in dtype (None = fp32; trains=True keeps the trainable ones in
-    fp32), so the host holds one copy at most.   Errors: ValueError for missing, unexpected, misshapen tensors."""
+    Tensors go to device one by one, the big matrices in dtype (None = fp32; trains=True keeps the
+    trainable ones in
+    fp32), so the host holds one copy at most.   Errors: ValueError for missing, unexpected,
+                                                 misshapen tensors."""
     files = release_tensors(path), wan_tensors(wan_dir) if wan_dir and wan_files(wan_dir) else {}
     shapes = [tensor_shapes(file) for file in files]
     cfg = Config(**released.sizes(*shapes), true_rays=true_rays)
@@ -116,7 +125,8 @@ def load_release(path, wan_dir="", device="cpu", dtype=None, trains=False, true_
     if os.environ.get("RANK", "0") == "0":
         print(
             f"{path}: FantasyWorld release, {sum(r for r, _ in plan.values())} tensors of it and "
-            f"{sum(not r for r, _ in plan.values())} of {wan_dir or 'no base'}: {cfg.num_pcb} + {cfg.geo_layers} video "
+            f"{sum(not r for r, _ in plan.values())} of {wan_dir or 'no base'}: {cfg.num_pcb} + "
+            f"{cfg.geo_layers} video "
             f"blocks of width {cfg.dim}, geometry width {cfg.geo_dim}",
             flush=True,
         )
@@ -124,17 +134,19 @@ def load_release(path, wan_dir="", device="cpu", dtype=None, trains=False, true_
 
 
 def open_model(meta, cfg, wan_dir, device, dtype=None, trains=True):
-    """The model that a run starts from, by the metadata of the checkpoint it starts from ({} = from scratch).
+    """The model that a run starts from, by the metadata of the checkpoint it starts from ({} = from
+    scratch).
 
-    cfg is that of the run; a release, and what was fine-tuned from one, brings its own sizes.  Weights that belong to a
-    checkpoint of ours are not read: load_trained does that."""
+    cfg is that of the run; a release, and what was fine-tuned from one, brings its own sizes.
+    Weights that belong to a checkpoint of ours are not read: load_trained does that."""
     if meta.get("release"):
         return load_release(meta["release"], wan_dir, device, dtype, trains, cfg.true_rays)
     return build_model(cfg, wan_dir, device, dtype)
 
 
 def open_checkpoint(path, wan_dir, device, dtype=None, keep_gb=None, true_rays=False, release=None):
-    """Any checkpoint with its video branch, ready for sampling: the matrices of a release in dtype (None = fp32).
+    """Any checkpoint with its video branch, ready for sampling: the matrices of a release in dtype
+    (None = fp32).
 
     keep_gb    None, or how many GB of weights stay on the device: see offload
     true_rays  a release is shown true per-pixel rays in place of the ones that it was trained on
@@ -153,11 +165,12 @@ def open_checkpoint(path, wan_dir, device, dtype=None, keep_gb=None, true_rays=F
 
 
 def offload(model, device, keep_gb=0.0):
-    """Let the model run on a device that is too small for it: the blocks' layers, but keep_gb of them, stay on the host,
-    and each visits the device for its own call.  Returns the model, for sampling, requires_grad off.
+    """Let the model run on a device that is too small for it: the blocks' layers, but keep_gb of
+    them, stay on the host, and each visits the device for its own call.  Returns the model, for
+    sampling, requires_grad off.
 
-    Costs one copy of the layers over the bus per forward.  Everything else moves to the device for good: stem, heads,
-    norms, modulation, gates, tokens."""
+    Costs one copy of the layers over the bus per forward.  Everything else moves to the device for
+    good: stem, heads, norms, modulation, gates, tokens."""
     left = keep_gb * 1e9
     blocks = [
         model.dit.blocks,
@@ -190,14 +203,16 @@ def offload(model, device, keep_gb=0.0):
 
 
 def export_release(checkpoint, out):
-    """Write a stage 2 checkpoint that was fine-tuned from a release under the release's names (.pth or .safetensors).
+    """Write a stage 2 checkpoint that was fine-tuned from a release under the release's names (.pth
+    or .safetensors).
 
     The video branch and whatever else the release's file held are copied from it."""
     tensors, meta = read_tensors(checkpoint)
     cfg = config_from_metadata(meta) if "model_config" in meta else Config()
     if not cfg.released or meta["stage"] != "2":
         raise ValueError(
-            f"{checkpoint}: wanted a stage 2 checkpoint of a run with --init_from=model.pth of the release"
+            f"{checkpoint}: wanted a stage 2 checkpoint of a run with --init_from=model.pth of "
+            "the release"
         )
     named = {released.release_name(k, cfg.num_pcb): v for k, v in tensors.items()}
     named["vggt.projection_head.weight"] = named["vggt.projection_head.weight"][
@@ -244,7 +259,8 @@ def read_tensors(path):
 
 
 def wan_files(folder):
-    """Weight files of the DiT in a Wan2.1 folder, complete as its index says; [] when it is no such folder."""
+    """Weight files of the DiT in a Wan2.1 folder, complete as its index says; [] when it is no such
+    folder."""
     files = sorted(
         f
         for f in glob.glob(os.path.join(folder, "diffusion_pytorch_model*"))
@@ -262,7 +278,8 @@ def wan_files(folder):
 
 
 def lazy_tensors(path):
-    """name -> (shape, read) of a .safetensors or .pth file; read() is what touches the tensor's bytes."""
+    """name -> (shape, read) of a .safetensors or .pth file; read() is what touches the tensor's
+    bytes."""
 
     def read(name):  # opened per tensor: pages of a closed file do not count against this process
         with safe_open(path, "pt") as file:
@@ -283,8 +300,9 @@ def lazy_tensors(path):
 
 
 def lazy_pth(path):
-    """lazy_tensors of a .pth file.  It is mapped anew after every 64th part of it (2 MB at least: each time unpickles the
-    names): the pages of a mapping that were touched count against this process until it is closed."""
+    """lazy_tensors of a .pth file.  It is mapped anew after every 64th part of it (2 MB at least:
+    each time unpickles the names): the pages of a mapping that were touched count against this
+    process until it is closed."""
     mapped, part = {}, max(os.path.getsize(path) / 64, 2e6)
 
     def load():
@@ -301,7 +319,8 @@ def lazy_pth(path):
 
 
 def wan_tensors(folder):
-    """name -> (shape, read) of the DiT in a Wan2.1 hub folder (one file or shards) or of a stage 0 demo run."""
+    """name -> (shape, read) of the DiT in a Wan2.1 hub folder (one file or shards) or of a stage 0
+    demo run."""
     files = wan_files(folder) or glob.glob(os.path.join(folder, "latest.safetensors"))
     if not files:
         raise ValueError(
@@ -313,7 +332,8 @@ def wan_tensors(folder):
         found = lazy_tensors(file)
         if twice := set(found) & set(tensors):
             raise ValueError(
-                f"{file}: {min(twice)} is also in another file of {folder}; remove one of the two copies"
+                f"{file}: {min(twice)} is also in another file of {folder}; remove one of the two "
+                "copies"
             )
         tensors.update(found)
     for prefix in ("pipe.", "model.", "dit."):
@@ -325,7 +345,8 @@ def wan_tensors(folder):
 def load_wan(folder, cfg, device="cpu", dtype=None):
     """Frozen WanDiT from the folder of a Wan2.1 release or of a stage 0 run.
 
-    Tensors go to device one by one, the big matrices in dtype (default fp32), so the host holds one copy at most.
+    Tensors go to device one by one, the big matrices in dtype (default fp32), so the host holds one
+    copy at most.
     returns  the model, and cfg with the video sizes of what was found"""
     tensors = wan_tensors(folder)
     shapes = {name: shape for name, (shape, _) in tensors.items()}
@@ -356,10 +377,11 @@ def load_wan(folder, cfg, device="cpu", dtype=None):
 
 
 def load_trained(model, path):
-    """Copy a checkpoint's tensors into the model; returns its metadata (stage, step, config as strings).
+    """Copy a checkpoint's tensors into the model; returns its metadata (stage, step, config as
+    strings).
 
-    A checkpoint holds what its stage trains; after stage 1 the interaction keeps its zero start.  Anything else that is
-    missing, left over or of another shape is a ValueError."""
+    A checkpoint holds what its stage trains; after stage 1 the interaction keeps its zero start.
+    Anything else that is missing, left over or of another shape is a ValueError."""
     sd, meta = read_checked(path)
     own = dict(model.named_parameters())
     untrained = (
@@ -374,12 +396,14 @@ def load_trained(model, path):
     extra = [k for k in sd if k not in own or sd[k].shape != own[k].shape]
     if missing or extra:
         raise ValueError(
-            f"{path} (stage {meta.get('stage')}) does not fit this model: {len(missing)} tensors missing "
-            f"{missing[:3]}, {len(extra)} unknown or of another size {extra[:3]}; use the preset that it "
+            f"{path} (stage {meta.get('stage')}) does not fit this model: {len(missing)} tensors "
+            "missing "
+            f"{missing[:3]}, {len(extra)} unknown or of another size {extra[:3]}; use the preset "
+            "that it "
             f"was trained with"
         )
     for name, value in sd.items():
-        fill(own[name], value)
+        copy_into(own[name], value)
     return meta
 
 
@@ -393,7 +417,8 @@ def read_metadata(path):
 
 
 def read_checked(path):
-    """read_tensors of one of our checkpoints; ValueError when its bytes are not those that were saved."""
+    """read_tensors of one of our checkpoints; ValueError when its bytes are not those that were
+    saved."""
     tensors, meta = read_tensors(path)
     if "sha256" in meta and meta["sha256"] != digest(tensors):
         raise ValueError(
@@ -404,7 +429,8 @@ def read_checked(path):
 
 
 def build_model(cfg, wan_dir, device, dtype=None):
-    """FantasyWorld on the device; frozen branch from wan_dir ("" = random), its big matrices in dtype (None = fp32)."""
+    """FantasyWorld on the device; frozen branch from wan_dir ("" = random), its big matrices in
+    dtype (None = fp32)."""
     dit, cfg = load_wan(wan_dir, cfg, device, dtype) if wan_dir else (None, cfg)
     model = FantasyWorld(cfg, dit)
     if dtype and not wan_dir:

@@ -73,6 +73,11 @@ def loss_of(out):
     return sum(v.float().square().mean() for v in out.values() if v is not None)
 
 
+def options_of(script, **values):
+    """The options of a script (a module), as the command line without arguments gives them, but for values."""
+    return config.apply(vars(script), []).replaced(**values)
+
+
 def train_here(*arguments, **patches):
     """train.py in this process, four seconds quicker than a new one; patches replace its functions.
 
@@ -91,7 +96,7 @@ def train_here(*arguments, **patches):
         sys.argv = ["train.py", *arguments]
         with contextlib.redirect_stdout(text), contextlib.redirect_stderr(text):
             train.main(config.apply(vars(train), arguments))
-    except (SystemExit, ValueError) as left:  # the script turns a ValueError into a line and code 1
+    except (SystemExit, ValueError) as left:  # the script turns a ValueError into a line and code 2
         code = left.code if isinstance(left, SystemExit) else f"train.py: {left}"
     finally:
         sys.argv = argv
