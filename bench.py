@@ -1,328 +1,351 @@
-"""Measure work, time and memory against straightforward code: `python bench.py [work train sample data scaling gpu]`.
+"""Measure work, time and memory against straightforward code.
 
-    work      stages 1 and 2: FLOPs per clip at true size (fake tensors) beside the ideal
-    train     the same steps timed at a reduced width on a CPU, with their memory
-    sample    a guided loop and its decoding, the same way
-    data      what the loader delivers at the guide's sizes
-    scaling   bytes that 1, 2, 4 gloo ranks send per step and when
-    gpu       the steps and the sampling loop at true size, where there is a GPU: lib/gpu.py
+    python bench.py [flops step sampling data] [--device cpu|cuda] [--rounds N]
 
-What is compared with what is in lib/variants.py.  All variants of a table are timed in turn in every round, on a CPU in
-seconds of one thread's processor time, and the median is given, so ratios hold on a machine that others use too."""
+    flops      FLOPs of a clip at true size beside the least work, counted on fake tensors
+    step       seconds, memory and share of the peak of a training step
+    sampling   the same of a guided video, and of its decoding
+    data       clips per second of the loader at true size, beside what a GPU takes
+
+Without a name all of them, by the same code on a CPU and on a GPU: a GPU takes the 1.3B preset and
+the guide's clips, a CPU the demo's widths and small clips.  The rows of a table are timed in turn,
+round after round, and the median is given, on a CPU in seconds of one thread's processor time, so
+that ratios hold on a machine that others use too.
+
+Straightforward is the method's description taken literally: every block forward and backward with
+weight gradients, the exchange in stage 1 too, encoders in the step, heads over all frames at once,
+one clip at a time.  The least work is defined in least_work()."""
 
 import argparse
-import json
 import resource
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
-from contextlib import nullcontext
-from dataclasses import replace
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from unittest.mock import patch
 
+import numpy as np
 import torch
-import torch.distributed as dist
-from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
-from torch.nn.parallel import DistributedDataParallel
+from torch import nn
+from torch.utils.data import DataLoader
 
+import config
 import sample
 import train
-from data import CachedClips, collate
+from data import collate
 from encoders import CLIPVision, UMT5Encoder, WanVAE
-from lib import camera_paths, gpu
-from lib.caches import save_tensors
-from lib.plan import Count, example_batch, fake, fake_model, fake_tensors
-from lib.variants import (
-    OPTIONS,
-    encode,
-    ideal,
-    make_encoders,
-    raw_clips,
-    straightforward_sample,
-    variants,
-)
-from model import PRESETS, FantasyWorld
+from lib import plan
+from lib.caches import read_again, save_tensors, stamp
+from lib.camera_paths import load_camera
+from lib.plan import GIB, Count, clear_tables, example_batch, fake, fake_model, fake_tensors
+from model import PRESETS, Conditions, Config, FantasyWorld
+from wan import half_precision, start_condition
 
-TRUE = {1: (21, 336, 592), 2: (81, 592, 336)}  # the guide's clips: frames, height, width
+OPTIONS = config.apply(vars(train), [])  # the defaults
 
-# The 1.3B preset at an eighth of its widths and a third of its layers, on a small grid.
-SMALL = replace(
-    PRESETS["1.3b"],
-    dim=192,
-    ffn_dim=1120,
-    head_dim=64,
-    text_dim=512,
-    text_len=64,
-    freq_dim=64,
-    has_clip=False,
-    num_layers=10,
-    num_pcb=4,
-    taps=(1, 3, 4, 5),
-    geo_dim=176,
-    geo_heads=2,
-    bridge_width=40,
-    pose_hidden=80,
-    irg_dim=144,
-    irg_heads=2,
-    dpt_channels=(8, 16, 32, 32),
-    dpt_features=16,
-    dpt_tail=8,
-    camera_dim=64,
-    camera_heads=2,
+GOAL = {1: 0.50, 2: 0.45}  # shares of a GPU's peak that the training steps are to reach
+
+
+@dataclass(frozen=True)
+class Case:
+    """What a device runs."""
+
+    cfg: Config
+    clips: dict  # stage -> (clips of a micro-batch, frames, height, width)
+    vae_dim: int = 96
+    text: dict = field(default_factory=dict)  # sizes of the text encoder; by default umT5-xxl's
+
+
+TRUE = Case(PRESETS["1.3b"], {1: (8, 21, 336, 592), 2: (1, 81, 592, 336)})  # of the guide's configs
+SMALL = Case(
+    PRESETS["demo"],
+    {1: (2, 21, 64, 112), 2: (2, 21, 64, 112)},
+    vae_dim=12,
+    text=dict(vocab=64, dim=64, attn_dim=64, ffn_dim=160, heads=8, layers=8),
 )
 
-SMALL_SIZE = (21, 64, 112)
 
-H200_PEAK = 989e12  # dense bf16 FLOP/s of an H100 or H200.  Source: NVIDIA's data sheet
+# --------------------------------------------------------------------------------------- measuring
+@dataclass
+class Row:
+    """A call: what its first run did, and the seconds of the others."""
+
+    flops: int
+    peak: int  # bytes of the tensors that it made and held at a time
+    seconds: list = field(default_factory=list)
 
 
-# ---------------------------------------------------------------------------------------------------------- measuring
-def interleaved(rows, rounds):
-    """Median processor seconds of each call and the spread (max - min) / median; every round runs all of them."""
-    spent = {name: [] for name in rows}
-    for name, call in rows.items():
-        call()  # once for the caches
-    for _ in range(rounds):
-        for name, call in rows.items():
-            start = time.process_time()  # not the clock's: others run on this machine
-            call()
-            spent[name].append(time.process_time() - start)
-    return {
-        name: (statistics.median(t), (max(t) - min(t)) / statistics.median(t))
-        for name, t in spent.items()
-    }
+def clock(device):
+    """Seconds; on a CPU of this process alone, for others run on the machine too."""
+    if device.type == "cpu":
+        return time.process_time()
+    torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 def counted(call):
-    with Count() as c:
-        value = call()
-    return c, value
+    with Count() as counter:
+        call()
+    return Row(counter.flops, counter.peak[""])
 
 
-def train_true():
-    """FLOPs per clip at true size, on fake tensors."""
-    print(
-        "FLOPs per clip of forward and backward at true size (1.3b, counted on fake tensors)",
-        flush=True,
-    )
-    print(
-        f"{'':34s}{'TFLOP/clip':>12s}{'over ours':>11s}{'over ideal':>12s}{'over fused ideal':>18s}"
-    )
-    for stage, size in TRUE.items():
-        cfg, least = PRESETS["1.3b"], ideal(PRESETS["1.3b"], stage, size)
+def measure(calls, device, rounds):
+    """{name: function} -> {name: Row} of those that fit the device; all run in every round."""
+    rows = {}
+    for name, call in calls.items():
+        with suppress(torch.cuda.OutOfMemoryError):
+            rows[name] = counted(call)  # it fills the caches too
+    for _ in range(rounds):
+        for name, row in rows.items():
+            start = clock(device)
+            calls[name]()
+            row.seconds.append(clock(device) - start)
+    return rows
+
+
+def print_rows(title, calls, rows, peak):
+    """A line of each call; ratios are to the first that fits, peak is the device's FLOP/s."""
+    print(f"{title:34s} seconds spread  x time x FLOPs  peak    GiB", flush=True)
+    first = next(iter(rows.values()), None)
+    for name in calls:
+        if name not in rows:
+            print(f"  {name:32s} does not fit")
+            continue
+        row = rows[name]
+        seconds, work = statistics.median(row.seconds), row.flops / first.flops
+        spread = (max(row.seconds) - min(row.seconds)) / seconds
+        ratio = seconds / statistics.median(first.seconds)
         print(
-            f"stage {stage}, {size[0]} x {size[1]} x {size[2]}: forward "
-            + ", ".join(
-                f"{k} {least[k] / 1e12:.1f}"
-                for k in ("PCB", "tail", "geometry", "exchange", "heads")
-            )
-        )
-        with fake_tensors(), torch.autocast("cpu", torch.bfloat16):
-            model = fake_model(cfg, stage)
-            encoders = fake_list(cfg)
-            batch, raw = example_batch(cfg, 1, *size), raw_clips(1, cfg, *size)
-            rows = variants(model, stage, batch, (raw, encoders))
-            flops = {name: counted(call)[0].flops for name, call in rows.items()}
-        flops = {
-            "ideal": least["ideal"],
-            "fused ideal": least["fused"],
-            "  + heads recomputed": least["recomputed"],
-            **flops,
-        }
-        for name, value in flops.items():
-            print(
-                f"  {name:32s}{value / 1e12:12.1f}{value / flops['ours']:11.2f}{value / least['ideal']:12.3f}"
-                f"{value / least['fused']:18.3f}",
-                flush=True,
-            )
-
-
-def fake_list(cfg):
-    return [
-        fake(lambda: WanVAE()),
-        fake(lambda: UMT5Encoder()),
-        fake(lambda: CLIPVision()) if cfg.has_clip else None,
-    ]
-
-
-def train_small(rounds, batch_size=2):
-    """Seconds, work and memory at the reduced width, every variant beside ours."""
-    torch.manual_seed(0)
-    model, encoders = FantasyWorld(SMALL), make_encoders(SMALL, small=True)
-    raw = raw_clips(batch_size, SMALL, *SMALL_SIZE)
-    b, *rest = example_batch(SMALL, batch_size, *SMALL_SIZE)
-    batch = (dict(b, **encode(raw, slice(0, batch_size), encoders)), *rest)
-    square = torch.randn(1024, 1024)
-    peak = 2 * 1024**3 / interleaved({"": lambda: square @ square}, 9)[""][0]
-    print(
-        f"\n{batch_size} clips of {SMALL_SIZE}, an eighth of the widths, a third of the layers, fp32 on this CPU: "
-        f"{peak / 1e9:.0f} GFLOP/s in a matrix product, median of {rounds} rounds"
-    )
-    for stage in (1, 2):
-        rows = variants(model.set_stage(stage), stage, batch, (raw, encoders))
-        first = {name: counted(call) for name, call in rows.items()}
-        times = interleaved(rows, rounds)
-        ours, base = times["ours"][0], first["ours"][0].flops
-        print(
-            f"stage {stage:<27d}{'s/step':>8s}{'spread':>8s}{'clips/s':>9s}{'x time':>8s}{'x FLOPs':>9s}{'MFU':>6s}"
-            f"{'peak MiB':>10s}{'geometry loss':>15s}"
-        )
-        for name, (seconds, spread) in times.items():
-            c, loss = first[name]
-            print(
-                f"  {name:31s}{seconds:8.2f}{spread:8.0%}{batch_size / seconds:9.2f}{seconds / ours:8.2f}"
-                f"{c.flops / base:9.2f}{c.flops / seconds / peak:6.0%}{max(c.peak.values()) / 2**20:10.0f}"
-                f"{float(loss):15.6f}",
-                flush=True,
-            )
-
-
-# ------------------------------------------------------------------------------------------------------------ sampling
-def sample_table(rounds, steps=20, guidance=5.0):
-    """A guided video by our loop and by the literal one: FLOPs of a step at true size, seconds at the reduced width."""
-    print("\nsampling, two guided passes per step; FLOPs of a step at true size, 81 x 592 x 336")
-    with fake_tensors(), torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        model = fake_model(PRESETS["1.3b"], 2)
-        b, noise, sigma, _ = example_batch(model.cfg, 1, *TRUE[2])
-        given = dict(y=b["y"], clip=b["clip"], plucker=b["plucker"], poses=b["pose_enc"])
-        constants = model.constants(b["text"], b["clip"], b["plucker"], b["pose_enc"])
-        literal = counted(lambda: model(noise, 1000 * sigma, b["text"], **given))[0].flops
-        for stage in (1, 2):
-            model.set_stage(stage)
-            ours = counted(
-                lambda: (model if stage == 2 else model.dit)(
-                    noise,
-                    sigma,
-                    None,
-                    b["y"],
-                    constants=constants,
-                    **(dict(heads=False) if stage == 2 else {}),
-                )
-            )[0].flops
-            print(
-                f"  stage {stage} checkpoint: ours {2 * ours / 1e12:.0f} TFLOP, straightforward "
-                f"{2 * literal / 1e12:.0f}, {literal / ours:.2f} x",
-                flush=True,
-            )
-    torch.manual_seed(0)
-    model, vae = FantasyWorld(SMALL), WanVAE(12)
-    with torch.no_grad():
-        for p in (*model.exchange.parameters(), *model.camera_adapters.parameters()):
-            p.add_(0.02 * torch.randn_like(p))  # gates open: the exchange takes part
-    frames, height, width = SMALL_SIZE
-    w2c, K = camera_paths.load_camera("orbit", frames, (height, width), 65.0, 1.0, 1.0)
-    noise, y = (
-        torch.randn(1, 16, 6, height // 8, width // 8),
-        torch.randn(1, 16, 6, height // 8, width // 8),
-    )
-    text, negative = ([torch.randn(20, SMALL.text_dim)] for _ in range(2))
-    model.requires_grad_(False)
-    with patch.object(sample, "tqdm", lambda grid, **_: grid), torch.no_grad():
-        for stage in (1, 2):
-            model.stage = stage
-            rows = {
-                "ours": lambda: sample.generate(
-                    model,
-                    noise,
-                    text,
-                    negative,
-                    y,
-                    None,
-                    w2c,
-                    K,
-                    "euler",
-                    steps,
-                    5.0,
-                    guidance,
-                    vae.decode,
-                ),
-                "straightforward": lambda: straightforward_sample(
-                    model,
-                    noise,
-                    text,
-                    negative,
-                    y,
-                    w2c,
-                    K,
-                    steps,
-                    guidance,
-                    partial(vae.decode, chunk=None),
-                ),
-            }
-            ours, literal = (call() for call in rows.values())
-            off = max((ours[i] - literal[i]).abs().max().item() for i in (0, 2))
-            off = max(
-                off,
-                *(
-                    (ours[1][k] - literal[1][k]).abs().max().item()
-                    for k in ("depth", "points", "pose_enc")
-                ),
-            )
-            times = interleaved(rows, rounds)
-            print(
-                f"  stage {stage}, {steps} steps of {SMALL_SIZE} at reduced width: ours {times['ours'][0]:.2f} s "
-                f"(spread {times['ours'][1]:.0%}), straightforward {times['straightforward'][0]:.2f} s, "
-                f"{times['straightforward'][0] / times['ours'][0]:.2f} x; largest difference {off:.1e}",
-                flush=True,
-            )
-        model.stage, once = 2, {}
-        for n in (2, 4, 8):
-            once[n] = lambda n=n: sample.generate(
-                model, noise, text, negative, y, None, w2c, K, "euler", n, 5.0, guidance
-            )
-        times = interleaved(once, rounds)
-        print(
-            "  seconds of 2, 4, 8 steps without decoding: "
-            + ", ".join(f"{times[n][0]:.2f}" for n in once),
+            f"  {name:32s}{seconds:8.3f}{spread:7.0%}{ratio:8.2f}{work:8.2f}"
+            f"{row.flops / seconds / peak:6.0%}{row.peak / GIB:7.2f}",
             flush=True,
         )
 
 
-# ---------------------------------------------------------------------------------------------------------------- data
-def write_caches(root, clips, num_frames, height, width, cfg):
-    """Cache files of a dataset as data.py encode leaves them, filled with random numbers."""
-    f, h, w = (num_frames - 1) // 4 + 1, height // 8, width // 8
-    folder = Path(root, "cache", f"{num_frames}x{height}x{width}-transform-bench")
-    half = dict(
-        latents=(16, f, h, w), start_latents=(16, 1, h, w), text=(cfg.text_len, cfg.text_dim)
+def autocast(device):
+    """bf16 on a GPU, fp32 on a CPU."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+
+
+def model_on(case, device):
+    """Random weights, the frozen ones on a GPU in bf16."""
+    torch.manual_seed(0)
+    with device:
+        model = FantasyWorld(case.cfg)
+    if device.type == "cuda":
+        half_precision(model.dit, torch.bfloat16)
+    return model
+
+
+# ----------------------------------------------------------------------------------- training steps
+def make_encoders(case):
+    """VAE, text encoder and, where the model has one, CLIP's vision tower, with random weights."""
+    tower = [CLIPVision()] if case.cfg.has_clip else []
+    return nn.ModuleList([WanVAE(case.vae_dim), UMT5Encoder(**case.text), *tower])
+
+
+@torch.no_grad()
+def encode(encoders, video, ids):
+    """Clips (B, 3, T, H, W) and words (B, L) -> the part of a batch that data.py encode caches."""
+    vae, text, *tower = encoders
+    start = vae.encode(video[:, :, :1]).bfloat16().float()
+    latents = vae.encode(video).bfloat16().float()
+    found = dict(latents=latents, text=list(text(ids, torch.ones_like(ids)).float()))
+    found["y"] = start_condition(start, 32, latents.shape[2])
+    return dict(found, clip=tower[0](video[:, :, 0]).float()) if tower else found
+
+
+class Steps:
+    """A model and a micro-batch of a stage; its methods take one training step."""
+
+    def __init__(self, model, encoders, stage, size):
+        self.model, self.encoders, self.stage = model, encoders, stage
+        self.b, *self.drawn = example_batch(model.cfg, *size)
+        self.pixels = torch.rand(size[0], 3, *size[1:]) * 2 - 1
+        self.ids = torch.randint(1, 64, (size[0], model.cfg.text_len))
+        self.b.update(encode(encoders, self.pixels, self.ids))
+
+    def configure(self, stage, checkpointing, chunk):
+        self.model.set_stage(stage).checkpoint_activations = checkpointing
+        for head in (self.model.depth_head, self.model.point_head):
+            head.chunk = chunk
+        for p in self.model.parameters():
+            p.grad = None
+
+    def backward(self, stage, forward, b, drawn):
+        train.loss_alone(OPTIONS.replaced(stage=stage))(forward, b, *drawn).backward()
+
+    def ours(self, checkpointing):
+        self.configure(self.stage, checkpointing, self.model.cfg.head_chunk)
+        self.backward(self.stage, self.model, self.b, self.drawn)
+
+    def straightforward(self):
+        self.configure(2, "none", 10**6)
+        self.model.requires_grad_(True)
+        for i in range(len(self.ids)):
+            at = slice(i, i + 1)
+            b = {k: v[at] for k, v in self.b.items()}
+            b.update(encode(self.encoders, self.pixels[at], self.ids[at]))
+            forward = partial(literal_forward, self.model)
+            self.backward(2, forward, b, [x[at] for x in self.drawn])
+
+    def calls(self):
+        """Name -> function of a table's rows."""
+        rows = {f"ours, {how}": partial(self.ours, how) for how in ("selective", "none", "full")}
+        return {**rows, "straightforward": self.straightforward}
+
+
+def literal_forward(model, x, t, context, y, clip, **camera):
+    """model.forward written out, with autograd through all of Wan: nothing runs under no_grad."""
+    dit = model.dit
+    e, modulation = dit.modulation(t)
+    video = dit.conditions(context, clip, camera["plucker"]).with_keys(dit.blocks)
+    conditions = Conditions(**vars(video), pose_embedding=model.pose_encoder(camera["poses"]))
+    x, grid = dit.embed(x, y, conditions.control)
+    _, shared = model.shared(t, grid, conditions, None)
+    shared = replace(shared, modulation=modulation)
+    for i, step in enumerate(model.pcb):
+        x = step(x, conditions, i, shared)
+    z, outputs = model.geometry_tokens(x, grid, conditions.pose_embedding, 1.0), {}
+    for layer, step in enumerate(model.irg):
+        x, z, outputs[layer] = step(x, z, conditions, len(model.pcb) + layer, shared)
+    return dict(velocity=dit.unpatchify(dit.head(x, e), grid), **model.read_out(outputs, grid))
+
+
+def least_work(cfg, stage, size):
+    """FLOPs per clip of the least work, from forward counts on fake tensors -> dict.
+
+    stage 1   video forward up to the bridge + 3 x trainable forward
+    stage 2   video forward + its gradient to the input (linear 1 x forward) + 3 x trainable forward
+    ideal counts an attention's backward as 2 x its forward; fused adds the half forward of every
+    fused kernel, which recomputes its scores.  PCB and geometry: forward of these blocks alone."""
+    with fake_tensors(), torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        model = fake_model(cfg, stage)
+        b, noise, sigma, _ = example_batch(cfg, 1, *size)
+        given = dict(y=b["y"], clip=b.get("clip"), plucker=b["plucker"])
+        blocks, irg = model.dit.blocks, model.irg
+
+        def work(forward, **more):
+            with Count() as counter:
+                forward(noise, 1000 * sigma, b["text"], **given, **more)
+            return np.array([counter.flops, counter.attention])
+
+        def dit(last):
+            model.dit.blocks = blocks[:last]
+            return work(model.dit)
+
+        def whole(steps, heads=True):
+            model.irg = irg[:steps]
+            return work(model, poses=b["pose_enc"], video=stage == 2, heads=heads)
+
+        embed, pcb, tail = dit(0), dit(cfg.num_pcb), dit(None)
+        geometry = whole(None, heads=False) - whole(0, heads=False)
+        total = whole(None)
+    frozen = tail if stage == 2 else pcb
+    trained = total - frozen
+    passing = tail - embed if stage == 2 else 0 * embed  # the gradient passes, no weight takes one
+    ideal = frozen[0] + 3 * trained[0] + passing.sum()
+    fused = ideal + (trained[1] + passing[1]) / 2
+    return dict(ideal=ideal, fused=fused, PCB=(pcb - embed)[0], geometry=geometry[0])
+
+
+# ---------------------------------------------------------------------------------- tables of steps
+def flops_table():
+    """FLOPs of the steps of one clip at true size beside the least work."""
+    print("TFLOP of a clip, forward and backward, 1.3b at true size", flush=True)
+    for stage, (_, *size) in TRUE.clips.items():
+        with fake_tensors(), torch.autocast("cpu", torch.bfloat16):
+            encoders = fake(lambda: make_encoders(TRUE))
+            steps = Steps(fake_model(TRUE.cfg, stage), encoders, stage, (1, *size))
+            rows = {name: counted(call).flops for name, call in steps.calls().items()}
+        least = least_work(TRUE.cfg, stage, size)
+        rows = {"least work": least["ideal"], "least work, fused": least["fused"], **rows}
+        print(f"stage {stage}, {size[0]} x {size[1]} x {size[2]:<12d}  TFLOP  x least  x fused")
+        for name, flops in rows.items():
+            ratios = flops / least["ideal"], flops / least["fused"]
+            print(f"  {name:28s}{flops / 1e12:7.1f}{ratios[0]:9.2f}{ratios[1]:9.2f}", flush=True)
+
+
+def step_table(case, device, rounds):
+    """Seconds, memory and share of the peak of training steps."""
+    for stage, (clips, *size) in case.clips.items():
+        with device, autocast(device):
+            model, encoders = model_on(case, device), make_encoders(case)
+            if device.type == "cuda":
+                encoders[1].to(torch.bfloat16)
+            calls = Steps(model, encoders, stage, (clips, *size)).calls()
+            rows = measure(calls, device, rounds)
+        title = f"stage {stage}, {clips} x {size[0]} x {size[1]} x {size[2]}"
+        print_rows(title, calls, rows, plan.peak_flops(device))
+
+
+# ---------------------------------------------------------------------------------------- sampling
+def literal_sample(model, noise, texts, given, *, steps, guidance):
+    """The literal loop -> latents, geometry.
+
+    Every forward embeds prompt and camera, makes its tables and runs the heads; a step takes two;
+    the last one's geometry is not the read-out's, so one more forward follows.
+
+    texts    prompt and negative prompt, (L, text_dim) each
+    given    y, clip, plucker, poses: as FantasyWorld.forward takes them"""
+
+    def velocity(x, t, text):
+        clear_tables()
+        return model(x, t, [text], **given)["velocity"]
+
+    def guided(x, t):
+        return torch.lerp(velocity(x, t, texts[1]), velocity(x, t, texts[0]), guidance)
+
+    latents = sample.sample_euler(guided, noise, steps)
+    sigma = torch.full((1,), sample.READOUT_SIGMA, device=noise.device)
+    x = torch.lerp(latents, noise, sample.READOUT_SIGMA)
+    return latents, model(x, 1000 * sigma, texts[:1], **given)
+
+
+def sampling_table(case, device, rounds, steps=4):
+    """A guided video by our loop and by the literal one, without its decoding, and that."""
+    _, frames, height, width = case.clips[2]
+    w2c, K = load_camera("orbit", frames, (height, width))  # on the CPU, where its files are read
+    w2c, K, model = w2c.to(device), K.to(device), model_on(case, device)
+    with device:
+        vae = WanVAE(case.vae_dim).requires_grad_(False)
+        b, noise, *_ = example_batch(case.cfg, 1, frames, height, width)
+    given = dict(y=b["y"], clip=b.get("clip"), plucker=b["plucker"], poses=b["pose_enc"])
+    texts = [b["text"][0], torch.zeros_like(b["text"][0])]
+
+    def ours():
+        shared = (texts[:1], texts[1:], b["y"], b.get("clip"), w2c, K)
+        return sample.generate(model, noise, *shared, "euler", steps, 5.0, 5.0)
+
+    def literal():
+        return literal_sample(model, noise, texts, given, steps=steps, guidance=5.0)
+
+    calls = {"ours": ours, "straightforward": literal, "decoding": lambda: vae.decode(noise)}
+    for stage in (1, 2):
+        model.set_stage(stage).requires_grad_(False)
+        with torch.no_grad(), autocast(device):
+            rows = measure(calls, device, rounds)
+        title = f"stage {stage}, {steps} guided steps, read-out"
+        print_rows(title, calls, rows, plan.peak_flops(device))
+
+
+# -------------------------------------------------------------------------------------------- data
+def write_cache(path, size, cfg):
+    """The large tensors of a clip as data.py encode leaves them, filled with random numbers."""
+    frames, height, width = size
+    tensors = dict(
+        depth=torch.rand(*size) + 1,
+        latents=torch.rand(16, (frames - 1) // 4 + 1, height // 8, width // 8).bfloat16(),
+        text=torch.rand(cfg.text_len, cfg.text_dim).bfloat16(),
+        clip=torch.rand(257, 1280).bfloat16(),
     )
-    half |= dict(clip=(257, 1280)) if cfg.has_clip else {}
-    full = dict(
-        depth=(num_frames, height, width), w2c=(num_frames, 3, 4), intrinsics=(num_frames, 3, 3)
-    )
-    for i in range(clips):
-        tensors = {k: torch.rand(s).bfloat16() for k, s in half.items()}
-        tensors |= dict(
-            depth=torch.rand(full["depth"]) + 1,
-            w2c=torch.eye(4)[:3].expand(full["w2c"]),
-            intrinsics=100 * torch.eye(3).expand(full["intrinsics"]),
-        )
-        save_tensors(
-            folder / f"c{i}.safetensors",
-            tensors,
-            dict(
-                id=f"c{i}",
-                sample=f"c{i}",
-                prompt="",
-                fps=16,
-                num_frames=num_frames,
-                height=height,
-                width=width,
-                fingerprint="transform-bench",
-            ),
-        )
-    save_tensors(
-        folder / "text_empty.safetensors", dict(text=torch.zeros(1, cfg.text_dim).bfloat16()), {}
-    )
-    ids = [f"c{i}" for i in range(clips)]
-    Path(root, "metadata.json").write_text(
-        json.dumps(dict(samples=[dict(id=i, cached=True) for i in ids], splits=dict(train=ids)))
-    )
-    return CachedClips(root, "train", height, width, num_frames)
+    save_tensors(path, tensors, {})
+
+
+def read_batch(paths):
+    return collate([read_again(path, stamp(path))[0] for path in paths])
 
 
 def processor_seconds():
@@ -330,142 +353,53 @@ def processor_seconds():
     return time.process_time() + sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
 
 
-def data_table():
-    """Clips per second of the loader at the guide's sizes."""
-    print(
-        "\ndata: two loader workers, files in the page cache; needed: one H200 at the goal of row 5"
-    )
-    for stage, (size, batch, share) in {1: (TRUE[1], 8, 0.50), 2: (TRUE[2], 1, 0.45)}.items():
-        with tempfile.TemporaryDirectory() as root:
-            clips = write_caches(root, 8, *size, PRESETS["1.3b"])
-            order, spent = [[i % 8 for i in range(n, n + batch)] for n in range(0, 160, batch)], {}
-            for epochs in (0, 1):  # 0: what starting the workers costs by itself
-                start, clock = processor_seconds(), time.perf_counter()
-                for _ in torch.utils.data.DataLoader(
-                    clips,
-                    batch_sampler=order[:1] + epochs * order,
-                    collate_fn=collate,
-                    num_workers=2,
-                ):
+def data_table(case, count=160):
+    """Clips per second of the loader, and how many a GPU takes that reaches its goal."""
+    print("\nloader: two workers on two idle cores, files in the page cache", flush=True)
+    for stage, (batch, *size) in case.clips.items():
+        order = [[i % 8 for i in range(n, n + batch)] for n in range(0, count, batch)]
+        with tempfile.TemporaryDirectory() as folder:
+            paths, spent = [Path(folder, f"{i}.safetensors") for i in range(8)], []
+            for path in paths:
+                write_cache(path, size, case.cfg)
+            how = dict(collate_fn=read_batch, num_workers=2)
+            for batches in (order[:1], order[:1] + order):  # what starting the workers costs alone
+                start = processor_seconds()
+                for _ in DataLoader(paths, batch_sampler=batches, **how):
                     pass
-                spent[epochs] = processor_seconds() - start, time.perf_counter() - clock
-            cost, seconds = ((spent[1][i] - spent[0][i]) / 160 for i in (0, 1))
-            need = share * H200_PEAK / ideal(PRESETS["1.3b"], stage, size)["ideal"]
-            print(
-                f"  stage {stage}, {size}, {clips.files[0].stat().st_size / 1e6:.0f} MB a clip: {1 / seconds:.1f} "
-                f"clips/s by the clock; {1e3 * cost:.1f} ms of processor time a clip, {2 / cost:.1f} clips/s on two idle "
-                f"cores; an H200 at {share:.0%} of {H200_PEAK / 1e12:.0f} TFLOP/s takes {need:.1f}, {2 / cost / need:.1f} x",
-                flush=True,
-            )
-
-
-# ------------------------------------------------------------------------------------------------------------- scaling
-def scaling_rank():
-    """One gloo rank of a data-parallel step with accumulation; rank 0 prints what was sent, and when, as JSON."""
-    dist.init_process_group("gloo")
-    torch.manual_seed(0)
-    torch.set_num_threads(1)
-    model, found, sent = FantasyWorld(SMALL).set_stage(1), {}, []
-    # small buckets: at true size the gradient fills 140 of the usual 25 MB
-    wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True, bucket_cap_mb=3)
-    batch = example_batch(SMALL, 1, 5, 32, 48)
-
-    def hook(_, bucket):
-        sent.append(bucket.buffer().nbytes)
-        return allreduce_hook(None, bucket)
-
-    wrapped.register_comm_hook(None, hook)
-    for attempt in range(2):  # DDP arranges its buckets after the first
-        sent.clear()
-        for micro in range(2):
-            with wrapped.no_sync() if micro == 0 else nullcontext():
-                loss = train.compute_loss(wrapped, *batch, OPTIONS, False)[0]
-                with torch.profiler.profile(
-                    activities=[torch.profiler.ProfilerActivity.CPU]
-                ) as trace:
-                    loss.backward()
-                found["no_sync" if micro == 0 else "bytes"] = sum(sent)
-    trained = sum(p.numel() * 4 for p in model.parameters() if p.requires_grad)
-    if dist.get_rank() == 0:
-        print(json.dumps(dict(found, gradient=trained, buckets=len(sent), **overlap(trace))))
-    dist.destroy_process_group()
-
-
-def overlap(trace):
-    """From the profiler's trace of a backward pass: when its operations ran and when gloo's all-reduces were in flight.
-
-    returns  first: share of the computation that is done when the first bucket leaves; hidden: share of the
-             communication's time before the last one does"""
-    events = [
-        (e.name(), e.start_ns(), e.start_ns() + e.duration_ns())
-        for e in trace.profiler.kineto_results.events()
-    ]
-    work, calls, sent = (
-        [(a, b) for name, a, b in events if name.startswith(start)]
-        for start in ("aten::", "c10d::allreduce_", "gloo:all_reduce")
-    )
-    begin, end = (
-        min(a for a, _ in work),
-        max(a for a, _ in calls),
-    )  # the last bucket leaves when all gradients are there
-
-    edges = sorted({t for span in sent for t in span} | {end})
-    flying = [(a, b) for a, b in zip(edges, edges[1:]) if any(s <= a and b <= e for s, e in sent)]
-    return dict(
-        first=(min(a for a, _ in sent) - begin) / (end - begin),
-        hidden=sum(b - a for a, b in flying if b <= end) / sum(b - a for a, b in flying),
-    )
-
-
-def scaling_table():
-    """What ranks send."""
-    print(
-        "\nscaling: gloo ranks, two micro-steps, one synchronised; from a profiler trace of its backward"
-    )
-    for ranks in (1, 2, 4):
-        command = [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            f"--nproc_per_node={ranks}",
-            __file__,
-            "rank",
-        ]
-        result = subprocess.run(command, capture_output=True, text=True, timeout=300)
-        if result.returncode:
-            raise SystemExit(result.stderr)
-        r = json.loads(next(line for line in result.stdout.splitlines() if line.startswith("{")))
+                spent.append(processor_seconds() - start)
+            megabytes = paths[0].stat().st_size / 1e6
+        rate = 2 * count / (spent[1] - spent[0])
+        need = GOAL[stage] * plan.PEAK_FLOPS["H200"] / least_work(case.cfg, stage, size)["ideal"]
         print(
-            f"  {ranks} ranks: {r['bytes']:,} bytes reduced per step = {r['bytes'] / r['gradient']:.4f} x the trainable "
-            f"gradient, {r['no_sync']} in the micro-step before; {r['buckets']} buckets, the first leaves after "
-            f"{r['first']:.0%} of the computation, {r['hidden']:.0%} of the communication during it",
+            f"  stage {stage}, {megabytes:.0f} MB a clip: {rate:.1f} clips/s; an H200 at "
+            f"{GOAL[stage]:.0%} of its peak takes {need:.1f}",
             flush=True,
         )
 
 
+TABLES = ("flops", "step", "sampling", "data")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "parts", nargs="*", default=["work", "train", "sample", "data", "scaling", "gpu"]
-    )
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("tables", nargs="*", metavar="TABLE", help=f"some of {', '.join(TABLES)}")
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    parser.add_argument("--rounds", type=int, default=3, help="timed repetitions of every row")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    if args.parts[0] == "rank":  # one rank of scaling_table
-        return scaling_rank()
-    tables = dict(
-        work=train_true,
-        train=lambda: train_small(args.rounds),
-        sample=lambda: sample_table(args.rounds),
-        data=data_table,
-        scaling=scaling_table,
-        gpu=lambda: gpu.tables(PRESETS["1.3b"], TRUE, SMALL, SMALL_SIZE, args.rounds),
+    if unknown := set(args.tables) - set(TABLES):
+        parser.error(f"no table {', '.join(unknown)}; there are {', '.join(TABLES)}")
+    on_gpu = args.device == "cuda" or args.device == "auto" and torch.cuda.is_available()
+    device, case = (torch.device("cuda", 0), TRUE) if on_gpu else (torch.device("cpu"), SMALL)
+    calls = dict(
+        flops=flops_table,
+        step=lambda: step_table(case, device, args.rounds),
+        sampling=lambda: sampling_table(case, device, args.rounds),
+        data=lambda: data_table(TRUE),
     )
-    for name in args.parts:
-        if name not in tables:
-            raise SystemExit(f"bench.py: no part {name!r}; wanted some of {', '.join(tables)}")
-        tables[name]()
+    for name in args.tables or TABLES:
+        calls[name]()
 
 
 if __name__ == "__main__":

@@ -109,18 +109,21 @@ class Count(TorchDispatchMode):
         return out
 
 
+def clear_tables():
+    """Forget the tables of positions: real ones must not meet fake ones."""
+    for table in (geometry.rope_2d, geometry.uv_embedding, wan.rope_3d):
+        table.cache_clear()
+
+
 @contextmanager
 def fake_tensors():
     """Tensors made inside have shapes, strides and types but no storage."""
-    tables = (geometry.rope_2d, geometry.uv_embedding, wan.rope_3d)
-    for table in tables:  # they cache tensors: real ones must not meet fake ones
-        table.cache_clear()
+    clear_tables()
     try:
         with FakeTensorMode():
             yield
     finally:
-        for table in tables:
-            table.cache_clear()
+        clear_tables()
 
 
 def fake(build):
@@ -237,7 +240,8 @@ def count(cfg, stage, loss, size, *, checkpointing="none", half=True):
         counter = step_counter(model, loss, size, half)
         frozen, trained = split_bytes(model)
         parts = [split_bytes(unit) for unit in sharded_units(model)]
-    steps, others = parts[: len(model.steps)], parts[len(model.steps) :]
+    n = len(model.dit.blocks)  # as many steps; they come first
+    steps, others = parts[:n], parts[n:]
     rest = frozen + trained - sum(f + t for f, t in parts)
     base = counter.start.get("heads", counter.peak[""])  # stage 0 has no heads
     return Cost(

@@ -7,8 +7,9 @@ from safetensors.torch import load_file
 from tiny import loss_of, tiny_inputs, tiny_model
 from torch.nn.parallel import DistributedDataParallel
 
+import bench
 import train
-from lib import plan, variants
+from lib import plan
 from lib.checkpoints import load_optimizer, save_checkpoint, training_state
 from lib.distributed import end_processes, fill, shard, whole
 from lib.weights import load_trained
@@ -98,9 +99,7 @@ def memory(group):
     """What the allocator hands out in the second micro-step of an accumulated step, beside the plan."""
     cfg, size = PRESETS["demo"], (5, 48, 64)
 
-    def loss(model, *batch):
-        return train.compute_loss(model, *batch, variants.OPTIONS, True)[0]
-
+    loss = train.loss_alone(bench.OPTIONS.replaced(stage=2))
     model = shard(FantasyWorld(cfg).set_stage(2), group, CPU)
     model.checkpoint_activations = "full"
     loss(model, *plan.example_batch(cfg, 1, *size)).backward()

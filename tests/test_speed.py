@@ -13,9 +13,12 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import bench
+import config
 import sample
 import train
-from lib import camera_paths, plan, variants
+from geometry import encode_pose, plucker_rays
+from lib import camera_paths, plan
 from lib.checkpoints import load_optimizer, save_checkpoint, training_state
 from lib.distributed import end_processes
 from lib.weights import load_trained
@@ -39,12 +42,12 @@ SHALLOW = replace(
 
 
 def geometry_and_diffusion(video):
-    return lambda model, *batch: train.compute_loss(model, *batch, variants.OPTIONS, video)[0]
+    return train.loss_alone(bench.OPTIONS.replaced(stage=2 if video else 1))
 
 
 # ---- least work
 def test_stage_1_costs_the_video_forward_to_the_bridge_and_three_times_the_trainable_forward():
-    least = variants.ideal(SHALLOW, 1, (21, 336, 592))
+    least = bench.least_work(SHALLOW, 1, (21, 336, 592))
     N, T, D = 6 * 21 * 37, 512 + 257, 1536
     block = (
         8 * N * D**2 + 4 * N**2 * D + 4 * N * D**2 + 4 * T * D**2 + 4 * N * T * D + 4 * N * D * 8960
@@ -57,7 +60,7 @@ def test_stage_1_costs_the_video_forward_to_the_bridge_and_three_times_the_train
 
 
 def test_stage_2_recomputes_less_than_a_tenth_and_no_weight_gradient_of_wan():
-    least = variants.ideal(SHALLOW, 2, (81, 592, 336))
+    least = bench.least_work(SHALLOW, 2, (81, 592, 336))
     size, loss = (1, 81, 592, 336), geometry_and_diffusion(True)
     cost = plan.count(SHALLOW, 2, loss, size, checkpointing="selective")
     assert cost.flops <= 1.10 * least["fused"]
@@ -136,23 +139,10 @@ def test_the_plan_prefers_no_recomputation_then_little_sharding_and_refuses_what
     assert plan.settings(counts, 1, 10, 112) is None
 
 
-def test_the_plan_command_needs_no_weights_and_no_data(monkeypatch, capsys):
-    known = dict(vars(train))
-    found = train.config.apply(
-        known,
-        [
-            f"{ROOT}/config/demo0.py",
-            "--num_frames=5",
-            "--height=32",
-            "--width=48",
-            f"--model_overrides={TINY.__dict__}",
-            "--plan=True",
-            "--plan_gpus=2",
-        ],
-    )
-    for name, value in found.items():
-        monkeypatch.setattr(train, name, value)
-    train.main(found)
+def test_the_plan_command_needs_no_weights_and_no_data(capsys):
+    size = ["--num_frames=5", "--height=32", "--width=48", f"--model_overrides={TINY.__dict__}"]
+    argv = [f"{ROOT}/config/demo0.py", *size, "--plan", "--plan_gpus=2"]
+    train.main(config.apply(vars(train), argv))
     text = capsys.readouterr().out
     assert "global batch 64" in text and "8 x 40 GB" in text and "2 x 80 GB" in text
 
@@ -252,11 +242,12 @@ def test_sampling_with_constants_computed_once_equals_the_literal_loop(stage):
     ours = sample.generate(
         model, noise, text, negative, y, None, w2c, K, "euler", 3, 5.0, 5.0, lambda x: x + 1
     )
-    literal = variants.straightforward_sample(
-        model, noise, text, negative, y, w2c, K, 3, 5.0, lambda x: x + 1
-    )
+    rays, poses = plucker_rays(w2c, K, (32, 48)), encode_pose(w2c, K, (32, 48))
+    given = dict(y=y, clip=None, plucker=rays, poses=poses)
+    texts = [*text, *negative]
+    literal = bench.literal_sample(model, noise, texts, given, steps=3, guidance=5.0)
     torch.testing.assert_close(ours[0], literal[0], rtol=0, atol=1e-4)
-    torch.testing.assert_close(ours[2], literal[2], rtol=0, atol=1e-4)
+    torch.testing.assert_close(ours[2], literal[0] + 1, rtol=0, atol=1e-4)
     for key in ("depth", "points", "pose_enc"):
         torch.testing.assert_close(ours[1][key], literal[1][key], rtol=0, atol=1e-4)
 
@@ -283,15 +274,14 @@ def two_ranks(rank, folder):
 
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     torch.set_num_threads(1)
-    train.weight_decay, train.learning_rate = 0.1, 1e-2
+    options = bench.OPTIONS.replaced(weight_decay=0.1, learning_rate=1e-2)
 
     def start(shard):
-        train.shard_optimizer = shard
         model = tiny_model(1, awake=True)
         return (
             model,
             DistributedDataParallel(model, gradient_as_bucket_view=True),
-            train.make_optimizer(model, 2, None),
+            train.make_optimizer(model, options.replaced(shard_optimizer=shard), 2),
         )
 
     def steps(wrapped, optimizer, numbers):
