@@ -1,66 +1,104 @@
-"""Sample a world: checkpoint + prompt (+ start image) + camera path -> video, depth, point cloud, cameras, a page.
+"""Sample worlds: checkpoint + prompts + start image + camera path -> video, depth, points, cameras.
 
-    python sample.py --ckpt outputs/demo/stage2/latest.safetensors --prompt "a room with two boxes" --camera orbit
+    python sample.py --ckpt outputs/demo/stage2/latest.safetensors --prompt "a room" --camera orbit
 
-writes into --out: scene.html (open it: everything in one offline page), video.mp4, depth.mp4, depth.npz, points.ply,
-cameras.txt (commanded), cameras_predicted.txt, sheet.png and report.json (how far the sample obeys its cameras and
-agrees with itself); --export all adds the files of other tools.  With several prompts or seeds every sample gets a
-folder of its own, and the same command again goes on where it stopped.  User errors are one line and exit status 2."""
+writes into --out: scene.html (open it: everything in one offline page), video.mp4, depth.mp4,
+depth.npz, points.ply, cameras.txt (commanded), cameras_predicted.txt, sheet.png and report.json
+(how far the sample obeys its cameras and agrees with itself); --export=all adds the files of other
+tools. With several prompts or seeds every sample gets a folder of its own, and the same command
+again goes on where it stopped.  User errors are one line and exit status 2; --help lists every
+option."""
 
 import itertools
 import json
 import pathlib
+import re
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
-from types import SimpleNamespace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+import config
+from config import option, section
 from encoders import cache_prefix, encode_start, make_encoders
 from geometry import encode_pose
-from lib.camera_paths import load_camera, mean_distance
-from lib.export import EXPORTS, describe, export, export_names, make_scene
+from lib.camera_files import FORMATS
+from lib.camera_paths import View, load_camera, mean_distance
+from lib.export import EXPORTS, USUAL, check_out, describe, export_names, make_scene, write_exports
 from lib.files import read_video
-from lib.jobs import CORRECTIONS, check_arguments, parse_arguments, plan, read_prompts
+from lib.guards import run_command
 from lib.pictures import depth_to_rgb, tile, write_png
 from lib.weights import metadata_of, open_checkpoint
 from model import shift_sigma
-from wan import start_condition
+from wan import LATENT, start_condition
 
-# The default of the official Wan 2.1 code (shared_config.py, sample_neg_prompt); the demo's word hash gets "".
+# What the release's sampling does unlike ours, by default with its weights.
+CORRECTIONS = {
+    "rays": "one ray per pixel; the release shows one per frame, and its weights know nothing else",
+    "readout": "geometry of the finished sample; the release reads it in its last step",
+    "image": "start image cropped to the aspect; the release squeezes it",
+}
+
+# fmt: off
+section_1 = section("what to sample")
+ckpt = option("", "checkpoint of stage 1 or 2, or a release's model.pth; needed")
+wan_dir = option("", "folder of the video branch; empty: the one it was trained with")
+prompt = option("a room", "words, or a .txt file with one prompt a line")
+negative_prompt = option(None, "None: Wan's official one, in Chinese; the demo has none")
+image = option("", "picture or video file whose first frame starts the video")
+section_2 = section("camera")
+camera = option("orbit", "a move (forward, pan_left ...), a file, or 'x,y,z -> x,y,z | ...'")
+camera_format = option(None, "of a camera file that does not show it", choices=(None, *FORMATS))
+amount = option(1.0, "strength of a named move: 1 travels 0.3 scene units or turns by 30 degrees")
+fov = option(65.0, "horizontal field of view where the camera has no intrinsics", low=1, high=170)
+scene_scale = option("1", "your units per scene unit, or a depth map of the start image")
+section_3 = section("size")
+frames = option(0, "4k + 1; 0: as in training", low=0)
+height = option(0, "pixels, a multiple of 16; 0: as in training", low=0)
+width = option(0, "pixels, a multiple of 16; 0: as in training", low=0)
+fps = option(16.0, "frames a second of the written videos", low=0.1, high=1000)
+section_4 = section("sampling")
+steps = option(50, "steps of the sampler", low=1, high=1000)
+sampler = option("euler", "unipc is Wan's own", choices=("euler", "unipc"))
+guidance = option(5.0, "1: no guidance, half the work")
+shift = option(5.0, "more of the steps at high noise", above=0)
+seed = option(0, "of the first sample", low=0)
+num_samples = option(1, "samples of every prompt, of seeds seed, seed + 1 ...", low=1, high=10**6)
+section_5 = section("the released weights and what was fine-tuned from them")
+correct = option("", f"do not as the release does: {', '.join(CORRECTIONS)}, with commas")
+release = option(None, "model.pth of the release that ckpt was fine-tuned from, if it was moved")
+section_6 = section("machine")
+device = option("auto", "auto, cpu, cuda, cuda:1 ...")
+dtype = option("auto", "auto: bf16 on a GPU, fp32 on a CPU", choices=("auto", "bf16", "fp32"))
+low_memory = option(False, "slower: encoders on the CPU, small chunks, the model leaves to decode")
+offload = option(None, "GB of weights that stay on the device; others visit", kind=float, low=0)
+section_7 = section("files")
+out = option("outputs/sample", "folder")
+export = option(USUAL, f"all, or names of {','.join(EXPORTS)}")
+drop = option(20.0, "percent of the pixels, the least sure, left out of clouds", low=0, high=99)
+lifts = (None, "commanded", "predicted")
+lift = option(None, "cameras that lift depth to points; None: as its weights want", choices=lifts)
+unit = option("units", "your unit of length, as a word")
+preview_every = option(0, "write the depth so far every so many steps; 0: never", low=0, high=1000)
+# fmt: on
+
+# The default of the official Wan 2.1 code (shared_config.py, sample_neg_prompt).
 NEGATIVE = (
     "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，"
     "JPEG压缩残留，丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，"
     "形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走"
 )
 
-READOUT_SIGMA = 0.1  # the noise level at which geometry is read; the release's last step has 0.0926
-
-
-def load_image(path, height, width, squeeze=False):
-    """First frame of a picture or video file -> (1, 3, 1, H, W) in [-1, 1], centre-cropped to the aspect or squeezed."""
-    frame = torch.from_numpy(read_video(path, max_frames=1)[0].copy()).permute(0, 3, 1, 2).float()
-    if squeeze:
-        frame = F.interpolate(frame, (height, width), mode="bicubic", antialias=True).clamp(0, 255)
-        return (frame / 127.5 - 1)[:, :, None]
-    h, w = frame.shape[-2:]
-    scale = max(height / h, width / w)
-    frame = F.interpolate(
-        frame,
-        (max(height, round(h * scale)), max(width, round(w * scale))),
-        mode="bilinear",
-        antialias=True,
-    )
-    top, left = (frame.shape[-2] - height) // 2, (frame.shape[-1] - width) // 2
-    return (frame[..., top : top + height, left : left + width] / 127.5 - 1)[:, :, None]
+READOUT_SIGMA = 0.1  # where geometry is read; the release's last step has 0.0926
 
 
 def sample_euler(velocity, noise, steps=50, shift=5.0, progress=iter):
-    """Integrate dx/dsigma = velocity(x, t (B,)) from sigma 1 to 0 on the shifted grid; latents stay fp32."""
+    """Integrate dx/dsigma = velocity(x, t (B,)) from sigma 1 to 0 on the shifted grid; latents stay
+    fp32."""
     sigmas, x = (
         shift_sigma(torch.linspace(1, 0, steps + 1, dtype=torch.float64), shift).tolist(),
         noise,
@@ -72,17 +110,19 @@ def sample_euler(velocity, noise, steps=50, shift=5.0, progress=iter):
 
 
 def sample_unipc(velocity, noise, steps=50, shift=5.0, progress=iter):
-    """UniPC of order 2 (bh2 variant, data prediction), Wan 2.1's own default.  Source: Zhao et al. 2023.
+    """UniPC of order 2 (bh2 variant, data prediction), Wan 2.1's own default.  Source: Zhao et al.
+    2023.
 
-    As in the official code the grid starts at sigma 0.999 before the shift, and the model is told t rounded down to an
-    integer while the step itself uses the exact sigma."""
+    As in the official code the grid starts at sigma 0.999 before the shift, and the model is told t
+    rounded down to an integer while the step itself uses the exact sigma."""
     sigmas = shift_sigma(torch.linspace(0.999, 0, steps + 1, dtype=torch.float64), shift)
     log_snr = (
         (1 - sigmas) / sigmas
     ).log()  # half of it; infinite at the end, where order 1 is used
 
     def step(x, i, data, order, data_there=None):
-        """x at sigma i -> sigma i+1; data: predictions of x0 at i-1 and i; data_there at i+1: correct with it."""
+        """x at sigma i -> sigma i+1; data: predictions of x0 at i-1 and i; data_there at i+1:
+        correct with it."""
         h = log_snr[i + 1] - log_snr[i]
         b = torch.expm1(-h)
         phi2 = -b / h - 1
@@ -112,100 +152,143 @@ def sample_unipc(velocity, noise, steps=50, shift=5.0, progress=iter):
 SAMPLERS = {"euler": sample_euler, "unipc": sample_unipc}
 
 
+# -------------------------------------------------------------------------------------- conditions
+def load_image(path, height, width, squeeze=False):
+    """First frame of a picture or video file -> (1, 3, 1, H, W) in [-1, 1].
+
+    Centre-cropped to the aspect, or squeezed into it."""
+    frame = torch.from_numpy(read_video(path, max_frames=1)[0].copy()).permute(0, 3, 1, 2).float()
+    if squeeze:
+        frame = F.interpolate(frame, (height, width), mode="bicubic", antialias=True).clamp(0, 255)
+        return (frame / 127.5 - 1)[:, :, None]
+    h, w = frame.shape[-2:]
+    scale = max(height / h, width / w)
+    size = (max(height, round(h * scale)), max(width, round(w * scale)))
+    frame = F.interpolate(frame, size, mode="bilinear", antialias=True)
+    top, left = (frame.shape[-2] - height) // 2, (frame.shape[-1] - width) // 2
+    return (frame[..., top : top + height, left : left + width] / 127.5 - 1)[:, :, None]
+
+
 @torch.no_grad()
 def conditions(encoders, prompts, image, frames, progress=iter):
-    """One encoder after another -> list of text (L, dim), y or None, clip (1, 257, 1280) or None, and the VAE.
+    """What one encoder after another makes of prompts and image.
 
-    image (1, 3, 1, H, W) in [-1, 1] or None: then the model gets zeros, as for a clip whose image training dropped."""
+    image     (1, 3, 1, H, W) in [-1, 1], or None: then the model gets zeros, as for a clip whose
+              image training dropped
+    returns   list of text (L, dim), y or None, clip (1, 257, 1280) or None, and the VAE"""
     text = encoders.load_text()
     texts = [text([prompt])[0] for prompt in progress(prompts)]
     del text  # freed before the next encoder is loaded
-    clip = (
-        encoders.load_image()(image[:, :, 0]) if image is not None and encoders.load_image else None
-    )
+    clip = start = None
+    if image is not None and encoders.load_image:
+        clip = encoders.load_image()(image[:, :, 0])
     vae = encoders.load_vae()
-    return (
-        texts,
-        None if image is None else encode_start(vae, image, frames, encoders.start_pad),
-        clip,
-        vae,
-    )
+    if image is not None:
+        start = encode_start(vae, image, frames, encoders.start_pad)
+    return texts, start, clip, vae
+
+
+# ---------------------------------------------------------------------------------------- sampling
+@dataclass(frozen=True)
+class Inputs:
+    """What one video is made from, all of it on the device."""
+
+    noise: torch.Tensor  # (1, 16, f, h, w)
+    text: torch.Tensor  # (L, dim) of the prompt
+    negative: torch.Tensor  # (L, dim) of the negative prompt
+    y: torch.Tensor | None  # (1, in_dim - 16, f, h, w) start image
+    clip: torch.Tensor | None  # (1, 257, 1280)
+    w2c: torch.Tensor  # (1, T, 3, 4) relative to frame 0, scene units
+    K: torch.Tensor  # (1, T, 3, 3) pixels
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a video is made."""
+
+    sampler: str = "euler"
+    steps: int = 50
+    shift: float = 5.0
+    guidance: float = 5.0
+    read_last_step: bool = False  # the release: geometry of the last step's noisy latents
+
+
+class Denoiser:
+    """velocity(x, t) with guidance, v_neg + g (v_pos - v_neg), both passes in one batch.
+
+    Camera and image are the same in both.  What does not change with the noise level is made
+    once."""
+
+    def __init__(self, model, inputs, guidance):
+        self.model, self.y, self.guidance = model, inputs.y, guidance
+        contexts = [inputs.text, inputs.negative][: 1 if guidance == 1 else 2]
+        clip = inputs.clip if inputs.clip is None else inputs.clip.expand(len(contexts), -1, -1)
+        size = tuple(LATENT.space * n for n in inputs.noise.shape[-2:])
+        rays = model.rays(inputs.w2c, inputs.K, size)
+        poses = encode_pose(inputs.w2c, inputs.K, size)
+        both = model.constants(contexts, clip, rays, poses)
+        self.halves = [replace(both, keys=rows_of(both.keys, n)) for n in range(len(contexts))]
+        self.passes = [both]
+
+    def read_geometry(self, x, t):
+        """The whole output for the prompt alone: one more forward."""
+        video = self.model.stage == 2
+        return self.model(x, t, None, self.y, constants=self.halves[0], video=video)
+
+    def one_pass(self, x, t, constants):
+        count = len(constants.keys[0][0][0])
+        x, t = (z.expand(count, *z.shape[1:]) for z in (x, t))
+        y = None if self.y is None else self.y.expand(count, *self.y.shape[1:])
+        if self.model.stage == 2:
+            return self.model(x, t, None, y, heads=False, constants=constants)["velocity"]
+        return self.model.dit(x, t, None, y, constants=constants)  # geometry does not reach it
+
+    def __call__(self, x, t):
+        fits = True
+        try:
+            v = torch.cat([self.one_pass(x, t, constants) for constants in self.passes])
+        except torch.cuda.OutOfMemoryError:
+            if len(self.passes) == len(self.halves):
+                raise
+            fits = False
+        if not fits:  # out here: inside, the exception would keep the failed pass alive
+            self.passes = self.halves
+            torch.cuda.empty_cache()
+            return self(x, t)
+        return v if self.guidance == 1 else torch.lerp(v[1:], v[:1], self.guidance)
+
+
+def rows_of(keys, n):
+    """Keys and values of sample n alone, for every block."""
+    return [[(k[n : n + 1], v[n : n + 1]) for k, v in block] for block in keys]
 
 
 @torch.no_grad()
-def generate(
-    model,
-    noise,
-    text,
-    negative,
-    y,
-    clip,
-    w2c,
-    K,
-    sampler,
-    steps,
-    shift,
-    guidance,
-    decode=None,
-    watch=None,
-    last_step=False,
-):
-    """Sample latents (1, 16, f, h, w), then read the geometry once at READOUT_SIGMA -> latents, geometry dict, video.
+def generate(model, inputs, sampling, *, decode=None, on_step=None):
+    """Sample latents (1, 16, f, h, w), then read the geometry once at READOUT_SIGMA.
 
-    Guidance is v_neg + g (v_pos - v_neg), both in one batch; camera and image are the same in both.  What does not
-    change with the noise level is computed once.  watch(look) is called at every step; look() is one more forward and
-    returns the geometry seen so far.  last_step: that of the last step is the result, as in the release.
-    decode(latents) -> video runs beside the read-out (None: no video)."""
-    size = (8 * noise.shape[-2], 8 * noise.shape[-1])
-    contexts = [*text, *negative][: 1 if guidance == 1 else 2]
-    if clip is not None:
-        clip = clip.expand(len(contexts), -1, -1)
-    constants = model.constants(contexts, clip, model.rays(w2c, K, size), encode_pose(w2c, K, size))
-    first = replace(
-        constants, keys=[[(k[:1], v[:1]) for k, v in block] for block in constants.keys]
-    )
-    second = replace(
-        constants, keys=[[(k[1:], v[1:]) for k, v in block] for block in constants.keys]
-    )
-    passes, seen, count = [constants], {}, itertools.count(1)
-
-    def read(x, t):
-        return model(x, t, None, y, constants=first, video=model.stage == 2)
-
-    def velocity(x, t, given):
-        x, t = (z.expand(len(given.keys[0][0][0]), *z.shape[1:]) for z in (x, t))
-        image = None if y is None else y.expand(len(x), *y.shape[1:])
-        if model.stage == 2:
-            return model(x, t, None, image, heads=False, constants=given)["velocity"]
-        return model.dit(
-            x, t, None, image, constants=given
-        )  # stage 1: geometry does not reach the video
-
-    def guided(x, t):
-        try:
-            v = torch.cat([velocity(x, t, given) for given in passes])
-        except torch.cuda.OutOfMemoryError:
-            if guidance == 1 or len(passes) == 2:
-                raise
-            passes[:] = first, second  # no room for a batch of two: one after the other
-            return guided(x, t)
-        return v if guidance == 1 else torch.lerp(v[1:], v[:1], guidance)
+    decode     latents -> video, which runs beside the read-out; None: no video
+    on_step    called at every step with a function that reads the geometry so far (one forward)
+    returns    latents, geometry dict, video or None"""
+    denoise, count, last = Denoiser(model, inputs, sampling.guidance), itertools.count(1), {}
 
     def step(x, t):
-        if watch:
-            watch(lambda: read(x, t))
-        if last_step and next(count) == steps:
-            seen.update(read(x, t))
-        return guided(x, t)
+        if on_step:
+            on_step(lambda: denoise.read_geometry(x, t))
+        if sampling.read_last_step and next(count) == sampling.steps:
+            last.update(denoise.read_geometry(x, t))
+        return denoise(x, t)
 
-    latents = SAMPLERS[sampler](
-        step, noise, steps, shift, lambda grid: bar("sampling", grid, "step")
-    )
-    t = torch.full((1,), 1000 * READOUT_SIGMA, device=noise.device)
-    x = (1 - READOUT_SIGMA) * latents + READOUT_SIGMA * noise
+    def show(grid):
+        return bar("sampling", grid, "step")
+
+    run = SAMPLERS[sampling.sampler]
+    latents = run(step, inputs.noise, sampling.steps, sampling.shift, show)
+    t = torch.full((1,), 1000 * READOUT_SIGMA, device=latents.device)
+    x = (1 - READOUT_SIGMA) * latents + READOUT_SIGMA * inputs.noise
     with ThreadPoolExecutor(1) as beside:
         video = beside.submit(decode, latents) if decode else None
-        geometry = seen or read(x, t)
+        geometry = last or denoise.read_geometry(x, t)
         return latents, geometry, video.result() if video else None
 
 
@@ -215,181 +298,252 @@ def bar(phase, items, unit):
 
 
 def previewer(folder, every):
-    """watch() of generate: the depth of up to 5 frames as folder/step-0008.png, bright is near."""
+    """on_step of generate: the depth of up to 5 frames as folder/step-0008.png, bright is near."""
     count = itertools.count(1)
 
-    def watch(look):
+    def on_step(read_geometry):
         n = next(count)
         if n % every == 0:
-            depth = look()["depth"][0].float().cpu().numpy()
+            depth = read_geometry()["depth"][0].float().cpu().numpy()
             pick = np.linspace(0, len(depth) - 1, min(5, len(depth))).round().astype(int)
             folder.mkdir(parents=True, exist_ok=True)
             pictures = depth_to_rgb(depth[pick], *np.quantile(depth, (0.01, 0.99)))
             write_png(folder / f"step-{n:04d}.png", tile([list(pictures)]))
 
-    return watch if every else None
+    return on_step if every else None
 
 
-def load(args, meta, jobs, wan_dir, device):
-    """Everything that the jobs share: model, vae, texts by prompt, negative (its text), start latents and CLIP tokens
-    of the image or None, half (whether to run in bf16)."""
-    real = cache_prefix(wan_dir) != "transform"
-    negative = (
-        args.negative_prompt if args.negative_prompt is not None else NEGATIVE if real else ""
-    )
-    image = (
-        load_image(args.image, args.height, args.width, "image" in args.quirks)
-        if args.image
-        else None
-    )
-    encoders = make_encoders(
-        wan_dir=wan_dir if real else "", device="cpu" if args.low_memory else device
-    )
-    prompts = list(dict.fromkeys([job["prompt"] for job in jobs] + [negative]))
+# -------------------------------------------------------------------------------------------- jobs
+@dataclass(frozen=True)
+class Job:
+    """One sample: what differs between those of a command, and the settings its report keeps."""
+
+    prompt: str
+    seed: int
+    out: pathlib.Path
+    settings: dict
+
+    def finished(self):
+        """Whether its folder holds a complete sample of the same settings."""
+        try:
+            report = json.loads((self.out / "report.json").read_text())
+            return report.get("settings") == self.settings
+        except (OSError, ValueError):
+            return False
+
+
+def plan_jobs(options, meta, names):
+    """A job for every prompt and seed; among several, those that are finished are left out."""
+    unsaid = ("prompt", "seed", "num_samples", "out", "device", "low_memory", "preview_every")
+    shared = {k: str(v) for k, v in vars(options).items() if k not in unsaid}
+    shared.update(step=meta["step"], sha256=meta.get("sha256", ""))
+    seeds = range(options.seed, options.seed + options.num_samples)
+    pairs = list(itertools.product(read_prompts(options.prompt), seeds))
+    jobs, folder = [], pathlib.Path(options.out)
+    for i, (words, number) in enumerate(pairs):
+        slug = re.sub("[^a-z0-9]+", "-", words.lower())[:40].strip("-")
+        place = folder / f"{i:03d}-{slug}-seed{number}" if len(pairs) > 1 else folder
+        jobs.append(Job(words, number, place, dict(shared, prompt=words, seed=number)))
+    left = [job for job in jobs if len(jobs) == 1 or not job.finished()]
+    if len(left) < len(jobs):
+        there = len(jobs) - len(left)
+        print(f"{folder}: {there} of {len(jobs)} samples are there already and are kept")
+    for job in left:
+        check_out(job.out, names)
+    return left
+
+
+def read_prompts(text):
+    """The prompt itself, or the lines of a text file; empty lines and # comments are skipped."""
+    path = pathlib.Path(text)
+    if path.suffix != ".txt":
+        return [text]
+    if not path.is_file():
+        raise ValueError(f"--prompt {text}: no such file")
+    lines = map(str.strip, path.read_text(encoding="utf-8-sig").splitlines())
+    lines = [line for line in lines if line and not line.startswith("#")]
+    if not lines:
+        raise ValueError(f"--prompt {text}: no prompt in it; wanted one a line")
+    return lines
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What all jobs of a command share."""
+
+    model: torch.nn.Module
+    vae: object
+    texts: dict  # prompt -> (L, dim)
+    negative: torch.Tensor  # (L, dim)
+    start: torch.Tensor | None  # latents of the start image
+    clip: torch.Tensor | None
+    half: bool  # whether to run in bf16
+    w2c: torch.Tensor
+    K: torch.Tensor
+
+
+def load(options, meta, jobs, camera):
+    """Encode prompts and image, then load the model; camera: w2c, K of load_camera."""
+    real = cache_prefix(options.wan_dir) != "transform"
+    negative = options.negative_prompt
+    if negative is None:
+        negative = NEGATIVE if real else ""
+    start_image, dev = None, torch.device(options.device)
+    if options.image:
+        squeeze = "image" in quirks_of(options, meta)
+        start_image = load_image(options.image, options.height, options.width, squeeze)
+    place = "cpu" if options.low_memory else dev
+    encoders = make_encoders(wan_dir=options.wan_dir if real else "", device=place)
+    prompts = list(dict.fromkeys([*(job.prompt for job in jobs), negative]))
     texts, start, clip, vae = conditions(
-        encoders, prompts, image, args.frames, lambda p: bar("text", p, "prompt")
+        encoders, prompts, start_image, options.frames, lambda p: bar("text", p, "prompt")
     )
     texts = dict(zip(prompts, texts))
 
-    half = args.dtype == "bf16" or args.dtype == "auto" and device.type == "cuda"
-    for path in bar("load", (args.ckpt,), "model"):
-        model = open_checkpoint(
-            path,
-            wan_dir,
-            device,
-            torch.bfloat16 if half else None,
-            args.offload,
-            "rays" in args.correct,
-            args.release,
-        )
-    if args.low_memory:
+    half = options.dtype == "bf16" or options.dtype == "auto" and dev.type == "cuda"
+    for path in bar("load", (options.ckpt,), "model"):
+        weights = torch.bfloat16 if half else None
+        how = (options.offload, "rays" in options.correct, options.release)
+        model = open_checkpoint(path, options.wan_dir, dev, weights, *how)
+    if options.low_memory:
         model.depth_head.chunk = model.point_head.chunk = 4
-    if image is not None and model.dit.in_dim == 16:
-        raise ValueError(
-            f"--image {args.image}: {wan_dir} is a text-to-video family; leave the image out"
-        )
-    return SimpleNamespace(
-        model=model,
-        vae=vae,
-        texts=texts,
-        negative=texts[negative],
-        start=start,
-        clip=clip,
-        half=half,
-    )
+    if start_image is not None and model.dit.in_dim == LATENT.channels:
+        family = f"{options.wan_dir} is a text-to-video family"
+        raise ValueError(f"--image {options.image}: {family}; leave the image out")
+    return Resources(model, vae, texts, texts[negative], start, clip, half, *camera)
 
 
-def sample_one(args, job, meta, have, w2c, K, device):
+def sample_one(options, job, meta, resources):
     """Run one job -> Scene with its report."""
-    model, frames = have.model.to(device), args.frames
-    noise = torch.randn(
-        1,
-        16,
-        (frames - 1) // 4 + 1,
-        args.height // 8,
-        args.width // 8,
-        generator=torch.Generator().manual_seed(job["seed"]),
-    ).to(device)
-    y = (
-        None
-        if have.start is None
-        else start_condition(have.start.to(device), model.dit.in_dim, noise.shape[2])
-    )
+    dev = torch.device(options.device)
+    model, f = resources.model.to(dev), (options.frames - 1) // LATENT.time + 1
+    shape = (1, LATENT.channels, f, options.height // LATENT.space, options.width // LATENT.space)
+    noise = torch.randn(*shape, generator=torch.Generator().manual_seed(job.seed)).to(dev)
+    y = None
+    if resources.start is not None:
+        y = start_condition(resources.start.to(dev), model.dit.in_dim, f)
+    text, negative = resources.texts[job.prompt], resources.negative
+    w2c, K = resources.w2c, resources.K
+    inputs = Inputs(noise, text, negative, y, resources.clip, w2c.to(dev), K.to(dev))
 
     def decode(latents):
-        return have.vae.decode(
-            latents.float().cpu(), progress=lambda steps: bar("decode", steps, "step")
-        )[0].cpu()
+        def show(parts):
+            return bar("decode", parts, "step")
 
-    with torch.autocast(device.type, torch.bfloat16, enabled=have.half):
+        return resources.vae.decode(latents.float().cpu(), progress=show)[0].cpu()
+
+    numbers = (options.sampler, options.steps, options.shift, options.guidance)
+    sampling = Sampling(*numbers, "readout" in quirks_of(options, meta))
+    with torch.autocast(dev.type, torch.bfloat16, enabled=resources.half):
         latents, geometry, video = generate(
             model,
-            noise,
-            [have.texts[job["prompt"]]],
-            [have.negative],
-            y,
-            have.clip,
-            w2c.to(device),
-            K.to(device),
-            args.sampler,
-            args.steps,
-            args.shift,
-            args.guidance,
-            None if args.low_memory else decode,
-            previewer(job["out"] / "preview", args.preview_every),
-            "readout" in args.quirks,
+            inputs,
+            sampling,
+            decode=None if options.low_memory else decode,
+            on_step=previewer(job.out / "preview", options.preview_every),
         )
-    if args.low_memory:
+    if options.low_memory:
         model.to("cpu")
         video = decode(latents)
     geometry = {k: v.cpu() for k, v in geometry.items() if k != "velocity"}
-    scene = make_scene(video, geometry, w2c, K, args.fps, args.scene_scale, args.drop, args.lift)
-    scene.unit, warning = args.unit, scene.report["unit"]["warning"]
-    scene.report.update(
-        prompt=job["prompt"],
-        settings=job["settings"],
-        warnings=[warning] if warning else [],
-        facts=f"{frames} frames of {args.height} x {args.width}, camera {args.camera}, {args.sampler} {args.steps} steps, "
-        f"guidance {args.guidance:g}, seed {job['seed']}; checkpoint stage {meta['stage']}, step {meta['step']}",
+    how = (options.fps, options.scene_scale, options.drop, options.lift)
+    scene = make_scene(video, geometry, w2c, K, *how)
+    scene.unit, warning = options.unit, scene.report["unit"]["warning"]
+    facts = (
+        f"{options.frames} frames of {options.height} x {options.width}, camera {options.camera}, "
+        f"{options.sampler} {options.steps} steps, guidance {options.guidance:g}, seed {job.seed}; "
+        f"checkpoint stage {meta['stage']}, step {meta['step']}"
     )
+    told = dict(prompt=job.prompt, settings=job.settings, facts=facts)
+    scene.report.update(told, warnings=[warning] if warning else [])
     return scene
 
 
-def main():
-    args = parse_arguments()
-    meta = metadata_of(args.ckpt)
+# -------------------------------------------------------------------------------------------- main
+def quirks_of(options, meta):
+    """What is done as the release does it."""
+    corrected = set(filter(None, options.correct.split(",")))
+    return set(CORRECTIONS) - corrected if meta.get("release") else set()
+
+
+def settled(options, meta):
+    """Options with what the checkpoint says filled in; ValueError for what cannot work."""
+    trained, foreign = json.loads(meta["train_config"]), bool(meta.get("release"))
+    unknown = set(filter(None, options.correct.split(","))) - set(CORRECTIONS)
+    if unknown:
+        raise ValueError(f"--correct {min(unknown)}: wanted {', '.join(CORRECTIONS)}")
+    size = (
+        options.frames or trained["num_frames"],
+        options.height or trained["height"],
+        options.width or trained["width"],
+    )
+    near = [max(5, round((size[0] - 1) / 4) * 4 + 1)]
+    near += [max(16, round(x / 16) * 16) for x in size[1:]]
+    if list(size) != near:
+        raise ValueError(
+            "--frames {} --height {} --width {}: wanted 4k + 1 frames and multiples of 16, such as "
+            "--frames {} --height {} --width {}".format(*size, *near)
+        )
+    folder = options.wan_dir or trained["wan_dir"]
+    if foreign and not folder:
+        raise ValueError(
+            f"{options.ckpt}: a release needs --wan_dir, the folder of Wan2.1-I2V-14B-480P, for "
+            f"its encoders"
+        )
+    form = options.camera_format
+    if foreign and options.camera.endswith(".json"):
+        form = form or "fantasyworld"
+    auto = "cuda" if torch.cuda.is_available() else "cpu"
+    return options.replaced(
+        **dict(zip(("frames", "height", "width"), size)),
+        wan_dir=folder,
+        camera_format=form,
+        lift=options.lift or ("predicted" if foreign else "commanded"),
+        device=auto if options.device == "auto" else options.device,
+    )
+
+
+def scene_scale_of(options):
+    """--scene_scale as a number: given, or the mean distance of a depth map of the start image."""
+    text, size = options.scene_scale, (options.height, options.width)
+    try:
+        scale = float(text)
+    except ValueError:
+        view = View(options.fov, options.amount, 1.0, options.camera_format)
+        _, K = load_camera(options.camera, options.frames, size, view)
+        scale = mean_distance(text, K, size)
+    if not 1e-9 <= scale <= 1e9:
+        raise ValueError(f"--scene_scale {text}: wanted 1e-9 to 1e9")
+    return scale
+
+
+def main(options):
+    if not options.ckpt:
+        raise ValueError("--ckpt is needed: a checkpoint of stage 1 or 2; --help lists all options")
+    meta = metadata_of(options.ckpt)
     if meta.get("stage") not in ("1", "2"):
-        raise ValueError(
-            f"{args.ckpt}: stage {meta.get('stage')}; wanted a stage 1 or stage 2 checkpoint"
-        )
-    trained = json.loads(meta["train_config"])
-    check_arguments(args, trained)
-    names, size, device = (
-        export_names(args.export),
-        (args.height, args.width),
-        torch.device(args.device),
-    )
-    wan_dir = args.wan_dir or trained["wan_dir"]
-    if meta.get("release") and not wan_dir:
-        raise ValueError(
-            f"{args.ckpt}: a release needs --wan_dir, the folder of Wan2.1-I2V-14B-480P, for its encoders"
-        )
-    args.quirks = sorted(set(CORRECTIONS) - set(args.correct)) if meta.get("release") else []
-    args.lift = args.lift or ("predicted" if meta.get("release") else "commanded")
-    if meta.get("release") and args.camera.endswith(".json"):
-        args.camera_format = args.camera_format or "fantasyworld"
-    if isinstance(args.scene_scale, pathlib.Path):
-        _, K = load_camera(
-            args.camera, args.frames, size, args.fov, args.amount, 1.0, args.camera_format
-        )
-        args.scene_scale = mean_distance(args.scene_scale, K, size)
-    w2c, K = load_camera(
-        args.camera, args.frames, size, args.fov, args.amount, args.scene_scale, args.camera_format
-    )
-    jobs = plan(args, read_prompts(args.prompt), meta)
-    have = load(args, meta, jobs, wan_dir, device) if jobs else None
+        found = f"{options.ckpt}: stage {meta.get('stage')}"
+        raise ValueError(f"{found}; wanted a stage 1 or stage 2 checkpoint")
+    options = settled(options, meta)
+    names = export_names(options.export)
+    options = options.replaced(scene_scale=scene_scale_of(options))
+    view = View(options.fov, options.amount, options.scene_scale, options.camera_format)
+    size = (options.height, options.width)
+    camera = load_camera(options.camera, options.frames, size, view)
+    jobs = plan_jobs(options, meta, names)
+    resources = load(options, meta, jobs, camera) if jobs else None
     for i, job in enumerate(jobs):
         if len(jobs) > 1:
-            print(f"{i + 1} of {len(jobs)}: {job['prompt']}, seed {job['seed']}", flush=True)
-        scene = sample_one(args, job, meta, have, w2c, K, device)
-        export(scene, job["out"], names, lambda n: bar("export", n, "file"))
-        print(
-            f"{job['out']}: {' '.join(EXPORTS[n][0] for n in names)} report.json",
-            *describe(scene.report, args.unit),
-            sep="\n",
-            flush=True,
-        )
+            print(f"{i + 1} of {len(jobs)}: {job.prompt}, seed {job.seed}", flush=True)
+        scene = sample_one(options, job, meta, resources)
+        write_exports(scene, job.out, names, lambda n: bar("export", n, "file"))
+        print(f"{job.out}: {' '.join(EXPORTS[n][0] for n in names)} report.json")
+        print(*describe(scene.report, options.unit), sep="\n", flush=True)
+
+
+def command():
+    main(config.apply(globals(), sys.argv[1:]))
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except torch.cuda.OutOfMemoryError as error:
-        print(
-            f"sample.py: {str(error).splitlines()[0]}; try --low_memory, fewer --frames or a smaller size",
-            file=sys.stderr,
-        )
-        sys.exit(2)
-    except ValueError as error:
-        print(f"sample.py: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
+    run_command("sample.py", command, "Try --low_memory, fewer --frames or a smaller size")

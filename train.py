@@ -27,7 +27,7 @@ from safetensors import SafetensorError
 from torch.nn.parallel import DistributedDataParallel
 
 import config
-from config import option
+from config import option, section
 from data import CachedClips, collate, prepare
 from geometry import clip_mean, geometry_losses
 from lib.checkpoints import (
@@ -48,7 +48,7 @@ from lib.weights import load_weights, metadata_of, open_model, read_tensors
 from model import CHECKPOINTING, PRESETS, flow_matching_loss, shift_sigma
 
 # fmt: off
-# ---- what
+section_1 = section("what")
 preset = option("1.3b", "widths of the model, in model.PRESETS", choices=tuple(PRESETS))
 model_overrides = option({}, "single fields of model.Config, such as {'num_pcb': 10}")
 stage = option(1, "what trains, see the top of this file", choices=(0, 1, 2))
@@ -60,7 +60,7 @@ wan_dir = option("", "folder of the Wan weights, or of a stage 0 run; empty: ran
 random_wan = option(False, "allow stages 1 and 2 on a random video branch (tests)")
 init_from = option("", "stage 2: a stage 1 checkpoint or a release; eval_only: one or more, commas")
 resume = option("auto", "auto: newest valid checkpoint of out_dir; empty: afresh; or a file")
-# ---- how much
+section_2 = section("how much")
 height = option(336, "pixels, a multiple of 16", low=16)
 width = option(592, "pixels, a multiple of 16", low=16)
 num_frames = option(21, "pixel frames, 4k + 1", low=5)
@@ -76,7 +76,7 @@ eval_clips = option(16, "clips of an evaluation", low=1)
 eval_only = option(False, "print the table of the checkpoints in init_from, and stop")
 eval_sigma = option(0.1, "noise level of the geometry read-out", above=0, high=1)
 eval_more_sigmas = option((0.5, 0.9), "further noise levels of eval_only")
-# ---- optimisation
+section_3 = section("optimisation")
 learning_rate = option(1e-5, "of AdamW; 5e-6 is the guide's fallback", above=0)
 min_lr = option(0.0, "where a falling schedule ends", low=0)
 warmup_steps = option(100, "steps of linear rise", low=0)
@@ -102,7 +102,7 @@ normal_weight = option(0.0, "weight of a loss on the surface normals of the poin
 geo_sigma_power = option(0.0, "a clip's geometry loss is weighted by (1 - sigma) ** this", low=0)
 max_bad_steps = option(10, "so many steps in a row that are not finite end the run", low=1)
 spike_guard = option(0.0, "skip gradient norms over this times their mean; 0: off", low=0)
-# ---- machine
+section_4 = section("machine")
 device = option("auto", "auto, cpu or cuda")
 seed = option(0, "of everything random", low=0)
 num_workers = option(2, "processes that load clips", low=0)

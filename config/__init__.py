@@ -28,7 +28,7 @@ ARITHMETIC = {
 
 @dataclass(frozen=True)
 class Option:
-    """One option; its type is that of the default (None: a text, or nothing)."""
+    """One option; its type is that of the default, or kind where that is None (else a text)."""
 
     default: object
     help: str
@@ -36,6 +36,10 @@ class Option:
     high: float | None = None  # largest allowed value
     above: float | None = None  # every value must be larger
     choices: tuple = ()
+    kind: type | None = None  # of an option that is None unless it is set
+
+    def type(self):
+        return self.kind or (str if self.default is None else type(self.default))
 
     def range(self):
         """The allowed values in words, "" for any."""
@@ -50,6 +54,17 @@ class Option:
 def option(default, help, **limits):  # noqa: A002  (the word that argparse uses too)
     """Declare an option: default, one line of help, and low=, high=, above= or choices=."""
     return Option(default, help, **limits)
+
+
+@dataclass(frozen=True)
+class Section:
+    """A headline between options, for --help."""
+
+    title: str
+
+
+def section(title):
+    return Section(title)
 
 
 class Options(SimpleNamespace):
@@ -79,7 +94,7 @@ def apply(script, argv):
             continue
         key, equals, text = arg[2:].partition("=")
         declared = look_up(key, known, "command line")
-        if not equals and type(declared.default) is bool:
+        if not equals and declared.type() is bool:
             said = rest[0] if rest and rest[0].lower() in ("true", "false") else None
             text = rest.pop(0) if said else "True"
         elif not equals:
@@ -100,9 +115,9 @@ def look_up(key, known, where):
 
 def from_text(text, declared):
     """What was typed for an option as a value of its type where it can be one."""
-    if type(declared.default) in (str, type(None)):
+    if declared.type() is str:
         return text
-    if type(declared.default) is bool and text.lower() in ("true", "false"):
+    if declared.type() is bool and text.lower() in ("true", "false"):
         return text.lower() == "true"
     try:
         return ast.literal_eval(text)
@@ -112,9 +127,7 @@ def from_text(text, declared):
 
 def check(key, value, declared, where):
     """The value in its option's type and range, or a ValueError."""
-    wanted = type(declared.default)
-    if wanted is type(None):
-        wanted = str
+    wanted = declared.type()
     if wanted is float and type(value) is int and abs(value) < 1e300:
         value = float(value)
     if wanted is tuple and type(value) in (list, int, float):
@@ -203,8 +216,12 @@ def evaluate(node, names, where):
 
 def help_text(script, known):
     """Every option with its default, range and help, after the first line of the script's text."""
-    lines = [(script.get("__doc__") or "").strip().split("\n")[0], "", "options:"]
-    for key, declared in known.items():
+    lines = [(script.get("__doc__") or "").strip().split("\n")[0]]
+    for key, declared in script.items():
+        if isinstance(declared, Section):
+            lines += ["", f"{declared.title}:"]
+        if key not in known:
+            continue
         limits = f"  ({declared.range()})" if declared.range() else ""
         lines += [f"  --{key}={declared.default!r}{limits}", f"        {declared.help}"]
     return "\n".join(lines)

@@ -4,6 +4,7 @@ import difflib
 import math
 import pathlib
 import re
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -23,43 +24,58 @@ from lib.camera_files import pixel_matrix
 from lib.files import read_depth
 
 
-def load_camera(text, num_frames, size, fov_deg=65.0, amount=1.0, scene_scale=1.0, form=None):
-    """A named move, key frames or a camera file -> w2c (1, T, 3, 4) relative to frame 0 in scene units, and pixel
-    intrinsics (1, T, 3, 3) of pictures of `size`; files and key frames are in units of 1 / scene_scale scene units."""
-    zoom, intrinsics = torch.ones(num_frames), None
+@dataclass(frozen=True)
+class View:
+    """What a camera path needs to be told beside its name."""
+
+    fov: float = 65.0  # horizontal, degrees, where the camera has no intrinsics
+    amount: float = 1.0  # strength of a named move
+    scene_scale: float = 1.0  # units of a file or of key frames per scene unit
+    form: str | None = None  # format of a camera file that does not show it
+
+
+def load_camera(text, num_frames, size, view=View()):
+    """A named move, key frames or a camera file, for a video of num_frames pictures of size (H, W).
+
+    returns  w2c (1, T, 3, 4) relative to frame 0 in scene units; intrinsics (1, T, 3, 3) in
+             pixels"""
+    zoom, intrinsics, scale = torch.ones(num_frames), None, view.scene_scale
     if "->" in text:
         w2c = key_frames(text, num_frames)
     elif pathlib.Path(text).suffix or pathlib.Path(text).exists():
-        try:
-            w2c, intrinsics, source = camera_files.read(text, form, size)
-        except ValueError as error:
-            raise ValueError(str(error).replace("--from", "--camera_format")) from None
-        if len(w2c) < num_frames:
-            raise ValueError(
-                f"{text}: {len(w2c)} cameras; --frames {num_frames} wants at least that many"
-            )
-        if intrinsics is not None:  # files without a size: of square pixels
-            aspect = source[1] / source[0] if source else intrinsics[0, 1] / intrinsics[0, 0]
-            intrinsics = camera_files.crop_intrinsics(intrinsics[:num_frames], aspect, size)
+        w2c, intrinsics = from_file(text, num_frames, size, view.form)
     else:
-        w2c, zoom = camera_move(text, num_frames, amount)
-        scene_scale = 1.0
+        w2c, zoom = camera_move(text, num_frames, view.amount)
+        scale = 1.0
     w2c = relative_to_first(torch.as_tensor(w2c[:num_frames])[None].double())
-    w2c = torch.cat([w2c[..., :3], w2c[..., 3:] / scene_scale], -1).float()
+    w2c = torch.cat([w2c[..., :3], w2c[..., 3:] / scale], -1).float()
     if intrinsics is None:
-        fx = zoom.double().numpy() / 2 / np.tan(np.radians(fov_deg) / 2)
+        fx = zoom.double().numpy() / 2 / np.tan(np.radians(view.fov) / 2)
         intrinsics = np.stack([fx, fx * size[1] / size[0], fx * 0 + 0.5, fx * 0 + 0.5], -1)
     return w2c, torch.from_numpy(pixel_matrix(intrinsics, size)).float()[None]
 
 
+def from_file(path, num_frames, size, form):
+    """A camera file's w2c and intrinsics as fractions, cropped to the aspect of size."""
+    try:
+        w2c, intrinsics, source = camera_files.read(path, form, size)
+    except ValueError as error:
+        raise ValueError(str(error).replace("--from", "--camera_format")) from None
+    if len(w2c) < num_frames:
+        wanted = f"--frames {num_frames} wants at least that many"
+        raise ValueError(f"{path}: {len(w2c)} cameras; {wanted}")
+    if intrinsics is not None:  # files without a size: of square pixels
+        aspect = source[1] / source[0] if source else intrinsics[0, 1] / intrinsics[0, 0]
+        intrinsics = camera_files.crop_intrinsics(intrinsics[:num_frames], aspect, size)
+    return w2c, intrinsics
+
+
 def mean_distance(path, K, size):
-    """Mean distance of a depth map of the start image (.npy, .npz, .png), in its unit, as seen with the cameras' K."""
-    depth = F.interpolate(
-        torch.from_numpy(read_depth(path, frames=[0]))[None], size, mode="nearest-exact"
-    )
-    return normalize_scene(depth, torch.eye(4)[None, None, :3], K[:, :1], valid_depth(depth))[
-        2
-    ].item()
+    """Mean distance of a depth map of the start image, in its unit, as seen with the cameras' K."""
+    depth = torch.from_numpy(read_depth(path, frames=[0]))[None]
+    depth = F.interpolate(depth, size, mode="nearest-exact")
+    camera = torch.eye(4)[None, None, :3]
+    return normalize_scene(depth, camera, K[:, :1], valid_depth(depth))[2].item()
 
 
 TRAVEL = {
@@ -89,13 +105,17 @@ ZOOM = {"zoom_in": 1, "zoom_out": -1, "zoom": 1}
 def camera_move(name, num_frames, amount=1.0, fov_deg=60.0, pivot_depth=1.0, ease="smooth"):
     """A named camera move, starting at the identity.
 
-    name         static; forward, backward, left, right, up, down; pan_left, pan_right, tilt_up (or tilt), tilt_down;
-                 zoom_in (or zoom), zoom_out; orbit; spiral
-    amount       1 travels 0.3 scene units, turns (pan, tilt, orbit) by fov_deg / 2, zooms by 1.5; < 0 reverts
-    pivot_depth  scene units; orbit circles to the right around the point this far ahead, looking at it;
-                 spiral winds twice around the view axis up to 0.1 * amount off it, looking at that point
-    ease         smooth: at rest at both ends; linear; in, out: at rest at the first, the last frame only
-    returns      w2c (T, 3, 4) in scene units, focal (T,): the factor on fx and fy, 1 unless zooming."""
+    name         static; forward, backward, left, right, up, down; pan_left, pan_right, tilt_up (or
+                 tilt), tilt_down; zoom_in (or zoom), zoom_out; orbit; spiral
+    amount       1 travels 0.3 scene units, turns (pan, tilt, orbit) by fov_deg / 2, zooms by 1.5; <
+                 0 reverts
+    pivot_depth  scene units; orbit circles to the right around the point this far ahead, looking at
+                 it; spiral winds twice around the view axis up to 0.1 * amount off it, looking at
+                 that point
+    ease         smooth: at rest at both ends; linear; in, out: at rest at the first, the last frame
+                 only
+    returns      w2c (T, 3, 4) in scene units, focal (T,): the factor on fx and fy, 1 unless
+                 zooming."""
     known = [*TRAVEL, *TURN_AXIS, *ZOOM, "spiral"]
     if name not in known:
         near = ", ".join(difflib.get_close_matches(name, known, cutoff=0.4)) or "none"
@@ -129,13 +149,15 @@ def camera_move(name, num_frames, amount=1.0, fov_deg=60.0, pivot_depth=1.0, eas
 
 
 def look_at(centre, target, down=(0, 1, 0)):
-    """w2c (3, 4) float64 of a camera at `centre` that looks at `target`; `down` points to the picture's bottom."""
+    """w2c (3, 4) float64 of a camera at `centre` that looks at `target`; `down` points to the
+    picture's bottom."""
     centre, target, down = (np.asarray(x, float) for x in (centre, target, down))
     z = target - centre
     x = np.cross(down, z)
     if np.linalg.norm(z) < 1e-12 or np.linalg.norm(x) < 1e-9 * np.linalg.norm(z):
         raise ValueError(
-            f"look_at: seen from {centre} towards {target}, down = {down} is no side of the picture; "
+            f"look_at: seen from {centre} towards {target}, down = {down} is no side of the "
+            "picture; "
             "choose another"
         )
     x, z = x / np.linalg.norm(x), z / np.linalg.norm(z)
@@ -144,7 +166,8 @@ def look_at(centre, target, down=(0, 1, 0)):
 
 
 def log_se3(E):
-    """Twist (..., 6) = rotation vector, velocity of rigid transforms (..., 3, 4); angles up to 180 degrees."""
+    """Twist (..., 6) = rotation vector, velocity of rigid transforms (..., 3, 4); angles up to 180
+    degrees."""
     q = mat_to_quat(E[..., :3])
     sine = q[..., :3].norm(dim=-1, keepdim=True)
     angle = 2 * torch.atan2(sine, q[..., 3:])
@@ -165,9 +188,11 @@ def exp_se3(twist):
 
 
 def interpolate(times, w2c, at):
-    """Camera path through key frames: w2c (K, 3, 4) at increasing `times` (K,) -> (T, 3, 4) at times `at` (T,).
+    """Camera path through key frames: w2c (K, 3, 4) at increasing `times` (K,) -> (T, 3, 4) at
+    times `at` (T,).
 
-    Between two key frames the camera moves by a constant screw motion; at is clipped to the key frames."""
+    Between two key frames the camera moves by a constant screw motion; at is clipped to the key
+    frames."""
     times, at, w2c = (torch.as_tensor(np.asarray(x), dtype=torch.float64) for x in (times, at, w2c))
     if len(times) < 2 or (times.diff() <= 0).any():
         raise ValueError(f"interpolate: times {times.tolist()}; wanted two or more, increasing")
@@ -178,8 +203,9 @@ def interpolate(times, w2c, at):
 
 
 def key_frames(text, num_frames):
-    """ "x,y,z -> x,y,z | ..." or "0: x,y,z -> x,y,z | 0.4: ...": from where to what the camera looks, y down, in the
-    user's unit; times are shares of the clip, evenly spread when left out -> w2c (T, 3, 4) float64."""
+    """ "x,y,z -> x,y,z | ..." or "0: x,y,z -> x,y,z | 0.4: ...": from where to what the camera
+    looks, y down, in the user's unit; times are shares of the clip, evenly spread when left out ->
+    w2c (T, 3, 4) float64."""
     times, poses, parts = [], [], text.split("|")
     for i, part in enumerate(parts):
         found = re.fullmatch(r"\s*(?:([\d.]+)\s*:)?(.*)->(.*)", part)

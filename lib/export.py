@@ -544,7 +544,7 @@ def check_out(out, names):
                 )
 
 
-def export(scene, out, names, progress=iter):
+def write_exports(scene, out, names, progress=iter):
     """Write the named files and, last, report.json: where it lies, the sample is complete."""
     check_out(out, names)
     out.mkdir(parents=True, exist_ok=True)

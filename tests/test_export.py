@@ -57,7 +57,7 @@ def scene():
 @pytest.fixture(scope="module")
 def out(scene, tmp_path_factory):
     folder = tmp_path_factory.mktemp("all")
-    E.export(scene, folder, E.export_names("all"))
+    E.write_exports(scene, folder, E.export_names("all"))
     return folder
 
 
@@ -332,9 +332,9 @@ def test_export_all_writes_every_name_and_unknown_names_are_refused(out):
 
 
 def test_a_rerun_with_fewer_frames_leaves_no_stale_picture(scene, tmp_path):
-    E.export(scene, tmp_path, ["png"])
+    E.write_exports(scene, tmp_path, ["png"])
     short = replace(scene, depth=scene.depth[:3])
-    E.export(short, tmp_path, ["png"])
+    E.write_exports(short, tmp_path, ["png"])
     assert len(list((tmp_path / "depth_png").glob("*.png"))) == 3
 
 

@@ -22,7 +22,6 @@ from data import encode
 from geometry import GeoBlock, rope_2d
 from lib.checkpoints import save_checkpoint
 from lib.files import read_video
-from lib.jobs import CORRECTIONS
 from lib.rooms import synth
 from lib.weights import (
     export_release,
@@ -33,6 +32,7 @@ from lib.weights import (
     open_checkpoint,
 )
 from model import FantasyWorld
+from sample import CORRECTIONS
 
 
 @pytest.fixture(scope="module")
@@ -223,8 +223,7 @@ def test_a_release_is_sampled_its_way_and_with_corrections(folder, clips, tmp_pa
         clips,
         "--offload",
         0,
-        "--correct",
-        *CORRECTIONS,
+        f"--correct={','.join(CORRECTIONS)}",
         "--lift",
         "commanded",
     )
@@ -264,7 +263,7 @@ def test_a_release_is_fine_tuned_loaded_back_sampled_and_written_again(folder, c
         ValueError, match="elsewhere.pth: no such file"
     ):  # where it is said to be now
         open_checkpoint(str(tuned), str(wan), "cpu", release="elsewhere.pth")
-    run("model.py", "--export_released", tuned, tmp_path / "tuned.safetensors")
+    run("-m", "lib.weights", "export", tuned, tmp_path / "tuned.safetensors", alone=True)
     by_file, by_export, before = (load_release(str(release), str(wan)) for _ in range(3))
     load_weights(by_file, tuned)
     load_weights(by_export, tmp_path / "tuned.safetensors")
