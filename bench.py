@@ -17,7 +17,7 @@ weight gradients, the exchange in stage 1 too, encoders in the step, heads over 
 one clip at a time.  The least work is defined in least_work()."""
 
 import argparse
-import resource
+import os
 import statistics
 import tempfile
 import time
@@ -36,12 +36,13 @@ import sample
 import train
 from data import collate
 from encoders import CLIPVision, UMT5Encoder, WanVAE
+from geometry import encode_pose
 from lib import plan
 from lib.caches import read_again, save_tensors, stamp
 from lib.camera_paths import load_camera
 from lib.plan import GIB, Count, clear_tables, example_batch, fake, fake_model, fake_tensors
 from model import PRESETS, Conditions, Config, FantasyWorld
-from wan import half_precision, start_condition
+from wan import LATENT, half_precision, start_condition
 
 OPTIONS = config.apply(vars(train), [])  # the defaults
 
@@ -204,8 +205,7 @@ def literal_forward(model, x, t, context, y, clip, **camera):
     video = dit.conditions(context, clip, camera["plucker"]).with_keys(dit.blocks)
     conditions = Conditions(**vars(video), pose_embedding=model.pose_encoder(camera["poses"]))
     x, grid = dit.embed(x, y, conditions.control)
-    _, shared = model.shared(t, grid, conditions, None)
-    shared = replace(shared, modulation=modulation)
+    shared = replace(model.shared(t, grid, conditions, None)[1], modulation=modulation)
     for i, step in enumerate(model.pcb):
         x = step(x, conditions, i, shared)
     z, outputs = model.geometry_tokens(x, grid, conditions.pose_embedding, 1.0), {}
@@ -282,47 +282,43 @@ def step_table(case, device, rounds):
 
 
 # ---------------------------------------------------------------------------------------- sampling
-def literal_sample(model, noise, texts, given, *, steps, guidance):
-    """The literal loop -> latents, geometry.
+def literal_sample(model, inputs, sampling):
+    """sample.generate taken literally -> latents, geometry.
 
     Every forward embeds prompt and camera, makes its tables and runs the heads; a step takes two;
-    the last one's geometry is not the read-out's, so one more forward follows.
+    the last one's geometry is not the read-out's, so one more forward follows."""
+    camera = inputs.w2c, inputs.K, tuple(LATENT.space * n for n in inputs.noise.shape[-2:])
+    rays, poses = model.rays(*camera), encode_pose(*camera)
 
-    texts    prompt and negative prompt, (L, text_dim) each
-    given    y, clip, plucker, poses: as FantasyWorld.forward takes them"""
-
-    def velocity(x, t, text):
+    def forward(x, t, text):
         clear_tables()
-        return model(x, t, [text], **given)["velocity"]
+        return model(x, t, [text], inputs.y, inputs.clip, rays, poses)
 
     def guided(x, t):
-        return torch.lerp(velocity(x, t, texts[1]), velocity(x, t, texts[0]), guidance)
+        negative, positive = (forward(x, t, text) for text in (inputs.negative, inputs.text))
+        return torch.lerp(negative["velocity"], positive["velocity"], sampling.guidance)
 
-    latents = sample.sample_euler(guided, noise, steps)
-    sigma = torch.full((1,), sample.READOUT_SIGMA, device=noise.device)
-    x = torch.lerp(latents, noise, sample.READOUT_SIGMA)
-    return latents, model(x, 1000 * sigma, texts[:1], **given)
+    latents = sample.sample_euler(guided, inputs.noise, sampling.steps, sampling.shift)
+    t = torch.full((1,), 1000 * sample.READOUT_SIGMA, device=latents.device)
+    x = torch.lerp(latents, inputs.noise, sample.READOUT_SIGMA)
+    return latents, forward(x, t, inputs.text)
 
 
 def sampling_table(case, device, rounds, steps=4):
     """A guided video by our loop and by the literal one, without its decoding, and that."""
     _, frames, height, width = case.clips[2]
     w2c, K = load_camera("orbit", frames, (height, width))  # on the CPU, where its files are read
-    w2c, K, model = w2c.to(device), K.to(device), model_on(case, device)
+    model, how = model_on(case, device), sample.Sampling(steps=steps)
     with device:
         vae = WanVAE(case.vae_dim).requires_grad_(False)
         b, noise, *_ = example_batch(case.cfg, 1, frames, height, width)
-    given = dict(y=b["y"], clip=b.get("clip"), plucker=b["plucker"], poses=b["pose_enc"])
-    texts = [b["text"][0], torch.zeros_like(b["text"][0])]
-
-    def ours():
-        shared = (texts[:1], texts[1:], b["y"], b.get("clip"), w2c, K)
-        return sample.generate(model, noise, *shared, "euler", steps, 5.0, 5.0)
-
-    def literal():
-        return literal_sample(model, noise, texts, given, steps=steps, guidance=5.0)
-
-    calls = {"ours": ours, "straightforward": literal, "decoding": lambda: vae.decode(noise)}
+    texts, image = (b["text"][0], 0 * b["text"][0]), (b["y"], b.get("clip"))
+    inputs = sample.Inputs(noise, *texts, *image, w2c.to(device), K.to(device))
+    calls = {
+        "ours": lambda: sample.generate(model, inputs, how),
+        "straightforward": lambda: literal_sample(model, inputs, how),
+        "decoding": lambda: vae.decode(noise),
+    }
     for stage in (1, 2):
         model.set_stage(stage).requires_grad_(False)
         with torch.no_grad(), autocast(device):
@@ -348,11 +344,6 @@ def read_batch(paths):
     return collate([read_again(path, stamp(path))[0] for path in paths])
 
 
-def processor_seconds():
-    """Of this process and of its children that have ended."""
-    return time.process_time() + sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
-
-
 def data_table(case, count=160):
     """Clips per second of the loader, and how many a GPU takes that reaches its goal."""
     print("\nloader: two workers on two idle cores, files in the page cache", flush=True)
@@ -364,10 +355,10 @@ def data_table(case, count=160):
                 write_cache(path, size, case.cfg)
             how = dict(collate_fn=read_batch, num_workers=2)
             for batches in (order[:1], order[:1] + order):  # what starting the workers costs alone
-                start = processor_seconds()
+                start = sum(os.times()[:4])  # of this process and of its children that have ended
                 for _ in DataLoader(paths, batch_sampler=batches, **how):
                     pass
-                spent.append(processor_seconds() - start)
+                spent.append(sum(os.times()[:4]) - start)
             megabytes = paths[0].stat().st_size / 1e6
         rate = 2 * count / (spent[1] - spent[0])
         need = GOAL[stage] * plan.PEAK_FLOPS["H200"] / least_work(case.cfg, stage, size)["ideal"]

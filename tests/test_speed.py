@@ -17,7 +17,6 @@ import bench
 import config
 import sample
 import train
-from geometry import encode_pose, plucker_rays
 from lib import camera_paths, plan
 from lib.checkpoints import load_optimizer, save_checkpoint, training_state
 from lib.distributed import end_processes
@@ -237,15 +236,12 @@ def test_sampling_with_constants_computed_once_equals_the_literal_loop(stage):
     model.stage = stage
     g = torch.Generator().manual_seed(0)
     noise, y = torch.randn(1, 16, 2, 4, 6, generator=g), torch.randn(1, 16, 2, 4, 6, generator=g)
-    text, negative = [torch.randn(5, 64, generator=g)], [torch.randn(3, 64, generator=g)]
-    w2c, K = camera_paths.load_camera("orbit", 5, (32, 48), 65.0, 1.0, 1.0)
-    ours = sample.generate(
-        model, noise, text, negative, y, None, w2c, K, "euler", 3, 5.0, 5.0, lambda x: x + 1
-    )
-    rays, poses = plucker_rays(w2c, K, (32, 48)), encode_pose(w2c, K, (32, 48))
-    given = dict(y=y, clip=None, plucker=rays, poses=poses)
-    texts = [*text, *negative]
-    literal = bench.literal_sample(model, noise, texts, given, steps=3, guidance=5.0)
+    text, negative = (torch.randn(n, 64, generator=g) for n in (5, 3))
+    w2c, K = camera_paths.load_camera("orbit", 5, (32, 48))
+    inputs = sample.Inputs(noise, text, negative, y, None, w2c, K)
+    sampling = sample.Sampling(steps=3)
+    ours = sample.generate(model, inputs, sampling, decode=lambda x: x + 1)
+    literal = bench.literal_sample(model, inputs, sampling)
     torch.testing.assert_close(ours[0], literal[0], rtol=0, atol=1e-4)
     torch.testing.assert_close(ours[2], literal[0] + 1, rtol=0, atol=1e-4)
     for key in ("depth", "points", "pose_enc"):
