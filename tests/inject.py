@@ -25,7 +25,7 @@ ACTS = dict(
 
 
 def at(step, micro, act):
-    """Patches of train.py's functions: call act(batch) in one micro-step of the run (not of step 0, counted twice)."""
+    """Patches of train.py's functions: call act(batch) in one micro-step of the run."""
     counts, draw = {}, train.draw
 
     def disturbed(b, now, *rest):

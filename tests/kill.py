@@ -125,7 +125,7 @@ def newest(out):
     """Step of the newest whole checkpoint, -1 for none; latest must be whole whenever it exists."""
     if (out / "latest.safetensors").exists():
         checkpoints.read_checked(out / "latest.safetensors")
-    step = checkpoints.newest_whole(out)
+    step = checkpoints.newest_valid(out)
     return -1 if step is None else step
 
 
