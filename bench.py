@@ -93,28 +93,28 @@ def counted(call):
 
 
 def measure(calls, device, rounds):
-    """{name: function} -> {name: Row} of those that fit the device; all run in every round."""
-    rows = {}
+    """{name: function} -> {name: Row, None where it does not fit}; all run in every round."""
+    rows = dict.fromkeys(calls)
     for name, call in calls.items():
         with suppress(torch.cuda.OutOfMemoryError):
             rows[name] = counted(call)  # it fills the caches too
     for _ in range(rounds):
         for name, row in rows.items():
-            start = clock(device)
-            calls[name]()
-            row.seconds.append(clock(device) - start)
+            if row:
+                start = clock(device)
+                calls[name]()
+                row.seconds.append(clock(device) - start)
     return rows
 
 
-def print_rows(title, calls, rows, peak):
-    """A line of each call; ratios are to the first that fits, peak is the device's FLOP/s."""
+def print_rows(title, rows, peak):
+    """A line of each row; ratios are to the first that fits, peak is the device's FLOP/s."""
     print(f"{title:34s} seconds spread  x time x FLOPs  peak    GiB", flush=True)
-    first = next(iter(rows.values()), None)
-    for name in calls:
-        if name not in rows:
+    first = next(filter(None, rows.values()), None)
+    for name, row in rows.items():
+        if row is None:
             print(f"  {name:32s} does not fit")
             continue
-        row = rows[name]
         seconds, work = statistics.median(row.seconds), row.flops / first.flops
         spread = (max(row.seconds) - min(row.seconds)) / seconds
         ratio = seconds / statistics.median(first.seconds)
@@ -268,17 +268,20 @@ def flops_table():
             print(f"  {name:28s}{flops / 1e12:7.1f}{ratios[0]:9.2f}{ratios[1]:9.2f}", flush=True)
 
 
+def step_rows(case, stage, device, rounds):
+    """Rows of a stage; its model and encoders are freed before the next stage makes its own."""
+    with device, autocast(device):
+        model, encoders = model_on(case, device), make_encoders(case)
+        if device.type == "cuda":
+            encoders[1].to(torch.bfloat16)
+        return measure(Steps(model, encoders, stage, case.clips[stage]).calls(), device, rounds)
+
+
 def step_table(case, device, rounds):
     """Seconds, memory and share of the peak of training steps."""
     for stage, (clips, *size) in case.clips.items():
-        with device, autocast(device):
-            model, encoders = model_on(case, device), make_encoders(case)
-            if device.type == "cuda":
-                encoders[1].to(torch.bfloat16)
-            calls = Steps(model, encoders, stage, (clips, *size)).calls()
-            rows = measure(calls, device, rounds)
         title = f"stage {stage}, {clips} x {size[0]} x {size[1]} x {size[2]}"
-        print_rows(title, calls, rows, plan.peak_flops(device))
+        print_rows(title, step_rows(case, stage, device, rounds), plan.peak_flops(device))
 
 
 # ---------------------------------------------------------------------------------------- sampling
@@ -324,7 +327,7 @@ def sampling_table(case, device, rounds, steps=4):
         with torch.no_grad(), autocast(device):
             rows = measure(calls, device, rounds)
         title = f"stage {stage}, {steps} guided steps, read-out"
-        print_rows(title, calls, rows, plan.peak_flops(device))
+        print_rows(title, rows, plan.peak_flops(device))
 
 
 # -------------------------------------------------------------------------------------------- data
@@ -373,16 +376,16 @@ TABLES = ("flops", "step", "sampling", "data")
 
 
 def main():
+    devices = ("cpu", "cuda")[: 1 + torch.cuda.is_available()]
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("tables", nargs="*", metavar="TABLE", help=f"some of {', '.join(TABLES)}")
-    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
-    parser.add_argument("--rounds", type=int, default=3, help="timed repetitions of every row")
+    parser.add_argument("--device", default=devices[-1], choices=devices)
+    parser.add_argument("--rounds", type=int, default=3, choices=range(1, 100), metavar="N")
     args = parser.parse_args()
     torch.set_num_threads(1)
     if unknown := set(args.tables) - set(TABLES):
         parser.error(f"no table {', '.join(unknown)}; there are {', '.join(TABLES)}")
-    on_gpu = args.device == "cuda" or args.device == "auto" and torch.cuda.is_available()
-    device, case = (torch.device("cuda", 0), TRUE) if on_gpu else (torch.device("cpu"), SMALL)
+    device, case = torch.device(args.device), TRUE if args.device == "cuda" else SMALL
     calls = dict(
         flops=flops_table,
         step=lambda: step_table(case, device, args.rounds),

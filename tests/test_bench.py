@@ -67,7 +67,7 @@ def test_what_does_not_fit_has_no_seconds(capsys):
 
     calls = {"large": too_large, "small": lambda: torch.ones(4, 4) @ torch.ones(4, 4)}
     rows = bench.measure(calls, CPU, 1)
-    bench.print_rows("two", calls, rows, 1e9)
+    bench.print_rows("two", rows, 1e9)
     large, small = lines_of(capsys)[1:]
     assert (
         large.endswith("does not fit") and rows["small"].flops == 128 and small.split()[3] == "1.00"
