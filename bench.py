@@ -333,10 +333,10 @@ def sampling_table(case, device, rounds, steps=4):
 # -------------------------------------------------------------------------------------------- data
 def write_cache(path, size, cfg):
     """The large tensors of a clip as data.py encode leaves them, filled with random numbers."""
-    frames, height, width = size
+    grid = (size[0] - 1) // LATENT.time + 1, size[1] // LATENT.space, size[2] // LATENT.space
     tensors = dict(
         depth=torch.rand(*size) + 1,
-        latents=torch.rand(16, (frames - 1) // 4 + 1, height // 8, width // 8).bfloat16(),
+        latents=torch.rand(LATENT.channels, *grid).bfloat16(),
         text=torch.rand(cfg.text_len, cfg.text_dim).bfloat16(),
         clip=torch.rand(257, 1280).bfloat16(),
     )

@@ -25,7 +25,7 @@ import geometry
 import wan
 from lib.distributed import sharded_units
 from model import CHECKPOINTING, FantasyWorld
-from wan import half_precision
+from wan import LATENT, half_precision
 
 GIB = 2**30
 
@@ -153,23 +153,24 @@ def example_batch(cfg, batch, num_frames, height, width):
     """Random tensors with the names and shapes of a prepared batch: only the sizes count.
 
     returns  as compute_loss of train.py takes them: batch, noise, sigma, keep"""
-    f, h, w = (num_frames - 1) // 4 + 1, height // 8, width // 8
+    f = (num_frames - 1) // LATENT.time + 1
+    grid = (f, height // LATENT.space, width // LATENT.space)
     maps = (batch, num_frames, height, width)
     b = dict(
-        latents=torch.randn(batch, 16, f, h, w),
+        latents=torch.randn(batch, LATENT.channels, *grid),
         depth=1 + torch.rand(maps),
         mask=torch.ones(maps, dtype=torch.bool),
         points=torch.randn(*maps, 3),
-        pose_enc=torch.randn(batch, num_frames, 9),
+        pose_enc=torch.randn(batch, num_frames, geometry.POSE_DIM),
         plucker=torch.randn(batch, 6, *maps[1:]),
         y=None,
         text=[torch.randn(cfg.text_len, cfg.text_dim) for _ in range(batch)],
     )
-    if cfg.in_dim > 16:
-        b["y"] = torch.randn(batch, cfg.in_dim - 16, f, h, w)
+    if cfg.in_dim > LATENT.channels:
+        b["y"] = torch.randn(batch, cfg.in_dim - LATENT.channels, *grid)
     if cfg.has_clip:
         b["clip"] = torch.randn(batch, 257, 1280)
-    return b, torch.randn(batch, 16, f, h, w), torch.rand(batch), torch.ones(batch)
+    return b, torch.randn_like(b["latents"]), torch.rand(batch), torch.ones(batch)
 
 
 # ------------------------------------------------------------------------------------------ a step

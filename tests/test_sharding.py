@@ -1,4 +1,4 @@
-"""Weights spread over ranks: the same numbers, the same files, a share of the memory.  Two real gloo ranks."""
+"""Weights spread over two gloo ranks: the same numbers, the same files, a share of the memory."""
 
 import pytest
 import torch.distributed as dist
@@ -7,11 +7,11 @@ from safetensors.torch import load_file
 from tiny import loss_of, tiny_inputs, tiny_model
 from torch.nn.parallel import DistributedDataParallel
 
-import bench
+import config
 import train
 from lib import plan
 from lib.checkpoints import load_optimizer, save_checkpoint, training_state
-from lib.distributed import end_processes, fill, shard, whole
+from lib.distributed import copy_into, end_processes, gather_full, shard
 from lib.weights import load_trained
 from model import PRESETS, FantasyWorld
 
@@ -20,6 +20,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 CPU = torch.device("cpu")
+OPTIONS = config.apply(vars(train), ["--weight_decay=0.1", "--learning_rate=1e-3"])
 
 
 def steps(model, wrapped, optimizer, numbers, stage):
@@ -29,7 +30,7 @@ def steps(model, wrapped, optimizer, numbers, stage):
         norm = torch.nn.utils.clip_grad_norm_(
             [p for p in model.parameters() if p.requires_grad], 1.0
         )
-        optimizer.found_inf = (~whole(norm).isfinite()).float()
+        optimizer.found_inf = (~gather_full(norm).isfinite()).float()
         optimizer.step()
 
 
@@ -38,7 +39,7 @@ def differences(model, reference):
     names = [n for n, _ in reference.named_parameters()]
     assert [n for n, _ in model.named_parameters()] == names
     return {
-        n: (whole(a) - b).abs().max().item()
+        n: (gather_full(a) - b).abs().max().item()
         for n, a, b in zip(names, model.parameters(), reference.parameters())
     }
 
@@ -49,7 +50,7 @@ def equality(folder, group):
         plain, spread = (tiny_model(stage, awake=True) for _ in range(2))
         plain.checkpoint_activations = spread.checkpoint_activations = how
         shard(spread, group, CPU)
-        ours, theirs = (train.make_optimizer(m, 1) for m in (spread, plain))
+        ours, theirs = (train.make_optimizer(m, OPTIONS) for m in (spread, plain))
         assert sum(p.to_local().numel() for p in spread.parameters()) < 0.51 * sum(
             p.numel() for p in plain.parameters()
         )
@@ -73,10 +74,10 @@ def equality(folder, group):
         model = tiny_model(2)  # other weights than those saved
         if spread_again:
             shard(model, group, CPU)
-        optimizer = train.make_optimizer(model, 1)
+        optimizer = train.make_optimizer(model, OPTIONS)
         for p, frozen in zip(model.parameters(), plain.parameters()):
             if not p.requires_grad:
-                fill(p, frozen)
+                copy_into(p, frozen)
         load_trained(model, folder / "step-2.safetensors")
         load_optimizer(folder / "step-2.optim.safetensors", model, optimizer)
         wrapped = model if spread_again else DistributedDataParallel(model)
@@ -91,15 +92,15 @@ def equality(folder, group):
 def plain_of(model):
     copy = tiny_model(2)
     for p, q in zip(copy.parameters(), model.parameters()):
-        fill(p, whole(q))
+        copy_into(p, gather_full(q))
     return copy
 
 
 def memory(group):
-    """What the allocator hands out in the second micro-step of an accumulated step, beside the plan."""
+    """What the allocator hands out in the second micro-step of a step, beside the plan."""
     cfg, size = PRESETS["demo"], (5, 48, 64)
 
-    loss = train.loss_alone(bench.OPTIONS.replaced(stage=2))
+    loss = train.loss_alone(OPTIONS.replaced(stage=2))
     model = shard(FantasyWorld(cfg).set_stage(2), group, CPU)
     model.checkpoint_activations = "full"
     loss(model, *plan.example_batch(cfg, 1, *size)).backward()
@@ -137,7 +138,7 @@ def compiled(group):
 def one_rank(rank, folder):
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     torch.set_num_threads(1)
-    train.weight_decay, train.learning_rate, group = 0.1, 1e-3, dist.new_group()
+    group = dist.new_group()
     equality(folder, group)
     memory(group)
     compiled(group)
