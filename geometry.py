@@ -1,23 +1,26 @@
-"""Geometry of FantasyWorld: cameras, the geometry branch's modules, its losses, its metrics.
+"""Geometry of FantasyWorld: cameras, the geometry branch's modules, its losses.
 
-Sources: Hartley & Zisserman 2004, CameraCtrl 2024 (ray maps), VGGT 2025 (pose encoding, confidence, camera
-loss), MiDaS 2020, Video Depth Anything 2025 (depth losses), Umeyama 1991, FantasyWorld 2025 (their sum).
+Sources: Hartley & Zisserman 2004, CameraCtrl 2024 (ray maps), VGGT 2025 (pose encoding, confidence,
+camera loss), MiDaS 2020, Video Depth Anything 2025 (depth losses), Umeyama 1991, FantasyWorld 2025
+(their sum).
 Shapes: B clips, T = 4k + 1 frames, H W pixels, n camera-head iterations.  `size` is always (H, W).
   camera    OpenCV: x right, y down, z forward.  w2c = [R | t] (3, 4): X_cam = R X_world + t;
             centre C = -R^T t.  World = first camera of the clip.
-  pixel     (row i, column j) is centred at (u, v) = (j + 0.5, i + 0.5); the image spans [0, W] x [0, H].
+  pixel     (row i, column j) is centred at (u, v) = (j + 0.5, i + 0.5); the image: [0, W] x [0, H].
   K         (3, 3) in pixels of the current image, zero skew; centred means (cx, cy) = (W/2, H/2).
-  depth     z in the camera frame, not distance along the ray; 0, negative, NaN and inf mean "no depth here".
-  scale     s = mean distance of the first frame's valid points to the first camera, the farthest 5 % dropped;
-            depth, points and translations are divided by s.
+  depth     z in the camera frame, not distance along the ray; 0, negative, NaN and inf mean "no
+            depth here".
+  scale     s = mean distance of the first frame's valid points to the first camera, without the
+            farthest 5 %; depth, points and translations are divided by s.
   time      latent frame 0 is frame 0 alone, latent frame l is frames 4l-3 .. 4l.
   pose_enc  (9,) = translation of w2c (3), its rotation as quaternion x y z w with w >= 0 (4),
             vertical then horizontal field of view in radians (2).
-Precision: fp32 or fp64 in, the same out.  No matmul on cameras: autocast would run it in bf16, pixels wrong.
-"""
+Precision: fp32 or fp64 in, the same out.  No matmul on cameras: autocast would run it in bf16,
+pixels wrong."""
 
 import math
 from functools import lru_cache, partial
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +29,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 
-# ---- cameras -----------------------------------------------------------------------------------------------
+# ---- cameras -------------------------------------------------------------------------------------
 def rotate(R, x):
     """R (..., 3, 3) applied to vectors x (..., 3), leading axes broadcast."""
     return R[..., 0] * x[..., 0:1] + R[..., 1] * x[..., 1:2] + R[..., 2] * x[..., 2:3]
@@ -48,7 +51,8 @@ def inv_se3(E):
 
 
 def relative_to_first(w2c):
-    """Re-express w2c (..., T, 3, 4) in the frame of the first camera; frame 0 is exactly the identity."""
+    """Re-express w2c (..., T, 3, 4) in the frame of the first camera; frame 0 is exactly the
+    identity."""
     first = w2c[..., :1, :, :]
     identity = torch.eye(w2c.shape[-2], 4, dtype=w2c.dtype, device=w2c.device).expand_as(first)
     return torch.cat([identity, compose(w2c[..., 1:, :, :], inv_se3(first))], -3)
@@ -76,7 +80,8 @@ def quat_to_mat(q):
 
 
 def mat_to_quat(R):
-    """Rotations (..., 3, 3) to unit quaternions (..., 4) x y z w, w >= 0; finite gradients at 180 degrees."""
+    """Rotations (..., 3, 3) to unit quaternions (..., 4) x y z w, w >= 0; finite gradients at 180
+    degrees."""
     (a, b, c), (d, e, f), (g, h, i) = (row.unbind(-1) for row in R.unbind(-2))
     outer = torch.stack(
         [
@@ -106,20 +111,25 @@ def mat_to_quat(R):
     return torch.where(q[..., 3:] < 0, -q, q)
 
 
+# The pose encoding: translation of w2c, its rotation as quaternion xyzw, fields of view (y, x).
+POSE_DIM = 9
+TRANSLATION, ROTATION, FOV = slice(0, 3), slice(3, 7), slice(7, 9)
+
+
 def encode_pose(w2c, K, size):
-    """w2c (..., 3, 4), K (..., 3, 3) in pixels -> pose_enc (..., 9).  The principal point is dropped, so only
-    centred cameras come back exactly.   Source: VGGT's absT_quaR_FoV."""
-    fov = 2 * torch.atan(
-        torch.stack([size[0] / (2 * K[..., 1, 1]), size[1] / (2 * K[..., 0, 0])], -1)
-    )
-    return torch.cat([w2c[..., 3], mat_to_quat(w2c[..., :3]), fov], -1)
+    """w2c (..., 3, 4), K (..., 3, 3) in pixels -> pose_enc (..., 9).
+
+    The principal point is dropped, so only centred cameras come back exactly.
+    Source: VGGT's absT_quaR_FoV."""
+    half = torch.stack([size[0] / (2 * K[..., 1, 1]), size[1] / (2 * K[..., 0, 0])], -1)
+    return torch.cat([w2c[..., 3], mat_to_quat(w2c[..., :3]), 2 * torch.atan(half)], -1)
 
 
 def decode_pose(enc, size):
-    """Inverse of encode_pose: enc (..., 9), any quaternion -> w2c (..., 3, 4), centred K (..., 3, 3)."""
+    """Inverse of encode_pose: enc (..., 9), any quaternion -> w2c (..., 3, 4), K (..., 3, 3)."""
     H, W = size
-    w2c = torch.cat([quat_to_mat(enc[..., 3:7]), enc[..., :3, None]], -1)
-    tan = torch.tan(enc[..., 7:].clamp(0.01, math.pi - 0.01) / 2)  # a fresh camera head may say 0
+    w2c = torch.cat([quat_to_mat(enc[..., ROTATION]), enc[..., TRANSLATION, None]], -1)
+    tan = torch.tan(enc[..., FOV].clamp(0.01, math.pi - 0.01) / 2)  # a fresh camera head may say 0
     fy, fx = H / (2 * tan[..., 0]), W / (2 * tan[..., 1])
     zero, one = torch.zeros_like(fx), torch.ones_like(fx)
     K = torch.stack([fx, zero, one * W / 2, zero, fy, one * H / 2, zero, zero, one], -1)
@@ -127,7 +137,7 @@ def decode_pose(enc, size):
 
 
 def pixel_rays(K, size):
-    """Rays (..., H, W, 3) through the pixel centres, camera frame, z = 1: depth * ray is the point."""
+    """Rays (..., H, W, 3) through pixel centres, camera frame, z = 1: depth * ray is the point."""
     v, u = (torch.arange(n, dtype=K.dtype, device=K.device) + 0.5 for n in size)
     K = K[..., None, None, :, :]
     x = (u - K[..., 0, 2]) / K[..., 0, 0]  # (..., 1, W)
@@ -136,8 +146,8 @@ def pixel_rays(K, size):
 
 
 def world_rays(c2w, K, size):
-    """World directions of the pixel rays as three maps (..., H, W): rotated pixel_rays, but separable in rows and
-    columns and so several times cheaper."""
+    """World directions of the pixel rays as three maps (..., H, W): rotated pixel_rays, but
+    separable in rows and columns and so several times cheaper."""
     v, u = (torch.arange(n, dtype=K.dtype, device=K.device) + 0.5 for n in size)
     K, R = K[..., None, None, :, :], c2w[..., None, None, :3, :3]
     x = (u - K[..., 0, 2]) / K[..., 0, 0]  # (..., 1, W)
@@ -160,8 +170,10 @@ def plucker_rays(w2c, K, size):
 
 
 def pack_frames(x):
-    """Stack a latent frame's frames: (B, c, T, H, W) -> (B, 4c, 1 + (T-1)/4, H, W), channel c*4 + j.
-    Latent 0 holds frame 0 four times, latent l frames 4l-3 .. 4l.   Source: Wan-Fun's camera control."""
+    """Stack a latent frame's frames: (B, c, T, H, W) -> (B, 4c, 1 + (T-1)/4, H, W), channel c*4 +
+    j.
+    Latent 0 holds frame 0 four times, latent l frames 4l-3 .. 4l.   Source: Wan-Fun's camera
+                                                                     control."""
     if x.shape[2] % 4 != 1:
         raise ValueError(
             f"{x.shape[2]} frames; four-fold time compression needs 4k + 1 (e.g. 81). "
@@ -194,7 +206,7 @@ def unproject(depth, w2c, K):
 
 
 def project(points, w2c, K):
-    """World points (B, T, ..., 3) to pixels uv (B, T, ..., 2) and z (B, T, ...); uv is void where z <= 0."""
+    """World points (B, T, ..., 3) -> pixels uv (B, T, ..., 2), z (B, T, ...); uv void at z <= 0."""
     ones = (1,) * (points.dim() - w2c.dim() + 1)  # the axes between time and xyz
     w2c, K = (m.unflatten(1, (-1, *ones)) for m in (w2c, K))
     cam = rotate(w2c[..., :3], points) + w2c[..., 3]
@@ -203,56 +215,54 @@ def project(points, w2c, K):
 
 
 def normalize_scene(depth, w2c, K, mask, frames="first"):
-    """Bring clips (shapes as in unproject, mask bool) to their own unit: mean distance to the first camera = 1.
+    """Bring clips to their own unit: mean distance to the first camera = 1.
 
-    frames   first: of frame 0's points, the farthest 5 % dropped (FantasyWorld's release: all that is known when
-             sampling starts); all: of every frame's points, none dropped (VGGT's training)
-    returns  depth (0 where invalid), w2c relative to frame 0, scale (B,): user unit = scale * scene unit,
-             1 where those frames have no valid pixel"""
+    Shapes as in unproject, mask bool.
+    frames   first: of frame 0's points, the farthest 5 % dropped (FantasyWorld's release: all that
+             is known when sampling starts); all: of every frame's points, none dropped (VGGT's
+             training)
+    returns  depth (0 where invalid), w2c relative to frame 0, scale (B,): user unit = scale * scene
+             unit, 1 where those frames have no valid pixel"""
     valid, rel = mask & valid_depth(depth), relative_to_first(w2c)
     if frames == "first":
         distance = depth[:, 0] * pixel_rays(K[:, 0], depth.shape[-2:]).norm(dim=-1)  # (B, H, W)
         distance = distance.masked_fill(~valid[:, 0], math.nan).flatten(1)
-        keep = distance <= torch.nanquantile(
-            distance, 0.95, dim=1, keepdim=True
-        )  # NaN compares false
+        limit = torch.nanquantile(distance, 0.95, dim=1, keepdim=True)
+        keep = distance <= limit  # NaN compares false
     elif frames == "all":
         distance, keep = unproject(depth, rel, K).norm(dim=-1).flatten(1), valid.flatten(1)
     else:
         raise ValueError(f"frames {frames!r}; known: first, all.")
-    scale = torch.where(
-        keep.any(1), torch.where(keep, distance, 0).sum(1) / keep.sum(1).clamp(min=1), 1
-    )
+    mean = torch.where(keep, distance, 0).sum(1) / keep.sum(1).clamp(min=1)
+    scale = torch.where(keep.any(1), mean, 1)
     unit = scale[:, None, None, None]
-    return (
-        torch.where(valid, depth, 0) / unit,
-        torch.cat([rel[..., :3], rel[..., 3:] / unit], -1),
-        scale,
-    )
+    w2c = torch.cat([rel[..., :3], rel[..., 3:] / unit], -1)
+    return torch.where(valid, depth, 0) / unit, w2c, scale
 
 
-# ---- modules ----------------------------------------------------------------------------------------------
-# Attribute names are the release's (and VGGT's), so their tensors load by name.  C geometry width, P = 5 + h*w
-# tokens of one latent frame [camera, 4 registers, patches], f latent frames, T = 4f - 3 pixel frames.
+# ---- modules -------------------------------------------------------------------------------------
+# Attribute names are the release's (and VGGT's), so their tensors load by name.  C geometry width,
+# P = 5 + h*w tokens of one latent frame [camera, 4 registers, patches], f latent frames, T = 4f - 3
+# pixel frames.
 NUM_SPECIAL = 5
 
 
 @lru_cache(maxsize=16)
 def rope_2d(frames, h, w, head_dim, device):
-    """Rotation tables of the geometry tokens, repeated for `frames` latent frames: cos, sin (frames*P, head_dim) fp32.
+    """Rotation tables of the geometry tokens of `frames` latent frames.
 
-    First half of a head is rotated by row, second by column; frequencies 100^(-2j/(head_dim/2)); special tokens sit
-    at (0, 0) and patch (y, x) at (1+y, 1+x).  Time has no position here: it enters through the video features."""
+    returns  cos, sin (frames*P, head_dim) fp32
+    First half of a head is rotated by row, second by column; frequencies 100^(-2j/(head_dim/2));
+    special tokens sit at (0, 0) and patch (y, x) at (1+y, 1+x).  Time has no position here: it
+    enters through the video features."""
     y, x = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
-    positions = torch.cat(
-        [torch.zeros(NUM_SPECIAL, 2), torch.stack([y, x], -1).reshape(-1, 2) + 1]
-    ).double()
+    patches = torch.stack([y, x], -1).reshape(-1, 2) + 1
+    positions = torch.cat([torch.zeros(NUM_SPECIAL, 2), patches]).double()
     quarter = head_dim // 4
     frequencies = 100.0 ** (-torch.arange(quarter, dtype=torch.float64) / quarter)
     angles = positions[:, :, None] * frequencies  # (P, 2, d/4)
-    angles = (
-        torch.cat([angles, angles], -1).flatten(1).repeat(frames, 1)
-    )  # (frames*P, d), pairs (j, j+d/4)
+    # (frames*P, d), pairs (j, j + d/4)
+    angles = torch.cat([angles, angles], -1).flatten(1).repeat(frames, 1)
     return angles.cos().float().to(device), angles.sin().float().to(device)
 
 
@@ -289,10 +299,9 @@ class GeoAttention(nn.Module):
         self.k_norm = nn.LayerNorm(dim // heads) if qk_norm else nn.Identity()
 
     def forward(self, x, frames=1, rope=None):
-        """Attention among all tokens (frames=1) or inside each of `frames` equal groups; x (B, frames*P, C)."""
-        q, k, v = rearrange(
-            self.qkv(x), "b (f p) (s h d) -> s (b f) h p d", f=frames, s=3, h=self.heads
-        )
+        """Attention of x (B, frames*P, C) inside each of `frames` equal groups."""
+        axes = dict(f=frames, s=3, h=self.heads)
+        q, k, v = rearrange(self.qkv(x), "b (f p) (s h d) -> s (b f) h p d", **axes)
         q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
             q, k = rotate_half(q, *rope), rotate_half(k, *rope)
@@ -301,11 +310,12 @@ class GeoAttention(nn.Module):
 
 
 class GeoBlock(nn.Module):
-    """Pre-norm transformer block in two halves, so that the exchange can sit between them.  Source: VGGT 2025, with
-    FantasyWorld's timestep modulation: rows 0, 1 shift and scale the attention input; 3, 4, 5 shift, scale and gate
-    the MLP *output*; row 2 is never used (the release's layout, kept so that its tensors fit).
+    """Pre-norm transformer block in two halves, so that the exchange can sit between them.
 
-    Starts as the plain block (rows 0, gate row 1): VGGT weights drop in unchanged."""
+    Timestep modulation (B, 6, C): rows 0, 1 shift and scale the attention's input; 3, 4, 5 shift,
+    scale and gate the MLP's *output*; row 2 is never used (the release's layout, kept so that its
+    tensors fit).  It starts as the plain block: VGGT's weights drop in unchanged.
+    Sources: VGGT 2025, FantasyWorld 2025."""
 
     def __init__(self, dim, heads, layer_scale, qk_norm=True, modulated=True):
         super().__init__()
@@ -317,28 +327,29 @@ class GeoBlock(nn.Module):
             with torch.no_grad():
                 self.modulation[:, 5] = 1
 
-    def attend(self, z, rows=None, frames=1, rope=None):
-        """First half; z (B, N, C), rows (B, 6, C) timestep modulation or None."""
+    def attend(self, z, modulation=None, frames=1, rope=None):
+        """First half; z (B, N, C), modulation (B, 6, C) of the timestep or None."""
         x = self.norm1(z)
-        if rows is not None:
-            m = self.modulation + rows
+        if modulation is not None:
+            m = self.modulation + modulation
             x = x * (1 + m[:, 1:2]) + m[:, 0:1]
         return z + self.ls1(self.attn(x, frames, rope))
 
-    def feed_forward(self, z, rows=None):
+    def feed_forward(self, z, modulation=None):
         x = self.mlp(self.norm2(z))
-        if rows is not None:
-            m = self.modulation + rows
+        if modulation is not None:
+            m = self.modulation + modulation
             x = (x * (1 + m[:, 4:5]) + m[:, 3:4]) * m[:, 5:6]
         return z + self.ls2(x)
 
-    def forward(self, z, rows=None, frames=1, rope=None):
-        return self.feed_forward(self.attend(z, rows, frames, rope), rows)
+    def forward(self, z, modulation=None, frames=1, rope=None):
+        return self.feed_forward(self.attend(z, modulation, frames, rope), modulation)
 
 
 class LatentBridge(nn.Module):
-    """Video tokens (B, N, D) -> geometry width (B, N, C): a linear map (all that the release has), plus a low-rank
-    transformer residual whose last layer starts at zero.  Attention stays inside a latent frame."""
+    """Video tokens (B, N, D) -> geometry width (B, N, C): a linear map (all that the release has),
+    plus a low-rank transformer residual whose last layer starts at zero.  Attention stays inside a
+    latent frame."""
 
     def __init__(self, video_dim, dim, layers, width, layer_scale):
         super().__init__()
@@ -348,11 +359,8 @@ class LatentBridge(nn.Module):
             for _ in range(layers)
         )
         if layers:
-            self.down, self.norm, self.up = (
-                nn.Linear(dim, width),
-                nn.LayerNorm(width),
-                nn.Linear(width, dim),
-            )
+            self.down, self.norm = nn.Linear(dim, width), nn.LayerNorm(width)
+            self.up = nn.Linear(width, dim)
             nn.init.zeros_(self.up.weight)
             nn.init.zeros_(self.up.bias)
 
@@ -367,11 +375,11 @@ class LatentBridge(nn.Module):
 
 
 class PoseEncoder(nn.Module):
-    """Pose encodings (B, T, 9) -> one embedding per latent frame (B, f, C); frame 0 fills its group alone."""
+    """Pose encodings (B, T, 9) -> one embedding per latent frame (B, f, C); frame 0 is alone."""
 
     def __init__(self, hidden, dim):
         super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(36, hidden), nn.GELU(), nn.Linear(hidden, dim))
+        self.mlp = nn.Sequential(nn.Linear(4 * POSE_DIM, hidden), nn.GELU(), nn.Linear(hidden, dim))
 
     def forward(self, poses):
         grouped = pack_frames(rearrange(poses, "b t c -> b c t 1 1"))  # (B, 36, f, 1, 1)
@@ -379,11 +387,11 @@ class PoseEncoder(nn.Module):
 
 
 class CameraHead(nn.Module):
-    """Camera tokens of the last layer (B, f, 2C) -> pose encodings of every refinement (iterations, B, T, 9).
+    """Camera tokens (B, f, 2C) -> pose encodings of every refinement (iterations, B, T, 9).
 
-    Source: VGGT's camera head; 4x time up-sampling by a 1x1 convolution as in FantasyWorld.  Latent n >= 1, channel
-    group j becomes frame 1 + 4(n-1) + j (the release orders group-major and skips the token norm there: `released`).
-    Translation is w2c's, quaternion xyzw un-normalised, fields of view >= 0 (radians)."""
+    Time is up-sampled by a 1x1 convolution as in FantasyWorld: latent n >= 1, channel group j
+    becomes frame 1 + 4(n-1) + j.  (The release orders group-major and skips the token norm there.)
+    The quaternion is not normalised, fields of view are >= 0.   Source: VGGT's camera head."""
 
     def __init__(self, in_dim, dim, heads, layer_scale, layers=4, iterations=4, released=False):
         super().__init__()
@@ -391,19 +399,18 @@ class CameraHead(nn.Module):
         self.proj_in = nn.Linear(in_dim, dim) if in_dim != dim else nn.Identity()
         self.camera_time_upsample = nn.ModuleDict(dict(expand_channels=nn.Conv1d(dim, 4 * dim, 1)))
         self.token_norm, self.trunk_norm = nn.LayerNorm(dim), nn.LayerNorm(dim)
-        self.empty_pose_tokens = nn.Parameter(torch.zeros(1, 1, 9))
-        self.embed_pose = nn.Linear(9, dim)
+        self.empty_pose_tokens = nn.Parameter(torch.zeros(1, 1, POSE_DIM))
+        self.embed_pose = nn.Linear(POSE_DIM, dim)
         self.poseLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 3 * dim))
         self.trunk = nn.ModuleList(
             GeoBlock(dim, heads, layer_scale, qk_norm=False, modulated=released)
             for _ in range(layers)
         )  # the release has modulation here, never used
-        self.pose_branch = Mlp(dim, dim // 2, 9)
+        self.pose_branch = Mlp(dim, dim // 2, POSE_DIM)
 
     def frame_tokens(self, tokens):
-        expanded = self.camera_time_upsample["expand_channels"](
-            tokens[:, 1:].transpose(1, 2)
-        )  # (B, 4C, f-1)
+        expand = self.camera_time_upsample["expand_channels"]
+        expanded = expand(tokens[:, 1:].transpose(1, 2))  # (B, 4C, f-1)
         if self.released:
             rest = rearrange(expanded, "b (c j) n -> b (j n) c", j=4)
             return torch.cat([self.token_norm(tokens[:, :1]), rest], 1)
@@ -414,9 +421,9 @@ class CameraHead(nn.Module):
         tokens = self.frame_tokens(self.proj_in(tokens))
         plain = F.layer_norm(tokens, tokens.shape[-1:], eps=1e-6)
         # identity rotation and a 1 rad view as the first guess; the release starts from zeros
-        start = torch.zeros(9, device=tokens.device)
+        start = torch.zeros(POSE_DIM, device=tokens.device)
         start[6:] = 0.0 if self.released else 1.0
-        pose = start.expand(*tokens.shape[:2], 9)
+        pose = start.expand(*tokens.shape[:2], POSE_DIM)
         previous, out = self.empty_pose_tokens.expand_as(pose), []
         for _ in range(self.iterations):
             shift, scale, gate = self.poseLN_modulation(self.embed_pose(previous)).chunk(3, -1)
@@ -424,14 +431,14 @@ class CameraHead(nn.Module):
             for block in self.trunk:
                 x = block(x)
             pose = pose + self.pose_branch(self.trunk_norm(x)).float()
-            out.append(torch.cat([pose[..., :7], F.relu(pose[..., 7:])], -1))
+            out.append(torch.cat([pose[..., : FOV.start], F.relu(pose[..., FOV])], -1))
             previous = pose = pose.detach()  # each refinement answers for its own step
         return torch.stack(out)
 
 
 @lru_cache(maxsize=64)
 def uv_embedding(channels, h, w, aspect, device):
-    """0.1 * sin/cos embedding of the aspect-aware image coordinates, (channels, h, w).  Source: VGGT / MoGe."""
+    """0.1 sin/cos embedding of aspect-aware coordinates, (channels, h, w).  Source: VGGT, MoGe."""
     norm = math.hypot(aspect, 1)
     u = torch.linspace(-1, 1, w, dtype=torch.float64) * (aspect / norm * (w - 1) / w)
     v = torch.linspace(-1, 1, h, dtype=torch.float64) * (1 / norm * (h - 1) / h)
@@ -444,15 +451,13 @@ def uv_embedding(channels, h, w, aspect, device):
 
 
 class CausalUpsample(nn.Module):
-    """T -> 2T - 1 in time: frame 0 passes, frames 1.. go through a causal convolution that does not see it and whose
-    two channel halves become consecutive frames.  x (B, C, T, h, w)."""
+    """T -> 2T - 1 in time, x (B, C, T, h, w): frame 0 passes; the others go through a causal
+    convolution that does not see it and whose two channel halves become consecutive frames."""
 
     def __init__(self, channels, released=False):
         super().__init__()
         self.time_conv = nn.Conv3d(channels, 2 * channels, (3, 1, 1))
-        if (
-            not released
-        ):  # identical sub-frames at the start: with random ones a depth head collapsed
+        if not released:  # equal sub-frames at the start: with random ones a depth head collapsed
             nn.init.zeros_(self.time_conv.bias)
             with torch.no_grad():
                 self.time_conv.weight[channels:] = self.time_conv.weight[:channels]
@@ -476,9 +481,8 @@ class ChannelNorm(nn.Module):
 class CausalResidual(nn.Module):
     def __init__(self, channels):
         super().__init__()
-        self.residual = nn.ModuleDict(
-            {"0": ChannelNorm(channels), "2": nn.Conv3d(channels, channels, 3)}
-        )
+        layers = {"0": ChannelNorm(channels), "2": nn.Conv3d(channels, channels, 3)}
+        self.residual = nn.ModuleDict(layers)
 
     def forward(self, x):
         return x + self.residual["2"](F.pad(F.silu(self.residual["0"](x)), (1, 1, 1, 1, 2, 0)))
@@ -490,16 +494,13 @@ class TemporalUpsampler(nn.Module):
     def __init__(self, channels, released=False):
         super().__init__()
         self.conv2 = nn.Conv3d(channels, channels, 1)
-        self.decoder = nn.ModuleDict(
-            dict(
-                upsamples=nn.Sequential(
-                    CausalUpsample(channels, released),
-                    CausalResidual(channels),
-                    CausalUpsample(channels, released),
-                    CausalResidual(channels),
-                )
-            )
-        )
+        layers = [
+            CausalUpsample(channels, released),
+            CausalResidual(channels),
+            CausalUpsample(channels, released),
+            CausalResidual(channels),
+        ]
+        self.decoder = nn.ModuleDict(dict(upsamples=nn.Sequential(*layers)))
 
     def forward(self, x):
         return self.decoder["upsamples"](self.conv2(x))
@@ -514,9 +515,8 @@ class ResidualConvUnit(nn.Module):
 
     def forward(self, x):
         branch = self.conv2(F.relu(self.conv1(F.relu(x))))
-        return branch + (
-            F.relu(x) if self.released else x
-        )  # the release's in-place ReLU also clips the skip
+        # The release's in-place ReLU also clips the skip.
+        return branch + (F.relu(x) if self.released else x)
 
 
 class RefineNet(nn.Module):
@@ -530,48 +530,42 @@ class RefineNet(nn.Module):
         if lateral is not None:
             x = x + self.resConfUnit1(lateral)
         x = self.resConfUnit2(x)
-        # a 1x1 convolution and an interpolation, whose weights sum to 1, commute: first the one with fewer pixels
+        # a 1x1 convolution and an interpolation, whose weights sum to 1, commute: first the one
+        # with fewer pixels
         return F.interpolate(self.out_conv(x), size=size, mode="bilinear", align_corners=True)
 
 
 class DPTHead(nn.Module):
-    """Four token maps -> a dense map for every pixel of every frame.  Source: DPT 2021 / VGGT, causal 4x time
-    up-sampling as in FantasyWorld (geometry.md 3.3).
+    """Four token maps -> a dense map for every pixel of every frame.  Source: DPT 2021 / VGGT,
+    causal 4x time up-sampling as in FantasyWorld (geometry.md 3.3).
 
     in_dim       2C, width of concat(frame output, global output)
     channels     4 widths, finest level first (token grid x4, x2, x1, x1/2)
-    forward      maps: 4 x (B, f, h*w, 2C) finest first, grid (f, h, w) -> (B, T, 16h, 16w, out_dim) fp32, not activated
+    forward      maps: 4 x (B, f, h*w, 2C) finest first, grid (f, h, w) -> (B, T, 16h, 16w, out_dim)
+                 fp32, not activated
     chunk        pixel frames fused at once
-    recompute    each chunk, and before it the stage that runs along time, is recomputed in backward where there are
-                 several chunks (memory, not values)"""
+    recompute    each chunk, and before it the stage that runs along time, is recomputed in backward
+                 where there are several chunks (memory, not values)"""
 
     def __init__(self, in_dim, out_dim, channels, features, tail=32, released=False, chunk=16):
         super().__init__()
         self.chunk, self.released = chunk, released
         self.norm = nn.LayerNorm(in_dim)
         self.projects = nn.ModuleList(nn.Conv2d(in_dim, c, 1) for c in channels)
-        self.resize_layers = nn.ModuleList(
-            [
-                nn.ConvTranspose2d(channels[0], channels[0], 4, 4),
-                nn.ConvTranspose2d(channels[1], channels[1], 2, 2),
-                nn.Identity(),
-                nn.Conv2d(channels[3], channels[3], 3, 2, 1),
-            ]
-        )
+        first, second, _, last = channels
+        up4, up2 = nn.ConvTranspose2d(first, first, 4, 4), nn.ConvTranspose2d(second, second, 2, 2)
+        resize = [up4, up2, nn.Identity(), nn.Conv2d(last, last, 3, 2, 1)]
+        self.resize_layers = nn.ModuleList(resize)
         self.temporal_upsamplers = nn.ModuleList(TemporalUpsampler(c, released) for c in channels)
         self.scratch = nn.Module()
         for i, c in enumerate(channels, 1):
             setattr(self.scratch, f"layer{i}_rn", nn.Conv2d(c, features, 3, padding=1, bias=False))
-            setattr(
-                self.scratch, f"refinenet{i}", RefineNet(features, lateral=i < 4, released=released)
-            )
+            setattr(self.scratch, f"refinenet{i}", RefineNet(features, i < 4, released))
         self.scratch.output_conv1 = nn.Conv2d(features, features // 2, 3, padding=1)
-        activation = (
-            nn.ReLU() if released else nn.GELU()
-        )  # with ReLU a depth head went constant in trials
-        self.scratch.output_conv2 = nn.Sequential(
-            nn.Conv2d(features // 2, tail, 3, padding=1), activation, nn.Conv2d(tail, out_dim, 1)
-        )
+        # With ReLU a depth head went constant in trials.
+        activation = nn.ReLU() if released else nn.GELU()
+        narrow = nn.Conv2d(features // 2, tail, 3, padding=1)
+        self.scratch.output_conv2 = nn.Sequential(narrow, activation, nn.Conv2d(tail, out_dim, 1))
         self.scratch.to(memory_format=torch.channels_last)
 
     def level(self, i, tokens, grid, aspect):
@@ -593,64 +587,63 @@ class DPTHead(nn.Module):
         x = F.interpolate(s.output_conv1(x), size=size, mode="bilinear", align_corners=True)
         x = x + uv_embedding(x.shape[1], *size, aspect, x.device)
         x = s.output_conv2[1](s.output_conv2[0](x))
-        with torch.autocast(
-            x.device.type, enabled=False
-        ):  # exp of a bf16 logit moves in 0.8 % steps
+        # Not in bf16: the exp of such a logit moves in 0.8 % steps.
+        with torch.autocast(x.device.type, enabled=False):
             return s.output_conv2[2](x.float()).permute(0, 2, 3, 1)
 
     def forward(self, maps, grid, recompute=False):
         f, h, w = grid
         aspect, size, batch = w / h, (16 * h, 16 * w), maps[0].shape[0]
         again = recompute and torch.is_grad_enabled() and 4 * f - 3 > self.chunk
-        run = (
-            partial(checkpoint, use_reentrant=False)
-            if again
-            else lambda function, *args: function(*args)
-        )
+        run = partial(checkpoint, use_reentrant=False) if again else call
         levels = [run(self.level, i, tokens, grid, aspect) for i, tokens in enumerate(maps)]
         out = []
         for start in range(0, 4 * f - 3, self.chunk):
-            parts = [
-                rearrange(x[:, :, start : start + self.chunk], "b c t h w -> (b t) h w c").permute(
-                    0, 3, 1, 2
-                )
-                for x in levels
-            ]  # channels last in memory: twice as fast on a CPU
-            out.append(
-                rearrange(run(self.fuse, size, aspect, *parts), "(b t) h w k -> b t h w k", b=batch)
-            )
+            parts = [channels_last(x[:, :, start : start + self.chunk]) for x in levels]
+            fused = run(self.fuse, size, aspect, *parts)
+            out.append(rearrange(fused, "(b t) h w k -> b t h w k", b=batch))
         return torch.cat(out, 1)
 
 
+def call(function, *args):
+    return function(*args)
+
+
+def channels_last(x):
+    """(B, c, t, h, w) -> (B*t, c, h, w), channels last in memory: twice as fast on a CPU."""
+    return rearrange(x, "b c t h w -> (b t) h w c").permute(0, 3, 1, 2)
+
+
 def activate_depth(raw):
-    """(..., 2) -> depth > 0 and confidence > 1, both (...); logits clamped to +-10 against overflow."""
+    """(..., 2) -> depth > 0 and confidence > 1, both (...); clamped logits cannot overflow."""
     return raw[..., 0].clamp(-10, 10).exp(), 1 + raw[..., 1].clamp(max=10).exp()
 
 
 def activate_points(raw):
-    """(..., 4) -> world points (..., 3) = sign(o) expm1(|o|), written so that its gradient at 0 is 1; confidence > 1."""
+    """(..., 4) -> world points (..., 3) = sign(o) expm1(|o|), slope 1 at 0; confidence > 1."""
     magnitude = raw[..., :3].abs().clamp(1e-6, 10)
     return raw[..., :3] * torch.expm1(magnitude) / magnitude, 1 + raw[..., 3].clamp(max=10).exp()
 
 
-# ---- losses ------------------------------------------------------------------------------------------------
-# Each loss reduces within a clip (masked sums over T, H, W by its valid count), then averages clips: the mean
-# over ranks or micro-steps is the same number.  Masked pixels may hold anything, NaN included; a clip without
-# valid pixels costs 0, gradient 0.  clip_weight (B,) multiplies clips, not renormalised: acts at B = 1 too.
+# ---- losses --------------------------------------------------------------------------------------
+# Each loss reduces within a clip (masked sums over T, H, W by its valid count), then averages
+# clips: the mean over ranks or micro-steps is the same number.  Masked pixels may hold anything,
+# NaN included; a clip without valid pixels costs 0, gradient 0.  clip_weight (B,) multiplies clips,
+# not renormalised: acts at B = 1 too.
 def fp32(x):
     return x if x.dtype == torch.float64 else x.float()
 
 
 def residual(pred, gt, mask):
-    """pred - gt, 0 where masked: `where` before all arithmetic keeps NaN out of values and gradients."""
+    """pred - gt, 0 where masked: `where` comes first, so NaN reaches no value or gradient."""
     return torch.where(mask, fp32(pred) - fp32(gt), 0)
 
 
 def length(channels):
-    """Length over channel maps: faster than a last axis of 3; the floor makes its gradient 0 at 0."""
-    return (
-        channels[0].abs() if len(channels) == 1 else (sum(x * x for x in channels) + 1e-24).sqrt()
-    )
+    """Length over channel maps: faster than a last axis of 3; the floor makes its slope 0 at 0."""
+    if len(channels) == 1:
+        return channels[0].abs()
+    return (sum(x * x for x in channels) + 1e-24).sqrt()
 
 
 def clip_mean(x, mask):
@@ -663,8 +656,10 @@ def over_clips(loss, clip_weight):
 
 
 def gradient_levels(channels, mask, weight):
-    """Mean |grad| of channel maps (0 where masked) per clip at strides 1, 2, 4, 8: (B, 4).   Source: MiDaS.
-    A pair of neighbours counts if both are valid, with the weight (B, T, H, W) of its left or upper pixel."""
+    """Mean |grad| of channel maps (0 where masked) per clip at strides 1, 2, 4, 8: (B, 4).
+
+    A pair of neighbours counts if both are valid, with the weight (B, T, H, W) of its left or upper
+    pixel.   Source: MiDaS."""
     levels = []
     for k in (1, 2, 4, 8):
         r, m = [x[..., ::k, ::k] for x in channels], mask[..., ::k, ::k]
@@ -676,7 +671,7 @@ def gradient_levels(channels, mask, weight):
 
 
 def standardize(x, mask):
-    """Per frame: minus the median of the valid pixels, over their mean absolute deviation; 0 where masked."""
+    """Per frame: minus the valid pixels' median, over their mean absolute deviation; else 0."""
     count = mask.sum((2, 3), keepdim=True)  # (B, T, 1, 1)
     x = torch.where(mask, fp32(x), 0)
     median = x.masked_fill(~mask, math.nan).flatten(2).nanmedian(-1).values[..., None, None]
@@ -688,17 +683,15 @@ def frame_loss(pred, gt, mask, mode="metric", clip_weight=None):
     """Depth error within frames: mean |r| + 0.5 * |grad r| summed over four scales.
 
     pred, gt, mask  (B, T, H, W)   mask bool
-    mode            metric: r = pred - gt; ssi: both standardised per frame.   Source: MiDaS, VDA."""
+    mode            metric: r = pred - gt; ssi: both standardised per frame (MiDaS, VDA)"""
     if mode == "ssi":
         pred, gt = standardize(pred, mask), standardize(gt, mask)
     elif mode != "metric":
-        raise ValueError(
-            f"depth mode {mode!r}; known: metric (labels in scene units), ssi (relative depth)."
-        )
+        known = "metric (labels in scene units), ssi (relative depth)"
+        raise ValueError(f"depth mode {mode!r}; known: {known}.")
     r = residual(pred, gt, mask)
-    return over_clips(
-        clip_mean(r.abs(), mask) + 0.5 * gradient_levels([r], mask, mask).sum(1), clip_weight
-    )
+    loss = clip_mean(r.abs(), mask) + 0.5 * gradient_levels([r], mask, mask).sum(1)
+    return over_clips(loss, clip_weight)
 
 
 def fit_scale_shift(pred, gt, mask):
@@ -708,32 +701,30 @@ def fit_scale_shift(pred, gt, mask):
         return x.sum((1, 2, 3), keepdim=True)
 
     p_mean, g_mean = (total(torch.where(mask, x, 0)) / total(mask).clamp(min=1) for x in (pred, gt))
-    p, g = (
-        torch.where(mask, pred - p_mean, 0),
-        torch.where(mask, gt - g_mean, 0),
-    )  # raw sums cancel in fp32
+    p = torch.where(mask, pred - p_mean, 0)  # centred: raw sums would cancel in fp32
+    g = torch.where(mask, gt - g_mean, 0)
     s = total(p * g) / total(p * p).clamp(min=1e-12)
     return s, g_mean - s * p_mean
 
 
 def still_pairs(gt, mask, rel_th):
-    """Pairs of neighbouring frames whose depth changes by less than rel_th of the later frame's range: (B, T-1, H, W)."""
+    """Pixel pairs in time (B, T-1, H, W) that change by less than rel_th of the later range."""
     gt = fp32(gt)
     high = gt.masked_fill(~mask, -math.inf).amax((2, 3), keepdim=True)  # (B, T, 1, 1)
     low = gt.masked_fill(~mask, math.inf).amin((2, 3), keepdim=True)
-    return (
-        mask[:, 1:] & mask[:, :-1] & ((gt[:, 1:] - gt[:, :-1]).abs() < rel_th * (high - low)[:, 1:])
-    )
+    small = (gt[:, 1:] - gt[:, :-1]).abs() < rel_th * (high - low)[:, 1:]
+    return mask[:, 1:] & mask[:, :-1] & small
 
 
 def tgm_loss(pred, gt, mask, rel_th=0.05, align=False, clip_weight=None, signed=True):
     """Temporal gradient matching: depth must change between frames as the true depth does.
 
     pred, gt, mask  (B, T, H, W)
-    rel_th          true changes beyond this share of the later frame's depth range are passing edges: skipped
+    rel_th          true changes beyond this share of the later frame's depth range are passing
+                    edges: skipped
     align           fit one scale and shift per clip first, for relative depth
-    signed          |dp - dg| as in Video Depth Anything's code; False: ||dp| - |dg|| as in its paper, which does not
-                    tell coming from going
+    signed          |dp - dg| as in Video Depth Anything's code; False: ||dp| - |dg|| as in its
+                    paper, which does not tell coming from going
     returns         scalar, 0 for T = 1"""
     pairs = still_pairs(gt, mask, rel_th)
     p, g = (torch.where(mask, fp32(x), 0) for x in (pred, gt))
@@ -741,9 +732,8 @@ def tgm_loss(pred, gt, mask, rel_th=0.05, align=False, clip_weight=None, signed=
         s, b = fit_scale_shift(p, g, mask)
         p = s * p + b
     p, g = p.diff(dim=1), g.diff(dim=1)
-    return over_clips(
-        clip_mean((p - g if signed else p.abs() - g.abs()).abs() * pairs, pairs), clip_weight
-    )
+    error = (p - g if signed else p.abs() - g.abs()).abs()
+    return over_clips(clip_mean(error * pairs, pairs), clip_weight)
 
 
 def confident(error, conf, mask, gamma):
@@ -752,22 +742,24 @@ def confident(error, conf, mask, gamma):
 
 
 def below_quantile(error, mask, q):
-    """The mask without each clip's largest errors, those from the q-quantile of its valid pixels on: wrong labels.
-    Clips of up to 1000 valid pixels, or that would be left with so few, stay whole; q = 1 too.   Source: VGGT."""
+    """The mask without each clip's largest errors, from the q-quantile of its valid pixels on.
+
+    They are taken for wrong labels.  Clips of up to 1000 valid pixels, or that would be left with
+    so few, stay whole; q = 1 too.   Source: VGGT."""
     if q >= 1:
         return mask
     error, count = error.detach().masked_fill(~mask, math.inf), mask.flatten(1).sum(1)  # (B,)
-    kth = (
-        (q * (count - 1).clamp(min=0)).round().long()[:, None]
-    )  # tensors only: .item() would stall
+    # Tensors only: .item() would stall a GPU.
+    kth = (q * (count - 1).clamp(min=0)).round().long()[:, None]
     keep = mask & (error < error.flatten(1).sort(1).values.gather(1, kth)[..., None, None])
     cut = (count > 1000) & (keep.flatten(1).sum(1) > 1000)
     return torch.where(cut[:, None, None, None], keep, mask)
 
 
 def conf_loss(pred, conf, gt, mask, gamma=0.2, clip_weight=None, quantile=1.0):
-    """mean(c |r| - gamma log c) of depth below its quantile; all (B, T, H, W), conf > 0; best c = gamma / |r|.
-    Source: VGGT."""
+    """mean(c |r| - gamma log c) of depth below its quantile; best c = gamma / |r|.
+
+    pred, conf, gt, mask  (B, T, H, W), conf > 0.   Source: VGGT."""
     error = residual(pred, gt, mask).abs()
     mask = below_quantile(error, mask, quantile)
     return over_clips(confident(error, torch.where(mask, fp32(conf), 1), mask, gamma), clip_weight)
@@ -783,38 +775,33 @@ def points_loss(pred, conf, gt, mask, gamma=0.2, clip_weight=None, quantile=1.0)
     r = [residual(p, g, mask) for p, g in zip(pred.unbind(-1), gt.unbind(-1))]
     error, conf = length(r), torch.where(mask, fp32(conf), 1)
     kept = below_quantile(error, mask, quantile)
-    loss = confident(error, torch.where(kept, conf, 1), kept, gamma) + gradient_levels(
-        r, mask, conf
-    ).mean(1)
-    return over_clips(loss, clip_weight)
+    loss = confident(error, torch.where(kept, conf, 1), kept, gamma)
+    return over_clips(loss + gradient_levels(r, mask, conf).mean(1), clip_weight)
 
 
 def corner_normals(points, mask):
-    """Unit normals of the four corner triangles of every 2x2 block of pixels, and which triangles are all valid:
-    points (B, T, H, W, 3), mask (B, T, H, W) -> (B, T, H-1, W-1, 4, 3), (B, T, H-1, W-1, 4)."""
+    """Unit normals of the four corner triangles of every 2x2 block of pixels.
+
+    points   (B, T, H, W, 3);  mask (B, T, H, W)
+    returns  normals (B, T, H-1, W-1, 4, 3), and which triangles are all valid (without the 3)"""
     points = torch.where(mask[..., None], fp32(points), 0)
     across, down = points.diff(dim=-2), points.diff(dim=-3)
-    normal = torch.stack(
-        [
-            torch.linalg.cross(d, a, dim=-1)
-            for a in (across[..., :-1, :, :], across[..., 1:, :, :])
-            for d in (down[..., :-1, :], down[..., 1:, :])
-        ],
-        -2,
-    )
-    corners = torch.stack(
-        [mask[..., :-1, :-1], mask[..., :-1, 1:], mask[..., 1:, :-1], mask[..., 1:, 1:]], -1
-    )
-    whole = (
-        corners.sum(-1, keepdim=True) - corners.flip(-1).long() == 3
-    )  # all but the opposite corner
+    above, below = across[..., :-1, :, :], across[..., 1:, :, :]
+    left, right = down[..., :-1, :], down[..., 1:, :]
+    sides = [(left, above), (right, above), (left, below), (right, below)]
+    normal = torch.stack([torch.linalg.cross(d, a, dim=-1) for d, a in sides], -2)
+    upper = [mask[..., :-1, :-1], mask[..., :-1, 1:]]
+    corners = torch.stack([*upper, mask[..., 1:, :-1], mask[..., 1:, 1:]], -1)
+    # All valid but the opposite corner, which a triangle does not have.
+    whole = corners.sum(-1, keepdim=True) - corners.flip(-1).long() == 3
     return F.normalize(normal, dim=-1, eps=1e-8), whole
 
 
 def normal_loss(pred, gt, mask, clip_weight=None):
-    """Mean 1 - cos of the angle between surface normals of two point maps (shapes as in points_loss), over strides
-    1, 2, 4: what neighbouring points say about the surface, blind to where it is.  Keeps 17 point maps of memory for
-    the backward pass (points_loss 6).   Source: VGGT."""
+    """Mean 1 - cos between surface normals of two point maps, over strides 1, 2, 4.
+
+    Shapes as in points_loss.  It is what neighbouring points say about the surface, blind to where
+    it is.  Keeps 17 point maps of memory for backward (points_loss 6).   Source: VGGT."""
     levels = []
     for k in (1, 2, 4):
         m = mask[..., ::k, ::k]
@@ -824,62 +811,86 @@ def normal_loss(pred, gt, mask, clip_weight=None):
 
 
 def camera_loss(pred_iterations, gt, delta=0.1, clip_weight=None):
-    """Huber / delta on the pose encoding: translation + rotation + 0.5 fov; iteration k weighs 0.6^(n-1-k)/n.
+    """Huber / delta on the pose encoding: translation + rotation + 0.5 fov; iteration k weighs
+    0.6^(n-1-k)/n.
 
     pred_iterations, gt  (n, B, T, 9), (B, T, 9)   scene units; q and -q count as the same rotation
-    delta                ours: 0.1 keeps L1's slope on everything but small errors.   Source: VGGT."""
+    delta                0.1 keeps L1's slope on everything but small errors.   Source: VGGT."""
     pred, gt = fp32(pred_iterations), fp32(gt).expand(pred_iterations.shape)
-    flip = torch.where((pred[..., 3:7] * gt[..., 3:7]).sum(-1, keepdim=True) < 0, -1, 1)
-    gt = torch.cat([gt[..., :3], gt[..., 3:7] * flip, gt[..., 7:]], -1)
+    same = (pred[..., ROTATION] * gt[..., ROTATION]).sum(-1, keepdim=True)
+    flip = torch.where(same < 0, -1, 1)
+    gt = torch.cat([gt[..., TRANSLATION], gt[..., ROTATION] * flip, gt[..., FOV]], -1)
     error = F.smooth_l1_loss(pred, gt, beta=delta, reduction="none").mean(2)  # (n, B, 9)
-    error = error[..., :3].mean(-1) + error[..., 3:7].mean(-1) + 0.5 * error[..., 7:].mean(-1)
-    weight = 0.6 ** torch.arange(len(pred) - 1, -1, -1, device=pred.device, dtype=pred.dtype) / len(
-        pred
-    )
+    move, turn, fov = (error[..., part].mean(-1) for part in (TRANSLATION, ROTATION, FOV))
+    error = move + turn + 0.5 * fov
+    later = torch.arange(len(pred) - 1, -1, -1, device=pred.device, dtype=pred.dtype)
+    weight = 0.6**later / len(pred)
     return over_clips((weight[:, None] * error).sum(0), clip_weight)
 
 
-def geometry_losses(pred, batch, cfg):
-    """L_geo = L_depth + L_pmap + camera_weight * L_camera.
+def depth_loss(pred, gt, mask, *, mode, weight, cfg):
+    """The three parts of L_depth in one mode, stacked: TGM, frame by frame, confidence.
 
-    pred   depth, depth_conf, points_conf (B, T, H, W), points (B, T, H, W, 3), pose_enc (n, B, T, 9)
-    batch  depth, mask (B, T, H, W), points (B, T, H, W, 3), pose_enc (B, T, 9), all in scene units;
-           optional geo_weight (B,), the clip_weight of every part; optional relative (B,) bool: clips whose
-           depth has no unit train the depth head alone, in ssi mode
-    cfg    depth_mode "metric", alpha_tgm 10, beta_frame 1, gamma_conf 0.2, camera_delta 0.1, camera_weight 3;
-           optional tgm_signed True, valid_quantile 1, normal_weight 0
-    returns  loss, parts: detached scalars depth, point, camera, tgm, frame, normal (if it has a weight),
-             depth_conf_mean, point_conf_mean, valid_fraction, and tgm_fraction of the pixel pairs.
-    L_depth = alpha TGM + beta (frame + conf), L_pmap = points + normal_weight * normal.  Source: FantasyWorld 2025."""
-    mask, q, signed = (
-        batch["mask"],
-        getattr(cfg, "valid_quantile", 1.0),
-        getattr(cfg, "tgm_signed", True),
-    )
+    pred    depth, depth_conf (B, T, H, W);  gt, mask (B, T, H, W)
+    mode    metric, or ssi for labels without a unit
+    weight  (B,) of the clips: 0 where the other mode applies"""
+    depth, ssi = pred["depth"], mode == "ssi"
+    how = dict(clip_weight=weight)
+    tgm = tgm_loss(depth, gt, mask, align=ssi, signed=cfg.tgm_signed, **how)
+    frame = frame_loss(depth, gt, mask, mode, **how)
+    if ssi:
+        depth, gt = standardize(depth, mask), standardize(gt, mask)
+    how |= dict(gamma=cfg.gamma_conf, quantile=cfg.valid_quantile)
+    conf = conf_loss(depth, pred["depth_conf"], gt, mask, **how)
+    return torch.stack([tgm, frame, conf])
+
+
+def mean_where(x, mask):
+    return torch.where(mask, x, 0).sum() / mask.sum().clamp(min=1)
+
+
+# What a cfg may leave out.
+OPTIONAL = dict(tgm_signed=True, valid_quantile=1.0, normal_weight=0.0)
+
+
+def geometry_losses(pred, batch, cfg):
+    """L_geo = L_depth + L_pmap + camera_weight * L_camera.  A new loss is one more line here.
+
+    pred     depth, depth_conf, points_conf (B, T, H, W), points (B, T, H, W, 3),
+             pose_enc (n, B, T, 9)
+    batch    depth, mask (B, T, H, W), points (B, T, H, W, 3), pose_enc (B, T, 9), scene units;
+             optional geo_weight (B,), the clip_weight of every part; optional relative (B,) bool:
+             clips whose depth has no unit train the depth head alone, in ssi mode
+    cfg      depth_mode, alpha_tgm, beta_frame, gamma_conf, camera_delta, camera_weight, and those
+             of OPTIONAL: train.py's options
+    returns  loss, and detached scalars depth, point, camera, tgm, frame, normal (if it has a
+             weight), depth_conf_mean, point_conf_mean, valid_fraction, and tgm_fraction of the
+             pixel pairs
+    L_depth = alpha TGM + beta (frame + conf), L_pmap = points + normal_weight * normal.
+    Source: FantasyWorld 2025."""
+    cfg = SimpleNamespace(**{**OPTIONAL, **vars(cfg)})
+    mask, gt = batch["mask"], batch["depth"]
     weight = batch.get("geo_weight", torch.ones(len(mask), device=mask.device))
     relative = batch.get("relative")
     metric = weight if relative is None else weight * ~relative
-    tgm, frame, conf = 0, 0, 0
-    for mode, w in ((cfg.depth_mode, metric),) + (
-        (("ssi", weight * relative),) if relative is not None else ()
-    ):
-        depth, gt = pred["depth"], batch["depth"]
-        tgm = tgm + tgm_loss(depth, gt, mask, align=mode == "ssi", clip_weight=w, signed=signed)
-        frame = frame + frame_loss(depth, gt, mask, mode, w)
-        if mode == "ssi":
-            depth, gt = standardize(depth, mask), standardize(gt, mask)
-        conf = conf + conf_loss(depth, pred["depth_conf"], gt, mask, cfg.gamma_conf, w, q)
-    point = points_loss(
-        pred["points"], pred["points_conf"], batch["points"], mask, cfg.gamma_conf, metric, q
-    )
+    depths = depth_loss(pred, gt, mask, mode=cfg.depth_mode, weight=metric, cfg=cfg)
+    if relative is not None:
+        unitless = weight * relative
+        depths = depths + depth_loss(pred, gt, mask, mode="ssi", weight=unitless, cfg=cfg)
+    tgm, frame, conf = depths
+    depth = cfg.alpha_tgm * tgm + cfg.beta_frame * (frame + conf)
+    points, points_conf, points_gt = pred["points"], pred["points_conf"], batch["points"]
+    how = dict(gamma=cfg.gamma_conf, clip_weight=metric, quantile=cfg.valid_quantile)
+    point = points_loss(points, points_conf, points_gt, mask, **how)
     has_scale = mask[:, 0].flatten(1).any(1)  # else translations have no unit
-    camera = camera_loss(pred["pose_enc"], batch["pose_enc"], cfg.camera_delta, metric * has_scale)
-    depth, parts = cfg.alpha_tgm * tgm + cfg.beta_frame * (frame + conf), {}
-    if normal_weight := getattr(cfg, "normal_weight", 0):
-        parts["normal"] = normal_loss(pred["points"], batch["points"], mask, metric)
-        point = point + normal_weight * parts["normal"]
-    pairs = still_pairs(batch["depth"], mask, 0.05)
-    parts.update(
+    poses = (pred["pose_enc"], batch["pose_enc"])
+    camera = camera_loss(*poses, cfg.camera_delta, metric * has_scale)
+    parts = {}
+    if cfg.normal_weight:
+        parts["normal"] = normal_loss(points, points_gt, mask, metric)
+        point = point + cfg.normal_weight * parts["normal"]
+    pairs = still_pairs(gt, mask, 0.05)
+    parts |= dict(
         depth=depth,
         point=point,
         camera=camera,
@@ -887,11 +898,8 @@ def geometry_losses(pred, batch, cfg):
         frame=frame,
         valid_fraction=mask.float().mean(),
         tgm_fraction=pairs.sum() / max(1, pairs.numel()),
-        **{
-            f"{name}_conf_mean": torch.where(mask, pred[key], 0).sum() / mask.sum().clamp(min=1)
-            for name, key in (("depth", "depth_conf"), ("point", "points_conf"))
-        },
+        depth_conf_mean=mean_where(pred["depth_conf"], mask),
+        point_conf_mean=mean_where(points_conf, mask),
     )
-    return depth + point + cfg.camera_weight * camera, {
-        name: value.detach() for name, value in parts.items()
-    }
+    loss = depth + point + cfg.camera_weight * camera
+    return loss, {name: value.detach() for name, value in parts.items()}
