@@ -1,15 +1,18 @@
-"""Frozen encoders: Wan2.1's own (video VAE, umT5, CLIP vision tower), and the demo's weight-free stand-ins of the same
-shapes.  Sources: Wan 2.1 report 2025 (VAE, conditioning), Chung et al. 2023 (umT5), Raffel et al. 2020 (T5), OpenCLIP.
+"""Frozen encoders: Wan2.1's own (video VAE, umT5, CLIP vision tower), and the demo's weight-free
+stand-ins of the same shapes.  Sources: Wan 2.1 report 2025 (VAE, conditioning), Chung et al. 2023
+(umT5), Raffel et al. 2020 (T5), OpenCLIP.
 
     TransformCodec   16 coefficients of a fixed orthonormal transform, in place of the Wan VAE
     HashedText       one fixed random vector per word, in place of umT5
-    WanFolder        finds the parts of a downloaded Wan2.1 folder and loads each when it is asked for
+    WanFolder        finds the parts of a downloaded Wan2.1 folder and loads each when it is asked
+                     for
 
-Attribute names of the real encoders are the names in the official files: they load strictly, without a table; widths
-and layer counts are read off the tensors.  Loaded parameters are frozen; every public call runs under no_grad.
-Shapes: B batch, T = 4k + 1 pixel frames, f = k + 1 latent frames, h = H/8, w = W/8, t frames of a step, c channels,
-L tokens of a prompt, D width.  Video and images are in [-1, 1].
-Latent 0 is frame 0 alone, latent l >= 1 is frames 4l-3 .. 4l."""
+Attribute names of the real encoders are the names in the official files: they load strictly,
+without a table; widths and layer counts are read off the tensors.  Loaded parameters are frozen;
+every public call runs under no_grad.
+Shapes: B batch, T = 4k + 1 pixel frames, f = k + 1 latent frames, h = H/8, w = W/8, t frames of a
+step, c channels, L tokens of a prompt, D width.  Video and images are in [-1, 1]. Latent 0 is frame
+0 alone, latent l >= 1 is frames 4l-3 .. 4l."""
 
 import hashlib
 import html
@@ -35,7 +38,8 @@ CLIP_FILE = "CLIP vision tower (models_clip_open-clip-xlm-roberta-large-vit-huge
 
 TEXT_LEN, PAD_ID, END_ID = 512, 0, 1
 
-# Per-channel statistics of the VAE's latents, published with Wan 2.1: the DiT sees (mu - mean) / std.
+# Per-channel statistics of the VAE's latents, published with Wan 2.1: the DiT sees (mu - mean) /
+# std.
 LATENT_MEAN = (
     -0.7571,
     -0.7089,
@@ -83,12 +87,12 @@ CLIP_MEAN = (
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
-# --- Stand-in for the VAE ----------------------------------------------------------------------------------
+# --- Stand-in for the VAE -------------------------------------------------------------------------
 # One row per latent channel: (time, vertical, horizontal, colour) frequency of a 4x8x8x3 transform.
-# Chosen by variance over 160 rendered clips (data.render_clip, seeds 1e6 + 0..39, 9 frames, full and simple,
-# 64x96 and 96x160): the 16 largest of 192 hold 98.5 % of a lone frame's variance, the 16 largest of 768 hold
-# 95.9 % of four frames'.  The 7 spatial patterns that both keep have the same channel; the others measure
-# detail in a lone frame, motion in four.
+# Chosen by variance over 160 rendered clips (data.render_clip, seeds 1e6 + 0..39, 9 frames, full
+# and simple, 64x96 and 96x160): the 16 largest of 192 hold 98.5 % of a lone frame's variance, the
+# 16 largest of 768 hold 95.9 % of four frames'.  The 7 spatial patterns that both keep have the
+# same channel; the others measure detail in a lone frame, motion in four.
 SHARED = [(0, 0, 0), (0, 0, 1), (0, 0, 2), (1, 0, 0), (0, 1, 0), (2, 0, 0), (1, 0, 1)]
 
 DETAIL = [
@@ -115,7 +119,8 @@ MOTION = [
     (2, 0, 0, 1),
 ]
 
-# Standard deviations over the same clips, video in [-1, 1]; only flat patterns have a mean that matters.
+# Standard deviations over the same clips, video in [-1, 1]; only flat patterns have a mean that
+# matters.
 SHARED_STD = [3.72, 1.58, 1.15, 0.729, 0.574, 0.325, 0.282]
 
 DETAIL_STD = [0.302, 0.258, 0.216, 0.185, 0.167, 0.166, 0.152, 0.146, 0.136]
@@ -147,7 +152,8 @@ def transform_rows(indices, frames):
 
 
 class TransformCodec(nn.Module):
-    """Fixed transform with the Wan VAE's latent grid; static video: equal shared channels in all latents."""
+    """Fixed transform with the Wan VAE's latent grid; static video: equal shared channels in all
+    latents."""
 
     fingerprint = "transform-v2"  # v2: the start image held still
 
@@ -178,7 +184,8 @@ class TransformCodec(nn.Module):
         return rearrange(torch.cat([first[:, None], group], 1), "b f h w c -> b c f h w")
 
     def decode(self, latents, progress=iter):
-        """Latents (B, 16, f, h, w) to video (B, 3, 4f - 3, 8h, 8w), clamped to [-1, 1]; in one step."""
+        """Latents (B, 16, f, h, w) to video (B, 3, 4f - 3, 8h, 8w), clamped to [-1, 1]; in one
+        step."""
         list(progress(range(1)))
         x = rearrange(latents, "b c f h w -> b f h w c")
         first = (x[:, :1] * self.first_std + self.first_mean) @ self.first
@@ -188,9 +195,10 @@ class TransformCodec(nn.Module):
         return torch.cat([first, group], 2).clamp(-1, 1)
 
 
-# --- Stand-in for umT5 -------------------------------------------------------------------------------------
+# --- Stand-in for umT5 ----------------------------------------------------------------------------
 class HashedText(nn.Module):
-    """Each word is a fixed random vector of mean 0 and variance 1; a begin token comes first, so L >= 1."""
+    """Each word is a fixed random vector of mean 0 and variance 1; a begin token comes first, so L
+    >= 1."""
 
     def __init__(self, dim=64, max_len=16):
         super().__init__()
@@ -214,7 +222,8 @@ class HashedText(nn.Module):
 def load_state_dict(path):
     """Named CPU tensors of a .safetensors or .pth file, paged in from disk only when used.
 
-    Raises FileNotFoundError, or ValueError when the file is damaged or holds anything but named tensors."""
+    Raises FileNotFoundError, or ValueError when the file is damaged or holds anything but named
+    tensors."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
@@ -246,7 +255,8 @@ def _count_layers(names, prefix):
 
 
 def _load(sd, family, build):
-    """Model build(name -> shape) holding the tensors of sd; ValueError unless all names and shapes fit."""
+    """Model build(name -> shape) holding the tensors of sd; ValueError unless all names and shapes
+    fit."""
     have = {key: tuple(value.shape) for key, value in sd.items()}
     try:
         with torch.device("meta"):
@@ -273,7 +283,8 @@ def _load(sd, family, build):
 
 
 class CausalConv3d(nn.Conv3d):
-    """Conv3d over the present frame and the two before it, which are zero before the clip's first frame."""
+    """Conv3d over the present frame and the two before it, which are zero before the clip's first
+    frame."""
 
     def __init__(self, dim_in, dim_out, kernel=(3, 3, 3)):
         super().__init__(dim_in, dim_out, kernel, padding=(0, kernel[1] // 2, kernel[2] // 2))
@@ -288,7 +299,8 @@ class CausalConv3d(nn.Conv3d):
 
 
 class ChannelNorm(nn.Module):
-    """Scale each position's channel vector to length sqrt(c), then by gamma (Zhang & Sennrich 2019)."""
+    """Scale each position's channel vector to length sqrt(c), then by gamma (Zhang & Sennrich
+    2019)."""
 
     def __init__(self, dim, spatial_dims=3):
         super().__init__()
@@ -316,7 +328,8 @@ class FrameAttention(nn.Module):
 
 
 class Chain(nn.Sequential):
-    """nn.Sequential that passes `state` to the layers that keep some; its indices are the official names."""
+    """nn.Sequential that passes `state` to the layers that keep some; its indices are the official
+    names."""
 
     def forward(self, x, state):
         for layer in self:
@@ -344,7 +357,8 @@ class ResBlock(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Halve height and width; if temporal the frames too, except that the clip's first frame stays alone."""
+    """Halve height and width; if temporal the frames too, except that the clip's first frame stays
+    alone."""
 
     def __init__(self, dim, temporal):
         super().__init__()
@@ -363,7 +377,8 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Double height and width; if temporal the frames too, except that the clip's first frame stays alone."""
+    """Double height and width; if temporal the frames too, except that the clip's first frame stays
+    alone."""
 
     def __init__(self, dim, temporal):
         super().__init__()
@@ -433,8 +448,9 @@ def vae_decoder(dim, z_dim):
 
 
 class WanVAE(nn.Module):
-    """Causal video autoencoder that takes a clip in steps; their size sets speed and memory, not the result.
-    Working memory does not grow with the clip, and input may stay on the CPU: a step moves its own frames."""
+    """Causal video autoencoder that takes a clip in steps; their size sets speed and memory, not
+    the result. Working memory does not grow with the clip, and input may stay on the CPU: a step
+    moves its own frames."""
 
     def __init__(self, dim=96, z_dim=len(LATENT_MEAN)):
         super().__init__()
@@ -443,7 +459,8 @@ class WanVAE(nn.Module):
 
     @classmethod
     def from_state_dict(cls, sd):
-        """Tensors of the VAE file (shared, not copied) -> VAE. ValueError on missing or unexpected ones."""
+        """Tensors of the VAE file (shared, not copied) -> VAE. ValueError on missing or unexpected
+        ones."""
         return _load(
             _strip_prefix(sd, "model."), VAE_FILE, lambda size: cls(size["encoder.conv1.weight"][0])
         )
@@ -453,7 +470,8 @@ class WanVAE(nn.Module):
         """Normalised posterior mean; nothing is sampled, so latents can be cached.
 
         video     (B, 3, T, H, W)     [-1, 1]; T = 4k + 1, H and W multiples of 8
-        chunk     multiple of 4       pixel frames per step after the first frame; None: the clip in one step
+        chunk     multiple of 4       pixel frames per step after the first frame; None: the clip in
+                                      one step
         returns   (B, 16, f, h, w)    fp32, (mu - mean) / std, on the VAE's device"""
         B, c, T, H, W = video.shape
         if (
@@ -502,7 +520,8 @@ class WanVAE(nn.Module):
 
 
 def relative_buckets(length, buckets, max_distance=128):
-    """(L, L) bucket of key - query: half for keys to the right; one per near distance, logarithmic beyond."""
+    """(L, L) bucket of key - query: half for keys to the right; one per near distance, logarithmic
+    beyond."""
     position = torch.arange(length)  # on the CPU: the last bit of a GPU's log could move a border
     offset = position[None, :] - position[:, None]
     half, near, distance = buckets // 2, buckets // 4, offset.abs()
@@ -544,7 +563,8 @@ class UMT5Block(nn.Module):
 
 
 class UMT5Encoder(nn.Module):
-    """T5 1.1 encoder with a relative bias table in every layer; sized by default as umT5-xxl (5.7 B)."""
+    """T5 1.1 encoder with a relative bias table in every layer; sized by default as umT5-xxl (5.7
+    B)."""
 
     def __init__(
         self, vocab=256384, dim=4096, attn_dim=4096, ffn_dim=10240, heads=64, buckets=32, layers=24
@@ -558,7 +578,8 @@ class UMT5Encoder(nn.Module):
 
     @classmethod
     def from_state_dict(cls, sd):
-        """Tensors of the umT5 file (shared, not copied) -> encoder. ValueError on missing or extra ones."""
+        """Tensors of the umT5 file (shared, not copied) -> encoder. ValueError on missing or extra
+        ones."""
 
         def build(shapes):
             vocab, dim = shapes["token_embedding.weight"]
@@ -575,7 +596,8 @@ class UMT5Encoder(nn.Module):
 
     @torch.no_grad()
     def forward(self, ids, mask):
-        """Text embedding, zero at padding (the DiT attends to all 512 positions and expects zeros there).
+        """Text embedding, zero at padding (the DiT attends to all 512 positions and expects zeros
+        there).
 
         ids       (B, L)       int64, L = 512 in Wan
         mask      (B, L)       1 at tokens, 0 at padding
@@ -589,9 +611,11 @@ class UMT5Encoder(nn.Module):
 
 
 def clean_prompt(text):
-    """What Wan does to a prompt before tokenizing: repair text, decode HTML entities twice, single spaces.
+    """What Wan does to a prompt before tokenizing: repair text, decode HTML entities twice, single
+    spaces.
 
-    Without ftfy only its everyday effects are imitated: full-width forms (as Chinese commas), quotes."""
+    Without ftfy only its everyday effects are imitated: full-width forms (as Chinese commas),
+    quotes."""
     try:
         import ftfy
 
@@ -623,7 +647,8 @@ class PromptTokenizer:
         self.tokenizer.no_truncation()  # the file's own might drop </s>
 
     def __call__(self, prompts):
-        """List of n prompts -> ids, mask, both (n, 512) int64: cleaned, cut to 511 tokens, </s>, padding."""
+        """List of n prompts -> ids, mask, both (n, 512) int64: cleaned, cut to 511 tokens, </s>,
+        padding."""
         ids = torch.full((len(prompts), TEXT_LEN), PAD_ID)
         mask = torch.zeros_like(ids)
         for row, prompt in enumerate(prompts):
@@ -669,8 +694,9 @@ class CLIPVision(nn.Module):
 
     @classmethod
     def from_state_dict(cls, sd, num_heads=16):
-        """Tensors of the CLIP file (shared, not copied), with or without `visual.` -> tower. Text tower and
-        output head are skipped by name; ValueError on other missing or unexpected tensors."""
+        """Tensors of the CLIP file (shared, not copied), with or without `visual.` -> tower. Text
+        tower and output head are skipped by name; ValueError on other missing or unexpected
+        tensors."""
         sd = {
             key: value
             for key, value in _strip_prefix(sd, "model.").items()
@@ -688,7 +714,8 @@ class CLIPVision(nn.Module):
     def forward(self, images):
         """Image tokens, class token first.
 
-        images    (B, 3, H, W)     [-1, 1]; squeezed to 224 x 224, no crop and no anti-aliasing, as Wan does
+        images    (B, 3, H, W)     [-1, 1]; squeezed to 224 x 224, no crop and no anti-aliasing, as
+                                   Wan does
         returns   (B, 257, D)      the weights' dtype"""
         x = F.interpolate(images.float(), size=(224, 224), mode="bicubic", align_corners=False)
         mean, std = torch.tensor([CLIP_MEAN, CLIP_STD], device=x.device).view(2, 1, 3, 1, 1)
@@ -710,7 +737,8 @@ PARTS = dict(
 
 
 def wan_family(folder):
-    """What the DiT of a Wan2.1 folder takes, as "wan32clip" (inputs, CLIP tokens); "" when it is no such folder."""
+    """What the DiT of a Wan2.1 folder takes, as "wan32clip" (inputs, CLIP tokens); "" when it is no
+    such folder."""
     files = [
         p
         for p in Path(folder).glob("diffusion_pytorch_model*")
@@ -728,11 +756,12 @@ def wan_family(folder):
 
 
 class WanFolder:
-    """Encoders of a Wan2.1 folder on a device.  load_* read a part from disk; dropping the result frees it.
+    """Encoders of a Wan2.1 folder on a device.  load_* read a part from disk; dropping the result
+    frees it.
 
     fingerprint   family and a hash of the encoder files' names and sizes: caches are named by it
-    start_pad     how this family's start image is followed when it is encoded: by grey frames ("constant", 36 inputs),
-                  or by none (None)
+    start_pad     how this family's start image is followed when it is encoded: by grey frames
+                  ("constant", 36 inputs), or by none (None)
     load_image    None when the family has no CLIP tokens
     Raises ValueError that names the absent file."""
 
@@ -753,7 +782,8 @@ class WanFolder:
         for part, path in self.files.items():
             if not path.is_file():
                 raise ValueError(
-                    f"{path}: no such file, wanted for the {part} encoder; it is part of the download "
+                    f"{path}: no such file, wanted for the {part} encoder; it is part of the "
+                    "download "
                     f"of a Wan2.1 release (a link to another release's copy will do)"
                 )
         stamp = "".join(f"{path.name} {path.stat().st_size} " for path in self.files.values())
@@ -761,7 +791,8 @@ class WanFolder:
         self.half = torch.bfloat16 if self.device.type == "cuda" else torch.float32
 
     def load_text(self):
-        """umT5 in the file's bf16: f(list of prompts) -> list of (L, 4096), L the prompt's own length."""
+        """umT5 in the file's bf16: f(list of prompts) -> list of (L, 4096), L the prompt's own
+        length."""
         tokenizer = PromptTokenizer(self.files["tokenizer"].parent)
         encoder = UMT5Encoder.from_state_dict(load_state_dict(self.files["text"])).to(self.device)
 
@@ -790,8 +821,9 @@ class WanFolder:
 
 
 def make_encoders(codec="transform", wan_dir="", device="cpu"):
-    """Encoders of a Wan2.1 folder, or the demo's: fingerprint, start_pad, and to be called when wanted, one after
-    another: load_text() -> f(prompts), load_image() -> f(images) or None, load_vae() -> encode, decode."""
+    """Encoders of a Wan2.1 folder, or the demo's: fingerprint, start_pad, and to be called when
+    wanted, one after another: load_text() -> f(prompts), load_image() -> f(images) or None,
+    load_vae() -> encode, decode."""
     if wan_dir:
         return WanFolder(wan_dir, device)
     if codec != "transform":
@@ -806,12 +838,14 @@ def make_encoders(codec="transform", wan_dir="", device="cpu"):
 
 
 def cache_prefix(wan_dir):
-    """How the caches begin that fit a video branch: its Wan family, or "transform" for the demo's."""
+    """How the caches begin that fit a video branch: its Wan family, or "transform" for the
+    demo's."""
     family = wan_family(wan_dir) if wan_dir else ""
     return f"{family}-" if family else "transform"
 
 
 def encode_start(vae, image, frames, pad):
-    """Start image (1, 3, 1, H, W) -> latents (1, 16, 1, h, w); or (1, 16, f, h, w) of it and what follows: grey frames
-    (pad "constant") or the image held still ("replicate": the demo, whose DiT need not learn first to look back)."""
+    """Start image (1, 3, 1, H, W) -> latents (1, 16, 1, h, w); or (1, 16, f, h, w) of it and what
+    follows: grey frames (pad "constant") or the image held still ("replicate": the demo, whose DiT
+    need not learn first to look back)."""
     return vae.encode(F.pad(image, (0, 0, 0, 0, 0, frames - 1), mode=pad) if pad else image)

@@ -444,7 +444,7 @@ def open_clips(options):
     splits = ("train", "val") if options.eval_every or options.eval_only else ("train",)
     size = (options.height, options.width, options.num_frames)
     how = (options.wan_dir, options.skip_bad, options.follow_links)
-    return {split: CachedClips(options.data_dir, split, *size, *how) for split in splits}
+    return {split: CachedClips(options.data_dir, split, size, *how) for split in splits}
 
 
 def load_batches(clips, batches, dev, options):

@@ -1,10 +1,13 @@
-"""Cache files: what training reads.  Written aside and renamed, with checksums; read as if somebody had damaged them.
+"""Cache files: what training reads.  Written aside and renamed, with checksums; read as if somebody
+had damaged them.
 
-One safetensors file per window of a clip in DIR/cache/TxHxW-FINGERPRINT/: ID.safetensors, or ID.START.safetensors where
-a clip has several windows, and text_empty.safetensors, the empty prompt.  FINGERPRINT is of the encoders.
-Tensors: those of data.save_clip.  Metadata: all that changes the result, and crc: of the values and of the header.
-Before the first step a file is read whole and every value checked; later it is mapped and copied, as long as
-its size and time of change are those of the checked one.  read_again says what that leaves to chance."""
+One safetensors file per window of a clip in DIR/cache/TxHxW-FINGERPRINT/: ID.safetensors, or
+ID.START.safetensors where a clip has several windows, and text_empty.safetensors, the empty prompt.
+FINGERPRINT is of the encoders.
+Tensors: those of data.save_clip.  Metadata: all that changes the result, and crc: of the values and
+of the header. Before the first step a file is read whole and every value checked; later it is
+mapped and copied, as long as its size and time of change are those of the checked one.  read_again
+says what that leaves to chance."""
 
 import json
 import math
@@ -30,9 +33,11 @@ from lib.files import FAR, check_file, read_json, write_aside
 def save_clip(path, clip, vae, pad, conditions, metadata):
     """Encode and write a clip of load_clip.
 
-    bfloat16: latents (16, f, h, w), start_latents (16, 1 or f, h, w) of frame 0, and the conditions, which are
+    bfloat16: latents (16, f, h, w), start_latents (16, 1 or f, h, w) of frame 0, and the
+    conditions, which are
               text (L, dim) and, where the family has CLIP, clip (257, 1280)
-    float32:  depth (T, H, W), w2c (T, 3, 4), intrinsics (T, 3, 3);   bool: moving (T, H, W), if the clip has it"""
+    float32:  depth (T, H, W), w2c (T, 3, 4), intrinsics (T, 3, 3);   bool: moving (T, H, W), if the
+                                                                      clip has it"""
     video = clip["video"][None]
     start = encode_start(vae, video[:, :, :1], video.shape[2], pad)
     half = dict(conditions, latents=vae.encode(video)[0], start_latents=start[0])
@@ -49,7 +54,8 @@ EMPTY_TEXT, MAX_HEADER, DTYPES = (
 
 
 def header_crc(metadata, specs):
-    """Checksum of everything in a header that means something: metadata, names, types and shapes."""
+    """Checksum of everything in a header that means something: metadata, names, types and
+    shapes."""
     items = sorted((k, v) for k, v in metadata.items() if k != "crc")
     return f"{zlib.crc32(json.dumps([items, sorted(map(list, specs))]).encode()):08x}"
 
@@ -72,7 +78,8 @@ def save_tensors(path, tensors, metadata):
 
 
 def read_header(path):
-    """Metadata, {name: (dtype, shape, begin, end)} and where the values start; the file's length must be theirs."""
+    """Metadata, {name: (dtype, shape, begin, end)} and where the values start; the file's length
+    must be theirs."""
     size = check_file(path)
     try:
         with open(path, "rb") as file:
@@ -91,7 +98,8 @@ def read_header(path):
                 or min(shape, default=1) < 1
             ):
                 raise ValueError(
-                    f"{name}: {dtype} {str(shape)[:60]} at bytes {begin} to {end}; wanted BF16 or F32 "
+                    f"{name}: {dtype} {str(shape)[:60]} at bytes {begin} to {end}; wanted BF16 or "
+                    "F32 "
                     f"from {at} on"
                 )
             at = end
@@ -123,7 +131,8 @@ def fits(path, key):
 
 
 def check_header(path, name, sample, size, fingerprint):
-    """The header of a window `name` of a sample, at size (T, H, W) -> metadata, what may differ between encoders."""
+    """The header of a window `name` of a sample, at size (T, H, W) -> metadata, what may differ
+    between encoders."""
     (T, H, W), (metadata, specs, _) = size, read_header(path)
     f, h, w = (T - 1) // 4 + 1, H // 8, W // 8
     wanted = dict(
@@ -138,7 +147,8 @@ def check_header(path, name, sample, size, fingerprint):
     for key, value in wanted.items():
         if metadata.get(key) != str(value):
             raise ValueError(
-                f"{path}: {key} is {str(metadata.get(key))[:80]!r}; wanted {str(value)[:80]!r}: the file "
+                f"{path}: {key} is {str(metadata.get(key))[:80]!r}; wanted {str(value)[:80]!r}: "
+                "the file "
                 "of another clip or encoder, or older than metadata.json"
             )
     text, start = (specs.get(k, ("", [0, 0], 0, 0))[1] for k in ("text", "start_latents"))
@@ -164,7 +174,8 @@ def check_header(path, name, sample, size, fingerprint):
         fps = math.nan
     if not 0 < fps < FAR or metadata.get("depth", "metric") not in ("metric", "relative"):
         raise ValueError(
-            f"{path}: fps {metadata.get('fps')!r}, depth {metadata.get('depth')!r}; wanted a number, and "
+            f"{path}: fps {metadata.get('fps')!r}, depth {metadata.get('depth')!r}; wanted a "
+            "number, and "
             "metric or relative"
         )
     return metadata, (text[-1], start[1], "clip" in specs)
@@ -184,7 +195,8 @@ def tensors_of(arrays, specs):
 
 
 def read_values(path):
-    """Tensors (as stored) and metadata of a cache file; every value is checked against the checksum and is finite.
+    """Tensors (as stored) and metadata of a cache file; every value is checked against the checksum
+    and is finite.
 
     Checks are numpy's: in threads of a forked process torch's parallel operations can fail."""
     metadata, specs, start = read_header(path)
@@ -193,7 +205,8 @@ def read_values(path):
         crc = zlib.crc32(x, crc)
     if metadata["crc"][:8] != f"{crc:08x}":
         raise ValueError(
-            f"{path}: its values have the checksum {crc:08x}; {metadata['crc'][:8]} was written: damaged"
+            f"{path}: its values have the checksum {crc:08x}; {metadata['crc'][:8]} was written: "
+            "damaged"
         )
     for name, x in arrays.items():  # bfloat16: upper half of a float32, 0x7f80 is infinity
         sound = (
@@ -216,29 +229,34 @@ def read_clip(path):
     off = np.abs(R @ R.swapaxes(1, 2) - np.eye(3)).max() + np.abs(np.linalg.det(R) - 1).max()
     if depth.min() < 0 or depth.max() > FAR or not share:
         raise ValueError(
-            f"{path}: depth from {depth.min():.3g} to {depth.max():.3g}, {share:.0%} of frame 0 has any; "
+            f"{path}: depth from {depth.min():.3g} to {depth.max():.3g}, {share:.0%} of frame 0 "
+            "has any; "
             f"wanted 0 to {FAR:.0e} m"
         )
     if not off < 2e-3 or np.abs(w2c[0] - np.eye(3, 4)).max() > 1e-3 or focal <= 0:
         raise ValueError(
-            f"{path}: w2c off from rotations by {off:.2g}, or not relative to the first camera, or a "
+            f"{path}: w2c off from rotations by {off:.2g}, or not relative to the first camera, "
+            "or a "
             f"focal length of {focal:.3g}"
         )
     return tensors, metadata
 
 
 def stamp(path):
-    """Size and time of change, which a copy does not keep: the same as long as nobody has written."""
+    """Size and time of change, which a copy does not keep: the same as long as nobody has
+    written."""
     info = os.stat(path)
     return [info.st_size, info.st_ctime_ns]
 
 
 def read_again(path, checked):
-    """read_clip of a file that was good when its stamp was `checked`: copied out of a map, values unseen.
+    """read_clip of a file that was good when its stamp was `checked`: copied out of a map, values
+    unseen.
 
-    With another stamp, before or after the copy, read_clip reads it whole: damage since the check is refused
-    by name, and a file that was cut is never mapped.  Left to chance: one that is cut in the milliseconds of
-    the copy kills the process (SIGBUS), and a bit that the disk flips without a write is not seen."""
+    With another stamp, before or after the copy, read_clip reads it whole: damage since the check
+    is refused by name, and a file that was cut is never mapped.  Left to chance: one that is cut in
+    the milliseconds of the copy kills the process (SIGBUS), and a bit that the disk flips without a
+    write is not seen."""
     if stamp(path) == checked:
         metadata, specs, start = read_header(path)
         flags = mmap.MAP_PRIVATE | getattr(
@@ -254,7 +272,7 @@ def read_again(path, checked):
     return read_clip(path)
 
 
-# --- All caches of a split ---------------------------------------------------------------------------------
+# --- All caches of a split ------------------------------------------------------------------------
 def is_whole(path):
     """Whether read_values takes the file."""
     try:
@@ -264,8 +282,9 @@ def is_whole(path):
 
 
 def check_values(folder, names):
-    """{name: problem} of the windows that read_clip refuses, {name: stamp} of all when they were read.  Each
-    file is read once, by one of the ranks; FOLDER/.checked remembers the good ones for later starts."""
+    """{name: problem} of the windows that read_clip refuses, {name: stamp} of all when they were
+    read.  Each file is read once, by one of the ranks; FOLDER/.checked remembers the good ones for
+    later starts."""
 
     def problem(name):
         try:
@@ -336,7 +355,8 @@ def check_folder(folder, samples, size):
             bad.append(
                 (
                     name,
-                    f"{folder / name}.safetensors: width of text, start latents, CLIP are {kind}; wanted "
+                    f"{folder / name}.safetensors: width of text, start latents, CLIP are {kind}; "
+                    "wanted "
                     f"{usual}, as the others have",
                 )
             )

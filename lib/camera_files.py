@@ -1,14 +1,15 @@
 """Camera files in and out, one convention inside; named moves, key frames to paths.
 
-    python -m lib.cameras IN OUT [--from F] [--to F] [--size HxW] [--axes opencv|opengl] [--matrices w2c|c2w]
+    python -m lib.cameras IN OUT [--from F] [--to F] [--size HxW] [--axes opencv|opengl] [--matrices
+    w2c|c2w]
 
-Formats: re10k (text), fantasyworld and worldscore (JSON), nerfstudio (transforms.json), colmap (folder with cameras and
-images, .txt or .bin), tum (text), npz.  What a file leaves open is refused with the option that settles it.
-Inside: w2c (T, 3, 4) float64, OpenCV axes (x right, y down, z forward), in the world and unit of the file;
-intrinsics (T, 4) float64 = fx/W, fy/H, cx/W, cy/H, pixel centres at +0.5, or None where the file holds none;
-size (H, W) of the images in pixels, or None."""
+Formats: re10k (text), fantasyworld and worldscore (JSON), nerfstudio (transforms.json), colmap
+(folder with cameras and images, .txt or .bin), tum (text), npz.  What a file leaves open is refused
+with the option that settles it.
+Inside: w2c (T, 3, 4) float64, OpenCV axes (x right, y down, z forward), in the world and unit of
+the file; intrinsics (T, 4) float64 = fx/W, fy/H, cx/W, cy/H, pixel centres at +0.5, or None where
+the file holds none; size (H, W) of the images in pixels, or None."""
 
-import argparse
 import json
 import struct
 from pathlib import Path
@@ -21,10 +22,10 @@ from geometry import inv_se3, mat_to_quat, quat_to_mat
 RE10K = "19 numbers: index fx fy cx cy 0 0 and the row-major 3x4 world-to-camera matrix"
 
 
-# --- RealEstate10K text ------------------------------------------------------------------------------------
+# --- RealEstate10K text ---------------------------------------------------------------------------
 def read_table(path, pixels=False):
-    """The raw 19 columns (T, 19) float64 of a RealEstate10K text; URL line, comments and blank lines skipped.
-    pixels: do not refuse focal lengths that must be pixels."""
+    """The raw 19 columns (T, 19) float64 of a RealEstate10K text; URL line, comments and blank
+    lines skipped. pixels: do not refuse focal lengths that must be pixels."""
     rows, text = [], Path(path).read_text(errors="replace") if Path(path).is_file() else ""
     lines = [(n, line.split()) for n, line in enumerate(text.splitlines(), 1) if line.strip()]
     lines = lines[1:] if lines and "://" in lines[0][1][0] else lines
@@ -53,27 +54,30 @@ def read_table(path, pixels=False):
     ).any():  # all equal: no index was written
         t = int(np.argmax(step <= 0))
         raise ValueError(
-            f"{path}: frame {t + 1} has index {table[t + 1, 0]:g} after {table[t, 0]:g}: rows out of order or "
+            f"{path}: frame {t + 1} has index {table[t + 1, 0]:g} after {table[t, 0]:g}: rows out "
+            "of order or "
             "twice. Sort them by the first column"
         )
     return table
 
 
 def read_cameras(path):
-    """RealEstate10K text, URL line or not: w2c (T, 3, 4), fx fy cx cy as fractions (T, 4); float64."""
+    """RealEstate10K text, URL line or not: w2c (T, 3, 4), fx fy cx cy as fractions (T, 4);
+    float64."""
     table = read_table(path)
     return table[:, 7:].reshape(-1, 3, 4), table[:, 1:5]
 
 
 def write_cameras(path, w2c, intrinsics, size):
-    """Write w2c (T, 3, 4) and pixel intrinsics (T, 3, 3) of images of size (H, W) as 19 columns per frame."""
+    """Write w2c (T, 3, 4) and pixel intrinsics (T, 3, 3) of images of size (H, W) as 19 columns per
+    frame."""
     (h, w), rows = size, []
     for t, (e, k) in enumerate(zip(np.asarray(w2c, float), np.asarray(intrinsics, float))):
         rows.append([t, k[0, 0] / w, k[1, 1] / h, k[0, 2] / w, k[1, 2] / h, 0, 0, *e.ravel()])
     np.savetxt(path, rows, "%.10g")
 
 
-# --- Shared pieces -----------------------------------------------------------------------------------------
+# --- Shared pieces --------------------------------------------------------------------------------
 FLIP = np.array([[1.0], [-1], [-1]])  # OpenGL <-> OpenCV camera axes
 
 
@@ -111,9 +115,10 @@ def fractions(pixels, size):
     return np.asarray(pixels, float) / np.array([size[1], size[0]] * 2, float)
 
 
-# --- JSON --------------------------------------------------------------------------------------------------
+# --- JSON -----------------------------------------------------------------------------------------
 def read_interp(path, size, axes):
-    """camera_data.json: 4x4 camera-to-world in cameras_interp, focal_length in pixels (500), centred."""
+    """camera_data.json: 4x4 camera-to-world in cameras_interp, focal_length in pixels (500),
+    centred."""
     data = json.loads(Path(path).read_text())
     h, w = need_size(size, path, "focal_length")
     focal = float(data.get("focal_length", 500))
@@ -126,7 +131,8 @@ def write_interp(path, w2c, intrinsics, size, axes):
     pixels = intrinsics * [w, h, w, h]
     if np.ptp(pixels[:, :2]) > 1e-3 or np.abs(intrinsics[:, 2:] - 0.5).max() > 1e-3:
         raise ValueError(
-            f"{path}: this format holds one focal length and centred cameras; these have fx, fy from "
+            f"{path}: this format holds one focal length and centred cameras; these have fx, fy "
+            "from "
             f"{pixels[:, :2].min():.6g} to {pixels[:, :2].max():.6g} px. Write re10k or nerfstudio."
         )
     c2w = np.tile(np.eye(4), (len(w2c), 1, 1))
@@ -145,7 +151,8 @@ def write_interp(path, w2c, intrinsics, size, axes):
 
 
 def read_nerfstudio(path, size):
-    """transforms.json: camera-to-world in OpenGL axes, frames by file name; intrinsics shared or per frame."""
+    """transforms.json: camera-to-world in OpenGL axes, frames by file name; intrinsics shared or
+    per frame."""
     data = json.loads(Path(path).read_text())
     frames = sorted(data["frames"], key=lambda f: f.get("file_path", ""))
     if (model := data.get("camera_model", "PINHOLE")) not in (*MODELS, "PERSPECTIVE"):
@@ -197,7 +204,7 @@ def write_nerfstudio(path, w2c, intrinsics, size):
     )
 
 
-# --- COLMAP: pixel centres at +0.5, w2c in OpenCV axes; images ordered by name ------------------------------
+# --- COLMAP: pixel centres at +0.5, w2c in OpenCV axes; images ordered by name --------------------
 MODELS = ["SIMPLE_PINHOLE", "PINHOLE", "SIMPLE_RADIAL", "RADIAL", "OPENCV"]
 
 PARAMS = dict(zip(MODELS, (3, 4, 4, 5, 8)))
@@ -290,7 +297,7 @@ def write_colmap(path, w2c, intrinsics, size, binary=False):
         )
 
 
-# --- TUM, npz ----------------------------------------------------------------------------------------------
+# --- TUM, npz -------------------------------------------------------------------------------------
 def read_tum(path):
     """Lines: time tx ty tz qx qy qz qw of camera-to-world in OpenCV axes; no intrinsics."""
     rows = np.loadtxt(path, comments="#", ndmin=2)
@@ -307,7 +314,8 @@ def write_tum(path, w2c):
 
 
 def read_npz(path, size, kind):
-    """w2c or c2w (T, 3 or 4, 4); optional intrinsics (T, 4) or (T, 3, 3), fractions or pixels, and size (H, W)."""
+    """w2c or c2w (T, 3 or 4, 4); optional intrinsics (T, 4) or (T, 3, 3), fractions or pixels, and
+    size (H, W)."""
     with np.load(path, allow_pickle=False) as f:
         data = dict(f)
     named = [k for k in ("w2c", "c2w") if k in data]
@@ -318,7 +326,8 @@ def read_npz(path, size, kind):
     )
     if len(named) != 1 and (kind is None or key is None):
         raise ValueError(
-            f"{path}: holds {', '.join(data)}; which way do the matrices map? Name one array w2c or c2w, "
+            f"{path}: holds {', '.join(data)}; which way do the matrices map? Name one array w2c "
+            "or c2w, "
             "or give --matrices w2c|c2w for an array called extrinsics, poses or cameras"
         )
     size = tuple(int(x) for x in data["size"]) if "size" in data else size
@@ -334,7 +343,7 @@ def read_npz(path, size, kind):
     return data[key], named[0] if named else kind, k, size
 
 
-# --- One door ----------------------------------------------------------------------------------------------
+# --- One door -------------------------------------------------------------------------------------
 FORMATS = ("re10k", "fantasyworld", "worldscore", "nerfstudio", "colmap", "tum", "npz")
 
 
@@ -351,7 +360,8 @@ def guess(path):
             return "nerfstudio"
         if "cameras_interp" in data:
             raise ValueError(
-                f"{path}: FantasyWorld (OpenCV axes) and WorldScore (OpenGL axes) share this layout; "
+                f"{path}: FantasyWorld (OpenCV axes) and WorldScore (OpenGL axes) share this "
+                "layout; "
                 "give --from fantasyworld or --from worldscore"
             )
     elif path.is_file():
@@ -374,7 +384,8 @@ def read(path, form=None, size=None, axes=None, matrices=None):
     """Any camera file -> w2c (T, 3, 4), intrinsics (T, 4) or None, size (H, W) or None.
 
     size      (H, W) in pixels, for files with pixel intrinsics and no size
-    axes      opencv or opengl: what the file's cameras really look along, where that differs from its format
+    axes      opencv or opengl: what the file's cameras really look along, where that differs from
+              its format
     matrices  w2c or c2w, for npz files that do not say"""
     form, intrinsics = form or guess(path), None
     try:
@@ -434,7 +445,8 @@ def write(path, form, w2c, intrinsics=None, size=None, binary=False):
 
 
 def crop_intrinsics(fractions, aspect, size):
-    """Fractions (T, 4) of a picture of aspect W0 / H0 -> of its centre crop that fills (H, W); pixels stay square."""
+    """Fractions (T, 4) of a picture of aspect W0 / H0 -> of its centre crop that fills (H, W);
+    pixels stay square."""
     wide = aspect / (size[1] / size[0])  # above 1: the sides are cut, below: top and bottom
     factor = np.array([max(wide, 1), max(1 / wide, 1)] * 2)
     middle = np.array([0, 0, 0.5, 0.5])
@@ -448,24 +460,27 @@ def pixel_matrix(fractions, size):
     return np.stack([fx, zero, cx, zero, fy, cy, zero, zero, one], -1).reshape(-1, 3, 3)
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def add_arguments(parser):
+    """The arguments of `data.py cameras`."""
     parser.add_argument("source")
     parser.add_argument("target")
     parser.add_argument("--from", dest="form", choices=FORMATS)
     parser.add_argument("--to", choices=FORMATS, default="re10k")
-    parser.add_argument("--size", type=lambda s: tuple(map(int, s.split("x"))), metavar="HxW")
+    parser.add_argument("--size", type=size_of, metavar="HxW", help="of the file's pictures")
     parser.add_argument("--axes", choices=("opencv", "opengl"))
     parser.add_argument("--matrices", choices=("w2c", "c2w"))
     parser.add_argument("--binary", action="store_true", help="COLMAP: .bin instead of .txt")
-    a = parser.parse_args()
-    try:
-        w2c, intrinsics, size = read(a.source, a.form, a.size, a.axes, a.matrices)
-        write(a.target, a.to, w2c, intrinsics, size or a.size, a.binary)
-    except ValueError as error:
-        raise SystemExit(f"error: {error}") from None
-    print(f"{a.target}: {len(w2c)} cameras")
 
 
-if __name__ == "__main__":
-    main()
+def size_of(text):
+    height, width = map(int, text.split("x"))
+    return height, width
+
+
+def convert(
+    source, target, *, form=None, to="re10k", size=None, axes=None, matrices=None, binary=False
+):
+    """Write a camera file in another format; arguments as in read and write; how many cameras."""
+    w2c, intrinsics, found = read(source, form, size, axes, matrices)
+    write(target, to, w2c, intrinsics, found or size, binary)
+    print(f"{target}: {len(w2c)} cameras")

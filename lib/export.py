@@ -1,9 +1,10 @@
-"""One sample in memory (Scene) and every file that it can leave: videos, depth, point clouds, cameras, folders for
-COLMAP and nerfstudio, a start for Gaussian splatting, a contact sheet and a page that opens offline in any browser.
+"""One sample in memory (Scene) and every file that it can leave: videos, depth, point clouds,
+cameras, folders for COLMAP and nerfstudio, a start for Gaussian splatting, a contact sheet and a
+page that opens offline in any browser.
 
-Scene: lengths in the user's unit, world = the first camera, OpenCV axes (x right, y down, z forward), pixel centres at
-+0.5.  T frames of H x W pixels, N points.  Files keep these axes, except points.glb (y up, as glTF wants) and camera
-formats with axes of their own (cameras.py)."""
+Scene: lengths in the user's unit, world = the first camera, OpenCV axes (x right, y down, z
+forward), pixel centres at +0.5.  T frames of H x W pixels, N points.  Files keep these axes, except
+points.glb (y up, as glTF wants) and camera formats with axes of their own (cameras.py)."""
 
 import json
 import shutil
@@ -48,7 +49,8 @@ class Scene:
     predicted_intrinsics: np.ndarray
     fps: float = 16.0
     unit: str = "units"  # word behind lengths
-    lift: str = "commanded"  # or predicted: the cameras that lift depth to points and that COLMAP, nerfstudio get
+    # or predicted: the cameras that lift depth to points and that COLMAP, nerfstudio get
+    lift: str = "commanded"
     drop: float = 20.0  # percent of the pixels, the least confident, that mask leaves out
     report: dict = field(default_factory=dict)
 
@@ -83,7 +85,8 @@ class Scene:
         )
 
     def cloud(self, count, frame=None):
-        """At most `count` drawable points, evenly spaced in the pixels: xyz (N, 3) float32, rgb (N, 3) uint8, and the
+        """At most `count` drawable points, evenly spaced in the pixels: xyz (N, 3) float32, rgb (N,
+        3) uint8, and the
         flat index (t H + i) W + j of their pixels (N,).   frame: of that one alone."""
         index = np.flatnonzero(self.mask if frame is None else self.mask[frame])
         index = index + (frame or 0) * self.mask[0].size
@@ -92,7 +95,8 @@ class Scene:
 
 
 def off_edges(depth, jump=0.05):
-    """Pixels (T, H, W) with no depth step of more than `jump` beside them; the picture's border counts as one."""
+    """Pixels (T, H, W) with no depth step of more than `jump` beside them; the picture's border
+    counts as one."""
     keep = np.isfinite(depth) & (depth > 0)
     for axis in (1, 2):
         beside = np.roll(depth, -1, axis)
@@ -102,12 +106,15 @@ def off_edges(depth, jump=0.05):
 
 
 def fit_unit(told, predicted, told_scale):
-    """Length of a scene unit in the user's: the similarity that lays the predicted camera centres on the commanded.
+    """Length of a scene unit in the user's: the similarity that lays the predicted camera centres
+    on the commanded.
 
     told        (T, 3, 4)   commanded, user's unit;   predicted  (T, 3, 4)  scene units
-    told_scale  the user units per scene unit that the model was told, kept where the path cannot decide
-    returns     dict: scale; path: RMS distance of the commanded centres from their mean, user's unit; residual: RMS
-                distance after the fit, user's unit; fitted: whether scale comes from the fit; warning, or "" """
+    told_scale  the user units per scene unit that the model was told, kept where the path cannot
+                decide
+    returns     dict: scale; path: RMS distance of the commanded centres from their mean, user's
+                unit; residual: RMS distance after the fit, user's unit; fitted: whether scale comes
+                from the fit; warning, or "" """
     target, source = (inv_se3(torch.from_numpy(E)[None])[..., 3] for E in (told, predicted))
     scale, R, t = align_sim3(source, target)
     rms = lambda x: x.square().sum(-1).mean().sqrt().item()
@@ -143,7 +150,8 @@ def make_scene(video, geometry, w2c, K, fps=16.0, told_scale=1.0, drop=20.0, lif
     enc = geometry["pose_enc"][-1].double()
     if not all(torch.isfinite(geometry[k]).all() for k in ("depth", "depth_conf", "pose_enc")):
         raise ValueError(
-            "the sample's geometry holds NaN or infinite values; try --dtype fp32, or another checkpoint"
+            "the sample's geometry holds NaN or infinite values; try --dtype fp32, or another "
+            "checkpoint"
         )
     seen, seen_K = decode_pose(enc, size)
     seen, w2c = relative_to_first(seen)[0].numpy(), w2c.double()[0].numpy()
@@ -185,7 +193,8 @@ def fractions(K, size):
 
 
 def measure(scene, points=None, scale=1.0):
-    """What can be said about a sample without truth: does it obey the cameras, and does it agree with itself?
+    """What can be said about a sample without truth: does it obey the cameras, and does it agree
+    with itself?
 
     points  (1, T, H, W, 3) of the point head in scene units of `scale` user units, or None
     returns dict: control (predicted against commanded cameras), consistency, confidence"""
@@ -227,15 +236,18 @@ def describe(report, unit):
     fitted = f", fitted, residual {u['residual']:.2g}" if u["fitted"] else ""
     heads = f", depth head against point head {a['heads']:.1f} %" if "heads" in a else ""
     return [
-        f"predicted against commanded cameras: rotation {c['rot_deg']:.2f} deg, position {c['trans']:.3g} {unit}; "
+        f"predicted against commanded cameras: rotation {c['rot_deg']:.2f} deg, position "
+        f"{c['trans']:.3g} {unit}; "
         f"1 scene unit = {u['scale']:.3g} {unit}{fitted}",
-        f"neighbouring frames: depth differs by {a['depth']:.1f} %, colour by {a['colour']:.1f} % after warping "
-        f"({a['colour_still']:.1f} % without){heads}; confidence {report['confidence']['p50']:.2f} (median)",
+        f"neighbouring frames: depth differs by {a['depth']:.1f} %, colour by {a['colour']:.1f} % "
+        "after warping "
+        f"({a['colour_still']:.1f} % without){heads}; confidence "
+        f"{report['confidence']['p50']:.2f} (median)",
         *(f"warning: {text}" for text in report["warnings"]),
     ]
 
 
-# ---- videos, depth, pictures ------------------------------------------------------------------------------
+# ---- videos, depth, pictures ---------------------------------------------------------------------
 def depth_range(scene):
     """The 1st and 99th percentile of the depth: what colours span."""
     return tuple(float(x) for x in np.quantile(scene.depth[scene.depth > 0], (0.01, 0.99)))
@@ -266,7 +278,8 @@ def write_depth_arrays(scene, path):
 
 
 def depth_step(scene):
-    """Length of one count of the 16-bit depth pictures: the smallest power of ten that fits the farthest pixel."""
+    """Length of one count of the 16-bit depth pictures: the smallest power of ten that fits the
+    farthest pixel."""
     return float(10.0 ** np.ceil(np.log10(max(float(scene.depth.max()), 1e-9) / 65535)))
 
 
@@ -288,7 +301,8 @@ def write_frames(scene, folder):
 
 
 def write_sheet(scene, path):
-    """Frames, depth and confidence of up to 5 frames; below, the paths and points from above and the depth legend."""
+    """Frames, depth and confidence of up to 5 frames; below, the paths and points from above and
+    the depth legend."""
     low, high = depth_range(scene)
     pick = np.linspace(0, len(scene.rgb) - 1, min(5, len(scene.rgb))).round().astype(int)
     thin = -(-scene.size[1] // 320)
@@ -318,9 +332,10 @@ def write_sheet(scene, path):
     )
 
 
-# ---- point clouds -----------------------------------------------------------------------------------------
+# ---- point clouds --------------------------------------------------------------------------------
 def ply(path, **columns):
-    """Binary little-endian .ply of one element, vertex; columns name -> (N,) of float32 or uint8."""
+    """Binary little-endian .ply of one element, vertex; columns name -> (N,) of float32 or
+    uint8."""
     kinds = {"float32": ("<f4", "float"), "uint8": ("u1", "uchar")}
     table = np.empty(
         len(next(iter(columns.values()))), [(n, kinds[str(x.dtype)][0]) for n, x in columns.items()]
@@ -344,9 +359,11 @@ def write_ply(path, points, rgb):
 
 
 def write_splats(scene, path):
-    """A start for Gaussian splatting: one round Gaussian per point, as wide as its pixel at its depth, opacity 0.8.
+    """A start for Gaussian splatting: one round Gaussian per point, as wide as its pixel at its
+    depth, opacity 0.8.
 
-    The 62 float columns of the reference implementation, degree 3 with zero rests.  Source: Kerbl et al. 2023."""
+    The 62 float columns of the reference implementation, degree 3 with zero rests.  Source: Kerbl
+    et al. 2023."""
     xyz, rgb, index = scene.cloud(MAX_POINTS["splat"])
     n, (h, w) = len(xyz), scene.size
     spacing = np.sqrt(scene.mask.sum() / max(n, 1))  # thinned points stand further apart
@@ -364,7 +381,8 @@ def write_splats(scene, path):
 
 
 def write_glb(scene, path):
-    """glTF 2.0 binary with one mesh of points, positions in y up, z towards the viewer, colours in linear light."""
+    """glTF 2.0 binary with one mesh of points, positions in y up, z towards the viewer, colours in
+    linear light."""
     xyz, rgb, _ = scene.cloud(MAX_POINTS["glb"])
     if not len(xyz):
         raise ValueError(f"{path}: no point is sure enough to draw; lower --drop")
@@ -418,9 +436,10 @@ def write_glb(scene, path):
     )
 
 
-# ---- cameras and folders for other tools ------------------------------------------------------------------
+# ---- cameras and folders for other tools ---------------------------------------------------------
 def write_camera_files(scene, folder):
-    """Commanded and predicted cameras in every format of cameras.py that can hold them -> formats left out."""
+    """Commanded and predicted cameras in every format of cameras.py that can hold them -> formats
+    left out."""
     folder.mkdir(parents=True, exist_ok=True)
     names = dict(
         re10k="re10k.txt",
@@ -448,7 +467,8 @@ def write_camera_files(scene, folder):
 
 
 def write_colmap_folder(scene, folder):
-    """images/, sparse/0/*.bin and text/*.txt: cameras, images and points3D, as `colmap gui --import_path` opens."""
+    """images/, sparse/0/*.bin and text/*.txt: cameras, images and points3D, as `colmap gui
+    --import_path` opens."""
     xyz, rgb, _ = scene.cloud(MAX_POINTS["colmap"])
     write_frames(scene, folder / "images")
     for place, binary in ((folder / "sparse" / "0", True), (folder / "text", False)):
@@ -471,7 +491,8 @@ def write_colmap_folder(scene, folder):
 
 
 def write_nerfstudio_folder(scene, folder):
-    """transforms.json, images/, depth/ and sparse_pc.ply, as nerfstudio's nerfstudio-data parser wants them."""
+    """transforms.json, images/, depth/ and sparse_pc.ply, as nerfstudio's nerfstudio-data parser
+    wants them."""
     write_frames(scene, folder / "images")
     write_depth_pictures(scene, folder / "depth")
     xyz, rgb, _ = scene.cloud(MAX_POINTS["nerfstudio"])
@@ -485,7 +506,7 @@ def write_nerfstudio_folder(scene, folder):
     path.write_text(json.dumps(tree, indent=1))
 
 
-# ---- one door ---------------------------------------------------------------------------------------------
+# ---- one door ------------------------------------------------------------------------------------
 def write_top_cameras(scene, out):
     for name, w2c, K in (
         ("cameras.txt", scene.w2c, scene.intrinsics),
@@ -539,7 +560,8 @@ def check_out(out, names):
         for folder in (out / EXPORTS[name][0] for name in names):
             if folder.is_dir():
                 raise ValueError(
-                    f"--out {out}: {folder} is there and is not of an earlier sample, which would be "
+                    f"--out {out}: {folder} is there and is not of an earlier sample, which would "
+                    "be "
                     f"replaced. Choose another --out"
                 )
 

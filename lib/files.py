@@ -1,8 +1,10 @@
-"""Files of a dataset, read as if somebody meant harm: measured before they are read, never executed.
+"""Files of a dataset, read as if somebody meant harm: measured before they are read, never
+executed.
 
-A refusal is a ValueError that names the file, what was found, what was wanted and the cure.  Only regular files are
-opened (a named pipe would hang), at most MAX_BYTES of one are held, ffmpeg opens local files of FORMATS alone (a
-playlist names other files) and stops at the first damaged picture, and arrays of objects are refused (unpickling them
+A refusal is a ValueError that names the file, what was found, what was wanted and the cure.  Only
+regular files are opened (a named pipe would hang), at most MAX_BYTES of one are held, ffmpeg opens
+local files of FORMATS alone (a playlist names other files) and stops at the first damaged picture,
+and arrays of objects are refused (unpickling them
 runs code).   Depth: z-depth, metres, 0 = unknown."""
 
 import functools
@@ -103,7 +105,7 @@ def read_json(path):
         raise ValueError(f"{path}: not valid JSON: {error}. Write it again") from None
 
 
-# --- Checksums ---------------------------------------------------------------------------------------------
+# --- Checksums ------------------------------------------------------------------------------------
 @functools.lru_cache(maxsize=1)
 def sums_at(path, changed):
     check_file(path, MAX_TEXT)
@@ -118,9 +120,11 @@ def sums_of(root):
 
 
 def check_sums(root, paths):
-    """Files must be what DIR/SHA256SUMS says, where there is one: nothing else sees a flipped bit in a plausible value.
+    """Files must be what DIR/SHA256SUMS says, where there is one: nothing else sees a flipped bit
+    in a plausible value.
 
-    cd DIR && find -L . -type f -not -path './cache/*' -not -name SHA256SUMS -exec sha256sum {} + > SHA256SUMS"""
+    cd DIR && find -L . -type f -not -path './cache/*' -not -name SHA256SUMS -exec sha256sum {} + >
+    SHA256SUMS"""
     sums, known = Path(root, "SHA256SUMS"), sums_of(root)
     for path in paths if known is not None else ():
         name, digest = path.relative_to(root).as_posix(), hashlib.sha256()
@@ -131,12 +135,14 @@ def check_sums(root, paths):
         if known.get(name) != digest.hexdigest():
             raise ValueError(
                 f"{path}: not the file that {sums} lists ({digest.hexdigest()[:12]}, listed: "
-                f"{known.get(name, 'nothing')[:12]}). Restore it; if it was meant, write SHA256SUMS again"
+                f"{known.get(name, 'nothing')[:12]}). Restore it; if it was meant, write "
+                "SHA256SUMS again"
             )
 
 
 def check_inside(root, path):
-    """The path, symbolic links followed, must lie in the folder root; root "/": links may lead anywhere."""
+    """The path, symbolic links followed, must lie in the folder root; root "/": links may lead
+    anywhere."""
     try:
         if Path(path).resolve().is_relative_to(Path(root).resolve()):
             return
@@ -150,16 +156,17 @@ def check_inside(root, path):
     )
 
 
-# --- What a dataset lists ----------------------------------------------------------------------------------
+# --- What a dataset lists -------------------------------------------------------------------------
 def read_entries(root, inside):
-    """Entries and splits of metadata.json, which must lie in the folder `inside`; without that file, of the
-    folders that hold parts of a sample."""
+    """Entries and splits of metadata.json, which must lie in the folder `inside`; without that
+    file, of the folders that hold parts of a sample."""
     path, splits = root / "metadata.json", {}
     try:
         os.listdir(root)
     except OSError as error:
         raise ValueError(
-            f"{root}: not a folder that can be opened: {error.strerror}. Wanted a dataset; the layout is "
+            f"{root}: not a folder that can be opened: {error.strerror}. Wanted a dataset; the "
+            "layout is "
             "at the top of data.py"
         ) from None
     if not os.path.lexists(path):
@@ -191,7 +198,8 @@ def read_entries(root, inside):
 
 
 def check_sample(inside, sample):
-    """Files of a sample: there, regular, readable, in the folder `inside` -> all of them, folders listed."""
+    """Files of a sample: there, regular, readable, in the folder `inside` -> all of them, folders
+    listed."""
     files = []
     for path in (p for p in sample.values() if isinstance(p, Path)):
         check_inside(inside, path)
@@ -209,10 +217,11 @@ def check_sample(inside, sample):
     return files
 
 
-# --- Videos and pictures -----------------------------------------------------------------------------------
+# --- Videos and pictures --------------------------------------------------------------------------
 @contextmanager
 def ffmpeg(path, *output):
-    """What ffmpeg makes of the first video stream of a file: its output, and a file with its messages."""
+    """What ffmpeg makes of the first video stream of a file: its output, and a file with its
+    messages."""
     check_file(path)
     command = [
         imageio_ffmpeg.get_ffmpeg_exe(),
@@ -248,7 +257,8 @@ def ffmpeg(path, *output):
 
 
 def pictures(stream, limit=MAX_BYTES):
-    """Frames (H, W, 3) uint8 or (H, W) uint16 of a stream of PPM or 16-bit PGM pictures of one size."""
+    """Frames (H, W, 3) uint8 or (H, W) uint16 of a stream of PPM or 16-bit PGM pictures of one
+    size."""
     first = None
     while magic := stream.readline(8):
         size, deep = stream.readline(32), stream.readline(16) == b"65535\n"
@@ -264,7 +274,8 @@ def pictures(stream, limit=MAX_BYTES):
 
 
 def read_video(path, max_frames=None):
-    """Decode the first max_frames frames (default all): uint8 (T, H, W, 3) and the frame rate, 0 if it has none."""
+    """Decode the first max_frames frames (default all): uint8 (T, H, W, 3) and the frame rate, 0 if
+    it has none."""
     some = [] if max_frames is None else ["-frames:v", str(max_frames)]
     try:
         with ffmpeg(path, *some, "-pix_fmt", "rgb24", "-c:v", "ppm", "-f", "image2pipe") as (
@@ -305,9 +316,10 @@ def count_frames_at(path, changed):
         ) from None
 
 
-# --- Arrays ------------------------------------------------------------------------------------------------
+# --- Arrays ---------------------------------------------------------------------------------------
 def array_header(file, size, mask):
-    """Shape and dtype of an .npy stream of `size` bytes, as its header says; truth values only for a mask."""
+    """Shape and dtype of an .npy stream of `size` bytes, as its header says; truth values only for
+    a mask."""
     version = np.lib.format.read_magic(file)
     if version not in ((1, 0), (2, 0)):
         raise ValueError(f".npy version {version}")
@@ -340,7 +352,8 @@ def png_header(path, mask):
 
 
 def open_array(path, read, mask):
-    """(shape, dtype) or, with read, the array of one .npy, .npz (the array depth, or the first) or .png file."""
+    """(shape, dtype) or, with read, the array of one .npy, .npz (the array depth, or the first) or
+    .png file."""
     size = check_file(path)
     if path.suffix == ".png":
         shape = png_header(path, mask)
@@ -371,7 +384,8 @@ def open_array(path, read, mask):
 
 
 def read_array(path, read=True, mask=False):
-    """The array of one file; read=False: its shape and dtype, from the header; mask: a PNG of any kind will do."""
+    """The array of one file; read=False: its shape and dtype, from the header; mask: a PNG of any
+    kind will do."""
     try:
         return open_array(Path(path), read, mask)
     except (
@@ -384,7 +398,8 @@ def read_array(path, read=True, mask=False):
 
 
 def array_files(path):
-    """The files of one clip's arrays in order: one for all frames, or a folder with one per frame."""
+    """The files of one clip's arrays in order: one for all frames, or a folder with one per
+    frame."""
     files = [f for f in path.glob("*") if f.suffix in ARRAYS] if path.is_dir() else []
     return sorted(files, key=lambda f: (len(f.name), f.name))
 
@@ -395,7 +410,8 @@ def count_arrays(path):
 
 
 def read_arrays(path, frames=None, mask=False):
-    """Chosen frames (default all) of one file (T, ...), or of a folder with one file per frame; mask as in read_array."""
+    """Chosen frames (default all) of one file (T, ...), or of a folder with one file per frame;
+    mask as in read_array."""
     path = Path(path)
     source = array_files(path) if path.is_dir() else read_array(path, mask=mask)
     frames = range(len(source)) if frames is None else frames
@@ -406,22 +422,25 @@ def read_arrays(path, frames=None, mask=False):
     first = read_array(source[frames[0]], False, mask)
     if math.prod(first[0]) * first[1].itemsize * len(frames) > MAX_BYTES:
         raise ValueError(
-            f"{path}: {len(frames)} frames of {first[0]} values; at most {MAX_BYTES:,} bytes are read"
+            f"{path}: {len(frames)} frames of {first[0]} values; at most {MAX_BYTES:,} bytes are "
+            "read"
         )
     arrays = []
     for t in frames:
         arrays.append(read_array(source[t], mask=mask))
         if (arrays[-1].shape, arrays[-1].dtype) != first:
             raise ValueError(
-                f"{source[t]}: {arrays[-1].dtype} {arrays[-1].shape}, where {source[frames[0]].name} is "
+                f"{source[t]}: {arrays[-1].dtype} {arrays[-1].shape}, where "
+                f"{source[frames[0]].name} is "
                 f"{first[1]} {first[0]}. Make all frames of a clip alike"
             )
     return np.stack(arrays)
 
 
-# --- Depth -------------------------------------------------------------------------------------------------
+# --- Depth ----------------------------------------------------------------------------------------
 def relative_depth(depth):
-    """Why raw depth (T, H, W) cannot be metric: 8 bits, or stretched to a full range; None if it can be."""
+    """Why raw depth (T, H, W) cannot be metric: 8 bits, or stretched to a full range; None if it
+    can be."""
     finite = depth[np.isfinite(depth)]
     if depth.dtype == np.uint8 or not finite.size:
         return "8-bit depth" if finite.size else None
@@ -457,14 +476,16 @@ def read_depth(path, scale=None, frames=None, inverse=False):
 
     scale    metres per unit (per unit of 1 / value if inverse); required for integer files
     inverse  the file holds 1 / z
-    Depth without a unit (see relative_depth) comes back as it is, positive: order and ratios are all it has."""
+    Depth without a unit (see relative_depth) comes back as it is, positive: order and ratios are
+    all it has."""
     depth = read_arrays(path, frames)
     if depth.ndim != 3:
         raise ValueError(f"{path}: array of shape {depth.shape}; wanted z-depth (T, H, W)")
     relative = scale is None and why_relative(Path(path))
     if relative and inverse:
         raise ValueError(
-            f"{path}: relative inverse depth ({relative}): its shift is unknown, so 1 / d is no depth. "
+            f"{path}: relative inverse depth ({relative}): its shift is unknown, so 1 / d is no "
+            "depth. "
             "Fit it to metric points first, or set depth_scale if it has a unit"
         )
     if depth.dtype.kind != "f" and scale is None and not relative:
@@ -475,7 +496,8 @@ def read_depth(path, scale=None, frames=None, inverse=False):
     largest = depth[np.isfinite(depth)].max(initial=0) * float(scale or 1)
     if not inverse and largest > FAR:
         raise ValueError(
-            f"{path}: depth up to {largest:.3g} m; wanted at most {FAR:.0e}. Write 0 where it is unknown, "
+            f"{path}: depth up to {largest:.3g} m; wanted at most {FAR:.0e}. Write 0 where it is "
+            "unknown, "
             "sky included; check depth_scale"
         )
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):

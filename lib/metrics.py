@@ -1,8 +1,9 @@
 """Measures used by evaluation alone; depth, pose and point errors live in geometry.py.
 
-Sources: Video Depth Anything 2025 (TAE), Knapitsch et al. 2017 (F-score), Ilg et al. 2018 (sparsification).
-Shapes: B clips, T frames of H x W pixels; lengths in the unit of the input, scene units in train.py.  Results are
-Python floats, averaged over clips."""
+Sources: Video Depth Anything 2025 (TAE), Knapitsch et al. 2017 (F-score), Ilg et al. 2018
+(sparsification).
+Shapes: B clips, T frames of H x W pixels; lengths in the unit of the input, scene units in
+train.py.  Results are Python floats, averaged over clips."""
 
 import math
 
@@ -23,14 +24,16 @@ from geometry import (
 )
 
 
-# Python floats, fp64 inside, averaged over clips; one without valid pixels is left out (NaN if none is left).
+# Python floats, fp64 inside, averaged over clips; one without valid pixels is left out (NaN if none
+# is left).
 def average(has_pixels, **per_clip):
     return {name: value[has_pixels].mean().item() for name, value in per_clip.items()}
 
 
 @torch.no_grad()
 def depth_metrics(pred, gt, mask, align="none"):
-    """abs_rel = mean |p - g| / g, delta1 2 3 = share within a factor of 1.25 ** k (exclusive), rmse in gt's unit.
+    """abs_rel = mean |p - g| / g, delta1 2 3 = share within a factor of 1.25 ** k (exclusive), rmse
+    in gt's unit.
 
     pred, gt, mask  (B, T, H, W)   gt > 0 where valid
     align           per clip: none; median: one scale; scale_shift: least-squares scale and shift
@@ -63,7 +66,8 @@ def rotation_angle(a, b):
 
 
 def align_sim3(source, target):
-    """scale (B,), R (B, 3, 3), t (B, 3) minimising |scale R source + t - target|^2 over points (B, N, 3).
+    """scale (B,), R (B, 3, 3), t (B, 3) minimising |scale R source + t - target|^2 over points (B,
+    N, 3).
 
     A source without extent gets scale 0, which moves it to the target's mean.   Source: Umeyama 1991."""
     mean_s, mean_t = source.mean(1, keepdim=True), target.mean(1, keepdim=True)
@@ -77,7 +81,8 @@ def align_sim3(source, target):
 
 
 def pair_accuracy(pred, gt, max_deg=30):
-    """Share of frame pairs with relative rotation and direction of travel within 1 .. max_deg, mean (B,)."""
+    """Share of frame pairs with relative rotation and direction of travel within 1 .. max_deg, mean
+    (B,)."""
     i, j = torch.triu_indices(pred.shape[1], pred.shape[1], 1)
     a, b = (compose(x[:, j], inv_se3(x[:, i])) for x in (pred, gt))  # (B, pairs, 3, 4)
     u, v = a[..., 3], b[..., 3]
@@ -97,8 +102,10 @@ def pose_metrics(pred_w2c, gt_w2c):
 
     returns  rot_deg    mean rotation error in degrees
              trans      mean distance of the camera centres, gt's unit, no alignment
-             ate        RMSE of the centres after the best similarity: blind to scale, 0 if gt stands still
-             rpe_trans  RMSE of frame-to-frame motion at that similarity's scale; rpe_rot: its mean angle
+             ate        RMSE of the centres after the best similarity: blind to scale, 0 if gt
+                        stands still
+             rpe_trans  RMSE of frame-to-frame motion at that similarity's scale; rpe_rot: its mean
+                        angle
              auc30      pair accuracy averaged over 1 .. 30 degrees, in [0, 1]
     Source: CameraCtrl (rot, trans), Sturm et al. 2012 (ATE, RPE), VGGT (AUC)."""
     assert pred_w2c.shape == gt_w2c.shape and gt_w2c.shape[1] > 1, (pred_w2c.shape, gt_w2c.shape)
@@ -123,7 +130,8 @@ def pose_metrics(pred_w2c, gt_w2c):
 
 @torch.no_grad()
 def point_metrics(pred, gt, mask):
-    """Point map errors without alignment: rel = mean |P - P_hat| / |P|, dist = mean |P - P_hat| in gt's unit.
+    """Point map errors without alignment: rel = mean |P - P_hat| / |P|, dist = mean |P - P_hat| in
+    gt's unit.
 
     pred, gt  (B, T, H, W, 3)   same frame and unit;   mask  (B, T, H, W).   Source: MoGe (rel)."""
     pred, gt = (torch.where(mask[..., None], x.double(), 0) for x in (pred, gt))
@@ -151,7 +159,8 @@ def cloud_metrics(pred, gt, mask, threshold=0.05, count=2048):
     """Point clouds regardless of which pixel a point belongs to.
 
     pred, gt  (B, T, H, W, 3)   same frame and unit;   mask  (B, T, H, W)
-    count     points of a clip that are compared, drawn evenly: a share of the cost, chamfer grows by the spacing
+    count     points of a clip that are compared, drawn evenly: a share of the cost, chamfer grows
+              by the spacing
     returns   accuracy      mean distance of a predicted point to the nearest true one
               completeness  mean distance of a true point to the nearest predicted one
               chamfer       mean of the two
@@ -171,8 +180,10 @@ def cloud_metrics(pred, gt, mask, threshold=0.05, count=2048):
 
 
 def splat(depth, motion, K, size):
-    """Depth of one frame as a second camera sees it: (H, W), the nearest surface where several points land, inf where
-    none does.   depth (H, W), motion (3, 4) from the first to the second camera, K (3, 3) of both."""
+    """Depth of one frame as a second camera sees it: (H, W), the nearest surface where several
+    points land, inf where
+    none does.   depth (H, W), motion (3, 4) from the first to the second camera, K (3, 3) of
+                 both."""
     valid = valid_depth(depth)
     x = (
         rotate(motion[:, :3], pixel_rays(K, size) * torch.where(valid, depth, 0)[..., None])
@@ -187,11 +198,14 @@ def splat(depth, motion, K, size):
 
 @torch.no_grad()
 def temporal_error(depth, w2c, K, mask):
-    """TAE: 100 times the mean |D - warped neighbour| / D over neighbouring frames in both directions.
+    """TAE: 100 times the mean |D - warped neighbour| / D over neighbouring frames in both
+    directions.
 
-    depth, mask  (B, T >= 2, H, W)   predicted depth in the unit of the true cameras w2c (B, T, 3, 4); K (B, T, 3, 3);
-                                     mask without what moves by itself: only the cameras' motion is undone
-    The true depth has a small error too: points land between pixels.   Source: VDA, here with a z-buffer."""
+    depth, mask  (B, T >= 2, H, W)   predicted depth in the unit of the true cameras w2c (B, T, 3,
+                                     4); K (B, T, 3, 3); mask without what moves by itself: only the
+                                     cameras' motion is undone
+    The true depth has a small error too: points land between pixels.   Source: VDA, here with a
+                                                                        z-buffer."""
     depth, w2c, K = depth.double(), w2c.double(), K.double()
     errors = []
     for d, e, k, m in zip(depth, w2c, K, mask):
@@ -214,9 +228,11 @@ def warp_error(rgb, depth, w2c, K, mask, tolerance=0.1):
     """How well depth and cameras carry the colours of a frame to the next one; needs no truth.
 
     rgb  (B, T >= 2, H, W, 3) uint8;   depth, mask  (B, T, H, W);   w2c  (B, T, 3, 4);   K  (B, T, 3, 3)
-    returns  depth         median over frames and pixels of |D - z| / z, in percent: the next frame's depth D where a
-                           pixel lands against the depth z that it then has; hidden pixels weigh little in a median
-             colour        mean absolute difference of the colours where depths agree within `tolerance`, in percent
+    returns  depth         median over frames and pixels of |D - z| / z, in percent: the next
+                           frame's depth D where a pixel lands against the depth z that it then has;
+                           hidden pixels weigh little in a median
+             colour        mean absolute difference of the colours where depths agree within
+                           `tolerance`, in percent
              colour_still  the same pixels against the next frame unmoved: what warping has to beat
              seen_percent  share of the masked pixels that land inside and agree within `tolerance`
              all NaN where nothing can be compared"""
@@ -251,7 +267,8 @@ def warp_error(rgb, depth, w2c, K, mask, tolerance=0.1):
 
 @torch.no_grad()
 def head_agreement(points, depth, w2c, K, mask):
-    """Mean |P - unproject(depth, cameras)| / |P| of the three heads' outputs: needs no truth, 0 if they agree."""
+    """Mean |P - unproject(depth, cameras)| / |P| of the three heads' outputs: needs no truth, 0 if
+    they agree."""
     points, want = points.double(), unproject(depth.double(), w2c.double(), K.double())
     rel = (points - want).norm(dim=-1) / points.norm(dim=-1).clamp(min=1e-6)
     return rel[mask].mean().item()
@@ -259,11 +276,12 @@ def head_agreement(points, depth, w2c, K, mask):
 
 @torch.no_grad()
 def ause(error, conf, mask, steps=20):
-    """Area between two sparsification curves over the mean error: 0 if confidence sorts pixels like the error does,
-    about 0.5 to 1 for a random one.
+    """Area between two sparsification curves over the mean error: 0 if confidence sorts pixels like
+    the error does, about 0.5 to 1 for a random one.
 
     error, conf, mask  (B, T, H, W)   error >= 0
-    A curve is the mean error of the pixels left when the share k / steps, least confident first, is dropped."""
+    A curve is the mean error of the pixels left when the share k / steps, least confident first, is
+    dropped."""
     values = []
     for e, c, m in zip(error.double(), conf.double(), mask):
         if m.any():

@@ -1,4 +1,5 @@
-"""scene.html: one sample as one page that works offline in any browser; viewer.html is its template."""
+"""scene.html: one sample as one page that works offline in any browser; viewer.html is its
+template."""
 
 import base64
 import json
@@ -16,7 +17,8 @@ PAGE_VIDEO = 4_000_000  # bytes of its video, which is compressed harder until i
 
 
 def page_numbers(report, unit):
-    """Rows of the page: [heading, [[label, value or None (filled per frame), explanation], ...]], warnings."""
+    """Rows of the page: [heading, [[label, value or None (filled per frame), explanation], ...]],
+    warnings."""
     c, a, f, u = (report[k] for k in ("control", "consistency", "confidence", "unit"))
     length = lambda x: f"{x:.3g} {unit}"
     control = [
@@ -48,7 +50,8 @@ def page_numbers(report, unit):
             "Colour after warping",
             f"{a['colour']:.1f} %",
             "mean colour difference of neighbouring frames "
-            "after one is moved onto the other with its depth and cameras; 100 % is black against white",
+            "after one is moved onto the other with its depth and cameras; 100 % is black against "
+            "white",
         ],
         [
             "Without warping",
@@ -98,7 +101,8 @@ def page_numbers(report, unit):
 
 
 def page_stride(frames, size):
-    """Step of the page's depth grid: every pixel while PAGE_POINTS allows, then every second, ..."""
+    """Step of the page's depth grid: every pixel while PAGE_POINTS allows, then every second,
+    ..."""
     return next(
         s
         for s in range(1, max(size))
@@ -107,7 +111,8 @@ def page_stride(frames, size):
 
 
 def default_view(scene, yaw=0.32, pitch=0.22):
-    """Where the page looks at first: turned a little from the first camera, so far back that cameras and points fit."""
+    """Where the page looks at first: turned a little from the first camera, so far back that
+    cameras and points fit."""
     xyz, _, _ = scene.cloud(20_000)
     centres = np.concatenate(
         [inv_se3(torch.from_numpy(E))[..., 3].numpy() for E in (scene.w2c, scene.predicted)]
@@ -131,8 +136,8 @@ def default_view(scene, yaw=0.32, pitch=0.22):
 def write_page(scene, path):
     """scene.html: viewer.html with the scene inside, no other file and no network.
 
-    Depth is 16 bits in steps of 1 / depth on a grid of every stride-th pixel, 0 where there is a depth edge; the
-    confidence is its rank in 8 bits."""
+    Depth is 16 bits in steps of 1 / depth on a grid of every stride-th pixel, 0 where there is a
+    depth edge; the confidence is its rank in 8 bits."""
     (H, W), T = scene.size, len(scene.rgb)
     stride = page_stride(T, scene.size)
     pick = (slice(None), slice(stride // 2, None, stride), slice(stride // 2, None, stride))

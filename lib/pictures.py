@@ -1,6 +1,7 @@
 """Pictures with numpy alone: words, legends, top views of camera paths, contact sheets.
 
-Pictures are uint8 (H, W, 3).  Colours of depth: data.COLOUR_MAP; paths: cyan commanded or true, orange predicted."""
+Pictures are uint8 (H, W, 3).  Colours of depth: data.COLOUR_MAP; paths: cyan commanded or true,
+orange predicted."""
 
 import struct
 import zlib
@@ -66,7 +67,8 @@ COLOUR_MAP = np.array(
 
 
 def depth_to_rgb(depth, low, high):
-    """(..., H, W) -> uint8 (..., H, W, 3), low bright, high dark, steps of 1/depth; invalid (<= 0) grey."""
+    """(..., H, W) -> uint8 (..., H, W, 3), low bright, high dark, steps of 1/depth; invalid (<= 0)
+    grey."""
     valid = np.isfinite(depth) & (depth > 0)
     x = (1 / low - 1 / np.where(valid, depth, low)) / max(
         1 / low - 1 / max(high, low * 1.001), 1e-9
@@ -114,7 +116,8 @@ FONT = _font()
 
 
 def words(text, scale=2, colour=PALE, back=DARK):
-    """One line of text as a picture, 7 * scale high; letters are drawn as capitals, unknown characters as spaces."""
+    """One line of text as a picture, 7 * scale high; letters are drawn as capitals, unknown
+    characters as spaces."""
     columns = [np.zeros((5, 1), bool)]
     for c in text.upper():
         columns += [FONT.get(c, np.zeros((5, 2), bool)), np.zeros((5, 1), bool)]
@@ -148,7 +151,8 @@ def number(x):
 
 
 def depth_legend(low, high, width, unit=""):
-    """A strip with the colours of depths from low (left) to high, equal steps of 1 / depth, and three numbers.
+    """A strip with the colours of depths from low (left) to high, equal steps of 1 / depth, and
+    three numbers.
 
     unit   word behind the numbers;   returns  (14 or 26, width, 3)"""
     scale = 1 if width < 200 else 2
@@ -174,7 +178,8 @@ def depth_legend(low, high, width, unit=""):
 def top_view(paths, size, cloud=None, rgb=None):
     """Camera paths from above: x to the right, z (forward) up.
 
-    paths    [(w2c (T, 3, 4), colour), ...]   the first frame is marked by a square, viewing directions by ticks
+    paths    [(w2c (T, 3, 4), colour), ...]   the first frame is marked by a square, viewing
+                                              directions by ticks
     size     (height, width) of the picture
     cloud    (N, 3), rgb uint8 (N, 3)         points drawn beneath, optional
     returns  the picture, with a scale bar in the unit of the paths"""

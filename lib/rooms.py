@@ -1,13 +1,15 @@
-"""Exact renderer of synthetic rooms: a seed -> a short clip with true depth and cameras.  Textures, light and shade
-are functions of the surface point alone, so all views of a scene agree.
+"""Exact renderer of synthetic rooms: a seed -> a short clip with true depth and cameras.  Textures,
+light and shade are functions of the surface point alone, so all views of a scene agree.
 
-Shapes: T frames, P = H*W pixels, n boxes (box 0 is the room, seen from inside), m spheres.  numpy, float64 rays.
-Rays have z = 1 in the camera, so the ray parameter is exactly the z-depth.  y points down; metres."""
+Shapes: T frames, P = H*W pixels, n boxes (box 0 is the room, seen from inside), m spheres.  numpy,
+float64 rays. Rays have z = 1 in the camera, so the ray parameter is exactly the z-depth.  y points
+down; metres."""
 
 import functools
 import json
 import multiprocessing
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -20,134 +22,8 @@ from lib.caches import EMPTY_TEXT, save_clip, save_tensors
 from lib.camera_files import write_cameras
 from lib.pictures import write_video
 
-
-def synth_one(job):
-    """Render one clip and write it, as a sample folder or as a cache file; returns its metadata entry."""
-    out, name, seed, split, num_frames, height, width, variety, cache_only, moving = job
-    clip = render_clip(seed, num_frames, height, width, variety, moving)
-    clip["intrinsics"] = np.repeat(clip["intrinsics"][None], num_frames, 0)
-    entry = dict(
-        id=name, prompt=clip["prompt"], num_frames=num_frames, height=height, width=width, fps=15
-    )
-    if cache_only:
-        encoders = make_encoders()
-        text = encoders.load_text()
-        clip["video"] = torch.from_numpy(clip.pop("rgb")).permute(3, 0, 1, 2) / 127.5 - 1
-        clip.update(
-            {
-                k: torch.from_numpy(clip[k])
-                for k in ("depth", "w2c", "intrinsics", "moving")
-                if k in clip
-            }
-        )
-        folder = out / "cache" / f"{num_frames}x{height}x{width}-{encoders.fingerprint}"
-        save_clip(
-            folder / f"{name}.safetensors",
-            clip,
-            encoders.load_vae(),
-            encoders.start_pad,
-            dict(text=text([clip["prompt"]])[0]),
-            dict(entry, sample=name, split=split, fingerprint=encoders.fingerprint),
-        )
-        if not (folder / f"{EMPTY_TEXT}.safetensors").exists():
-            save_tensors(
-                folder / f"{EMPTY_TEXT}.safetensors",
-                dict(text=text([""])[0].bfloat16()),
-                dict(fingerprint=encoders.fingerprint),
-            )
-        return dict(entry, cached=True)
-    (out / name / "depth").mkdir(parents=True, exist_ok=True)
-    write_video(out / name / "video.mp4", clip["rgb"], 15)
-    for t, depth in enumerate(clip["depth"]):
-        np.save(out / name / "depth" / f"frame_{t:04d}.npy", depth)
-    write_cameras(
-        out / name / "camera_params.txt", clip["w2c"], clip["intrinsics"], (height, width)
-    )
-    if moving:
-        np.savez_compressed(
-            out / name / "moving.npz",
-            mask=clip["moving"],  # first: the array that is read
-            track=clip["track"],
-            radius=clip["radius"],
-        )
-        entry["moving_path"] = f"{name}/moving.npz"
-    return dict(
-        entry,
-        video_path=f"{name}/video.mp4",
-        depth_dir=f"{name}/depth",
-        camera_file=f"{name}/camera_params.txt",
-    )
-
-
-def synth(
-    out,
-    num,
-    num_frames,
-    height,
-    width,
-    seed=0,
-    variety="full",
-    workers=0,
-    cache_only=False,
-    val=0,
-    moving=False,
-):
-    """Render num training and val validation clips (other seeds): sample folders, or the cache alone.
-
-    moving   one sphere of each clip moves by itself; moving.npz holds its mask, track and radius (scenes.render_clip)"""
-    out, recipe = Path(out), [num, num_frames, height, width, seed, variety, cache_only, val]
-    recipe += ["moving"] if moving else []
-    if num_frames % 4 != 1 or height % 16 or width % 16:
-        raise ValueError(
-            f"{num_frames} frames of {height}x{width}; wanted 4k + 1 and multiples of 16"
-        )
-    if (out / "metadata.json").is_file():
-        meta = json.loads((out / "metadata.json").read_text())
-        if not isinstance(meta, dict) or meta.get("synth") != recipe:
-            raise ValueError(f"{out}: holds another dataset; choose a new folder or delete it")
-        return print(f"{out}: already rendered")
-    jobs = [
-        (
-            out,
-            f"{split}_{n:06d}",
-            first + n,
-            split,
-            num_frames,
-            height,
-            width,
-            variety,
-            cache_only,
-            moving,
-        )
-        for split, count, first in (("train", num, seed), ("val", val, seed + 10_000_000))
-        for n in range(count)
-    ]
-    os.environ["OMP_NUM_THREADS"] = os.environ["OPENBLAS_NUM_THREADS"] = (
-        "1"  # read by the workers' numpy
-    )
-    show = functools.partial(tqdm, total=len(jobs), desc="render", unit="clip")
-    if workers:
-        with multiprocessing.get_context("spawn").Pool(
-            workers, torch.set_num_threads, (1,)
-        ) as pool:
-            entries = list(show(pool.imap(synth_one, jobs, chunksize=4)))
-    else:
-        entries = list(show(map(synth_one, jobs)))
-    ids = [e["id"] for e in entries]
-    meta = dict(
-        version="1.0",
-        description="rendered by data.py synth",
-        synth=recipe,
-        samples=entries,
-        splits=dict(train=ids[:num], val=ids[num:], test=[]),
-    )
-    (out / "metadata.json").write_text(
-        json.dumps(meta, indent=1)
-    )  # last: it marks a finished dataset
-    print(f"{out}: {num} training and {val} validation clips")
-
-
-# Metres and radians (fov: degrees): low, high; turn: mean, sd; aim, pitch, roll: sd.  "simple": the demo.
+# Metres and radians (fov: degrees): low, high; turn: mean, sd; aim, pitch, roll: sd.  "simple": the
+# demo.
 VARIETY = dict(
     full=dict(
         room=(2, 4),
@@ -205,7 +81,8 @@ def rotation(axis, angle):
 
 
 def make_scene(rng, v, focal):
-    """Draw a room (box 0, from inside), boxes and spheres.  Materials: 6 room faces, then one per object."""
+    """Draw a room (box 0, from inside), boxes and spheres.  Materials: 6 room faces, then one per
+    object."""
     room = np.array([rng.uniform(*v["room"]), rng.uniform(*v["height"]), rng.uniform(*v["room"])])
     n, m = rng.integers(*v["boxes"], endpoint=True), rng.integers(*v["spheres"], endpoint=True)
     names = rng.choice(list(COLOURS), n + m, replace=n + m > len(COLOURS))
@@ -226,7 +103,8 @@ def make_scene(rng, v, focal):
         ]
     )
     dark = base * rng.uniform(0.25, 0.6, (len(base), 1)) + rng.uniform(0, 0.12, base.shape)
-    # waves of 3 pixels or more at the far end of the room (the warp triples the frequency): no aliasing
+    # waves of 3 pixels or more at the far end of the room (the warp triples the frequency): no
+    # aliasing
     frequency = rng.uniform(*v["frequency"], len(base)) * ([1] * 6 + [2] * (n + m))
     contrast = rng.uniform(*v["contrast"], len(base)) * (
         [0.6, 0.6, 0.25, 1.2, 0.6, 0.6] + [1] * (n + m)
@@ -264,7 +142,8 @@ def clearance(scene, p):
 
 
 def camera_path(rng, v, scene, num_frames):
-    """Draw a smooth collision-free c2w (T, 3, 4) in the room's frame and its kind; None where none fits."""
+    """Draw a smooth collision-free c2w (T, 3, 4) in the room's frame and its kind; None where none
+    fits."""
     kind = rng.choice(
         ["free", "rotation", "translation", "static", "orbit"],
         p=[1 - v["special"]] + [v["special"] / 4] * 4,
@@ -297,8 +176,9 @@ def camera_path(rng, v, scene, num_frames):
 
 
 def add_mover(rng, scene, c2w, k):
-    """The scene with one more sphere that glides along a line across the cameras' view, clear of everything; None where
-    none fits.  Its texture goes along; scene["track"] (T, 3): its centres in the room's frame."""
+    """The scene with one more sphere that glides along a line across the cameras' view, clear of
+    everything; None where none fits.  Its texture goes along; scene["track"] (T, 3): its centres in
+    the room's frame."""
     radius, name, eyes, middle = (
         rng.uniform(0.15, 0.35),
         rng.choice(list(COLOURS)),
@@ -356,9 +236,11 @@ def at_frame(scene, t):
 
 
 def trace(scene, c2w, k, height, width):
-    """First hit of every pixel-centre ray.  Rays have camera z = 1: their parameter is exactly the z-depth.
+    """First hit of every pixel-centre ray.  Rays have camera z = 1: their parameter is exactly the
+    z-depth.
 
-    returns  depth (P,), material (P,), points (3, P), normals (3, P) in the room's frame; float64"""
+    returns  depth (P,), material (P,), points (3, P), normals (3, P) in the room's frame;
+             float64"""
     v, u = np.mgrid[:height, :width].reshape(2, -1) + 0.5
     rays = c2w[:, :3] @ np.stack(
         [(u - k[0, 2]) / k[0, 0], (v - k[1, 2]) / k[1, 1], np.ones_like(u)]
@@ -416,7 +298,8 @@ def shade(scene, material, points, normals):
 
 
 def caption(scene, seen, c2w, kind):
-    """Prompt: the objects seen (boolean each) and the move from the first camera's point of view."""
+    """Prompt: the objects seen (boolean each) and the move from the first camera's point of
+    view."""
     things, boxes, still = [], len(scene["half"]) - 1, len(scene["names"]) - ("track" in scene)
     for part, one, many in (
         (slice(0, boxes), "box", "boxes"),
@@ -438,11 +321,12 @@ def caption(scene, seen, c2w, kind):
 
 
 def render_clip(seed, num_frames, height, width, variety="full", moving=False):
-    """Render the clip of a seed: rgb (T, H, W, 3) uint8, depth (T, H, W) float32 metres, exact at the pixel
-    centres, w2c (T, 3, 4) float64 relative to frame 0, intrinsics (3, 3) pixels, prompt.
+    """Render the clip of a seed: rgb (T, H, W, 3) uint8, depth (T, H, W) float32 metres, exact at
+    the pixel centres, w2c (T, 3, 4) float64 relative to frame 0, intrinsics (3, 3) pixels, prompt.
 
-    moving   adds one sphere that moves by itself to the same room and path, and to the result: moving (T, H, W) bool,
-             True on its pixels; track (T, 3) float64, its centres in the first camera's frame, metres; radius"""
+    moving   adds one sphere that moves by itself to the same room and path, and to the result:
+             moving (T, H, W) bool, True on its pixels; track (T, 3) float64, its centres in the
+             first camera's frame, metres; radius"""
     v, rng, path = VARIETY[variety], np.random.default_rng(seed), None
     focal = width / 2 / np.tan(np.radians(rng.uniform(*v["fov"])) / 2)
     k = np.array([[focal, 0, width / 2], [0, focal, height / 2], [0, 0, 1]])
@@ -477,3 +361,107 @@ def render_clip(seed, num_frames, height, width, variety="full", moving=False):
             radius=scene["radius"][-1],
         )
     return clip
+
+
+# --- Datasets ------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Recipe:
+    """What a rendered dataset is made of; a finished one is not rendered again."""
+
+    num: int  # training clips
+    num_frames: int
+    height: int
+    width: int
+    seed: int = 0  # of the first training clip; validation clips begin 10,000,000 later
+    variety: str = "full"
+    cache_only: bool = False  # encoded by the demo's stand-ins, without videos
+    val: int = 0  # validation clips
+    moving: bool = False  # one sphere moves by itself; moving.npz has its mask, track and radius
+
+    def listed(self):
+        size = [self.num, self.num_frames, self.height, self.width]
+        values = [*size, self.seed, self.variety, self.cache_only, self.val]
+        return values + (["moving"] if self.moving else [])
+
+    def clips(self):
+        """(id, seed, split) of every clip."""
+        train = [(f"train_{n:06d}", self.seed + n, "train") for n in range(self.num)]
+        return train + [
+            (f"val_{n:06d}", self.seed + 10_000_000 + n, "val") for n in range(self.val)
+        ]
+
+
+def synth_one(job):
+    """Render one clip and write it; returns its metadata entry."""
+    out, recipe, (name, seed, split) = job
+    size = (recipe.num_frames, recipe.height, recipe.width)
+    clip = render_clip(seed, *size, recipe.variety, recipe.moving)
+    clip["intrinsics"] = np.repeat(clip["intrinsics"][None], recipe.num_frames, 0)
+    entry = dict(id=name, prompt=clip["prompt"], num_frames=size[0], height=size[1], width=size[2])
+    entry["fps"] = 15
+    if recipe.cache_only:
+        write_cache(out, clip, entry, split)
+        return dict(entry, cached=True)
+    (out / name / "depth").mkdir(parents=True, exist_ok=True)
+    write_video(out / name / "video.mp4", clip["rgb"], 15)
+    for t, depth in enumerate(clip["depth"]):
+        np.save(out / name / "depth" / f"frame_{t:04d}.npy", depth)
+    write_cameras(out / name / "camera_params.txt", clip["w2c"], clip["intrinsics"], size[1:])
+    if recipe.moving:
+        # The mask comes first: the array that is read.
+        more = dict(mask=clip["moving"], track=clip["track"], radius=clip["radius"])
+        np.savez_compressed(out / name / "moving.npz", **more)
+        entry["moving_path"] = f"{name}/moving.npz"
+    paths = dict(video_path="video.mp4", depth_dir="depth", camera_file="camera_params.txt")
+    return {**entry, **{key: f"{name}/{path}" for key, path in paths.items()}}
+
+
+def write_cache(out, clip, entry, split):
+    """One clip as a cache file of the demo's stand-in encoders, and the empty prompt beside it."""
+    encoders = make_encoders()
+    text = encoders.load_text()
+    clip["video"] = torch.from_numpy(clip.pop("rgb")).permute(3, 0, 1, 2) / 127.5 - 1
+    for key in ("depth", "w2c", "intrinsics", "moving"):
+        if key in clip:
+            clip[key] = torch.from_numpy(clip[key])
+    size = "x".join(str(entry[key]) for key in ("num_frames", "height", "width"))
+    folder = out / "cache" / f"{size}-{encoders.fingerprint}"
+    meta = dict(entry, sample=entry["id"], split=split, fingerprint=encoders.fingerprint)
+    words = dict(text=text([clip["prompt"]])[0])
+    path = folder / f"{entry['id']}.safetensors"
+    save_clip(path, clip, encoders.load_vae(), encoders.start_pad, words, meta)
+    empty = folder / f"{EMPTY_TEXT}.safetensors"
+    if not empty.exists():
+        nothing = dict(text=text([""])[0].bfloat16())
+        save_tensors(empty, nothing, dict(fingerprint=encoders.fingerprint))
+
+
+def synth(out, recipe, workers=0):
+    """Render the clips of a Recipe: sample folders, or the cache alone."""
+    out, (height, width) = Path(out), (recipe.height, recipe.width)
+    if recipe.num_frames % 4 != 1 or height % 16 or width % 16:
+        size = f"{recipe.num_frames} frames of {height}x{width}"
+        raise ValueError(f"{size}; wanted 4k + 1 and multiples of 16")
+    finished = out / "metadata.json"
+    if finished.is_file():
+        meta = json.loads(finished.read_text())
+        if not isinstance(meta, dict) or meta.get("synth") != recipe.listed():
+            raise ValueError(f"{out}: holds another dataset; choose a new folder or delete it")
+        print(f"{out}: already rendered")
+        return
+    jobs = [(out, recipe, clip) for clip in recipe.clips()]
+    os.environ["OMP_NUM_THREADS"] = "1"  # read by the workers' numpy
+    os.environ["OPENBLAS_NUM_THREADS"] = "1"
+    show = functools.partial(tqdm, total=len(jobs), desc="render", unit="clip")
+    if workers:
+        spawn = multiprocessing.get_context("spawn")
+        with spawn.Pool(workers, torch.set_num_threads, (1,)) as pool:
+            entries = list(show(pool.imap(synth_one, jobs, chunksize=4)))
+    else:
+        entries = list(show(map(synth_one, jobs)))
+    ids = [entry["id"] for entry in entries]
+    told = dict(version="1.0", description="rendered by data.py synth", synth=recipe.listed())
+    splits = dict(train=ids[: recipe.num], val=ids[recipe.num :], test=[])
+    meta = dict(told, samples=entries, splits=splits)
+    finished.write_text(json.dumps(meta, indent=1))  # last: it marks a finished dataset
+    print(f"{out}: {recipe.num} training and {recipe.val} validation clips")

@@ -1,9 +1,12 @@
-"""Is a dataset what it says?  `python data.py verify DIR`: files, units and camera conventions of every sample.
+"""Is a dataset what it says?  `python data.py verify DIR`: files, units and camera conventions of
+every sample.
 
-Pixels of frame t are lifted with their depth, moved to frame s and compared with the depth found there.  The truth
-agrees to 1e-7 on exact renderings and to 1e-3 on recordings; a wrong convention is off by several times that.  If
-views disagree, each usual suspect is undone in turn, and the one that makes most pairs of frames agree is named.
-Shapes: T frames of H x W depth pixels, P pairs (t, s) of frames, n pixels of a pair.  Cameras as in geometry.py."""
+Pixels of frame t are lifted with their depth, moved to frame s and compared with the depth found
+there.  The truth agrees to 1e-7 on exact renderings and to 1e-3 on recordings; a wrong convention
+is off by several times that.  If views disagree, each usual suspect is undone in turn, and the one
+that makes most pairs of frames agree is named.
+Shapes: T frames of H x W depth pixels, P pairs (t, s) of frames, n pixels of a pair.  Cameras as in
+geometry.py."""
 
 import json
 import math
@@ -56,9 +59,10 @@ NOISE = 1e-5, 2e-4  # relative depth: what rounding leaves of an exact rendering
 BETTER = 0.65  # a suspect must cut the typical disagreement of a pair to this share
 
 
-# --- Cross-view agreement ----------------------------------------------------------------------------------
+# --- Cross-view agreement -------------------------------------------------------------------------
 def frame_pairs(num_frames):
-    """Pairs of frames up to 24 apart, both directions, first and last frame spared for shifts by one."""
+    """Pairs of frames up to 24 apart, both directions, first and last frame spared for shifts by
+    one."""
     inner = range(1, num_frames - 1) if num_frames > 4 else range(num_frames)
     a = list(inner)[:: min(8, max(1, round((num_frames - 3) / 5)))]
     pairs = [(a[i], a[j]) for i in range(len(a)) for j in range(i + 1, min(i + 4, len(a)))]
@@ -69,7 +73,8 @@ def frame_pairs(num_frames):
 
 
 def gather(depth, K, pairs, count=1200):
-    """What every suspect shares: about `count` pixels of the first frames, inverse depth of the second ones."""
+    """What every suspect shares: about `count` pixels of the first frames, inverse depth of the
+    second ones."""
     (t, s), size = map(list, zip(*pairs)), depth.shape[1:]
     step = max(1, round(math.sqrt(depth[0].numel() / count)))
     grid = (slice(None), slice(step // 2, None, step), slice(step // 2, None, step))
@@ -88,7 +93,8 @@ def gather(depth, K, pairs, count=1200):
 
 
 def move(g, w2c):
-    """Pixels of the first frames seen from the second: uv (P, h, w, 2), z (P, h, w), usable (P, h, w)."""
+    """Pixels of the first frames seen from the second: uv (P, h, w, 2), z (P, h, w), usable (P, h,
+    w)."""
     motion = compose(w2c[g["s"]], inv_se3(w2c[g["t"]]))[:, None, None]
     valid = valid_depth(g["z"])
     x = (
@@ -129,7 +135,7 @@ def gain(errors, before, noise):
     return ((errors + noise) / (before + noise)).log().mean().exp().item()
 
 
-# --- Suspects ----------------------------------------------------------------------------------------------
+# --- Suspects -------------------------------------------------------------------------------------
 FLIP = torch.tensor([[1.0, -1, -1]], dtype=torch.float64).T
 
 
@@ -167,7 +173,8 @@ def scaled(w2c, k):
 
 
 def best_scale(g, w2c):
-    """The factor on translations that makes the views agree best: a search from 1/3000 to 3000, three times finer."""
+    """The factor on translations that makes the views agree best: a search from 1/3000 to 3000,
+    three times finer."""
     centre, width = 0.0, math.log(3000)
     for count in (49, 13, 13):
         ks = [math.exp(centre + width * x) for x in torch.linspace(-1, 1, count).tolist()]
@@ -179,7 +186,8 @@ def best_scale(g, w2c):
 
 
 def find_suspect(depth, w2c, K, pairs):
-    """The mistake that, undone, makes the views agree: name, gain, detail; (None, 1, '') if none does."""
+    """The mistake that, undone, makes the views agree: name, gain, detail; (None, 1, '') if none
+    does."""
     g = gather(depth, K, pairs)
     before, after = per_pair(disagreement(g, w2c)), {}
     for name in SIMPLE:
@@ -193,14 +201,16 @@ def find_suspect(depth, w2c, K, pairs):
     noise = min(e.median().item() for e in (before, *after.values()))
     noise = min(max(noise, NOISE[0]), NOISE[1])
     found = [(gain(e, before, noise), rank, *name) for rank, (name, e) in enumerate(after.items())]
-    # a tie goes to the commoner mistake: without travel, for instance, swapped and transposed are the same
+    # a tie goes to the commoner mistake: without travel, for instance, swapped and transposed are
+    # the same
     best = min(found)
     best = min((f for f in found if f[0] < 1.1 * best[0]), key=lambda f: f[1])
     return (best[2], best[0], best[3]) if best[0] < BETTER else (None, 1.0, "")
 
 
 def motion_in_pixels(g, w2c):
-    """Largest over pairs of the median pixel motion: in all, and the part that only travel explains."""
+    """Largest over pairs of the median pixel motion: in all, and the part that only travel
+    explains."""
     uv, _, ok = move(g, w2c)
     turned, _, _ = move(g, scaled(w2c, 0))
     still, _, _ = move(g, torch.eye(3, 4).to(w2c).expand_as(w2c))
@@ -215,9 +225,10 @@ def motion_in_pixels(g, w2c):
     ]
 
 
-# --- One sample --------------------------------------------------------------------------------------------
+# --- One sample -----------------------------------------------------------------------------------
 class Report:
-    """Checks of one sample: status ok, warn (worth a look), skip (cannot be checked) or fail, and a sentence."""
+    """Checks of one sample: status ok, warn (worth a look), skip (cannot be checked) or fail, and a
+    sentence."""
 
     def __init__(self, name):
         self.id, self.checks, self.numbers, self.suspects = name, {}, {}, []
@@ -246,7 +257,8 @@ class Report:
 
 
 def check_cameras(report, table, size):
-    """Orthonormal rotations and sensible intrinsics -> w2c (T, 3, 4), K (T, 3, 3) at `size`, repaired to go on."""
+    """Orthonormal rotations and sensible intrinsics -> w2c (T, 3, 4), K (T, 3, 3) at `size`,
+    repaired to go on."""
     (h, w), table = size, torch.from_numpy(table)
 
     def off(m):  # (..., 3, 4): distance from a rotation
@@ -319,7 +331,8 @@ def check_jumps(report, w2c):
 
 
 def check_depth(report, depth):
-    """Range and valid share of depth (T, H, W) -> float64 depth, 0 = invalid; None where there is none."""
+    """Range and valid share of depth (T, H, W) -> float64 depth, 0 = invalid; None where there is
+    none."""
     valid = np.isfinite(depth) & (depth > 0)
     share = valid.mean()
     report.numbers.update(valid=float(share))
@@ -335,7 +348,8 @@ def check_depth(report, depth):
         report.add(
             "depth",
             "fail",
-            f"up to {depth[valid].max():.3g} m; wanted at most {FAR:.0e}, and 0 where it is unknown",
+            f"up to {depth[valid].max():.3g} m; wanted at most {FAR:.0e}, and 0 where it is "
+            "unknown",
         )
     report.numbers.update(depth_low=low, depth_median=middle, depth_high=high)
     report.add(
@@ -348,7 +362,8 @@ def check_depth(report, depth):
 
 
 def check_points(report, points, depth, w2c, K, level):
-    """Given points must be unproject(depth, cameras) in the frame of the first camera: to a pixel, exact ones to 1e-4."""
+    """Given points must be unproject(depth, cameras) in the frame of the first camera: to a pixel,
+    exact ones to 1e-4."""
     if points.shape[:3] != depth.shape or points.shape[-1] != 3:
         return report.add(
             "points", "fail", f"shape {points.shape[1:]}; wanted {(*depth.shape[1:], 3)}"
@@ -383,7 +398,8 @@ def check_points(report, points, depth, w2c, K, level):
 
 
 def leave_out(report, depth, moving):
-    """Depth without what moves by itself: cameras alone do not explain where that is seen from another frame."""
+    """Depth without what moves by itself: cameras alone do not explain where that is seen from
+    another frame."""
     rows, cols = (
         ((np.arange(n) + 0.5) * m / n).astype(int)
         for n, m in zip(depth.shape[1:], moving.shape[1:])
@@ -429,7 +445,8 @@ def check_views(report, depth, w2c, K, rgb, level):
                 filter(
                     None,
                     (
-                        f"undoing it cuts the disagreement of {B[:-2].median():.1e} to {better:.0%}",
+                        f"undoing it cuts the disagreement of {B[:-2].median():.1e} to "
+                        f"{better:.0%}",
                         detail,
                     ),
                 )
@@ -515,8 +532,9 @@ def check_photo(report, g, error, w2c, rgb, level):
 def inspect(raw, level="data"):
     """Every check of one sample.
 
-    raw   id, table (T, 19) as read_table gives it, depth (T, H, W), size (H, W) of the video; optional rgb (T, H, W, 3)
-          uint8, points (T, H, W, 3), scale (metres per unit), inverse, moving (T, H, W): what moves by itself
+    raw   id, table (T, 19) as read_table gives it, depth (T, H, W), size (H, W) of the video;
+          optional rgb (T, H, W, 3) uint8, points (T, H, W, 3), scale (metres per unit), inverse,
+          moving (T, H, W): what moves by itself
     level data: thresholds for recordings and estimates; exact: for renderings"""
     report, kinds = Report(raw["id"]), ("rgb", "table", "depth", "points", "moving")
     counts = {k: len(raw[k]) for k in kinds if raw.get(k) is not None}
@@ -574,7 +592,7 @@ def inspect(raw, level="data"):
     return report
 
 
-# --- The command -------------------------------------------------------------------------------------------
+# --- The command ----------------------------------------------------------------------------------
 def load_raw(sample):
     """What is in the files of a sample, unconverted: the input of inspect."""
     for field in ("video", "camera"):
@@ -612,7 +630,8 @@ def load_raw(sample):
 def verify(root, samples, bad, inside, fix_hints=False, as_json=False, exact=False):
     """Check every sample, print a table (or JSON); returns how many failed.
 
-    samples, bad, inside   of data.load_samples: what to check, (id, problem) of bad entries, the folder not to leave"""
+    samples, bad, inside   of data.load_samples: what to check, (id, problem) of bad entries, the
+                           folder not to leave"""
     reports = []
     for sample, problem in [
         *((s, None) for s in samples),

@@ -43,8 +43,7 @@ import data  # noqa: E402
 from lib import (
     pictures,  # noqa: E402
     rooms,  # noqa: E402
-    verify,  # noqa: E402
-)
+    )
 from lib.files import read_array  # noqa: E402
 
 RAW, SIZE, OTHER = damage.RAW | ARRAYS, (32, 48, 5), "train_000000"
@@ -77,7 +76,10 @@ def build(base, form):
     root, kind = base / form / "data", form.removesuffix("+sums")
     if root.exists():
         return root
-    rooms.synth(root, 2, 9, 32, 48, seed=7, variety="simple", workers=0, val=1)
+    rooms.synth(
+        root,
+        rooms.Recipe(seed=7, variety="simple", val=1, num=2, num_frames=9, height=32, width=48),
+    )
     place, entry = at(root), {}
     if kind in ("avi", "mkv"):
         entry["video_path"] = f"{damage.VICTIM}/{damage.remux(place.video, '.' + kind).name}"
@@ -117,7 +119,7 @@ def build(base, form):
         os.system(
             f"cd {root} && find . -type f -not -name SHA256SUMS -exec sha256sum {{}} + > SHA256SUMS"
         )
-    assert data.encode(root, *SIZE, split="train") == 0
+    assert data.encode(root, *SIZE, how=data.Encoding(split="train")) == 0
     return root
 
 
@@ -157,7 +159,7 @@ def items(clips):
 
 def start(root, skip_bad=False):
     """What train.py does at its start, and then reads: {id: tensors}, or the error."""
-    return heard(lambda: items(data.CachedClips(root, "train", *SIZE, skip_bad=skip_bad)))
+    return heard(lambda: items(data.CachedClips(root, "train", SIZE, skip_bad=skip_bad)))
 
 
 def trained_on(root, clean):
@@ -175,7 +177,7 @@ def trained_on(root, clean):
 
 def try_raw(place, clean):
     """Verify, encode, train."""
-    failed, seen = heard(verify.verify, place.root, "train")
+    failed, seen = heard(data.verify, place.root, "train")
     bad, text = heard(data.encode, place.root, *SIZE, split="train")
     folder = next(place.root.glob("cache/*"), place.root)
     found = {p.stem: load_file(p) for p in folder.glob("train*.safetensors")}
@@ -273,7 +275,7 @@ def trial(base, name, seed):
     form, change = RAW[name] if raw else ("npy", CACHE[name])
     clean_root = build(base, form)
     with redirect_stdout(StringIO()):
-        clean = items(data.CachedClips(clean_root, "train", *SIZE))
+        clean = items(data.CachedClips(clean_root, "train", SIZE))
     work = Path(tempfile.mkdtemp(dir=base))
     root = work / "data"
     shutil.copytree(clean_root, root, ignore=shutil.ignore_patterns("cache") if raw else None)
@@ -282,7 +284,7 @@ def trial(base, name, seed):
     place.whole = name.startswith(("metadata", "SHA256SUMS"))  # damage that is not of one clip
     if not raw:
         data.CachedClips(
-            root, "train", *SIZE
+            root, "train", SIZE
         )  # leaves its marker: the damage must show all the same
     change(place, np.random.default_rng([seed, sorted(RAW | CACHE).index(name)]))
     if os.geteuid() == 0:

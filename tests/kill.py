@@ -25,7 +25,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from tiny import TINY  # noqa: E402
 
 from lib import checkpoints  # noqa: E402
-from lib.rooms import synth  # noqa: E402
+from lib.rooms import Recipe, synth  # noqa: E402
 
 ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
 
@@ -35,14 +35,16 @@ def tiny_run(root, steps, ranks=1):
     if not (root / "clips").exists():
         synth(
             root / "clips",
-            num=8,
-            num_frames=5,
-            height=32,
-            width=48,
-            seed=0,
-            variety="simple",
-            cache_only=True,
-            val=2,
+            Recipe(
+                num=8,
+                num_frames=5,
+                height=32,
+                width=48,
+                seed=0,
+                variety="simple",
+                cache_only=True,
+                val=2,
+            ),
         )
     return [
         "train.py",

@@ -82,12 +82,15 @@ def spoil(path, name="latents", value=torch.nan):
 
 
 def test_training_refuses_at_its_start_and_names_the_first_five_and_the_count(tmp_path):
-    rooms.synth(tmp_path, 16, 5, 32, 48, variety="simple", workers=0, cache_only=True)
+    rooms.synth(
+        tmp_path,
+        rooms.Recipe(variety="simple", cache_only=True, num=16, num_frames=5, height=32, width=48),
+    )
     folder = next(tmp_path.glob("cache/*"))
     for n in range(7):
         spoil(folder / f"train_{n:06d}.safetensors")
     with pytest.raises(ValueError) as refused:
-        data.CachedClips(tmp_path, "train", *SIZE)
+        data.CachedClips(tmp_path, "train", SIZE)
     text = str(refused.value)
     assert (
         "7 of 16 train clips cannot be trained on" in text
@@ -95,14 +98,14 @@ def test_training_refuses_at_its_start_and_names_the_first_five_and_the_count(tm
         and "--skip_bad=True" in text
     )
     assert text.count("latents holds NaN") == 5 and "render it again" in text
-    clips = data.CachedClips(tmp_path, "train", *SIZE, skip_bad=True)
+    clips = data.CachedClips(tmp_path, "train", SIZE, skip_bad=True)
     assert [f.stem for f in clips.files] == [f"train_{n:06d}" for n in range(7, 16)]
     for n in range(7, 10):
         spoil(folder / f"train_{n:06d}.safetensors")
     with pytest.raises(
         ValueError, match="10 of 16 .*\n(.*\n)*skip_bad leaves out the lesser part only"
     ):
-        data.CachedClips(tmp_path, "train", *SIZE, skip_bad=True)
+        data.CachedClips(tmp_path, "train", SIZE, skip_bad=True)
 
 
 def test_a_second_start_reads_only_the_files_that_changed(place, monkeypatch):
@@ -110,7 +113,7 @@ def test_a_second_start_reads_only_the_files_that_changed(place, monkeypatch):
     original = caches.read_clip
     monkeypatch.setattr(caches, "read_clip", lambda path: seen.append(path.stem) or original(path))
     for _ in range(2):
-        data.CachedClips(place.root, "train", *SIZE)
+        data.CachedClips(place.root, "train", SIZE)
     assert sorted(seen) == [bad_data.OTHER, damage.VICTIM]
     times = place.cache.stat()
     body = bytearray(place.cache.read_bytes())
@@ -122,7 +125,7 @@ def test_a_second_start_reads_only_the_files_that_changed(place, monkeypatch):
     with pytest.raises(
         ValueError, match=f"{damage.VICTIM}.safetensors: its values have the checksum"
     ):
-        data.CachedClips(place.root, "train", *SIZE)
+        data.CachedClips(place.root, "train", SIZE)
 
 
 def batches(clips, workers):
@@ -142,7 +145,7 @@ def test_a_file_damaged_during_a_run_stops_it_by_name_or_the_next_clip_takes_its
     place, workers, capfd
 ):
     clips, tolerant = (
-        data.CachedClips(place.root, "train", *SIZE, skip_bad=skip) for skip in (False, True)
+        data.CachedClips(place.root, "train", SIZE, skip_bad=skip) for skip in (False, True)
     )
     place.cache.write_bytes(place.cache.read_bytes()[:500])
     with pytest.raises(ValueError, match=f"clip {damage.VICTIM}: damaged since the start"):
@@ -153,7 +156,7 @@ def test_a_file_damaged_during_a_run_stops_it_by_name_or_the_next_clip_takes_its
 
 
 def test_any_exception_in_a_worker_carries_the_clip(place, monkeypatch):
-    clips = data.CachedClips(place.root, "train", *SIZE)
+    clips = data.CachedClips(place.root, "train", SIZE)
 
     def fail(path, checked):
         raise RuntimeError("out of luck")
@@ -194,9 +197,12 @@ def test_encode_fails_by_default_skips_when_told_and_leaves_no_halves(place, cap
     command = f"data.py encode {place.root} --height 32 --width 48 --num_frames 5 --split train"
     for more, code in (("", 1), (" --skip_bad True", 0)):
         monkeypatch.setattr(sys, "argv", (command + more).split())
-        with pytest.raises(SystemExit) as stop:
-            data.main()
-        assert stop.value.code == code
+        try:
+            data.command()
+            left = 0
+        except SystemExit as stop:
+            left = stop.code
+        assert left == code
         assert f"{damage.VICTIM}/video.mp4: not a readable video" in "".join(capsys.readouterr())
     left = {p.name for p in place.folder.rglob("*") if p.is_file()} - {".checked"}
     assert left == {
@@ -207,7 +213,7 @@ def test_encode_fails_by_default_skips_when_told_and_leaves_no_halves(place, cap
     (place.folder / "train_000000.safetensors").unlink()
     (place.root / bad_data.OTHER / "video.mp4").unlink()
     with pytest.raises(SystemExit, match="1"):  # nothing is left
-        data.main()
+        data.command()
 
 
 def test_a_write_that_fails_leaves_the_old_file_and_nothing_beside_it(place):
@@ -229,11 +235,11 @@ def test_encode_writes_through_no_link(place):
     place.cache.unlink()
     place.cache.symlink_to(target)
     place.cache.with_name(f".{place.cache.name}.{os.getpid()}").symlink_to(target)
-    assert data.encode(place.root, *SIZE, split="train") == 0
+    assert data.encode(place.root, *SIZE, how=data.Encoding(split="train")) == 0
     assert target.read_text() == "precious" and not place.cache.is_symlink()
     (place.folder / ".parts").symlink_to(place.outside)
     with pytest.raises(ValueError, match="a link that leads out"):
-        data.encode(place.root, *SIZE, split="train")
+        data.encode(place.root, *SIZE, how=data.Encoding(split="train"))
 
 
 def test_encoders_that_give_nan_are_refused_by_clip(place, monkeypatch, capsys):
@@ -243,7 +249,7 @@ def test_encoders_that_give_nan_are_refused_by_clip(place, monkeypatch, capsys):
     monkeypatch.setattr(
         TransformCodec, "encode", lambda self, video: torch.full((1, 16, 2, 4, 6), torch.nan)
     )
-    assert data.encode(place.root, *SIZE, split="train") == 1
+    assert data.encode(place.root, *SIZE, how=data.Encoding(split="train")) == 1
     assert (
         f"skipped {damage.VICTIM}: " in (text := "".join(capsys.readouterr()))
         and "latents is not finite" in text
@@ -300,7 +306,7 @@ def test_sums_cover_what_nothing_else_can_see(place):
     place.camera.write_text(place.camera.read_text().replace("0.5", "0.6", 1))  # a plausible number
     assert data.verify(place.root, "train") == 1
     place.cache.unlink()
-    assert data.encode(place.root, *SIZE, split="train") == 1
+    assert data.encode(place.root, *SIZE, how=data.Encoding(split="train")) == 1
 
 
 def on_two_ranks(work):
@@ -334,7 +340,10 @@ def on_two_ranks(work):
 
 
 def test_ranks_leave_out_the_same_clips_and_share_the_reading(tmp_path, monkeypatch):
-    rooms.synth(tmp_path, 6, 5, 32, 48, variety="simple", workers=0, cache_only=True)
+    rooms.synth(
+        tmp_path,
+        rooms.Recipe(variety="simple", cache_only=True, num=6, num_frames=5, height=32, width=48),
+    )
     folder = next(tmp_path.glob("cache/*"))
     spoil(folder / "train_000004.safetensors")
     os.truncate(folder / "train_000001.safetensors", 999)
@@ -343,7 +352,7 @@ def test_ranks_leave_out_the_same_clips_and_share_the_reading(tmp_path, monkeypa
 
     def start():
         torch.distributed.init_process_group("gloo")
-        clips = data.CachedClips(tmp_path, "train", *SIZE, skip_bad=True)
+        clips = data.CachedClips(tmp_path, "train", SIZE, skip_bad=True)
         return [f.stem for f in clips.files], seen
 
     (one, first), (two, second) = on_two_ranks(start)
@@ -356,12 +365,17 @@ def test_ranks_leave_out_the_same_clips_and_share_the_reading(tmp_path, monkeypa
 def test_encode_under_torchrun_fails_on_every_rank_once_all_are_through(place):
     place.cache.unlink()
     place.camera.write_text("none\n")  # rank 1's clip
-    assert on_two_ranks(lambda: data.encode(place.root, *SIZE, split="train")) == [1, 1]
+    assert on_two_ranks(
+        lambda: data.encode(place.root, *SIZE, how=data.Encoding(split="train"))
+    ) == [1, 1]
 
 
 def test_train_refuses_in_one_message_and_goes_on_without_the_clip_when_told(tmp_path):
     rooms.synth(
-        tmp_path / "clips", 5, 5, 32, 48, variety="simple", workers=0, cache_only=True, val=1
+        tmp_path / "clips",
+        rooms.Recipe(
+            variety="simple", cache_only=True, val=1, num=5, num_frames=5, height=32, width=48
+        ),
     )
     spoil(next(tmp_path.glob("clips/cache/*/train_000002.safetensors")), "depth", torch.inf)
     options = [

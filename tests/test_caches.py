@@ -15,7 +15,12 @@ SIZE = (32, 48, 5)
 @pytest.fixture
 def place(tmp_path):
     """Two cached clips with every kind of tensor, and the dataset around them."""
-    rooms.synth(tmp_path, 2, 5, 32, 48, variety="simple", workers=0, cache_only=True, moving=True)
+    rooms.synth(
+        tmp_path,
+        rooms.Recipe(
+            variety="simple", cache_only=True, moving=True, num=2, num_frames=5, height=32, width=48
+        ),
+    )
     return tmp_path
 
 
@@ -37,7 +42,7 @@ def same_bits(a, b):
 
 
 def test_a_mapped_load_equals_a_full_read_bitwise_and_leaves_no_map_behind(place, seen):
-    clips = data.CachedClips(place, "train", *SIZE)
+    clips = data.CachedClips(place, "train", SIZE)
     seen.clear()
     for i, path in enumerate(clips.files):
         mapped, meta = caches.read_again(path, clips.stamps[path.stem])
@@ -57,7 +62,7 @@ def test_a_mapped_load_equals_a_full_read_bitwise_and_leaves_no_map_behind(place
 
 @pytest.mark.parametrize("skip_bad", [False, True])
 def test_a_file_changed_after_the_start_is_read_whole_and_refused_by_name(place, seen, skip_bad):
-    clips = data.CachedClips(place, "train", *SIZE, skip_bad=skip_bad)
+    clips = data.CachedClips(place, "train", SIZE, skip_bad=skip_bad)
     path, times, body = (
         clips.files[0],
         clips.files[0].stat(),
@@ -84,7 +89,7 @@ def test_a_file_changed_after_the_start_is_read_whole_and_refused_by_name(place,
 
 @pytest.mark.parametrize("length", [0, 100, 4096, 9999])
 def test_a_file_cut_after_the_start_is_refused_and_kills_nothing(place, seen, length):
-    clips = data.CachedClips(place, "train", *SIZE)
+    clips = data.CachedClips(place, "train", SIZE)
     os.truncate(clips.files[1], length)
     with pytest.raises(ValueError, match="clip train_000001: damaged since the start"):
         clips[1]
@@ -92,7 +97,7 @@ def test_a_file_cut_after_the_start_is_refused_and_kills_nothing(place, seen, le
 
 
 def test_a_file_cut_or_changed_while_it_is_loaded_is_not_trained_on(place, seen, monkeypatch):
-    clips = data.CachedClips(place, "train", *SIZE)
+    clips = data.CachedClips(place, "train", SIZE)
     seen.clear()
     arrays_in, read_header = caches.arrays_in, caches.read_header
 
@@ -118,7 +123,7 @@ def test_a_file_cut_or_changed_while_it_is_loaded_is_not_trained_on(place, seen,
 def test_training_gets_the_float32_that_the_stored_bits_mean(place):
     from data import prepare
 
-    clips = data.CachedClips(place, "train", *SIZE)
+    clips = data.CachedClips(place, "train", SIZE)
     b = prepare(data.collate([clips[0], clips[1]]), 32, torch.device("cpu"))
     whole = caches.read_clip(clips.files[1])[0]
     assert b["latents"].dtype == b["text"][1].dtype == torch.float32 != whole["latents"].dtype

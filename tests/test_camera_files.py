@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+import data
 import geometry
 from geometry import inv_se3, quat_to_mat
 from lib import camera_files, camera_paths
@@ -185,13 +186,13 @@ def test_what_is_no_camera_is_refused_by_name(tmp_path):
 def test_command_converts_and_names_what_it_needs(tmp_path, monkeypatch, capsys):
     w2c, k = path_of()
     camera_files.write(tmp_path / "c.json", "worldscore", w2c, k, SIZE)
-    common = ["cameras.py", str(tmp_path / "c.json"), str(tmp_path / "c.txt")]
+    common = ["data.py", "cameras", str(tmp_path / "c.json"), str(tmp_path / "c.txt")]
     monkeypatch.setattr("sys.argv", [*common, "--from", "worldscore", "--size", "120x160"])
-    camera_files.main()
+    data.command()
     np.testing.assert_allclose(camera_files.read(tmp_path / "c.txt")[0], w2c, atol=1e-9)
     monkeypatch.setattr("sys.argv", common)
-    with pytest.raises(SystemExit, match="--from worldscore"):
-        camera_files.main()
+    with pytest.raises(ValueError, match="--from worldscore"):
+        data.command()
 
 
 # ---- key frames

@@ -17,7 +17,7 @@ from lib.caches import cached_metadata
 @pytest.fixture(scope="module")
 def rendered(tmp_path_factory):
     root = tmp_path_factory.mktemp("rooms")
-    rooms.synth(root, 2, 9, 64, 96, seed=5, val=1)
+    rooms.synth(root, rooms.Recipe(seed=5, val=1, num=2, num_frames=9, height=64, width=96))
     return root
 
 
@@ -106,7 +106,7 @@ def test_clips_without_a_unit_are_marked_in_the_cache_and_the_user_is_told(
         np.save(f, (20 * np.load(f)).clip(0, 255).astype(np.uint8))
     assert data.encode(root, 64, 96, 9) == 0
     assert "train_000000: 8-bit depth: not metric" in capsys.readouterr().out
-    clips = data.CachedClips(root, "train", 64, 96, 9)
+    clips = data.CachedClips(root, "train", (64, 96, 9))
     assert [bool(clips[i]["relative"]) for i in range(2)] == [
         True,
         False,
@@ -239,7 +239,7 @@ def test_the_cache_is_kept_refreshed_when_stale_and_repaired_when_cut(rendered, 
     with pytest.raises(
         ValueError, match="python data.py encode .* --codec transform --height 64 --width"
     ):
-        data.CachedClips(root, "train", 64, 96, 9)
+        data.CachedClips(root, "train", (64, 96, 9))
     assert data.encode(root, 64, 96, 9) == 0
     folder = next((root / "cache").iterdir())
     files = sorted(f for f in folder.iterdir() if f.name != "text_empty.safetensors")
@@ -248,7 +248,7 @@ def test_the_cache_is_kept_refreshed_when_stale_and_repaired_when_cut(rendered, 
     files[1].write_bytes(files[1].read_bytes()[:1000])  # cut short
     data.encode(root, 64, 96, 9)
     assert [f.stat().st_mtime_ns > t for f, t in zip(files, before)] == [True, True, False]
-    clips = data.CachedClips(root, "train", 64, 96, 9)
+    clips = data.CachedClips(root, "train", (64, 96, 9))
     batch = data.collate([clips[0], clips[1]])
     assert batch["latents"].shape == (2, 16, 3, 8, 12) and batch["start_latents"].shape == (
         2,
@@ -270,7 +270,9 @@ def test_the_cache_is_kept_refreshed_when_stale_and_repaired_when_cut(rendered, 
 def test_cache_only_rendering_is_the_same_for_any_number_of_workers(rendered, tmp_path):
     for workers in (0, 2):
         rooms.synth(
-            tmp_path / str(workers), 2, 9, 64, 96, seed=5, val=1, workers=workers, cache_only=True
+            tmp_path / str(workers),
+            rooms.Recipe(seed=5, val=1, cache_only=True, num=2, num_frames=9, height=64, width=96),
+            workers=workers,
         )
     one, two = (sorted((tmp_path / w / "cache").glob("*/*.safetensors")) for w in "02")
     assert [f.name for f in one] == [f.name for f in two] and len(one) == 4
@@ -280,7 +282,7 @@ def test_cache_only_rendering_is_the_same_for_any_number_of_workers(rendered, tm
         assert all(torch.equal(a_tensors[k], b_tensors[k]) for k in a_tensors | b_tensors)
     data.encode(rendered, 64, 96, 9)
     direct, written = (
-        data.CachedClips(root, "val", 64, 96, 9)[0] for root in (tmp_path / "2", rendered)
+        data.CachedClips(root, "val", (64, 96, 9))[0] for root in (tmp_path / "2", rendered)
     )
     assert direct["prompt"] == written["prompt"]
     torch.testing.assert_close(direct["w2c"], written["w2c"])

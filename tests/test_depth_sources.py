@@ -9,7 +9,7 @@ from test_train import SIZES, run
 
 import data
 from lib import files, pictures
-from lib.rooms import synth
+from lib.rooms import Recipe, synth
 
 SHAPE = dict(num_frames=5, height=32, width=48)
 
@@ -17,7 +17,7 @@ SHAPE = dict(num_frames=5, height=32, width=48)
 @pytest.fixture(scope="module")
 def rooms(tmp_path_factory):
     root = tmp_path_factory.mktemp("rooms")
-    synth(root, 2, **SHAPE, seed=3, variety="simple", val=1)
+    synth(root, Recipe(seed=3, variety="simple", val=1, num=2, **SHAPE))
     return root
 
 
@@ -86,7 +86,7 @@ def test_metric_depth_of_every_container_reaches_the_cache_and_verify(
     root = tmp_path / "copy"
     rewrite(rooms, root, store, **entry)
     assert data.encode(root, 32, 48, 5) == 0
-    got = data.CachedClips(root, "train", 32, 48, 5)
+    got = data.CachedClips(root, "train", (32, 48, 5))
     for i, name in enumerate(("train_000000", "train_000001")):
         true = files.read_depth(rooms / name / "depth")
         assert not got[i]["relative"] and np.abs(got[i]["depth"].numpy() - true).max() < error

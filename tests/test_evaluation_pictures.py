@@ -9,6 +9,7 @@ from lib import pictures
 from lib.evaluate import comparison
 from lib.log import Records
 from lib.pictures import depth_to_rgb
+from lib.rooms import Recipe, synth
 
 
 def clip():
@@ -84,20 +85,14 @@ def test_the_frames_of_a_cached_clip_are_its_video_or_the_codecs(tmp_path):
     import data
 
     root = tmp_path / "rooms"
-    data.synth(root, num=1, num_frames=5, height=32, width=48, seed=3, variety="simple")
+    synth(root, Recipe(num=1, num_frames=5, height=32, width=48, seed=3, variety="simple"))
     data.encode(root, 32, 48, 5)
-    data.synth(
+    synth(
         tmp_path / "cache",
-        num=1,
-        num_frames=5,
-        height=32,
-        width=48,
-        seed=3,
-        variety="simple",
-        cache_only=True,
+        Recipe(num=1, num_frames=5, height=32, width=48, seed=3, variety="simple", cache_only=True),
     )
     video, coded = (
-        data.CachedClips(folder, "train", 32, 48, 5).frames(0)
+        data.CachedClips(folder, "train", (32, 48, 5)).frames(0)
         for folder in (root, tmp_path / "cache")
     )
     assert video.shape == coded.shape == (5, 32, 48, 3) and video.dtype == np.uint8
@@ -106,11 +101,11 @@ def test_the_frames_of_a_cached_clip_are_its_video_or_the_codecs(tmp_path):
         <= 1
     )
     assert np.abs(video.astype(int) - coded).mean() < 25  # the codec blurs
-    clips = data.CachedClips(root, "train", 32, 48, 5)
+    clips = data.CachedClips(root, "train", (32, 48, 5))
     (root / "train_000000" / "camera_params.txt").write_text("damaged since")
     assert clips.frames(0) is None  # training goes on without them
     (root / "train_000000" / "video.mp4").unlink()
-    clips = data.CachedClips(root, "train", 32, 48, 5)
+    clips = data.CachedClips(root, "train", (32, 48, 5))
     assert np.abs(clips.frames(0).astype(int) - coded).mean() < 5
 
 

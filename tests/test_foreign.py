@@ -18,11 +18,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from wan_folder import random_tensors, write_wan_folder
 
 import released
-from data import encode
+from data import Encoding, encode
 from geometry import GeoBlock, rope_2d
 from lib.checkpoints import save_checkpoint
 from lib.files import read_video
-from lib.rooms import synth
+from lib.rooms import Recipe, synth
 from lib.weights import (
     export_release,
     load_release,
@@ -165,9 +165,10 @@ def test_matrices_cast_once_give_what_autocast_gives(folder):
 def clips(folder):
     """Two encoded clips, a camera file of the release's format and a depth map of the start image."""
     synth(
-        folder / "clips", num=2, num_frames=5, height=32, width=48, seed=0, variety="simple", val=1
+        folder / "clips",
+        Recipe(num=2, num_frames=5, height=32, width=48, seed=0, variety="simple", val=1),
     )
-    encode(folder / "clips", 32, 48, 5, wan_dir=folder / "I2V")
+    encode(folder / "clips", 32, 48, 5, how=Encoding(wan_dir=folder / "I2V"))
     c2w = torch.eye(4).repeat(5, 1, 1)
     c2w[:, 2, 3] = torch.linspace(0, 1, 5)
     (folder / "camera_data.json").write_text(

@@ -261,7 +261,9 @@ def full_disk(step):
     return dict(save_checkpoint=limited)
 
 
-def test_a_full_disk_costs_one_checkpoint_and_ends_the_run_with_an_error_only_at_its_end(survivor, tmp_path):
+def test_a_full_disk_costs_one_checkpoint_and_ends_the_run_with_an_error_only_at_its_end(
+    survivor, tmp_path
+):
     code, text = train_here(*survivor[1], f"--out_dir={tmp_path}/on", **full_disk(4))
     assert (
         code == 0

@@ -14,10 +14,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from tiny import TINY, command_here, options_of, train_here
 
-import config
 from lib.camera_files import read_cameras
 from lib.files import read_video
-from lib.rooms import synth
+from lib.rooms import Recipe, synth
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -56,14 +55,16 @@ def world(tmp_path_factory):
     root = tmp_path_factory.mktemp("world")
     synth(
         root / "clips",
-        num=8,
-        num_frames=5,
-        height=32,
-        width=48,
-        seed=0,
-        variety="simple",
-        cache_only=True,
-        val=2,
+        Recipe(
+            num=8,
+            num_frames=5,
+            height=32,
+            width=48,
+            seed=0,
+            variety="simple",
+            cache_only=True,
+            val=2,
+        ),
     )
     options = [
         f"--data_dir={root}/clips",

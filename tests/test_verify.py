@@ -140,9 +140,11 @@ def test_frame_counts_sizes_rotations_points_and_jumps_are_checked():
 
 
 def test_command_prints_a_table_names_the_cure_and_fails(tmp_path, capsys, monkeypatch):
-    rooms.synth(tmp_path, 2, 9, 64, 96, seed=5, variety="simple", workers=0)
+    rooms.synth(
+        tmp_path, rooms.Recipe(seed=5, variety="simple", num=2, num_frames=9, height=64, width=96)
+    )
     assert (
-        verify.verify(tmp_path, exact=True) == 0
+        data.verify(tmp_path, exact=True) == 0
         and "2 samples, 0 failed" in capsys.readouterr().out
     )
     path = tmp_path / "train_000001" / "camera_params.txt"
@@ -150,10 +152,10 @@ def test_command_prints_a_table_names_the_cure_and_fails(tmp_path, capsys, monke
     table[:, [10, 14, 18]] *= 3
     np.savetxt(path, table)
     (tmp_path / "train_000000" / "depth" / "frame_0003.npy").unlink()
-    assert verify.verify(tmp_path, fix_hints=True) == 2
+    assert data.verify(tmp_path, fix_hints=True) == 2
     text = capsys.readouterr().out
     assert "translation scale off" in text and "cure of" in text and "depth 8" in text
-    assert verify.verify(tmp_path, as_json=True) == 2
+    assert data.verify(tmp_path, as_json=True) == 2
     found = json.loads(capsys.readouterr().out)["samples"]
     assert found[1]["suspects"] == ["translation scale off"] and found[1]["hints"]
     for option, words in (
@@ -162,5 +164,5 @@ def test_command_prints_a_table_names_the_cure_and_fails(tmp_path, capsys, monke
     ):
         monkeypatch.setattr(sys, "argv", ["data.py", "verify", str(tmp_path), option])
         with pytest.raises(SystemExit, match="1"):
-            data.main()
+            data.command()
         assert words in capsys.readouterr().out

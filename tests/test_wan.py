@@ -21,7 +21,7 @@ from encoders import WanFolder, wan_family
 from lib import caches, checkpoints, weights
 from lib.caches import cached_metadata, save_tensors
 from lib.files import read_video
-from lib.rooms import synth
+from lib.rooms import Recipe, synth
 from lib.weights import FAMILIES, fingerprint, load_wan
 from model import Config
 from wan import WanDiT
@@ -210,7 +210,7 @@ def wan(tmp_path_factory):
 @pytest.fixture(scope="module")
 def clips(tmp_path_factory):
     root = tmp_path_factory.mktemp("clips")
-    synth(root, num=3, num_frames=13, height=32, width=48, seed=0, variety="simple", val=1)
+    synth(root, Recipe(num=3, num_frames=13, height=32, width=48, seed=0, variety="simple", val=1))
     return root
 
 
@@ -220,7 +220,7 @@ def copy_of(clips, tmp_path):
 
 def test_a_cache_file_holds_what_the_encoders_say(clips, wan, tmp_path):
     root = copy_of(clips, tmp_path)
-    assert data.encode(root, 32, 48, 5, wan_dir=wan, split="val") == 0
+    assert data.encode(root, 32, 48, 5, how=data.Encoding(wan_dir=wan, split="val")) == 0
     sample, encoders = data.load_samples(root, "val")[0], WanFolder(wan, "cpu")
     assert wan_family(wan) == "wan32clip" and encoders.fingerprint.startswith("wan32clip-")
     cached = load_file(next(root.glob("cache/5x32x48-wan32clip-*/val_000000.safetensors")))
@@ -245,8 +245,8 @@ def test_image_to_video_families_cache_the_image_followed_by_grey(clips, tmp_pat
         copy_of(clips, tmp_path),
         write_wan_folder(tmp_path / "InP", in_dim=36, camera=False, prefix="model."),
     )
-    data.encode(root, 32, 48, 5, wan_dir=wan, split="val")
-    clip = data.CachedClips(root, "val", 32, 48, 5, wan)[0]
+    data.encode(root, 32, 48, 5, how=data.Encoding(wan_dir=wan, split="val"))
+    clip = data.CachedClips(root, "val", (32, 48, 5), wan)[0]
     video = data.load_clip(data.load_samples(root, "val")[0], 32, 48, 5)["video"][None].clone()
     video[:, :, 1:] = 0
     want = WanFolder(wan, "cpu").load_vae().encode(video)[0]
@@ -266,7 +266,7 @@ def test_each_encoder_is_freed_before_the_next_is_loaded(clips, wan, tmp_path, m
             return part
 
         monkeypatch.setattr(WanFolder, name, load)
-    data.encode(copy_of(clips, tmp_path), 32, 48, 5, wan_dir=wan, split="val")
+    data.encode(copy_of(clips, tmp_path), 32, 48, 5, how=data.Encoding(wan_dir=wan, split="val"))
     assert seen == [("load_text", 0), ("load_clip", 0), ("load_vae", 0)]
 
 
@@ -278,7 +278,7 @@ def test_a_killed_run_goes_on_where_it_was_and_ranks_share_the_clips(
         copy_of(clips, tmp_path / "b"),
         caches.save_clip,
     )
-    data.encode(whole, 32, 48, 5, wan_dir=wan)
+    data.encode(whole, 32, 48, 5, how=data.Encoding(wan_dir=wan))
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")
 
@@ -289,7 +289,7 @@ def test_a_killed_run_goes_on_where_it_was_and_ranks_share_the_clips(
 
     monkeypatch.setattr(data, "save_clip", killed)
     with pytest.raises(KeyboardInterrupt):
-        data.encode(root, 32, 48, 5, wan_dir=wan)
+        data.encode(root, 32, 48, 5, how=data.Encoding(wan_dir=wan))
     parts = sorted(root.glob("cache/*/.parts/*"))
     assert [p.name for p in parts] == [
         "train_000002.clip.safetensors",
@@ -300,7 +300,7 @@ def test_a_killed_run_goes_on_where_it_was_and_ranks_share_the_clips(
         save_tensors(path, {k: v + 1 for k, v in load_file(path).items()}, cached_metadata(path))
     for rank in "01":
         monkeypatch.setenv("RANK", rank)
-        data.encode(root, 32, 48, 5, wan_dir=wan)
+        data.encode(root, 32, 48, 5, how=data.Encoding(wan_dir=wan))
     for path in whole.glob("cache/*/*.safetensors"):
         want, got = load_file(path), load_file(next(root.glob(f"cache/*/{path.name}")))
         for name in want:
@@ -323,20 +323,20 @@ def test_a_corrupt_clip_is_reported_left_out_and_fails_the_command(
     with pytest.raises(
         ValueError, match="1 of 3 train clips cannot be trained on\n  train_000001: not encoded"
     ):
-        data.CachedClips(root, "train", 32, 48, 5, wan)
-    assert len(data.CachedClips(root, "train", 32, 48, 5, wan, skip_bad=True)) == 2
+        data.CachedClips(root, "train", (32, 48, 5), wan)
+    assert len(data.CachedClips(root, "train", (32, 48, 5), wan, skip_bad=True)) == 2
 
 
 def test_a_missing_cache_or_encoder_file_is_named_with_the_cure(clips, wan, tmp_path):
     root = copy_of(clips, tmp_path)
     cure = f"python data.py encode {root} --wan_dir {wan} --height 32 --width 48 --num_frames 9"
     with pytest.raises(ValueError, match=cure):
-        data.CachedClips(root, "train", 32, 48, 9, wan)
+        data.CachedClips(root, "train", (32, 48, 9), wan)
     (tmp_path / "wan").mkdir()
     for file in wan.glob("diffusion*"):
         (tmp_path / "wan" / file.name).symlink_to(file)
     with pytest.raises(ValueError, match="tokenizer.json: no such file"):
-        data.encode(root, 32, 48, 5, wan_dir=tmp_path / "wan")
+        data.encode(root, 32, 48, 5, how=data.Encoding(wan_dir=tmp_path / "wan"))
 
 
 def test_random_windows_repeat_themselves_and_stay_inside_the_clip(clips):
