@@ -34,7 +34,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from encoders import cache_prefix, make_encoders
 from geometry import encode_pose, normalize_scene, plucker_rays, relative_to_first, unproject
 from lib import camera_files
 from lib.caches import (
@@ -65,6 +64,7 @@ from lib.files import (
 )
 from lib.guards import run_command
 from lib.rooms import VARIETY, Recipe, synth
+from lib.standin import cache_prefix, make_encoders
 from lib.verify import verify as check
 from wan import LATENT, start_condition
 

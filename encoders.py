@@ -1,34 +1,33 @@
-"""Frozen encoders: Wan2.1's own (video VAE, umT5, CLIP vision tower), and the demo's weight-free
-stand-ins of the same shapes.  Sources: Wan 2.1 report 2025 (VAE, conditioning), Chung et al. 2023
-(umT5), Raffel et al. 2020 (T5), OpenCLIP.
+"""Frozen encoders of a Wan folder: video VAE, umT5, CLIP vision tower; and finding them there.
 
-    TransformCodec   16 coefficients of a fixed orthonormal transform, in place of the Wan VAE
-    HashedText       one fixed random vector per word, in place of umT5
-    WanFolder        finds the parts of a downloaded Wan2.1 folder and loads each when it is asked
-                     for
-
-Attribute names of the real encoders are the names in the official files: they load strictly,
-without a table; widths and layer counts are read off the tensors.  Loaded parameters are frozen;
-every public call runs under no_grad.
+Attribute names are the names in the official files: they load strictly, without a table; widths and
+layer counts are read off the tensors.  Loaded parameters are frozen; every public call runs under
+no_grad.  WanFolder finds the parts of a downloaded folder and loads each when it is asked for.
 Shapes: B batch, T = 4k + 1 pixel frames, f = k + 1 latent frames, h = H/8, w = W/8, t frames of a
-step, c channels, L tokens of a prompt, D width.  Video and images are in [-1, 1]. Latent 0 is frame
-0 alone, latent l >= 1 is frames 4l-3 .. 4l."""
+step, c channels, L tokens of a prompt, D width.  Video and images are in [-1, 1].
+Latent 0 is frame 0 alone, latent l >= 1 is frames 4l-3 .. 4l.
+Sources: Wan 2.1 report 2025 (VAE, conditioning), Chung et al. 2023 (umT5), Raffel et al. 2020 (T5),
+OpenCLIP."""
 
 import hashlib
 import html
 import itertools
+import json
 import math
+import os
 import unicodedata
 from collections import OrderedDict
+from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
-import numpy as np
 import safetensors.torch
 import torch
 import torch.nn.functional as F
 from einops import rearrange
+from safetensors import safe_open
 from torch import nn
+
+from wan import LATENT, differences, shapes_of
 
 VAE_FILE = "Wan 2.1 VAE (Wan2.1_VAE.pth)"
 
@@ -87,135 +86,6 @@ CLIP_MEAN = (
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
-# --- Stand-in for the VAE -------------------------------------------------------------------------
-# One row per latent channel: (time, vertical, horizontal, colour) frequency of a 4x8x8x3 transform.
-# Chosen by variance over 160 rendered clips (data.render_clip, seeds 1e6 + 0..39, 9 frames, full
-# and simple, 64x96 and 96x160): the 16 largest of 192 hold 98.5 % of a lone frame's variance, the
-# 16 largest of 768 hold 95.9 % of four frames'.  The 7 spatial patterns that both keep have the
-# same channel; the others measure detail in a lone frame, motion in four.
-SHARED = [(0, 0, 0), (0, 0, 1), (0, 0, 2), (1, 0, 0), (0, 1, 0), (2, 0, 0), (1, 0, 1)]
-
-DETAIL = [
-    (0, 1, 1),
-    (0, 2, 0),
-    (1, 1, 0),
-    (3, 0, 0),
-    (1, 0, 2),
-    (0, 1, 2),
-    (0, 3, 0),
-    (0, 2, 1),
-    (2, 1, 0),
-]
-
-MOTION = [
-    (1, 0, 0, 0),
-    (1, 0, 0, 1),
-    (2, 0, 0, 0),
-    (1, 1, 0, 0),
-    (1, 0, 1, 0),
-    (1, 0, 0, 2),
-    (3, 0, 0, 0),
-    (2, 0, 1, 0),
-    (2, 0, 0, 1),
-]
-
-# Standard deviations over the same clips, video in [-1, 1]; only flat patterns have a mean that
-# matters.
-SHARED_STD = [3.72, 1.58, 1.15, 0.729, 0.574, 0.325, 0.282]
-
-DETAIL_STD = [0.302, 0.258, 0.216, 0.185, 0.167, 0.166, 0.152, 0.146, 0.136]
-
-MOTION_STD = [1.65, 0.839, 0.767, 0.589, 0.555, 0.471, 0.468, 0.411, 0.406]
-
-SHARED_MEAN = [-1.63, 0.44, 0, 0, 0, 0, 0]
-
-
-def dct_matrix(n):
-    """Orthonormal DCT-II, (n frequencies, n samples)."""
-    k, i = torch.arange(n, dtype=torch.float64)[:, None], torch.arange(n, dtype=torch.float64)
-    return torch.cos(math.pi * k * (2 * i + 1) / (2 * n)) * torch.sqrt((2 - (k == 0).double()) / n)
-
-
-def transform_rows(indices, frames):
-    """Orthonormal rows (16, 3 * frames * 64); column order colour, time, vertical, horizontal."""
-    colour = torch.tensor(
-        [[1, 1, 1], [1, 0, -1], [1, -2, 1]], dtype=torch.float64
-    )  # luma and two opponents
-    colour = colour / colour.norm(dim=1, keepdim=True)
-    space, time = dct_matrix(8), dct_matrix(frames)
-    return torch.stack(
-        [
-            torch.einsum("c,t,p,q->ctpq", colour[c], time[t], space[p], space[q]).flatten()
-            for t, p, q, c in indices
-        ]
-    )
-
-
-class TransformCodec(nn.Module):
-    """Fixed transform with the Wan VAE's latent grid; static video: equal shared channels in all
-    latents."""
-
-    fingerprint = "transform-v2"  # v2: the start image held still
-
-    def __init__(self):
-        super().__init__()
-        lone, four = [(0, *i) for i in SHARED + DETAIL], [(0, *i) for i in SHARED] + MOTION
-        self.register_buffer("first", transform_rows(lone, 1).float(), persistent=False)
-        self.register_buffer("group", transform_rows(four, 4).float(), persistent=False)
-        mean = torch.tensor(SHARED_MEAN + [0] * 9)
-        self.register_buffer("first_mean", mean, persistent=False)
-        self.register_buffer("first_std", torch.tensor(SHARED_STD + DETAIL_STD), persistent=False)
-        # the constant-in-time coefficient of 4 equal frames is sqrt(4) times that of one frame
-        self.register_buffer("group_mean", 2 * mean, persistent=False)
-        group_std = torch.tensor([2 * x for x in SHARED_STD] + MOTION_STD)
-        self.register_buffer("group_std", group_std, persistent=False)
-
-    def encode(self, video):
-        """Video (B, 3, T, H, W) in [-1, 1] to latents (B, 16, f, h, w) of about unit variance."""
-        t, h, w = video.shape[2:]
-        if t % 4 != 1 or h % 8 or w % 8:
-            raise ValueError(f"video of {t} frames of {h}x{w}: wanted 4k + 1 and multiples of 8")
-        patches = rearrange(video[:, :, :1], "b c t (h p) (w q) -> b h w (c t p q)", p=8, q=8)
-        first = (patches @ self.first.T - self.first_mean) / self.first_std  # (B, h, w, 16)
-        patches = rearrange(
-            video[:, :, 1:], "b c (f t) (h p) (w q) -> b f h w (c t p q)", t=4, p=8, q=8
-        )
-        group = (patches @ self.group.T - self.group_mean) / self.group_std  # (B, f-1, h, w, 16)
-        return rearrange(torch.cat([first[:, None], group], 1), "b f h w c -> b c f h w")
-
-    def decode(self, latents, progress=iter):
-        """Latents (B, 16, f, h, w) to video (B, 3, 4f - 3, 8h, 8w), clamped to [-1, 1]; in one
-        step."""
-        list(progress(range(1)))
-        x = rearrange(latents, "b c f h w -> b f h w c")
-        first = (x[:, :1] * self.first_std + self.first_mean) @ self.first
-        group = (x[:, 1:] * self.group_std + self.group_mean) @ self.group
-        first = rearrange(first, "b f h w (c t p q) -> b c (f t) (h p) (w q)", c=3, t=1, p=8)
-        group = rearrange(group, "b f h w (c t p q) -> b c (f t) (h p) (w q)", c=3, t=4, p=8)
-        return torch.cat([first, group], 2).clamp(-1, 1)
-
-
-# --- Stand-in for umT5 ----------------------------------------------------------------------------
-class HashedText(nn.Module):
-    """Each word is a fixed random vector of mean 0 and variance 1; a begin token comes first, so L
-    >= 1."""
-
-    def __init__(self, dim=64, max_len=16):
-        super().__init__()
-        self.dim, self.max_len, self.fingerprint = dim, max_len, f"hash-v1-{dim}"
-
-    def word(self, word):
-        digest = hashlib.shake_256(word.encode()).digest(4 * self.dim)  # the same on every machine
-        x = np.frombuffer(digest, "<u4").astype(np.float64)
-        return torch.from_numpy((x - x.mean()) / x.std()).float()
-
-    def forward(self, prompts):
-        """List of strings to a list of (L, dim) tensors, L <= max_len."""
-        words = [[w.strip(".,;:!?\"'()[]") for w in prompt.lower().split()] for prompt in prompts]
-        tokens = [["<begin>", *filter(None, line)][: self.max_len] for line in words]
-        return [torch.stack([self.word(token) for token in line]) for line in tokens]
-
-
 # --- Loading. Models are built on the meta device and given the file's own tensors: there is no second copy.
 
 
@@ -255,23 +125,23 @@ def _count_layers(names, prefix):
 
 
 def _load(sd, family, build):
-    """Model build(name -> shape) holding the tensors of sd; ValueError unless all names and shapes
-    fit."""
-    have = {key: tuple(value.shape) for key, value in sd.items()}
+    """Model build(name -> shape) that holds the tensors of sd.
+
+    Raises ValueError unless all names and shapes fit."""
+    have = shapes_of(sd)
     try:
         with torch.device("meta"):
             model = build(have)
     except (KeyError, IndexError, ValueError) as error:
+        first = ", ".join(itertools.islice(sd, 4))
         raise ValueError(
             f"not a {family}: its sizes cannot be read, {error!r}. Found {len(sd)} tensors: "
-            f"{', '.join(itertools.islice(sd, 4))} ..."
+            f"{first} ..."
         ) from error
-    want = {key: tuple(value.shape) for key, value in model.state_dict().items()}
-    faults = [f"missing {key} {want[key]}" for key in want if key not in have]
-    faults += [f"unexpected {key} {have[key]}" for key in have if key not in want]
-    faults += [
-        f"{k} is {have[k]}, wanted {want[k]}" for k in want if k in have and have[k] != want[k]
-    ]
+    want = shapes_of(model.state_dict())
+    missing, extra, wrong = differences(want, have)
+    faults = [f"missing {key} {want[key]}" for key in missing]
+    faults += [f"unexpected {key} {have[key]}" for key in extra] + wrong
     if faults:
         raise ValueError(f"not a {family}: {len(faults)} tensors differ: {'; '.join(faults[:4])}")
     model.load_state_dict(sd, strict=True, assign=True)
@@ -452,18 +322,22 @@ class WanVAE(nn.Module):
     the result. Working memory does not grow with the clip, and input may stay on the CPU: a step
     moves its own frames."""
 
-    def __init__(self, dim=96, z_dim=len(LATENT_MEAN)):
+    def __init__(self, dim=96, z_dim=LATENT.channels, decoder_dim=None):
         super().__init__()
-        self.encoder, self.decoder = vae_encoder(dim, z_dim), vae_decoder(dim, z_dim)
+        self.encoder = vae_encoder(dim, z_dim)
+        self.decoder = vae_decoder(decoder_dim or dim, z_dim)
         self.conv1, self.conv2 = nn.Conv3d(2 * z_dim, 2 * z_dim, 1), nn.Conv3d(z_dim, z_dim, 1)
 
     @classmethod
     def from_state_dict(cls, sd):
         """Tensors of the VAE file (shared, not copied) -> VAE. ValueError on missing or unexpected
         ones."""
-        return _load(
-            _strip_prefix(sd, "model."), VAE_FILE, lambda size: cls(size["encoder.conv1.weight"][0])
-        )
+
+        def build(shapes):
+            wide = shapes["decoder.head.0.gamma"][0]  # a decoder may be wider than its encoder
+            return cls(shapes["encoder.conv1.weight"][0], decoder_dim=wide)
+
+        return _load(_strip_prefix(sd, "model."), VAE_FILE, build)
 
     @torch.no_grad()
     def encode(self, video, chunk=4):
@@ -736,23 +610,75 @@ PARTS = dict(
 )
 
 
+def wan_files(folder):
+    """Weight files of the DiT in a Wan folder, complete as its index says; [] for another
+    folder."""
+    found = sorted(Path(folder).glob("diffusion_pytorch_model*")) if folder else []
+    files = [str(path) for path in found if path.suffix in (".safetensors", ".pth")]
+    for index in (path for path in found if path.name.endswith(".index.json")):
+        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        wanted = {str(Path(folder, name)) for name in names}
+        absent = sorted(wanted - set(files))
+        if absent:
+            raise ValueError(
+                f"{index}: {len(absent)} of {len(wanted)} shards are missing, first {absent[0]}; "
+                f"download them too"
+            )
+    return files
+
+
+def lazy_tensors(path):
+    """name -> (shape, read) of a .safetensors or .pth file; read() is what touches the tensor's
+    bytes."""
+
+    def read(name):  # opened per tensor: pages of a closed file do not count against this process
+        with safe_open(path, "pt") as file:
+            return file.get_tensor(name)
+
+    try:
+        if path.endswith(".safetensors"):
+            with safe_open(path, "pt") as file:
+                return {
+                    k: (tuple(file.get_slice(k).get_shape()), partial(read, k)) for k in file.keys()
+                }
+        return lazy_pth(path)
+    except Exception as error:  # flipped bytes make the two readers raise almost any class of error
+        raise ValueError(
+            f"{path}: {os.path.getsize(path):,} bytes that cannot be read ({error}); an incomplete "
+            f"download? Fetch it again"
+        ) from None
+
+
+def lazy_pth(path):
+    """lazy_tensors of a .pth file.  It is mapped anew after every 64th part of it (2 MB at least:
+    each time unpickles the names): the pages of a mapping that were touched count against this
+    process until it is closed."""
+    mapped, part = {}, max(os.path.getsize(path) / 64, 2e6)
+
+    def load():
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+
+    def read(name):
+        if not mapped or mapped["read"] > part:
+            mapped.clear()
+            mapped.update(tensors=load(), read=0)
+        mapped["read"] += mapped["tensors"][name].nbytes
+        return mapped["tensors"][name]
+
+    return {k: (tuple(v.shape), partial(read, k)) for k, v in load().items()}
+
+
 def wan_family(folder):
-    """What the DiT of a Wan2.1 folder takes, as "wan32clip" (inputs, CLIP tokens); "" when it is no
-    such folder."""
-    files = [
-        p
-        for p in Path(folder).glob("diffusion_pytorch_model*")
-        if p.suffix in (".safetensors", ".pth")
-    ]
-    names = {name: value for path in files for name, value in load_state_dict(path).items()}
-    inputs = [
-        value.shape[1] for name, value in names.items() if name.endswith("patch_embedding.weight")
-    ]
-    return (
-        f"wan{inputs[0]}{'clip' * any(name.endswith('img_emb.proj.1.weight') for name in names)}"
-        if inputs
-        else ""
-    )
+    """What the DiT of a Wan folder takes, as "wan32clip" (inputs, CLIP tokens); "" if it has
+    none."""
+    shapes = {}
+    for path in wan_files(folder):
+        shapes.update({name: shape for name, (shape, _) in lazy_tensors(path).items()})
+    inputs = [shape[1] for name, shape in shapes.items() if name.endswith("patch_embedding.weight")]
+    if not inputs:
+        return ""
+    clip = any(name.endswith("img_emb.proj.1.weight") for name in shapes)
+    return f"wan{inputs[0]}{'clip' if clip else ''}"
 
 
 class WanFolder:
@@ -818,30 +744,6 @@ class WanFolder:
         return WanVAE.from_state_dict(load_state_dict(self.files["vae"])).to(
             self.device, torch.float32
         )
-
-
-def make_encoders(codec="transform", wan_dir="", device="cpu"):
-    """Encoders of a Wan2.1 folder, or the demo's: fingerprint, start_pad, and to be called when
-    wanted, one after another: load_text() -> f(prompts), load_image() -> f(images) or None,
-    load_vae() -> encode, decode."""
-    if wan_dir:
-        return WanFolder(wan_dir, device)
-    if codec != "transform":
-        raise ValueError(f"codec {codec!r}; wanted transform, or --wan_dir for the real encoders")
-    return SimpleNamespace(
-        fingerprint=f"{TransformCodec.fingerprint}-{HashedText().fingerprint}",
-        start_pad="replicate",
-        load_text=HashedText,
-        load_image=None,
-        load_vae=TransformCodec,
-    )
-
-
-def cache_prefix(wan_dir):
-    """How the caches begin that fit a video branch: its Wan family, or "transform" for the
-    demo's."""
-    family = wan_family(wan_dir) if wan_dir else ""
-    return f"{family}-" if family else "transform"
 
 
 def encode_start(vae, image, frames, pad):

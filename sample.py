@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 import config
 from config import option, section
-from encoders import cache_prefix, encode_start, make_encoders
+from encoders import encode_start
 from geometry import encode_pose
 from lib.camera_files import FORMATS
 from lib.camera_paths import View, load_camera, mean_distance
@@ -32,6 +32,7 @@ from lib.export import EXPORTS, USUAL, check_out, describe, export_names, make_s
 from lib.files import read_video
 from lib.guards import run_command
 from lib.pictures import depth_to_rgb, tile, write_png
+from lib.standin import cache_prefix, make_encoders
 from lib.weights import metadata_of, open_checkpoint
 from model import shift_sigma
 from wan import LATENT, start_condition

@@ -341,7 +341,7 @@ class WanDiT(nn.Module):
     @classmethod
     def from_state_dict(cls, sd, head_dim=128, text_len=512):
         """From official tensors, used as they are; missing or extra names are a ValueError."""
-        dit = cls.from_shapes({k: tuple(v.shape) for k, v in sd.items()}, head_dim, text_len)
+        dit = cls.from_shapes(shapes_of(sd), head_dim, text_len)
         return load_strict(dit, sd, "Wan2.1 DiT")
 
     def modulation(self, t):
@@ -442,13 +442,27 @@ def start_condition(start_latents, in_dim, frames):
     return y
 
 
+def differences(own, found):
+    """How the tensors of a file differ from a module's; both name -> shape.
+
+    returns  names that are missing, names that are unexpected, "NAME shape, wanted shape" of
+             others"""
+    missing, extra = [k for k in own if k not in found], [k for k in found if k not in own]
+    both = (k for k in own if k in found)
+    return (
+        missing,
+        extra,
+        [f"{k} is {found[k]}, wanted {own[k]}" for k in both if found[k] != own[k]],
+    )
+
+
+def shapes_of(tensors):
+    return {name: tuple(value.shape) for name, value in tensors.items()}
+
+
 def check_names(module, shapes, what):
     """One readable error instead of torch's list, unless name -> shape fits the module exactly."""
-    own = {k: tuple(v.shape) for k, v in module.state_dict().items()}
-    missing, extra = [k for k in own if k not in shapes], [k for k in shapes if k not in own]
-    wrong = [
-        f"{k} {shapes[k]}, wanted {own[k]}" for k in own if k in shapes and shapes[k] != own[k]
-    ]
+    missing, extra, wrong = differences(shapes_of(module.state_dict()), shapes)
     if missing or extra or wrong:
         raise ValueError(
             f"{what}: {len(missing)} missing {missing[:3]}, {len(extra)} unexpected {extra[:3]}, "
@@ -458,7 +472,7 @@ def check_names(module, shapes, what):
 
 def load_strict(module, sd, what):
     """load_state_dict(assign=True) after check_names; returns the module."""
-    check_names(module, {k: tuple(v.shape) for k, v in sd.items()}, what)
+    check_names(module, shapes_of(sd), what)
     module.load_state_dict(sd, assign=True)
     return module
 

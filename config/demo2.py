@@ -1,4 +1,4 @@
-"""Demo, stage 2: camera adapters and the exchange join; starts from the demo's stage 1. (see demo.sh)"""
+"""Demo, stage 2: camera adapters and the exchange join, from the demo's stage 1 (see demo.sh)."""
 
 preset = "demo"
 stage = 2

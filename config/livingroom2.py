@@ -1,10 +1,7 @@
-"""A real recording, stage 2: ICL-NUIM living room, 81-frame clip to train on, 21-frame clip to
-validate. No Wan weights needed: a tiny video DiT is trained on the clip itself.
+"""A real recording, stage 2: camera adapters and the exchange.
 
-    python ../shared/livingroom/make_dataset.py data/livingroom python data.py encode
-    data/livingroom --codec transform --height 96 --width 128 --num_frames 21 --windows 16 python
-    train.py config/livingroom0.py && python train.py config/livingroom1.py && python train.py
-    config/livingroom2.py
+ICL-NUIM living room: an 81-frame clip to train on, a 21-frame clip to validate.  The commands are
+in docs/evaluation.md; no Wan weights are needed, since stage 0 trains on the clip itself.
 """
 
 preset = "demo"

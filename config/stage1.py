@@ -1,11 +1,11 @@
 """Stage 1, latent bridging: the geometry branch learns to read the frozen video branch.
 
     torchrun --nproc_per_node=8 train.py config/stage1.py
-    --wan_dir=weights/Wan2.1-Fun-V1.1-1.3B-Control-Camera
 
 global batch 64 = 8 GPUs x batch_size 8 x grad_accum 1
-    4 GPUs: --grad_accum=2     2 GPUs: --grad_accum=4     1 GPU: --grad_accum=8      (less memory: halve batch_size,
-    double grad_accum, or --checkpoint_activations=full; see --plan=True)
+4 GPUs: --grad_accum=2     2 GPUs: --grad_accum=4     1 GPU: --grad_accum=8
+Less memory: halve batch_size and double grad_accum, or --checkpoint_activations=full; --plan=True
+says what fits.
 """
 
 preset = "1.3b"

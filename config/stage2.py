@@ -1,11 +1,10 @@
 """Stage 2, unified co-optimization: camera adapters and the exchange join; Wan stays frozen.
 
     torchrun --nproc_per_node=8 train.py config/stage2.py
-    --wan_dir=weights/Wan2.1-Fun-V1.1-1.3B-Control-Camera
 
-global batch 112 = 8 GPUs x batch_size 1 x grad_accum 14      (the guide's 8 x 14, one clip at a
-                                                              time: 81 frames are
-    16,317 video tokens)      4 GPUs: --grad_accum=28     2 GPUs: --grad_accum=56     1 GPU: --grad_accum=112
+global batch 112 = 8 GPUs x batch_size 1 x grad_accum 14: the guide's 8 x 14, one clip at a time,
+because 81 frames are 16,317 video tokens
+4 GPUs: --grad_accum=28     2 GPUs: --grad_accum=56     1 GPU: --grad_accum=112
 """
 
 preset = "1.3b"

@@ -1,7 +1,4 @@
-"""Camera files in and out, one convention inside; named moves, key frames to paths.
-
-    python -m lib.cameras IN OUT [--from F] [--to F] [--size HxW] [--axes opencv|opengl] [--matrices
-    w2c|c2w]
+"""Camera files in and out, one convention inside (`python data.py cameras IN OUT` converts).
 
 Formats: re10k (text), fantasyworld and worldscore (JSON), nerfstudio (transforms.json), colmap
 (folder with cameras and images, .txt or .bin), tum (text), npz.  What a file leaves open is refused

@@ -120,11 +120,10 @@ def sums_of(root):
 
 
 def check_sums(root, paths):
-    """Files must be what DIR/SHA256SUMS says, where there is one: nothing else sees a flipped bit
-    in a plausible value.
+    """Files must be what DIR/SHA256SUMS says, where there is one.
 
-    cd DIR && find -L . -type f -not -path './cache/*' -not -name SHA256SUMS -exec sha256sum {} + >
-    SHA256SUMS"""
+    Nothing else sees a flipped bit in a plausible value.  docs/data.md has the command that makes
+    it."""
     sums, known = Path(root, "SHA256SUMS"), sums_of(root)
     for path in paths if known is not None else ():
         name, digest = path.relative_to(root).as_posix(), hashlib.sha256()

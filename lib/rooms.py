@@ -16,11 +16,11 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from encoders import make_encoders
 from geometry import inv_se3, relative_to_first
 from lib.caches import EMPTY_TEXT, save_clip, save_tensors
 from lib.camera_files import write_cameras
 from lib.pictures import write_video
+from lib.standin import make_encoders
 
 # Metres and radians (fov: degrees): low, high; turn: mean, sd; aim, pitch, roll: sd.  "simple": the
 # demo.

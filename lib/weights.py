@@ -1,11 +1,10 @@
-"""Other people's weights: a FantasyWorld release sampled, fine-tuned and written again; VGGT-1B as
-a start for stage 1.
+"""Every way of tensors into a model: Wan folders, our checkpoints, the release, VGGT-1B; and out.
 
-Tensor names and modules are in released.py; this file reads and writes the files.  A release is
-recognised by its tensor names, so its model.pth goes wherever a checkpoint of ours does: sample.py
---ckpt, train.py --init_from."""
+Which tensor goes where in the release's and VGGT's files is in released.py; this file reads and
+writes the files.  A release is recognised by its tensor names, so its model.pth goes wherever a
+checkpoint of ours does: sample.py --ckpt, train.py --init_from.
+`python -m lib.weights export CKPT OUT` writes a fine-tuned release under the release's names."""
 
-import glob
 import hashlib
 import json
 import os
@@ -13,7 +12,6 @@ import pathlib
 import re
 import sys
 from dataclasses import replace
-from functools import partial
 
 import torch
 from safetensors import safe_open
@@ -21,12 +19,182 @@ from safetensors.torch import save_file
 from torch import nn
 
 import released
+from encoders import lazy_tensors, wan_files
 from lib.distributed import copy_into
 from lib.files import write_whole
+from lib.guards import run_command
 from model import Config, FantasyWorld, half_geometry
 from wan import WanDiT, check_names, half_precision
 
+# --- Files and Wan folders ------------------------------------------------------------------------
+# md5 over the names and shapes of each release's DiT.  Source: DiffSynth-Studio's model detection.
+FAMILIES = {
+    "9269f8db9040a9d860eaca435be61814": "Wan2.1-T2V-1.3B",
+    "aafcfd9672c3a2456dc46e1cb6e52c70": "Wan2.1-T2V-14B",
+    "6d6ccde6845b95ad9114ab993d917893": "Wan2.1-Fun-1.3B-InP (or V1.1)",
+    "ac6a5aa74f4a0aab6f64eb9a72f19901": "Wan2.1-Fun-V1.1-1.3B-Control-Camera",
+    "b61c605c2adbd23124d152ed28e049ae": "Wan2.1-Fun-V1.1-14B-Control-Camera",
+    "6bfcfb3b342cb286ce886889d519a77e": "Wan2.1-I2V-14B-480P (or 720P, Fun-14B-InP)",
+}
 
+
+def fingerprint(shapes):
+    """md5 of the sorted "name:d0_d1" and "name" of every tensor."""
+    items = [
+        item
+        for name, shape in shapes.items()
+        for item in (f"{name}:{'_'.join(map(str, shape))}", name)
+    ]
+    return hashlib.md5(",".join(sorted(items)).encode()).hexdigest()
+
+
+def read_tensors(path):
+    """One .safetensors file -> (name -> tensor, metadata)."""
+    try:
+        with safe_open(path, "pt") as file:
+            return {k: file.get_tensor(k) for k in file.keys()}, file.metadata() or {}
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file") from None
+    except Exception as error:
+        raise ValueError(f"{path}: not a whole safetensors file ({error}); copy it again") from None
+
+
+def read_metadata(path):
+    """Metadata of a checkpoint, without its tensors."""
+    try:
+        with safe_open(path, "pt") as file:
+            return file.metadata() or {}
+    except Exception as error:
+        raise ValueError(f"{path}: not a checkpoint that can be read ({error})") from None
+
+
+def read_checked(path):
+    """read_tensors of one of our checkpoints; ValueError when its bytes are not those that were
+    saved."""
+    tensors, meta = read_tensors(path)
+    if "sha256" in meta and meta["sha256"] != digest(tensors):
+        raise ValueError(
+            f"{path}: its sha256 is not the one that it was saved with; the file is damaged. "
+            f"Use an older step, or copy it again"
+        )
+    return tensors, meta
+
+
+def digest(tensors):
+    """sha256 over the names and bytes of tensors, in the order of their names."""
+    total = hashlib.sha256()
+    for name in sorted(tensors):
+        total.update(name.encode())
+        total.update(tensors[name].contiguous().reshape(-1).view(torch.uint8).numpy())
+    return total.hexdigest()
+
+
+def wan_tensors(folder):
+    """name -> (shape, read) of the DiT in a Wan2.1 hub folder (one file or shards) or of a stage 0
+    demo run."""
+    files = wan_files(folder) or [str(p) for p in pathlib.Path(folder).glob("latest.safetensors")]
+    if not files:
+        raise ValueError(
+            f"wan_dir = {folder}: no diffusion_pytorch_model*.safetensors (a Wan2.1 folder) and no "
+            f"latest.safetensors (a stage 0 run) in it; train stage 0 first or download the weights"
+        )
+    tensors = {}
+    for file in files:
+        found = lazy_tensors(file)
+        if twice := set(found) & set(tensors):
+            raise ValueError(
+                f"{file}: {min(twice)} is also in another file of {folder}; remove one of the two "
+                "copies"
+            )
+        tensors.update(found)
+    for prefix in ("pipe.", "model.", "dit."):
+        if all(name.startswith(prefix) for name in tensors):
+            tensors = {name.removeprefix(prefix): value for name, value in tensors.items()}
+    return tensors
+
+
+def load_wan(folder, cfg, device="cpu", dtype=None):
+    """Frozen WanDiT from the folder of a Wan2.1 release or of a stage 0 run.
+
+    Tensors go to device one by one, the big matrices in dtype (default fp32), so the host holds one
+    copy at most.
+    returns  the model, and cfg with the video sizes of what was found"""
+    tensors = wan_tensors(folder)
+    shapes = {name: shape for name, (shape, _) in tensors.items()}
+    dit = WanDiT.from_shapes(shapes, cfg.head_dim, cfg.text_len, where=folder)
+    check_names(dit, shapes, f"{folder}: Wan2.1 DiT")
+    wanted = (half_precision(dit, dtype) if dtype else dit).state_dict()
+    dit.load_state_dict(
+        {name: tensors[name][1]().to(device, wanted[name].dtype, copy=True) for name in wanted},
+        assign=True,
+    )
+    found = dict(
+        dim=dit.patch_embedding.out_channels,
+        ffn_dim=dit.blocks[0].ffn[0].out_features,
+        in_dim=dit.in_dim,
+        num_layers=len(dit.blocks),
+        text_dim=dit.text_embedding[0].in_features,
+        freq_dim=dit.freq_dim,
+        has_clip=dit.img_emb is not None,
+        has_control=dit.control_adapter is not None,
+    )
+    if os.environ.get("RANK", "0") == "0":
+        print(
+            f"{folder}: {FAMILIES.get(fingerprint(shapes), 'a DiT of sizes that no release has')}: "
+            + ", ".join(f"{key} {value}" for key, value in found.items()),
+            flush=True,
+        )
+    return dit, replace(cfg, **found)
+
+
+def build_model(cfg, wan_dir, device, dtype=None):
+    """FantasyWorld on the device; frozen branch from wan_dir ("" = random), its big matrices in
+    dtype (None = fp32)."""
+    dit, cfg = load_wan(wan_dir, cfg, device, dtype) if wan_dir else (None, cfg)
+    model = FantasyWorld(cfg, dit)
+    if dtype and not wan_dir:
+        half_precision(model.dit, dtype)
+    return model.to(device)
+
+
+def config_from_metadata(meta):
+    """Config that a checkpoint was trained with."""
+    values = json.loads(meta["model_config"])
+    return Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+
+def load_trained(model, path):
+    """Copy a checkpoint's tensors into the model; returns its metadata (stage, step, config as
+    strings).
+
+    A checkpoint holds what its stage trains; after stage 1 the interaction keeps its zero start.
+    Anything else that is missing, left over or of another shape is a ValueError."""
+    sd, meta = read_checked(path)
+    own = dict(model.named_parameters())
+    untrained = (
+        ("camera_adapters.", "exchange.", "ray_encoder.") if meta.get("stage") == "1" else ()
+    )
+    wanted = (
+        k
+        for k in own
+        if k.startswith("dit.") == (meta.get("stage") == "0") and not k.startswith(untrained)
+    )
+    missing = [k for k in wanted if k not in sd]
+    extra = [k for k in sd if k not in own or sd[k].shape != own[k].shape]
+    if missing or extra:
+        raise ValueError(
+            f"{path} (stage {meta.get('stage')}) does not fit this model: {len(missing)} tensors "
+            "missing "
+            f"{missing[:3]}, {len(extra)} unknown or of another size {extra[:3]}; use the preset "
+            "that it "
+            f"was trained with"
+        )
+    for name, value in sd.items():
+        copy_into(own[name], value)
+    return meta
+
+
+# --- Checkpoints, releases, VGGT ------------------------------------------------------------------
 def metadata_of(path):
     """Metadata of a checkpoint without its tensors; what ours would say for a release's model.pth
     or VGGT-1B."""
@@ -226,234 +394,12 @@ def export_release(checkpoint, out):
     return f"{out}: {len(named)} tensors of {checkpoint}, {len(rest)} of {meta['release']}"
 
 
-# md5 over the names and shapes of each release's DiT.  Source: DiffSynth-Studio's model detection.
-FAMILIES = {
-    "9269f8db9040a9d860eaca435be61814": "Wan2.1-T2V-1.3B",
-    "aafcfd9672c3a2456dc46e1cb6e52c70": "Wan2.1-T2V-14B",
-    "6d6ccde6845b95ad9114ab993d917893": "Wan2.1-Fun-1.3B-InP (or V1.1)",
-    "ac6a5aa74f4a0aab6f64eb9a72f19901": "Wan2.1-Fun-V1.1-1.3B-Control-Camera",
-    "b61c605c2adbd23124d152ed28e049ae": "Wan2.1-Fun-V1.1-14B-Control-Camera",
-    "6bfcfb3b342cb286ce886889d519a77e": "Wan2.1-I2V-14B-480P (or 720P, Fun-14B-InP)",
-}
-
-
-def fingerprint(shapes):
-    """md5 of the sorted "name:d0_d1" and "name" of every tensor."""
-    items = [
-        item
-        for name, shape in shapes.items()
-        for item in (f"{name}:{'_'.join(map(str, shape))}", name)
-    ]
-    return hashlib.md5(",".join(sorted(items)).encode()).hexdigest()
-
-
-def read_tensors(path):
-    """One .safetensors file -> (name -> tensor, metadata)."""
-    try:
-        with safe_open(path, "pt") as file:
-            return {k: file.get_tensor(k) for k in file.keys()}, file.metadata() or {}
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such file") from None
-    except Exception as error:
-        raise ValueError(f"{path}: not a whole safetensors file ({error}); copy it again") from None
-
-
-def wan_files(folder):
-    """Weight files of the DiT in a Wan2.1 folder, complete as its index says; [] when it is no such
-    folder."""
-    files = sorted(
-        f
-        for f in glob.glob(os.path.join(folder, "diffusion_pytorch_model*"))
-        if f.endswith((".safetensors", ".pth"))
-    )
-    for index in glob.glob(os.path.join(folder, "diffusion_pytorch_model*.index.json")):
-        with open(index) as file:
-            wanted = {os.path.join(folder, name) for name in json.load(file)["weight_map"].values()}
-        if absent := sorted(wanted - set(files)):
-            raise ValueError(
-                f"{index}: {len(absent)} of {len(wanted)} shards are missing, first {absent[0]}; "
-                f"download them too"
-            )
-    return files
-
-
-def lazy_tensors(path):
-    """name -> (shape, read) of a .safetensors or .pth file; read() is what touches the tensor's
-    bytes."""
-
-    def read(name):  # opened per tensor: pages of a closed file do not count against this process
-        with safe_open(path, "pt") as file:
-            return file.get_tensor(name)
-
-    try:
-        if path.endswith(".safetensors"):
-            with safe_open(path, "pt") as file:
-                return {
-                    k: (tuple(file.get_slice(k).get_shape()), partial(read, k)) for k in file.keys()
-                }
-        return lazy_pth(path)
-    except Exception as error:  # flipped bytes make the two readers raise almost any class of error
-        raise ValueError(
-            f"{path}: {os.path.getsize(path):,} bytes that cannot be read ({error}); an incomplete "
-            f"download? Fetch it again"
-        ) from None
-
-
-def lazy_pth(path):
-    """lazy_tensors of a .pth file.  It is mapped anew after every 64th part of it (2 MB at least:
-    each time unpickles the names): the pages of a mapping that were touched count against this
-    process until it is closed."""
-    mapped, part = {}, max(os.path.getsize(path) / 64, 2e6)
-
-    def load():
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-
-    def read(name):
-        if not mapped or mapped["read"] > part:
-            mapped.clear()
-            mapped.update(tensors=load(), read=0)
-        mapped["read"] += mapped["tensors"][name].nbytes
-        return mapped["tensors"][name]
-
-    return {k: (tuple(v.shape), partial(read, k)) for k, v in load().items()}
-
-
-def wan_tensors(folder):
-    """name -> (shape, read) of the DiT in a Wan2.1 hub folder (one file or shards) or of a stage 0
-    demo run."""
-    files = wan_files(folder) or glob.glob(os.path.join(folder, "latest.safetensors"))
-    if not files:
-        raise ValueError(
-            f"wan_dir = {folder}: no diffusion_pytorch_model*.safetensors (a Wan2.1 folder) and no "
-            f"latest.safetensors (a stage 0 run) in it; train stage 0 first or download the weights"
-        )
-    tensors = {}
-    for file in files:
-        found = lazy_tensors(file)
-        if twice := set(found) & set(tensors):
-            raise ValueError(
-                f"{file}: {min(twice)} is also in another file of {folder}; remove one of the two "
-                "copies"
-            )
-        tensors.update(found)
-    for prefix in ("pipe.", "model.", "dit."):
-        if all(name.startswith(prefix) for name in tensors):
-            tensors = {name.removeprefix(prefix): value for name, value in tensors.items()}
-    return tensors
-
-
-def load_wan(folder, cfg, device="cpu", dtype=None):
-    """Frozen WanDiT from the folder of a Wan2.1 release or of a stage 0 run.
-
-    Tensors go to device one by one, the big matrices in dtype (default fp32), so the host holds one
-    copy at most.
-    returns  the model, and cfg with the video sizes of what was found"""
-    tensors = wan_tensors(folder)
-    shapes = {name: shape for name, (shape, _) in tensors.items()}
-    dit = WanDiT.from_shapes(shapes, cfg.head_dim, cfg.text_len, where=folder)
-    check_names(dit, shapes, f"{folder}: Wan2.1 DiT")
-    wanted = (half_precision(dit, dtype) if dtype else dit).state_dict()
-    dit.load_state_dict(
-        {name: tensors[name][1]().to(device, wanted[name].dtype, copy=True) for name in wanted},
-        assign=True,
-    )
-    found = dict(
-        dim=dit.patch_embedding.out_channels,
-        ffn_dim=dit.blocks[0].ffn[0].out_features,
-        in_dim=dit.in_dim,
-        num_layers=len(dit.blocks),
-        text_dim=dit.text_embedding[0].in_features,
-        freq_dim=dit.freq_dim,
-        has_clip=dit.img_emb is not None,
-        has_control=dit.control_adapter is not None,
-    )
-    if os.environ.get("RANK", "0") == "0":
-        print(
-            f"{folder}: {FAMILIES.get(fingerprint(shapes), 'a DiT of sizes that no release has')}: "
-            + ", ".join(f"{key} {value}" for key, value in found.items()),
-            flush=True,
-        )
-    return dit, replace(cfg, **found)
-
-
-def load_trained(model, path):
-    """Copy a checkpoint's tensors into the model; returns its metadata (stage, step, config as
-    strings).
-
-    A checkpoint holds what its stage trains; after stage 1 the interaction keeps its zero start.
-    Anything else that is missing, left over or of another shape is a ValueError."""
-    sd, meta = read_checked(path)
-    own = dict(model.named_parameters())
-    untrained = (
-        ("camera_adapters.", "exchange.", "ray_encoder.") if meta.get("stage") == "1" else ()
-    )
-    wanted = (
-        k
-        for k in own
-        if k.startswith("dit.") == (meta.get("stage") == "0") and not k.startswith(untrained)
-    )
-    missing = [k for k in wanted if k not in sd]
-    extra = [k for k in sd if k not in own or sd[k].shape != own[k].shape]
-    if missing or extra:
-        raise ValueError(
-            f"{path} (stage {meta.get('stage')}) does not fit this model: {len(missing)} tensors "
-            "missing "
-            f"{missing[:3]}, {len(extra)} unknown or of another size {extra[:3]}; use the preset "
-            "that it "
-            f"was trained with"
-        )
-    for name, value in sd.items():
-        copy_into(own[name], value)
-    return meta
-
-
-def read_metadata(path):
-    """Metadata of a checkpoint, without its tensors."""
-    try:
-        with safe_open(path, "pt") as file:
-            return file.metadata() or {}
-    except Exception as error:
-        raise ValueError(f"{path}: not a checkpoint that can be read ({error})") from None
-
-
-def read_checked(path):
-    """read_tensors of one of our checkpoints; ValueError when its bytes are not those that were
-    saved."""
-    tensors, meta = read_tensors(path)
-    if "sha256" in meta and meta["sha256"] != digest(tensors):
-        raise ValueError(
-            f"{path}: its sha256 is not the one that it was saved with; the file is damaged. "
-            f"Use an older step, or copy it again"
-        )
-    return tensors, meta
-
-
-def build_model(cfg, wan_dir, device, dtype=None):
-    """FantasyWorld on the device; frozen branch from wan_dir ("" = random), its big matrices in
-    dtype (None = fp32)."""
-    dit, cfg = load_wan(wan_dir, cfg, device, dtype) if wan_dir else (None, cfg)
-    model = FantasyWorld(cfg, dit)
-    if dtype and not wan_dir:
-        half_precision(model.dit, dtype)
-    return model.to(device)
-
-
-def config_from_metadata(meta):
-    """Config that a checkpoint was trained with."""
-    values = json.loads(meta["model_config"])
-    return Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
-
-
-def digest(tensors):
-    """sha256 over the names and bytes of tensors, in the order of their names."""
-    total = hashlib.sha256()
-    for name in sorted(tensors):
-        total.update(name.encode())
-        total.update(tensors[name].contiguous().reshape(-1).view(torch.uint8).numpy())
-    return total.hexdigest()
+def command():
+    if len(sys.argv) != 4 or sys.argv[1] != "export":
+        found = " ".join(sys.argv[1:])
+        raise ValueError(f"wanted python -m lib.weights export CKPT OUT, got '{found}'")
+    print(export_release(*sys.argv[2:]))
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 4 or sys.argv[1] != "export":
-        raise SystemExit(f"usage: python -m lib.weights export CKPT OUT; got {sys.argv[1:]}")
-    print(export_release(*sys.argv[2:]))
+    run_command("lib.weights", command)

@@ -43,7 +43,7 @@ import data  # noqa: E402
 from lib import (
     pictures,  # noqa: E402
     rooms,  # noqa: E402
-    )
+)
 from lib.files import read_array  # noqa: E402
 
 RAW, SIZE, OTHER = damage.RAW | ARRAYS, (32, 48, 5), "train_000000"
@@ -178,7 +178,7 @@ def trained_on(root, clean):
 def try_raw(place, clean):
     """Verify, encode, train."""
     failed, seen = heard(data.verify, place.root, "train")
-    bad, text = heard(data.encode, place.root, *SIZE, split="train")
+    bad, text = heard(data.encode, place.root, *SIZE, how=data.Encoding(split="train"))
     folder = next(place.root.glob("cache/*"), place.root)
     found = {p.stem: load_file(p) for p in folder.glob("train*.safetensors")}
     halves = [
@@ -214,7 +214,7 @@ def try_cache(place, clean):
     """Train; then the cure that the error gives: delete what is damaged, encode."""
     outcome, text = trained_on(place.root, clean)
     heard(
-        data.encode, place.root, *SIZE, split="train", also=OSError
+        data.encode, place.root, *SIZE, how=data.Encoding(split="train"), also=OSError
     )  # whatever it says of what is there
     if not os.access(
         place.folder, os.W_OK | os.X_OK, effective_ids=True
@@ -224,7 +224,7 @@ def try_cache(place, clean):
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(
             missing_ok=True
         )
-    bad, said = heard(data.encode, place.root, *SIZE, split="train")
+    bad, said = heard(data.encode, place.root, *SIZE, how=data.Encoding(split="train"))
     extra = [p for p in place.root.glob("cache/*") if p != place.folder]
     found, more = start(place.root) if not extra else (clean, "")
     return (

@@ -6,7 +6,16 @@ import subprocess
 import sys
 
 ROOT = pathlib.Path(__file__).parents[1]
-FLOORS = ["geometry wan encoders", "released", "model", "lib", "data", "train sample", "bench app"]
+FLOORS = [
+    "geometry wan",
+    "encoders",
+    "released",
+    "model",
+    "lib",
+    "data",
+    "train sample",
+    "bench app",
+]
 FLOOR = {name: height for height, names in enumerate(FLOORS) for name in names.split()}
 PROGRAM = {
     p.relative_to(ROOT).with_suffix("").as_posix().replace("/", "."): p

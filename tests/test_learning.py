@@ -11,9 +11,9 @@ import data
 import geometry
 import train
 from data import collate
-from encoders import HashedText, TransformCodec
 from lib.metrics import depth_metrics, point_metrics
 from lib.rooms import render_clip
+from lib.standin import HashedText, TransformCodec
 from model import FantasyWorld, flow_matching_loss
 
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from encoders import DETAIL, MOTION, SHARED, HashedText, TransformCodec, transform_rows
 from geometry import project, unproject
 from lib import rooms
+from lib.standin import DETAIL, MOTION, SHARED, HashedText, TransformCodec, transform_rows
 
 
 def as_video(rgb):

@@ -144,8 +144,7 @@ def test_command_prints_a_table_names_the_cure_and_fails(tmp_path, capsys, monke
         tmp_path, rooms.Recipe(seed=5, variety="simple", num=2, num_frames=9, height=64, width=96)
     )
     assert (
-        data.verify(tmp_path, exact=True) == 0
-        and "2 samples, 0 failed" in capsys.readouterr().out
+        data.verify(tmp_path, exact=True) == 0 and "2 samples, 0 failed" in capsys.readouterr().out
     )
     path = tmp_path / "train_000001" / "camera_params.txt"
     table = read_table(path)

@@ -9,16 +9,18 @@ import shutil
 import subprocess
 import sys
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from test_train import run
+from tiny import options_of
 from wan_folder import OVERRIDES, keys, write_wan_folder
 
 import data
 from encoders import WanFolder, wan_family
-from lib import caches, checkpoints, weights
+from lib import caches, weights
 from lib.caches import cached_metadata, save_tensors
 from lib.files import read_video
 from lib.rooms import Recipe, synth
@@ -162,7 +164,7 @@ def test_loading_reads_every_tensor_once(golden, tmp_path, monkeypatch):
             for name, (shape, get) in lazy(path).items()
         }
 
-    monkeypatch.setattr(checkpoints, "lazy_tensors", counting)
+    monkeypatch.setattr(weights, "lazy_tensors", counting)
     load_wan(tmp_path.as_posix(), TINY)
     assert sorted(read) == sorted(golden["state_dict"])
 
@@ -171,7 +173,7 @@ def test_loading_reads_every_tensor_once(golden, tmp_path, monkeypatch):
 # meta device makes torch import 70 MB of its own code.
 MEASURE = """
 import re, sys, torch
-from lib.checkpoints import load_wan
+from lib.weights import load_wan
 from model import PRESETS, Config, FantasyWorld
 peak = lambda: 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
 with torch.device("meta"):
@@ -316,7 +318,7 @@ def test_a_corrupt_clip_is_reported_left_out_and_fails_the_command(
     command = f"data.py encode {root} --wan_dir {wan} --height 32 --width 48 --num_frames 5"
     monkeypatch.setattr(sys, "argv", command.split())
     with pytest.raises(SystemExit) as stop:
-        data.main()
+        data.command()
     text = "".join(capsys.readouterr())
     assert stop.value.code == 1 and "train_000001/video.mp4: not a readable video" in text
     assert "3 encoded, 0 kept, skipped: train_000001" in text
@@ -341,16 +343,16 @@ def test_a_missing_cache_or_encoder_file_is_named_with_the_cure(clips, wan, tmp_
 
 def test_random_windows_repeat_themselves_and_stay_inside_the_clip(clips):
     sample = data.load_samples(clips)[0]
-    starts = [data.window_starts(sample, 5, 2, 1, 6, seed) for seed in (3, 3, 4)]
+    how = data.Encoding(stride=2, start=1, windows=6)
+    starts = [replace(how, window_seed=seed).starts(sample, 5) for seed in (3, 3, 4)]
     assert starts[0] == starts[1] != starts[2] and all(
         1 <= s <= 13 - 9 for s in starts[0] + starts[2]
     )
-    assert data.window_starts(sample, 5, 1, 0, 3, -1) == [0, 4, 8] and data.window_starts(
-        sample, 5, 1, 2, 1, -1
-    ) == [2]
+    assert data.Encoding(windows=3).starts(sample, 5) == [0, 4, 8]
+    assert data.Encoding(start=2).starts(sample, 5) == [2]
 
 
-def test_a_dropped_start_image_takes_its_clip_tokens_with_it(monkeypatch):
+def test_a_dropped_start_image_takes_its_clip_tokens_with_it():
     import train
 
     b = dict(
@@ -360,8 +362,8 @@ def test_a_dropped_start_image_takes_its_clip_tokens_with_it(monkeypatch):
         text=["", ""],
     )
     for probability, left in ((1.0, 0), (0.0, 1)):
-        monkeypatch.setattr(train, "image_dropout", probability)
-        dropped = train.draw(b, 0, range(2), 2, "")[3]
+        options = options_of(train, image_dropout=probability)
+        dropped = train.draw(b, 0, range(2), 2, "", options)[3]
         assert dropped["clip"].eq(left).all() and dropped["y"].eq(left).all()
 
 
