@@ -2,13 +2,16 @@
 
     python tests/bad_data.py [--trials N --seed S]
 
-Each trial damages a fresh copy of a small dataset, then verifies, encodes and starts to train on it in a process of
-its own, as a user who is not root, with limits on time and memory.  It ends as one of
+Each trial damages a fresh copy of a small dataset, then verifies, encodes and starts to train on it
+in a process of its own, as a user who is not root, with limits on time and memory.  It ends as one
+of
 
-    refused         a ValueError, or a line and exit code, names clip or file; the other clips are as before; training
-                    refuses to start, with skip_bad it has the others alone
-    harmless        what training reads equals the clean data, but for depth pixels marked unknown (0)
-    silently wrong, crash (any other exception, much memory, a file executed or written elsewhere), hang"""
+    refused         a ValueError, or a line and exit code, names clip or file; the other clips are
+                    as before; training refuses to start, with skip_bad it has the others alone
+    harmless        what training reads equals the clean data, but for depth pixels marked unknown
+                    (0)
+    silently wrong, crash (any other exception, much memory, a file executed or written elsewhere),
+    hang"""
 
 import argparse
 import json
@@ -72,7 +75,8 @@ def at(root):
 
 
 def build(base, form):
-    """The clean dataset of a form, with its cache: two training clips of 9 frames, the second is the victim."""
+    """The clean dataset of a form, with its cache: two training clips of 9 frames, the second is
+    the victim."""
     root, kind = base / form / "data", form.removesuffix("+sums")
     if root.exists():
         return root
@@ -135,7 +139,8 @@ def equal(found, clean):
 
 
 def heard(work, *args, also=ValueError, **kwargs):
-    """Result and words of a command; a ValueError is words too, and what else its main() prints as one line."""
+    """Result and words of a command; a ValueError is words too, and what else its main() prints as
+    one line."""
     out = StringIO()
     with redirect_stdout(out), redirect_stderr(out):
         try:

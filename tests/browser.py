@@ -1,6 +1,8 @@
-"""Headless Chromium over its debugging pipe: open a page, run JavaScript, take a picture, read the console.
+"""Headless Chromium over its debugging pipe: open a page, run JavaScript, take a picture, read the
+console.
 
-Messages are JSON with a closing zero byte, on file descriptors 3 (to the browser) and 4 (from it)."""
+Messages are JSON with a closing zero byte, on file descriptors 3 (to the browser) and 4 (from
+it)."""
 
 import base64
 import contextlib

@@ -14,7 +14,8 @@ pytest.register_assert_rewrite("loss_case")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 
-# Two threads on two shared cores made a small training loop 15 times slower: one here, one in every process started here.
+# Two threads on two shared cores made a small training loop 15 times slower: one here, one in every
+# process started here.
 torch.set_num_threads(1)
 
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -23,7 +24,8 @@ LONGEST = "test_survival.py test_bad_data.py test_train.py test_wan.py test_spee
 
 
 def pytest_xdist_auto_num_workers(config):
-    """-n auto of pytest.ini: two workers for a folder; none for single files and tests, which end before they start."""
+    """-n auto of pytest.ini: two workers for a folder; none for single files and tests, which end
+    before they start."""
     return 2 if all(Path(arg).is_dir() for arg in config.args) else 0
 
 

@@ -1,4 +1,5 @@
-"""The mistakes `data.py verify` must name, made on purpose.   `python tests/corruptions.py [--trials 20]`"""
+"""The mistakes `data.py verify` must name, made on purpose.   `python tests/corruptions.py
+[--trials 20]`"""
 
 import argparse
 import functools
@@ -41,7 +42,8 @@ KINDS = (
 
 @functools.lru_cache(maxsize=64)
 def rendered(seed, num_frames=17, size=(64, 96), variety="simple", moving=False):
-    """A rendered clip with two spare cameras around it, as inspect reads it: raw, w2c (T + 2, 3, 4)."""
+    """A rendered clip with two spare cameras around it, as inspect reads it: raw, w2c (T + 2, 3,
+    4)."""
     clip = render_clip(seed, num_frames + 2, *size, variety, moving)
     k, w2c = clip["intrinsics"], clip["w2c"]
     fractions = k[0, 0] / size[1], k[1, 1] / size[0], 0.5, 0.5
@@ -87,7 +89,8 @@ def table(w2c, fractions):
 
 
 def corrupt(raw, w2c, kind, rng):
-    """One mistake -> raw, the cameras and depth that a reader would now believe (None where the file shows it)."""
+    """One mistake -> raw, the cameras and depth that a reader would now believe (None where the
+    file shows it)."""
     raw, believed = dict(raw), torch.from_numpy(w2c[1:-1])
     h, w = raw["depth"].shape[1:]
     fractions, depth = raw["table"][0, 1:5], raw["depth"]
@@ -141,7 +144,8 @@ SHOWN = (
 
 
 def effect(clean, w2c, raw, believed, k):
-    """By how many pixels (or percent of depth) the mistake spoils the views: what there is to be found."""
+    """By how many pixels (or percent of depth) the mistake spoils the views: what there is to be
+    found."""
     true = torch.from_numpy(w2c[1:-1])
     n, depth = len(true), torch.from_numpy(raw["depth"].astype(np.float64))
     pairs = verify.frame_pairs(n)[:-2]

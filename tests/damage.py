@@ -1,6 +1,8 @@
-"""The damage that tests/bad_data.py does to a dataset: {name: (form of the dataset, function of (place, rng))}.
+"""The damage that tests/bad_data.py does to a dataset: {name: (form of the dataset, function of
+(place, rng))}.
 
-A place has root, outside (a folder beside it), video, depth, camera, points; cache, empty and folder of the caches."""
+A place has root, outside (a folder beside it), video, depth, camera, points; cache, empty and
+folder of the caches."""
 
 import json
 import os
@@ -29,7 +31,7 @@ class Bomb:
         return open, (str(self.path), "w")
 
 
-# --- Any file ----------------------------------------------------------------------------------------------
+# --- Any file -------------------------------------------------------------------------------------
 def truncated(path, rng):
     path.write_bytes(path.read_bytes()[: rng.integers(1, path.stat().st_size)])
 
@@ -114,7 +116,7 @@ for part in ("npz", "png"):
     RAW[f"{part}: flipped bits"] = part, lambda p, r: flipped(frame(p, r), r)
 
 
-# --- Videos ------------------------------------------------------------------------------------------------
+# --- Videos ---------------------------------------------------------------------------------------
 def video(change):
     def damage(place, rng):
         frames, fps = read_video(place.video)
@@ -168,7 +170,7 @@ RAW |= {
 }
 
 
-# --- Cameras -----------------------------------------------------------------------------------------------
+# --- Cameras --------------------------------------------------------------------------------------
 def rows(change):
     """Change the table of numbers, or the text of the file."""
 
@@ -233,7 +235,7 @@ RAW |= {
 }
 
 
-# --- metadata.json -----------------------------------------------------------------------------------------
+# --- metadata.json --------------------------------------------------------------------------------
 def entry(**values):
     """Set fields of the victim's entry; a function gets the place."""
 

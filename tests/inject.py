@@ -1,7 +1,8 @@
-"""train.py with accidents: `python tests/inject.py RANK,STEP,MICRO,WHAT[+...] CONFIG.py [--key=value ...]`.
+"""train.py with accidents: `python tests/inject.py RANK,STEP,MICRO,WHAT[+...] CONFIG.py
+[--key=value ...]`.
 
-WHAT: nan (a pixel of the first clip of that micro-step), and on the first attempt of a torchrun only: term (SIGTERM to
-this rank), kill (SIGKILL), hang (this rank sleeps)."""
+WHAT: nan (a pixel of the first clip of that micro-step), and on the first attempt of a torchrun
+only: term (SIGTERM to this rank), kill (SIGKILL), hang (this rank sleeps)."""
 
 import os
 import pathlib

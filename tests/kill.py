@@ -1,9 +1,13 @@
-"""Kill -9 a training run again and again, also in the middle of saving, and compare its end with an undisturbed run's.
+"""Kill -9 a training run again and again, also in the middle of saving, and compare its end with an
+undisturbed run's.
 
-    python tests/kill.py --kills 30              one process: killed, started again by the same command
-    python tests/kill.py --kills 20 --ranks 2    one rank killed at a time: torchrun --max-restarts brings the run back
+    python tests/kill.py --kills 30              one process: killed, started again by the same
+                                                 command
+    python tests/kill.py --kills 20 --ranks 2    one rank killed at a time: torchrun --max-restarts
+                                                 brings the run back
 
-After every kill the newest checkpoint must read back whole; at the end weights and AdamW moments must be equal bitwise."""
+After every kill the newest checkpoint must read back whole; at the end weights and AdamW moments
+must be equal bitwise."""
 
 import argparse
 import contextlib
@@ -31,7 +35,8 @@ ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 def tiny_run(root, steps, ranks=1):
-    """A rendered dataset and a random video branch -> the arguments of a tiny stage 1 run that saves every step."""
+    """A rendered dataset and a random video branch -> the arguments of a tiny stage 1 run that
+    saves every step."""
     if not (root / "clips").exists():
         synth(
             root / "clips",
@@ -105,7 +110,8 @@ def children(pid):
 
 
 def end_run(process):
-    """SIGKILL to a process and its children: ranks outlive their torchrun, each leads a process group of its own."""
+    """SIGKILL to a process and its children: ranks outlive their torchrun, each leads a process
+    group of its own."""
     for pid in (*children(process.pid), process.pid):
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
@@ -159,7 +165,8 @@ def kill_alone(arguments, out, kills, chance):
 
 
 def kill_ranks(arguments, out, kills, chance, ranks):
-    """Kill one rank of a torchrun at a time; its restarts must bring the run to its end -> counts."""
+    """Kill one rank of a torchrun at a time; its restarts must bring the run to its end ->
+    counts."""
     process, slowest = start([*arguments, f"--out_dir={out}"], ranks, restarts=kills), 0.0
     try:
         for _ in range(kills):
@@ -210,6 +217,7 @@ if __name__ == "__main__":
             pathlib.Path(folder), args.kills, args.steps or 40 * args.kills, args.seed, args.ranks
         )
     print(
-        f"{args.kills} kills, {found}: every checkpoint whole, the end is bitwise that of the undisturbed run; "
+        f"{args.kills} kills, {found}: every checkpoint whole, the end is bitwise that of the "
+        "undisturbed run; "
         f"{time.monotonic() - began:.0f} s"
     )

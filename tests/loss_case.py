@@ -19,7 +19,8 @@ CFG = dict(
 
 
 def near(got, want, rtol=0):
-    """The reference numbers carry eight decimals: 6e-9 absolute is their rounding; fp32 rounds at 1e-7 of a unit."""
+    """The reference numbers carry eight decimals: 6e-9 absolute is their rounding; fp32 rounds at
+    1e-7 of a unit."""
     assert got.dtype == REAL["dtype"]
     assert got.item() == pytest.approx(
         want, rel=max(rtol, loose()), abs=6e-9 if loose() == 1e-6 else 3e-7
@@ -31,7 +32,8 @@ def all_true(x):
 
 
 def case(B=2, T=5, H=9, W=10, seed=0):
-    """Predictions, labels and a mask with holes; depths drift slowly so that temporal pairs exist."""
+    """Predictions, labels and a mask with holes; depths drift slowly so that temporal pairs
+    exist."""
     g = torch.Generator().manual_seed(seed)
 
     def rand(*shape):

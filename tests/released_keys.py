@@ -1,11 +1,13 @@
 """Name -> shape of every tensor of the released FantasyWorld model (Wan2.1 variant), for any sizes.
 
-Written from the list in the specification, not from our modules: at the release's sizes it has 3132 names and
-18,542,823,881 parameters, at the golden file's sizes exactly the 814 names and shapes of that file (tests).
+Written from the list in the specification, not from our modules: at the release's sizes it has 3132
+names and 18,542,823,881 parameters, at the golden file's sizes exactly the 814 names and shapes of
+that file (tests).
 
     python tests/released_keys.py DIR [--pcb 1 --irg 1]
 
-writes a model.pth and its base at the release's true widths with fewer blocks, fp32, and measures loading it in bf16."""
+writes a model.pth and its base at the release's true widths with fewer blocks, fp32, and measures
+loading it in bf16."""
 
 import argparse
 import pathlib
@@ -53,7 +55,8 @@ GOLDEN = dict(
     features=32,
 )
 
-# Head widths of the release (128, 96, 64, 128), so that no head count has to be told; adapters end inside the IRG part.
+# Head widths of the release (128, 96, 64, 128), so that no head count has to be told; adapters end
+# inside the IRG part.
 TINY = dict(
     RELEASE,
     dim=128,
@@ -255,8 +258,8 @@ def write_zeros(s, folder):
     )
 
 
-# VmHWM, not ru_maxrss: that one starts at the size of the process that we were started from.  A small model first: the
-# meta device makes torch import 70 MB of its own code.
+# VmHWM, not ru_maxrss: that one starts at the size of the process that we were started from.  A
+# small model first: the meta device makes torch import 70 MB of its own code.
 MEASURE = """
 import re, sys, torch
 from lib.weights import load_release
@@ -272,7 +275,8 @@ print((peak() - before) / weights, weights)
 
 
 def measure_loading(folder):
-    """Peak host memory of loading model.pth over the base in bf16 as a multiple of the result's bytes, and those."""
+    """Peak host memory of loading model.pth over the base in bf16 as a multiple of the result's
+    bytes, and those."""
     result = subprocess.run(
         [sys.executable, "-c", MEASURE, str(folder)],
         capture_output=True,

@@ -1,4 +1,5 @@
-"""The switches of the ablation table: what is off is not there, the rest trains, stage 2 starts where stage 1 ended."""
+"""The switches of the ablation table: what is off is not there, the rest trains, stage 2 starts
+where stage 1 ended."""
 
 import json
 

@@ -1,4 +1,5 @@
-"""Damaged and hostile datasets end in a named error; training refuses at its start or leaves the clip out."""
+"""Damaged and hostile datasets end in a named error; training refuses at its start or leaves the
+clip out."""
 
 import json
 import multiprocessing
@@ -267,7 +268,8 @@ def test_no_array_file_is_unpickled(tmp_path):
 
 
 def test_no_source_file_unpickles_or_evaluates():
-    """np.load and torch.load say so where they are called; config.py alone executes a file, the user's own."""
+    """np.load and torch.load say so where they are called; config.py alone executes a file, the
+    user's own."""
     root = Path(data.__file__).parent
     for path in [*root.glob("*.py"), *root.glob("lib/*.py")]:
         text = path.read_text()

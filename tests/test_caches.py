@@ -1,4 +1,5 @@
-"""A cache file in training: mapped while it is the one that was checked, else read whole, refused by name."""
+"""A cache file in training: mapped while it is the one that was checked, else read whole, refused
+by name."""
 
 import os
 import sys

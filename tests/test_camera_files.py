@@ -1,4 +1,5 @@
-"""Camera files: every format has a hand-made example and comes back as it was written; what is open is refused."""
+"""Camera files: every format has a hand-made example and comes back as it was written; what is open
+is refused."""
 
 import json
 import math
@@ -15,8 +16,8 @@ from lib import camera_files, camera_paths
 
 SIZE = (120, 160)
 
-# The hand-made camera of every example stands at (1, 2, 3) and is turned by 90 degrees about y: its z axis is the
-# world's x, its x axis the world's -z.  w2c by hand: geometry.md 6.1c.
+# The hand-made camera of every example stands at (1, 2, 3) and is turned by 90 degrees about y: its
+# z axis is the world's x, its x axis the world's -z.  w2c by hand: geometry.md 6.1c.
 C2W = np.array([[0.0, 0, 1, 1], [0, 1, 0, 2], [-1, 0, 0, 3]])
 
 W2C = np.array([[0.0, 0, -1, 3], [0, 1, 0, -2], [1, 0, 0, -1]])
@@ -125,7 +126,8 @@ def test_nerfstudio_by_hand_with_shared_frame_and_angle_intrinsics(tmp_path):
 
 
 def test_colmap_text_and_binary_by_hand(tmp_path):
-    """Inverse of a quarter turn about y: w, x, y, z = .7071, 0, -.7071, 0; the image list is not in name order."""
+    """Inverse of a quarter turn about y: w, x, y, z = .7071, 0, -.7071, 0; the image list is not in
+    name order."""
     text, binary = tmp_path / "text", tmp_path / "binary"
     text.mkdir(), binary.mkdir()
     (text / "cameras.txt").write_text("# Camera list\n3 SIMPLE_PINHOLE 160 120 80 80 60\n")

@@ -73,7 +73,8 @@ def test_orbit_moves_right_at_constant_distance_and_keeps_the_pivot_on_the_axis(
     ],
 )
 def test_easing_by_hand(ease, gone):
-    """s, s^2 (3 - 2s), s^2, s (2 - s) at a quarter, half, three quarters; all moves end at the same place."""
+    """s, s^2 (3 - 2s), s^2, s (2 - s) at a quarter, half, three quarters; all moves end at the same
+    place."""
     w2c, _ = camera_move("forward", 5, ease=ease)
     torch.testing.assert_close(inv_se3(w2c)[:, 2, 3], 0.3 * torch.tensor([0, *gone, 1]))
     turned = rotation_angle(
@@ -86,7 +87,8 @@ def test_easing_by_hand(ease, gone):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_amount_scales_every_move_and_a_negative_one_reverts_it(name):
-    """Half the turn, the way or the logarithm of the zoom; for the orbit the angle, for the spiral the radius."""
+    """Half the turn, the way or the logarithm of the zoom; for the orbit the angle, for the spiral
+    the radius."""
 
     def size(amount):
         w2c, focal = camera_move(name, 9, amount=amount, ease="linear")

@@ -1,4 +1,5 @@
-"""Cameras against hand-computed numbers, round trips and invariances; every test in fp64 and in fp32."""
+"""Cameras against hand-computed numbers, round trips and invariances; every test in fp64 and in
+fp32."""
 
 import math
 
@@ -32,7 +33,8 @@ def ry90():
 
 
 def close(got, want, rtol=0, atol=2e-8):
-    """The hand-computed numbers carry eight digits: 2e-8 absolute is their rounding; fp32 rounds at 1e-7 of a unit."""
+    """The hand-computed numbers carry eight digits: 2e-8 absolute is their rounding; fp32 rounds at
+    1e-7 of a unit."""
     assert got.dtype == REAL["dtype"]
     atol = max(atol, 3e-6) if got.dtype == torch.float32 else atol
     torch.testing.assert_close(
@@ -151,7 +153,8 @@ def test_field_of_view_is_vertical_first(f, size, fov):
 
 
 def test_realestate10k_intrinsics_are_square_pixels_after_the_crop_and_survive_the_encoding():
-    """1280x720 cropped to 592x336: the aspect rule gives fx = .5369340147; the encoding keeps both."""
+    """1280x720 cropped to 592x336: the aspect rule gives fx = .5369340147; the encoding keeps
+    both."""
     fx, fy, (H, W) = 0.532139961 * (336 * 1280 / 720) / 592, 0.946026558, (336, 592)
     close(tensor([fx, fx * W, fy * H], **REAL), [0.5369340147, 317.864937, 317.864923])
     K = tensor([[fx * W, 0, W / 2], [0, fy * H, H / 2], [0, 0, 1]], **REAL)
@@ -204,7 +207,8 @@ def test_mirrored_world_mirrors_directions_and_negates_mirrored_moments():
 
 
 def test_rays_span_the_image_once():
-    """Pixel intrinsics multiplied by the image size a second time would make all columns the same ray."""
+    """Pixel intrinsics multiplied by the image size a second time would make all columns the same
+    ray."""
     d = plucker_rays(
         torch.eye(3, 4, **REAL)[None, None], intrinsics(500, (2, 592), 1, 1), (2, 592)
     )[0, 3:, 0]

@@ -1,4 +1,5 @@
-"""Readers, writers, crops and the cache: what is read is what was written, errors name their cure."""
+"""Readers, writers, crops and the cache: what is read is what was written, errors name their
+cure."""
 
 import json
 import shutil
@@ -204,7 +205,8 @@ def test_cropped_depth_unprojects_to_the_full_size_points(rendered):
     points = unproject(
         third["depth"].double()[None], third["w2c"][None], third["intrinsics"][None]
     )[0]
-    # pixel i takes source pixel 2i + 1, whose ray is half a source pixel away: .5 z / f in each direction
+    # pixel i takes source pixel 2i + 1, whose ray is half a source pixel away: .5 z / f in each
+    # direction
     error = (points - lift[0][:, 1::2, 1::2]).norm(dim=-1) / full["depth"][:, 1::2, 1::2]
     assert error.max() < 0.5 * 2**0.5 / full["intrinsics"][0, 0, 0] * 1.01
     assert (full["video"][:, :, 16:48] - small["video"]).abs().max() < 1e-6

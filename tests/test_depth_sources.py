@@ -1,4 +1,5 @@
-"""Depth of every kind, from the user's files to a trained step: what has a unit is metric, what has none is not."""
+"""Depth of every kind, from the user's files to a trained step: what has a unit is metric, what has
+none is not."""
 
 import json
 import shutil
@@ -22,7 +23,8 @@ def rooms(tmp_path_factory):
 
 
 def rewrite(rooms, root, store, **entry):
-    """The dataset with its training clips' depth stored by store(folder, depth) -> path, and more in their entries."""
+    """The dataset with its training clips' depth stored by store(folder, depth) -> path, and more
+    in their entries."""
     shutil.copytree(rooms, root)
     meta = json.loads((root / "metadata.json").read_text())
     for sample in meta["samples"]:
@@ -96,7 +98,8 @@ def test_metric_depth_of_every_container_reaches_the_cache_and_verify(
 def test_training_on_depth_without_a_unit_warns_and_moves_the_depth_head_alone(
     rooms, tmp_path, capsys
 ):
-    """One clip of 8 bits, one stretched to 0 .. 1: verify, encode and train.py all say so; then two steps."""
+    """One clip of 8 bits, one stretched to 0 .. 1: verify, encode and train.py all say so; then two
+    steps."""
 
     def store(folder, depth):
         low, high = depth.min(), depth.max()

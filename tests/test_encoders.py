@@ -1,6 +1,7 @@
 """Wan's frozen encoders against golden outputs of the official code; loading, streaming, prompts.
 
-Golden files: vae_tiny.pt (4.5 MB), t5_tiny.pt (0.8 MB), clip_tiny.pt (1.5 MB), wan_ckpt_keys.py (8 kB)."""
+Golden files: vae_tiny.pt (4.5 MB), t5_tiny.pt (0.8 MB), clip_tiny.pt (1.5 MB), wan_ckpt_keys.py (8
+kB)."""
 
 import importlib.util
 import json

@@ -118,7 +118,8 @@ def test_heads_agree_when_points_are_the_unprojected_depth():
 
 
 def test_sparsification_by_hand():
-    """Errors 1 2 3 4, confidence the wrong way round: curve 2.5 3 3.5 4 against 2.5 2 1.5 1; area 1.5 over mean 2.5."""
+    """Errors 1 2 3 4, confidence the wrong way round: curve 2.5 3 3.5 4 against 2.5 2 1.5 1; area
+    1.5 over mean 2.5."""
     e, mask = tensor([1.0, 2, 3, 4]).view(1, 1, 1, 4), torch.ones(1, 1, 1, 4, dtype=torch.bool)
     assert ause(e, e, mask, steps=4) == pytest.approx(0.6)
     assert ause(e, -e, mask, steps=4) == 0

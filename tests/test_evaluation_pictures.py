@@ -1,4 +1,5 @@
-"""Pictures at evaluations: what they show, and that training leaves them in the run folder and in TensorBoard."""
+"""Pictures at evaluations: what they show, and that training leaves them in the run folder and in
+TensorBoard."""
 
 import numpy as np
 import pytest

@@ -18,7 +18,8 @@ T, H, W = 5, 32, 48
 
 
 def sampled(seed=4, bend=0.0, told_scale=None, slow=1.0, drop=20.0):
-    """A rendered room as a perfect model would sample it; slow: length of the predicted path, bend: its turn."""
+    """A rendered room as a perfect model would sample it; slow: length of the predicted path, bend:
+    its turn."""
     clip = render_clip(seed, T, H, W, "simple")
     depth, w2c = torch.from_numpy(clip["depth"])[None], torch.from_numpy(clip["w2c"]).float()[None]
     K = torch.from_numpy(clip["intrinsics"]).float().expand(1, T, 3, 3)
@@ -74,7 +75,8 @@ def test_depth_comes_back_in_the_users_unit_when_the_predicted_path_is_the_comma
 
 
 def test_a_path_of_half_the_commanded_length_means_that_scene_units_are_twice_as_long():
-    """Hand computed: centres p = c / 2 are laid on c by the factor 2, whatever scale the model was told."""
+    """Hand computed: centres p = c / 2 are laid on c by the factor 2, whatever scale the model was
+    told."""
     (full, _), (half, _) = sampled(), sampled(slow=0.5)
     assert abs(half.report["unit"]["scale"] / full.report["unit"]["scale"] - 2) < 1e-3
     np.testing.assert_allclose(half.depth, 2 * full.depth, rtol=1e-3)

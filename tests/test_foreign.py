@@ -1,4 +1,5 @@
-"""Other people's files: streaming, offload, sampling and fine-tuning a release, its export, VGGT as a start."""
+"""Other people's files: streaming, offload, sampling and fine-tuning a release, its export, VGGT as
+a start."""
 
 import json
 import weakref
@@ -71,8 +72,8 @@ def test_a_release_streams_from_disk_into_bf16_with_at_most_1_2_times_its_memory
 
 
 class LiveBytes(TorchDispatchMode):
-    """Bytes of the storages that operations made and that are still referenced; peak is the largest sum, total that of all
-    ever made.  The model's own weights do not count; copies of them do."""
+    """Bytes of the storages that operations made and that are still referenced; peak is the largest
+    sum, total that of all ever made.  The model's own weights do not count; copies of them do."""
 
     def __init__(self, model):
         super().__init__()
@@ -129,8 +130,10 @@ def test_offload_keeps_one_layer_on_the_device_beside_its_share_and_changes_no_v
     total, largest = sum(map(sum, layers)), max(map(sum, layers))
     assert total - share * weights <= visits < total - share * weights + largest + 1
     print(
-        f"weights {weights:,}: {total - visits:,} of the blocks' {total:,} stay on the device, one layer of at most "
-        f"{largest:,} visits it at a time; peak with activations {counted.peak:,}, activations alone {plain.peak:,}"
+        f"weights {weights:,}: {total - visits:,} of the blocks' {total:,} stay on the device, "
+        "one layer of at most "
+        f"{largest:,} visits it at a time; peak with activations {counted.peak:,}, activations "
+        f"alone {plain.peak:,}"
     )
 
 
@@ -163,7 +166,8 @@ def test_matrices_cast_once_give_what_autocast_gives(folder):
 # ---- the commands
 @pytest.fixture(scope="module")
 def clips(folder):
-    """Two encoded clips, a camera file of the release's format and a depth map of the start image."""
+    """Two encoded clips, a camera file of the release's format and a depth map of the start
+    image."""
     synth(
         folder / "clips",
         Recipe(num=2, num_frames=5, height=32, width=48, seed=0, variety="simple", val=1),
@@ -372,7 +376,8 @@ def test_a_geometry_block_equals_a_hand_written_block_of_vggt_in_fp64():
 
 
 def vggt(c=32, layers=4, camera=64, trunk=2):
-    """Names and shapes of VGGT-1B's checkpoint at small size, with some of what has no place here."""
+    """Names and shapes of VGGT-1B's checkpoint at small size, with some of what has no place
+    here."""
     shapes = {
         "aggregator.camera_token": (1, 2, 1, c),
         "aggregator.register_token": (1, 2, 4, c),

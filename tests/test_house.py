@@ -1,4 +1,5 @@
-"""The house: every file is found by its name, short enough to be read, and says why it does what it does."""
+"""The house: every file is found by its name, short enough to be read, and says why it does what it
+does."""
 
 import ast
 import io

@@ -1,4 +1,5 @@
-"""The house in one sentence: a file imports only from below, a name from the file that defines it."""
+"""The house in one sentence: a file imports only from below, a name from the file that defines
+it."""
 
 import ast
 import pathlib
@@ -25,7 +26,8 @@ TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in PRO
 
 
 def imports(tree):
-    """(module, names) of every import of ours, those inside functions too; names is None for whole modules."""
+    """(module, names) of every import of ours, those inside functions too; names is None for whole
+    modules."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from ((alias.name, None) for alias in node.names)

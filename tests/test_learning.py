@@ -1,4 +1,5 @@
-"""It learns: each branch overfits one rendered clip, through the losses and the noise that training uses."""
+"""It learns: each branch overfits one rendered clip, through the losses and the noise that training
+uses."""
 
 import dataclasses
 import types
@@ -81,7 +82,8 @@ def test_geometry_branch_overfits_one_clip(batch):
 
 def test_video_branch_overfits_one_clip(batch):
     torch.manual_seed(0)
-    # 128 > 64 numbers of a patch: a narrower stream cannot carry the noise that the velocity contains
+    # 128 > 64 numbers of a patch: a narrower stream cannot carry the noise that the velocity
+    # contains
     model = FantasyWorld(dataclasses.replace(TINY, dim=128, ffn_dim=256, head_dim=32)).set_stage(0)
     optimizer = torch.optim.AdamW(model.dit.parameters(), 3e-3, fused=True)
     losses = []

@@ -1,4 +1,5 @@
-"""Links that lead out of a dataset: refused by default, with the option's name, and followed when told."""
+"""Links that lead out of a dataset: refused by default, with the option's name, and followed when
+told."""
 
 import json
 import os
@@ -23,7 +24,8 @@ def rendered(tmp_path_factory):
 
 @pytest.fixture
 def root(rendered, tmp_path):
-    """A dataset whose files lie elsewhere, as a download cache keeps them, and so does its cache folder."""
+    """A dataset whose files lie elsewhere, as a download cache keeps them, and so does its cache
+    folder."""
     root, blobs = tmp_path / "data", tmp_path / "blobs"
     shutil.copytree(rendered, root, ignore=shutil.ignore_patterns("cache"))
     blobs.mkdir()

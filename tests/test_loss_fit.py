@@ -37,7 +37,8 @@ def angles(p, b):
 
 
 def cameras(p, b):
-    """w2c (T, 3, 4) and fields of view of the last iteration against the truth: q and -q are one rotation."""
+    """w2c (T, 3, 4) and fields of view of the last iteration against the truth: q and -q are one
+    rotation."""
     (w2c, K), (true, true_K) = (decode_pose(x, (2, 2)) for x in (p["pose_enc"][-1], b["pose_enc"]))
     return torch.cat([(w2c - true).flatten(2), (K - true_K).flatten(2)], -1)
 

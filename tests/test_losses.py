@@ -1,4 +1,5 @@
-"""Geometry losses against hand-computed numbers, masks and invariances; every test in fp64 and in fp32."""
+"""Geometry losses against hand-computed numbers, masks and invariances; every test in fp64 and in
+fp32."""
 
 import math
 
@@ -81,7 +82,8 @@ def test_ssi_is_blind_to_one_scale_and_shift_per_frame():
     ],
 )
 def test_temporal_example_by_hand(options, want):
-    """Thresholds .2, .22, .21 drop one of four pairs; the least-squares fit is 1.03247148 p - .08670087."""
+    """Thresholds .2, .22, .21 drop one of four pairs; the least-squares fit is 1.03247148 p -
+    .08670087."""
     (pred, gt), mask = tgm_example(), torch.ones(1, 3, 1, 2, dtype=torch.bool)
     near(tgm_loss(pred, gt, mask, **options), want)
     assert still_pairs(gt, mask, 0.05).tolist() == [[[[True, False]], [[True, True]]]]
@@ -104,7 +106,8 @@ def test_aligned_temporal_loss_of_a_constant_prediction_has_finite_gradients():
 
 
 def test_gradient_matching_example_by_hand():
-    """Level 0: .7 / 6, level 1: .15, then nothing.  Depth sums levels at half weight, points average."""
+    """Level 0: .7 / 6, level 1: .15, then nothing.  Depth sums levels at half weight, points
+    average."""
     r = residual_example()
     mask, zero, data = all_true(r), torch.zeros_like(r), 0.7 / 6
     for level, want in zip(gradient_levels([r], mask, mask)[0], (0.11666667, 0.15, 0, 0)):
@@ -140,7 +143,8 @@ def test_gradients_towards_masked_pixels_do_not_count():
 
 
 def test_the_later_frame_sets_the_temporal_threshold():
-    """A change of .1 is beyond 5 % of the first frame's range 1 but within 5 % of the second's 7.9."""
+    """A change of .1 is beyond 5 % of the first frame's range 1 but within 5 % of the second's
+    7.9."""
     gt, pred = (tensor([[1, 2], [x, 9]], **REAL)[None, :, None] for x in (1.1, 1.3))
     near(tgm_loss(pred, gt, all_true(gt)), 0.2)
 
@@ -233,7 +237,8 @@ def test_small_clips_keep_all_errors_and_so_do_those_that_would_become_small():
 
 
 def test_the_quantile_is_of_each_clips_valid_pixels_and_what_it_drops_has_no_gradient():
-    """Clip 0 has 2001 valid errors among masked NaN and loses its 41 largest; clip 1 has 900 and loses none."""
+    """Clip 0 has 2001 valid errors among masked NaN and loses its 41 largest; clip 1 has 900 and
+    loses none."""
     v = torch.cat([ramp(2001), ramp(2001)]).repeat(1, 2, 1, 1)
     mask = torch.zeros_like(v, dtype=torch.bool)
     mask[0, 1], mask[1, 0, :, :900] = True, True
@@ -272,7 +277,8 @@ def test_planes_differ_by_one_minus_the_cosine_of_their_angle_wherever_they_are(
 
 
 def test_a_missing_pixel_takes_its_triangles_along():
-    """3x3 pixels make 16 corner triangles; without the middle one only the 4 outer corners' are left."""
+    """3x3 pixels make 16 corner triangles; without the middle one only the 4 outer corners' are
+    left."""
     points, mask = plane(30, (3, 3)), torch.ones(1, 1, 3, 3, dtype=torch.bool)
     normals, whole = corner_normals(points, mask)
     assert whole.sum() == 16

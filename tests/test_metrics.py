@@ -1,4 +1,5 @@
-"""Metrics against hand-computed numbers (eight decimals), degenerate clips, invariances; in fp64 and fp32."""
+"""Metrics against hand-computed numbers (eight decimals), degenerate clips, invariances; in fp64
+and fp32."""
 
 import math
 
@@ -98,7 +99,8 @@ def test_rotation_errors_of_0_10_20_degrees_sum_to_0_5236_radians():
 
 
 def test_translation_errors_by_hand():
-    """The metric has no scale alignment; the second number divides each path by its own longest distance."""
+    """The metric has no scale alignment; the second number divides each path by its own longest
+    distance."""
     gt = tensor([[0, 0, 0], [1, 0, 0], [2, 0, 0]], **REAL)
     gen = gt + tensor([[0], [0], [1]]) * tensor([0, 1, 0])
     near(3 * pose_metrics(path(gen), path(gt))["trans"], 1.0)
@@ -141,7 +143,8 @@ def test_scale_shows_in_trans_alone():
 
 
 def test_relative_pose_error_by_hand():
-    """The estimate turns 10 degrees at frame 1 of a straight walk and keeps walking along its own axis."""
+    """The estimate turns 10 degrees at frame 1 of a straight walk and keeps walking along its own
+    axis."""
     R = torch.stack([torch.eye(3, **REAL), *[about_z(math.radians(10))] * 2])
     m = pose_metrics(
         path([[0, 0, 0], [0, 0, 1], [0, 0, 2]], R), path([[0, 0, 0], [0, 0, 1], [0, 0, 2]])
@@ -152,7 +155,8 @@ def test_relative_pose_error_by_hand():
 
 
 def test_auc_by_hand():
-    """Pairs (0,1), (0,2) are 10.5 degrees off, (1,2) is exact: accuracy 1/3 up to 10 degrees, then 1."""
+    """Pairs (0,1), (0,2) are 10.5 degrees off, (1,2) is exact: accuracy 1/3 up to 10 degrees, then
+    1."""
     R = torch.stack([torch.eye(3, **REAL), *[about_z(math.radians(10.5))] * 2])
     centres = [[0, 0, 0], [0, 0, 1], [0, 0, 2]]  # along the axis: directions agree
     near(pose_metrics(path(centres, R), path(centres))["auc30"], (10 / 3 + 20) / 30)

@@ -1,4 +1,5 @@
-"""The architecture: frozen and trained parts, batch correctness, starting point of each stage, parameter table."""
+"""The architecture: frozen and trained parts, batch correctness, starting point of each stage,
+parameter table."""
 
 import pathlib
 

@@ -1,4 +1,5 @@
-"""Geometry modules: starting points, token order, causality, chunking; the released quirks behind their flag."""
+"""Geometry modules: starting points, token order, causality, chunking; the released quirks behind
+their flag."""
 
 import torch
 import torch.nn.functional as F

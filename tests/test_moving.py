@@ -1,4 +1,5 @@
-"""A sphere that moves by itself: exact motion and mask, in the files, and nowhere an alarm or a false error."""
+"""A sphere that moves by itself: exact motion and mask, in the files, and nowhere an alarm or a
+false error."""
 
 import json
 import sys

@@ -182,7 +182,8 @@ def test_the_video_plays_and_without_its_codec_the_points_own_colours_do(made, t
     with opened(made[1], 900, 600) as browser:
         ready = browser.run(
             "new Promise(done => { const v = document.getElementById('video'), wait = () => "
-            "v.readyState > 1 ? done('plays') : v.error ? done('no codec') : setTimeout(wait, 20); wait(); })"
+            "v.readyState > 1 ? done('plays') : v.error ? done('no codec') : setTimeout(wait, "
+            "20); wait(); })"
         )
         assert browser.run(ended) == T - 1 and browser.problems == []
         assert ready == "plays" or browser.run("!document.getElementById('frame').hidden")

@@ -1,4 +1,5 @@
-"""The released model: its names, its numbers, its quirks; released.py and FantasyWorld.from_released."""
+"""The released model: its names, its numbers, its quirks; released.py and
+FantasyWorld.from_released."""
 
 import math
 import pathlib
@@ -129,7 +130,8 @@ def test_the_released_forward_is_reproduced_and_every_tensor_used():
     ).max() < 2e-5
 
 
-# What this code gave when it agreed with the golden file to 8e-6; stands in for that file where it is absent.
+# What this code gave when it agreed with the golden file to 8e-6; stands in for that file where it
+# is absent.
 PINNED = dict(
     velocity=[0.68459, 2.05666, -1.13299],
     depth=[1.14102, 1.04812, 0.7076],

@@ -89,7 +89,8 @@ def test_loaded_half_size_and_cropped_clips_lie_on_the_surface_of_the_full_one(
 def test_realestate10k_intrinsics_of_720p_are_square_pixels_after_the_crop(
     tmp_path, height, width, focal
 ):
-    """fx = .532139961 of 1280, fy = .946026558 of 720: 454.0927 px in 832 x 480, 242.1828 px in 256 x 256."""
+    """fx = .532139961 of 1280, fy = .946026558 of 720: 454.0927 px in 832 x 480, 242.1828 px in 256
+    x 256."""
     pictures.write_video(tmp_path / "video.mp4", np.zeros((1, 720, 1280, 3), np.uint8), 15)
     np.save(tmp_path / "depth.npy", np.ones((1, 9, 16), np.float32))
     (tmp_path / "camera_params.txt").write_text(

@@ -138,7 +138,8 @@ def test_a_camera_file_of_any_format_gives_the_same_path(tmp_path):
 
 
 def test_intrinsics_of_a_wide_picture_are_cropped_as_the_picture_would_be():
-    """Hand computed: 1600 x 900, f = 800 px.  Filling 100 x 100 scales by 1/9 and cuts 350 px a side: f = 800/9 px."""
+    """Hand computed: 1600 x 900, f = 800 px.  Filling 100 x 100 scales by 1/9 and cuts 350 px a
+    side: f = 800/9 px."""
     K = camera_files.crop_intrinsics(np.array([[0.5, 800 / 900, 0.5, 0.5]]), 1600 / 900, (100, 100))
     np.testing.assert_allclose(K * 100, [[800 / 9, 800 / 9, 50, 50]])
     K = camera_files.crop_intrinsics(

@@ -1,4 +1,5 @@
-"""The unit of a scene: hand-computed scales, similarity, invalid pixels; every test in fp64 and in fp32."""
+"""The unit of a scene: hand-computed scales, similarity, invalid pixels; every test in fp64 and in
+fp32."""
 
 import math
 
@@ -25,7 +26,8 @@ def test_scene_scale_drops_the_farthest_five_percent():
 
 
 def test_scene_scale_of_all_frames_is_the_plain_mean_of_all_points():
-    """One pixel a frame, cameras that look ahead: points (0, 0, 1), (3, 0, 4), (0, 0, 2), (1 + 5 + 2) / 3."""
+    """One pixel a frame, cameras that look ahead: points (0, 0, 1), (3, 0, 4), (0, 0, 2), (1 + 5 +
+    2) / 3."""
     K = tensor([[1, 0, 0.5], [0, 1, 0.5], [0, 0, 1]], **REAL).expand(1, 3, 3, 3)
     w2c = torch.eye(3, 4, **REAL).repeat(1, 3, 1, 1)
     w2c[0, :, :, 3] = -tensor([[0, 0, 0], [3, 0, 0.25], [0, 0, -1]], **REAL)

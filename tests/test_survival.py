@@ -1,4 +1,5 @@
-"""A run that is stopped, killed, fed bad numbers or a full disk: nothing is lost and nothing is silent."""
+"""A run that is stopped, killed, fed bad numbers or a full disk: nothing is lost and nothing is
+silent."""
 
 import json
 import resource
@@ -26,7 +27,8 @@ STEPS = 5
 
 @pytest.fixture(scope="session")
 def survivor(tmp_path_factory):
-    """Arguments of a tiny run with an epoch of 2 steps and 2 micro-steps a step, and its undisturbed end."""
+    """Arguments of a tiny run with an epoch of 2 steps and 2 micro-steps a step, and its
+    undisturbed end."""
     root = tmp_path_factory.mktemp("survival")
     arguments = [
         a
@@ -40,7 +42,8 @@ def survivor(tmp_path_factory):
 
 @pytest.fixture(scope="module", autouse=True)
 def stuck(survivor):
-    """A run of two ranks, one of which sleeps from step 3 on; it waits for its timeouts while the other tests run."""
+    """A run of two ranks, one of which sleeps from step 3 on; it waits for its timeouts while the
+    other tests run."""
     root, arguments = survivor
     command = [
         sys.executable,
@@ -178,7 +181,8 @@ def test_two_ranks_agree_on_stops_and_bad_steps_survive_a_kill_and_go_on_with_fo
 
 # ---- bad numbers
 def patch_loss(change, when=3):
-    """compute_loss with change(loss) in step `when` of the run; the FLOP count's fakes do not count."""
+    """compute_loss with change(loss) in step `when` of the run; the FLOP count's fakes do not
+    count."""
     calls, compute_loss = [], train.compute_loss
 
     def patched(model, b, noise, **how):
@@ -247,7 +251,8 @@ def test_infinite_depth_is_masked_and_harms_nothing(survivor, tmp_path):
 
 # ---- full disks and damaged files
 def full_disk(step):
-    """save_checkpoint that runs against a file size limit in one step: a real write error inside the real code."""
+    """save_checkpoint that runs against a file size limit in one step: a real write error inside
+    the real code."""
     save = checkpoints.save_checkpoint
 
     def limited(out, now, *rest):

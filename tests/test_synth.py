@@ -33,7 +33,8 @@ def test_points_of_any_frame_reproject_onto_the_depth_of_frame_0(variety):
         ]
         inside = (grid.abs() < 0.98).all(-1)[0, 0] & (z[0, 0] > 0)
         errors.append(((seen - z[0, 0]).abs() / z[0, 0])[inside])
-    # bilinear depth of a plane is off by second order only: geometry.md 2.6 measures 2e-5 at this size
+    # bilinear depth of a plane is off by second order only: geometry.md 2.6 measures 2e-5 at this
+    # size
     assert torch.cat(errors).median() < 1e-4
 
 
@@ -60,7 +61,8 @@ def test_sphere_and_box_hits_match_hand_computed_depths():
     )
     pose, k = np.eye(4)[:3], np.array([[3.0, 0, 1.5], [0, 3, 0.5], [0, 0, 1]])  # x/z = -1/3, 0, 1/3
     depth, material, points, normals = rooms.trace(scene, pose, k, 1, 3)
-    # sphere: (t/3 - .5)^2 + (t - 1.5)^2 = 1/16: the ray meets the centre, t = 1.5 - .25 / |(1/3, 0, 1)|
+    # sphere: (t/3 - .5)^2 + (t - 1.5)^2 = 1/16: the ray meets the centre, t = 1.5 - .25 / |(1/3, 0,
+    # 1)|
     np.testing.assert_allclose(depth, [1.25, 3, 1.5 - 0.25 / math.sqrt(10 / 9)], rtol=1e-12)
     assert material.tolist() == [6, 5, 7]
     np.testing.assert_allclose(

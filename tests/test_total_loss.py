@@ -1,4 +1,5 @@
-"""What holds of every geometry loss and of their sum: masks, batches, gradients; every test in fp64 and in fp32."""
+"""What holds of every geometry loss and of their sum: masks, batches, gradients; every test in fp64
+and in fp32."""
 
 import math
 from types import SimpleNamespace

@@ -1,4 +1,5 @@
-"""train.py and sample.py as a user runs them: the three stages, two ranks, resume, records, refusals."""
+"""train.py and sample.py as a user runs them: the three stages, two ranks, resume, records,
+refusals."""
 
 import json
 import math
@@ -24,7 +25,8 @@ SIZES = {k: v for k, v in TINY.__dict__.items()}
 
 
 def run(*args, ranks=0, ok=True, restarts=0, alone=False):
-    """One command as in the repository root, in this process unless it has ranks or runs alone; returns its output."""
+    """One command as in the repository root, in this process unless it has ranks or runs alone;
+    returns its output."""
     if not ranks and not alone:
         training = args[0] == "train.py" and args[1] != "--check"
         code, text = train_here(*args[1:]) if training else command_here(*args)
@@ -310,7 +312,8 @@ def test_the_batch_of_a_step_does_not_depend_on_the_number_of_ranks():
 
 
 def test_values_are_summed_and_counted_in_four_bins_of_the_noise_level():
-    """Sigma .1 .2 | .25 | none | .8 1: sums 1 + 2, 4, 0, 8 + 16 of the value, and how many there are."""
+    """Sigma .1 .2 | .25 | none | .8 1: sums 1 + 2, 4, 0, 8 + 16 of the value, and how many there
+    are."""
     import train
 
     sigma = torch.tensor([0.1, 0.2, 0.25, 0.8, 1])

@@ -1,4 +1,5 @@
-"""data.py verify: names every usual mistake, stays quiet on what is right, says what cannot be checked."""
+"""data.py verify: names every usual mistake, stays quiet on what is right, says what cannot be
+checked."""
 
 import copy
 import json

@@ -1,5 +1,6 @@
-"""A Wan2.1 folder: every family loads or is refused by name, loading is lean, caches hold what the encoders say, and
-encode -> stage 1 -> stage 2 -> sample run as in the README on a tiny complete folder."""
+"""A Wan2.1 folder: every family loads or is refused by name, loading is lean, caches hold what the
+encoders say, and encode -> stage 1 -> stage 2 -> sample run as in the README on a tiny complete
+folder."""
 
 import gc
 import json
@@ -169,8 +170,8 @@ def test_loading_reads_every_tensor_once(golden, tmp_path, monkeypatch):
     assert sorted(read) == sorted(golden["state_dict"])
 
 
-# VmHWM, not ru_maxrss: that one starts at the size of the process that we were started from.  A small model first: the
-# meta device makes torch import 70 MB of its own code.
+# VmHWM, not ru_maxrss: that one starts at the size of the process that we were started from.  A
+# small model first: the meta device makes torch import 70 MB of its own code.
 MEASURE = """
 import re, sys, torch
 from lib.weights import load_wan

@@ -1,4 +1,5 @@
-"""A real FantasyWorld at the smallest sizes at which every part still has its shape, and train.py on it in-process."""
+"""A real FantasyWorld at the smallest sizes at which every part still has its shape, and train.py
+on it in-process."""
 
 import contextlib
 import io
@@ -44,7 +45,8 @@ TINY = Config(
 
 
 def tiny_model(stage=2, seed=0, awake=False, **overrides):
-    """awake=True gives every zero-initialised parameter random values, so that nothing is hidden behind a zero gate."""
+    """awake=True gives every zero-initialised parameter random values, so that nothing is hidden
+    behind a zero gate."""
     torch.manual_seed(seed)
     model = FantasyWorld(Config(**{**TINY.__dict__, **overrides})).set_stage(stage)
     if awake:
@@ -74,7 +76,8 @@ def loss_of(out):
 
 
 def options_of(script, **values):
-    """The options of a script (a module), as the command line without arguments gives them, but for values."""
+    """The options of a script (a module), as the command line without arguments gives them, but for
+    values."""
     return config.apply(vars(script), []).replaced(**values)
 
 

@@ -1,9 +1,11 @@
-"""Write a complete Wan2.1 folder with random weights under the official names: tiny for the tests, or at true width.
+"""Write a complete Wan2.1 folder with random weights under the official names: tiny for the tests,
+or at true width.
 
     python tests/wan_folder.py DIR --size tiny | 1.3b
 
-1.3b is Fun-V1.1-1.3B-Control-Camera at its exact shapes in bf16 (3.2 GB), the exact VAE and vision tower, and umT5 at
-its width with 2 of 24 layers and a small vocabulary: 6 GB in all, to measure memory and time without a download."""
+1.3b is Fun-V1.1-1.3B-Control-Camera at its exact shapes in bf16 (3.2 GB), the exact VAE and vision
+tower, and umT5 at its width with 2 of 24 layers and a small vocabulary: 6 GB in all, to measure
+memory and time without a download."""
 
 import argparse
 import importlib.util
@@ -35,7 +37,8 @@ SIZES = {
         clip=dict(layers=2),
         shards=3,
     ),
-    # I2V layout (in_dim 36, no camera) at the release's head widths, for tests/released_keys.py TINY
+    # I2V layout (in_dim 36, no camera) at the release's head widths, for tests/released_keys.py
+    # TINY
     "i2v": dict(
         dit=dict(dim=128, ffn=160, layers=5, text=64, freq=64),
         vae=dict(dim=8),
