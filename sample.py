@@ -447,9 +447,9 @@ def sample_one(options, job, meta, resources):
         model.to("cpu")
         video = decode(latents)
     geometry = {k: v.cpu() for k, v in geometry.items() if k != "velocity"}
-    how = (options.fps, options.scene_scale, options.drop, options.lift)
-    scene = make_scene(video, geometry, w2c, K, *how)
-    scene.unit, warning = options.unit, scene.report["unit"]["warning"]
+    how = dict(told_scale=options.scene_scale, drop=options.drop, lift=options.lift)
+    scene = make_scene(video, geometry, w2c, K, **how)
+    scene.unit, scene.fps, warning = options.unit, options.fps, scene.report["unit"]["warning"]
     facts = (
         f"{options.frames} frames of {options.height} x {options.width}, camera {options.camera}, "
         f"{options.sampler} {options.steps} steps, guidance {options.guidance:g}, seed {job.seed}; "

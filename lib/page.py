@@ -16,88 +16,54 @@ PAGE_POINTS = 1_100_000  # depth samples in the page, 6 bytes each (8 in base64)
 PAGE_VIDEO = 4_000_000  # bytes of its video, which is compressed harder until it fits
 
 
-def page_numbers(report, unit):
-    """Rows of the page: [heading, [[label, value or None (filled per frame), explanation], ...]],
-    warnings."""
-    c, a, f, u = (report[k] for k in ("control", "consistency", "confidence", "unit"))
-    length = lambda x: f"{x:.3g} {unit}"
-    control = [
-        [
-            "Rotation error",
-            f"{c['rot_deg']:.2f}\u00b0",
-            "mean angle between predicted and commanded cameras",
-        ],
-        [
-            "Position error",
-            length(c["trans"]),
-            "mean distance of predicted and commanded camera centres",
-        ],
-        ["At this frame", None, "rotation and position error of the frame shown"],
-        [
-            "Scale residual",
-            length(u["residual"]),
-            "RMS distance of the paths after the best similarity",
-        ],
-        ["Path size", length(u["path"]), "RMS distance of the commanded centres from their mean"],
-        [
-            "Scene unit",
-            f"{u['scale']:.3g} {unit}" + ("" if u["fitted"] else ", not fitted"),
-            "length of one scene unit, fitted so that the predicted path has the commanded size",
-        ],
-    ]
-    consistency = [
-        [
-            "Colour after warping",
-            f"{a['colour']:.1f} %",
-            "mean colour difference of neighbouring frames "
-            "after one is moved onto the other with its depth and cameras; 100 % is black against "
-            "white",
-        ],
-        [
-            "Without warping",
-            f"{a['colour_still']:.1f} %",
-            "the same pixels, frames laid on each other as "
-            "they are: warping should be lower where the camera moves",
-        ],
-        [
-            "Depth after warping",
-            f"{a['depth']:.1f} %",
-            "median relative difference of the depths "
-            "that neighbouring frames see at the same place",
-        ],
-        [
-            "Pixels compared",
-            f"{a['seen_percent']:.0f} %",
-            "sure pixels that land inside the next frame, at a depth within 10 % of what is there",
-        ],
-    ]
-    if "heads" in a:
-        consistency.append(
-            [
-                "Depth and point heads",
-                f"{a['heads']:.1f} %",
-                "mean distance of the point map from the "
-                "lifted depth map, relative to the distance of the point",
-            ]
-        )
-    sure = [
-        [
-            "Median",
-            f"{f['p50']:.2f}",
-            "1 is the least possible; the head's own guess, not a probability",
-        ],
-        ["5 % to 95 %", f"{f['p5']:.2f} to {f['p95']:.2f}", "spread over all pixels"],
-        [
-            "Pixels kept",
-            f"{f['kept_percent']:.0f} %",
-            "sure enough and off depth edges: what point files hold",
-        ],
-    ]
-    return [
-        ["Obeys the cameras", control],
-        ["Agrees with itself", consistency],
-        ["Confidence", sure],
-    ]
+# Rows of the page: heading, label, value of the report (None: filled per frame), explanation.
+# fmt: off
+ROWS = [
+    ("Obeys the cameras", "Rotation error", "{control[rot_deg]:.2f}\u00b0",
+     "mean angle between predicted and commanded cameras"),
+    ("Obeys the cameras", "Position error", "{control[trans]:.3g} {word}",
+     "mean distance of predicted and commanded camera centres"),
+    ("Obeys the cameras", "At this frame", None,
+     "rotation and position error of the frame shown"),
+    ("Obeys the cameras", "Scale residual", "{unit[residual]:.3g} {word}",
+     "RMS distance of the paths after the best similarity"),
+    ("Obeys the cameras", "Path size", "{unit[path]:.3g} {word}",
+     "RMS distance of the commanded centres from their mean"),
+    ("Obeys the cameras", "Scene unit", "{unit[scale]:.3g} {word}{fitted}",
+     "length of one scene unit, fitted so that the predicted path has the commanded size"),
+    ("Agrees with itself", "Colour after warping", "{consistency[colour]:.1f} %",
+     "mean colour difference of neighbouring frames after one is moved onto the other with its "
+     "depth and cameras; 100 % is black against white"),
+    ("Agrees with itself", "Without warping", "{consistency[colour_still]:.1f} %",
+     "the same pixels, frames laid on each other as they are: warping should be lower where the "
+     "camera moves"),
+    ("Agrees with itself", "Depth after warping", "{consistency[depth]:.1f} %",
+     "median relative difference of the depths that neighbouring frames see at the same place"),
+    ("Agrees with itself", "Pixels compared", "{consistency[seen_percent]:.0f} %",
+     "sure pixels that land inside the next frame, at a depth within 10 % of what is there"),
+    ("Agrees with itself", "Depth and point heads", "{consistency[heads]:.1f} %",
+     "mean distance of the point map from the lifted depth map, relative to the distance of the "
+     "point"),
+    ("Confidence", "Median", "{confidence[p50]:.2f}",
+     "1 is the least possible; the head's own guess, not a probability"),
+    ("Confidence", "5 % to 95 %", "{confidence[p5]:.2f} to {confidence[p95]:.2f}",
+     "spread over all pixels"),
+    ("Confidence", "Pixels kept", "{confidence[kept_percent]:.0f} %",
+     "sure enough and off depth edges: what point files hold"),
+]
+# fmt: on
+
+
+def page_numbers(report, word):
+    """Rows of the page: [heading, [[label, value or None, explanation], ...]]; word: the unit."""
+    fitted = "" if report["unit"]["fitted"] else ", not fitted"
+    sections = {}
+    for heading, label, value, explanation in ROWS:
+        if label == "Depth and point heads" and "heads" not in report["consistency"]:
+            continue
+        text = value and value.format(**report, word=word, fitted=fitted)
+        sections.setdefault(heading, []).append([label, text, explanation])
+    return [[heading, rows] for heading, rows in sections.items()]
 
 
 def page_stride(frames, size):
