@@ -74,7 +74,9 @@ def save_tensors(path, tensors, metadata):
     specs = [(k, names[x.dtype], list(x.shape)) for k, x in tensors.items()]
     metadata["crc"] = f"{crc:08x}" + header_crc(metadata, specs)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_aside(path, save(tensors, metadata))
+    data = save(tensors, metadata)
+    # Not durable: a loss shows, and the clip is encoded again.
+    write_aside(path, lambda aside: aside.write_bytes(data), durable=False)
 
 
 def read_header(path):
@@ -324,7 +326,8 @@ def check_values(folder, names):
         with suppress(
             OSError, ValueError
         ):  # a disk that cannot be written: the next start reads again
-            write_aside(folder / ".checked", json.dumps(known | good).encode())
+            text = json.dumps(known | good)
+            write_aside(folder / ".checked", lambda aside: aside.write_text(text), durable=False)
     return found, stamps
 
 

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 
 from lib.distributed import DTensor, copy_into, gather_full, gathered
-from lib.files import write_whole
+from lib.files import write_aside
 from lib.weights import config_from_metadata, digest, read_checked, read_tensors
 from model import FantasyWorld
 
@@ -30,7 +30,7 @@ def save_checkpoint(out, step, weights, moments, metadata, keep_last, keep_every
     for end, tensors in ((".optim", moments), ("", weights)):  # the weights make a checkpoint: last
         content = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
         told = {**metadata, "step": str(step), "sha256": digest(content)}
-        write_whole(
+        write_aside(
             out / f"step-{step}{end}.safetensors", partial(save_file, content, metadata=told)
         )
         del content  # one of the two copies at a time

@@ -25,10 +25,9 @@ import numpy as np
 
 MAX_BYTES = 2**32  # of one file, and of what one read decodes
 
-MAX_TEXT, MAX_CAMERAS = (
-    2**29,
-    2**24,
-)  # of a JSON file (a million samples with captions), of a camera file
+MAX_TEXT = 2**29  # of a JSON file: a million samples with captions
+
+MAX_CAMERAS = 2**24  # of a camera file
 
 MAX_PIXELS = 2**26  # of one picture: 8192 x 8192
 
@@ -36,21 +35,13 @@ FAR = 1e6  # metres; a depth or a camera beyond this is no measurement
 
 FORMATS = "mov,avi,matroska,mpegts,png_pipe,jpeg_pipe,webp_pipe,bmp_pipe,tiff_pipe"
 
+# ffmpeg: CPU seconds, stop at the first damage, local files of FORMATS alone, pictures of one size.
+# fmt: off
 STRICT = [
-    "-hide_banner",
-    "-nostdin",
-    "-timelimit",
-    "600",
-    "-xerror",
-    "-err_detect",
-    "crccheck+explode",  # CPU seconds
-    "-protocol_whitelist",
-    "file",
-    "-format_whitelist",
-    FORMATS,
-    "-max_pixels",
-    str(MAX_PIXELS),
+    "-hide_banner", "-nostdin", "-timelimit", "600", "-xerror", "-err_detect", "crccheck+explode",
+    "-protocol_whitelist", "file", "-format_whitelist", FORMATS, "-max_pixels", str(MAX_PIXELS),
 ]
+# fmt: on
 
 ARRAYS = (".npy", ".npz", ".png")
 
@@ -66,13 +57,11 @@ def check_file(path, limit=MAX_BYTES):
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file. Restore it, or remove the clip") from None
     except OSError as error:
-        raise ValueError(
-            f"{path}: cannot be opened: {error.strerror}. Make it readable, or remove the clip"
-        ) from None
+        cure = "Make it readable, or remove the clip"
+        raise ValueError(f"{path}: cannot be opened: {error.strerror}. {cure}") from None
     if not 0 < info.st_size <= limit:
-        raise ValueError(
-            f"{path}: {info.st_size:,} bytes; wanted 1 to {limit:,}. Copy or make it again"
-        )
+        found = f"{info.st_size:,} bytes; wanted 1 to {limit:,}"
+        raise ValueError(f"{path}: {found}. Copy or make it again")
     return info.st_size
 
 
@@ -82,17 +71,16 @@ def check_lines(path):
     with open(path, "rb") as file:
         file.seek(-1, os.SEEK_END)
         if file.read(1) not in b"\r\n":
-            raise ValueError(
-                f"{path}: the last line has no end: cut short? Add a line break if it is whole"
-            )
+            cure = "Add a line break if it is whole"
+            raise ValueError(f"{path}: the last line has no end: cut short? {cure}")
 
 
-def no_twins(pairs):
-    """A JSON object, keys that stand there twice refused."""
-    if len(found := dict(pairs)) < len(pairs):
-        raise ValueError(
-            f"a key is there twice among {', '.join(sorted(k for k, _ in pairs))[:200]}"
-        )
+def unique_keys(pairs):
+    """A JSON object; keys that stand there twice are refused."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = ", ".join(sorted(k for k, _ in pairs))
+        raise ValueError(f"a key is there twice among {names[:200]}")
     return found
 
 
@@ -100,7 +88,7 @@ def read_json(path):
     """A JSON file whose objects name each key once."""
     check_file(path, MAX_TEXT)
     try:
-        return json.loads(Path(path).read_bytes().decode(), object_pairs_hook=no_twins)
+        return json.loads(Path(path).read_bytes().decode(), object_pairs_hook=unique_keys)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not valid JSON: {error}. Write it again") from None
 
@@ -132,11 +120,9 @@ def check_sums(root, paths):
             for block in iter(lambda: file.read(2**20), b""):
                 digest.update(block)
         if known.get(name) != digest.hexdigest():
-            raise ValueError(
-                f"{path}: not the file that {sums} lists ({digest.hexdigest()[:12]}, listed: "
-                f"{known.get(name, 'nothing')[:12]}). Restore it; if it was meant, write "
-                "SHA256SUMS again"
-            )
+            both = f"{digest.hexdigest()[:12]}, listed: {known.get(name, 'nothing')[:12]}"
+            cure = "Restore it; if it was meant, write SHA256SUMS again"
+            raise ValueError(f"{path}: not the file that {sums} lists ({both}). {cure}")
 
 
 def check_inside(root, path):
@@ -146,9 +132,8 @@ def check_inside(root, path):
         if Path(path).resolve().is_relative_to(Path(root).resolve()):
             return
     except (OSError, RuntimeError) as error:  # a link that leads to itself
-        raise ValueError(
-            f"{path}: cannot be followed: {error}. Put the file or folder itself there"
-        ) from None
+        cure = "Put the file or folder itself there"
+        raise ValueError(f"{path}: cannot be followed: {error}. {cure}") from None
     raise ValueError(
         f"{path}: a link that leads out of {root}. Put the file or folder itself there, or "
         "allow such links with --follow_links=True"
@@ -163,37 +148,39 @@ def read_entries(root, inside):
     try:
         os.listdir(root)
     except OSError as error:
-        raise ValueError(
-            f"{root}: not a folder that can be opened: {error.strerror}. Wanted a dataset; the "
-            "layout is "
-            "at the top of data.py"
-        ) from None
+        wanted = "Wanted a dataset; the layout is at the top of data.py"
+        said = f"not a folder that can be opened: {error.strerror}"
+        raise ValueError(f"{root}: {said}. {wanted}") from None
     if not os.path.lexists(path):
         check_sums(root, [path] if "metadata.json" in (sums_of(root) or ()) else [])
-        folders = {}
-        for f in sorted(root.glob("*/*")):
-            if f.stem in ("video", "depth", "points", "moving", "camera_params"):
-                folders.setdefault(f.parent.name, {}).setdefault(f.stem, []).append(
-                    f"{f.parent.name}/{f.name}"
-                )
-        return [
-            dict({k: v if len(v) > 1 else v[0] for k, v in parts.items()}, id=name)
-            for name, parts in folders.items()
-        ], splits  # one there twice: a list, which read_entry refuses
+        return scan_folders(root), splits
     check_inside(inside, path)
     check_sums(root, [path])
     entries = read_json(path)
     if isinstance(entries, dict):
         entries, splits = entries.get("samples"), entries.get("splits") or {}
     if not isinstance(entries, list) or not all(isinstance(e, dict) for e in entries):
-        raise ValueError(
-            f"{path}: wanted a list of samples, or an object with a list called samples"
-        )
+        wanted = "wanted a list of samples, or an object with a list called samples"
+        raise ValueError(f"{path}: {wanted}")
     if not isinstance(splits, dict) or not all(isinstance(ids, list) for ids in splits.values()):
-        raise ValueError(
-            f'{path}: splits must be lists of ids, for instance {{"train": ["a"], "val": ["b"]}}'
-        )
+        example = '{"train": ["a"], "val": ["b"]}'
+        raise ValueError(f"{path}: splits must be lists of ids, for instance {example}")
     return entries, splits
+
+
+def scan_folders(root):
+    """Entries of a dataset without metadata.json: its folders that hold parts of a sample."""
+    folders = {}
+    for f in sorted(root.glob("*/*")):
+        if f.stem in ("video", "depth", "points", "moving", "camera_params"):
+            parts = folders.setdefault(f.parent.name, {})
+            parts.setdefault(f.stem, []).append(f"{f.parent.name}/{f.name}")
+    entries = []
+    for name, parts in folders.items():
+        # One that is there twice stays a list, which read_entry refuses.
+        single = {k: v if len(v) > 1 else v[0] for k, v in parts.items()}
+        entries.append(dict(single, id=name))
+    return entries
 
 
 def check_sample(inside, sample):
@@ -205,9 +192,8 @@ def check_sample(inside, sample):
         try:
             files += array_files(path) if path.is_dir() else [path]
         except OSError as error:
-            raise ValueError(
-                f"{path}: cannot be opened: {error.strerror}. Make it readable or remove it"
-            ) from None
+            cure = "Make it readable or remove it"
+            raise ValueError(f"{path}: cannot be opened: {error.strerror}. {cure}") from None
     if sample["camera"]:
         check_lines(sample["camera"])
     for path in files:
@@ -222,23 +208,12 @@ def ffmpeg(path, *output):
     """What ffmpeg makes of the first video stream of a file: its output, and a file with its
     messages."""
     check_file(path)
-    command = [
-        imageio_ffmpeg.get_ffmpeg_exe(),
-        *STRICT,
-        "-i",
-        f"file:{path}",
-        "-map",
-        "0:v:0",
-        "-fps_mode",
-        "passthrough",
-        *output,
-        "pipe:1",
-    ]
+    source = ["-i", f"file:{path}", "-map", "0:v:0", "-fps_mode", "passthrough"]
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), *STRICT, *source, *output, "pipe:1"]
+    pipes = dict(stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
     with (
         tempfile.TemporaryFile() as log,
-        subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log
-        ) as process,
+        subprocess.Popen(command, stderr=log, **pipes) as process,
     ):
         try:
             yield process.stdout, log
@@ -248,9 +223,8 @@ def ffmpeg(path, *output):
         if code:
             log.seek(max(0, log.tell() - 4000))
             said = log.read().decode(errors="replace").strip().splitlines()
-            telling = [
-                line for line in said if re.search("rror|nvalid|whitelist|exceed|not found", line)
-            ] or said[-1:]
+            words = re.compile("rror|nvalid|whitelist|exceed|not found")
+            telling = [line for line in said if words.search(line)] or said[-1:]
             said = telling[0] if telling else f"ffmpeg ended with {code}"
             raise ValueError(re.sub(r"\[.*? @ 0x\w+\] *", "", said)[:200])
 
@@ -276,19 +250,14 @@ def read_video(path, max_frames=None):
     """Decode the first max_frames frames (default all): uint8 (T, H, W, 3) and the frame rate, 0 if
     it has none."""
     some = [] if max_frames is None else ["-frames:v", str(max_frames)]
+    output = [*some, "-pix_fmt", "rgb24", "-c:v", "ppm", "-f", "image2pipe"]
     try:
-        with ffmpeg(path, *some, "-pix_fmt", "rgb24", "-c:v", "ppm", "-f", "image2pipe") as (
-            stream,
-            log,
-        ):
+        with ffmpeg(path, *output) as (stream, log):
             frames = list(pictures(stream))
             log.seek(0)
             fps = re.search(rb"Video: .*?\b([\d.]+)(k?) fps", log.read(2**16))
     except ValueError as error:
-        raise ValueError(
-            f"{path}: not a readable video: {str(error).removeprefix(f'{path}: ')}. "
-            "Re-encode or remove it."
-        ) from None
+        raise unreadable(path, error) from None
     if not frames:
         raise ValueError(f"{path}: the video has no frames. Re-encode or remove it.")
     return np.stack(frames), float(fps[1]) * (1000 if fps[2] else 1) if fps else 0.0
@@ -309,10 +278,12 @@ def count_frames_at(path, changed):
             raise ValueError("it has no frames")
         return counts[-1]
     except ValueError as error:
-        raise ValueError(
-            f"{path}: not a readable video: {str(error).removeprefix(f'{path}: ')}. "
-            "Re-encode or remove it."
-        ) from None
+        raise unreadable(path, error) from None
+
+
+def unreadable(path, error):
+    said = str(error).removeprefix(f"{path}: ")
+    return ValueError(f"{path}: not a readable video: {said}. Re-encode or remove it.")
 
 
 # --- Arrays ---------------------------------------------------------------------------------------
@@ -322,19 +293,15 @@ def array_header(file, size, mask):
     version = np.lib.format.read_magic(file)
     if version not in ((1, 0), (2, 0)):
         raise ValueError(f".npy version {version}")
-    shape, _, dtype = (
-        np.lib.format.read_array_header_1_0
-        if version == (1, 0)
-        else np.lib.format.read_array_header_2_0
-    )(file)
+    formats = np.lib.format
+    read = formats.read_array_header_1_0 if version == (1, 0) else formats.read_array_header_2_0
+    shape, _, dtype = read(file)
     if dtype.kind not in ("fiub" if mask else "fiu") or dtype.hasobject:
         raise ValueError(f"values of type {dtype}; wanted numbers")
     want = file.tell() + dtype.itemsize * math.prod(shape)
     if min(shape, default=0) < 1 or want != size or size > MAX_BYTES:
-        raise ValueError(
-            f"{size:,} bytes; its header speaks of {shape} values, that is {want:,}, and at most "
-            f"{MAX_BYTES:,} are read"
-        )
+        told = f"its header speaks of {shape} values, that is {want:,}"
+        raise ValueError(f"{size:,} bytes; {told}, and at most {MAX_BYTES:,} are read")
     return shape, dtype
 
 
@@ -358,9 +325,8 @@ def open_array(path, read, mask):
         shape = png_header(path, mask)
         if not read:
             return shape, np.dtype("u2")
-        with ffmpeg(
-            path, "-frames:v", "1", "-pix_fmt", "gray16be", "-c:v", "pgm", "-f", "image2pipe"
-        ) as (stream, _):
+        output = ["-frames:v", "1", "-pix_fmt", "gray16be", "-c:v", "pgm", "-f", "image2pipe"]
+        with ffmpeg(path, *output) as (stream, _):
             image = next(pictures(stream), np.zeros(0))
         if image.shape != shape:
             raise ValueError(f"a picture of {image.shape}; its header says {shape}")
@@ -387,12 +353,10 @@ def read_array(path, read=True, mask=False):
     kind will do."""
     try:
         return open_array(Path(path), read, mask)
-    except (
-        Exception
-    ) as error:  # flipped bytes make numpy and zipfile raise almost any class of error
+    except Exception as error:  # flipped bytes make numpy and zipfile raise almost any class
+        said = str(error).removeprefix(f"{path}: ") or repr(error)
         raise ValueError(
-            f"{path}: cannot be read: {str(error).removeprefix(f'{path}: ') or repr(error)}. "
-            "Make it again or remove the clip"
+            f"{path}: cannot be read: {said}. Make it again or remove the clip"
         ) from None
 
 
@@ -447,12 +411,8 @@ def relative_depth(depth):
     if high in (255, 65535) and (finite[::7] == np.round(finite[::7])).all():
         return f"integers that reach exactly {high:.0f}: stretched to the full range"
     per_frame = np.array([f[np.isfinite(f)].max(initial=0) for f in depth])
-    if (
-        low >= 0
-        and abs(high - 1) < 1e-6
-        and (np.abs(per_frame - 1) < 1e-6).mean() > 0.9
-        or (low == 0 and high == 1)
-    ):
+    ends_at_one = abs(high - 1) < 1e-6 and (np.abs(per_frame - 1) < 1e-6).mean() > 0.9
+    if low >= 0 and ends_at_one or (low == 0 and high == 1):
         return "stretched to 0 .. 1 (min-max normalised)"
     return None
 
@@ -460,9 +420,8 @@ def relative_depth(depth):
 def why_relative(path):
     """relative_depth of a whole clip: a window of a stretched clip need not reach its ends."""
     files = [path, *path.glob("*")] if path.is_dir() else [path]
-    return why_relative_at(
-        path, max((f.stat().st_mtime_ns for f in files if f.exists()), default=0)
-    )
+    newest = max((f.stat().st_mtime_ns for f in files if f.exists()), default=0)
+    return why_relative_at(path, newest)
 
 
 @functools.lru_cache(maxsize=1)  # one clip is asked about several times in a row
@@ -505,32 +464,25 @@ def read_depth(path, scale=None, frames=None, inverse=False):
     return np.where((depth > 0) & (depth <= FAR), depth, np.float32(0))
 
 
-def write_aside(path, data):
-    """Write bytes beside path, then rename: a reader never sees half a file."""
-    temp = path.with_name(f".{path.name}.{os.getpid()}")
-    temp.unlink(missing_ok=True)
+def write_aside(path, write, durable=True):
+    """write(temporary path), then rename: a reader finds the whole file, or the one before.
+
+    durable   flush to the disk first: for what cannot be made again
+    The temporary file is new, never a link that somebody has put there."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.unlink(missing_ok=True)
     try:
-        with open(
-            os.open(temp, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644), "wb"
-        ) as file:  # never through a link
-            file.write(data)  # no fsync: a loss shows, and is encoded again
-        os.replace(temp, path)
+        os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
+        write(temporary)
+        if durable:
+            with open(temporary, "rb+") as file:
+                os.fsync(file.fileno())
+        os.replace(temporary, path)
     except IsADirectoryError:
         raise ValueError(f"{path}: a folder where the file belongs. Delete it") from None
     finally:
-        temp.unlink(missing_ok=True)  # after a full disk
-
-
-def write_whole(path, write):
-    """write(temporary path), flush to the disk, rename: the file is whole or absent."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        write(temporary)
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
         temporary.unlink(missing_ok=True)  # a full disk gets its space back
-    folder = os.open(path.parent, os.O_RDONLY)  # the rename itself reaches the disk
-    os.fsync(folder)
-    os.close(folder)
+    if durable:
+        folder = os.open(path.parent, os.O_RDONLY)  # the rename itself reaches the disk
+        os.fsync(folder)
+        os.close(folder)

@@ -21,7 +21,7 @@ from torch import nn
 import released
 from encoders import lazy_tensors, wan_files
 from lib.distributed import copy_into
-from lib.files import write_whole
+from lib.files import write_aside
 from lib.guards import run_command
 from model import Config, FantasyWorld, half_geometry
 from wan import WanDiT, check_names, half_precision
@@ -390,7 +390,7 @@ def export_release(checkpoint, out):
         k: read() for k, (_, read) in release_tensors(meta["release"]).items() if k not in named
     }
     save = save_file if str(out).endswith(".safetensors") else torch.save
-    write_whole(pathlib.Path(out), lambda path: save({**rest, **named}, path))
+    write_aside(pathlib.Path(out), lambda path: save({**rest, **named}, path))
     return f"{out}: {len(named)} tensors of {checkpoint}, {len(rest)} of {meta['release']}"
 
 
