@@ -86,7 +86,7 @@ CLIP_MEAN = (
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
-# --- Loading. Models are built on the meta device and given the file's own tensors: there is no second copy.
+# --- Loading.  Models are built on the meta device and given the file's own tensors: no copy.
 
 
 def load_state_dict(path):
@@ -148,8 +148,8 @@ def _load(sd, family, build):
     return model.requires_grad_(False).eval()
 
 
-# --- Video VAE. `state` maps a layer to what it keeps between steps. It lives in a call, not in the modules:
-# --- nothing outlives a clip or leaks into the next one, not even after an exception.
+# --- Video VAE.  `state` maps a layer to what it keeps between steps.  It lives in a call, not in
+# --- the modules: nothing leaks into the next clip, not even after an exception.
 
 
 class CausalConv3d(nn.Conv3d):
@@ -602,7 +602,7 @@ class CLIPVision(nn.Module):
         return x
 
 
-# --- A downloaded folder: the parts are loaded one after another, so peak memory is that of the largest.
+# --- A downloaded folder.  Parts are loaded one after another: peak memory is the largest one's.
 PARTS = dict(
     text="models_t5_umt5-xxl-enc-bf16",
     vae="Wan2.1_VAE",

@@ -21,13 +21,13 @@ from lib.metrics import (
     temporal_error,
 )
 from lib.pictures import (
-    SEEN,
-    TOLD,
+    COMMANDED,
+    PREDICTED,
+    confidence_to_rgb,
     depth_legend,
     depth_to_rgb,
     enlarge,
     sheet,
-    sure_to_rgb,
     top_view,
     write_png,
 )
@@ -182,7 +182,7 @@ def comparison(b, out, frames=None):
     rows = [
         depth_to_rgb(true[pick], low, high),
         depth_to_rgb(depth[pick], low, high),
-        sure_to_rgb(conf[pick], conf.min(), conf.max()),
+        confidence_to_rgb(conf[pick], conf.min(), conf.max()),
     ]
     titles = ["true depth, bright is near", "predicted depth", "confidence, bright is sure"]
     if frames is not None:
@@ -191,7 +191,7 @@ def comparison(b, out, frames=None):
     predicted, _ = decode_pose(out["pose_enc"][-1].float(), true.shape[-2:])
     paths = [relative_to_first(E.double())[0].cpu().numpy() for E in (b["w2c"], predicted)]
     h, w = rows[0][0].shape[:2]
-    above = top_view(list(zip(paths, (TOLD, SEEN))), (max(200, h), 2 * w + 4))
+    above = top_view(list(zip(paths, (COMMANDED, PREDICTED))), (max(200, h), 2 * w + 4))
     return sheet(
         rows,
         titles,

@@ -24,13 +24,13 @@ from lib.camera_files import pixel_matrix
 from lib.metrics import align_sim3, head_agreement, pose_metrics, rotation_angle, warp_error
 from lib.page import write_page
 from lib.pictures import (
-    SEEN,
-    TOLD,
+    COMMANDED,
+    PREDICTED,
+    confidence_to_rgb,
     depth_legend,
     depth_to_rgb,
     enlarge,
     sheet,
-    sure_to_rgb,
     top_view,
     write_png,
     write_video,
@@ -263,7 +263,7 @@ def write_sheet(scene, path):
     low, high = depth_range(scene)
     pick = np.linspace(0, len(scene.rgb) - 1, min(5, len(scene.rgb))).round().astype(int)
     thin = -(-scene.size[1] // 320)
-    sure = sure_to_rgb(scene.conf, *np.quantile(scene.conf, (0.01, 0.99)))
+    sure = confidence_to_rgb(scene.conf, *np.quantile(scene.conf, (0.01, 0.99)))
     maps = (scene.rgb, depth_to_rgb(scene.depth, low, high), sure)
     rows = [[enlarge(x[t, ::thin, ::thin], 200) for t in pick] for x in maps]
     frames = f"frames {', '.join(str(t) for t in pick)}"
@@ -271,7 +271,7 @@ def write_sheet(scene, path):
     xyz, rgb, _ = scene.cloud(60_000)
     h, w = rows[0][0].shape[:2]
     size = (max(int(1.3 * h), 240), 2 * w)
-    paths = [(scene.w2c, TOLD), (scene.predicted, SEEN)]
+    paths = [(scene.w2c, COMMANDED), (scene.predicted, PREDICTED)]
     below = (
         ("from above: cyan commanded, orange predicted", top_view(paths, size, xyz, rgb)),
         ("the paths alone", top_view(paths, size)),

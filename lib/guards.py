@@ -117,10 +117,8 @@ class Stop:
             os._exit(128 + number)
         if not self.number:
             self.number, self.since = number, time.monotonic()
-            os.write(
-                2,
-                f"{signal.Signals(number).name}: saving, then leaving; once more exits at once\n".encode(),
-            )
+            name = signal.Signals(number).name
+            os.write(2, f"{name}: saving, then leaving; once more exits at once\n".encode())
 
     def agreed(self):
         """The signal that any rank has received, 0 = none: the same answer on every rank."""

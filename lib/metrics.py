@@ -69,7 +69,7 @@ def align_sim3(source, target):
     """scale (B,), R (B, 3, 3), t (B, 3) minimising |scale R source + t - target|^2 over points (B,
     N, 3).
 
-    A source without extent gets scale 0, which moves it to the target's mean.   Source: Umeyama 1991."""
+    A source without extent gets scale 0, which moves it to the target's mean (Umeyama 1991)."""
     mean_s, mean_t = source.mean(1, keepdim=True), target.mean(1, keepdim=True)
     s, t = source - mean_s, target - mean_t
     U, D, Vt = torch.linalg.svd(t.mT @ s)
@@ -164,7 +164,8 @@ def cloud_metrics(pred, gt, mask, threshold=0.05, count=2048):
     returns   accuracy      mean distance of a predicted point to the nearest true one
               completeness  mean distance of a true point to the nearest predicted one
               chamfer       mean of the two
-              f_score       harmonic mean of the shares of both within `threshold`;   NaN without valid pixels"""
+              f_score       harmonic mean of the shares of both within `threshold`
+              NaN without valid pixels"""
     rows = []
     for p, g, m in zip(pred.double(), gt.double(), mask):
         if m.any():
@@ -179,7 +180,7 @@ def cloud_metrics(pred, gt, mask, threshold=0.05, count=2048):
     return dict(zip(("accuracy", "completeness", "chamfer", "f_score"), mean))
 
 
-def splat(depth, motion, K, size):
+def warp_depth(depth, motion, K, size):
     """Depth of one frame as a second camera sees it: (H, W), the nearest surface where several
     points land, inf where
     none does.   depth (H, W), motion (3, 4) from the first to the second camera, K (3, 3) of
@@ -214,7 +215,7 @@ def temporal_error(depth, w2c, K, mask):
         ]:
             first = inv_se3(e[a])
             R, t = e[b, :, :3] @ first[:, :3], e[b, :, :3] @ first[:, 3] + e[b, :, 3]
-            warped = splat(
+            warped = warp_depth(
                 torch.where(m[a], d[a], 0), torch.cat([R, t[:, None]], 1), k[b], d.shape[1:]
             )
             keep = m[b] & torch.isfinite(warped) & valid_depth(d[b])
@@ -227,7 +228,7 @@ def temporal_error(depth, w2c, K, mask):
 def warp_error(rgb, depth, w2c, K, mask, tolerance=0.1):
     """How well depth and cameras carry the colours of a frame to the next one; needs no truth.
 
-    rgb  (B, T >= 2, H, W, 3) uint8;   depth, mask  (B, T, H, W);   w2c  (B, T, 3, 4);   K  (B, T, 3, 3)
+    rgb  (B, T >= 2, H, W, 3) uint8;  depth, mask  (B, T, H, W);  w2c  (B, T, 3, 4);  K (B, T, 3, 3)
     returns  depth         median over frames and pixels of |D - z| / z, in percent: the next
                            frame's depth D where a pixel lands against the depth z that it then has;
                            hidden pixels weigh little in a median
@@ -256,7 +257,10 @@ def warp_error(rgb, depth, w2c, K, mask, tolerance=0.1):
             )
             moved += (there[:3].movedim(0, -1) - c[t].float()).abs().mean(-1)[keep].sum().item()
             still += (c[t + 1].float() - c[t].float()).abs().mean(-1)[keep].sum().item()
-    share = lambda x, of: 100 * x / of if of else float("nan")
+
+    def share(x, of):
+        return 100 * x / of if of else float("nan")
+
     return dict(
         depth=share(sum(depths, torch.zeros(())).item(), len(depths)),
         colour=share(moved, 255 * seen),

@@ -125,7 +125,10 @@ def write_page(scene, path):
         inv_se3(torch.from_numpy(E)).flatten(1).numpy().round(7).tolist()
         for E in (scene.w2c, scene.predicted)
     ]
-    text = lambda x: base64.b64encode(x).decode()
+
+    def text(x):
+        return base64.b64encode(x).decode()
+
     frames = scene.report["control"]["frames"]
     data = dict(
         title=scene.report.get("prompt") or "A sampled scene",

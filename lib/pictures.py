@@ -1,6 +1,6 @@
 """Pictures with numpy alone: words, legends, top views of camera paths, contact sheets.
 
-Pictures are uint8 (H, W, 3).  Colours of depth: data.COLOUR_MAP; paths: cyan commanded or true,
+Pictures are uint8 (H, W, 3).  Colours of depth: COLOUR_MAP; paths: cyan commanded or true,
 orange predicted."""
 
 import struct
@@ -16,15 +16,9 @@ def write_video(path, frames, fps, crf=14):
     h, w = frames.shape[1:3]
     if h % 2 or w % 2:
         raise ValueError(f"{path}: frames of {h}x{w}; H.264 wants even sizes")
-    writer = imageio_ffmpeg.write_frames(
-        str(path),
-        (w, h),
-        fps=fps,
-        codec="libx264",
-        macro_block_size=1,
-        pix_fmt_out="yuv420p",
-        output_params=["-crf", str(crf)],
-    )
+    how = dict(codec="libx264", macro_block_size=1, pix_fmt_out="yuv420p")
+    quality = ["-crf", str(crf)]
+    writer = imageio_ffmpeg.write_frames(str(path), (w, h), fps=fps, output_params=quality, **how)
     writer.send(None)
     for frame in frames:
         writer.send(np.ascontiguousarray(frame))
@@ -91,21 +85,25 @@ def tile(rows, gap=2, zoom=1):
     return sheet.repeat(zoom, 0).repeat(zoom, 1)
 
 
-DARK, PALE, TOLD, SEEN = (16, 19, 24), (214, 220, 228), (76, 201, 240), (255, 169, 77)
+DARK, PALE = (16, 19, 24), (214, 220, 228)
+COMMANDED, PREDICTED = (76, 201, 240), (255, 169, 77)  # colours of camera paths
 
 
 def _font():
     """Capital letters, digits and signs: character -> bool (5, width)."""
     art = """
-A .#. #.# ### #.# #.#|B ##. #.# ##. #.# ##.|C .## #.. #.. #.. .##|D ##. #.# #.# #.# ##.|E ### #.. ##. #.. ###
-F ### #.. ##. #.. #..|G .## #.. #.# #.# .##|H #.# #.# ### #.# #.#|I # # # # #|J ..# ..# ..# #.# .#.|K #.# #.# ##. #.# #.#
-L #.. #.. #.. #.. ###|M #...# ##.## #.#.# #...# #...#|N #..# ##.# #.## #..# #..#|O .#. #.# #.# #.# .#.
-P ##. #.# ##. #.. #..|Q .##. #..# #..# #.#. .#.#|R ##. #.# ##. #.# #.#|S .## #.. .#. ..# ##.|T ### .#. .#. .#. .#.
-U #.# #.# #.# #.# ###|V #.# #.# #.# #.# .#.|W #...# #...# #.#.# ##.## #...#|X #.# #.# .#. #.# #.#|Y #.# #.# .#. .#. .#.
-Z ### ..# .#. #.. ###|0 ### #.# #.# #.# ###|1 .# ## .# .# .#|2 ##. ..# .#. #.. ###|3 ### ..# .## ..# ###
-4 #.# #.# ### ..# ..#|5 ### #.. ##. ..# ##.|6 .## #.. ### #.# ###|7 ### ..# .#. .#. .#.|8 ### #.# ### #.# ###
-9 ### #.# ### ..# ##.|. . . . . #|, .. .. .. .# #.|: . # . # .|- ... ... ### ... ...|+ ... .#. ### .#. ...
-/ ..# ..# .#. #.. #..|% #.# ..# .#. #.. #.#|( .# #. #. #. .#|) #. .# .# .# #.|= ... ### ... ### ...|_ ... ... ... ... ###"""
+A .#. #.# ### #.# #.#|B ##. #.# ##. #.# ##.|C .## #.. #.. #.. .##|D ##. #.# #.# #.# ##.
+E ### #.. ##. #.. ###|F ### #.. ##. #.. #..|G .## #.. #.# #.# .##|H #.# #.# ### #.# #.#
+I # # # # #|J ..# ..# ..# #.# .#.|K #.# #.# ##. #.# #.#|L #.. #.. #.. #.. ###
+M #...# ##.## #.#.# #...# #...#|N #..# ##.# #.## #..# #..#|O .#. #.# #.# #.# .#.
+P ##. #.# ##. #.. #..|Q .##. #..# #..# #.#. .#.#|R ##. #.# ##. #.# #.#|S .## #.. .#. ..# ##.
+T ### .#. .#. .#. .#.|U #.# #.# #.# #.# ###|V #.# #.# #.# #.# .#.|W #...# #...# #.#.# ##.## #...#
+X #.# #.# .#. #.# #.#|Y #.# #.# .#. .#. .#.|Z ### ..# .#. #.. ###|0 ### #.# #.# #.# ###
+1 .# ## .# .# .#|2 ##. ..# .#. #.. ###|3 ### ..# .## ..# ###|4 #.# #.# ### ..# ..#
+5 ### #.. ##. ..# ##.|6 .## #.. ### #.# ###|7 ### ..# .#. .#. .#.|8 ### #.# ### #.# ###
+9 ### #.# ### ..# ##.|. . . . . #|, .. .. .. .# #.|: . # . # .|- ... ... ### ... ...
++ ... .#. ### .#. ...|/ ..# ..# .#. #.. #..|% #.# ..# .#. #.. #.#|( .# #. #. #. .#
+) #. .# .# .# #.|= ... ### ... ### ...|_ ... ... ... ... ###"""
     glyphs = {g[0]: g[2:].split() for line in art.strip().splitlines() for g in line.split("|")}
     return {
         c: np.array([[dot == "#" for dot in row] for row in rows]) for c, rows in glyphs.items()
@@ -265,6 +263,6 @@ def sheet(rows, titles, aside=(), gap=4):
     return canvas
 
 
-def sure_to_rgb(conf, low, high):
+def confidence_to_rgb(conf, low, high):
     """Confidence in the colours of depth, bright is sure."""
     return depth_to_rgb(high / np.maximum(conf, 1e-9), 1, max(high / low, 1.001))

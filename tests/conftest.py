@@ -20,7 +20,10 @@ torch.set_num_threads(1)
 
 os.environ["OMP_NUM_THREADS"] = "1"
 
-LONGEST = "test_survival.py test_bad_data.py test_train.py test_wan.py test_speed.py test_foreign.py test_sharding.py".split()
+LONGEST = (
+    "test_survival.py test_bad_data.py test_train.py test_wan.py test_speed.py test_foreign.py "
+    "test_sharding.py"
+).split()
 
 
 def pytest_xdist_auto_num_workers(config):

@@ -40,7 +40,7 @@ def test_the_comparison_shows_frames_both_depths_confidence_and_paths():
         pictures.enlarge(depth_to_rgb(true[0], low, high), 200)
     )
     assert shown(pictures.enlarge(depth_to_rgb(out["depth"][0, 0].numpy(), low, high), 200))
-    for colour in (pictures.TOLD, pictures.SEEN):
+    for colour in (pictures.COMMANDED, pictures.PREDICTED):
         assert (image == colour).all(-1).sum() > 20
     assert not shown(pictures.enlarge(frames[1], 200))  # in the next column
     assert comparison(b, out).shape[0] < image.shape[0]  # without frames: one row less
@@ -50,8 +50,8 @@ def test_the_top_view_has_the_path_at_true_scale_and_forward_up():
     """Hand computed: 1 unit forward and 0.5 right; right is right in the picture, forward is up."""
     E = np.tile(np.eye(4)[:3], (5, 1, 1))
     E[:, 0, 3], E[:, 2, 3] = -np.linspace(0, 0.5, 5), -np.linspace(0, 1, 5)
-    image = pictures.top_view([(E, pictures.TOLD)], (200, 200))
-    y, x = np.nonzero((image == pictures.TOLD).all(-1))
+    image = pictures.top_view([(E, pictures.COMMANDED)], (200, 200))
+    y, x = np.nonzero((image == pictures.COMMANDED).all(-1))
     first = y[x == x.min()].max(), x.min()
     assert first[0] > y.min() + 100 and x.max() - x.min() < 0.6 * (y.max() - y.min())
 

@@ -71,9 +71,15 @@ def changed(a, b):
     return np.mean(np.abs(a.astype(int) - b.astype(int)).max(-1) > 12)
 
 
-PIXELS = """(() => { viewer.draw(); const g = viewer.gl, w = g.drawingBufferWidth, h = g.drawingBufferHeight,
+SLIDE = (
+    "(e => { e.value = %d; e.dispatchEvent(new Event('input')); })(document.getElementById('%s'))"
+)
+
+PIXELS = """(() => { viewer.draw();
+  const g = viewer.gl, w = g.drawingBufferWidth, h = g.drawingBufferHeight,
   a = new Uint8Array(4 * w * h); g.readPixels(0, 0, w, h, g.RGBA, g.UNSIGNED_BYTE, a);
-  let s = ""; for (let i = 0; i < a.length; i += 4) s += String.fromCharCode(a[i], a[i + 1], a[i + 2]);
+  let s = "";
+  for (let i = 0; i < a.length; i += 4) s += String.fromCharCode(a[i], a[i + 1], a[i + 2]);
   return [w, h, btoa(s)]; })()"""
 
 
@@ -106,7 +112,7 @@ def test_the_page_draws_reacts_and_reports_no_error(made):
 
         after("document.querySelector('[data-v=\"0\"][title]').click()")  # this frame alone
         after(
-            "(e => { e.value = 4; e.dispatchEvent(new Event('input')); })(document.getElementById('time'))",
+            SLIDE % (4, "time"),
             0.002,
         )
         assert browser.run("viewer.state.frame") == 4 and "frame 5 of 5" in browser.run(
@@ -114,12 +120,8 @@ def test_the_page_draws_reacts_and_reports_no_error(made):
         )
         for button in (1, 2, 0):
             after(f"document.getElementById('colour').children[{button}].click()", 0.03)
-        after(
-            "(e => { e.value = 3; e.dispatchEvent(new Event('input')); })(document.getElementById('size'))"
-        )
-        after(
-            "(e => { e.value = 80; e.dispatchEvent(new Event('input')); })(document.getElementById('unsure'))"
-        )
+        after(SLIDE % (3, "size"))
+        after(SLIDE % (80, "unsure"))
         after("document.getElementById('ride').click()", 0.02)
         after("document.getElementById('reset').click()", 0.02)
         after("viewer.choose('mode', 2), viewer.slide('unsure', 0)")  # all frames, nothing hidden
@@ -176,8 +178,8 @@ def test_mouse_wheel_keys_and_two_fingers_move_the_view(made):
 @needs_browser
 def test_the_video_plays_and_without_its_codec_the_points_own_colours_do(made, tmp_path):
     ended = (
-        "new Promise(done => { viewer.play(true); const wait = () => viewer.state.playing ? setTimeout(wait, 30) : "
-        "done(viewer.state.frame); wait(); })"
+        "new Promise(done => { viewer.play(true); const wait = () => viewer.state.playing ? "
+        "setTimeout(wait, 30) : done(viewer.state.frame); wait(); })"
     )
     with opened(made[1], 900, 600) as browser:
         ready = browser.run(

@@ -180,7 +180,8 @@ peak = lambda: 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status
 with torch.device("meta"):
     FantasyWorld(PRESETS["demo"])
 before = peak()
-dit, _ = load_wan(sys.argv[1], Config(head_dim=32), "cpu", torch.bfloat16 if sys.argv[2] == "bf16" else None)
+dtype = torch.bfloat16 if sys.argv[2] == "bf16" else None
+dit, _ = load_wan(sys.argv[1], Config(head_dim=32), "cpu", dtype)
 print((peak() - before) / sum(p.nbytes for p in dit.parameters()))
 """
 
@@ -260,8 +261,9 @@ def test_image_to_video_families_cache_the_image_followed_by_grey(clips, tmp_pat
 def test_each_encoder_is_freed_before_the_next_is_loaded(clips, wan, tmp_path, monkeypatch):
     alive, seen = [], []
     for name in ("load_text", "load_clip", "load_vae"):
+        original = getattr(WanFolder, name)
 
-        def load(self, original=getattr(WanFolder, name), name=name):
+        def load(self, original=original, name=name):
             gc.collect()
             seen.append((name, sum(ref() is not None for ref in alive)))
             part = original(self)
