@@ -13,8 +13,8 @@ from lib.metrics import (
     depth_metrics,
     head_agreement,
     nearest,
-    splat,
     temporal_error,
+    warp_depth,
 )
 from lib.rooms import render_clip
 
@@ -90,7 +90,7 @@ def test_the_nearest_surface_wins_where_two_land_on_one_pixel():
     """98 back, the points at depth 2 and 4 are seen at depth 100 and 102, u = .206 and .251."""
     motion = torch.eye(4, **F64)[:3].clone()
     motion[2, 3] = 98
-    seen = splat(
+    seen = warp_depth(
         tensor([[2.0, 4.0]], **F64),
         motion,
         tensor([[0.5, 0, 0.2], [0, 0.5, 0.5], [0, 0, 1]], **F64),
