@@ -37,52 +37,15 @@ CLIP_FILE = "CLIP vision tower (models_clip_open-clip-xlm-roberta-large-vit-huge
 
 TEXT_LEN, PAD_ID, END_ID = 512, 0, 1
 
-# Per-channel statistics of the VAE's latents, published with Wan 2.1: the DiT sees (mu - mean) /
-# std.
-LATENT_MEAN = (
-    -0.7571,
-    -0.7089,
-    -0.9113,
-    0.1075,
-    -0.1745,
-    0.9653,
-    -0.1517,
-    1.5508,
-    0.4134,
-    -0.0715,
-    0.5517,
-    -0.3632,
-    -0.1922,
-    -0.9497,
-    0.2503,
-    -0.2921,
-)
-
-LATENT_STD = (
-    2.8184,
-    1.4541,
-    2.3275,
-    2.6558,
-    1.2196,
-    1.7708,
-    2.6052,
-    2.0743,
-    3.2687,
-    2.1526,
-    2.8652,
-    1.5579,
-    1.6382,
-    1.1253,
-    2.8251,
-    1.9160,
-)
-
-CLIP_MEAN = (
-    0.48145466,
-    0.4578275,
-    0.40821073,
-)  # of the RGB images in [0, 1] that CLIP was trained on
-
+# fmt: off
+# Per-channel statistics of the latents, published with Wan 2.1: the DiT sees (mu - mean) / std.
+LATENT_MEAN = (-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
+               0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921)
+LATENT_STD = (2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
+              3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160)
+# fmt: on
+# Of the RGB images in [0, 1] that CLIP was trained on.
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
@@ -153,8 +116,7 @@ def _load(sd, family, build):
 
 
 class CausalConv3d(nn.Conv3d):
-    """Conv3d over the present frame and the two before it, which are zero before the clip's first
-    frame."""
+    """Conv3d over the present frame and the two before it, zero before the clip's first."""
 
     def __init__(self, dim_in, dim_out, kernel=(3, 3, 3)):
         super().__init__(dim_in, dim_out, kernel, padding=(0, kernel[1] // 2, kernel[2] // 2))
@@ -162,15 +124,13 @@ class CausalConv3d(nn.Conv3d):
     def forward(self, x, state):
         history = state[self] if self in state else x.new_zeros(*x.shape[:2], 2, *x.shape[3:])
         x = torch.cat([history, x], dim=2)  # (B, c, 2 + t, ...)
-        state[self] = x[
-            :, :, -2:
-        ].clone()  # a view would keep the whole step alive until the next one
+        # A view would keep the whole step alive until the next one.
+        state[self] = x[:, :, -2:].clone()
         return super().forward(x)  # (B, dim_out, t, ...)
 
 
 class ChannelNorm(nn.Module):
-    """Scale each position's channel vector to length sqrt(c), then by gamma (Zhang & Sennrich
-    2019)."""
+    """Each position's channels scaled to length sqrt(c), then by gamma (Zhang & Sennrich 2019)."""
 
     def __init__(self, dim, spatial_dims=3):
         super().__init__()
@@ -198,8 +158,7 @@ class FrameAttention(nn.Module):
 
 
 class Chain(nn.Sequential):
-    """nn.Sequential that passes `state` to the layers that keep some; its indices are the official
-    names."""
+    """nn.Sequential that passes `state` to layers that keep some; indices are official names."""
 
     def forward(self, x, state):
         for layer in self:
@@ -227,8 +186,7 @@ class ResBlock(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Halve height and width; if temporal the frames too, except that the clip's first frame stays
-    alone."""
+    """Halve height and width; if temporal the frames too, but for the clip's first."""
 
     def __init__(self, dim, temporal):
         super().__init__()
@@ -247,8 +205,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Double height and width; if temporal the frames too, except that the clip's first frame stays
-    alone."""
+    """Double height and width; if temporal the frames too, but for the clip's first."""
 
     def __init__(self, dim, temporal):
         super().__init__()
@@ -259,14 +216,12 @@ class Upsample(nn.Module):
         self.time_conv = CausalConv3d(dim, 2 * dim, (3, 1, 1)) if temporal else None
 
     def forward(self, x, state):
-        alone = (
-            0 if self in state else 1
-        )  # time_conv never sees frame 0, not even as history of frame 1
+        # time_conv never sees frame 0, not even as history of frame 1.
+        alone = 0 if self in state else 1
         state[self] = True
         if self.time_conv is not None and x.shape[2] > alone:
-            y = rearrange(
-                self.time_conv(x[:, :, alone:], state), "b (j c) t h w -> b c (t j) h w", j=2
-            )
+            y = self.time_conv(x[:, :, alone:], state)
+            y = rearrange(y, "b (j c) t h w -> b c (t j) h w", j=2)
             x = torch.cat([x[:, :, :alone], y], dim=2)  # (B, c, 2t - alone, h, w)
         y = self.resample(rearrange(x, "b c t h w -> (b t) c h w"))
         return rearrange(y, "(b t) c h w -> b c t h w", b=len(x))  # (B, c/2, ..., 2h, 2w)
@@ -279,42 +234,26 @@ def vae_middle(dim):
 def vae_encoder(dim, z_dim):
     """Chain (B, 3, t, H, W) -> (B, 2 z_dim, f, h, w)."""
     layers = []
-    for stage, (dim_in, dim_out) in enumerate(
-        itertools.pairwise([dim, dim, 2 * dim, 4 * dim, 4 * dim])
-    ):
+    widths = itertools.pairwise([dim, dim, 2 * dim, 4 * dim, 4 * dim])
+    for stage, (dim_in, dim_out) in enumerate(widths):
         layers += [ResBlock(dim_in, dim_out), ResBlock(dim_out, dim_out)]
         layers += [Downsample(dim_out, temporal=stage > 0)] if stage < 3 else []
     head = Chain(ChannelNorm(4 * dim), nn.SiLU(), CausalConv3d(4 * dim, 2 * z_dim))
-    return Chain(
-        OrderedDict(
-            conv1=CausalConv3d(3, dim),
-            downsamples=Chain(*layers),
-            middle=vae_middle(4 * dim),
-            head=head,
-        )
-    )
+    parts = dict(conv1=CausalConv3d(3, dim), downsamples=Chain(*layers))
+    return Chain(OrderedDict(parts, middle=vae_middle(4 * dim), head=head))
 
 
 def vae_decoder(dim, z_dim):
     """Chain (B, z_dim, f, h, w) -> (B, 3, t, H, W)."""
     layers, dim_in = [], 4 * dim
     for stage, dim_out in enumerate([4 * dim, 4 * dim, 2 * dim, dim]):
-        layers += [
-            ResBlock(dim_in, dim_out),
-            ResBlock(dim_out, dim_out),
-            ResBlock(dim_out, dim_out),
-        ]
+        layers += [ResBlock(dim_in, dim_out), ResBlock(dim_out, dim_out)]
+        layers += [ResBlock(dim_out, dim_out)]
         layers += [Upsample(dim_out, temporal=stage < 2)] if stage < 3 else []
         dim_in = dim_out // 2
     head = Chain(ChannelNorm(dim), nn.SiLU(), CausalConv3d(dim, 3))
-    return Chain(
-        OrderedDict(
-            conv1=CausalConv3d(z_dim, 4 * dim),
-            middle=vae_middle(4 * dim),
-            upsamples=Chain(*layers),
-            head=head,
-        )
-    )
+    parts = dict(conv1=CausalConv3d(z_dim, 4 * dim), middle=vae_middle(4 * dim))
+    return Chain(OrderedDict(parts, upsamples=Chain(*layers), head=head))
 
 
 class WanVAE(nn.Module):
@@ -330,8 +269,7 @@ class WanVAE(nn.Module):
 
     @classmethod
     def from_state_dict(cls, sd):
-        """Tensors of the VAE file (shared, not copied) -> VAE. ValueError on missing or unexpected
-        ones."""
+        """Tensors of the VAE file, shared -> VAE; ValueError on missing or unexpected ones."""
 
         def build(shapes):
             wide = shapes["decoder.head.0.gamma"][0]  # a decoder may be wider than its encoder
@@ -348,13 +286,8 @@ class WanVAE(nn.Module):
                                       one step
         returns   (B, 16, f, h, w)    fp32, (mu - mean) / std, on the VAE's device"""
         B, c, T, H, W = video.shape
-        if (
-            c != 3
-            or T % 4 != 1
-            or H % 8
-            or W % 8
-            or (chunk is not None and (chunk < 4 or chunk % 4))
-        ):
+        steps_fit = chunk is None or (chunk >= 4 and chunk % 4 == 0)
+        if c != 3 or T % 4 != 1 or H % 8 or W % 8 or not steps_fit:
             raise ValueError(
                 f"video {tuple(video.shape)}, chunk={chunk}; wanted (B, 3, 4k + 1, 8h, 8w), "
                 f"chunk 4, 8, 12 ... or None. Trim or resize the clip."
@@ -363,9 +296,8 @@ class WanVAE(nn.Module):
         for start, end in itertools.pairwise([0, *range(1, T, chunk), T] if chunk else [0, T]):
             moments = self.conv1(self.encoder(video[:, :, start:end].to(self.conv1.weight), state))
             mu.append(moments.chunk(2, dim=1)[0].float())  # (B, 16, f of this step, h, w)
-        mean, std = torch.tensor([LATENT_MEAN, LATENT_STD], device=moments.device).view(
-            2, 1, -1, 1, 1, 1
-        )
+        statistics = torch.tensor([LATENT_MEAN, LATENT_STD], device=moments.device)
+        mean, std = statistics.view(2, 1, -1, 1, 1, 1)
         return (torch.cat(mu, dim=2) - mean) / std
 
     @torch.no_grad()
@@ -378,9 +310,8 @@ class WanVAE(nn.Module):
         returns   (B, 3, T, H, W)     fp32, clamped to [-1, 1], on the VAE's device"""
         B, c, f, h, w = latents.shape
         if c != len(LATENT_MEAN) or f < 1 or (chunk is not None and chunk < 1):
-            raise ValueError(
-                f"latents {tuple(latents.shape)} by {chunk=}; wanted (B, 16, f, h, w) by >= 1"
-            )
+            found = f"latents {tuple(latents.shape)} by {chunk=}"
+            raise ValueError(f"{found}; wanted (B, 16, f, h, w) by >= 1")
         state, device = {}, self.conv2.weight.device
         mean, std = torch.tensor([LATENT_MEAN, LATENT_STD], device=device).view(2, 1, -1, 1, 1, 1)
         video = torch.empty(B, 3, 4 * f - 3, 8 * h, 8 * w, device=device)
@@ -394,8 +325,7 @@ class WanVAE(nn.Module):
 
 
 def relative_buckets(length, buckets, max_distance=128):
-    """(L, L) bucket of key - query: half for keys to the right; one per near distance, logarithmic
-    beyond."""
+    """(L, L) bucket of key - query: half for keys to the right; logarithmic beyond the near."""
     position = torch.arange(length)  # on the CPU: the last bit of a GPU's log could move a border
     offset = position[None, :] - position[:, None]
     half, near, distance = buckets // 2, buckets // 4, offset.abs()
@@ -421,24 +351,19 @@ class UMT5Block(nn.Module):
 
     def forward(self, x, bucket, padding):
         bias = rearrange(self.pos_embedding["embedding"](bucket), "l m n -> 1 n l m")
-        bias = bias.masked_fill(
-            padding[:, None, None, :], torch.finfo(x.dtype).min
-        )  # (B, heads, L, L)
-        y = self.norm1(x)
-        q, k, v = (
-            rearrange(self.attn[name](y), "b l (n d) -> b n l d", n=bias.shape[1]) for name in "qkv"
-        )
-        y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=bias, scale=1.0
-        )  # T5 omits 1 / sqrt(d)
+        lowest = torch.finfo(x.dtype).min
+        bias = bias.masked_fill(padding[:, None, None, :], lowest)  # (B, heads, L, L)
+        y, split = self.norm1(x), "b l (n d) -> b n l d"
+        q, k, v = (rearrange(self.attn[name](y), split, n=bias.shape[1]) for name in "qkv")
+        # T5 omits the 1 / sqrt(d).
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=1.0)
         x = x + self.attn["o"](rearrange(y, "b n l d -> b l (n d)"))
         y = self.norm2(x)
         return x + self.ffn["fc2"](self.ffn["fc1"](y) * self.ffn["gate"](y))
 
 
 class UMT5Encoder(nn.Module):
-    """T5 1.1 encoder with a relative bias table in every layer; sized by default as umT5-xxl (5.7
-    B)."""
+    """T5 1.1 encoder with a relative bias table in every layer; by default umT5-xxl (5.7 B)."""
 
     def __init__(
         self, vocab=256384, dim=4096, attn_dim=4096, ffn_dim=10240, heads=64, buckets=32, layers=24
@@ -452,19 +377,15 @@ class UMT5Encoder(nn.Module):
 
     @classmethod
     def from_state_dict(cls, sd):
-        """Tensors of the umT5 file (shared, not copied) -> encoder. ValueError on missing or extra
-        ones."""
+        """Tensors of the umT5 file, shared -> encoder; ValueError on missing or extra ones."""
 
         def build(shapes):
             vocab, dim = shapes["token_embedding.weight"]
             buckets, heads = shapes["blocks.0.pos_embedding.embedding.weight"]
-            attn_dim, ffn_dim = (
-                shapes["blocks.0.attn.q.weight"][0],
-                shapes["blocks.0.ffn.fc1.weight"][0],
-            )
-            return cls(
-                vocab, dim, attn_dim, ffn_dim, heads, buckets, _count_layers(shapes, "blocks.")
-            )
+            attn_dim = shapes["blocks.0.attn.q.weight"][0]
+            ffn_dim = shapes["blocks.0.ffn.fc1.weight"][0]
+            layers = _count_layers(shapes, "blocks.")
+            return cls(vocab, dim, attn_dim, ffn_dim, heads, buckets, layers)
 
         return _load(_strip_prefix(sd, "model."), T5_FILE, build)
 
@@ -509,14 +430,12 @@ class PromptTokenizer:
         try:
             self.tokenizer = Tokenizer.from_file(str(path))
         except Exception as error:  # the package raises nothing narrower
-            raise ValueError(
-                f"{path}: cannot be read; it is part of a Wan2.1 download. {error}"
-            ) from error
+            said = f"cannot be read; it is part of a Wan2.1 download. {error}"
+            raise ValueError(f"{path}: {said}") from error
         found = self.tokenizer.token_to_id("<pad>"), self.tokenizer.token_to_id("</s>")
         if found != (PAD_ID, END_ID):
-            raise ValueError(
-                f"{path}: not umT5's tokenizer, <pad> and </s> are {found}, wanted (0, 1)"
-            )
+            wrong = f"<pad> and </s> are {found}, wanted (0, 1)"
+            raise ValueError(f"{path}: not umT5's tokenizer, {wrong}")
         self.tokenizer.no_padding()
         self.tokenizer.no_truncation()  # the file's own might drop </s>
 
@@ -527,9 +446,8 @@ class PromptTokenizer:
         mask = torch.zeros_like(ids)
         for row, prompt in enumerate(prompts):
             tokens = self.tokenizer.encode(clean_prompt(prompt)).ids
-            tokens = (
-                tokens[:-1] if tokens[-1:] == [END_ID] else tokens
-            )  # not every file appends </s>
+            # Not every file appends </s>.
+            tokens = tokens[:-1] if tokens[-1:] == [END_ID] else tokens
             tokens = [*tokens[: TEXT_LEN - 1], END_ID]
             ids[row, : len(tokens)], mask[row, : len(tokens)] = torch.tensor(tokens), 1
         return ids, mask
@@ -547,9 +465,8 @@ class CLIPBlock(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
 
     def forward(self, x):
-        qkv = rearrange(
-            self.attn["to_qkv"](self.norm1(x)), "b l (k n d) -> k b n l d", k=3, n=self.num_heads
-        )
+        qkv = self.attn["to_qkv"](self.norm1(x))
+        qkv = rearrange(qkv, "b l (k n d) -> k b n l d", k=3, n=self.num_heads)
         y = F.scaled_dot_product_attention(*qkv)  # (B, heads, L, d)
         x = x + self.attn["proj"](rearrange(y, "b n l d -> b l (n d)"))
         return x + self.mlp(self.norm2(x))
@@ -571,16 +488,10 @@ class CLIPVision(nn.Module):
         """Tensors of the CLIP file (shared, not copied), with or without `visual.` -> tower. Text
         tower and output head are skipped by name; ValueError on other missing or unexpected
         tensors."""
-        sd = {
-            key: value
-            for key, value in _strip_prefix(sd, "model.").items()
-            if not key.startswith("textual.") and key != "log_scale"
-        }
-        sd = {
-            key: value
-            for key, value in _strip_prefix(sd, "visual.").items()
-            if key not in ("post_norm.weight", "post_norm.bias", "head")
-        }
+        named = _strip_prefix(sd, "model.").items()
+        sd = {k: v for k, v in named if not k.startswith("textual.") and k != "log_scale"}
+        unused = ("post_norm.weight", "post_norm.bias", "head")
+        sd = {k: v for k, v in _strip_prefix(sd, "visual.").items() if k not in unused}
         layers = _count_layers(sd, "transformer.")
         return _load(sd, CLIP_FILE, lambda size: cls(size["cls_embedding"][2], layers, num_heads))
 
@@ -611,8 +522,7 @@ PARTS = dict(
 
 
 def wan_files(folder):
-    """Weight files of the DiT in a Wan folder, complete as its index says; [] for another
-    folder."""
+    """Weight files of a Wan folder's DiT, complete as its index says; [] for another folder."""
     found = sorted(Path(folder).glob("diffusion_pytorch_model*")) if folder else []
     files = [str(path) for path in found if path.suffix in (".safetensors", ".pth")]
     for index in (path for path in found if path.name.endswith(".index.json")):
@@ -628,8 +538,7 @@ def wan_files(folder):
 
 
 def lazy_tensors(path):
-    """name -> (shape, read) of a .safetensors or .pth file; read() is what touches the tensor's
-    bytes."""
+    """name -> (shape, read) of a .safetensors or .pth file; read() alone touches the bytes."""
 
     def read(name):  # opened per tensor: pages of a closed file do not count against this process
         with safe_open(path, "pt") as file:
@@ -669,8 +578,7 @@ def lazy_pth(path):
 
 
 def wan_family(folder):
-    """What the DiT of a Wan folder takes, as "wan32clip" (inputs, CLIP tokens); "" if it has
-    none."""
+    """What the DiT of a Wan folder takes, as "wan32clip" (inputs, CLIP tokens); "" for none."""
     shapes = {}
     for path in wan_files(folder):
         shapes.update({name: shape for name, (shape, _) in lazy_tensors(path).items()})
@@ -695,9 +603,8 @@ class WanFolder:
         folder, self.device = Path(folder), torch.device(device)
         family = wan_family(folder)
         if not family:
-            raise ValueError(
-                f"{folder}: no diffusion_pytorch_model*.safetensors in it; wanted a Wan2.1 folder"
-            )
+            found = "no diffusion_pytorch_model*.safetensors in it"
+            raise ValueError(f"{folder}: {found}; wanted a Wan2.1 folder")
         self.start_pad = "constant" if family.startswith("wan36") else None
         self.load_image = self.load_clip if family.endswith("clip") else None
         self.files = dict(tokenizer=folder / "google" / "umt5-xxl" / "tokenizer.json")
@@ -717,33 +624,28 @@ class WanFolder:
         self.half = torch.bfloat16 if self.device.type == "cuda" else torch.float32
 
     def load_text(self):
-        """umT5 in the file's bf16: f(list of prompts) -> list of (L, 4096), L the prompt's own
-        length."""
+        """umT5 in the file's bf16: f(prompts) -> list of (L, 4096), L a prompt's own length."""
         tokenizer = PromptTokenizer(self.files["tokenizer"].parent)
         encoder = UMT5Encoder.from_state_dict(load_state_dict(self.files["text"])).to(self.device)
 
         def encode(prompts):
             ids, mask = tokenizer(prompts)
-            rows = [
-                encoder(i[None].to(self.device), m[None].to(self.device))[0]
-                for i, m in zip(ids, mask)
-            ]
+            pairs = zip(ids[:, None].to(self.device), mask[:, None].to(self.device))
+            rows = [encoder(i, m)[0] for i, m in pairs]
             return [row[:n] for row, n in zip(rows, mask.sum(1).tolist())]
 
         return encode
 
     def load_clip(self):
         """CLIP vision tower: f(images (B, 3, H, W)) -> (B, 257, 1280); bf16 on a GPU."""
-        tower = CLIPVision.from_state_dict(load_state_dict(self.files["image"])).to(
-            self.device, self.half
-        )
+        tower = CLIPVision.from_state_dict(load_state_dict(self.files["image"]))
+        tower = tower.to(self.device, self.half)
         return lambda images: tower(images.to(self.device))
 
     def load_vae(self):
         """Video VAE in fp32, as the official code runs it."""
-        return WanVAE.from_state_dict(load_state_dict(self.files["vae"])).to(
-            self.device, torch.float32
-        )
+        vae = WanVAE.from_state_dict(load_state_dict(self.files["vae"]))
+        return vae.to(self.device, torch.float32)
 
 
 def encode_start(vae, image, frames, pad):
