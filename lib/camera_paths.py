@@ -10,15 +10,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from geometry import (
-    compose,
-    inv_se3,
-    mat_to_quat,
-    normalize_scene,
-    quat_to_mat,
-    relative_to_first,
-    valid_depth,
-)
+from geometry import compose, inv_se3, mat_to_quat, normalize_scene, quat_to_mat, relative_to_first
 from lib import camera_files
 from lib.camera_files import pixel_matrix
 from lib.files import read_depth
@@ -37,8 +29,7 @@ class View:
 def load_camera(text, num_frames, size, view=View()):
     """A named move, key frames or a camera file, for a video of num_frames pictures of size (H, W).
 
-    returns  w2c (1, T, 3, 4) relative to frame 0 in scene units; intrinsics (1, T, 3, 3) in
-             pixels"""
+    returns  w2c (1, T, 3, 4) relative to frame 0, scene units; intrinsics (1, T, 3, 3) pixels"""
     zoom, intrinsics, scale = torch.ones(num_frames), None, view.scene_scale
     if "->" in text:
         w2c = key_frames(text, num_frames)
@@ -46,7 +37,7 @@ def load_camera(text, num_frames, size, view=View()):
         w2c, intrinsics = from_file(text, num_frames, size, view.form)
     else:
         w2c, zoom = camera_move(text, num_frames, view.amount)
-        scale = 1.0
+        scale = 1.0  # a move is in scene units already
     w2c = relative_to_first(torch.as_tensor(w2c[:num_frames])[None].double())
     w2c = torch.cat([w2c[..., :3], w2c[..., 3:] / scale], -1).float()
     if intrinsics is None:
@@ -74,100 +65,131 @@ def mean_distance(path, K, size):
     """Mean distance of a depth map of the start image, in its unit, as seen with the cameras' K."""
     depth = torch.from_numpy(read_depth(path, frames=[0]))[None]
     depth = F.interpolate(depth, size, mode="nearest-exact")
-    camera = torch.eye(4)[None, None, :3]
-    return normalize_scene(depth, camera, K[:, :1], valid_depth(depth))[2].item()
+    return normalize_scene(depth, torch.eye(4)[None, None, :3], K[:, :1], depth > 0)[2].item()
 
 
+# --- Named moves ----------------------------------------------------------------------------------
+# Direction of the camera's centre, axis that it turns around, sign of the focal length's change.
+# fmt: off
 TRAVEL = {
-    "static": (0, 0, 0),
-    "forward": (0, 0, 1),
-    "backward": (0, 0, -1),
-    "right": (1, 0, 0),
-    "left": (-1, 0, 0),
-    "up": (0, -1, 0),
-    "down": (0, 1, 0),
+    "static": (0, 0, 0), "forward": (0, 0, 1), "backward": (0, 0, -1),
+    "right": (1, 0, 0), "left": (-1, 0, 0), "up": (0, -1, 0), "down": (0, 1, 0),
 }
-
-
 TURN_AXIS = {
-    "pan_right": (0, 1, 0),
-    "pan_left": (0, -1, 0),
-    "tilt_up": (1, 0, 0),
-    "tilt_down": (-1, 0, 0),
-    "tilt": (1, 0, 0),
-    "orbit": (0, -1, 0),
+    "pan_right": (0, 1, 0), "pan_left": (0, -1, 0),
+    "tilt_up": (1, 0, 0), "tilt_down": (-1, 0, 0), "tilt": (1, 0, 0), "orbit": (0, -1, 0),
 }
-
-
 ZOOM = {"zoom_in": 1, "zoom_out": -1, "zoom": 1}
+# fmt: on
 
 
-def camera_move(name, num_frames, amount=1.0, fov_deg=60.0, pivot_depth=1.0, ease="smooth"):
+def camera_move(name, num_frames, amount=1.0, *, fov_deg=60.0, pivot_depth=1.0, ease="smooth"):
     """A named camera move, starting at the identity.
 
-    name         static; forward, backward, left, right, up, down; pan_left, pan_right, tilt_up (or
-                 tilt), tilt_down; zoom_in (or zoom), zoom_out; orbit; spiral
-    amount       1 travels 0.3 scene units, turns (pan, tilt, orbit) by fov_deg / 2, zooms by 1.5; <
-                 0 reverts
-    pivot_depth  scene units; orbit circles to the right around the point this far ahead, looking at
-                 it; spiral winds twice around the view axis up to 0.1 * amount off it, looking at
-                 that point
-    ease         smooth: at rest at both ends; linear; in, out: at rest at the first, the last frame
-                 only
+    name         one of TRAVEL, TURN_AXIS, ZOOM, or spiral
+    amount       1 travels 0.3 scene units, turns (pan, tilt, orbit) by fov_deg / 2, zooms by 1.5; a
+                 negative one goes the other way
+    pivot_depth  scene units to the point that orbit circles and that spiral looks at
+    ease         smooth: at rest at both ends; linear; in, out: at rest at the first, last frame
     returns      w2c (T, 3, 4) in scene units, focal (T,): the factor on fx and fy, 1 unless
                  zooming."""
     known = [*TRAVEL, *TURN_AXIS, *ZOOM, "spiral"]
     if name not in known:
         near = ", ".join(difflib.get_close_matches(name, known, cutoff=0.4)) or "none"
-        raise ValueError(
-            f"unknown camera move {name!r}; nearest: {near}; known: {', '.join(known)}."
-        )
-    s = torch.linspace(0, 1, num_frames)
-    eased = dict(smooth=s * s * (3 - 2 * s), linear=s, out=s * (2 - s), **{"in": s * s})
+        words = f"nearest: {near}; known: {', '.join(known)}."
+        raise ValueError(f"unknown camera move {name!r}; {words}")
+    gone = share_of_way(ease, torch.linspace(0, 1, num_frames))
+    way = amount * gone
+    half = way[:, None] * math.radians(fov_deg) / 4  # (T, 1) half of the angle turned
+    R = turn(TURN_AXIS.get(name, (0, 0, 0)), half)
+    centre = 0.3 * way[:, None] * torch.tensor(TRAVEL.get(name, (0, 0, 0)))  # (T, 3)
+    if name == "orbit":
+        centre = orbit(half, pivot_depth)
+    if name == "spiral":
+        R, centre = spiral(way, gone, pivot_depth)
+    return inv_se3(torch.cat([R, centre[..., None]], -1)), 1.5 ** (ZOOM.get(name, 0) * way)
+
+
+def share_of_way(ease, s):
+    """How far a move has come at the share s (T,) of its time."""
+    eased = {"smooth": s * s * (3 - 2 * s), "linear": s, "in": s * s, "out": s * (2 - s)}
     if ease not in eased:
         raise ValueError(f"ease {ease!r}; known: {', '.join(eased)}.")
-    gone = eased[ease]
-    ease = amount * gone  # (T,)
-    half = ease[:, None] * math.radians(fov_deg) / 4  # (T, 1) half of the angle turned
-    R = quat_to_mat(
-        torch.cat([half.sin() * torch.tensor(TURN_AXIS.get(name, (0, 0, 0))), half.cos()], -1)
-    )
-    centre = 0.3 * ease[:, None] * torch.tensor(TRAVEL.get(name, (0, 0, 0)))  # (T, 3)
-    if name == "orbit":
-        centre = pivot_depth * torch.cat([(2 * half).sin(), 0 * half, 1 - (2 * half).cos()], -1)
-    if name == "spiral":
-        off, round_ = 0.1 * ease, 4 * math.pi * gone
-        centre = torch.stack(
-            [off * round_.sin(), off * (1 - round_.cos()), torch.zeros_like(off)], -1
-        )
-        z = F.normalize(centre.new_tensor([0, 0, pivot_depth]) - centre, dim=-1)
-        x = F.normalize(
-            torch.linalg.cross(torch.tensor([0, 1.0, 0]).expand_as(z), z, dim=-1), dim=-1
-        )
-        R = torch.stack([x, torch.linalg.cross(z, x, dim=-1), z], -1)
-    return inv_se3(torch.cat([R, centre[..., None]], -1)), 1.5 ** (ZOOM.get(name, 0) * ease)
+    return eased[ease]
+
+
+def turn(axis, half):
+    """Rotations (T, 3, 3) around a unit axis by twice the angles half (T, 1)."""
+    return quat_to_mat(torch.cat([half.sin() * torch.tensor(axis), half.cos()], -1))
+
+
+def orbit(half, depth):
+    """Centres (T, 3) on a circle to the right, around the point `depth` ahead of the first."""
+    return depth * torch.cat([(2 * half).sin(), 0 * half, 1 - (2 * half).cos()], -1)
+
+
+def spiral(way, gone, depth):
+    """Two windings up to 0.1 off the view axis, looking at the point `depth` ahead: R, centres."""
+    off, angle = 0.1 * way, 4 * math.pi * gone
+    centre = torch.stack([off * angle.sin(), off * (1 - angle.cos()), torch.zeros_like(off)], -1)
+    z = F.normalize(centre.new_tensor([0, 0, depth]) - centre, dim=-1)
+    down = torch.tensor([0, 1.0, 0]).expand_as(z)
+    x = F.normalize(torch.linalg.cross(down, z, dim=-1), dim=-1)
+    return torch.stack([x, torch.linalg.cross(z, x, dim=-1), z], -1), centre
+
+
+# --- Key frames -----------------------------------------------------------------------------------
+def key_frames(text, num_frames):
+    """ "x,y,z -> x,y,z | ..." or "0: x,y,z -> x,y,z | 0.4: ...": from where to what the camera
+    looks, y down, in the user's unit.
+
+    Times are shares of the clip, evenly spread when left out.  returns  w2c (T, 3, 4) float64."""
+    times, poses, parts = [], [], text.split("|")
+    for i, part in enumerate(parts):
+        found = re.fullmatch(r"\s*(?:([\d.]+)\s*:)?(.*)->(.*)", part)
+        try:
+            centre, target = ([float(x) for x in found[k].split(",")] for k in (2, 3))
+            if not len(centre) == len(target) == 3:
+                raise TypeError
+            times.append(float(found[1] or i / max(1, len(parts) - 1)))
+        except (TypeError, ValueError):
+            such = "'0,0,0 -> 0,0,2 | 0.3,0,0.5 -> 0,0,2'"
+            said = f"--camera, key frame {part.strip()!r}: wanted x,y,z -> x,y,z, as in {such}"
+            raise ValueError(said) from None
+        poses.append(look_at(centre, target))
+    return interpolate(times, poses, np.linspace(0, 1, num_frames))
 
 
 def look_at(centre, target, down=(0, 1, 0)):
-    """w2c (3, 4) float64 of a camera at `centre` that looks at `target`; `down` points to the
-    picture's bottom."""
+    """w2c (3, 4) float64 of a camera at `centre` that looks at `target`, with `down` below."""
     centre, target, down = (np.asarray(x, float) for x in (centre, target, down))
     z = target - centre
     x = np.cross(down, z)
     if np.linalg.norm(z) < 1e-12 or np.linalg.norm(x) < 1e-9 * np.linalg.norm(z):
+        seen = f"seen from {centre} towards {target}"
         raise ValueError(
-            f"look_at: seen from {centre} towards {target}, down = {down} is no side of the "
-            "picture; "
-            "choose another"
+            f"look_at: {seen}, down = {down} is no side of the picture; choose another"
         )
     x, z = x / np.linalg.norm(x), z / np.linalg.norm(z)
     R = np.stack([x, np.cross(z, x), z])  # rows: the camera's axes in the world
     return np.concatenate([R, -R @ centre[:, None]], 1)
 
 
+def interpolate(times, w2c, at):
+    """Key frames w2c (K, 3, 4) at increasing times (K,) -> w2c (T, 3, 4) at times `at` (T,).
+
+    Between two of them the camera moves by a constant screw motion; beyond the ends it rests."""
+    times, at, w2c = (torch.as_tensor(np.asarray(x), dtype=torch.float64) for x in (times, at, w2c))
+    if len(times) < 2 or (times.diff() <= 0).any():
+        raise ValueError(f"interpolate: times {times.tolist()}; wanted two or more, increasing")
+    i = (torch.searchsorted(times, at, right=True) - 1).clamp(0, len(times) - 2)
+    share = ((at - times[i]) / (times[i + 1] - times[i])).clamp(0, 1)
+    twist = log_se3(compose(w2c[i + 1], inv_se3(w2c[i])))
+    return compose(exp_se3(share[:, None] * twist), w2c[i]).numpy()
+
+
 def log_se3(E):
-    """Twist (..., 6) = rotation vector, velocity of rigid transforms (..., 3, 4); angles up to 180
-    degrees."""
+    """Rigid transforms (..., 3, 4), up to 180 degrees -> twist (..., 6): rotation, velocity."""
     q = mat_to_quat(E[..., :3])
     sine = q[..., :3].norm(dim=-1, keepdim=True)
     angle = 2 * torch.atan2(sine, q[..., 3:])
@@ -185,39 +207,3 @@ def exp_se3(twist):
     zero = torch.zeros_like(a)
     W = torch.stack([zero, -c, b, c, zero, -a, -b, a, zero], -1).unflatten(-1, (3, 3))
     return torch.matrix_exp(F.pad(torch.cat([W, v[..., None]], -1), (0, 0, 0, 1)))[..., :3, :]
-
-
-def interpolate(times, w2c, at):
-    """Camera path through key frames: w2c (K, 3, 4) at increasing `times` (K,) -> (T, 3, 4) at
-    times `at` (T,).
-
-    Between two key frames the camera moves by a constant screw motion; at is clipped to the key
-    frames."""
-    times, at, w2c = (torch.as_tensor(np.asarray(x), dtype=torch.float64) for x in (times, at, w2c))
-    if len(times) < 2 or (times.diff() <= 0).any():
-        raise ValueError(f"interpolate: times {times.tolist()}; wanted two or more, increasing")
-    i = (torch.searchsorted(times, at, right=True) - 1).clamp(0, len(times) - 2)
-    share = ((at - times[i]) / (times[i + 1] - times[i])).clamp(0, 1)
-    twist = log_se3(compose(w2c[i + 1], inv_se3(w2c[i])))
-    return compose(exp_se3(share[:, None] * twist), w2c[i]).numpy()
-
-
-def key_frames(text, num_frames):
-    """ "x,y,z -> x,y,z | ..." or "0: x,y,z -> x,y,z | 0.4: ...": from where to what the camera
-    looks, y down, in the user's unit; times are shares of the clip, evenly spread when left out ->
-    w2c (T, 3, 4) float64."""
-    times, poses, parts = [], [], text.split("|")
-    for i, part in enumerate(parts):
-        found = re.fullmatch(r"\s*(?:([\d.]+)\s*:)?(.*)->(.*)", part)
-        try:
-            centre, target = ([float(x) for x in found[k].split(",")] for k in (2, 3))
-            if not len(centre) == len(target) == 3:
-                raise TypeError
-            times.append(float(found[1] or i / max(1, len(parts) - 1)))
-        except (TypeError, ValueError):
-            raise ValueError(
-                f"--camera, key frame {part.strip()!r}: wanted x,y,z -> x,y,z, as in "
-                f"'0,0,0 -> 0,0,2 | 0.3,0,0.5 -> 0,0,2'"
-            ) from None
-        poses.append(look_at(centre, target))
-    return interpolate(times, poses, np.linspace(0, 1, num_frames))
