@@ -27,6 +27,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -752,7 +753,7 @@ def command():
     elif name == "verify":
         failed = verify(args.pop("root"), as_json=args.pop("json"), **args)
     else:
-        camera_files.convert(args.pop("source"), args.pop("target"), **args)
+        camera_files.convert(SimpleNamespace(**args))
     if failed:
         raise SystemExit(1)
 

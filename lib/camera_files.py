@@ -9,6 +9,7 @@ the file holds none; size (H, W) of the images in pixels, or None."""
 
 import json
 import struct
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -93,9 +94,29 @@ def inverse(matrices):
     return inv_se3(torch.from_numpy(m[:, :3])).numpy()
 
 
+@dataclass(frozen=True)
+class Hints:
+    """What a caller says about a file where it does not say it itself."""
+
+    size: tuple | None = None  # (H, W) of the pictures that pixel intrinsics are of
+    axes: str | None = None  # opencv or opengl, where they differ from the format's own
+    matrices: str | None = None  # w2c or c2w, for arrays without such a name
+
+
+@dataclass(frozen=True)
+class Cameras:
+    """What a reader found, as the file has it: `oriented` alone turns it into w2c, OpenCV."""
+
+    matrices: np.ndarray  # (T, 3 or 4, 4)
+    kind: str  # w2c or c2w
+    intrinsics: np.ndarray | None  # (T, 4) fractions
+    size: tuple | None  # (H, W)
+
+
 def oriented(matrices, kind, axes):
     """w2c (T, 3, 4) in OpenCV axes from matrices that are w2c or c2w in opencv or opengl axes."""
-    w2c = inverse(matrices) if kind == "c2w" else inverse(inverse(matrices))
+    other = inverse(matrices)  # refuses what is no rotation
+    w2c = other if kind == "c2w" else np.asarray(matrices, float)[:, :3]
     return w2c * FLIP if axes == "opengl" else w2c
 
 
@@ -113,92 +134,74 @@ def fractions(pixels, size):
 
 
 # --- JSON -----------------------------------------------------------------------------------------
-def read_interp(path, size, axes):
+def read_interp(path, hints):
     """camera_data.json: 4x4 camera-to-world in cameras_interp, focal_length in pixels (500),
     centred."""
     data = json.loads(Path(path).read_text())
-    h, w = need_size(size, path, "focal_length")
-    focal = float(data.get("focal_length", 500))
-    w2c = oriented(data["cameras_interp"], "c2w", axes)
-    return w2c, np.tile([focal / w, focal / h, 0.5, 0.5], (len(w2c), 1)), (h, w)
+    h, w = need_size(hints.size, path, "focal_length")
+    focal, matrices = float(data.get("focal_length", 500)), data["cameras_interp"]
+    intrinsics = np.tile([focal / w, focal / h, 0.5, 0.5], (len(matrices), 1))
+    return Cameras(matrices, "c2w", intrinsics, (h, w))
 
 
-def write_interp(path, w2c, intrinsics, size, axes):
+def write_interp(path, w2c, intrinsics, size):
     h, w = need_size(size, path, "focal_length")
     pixels = intrinsics * [w, h, w, h]
     if np.ptp(pixels[:, :2]) > 1e-3 or np.abs(intrinsics[:, 2:] - 0.5).max() > 1e-3:
         raise ValueError(
             f"{path}: this format holds one focal length and centred cameras; these have fx, fy "
-            "from "
-            f"{pixels[:, :2].min():.6g} to {pixels[:, :2].max():.6g} px. Write re10k or nerfstudio."
+            f"from {pixels[:, :2].min():.6g} to {pixels[:, :2].max():.6g} px. Write re10k or "
+            "nerfstudio."
         )
-    c2w = np.tile(np.eye(4), (len(w2c), 1, 1))
-    c2w[:, :3] = inverse(w2c * FLIP if axes == "opengl" else w2c)
-    c2w = c2w.tolist()
-    Path(path).write_text(
-        json.dumps(
-            dict(
-                focal_length=float(pixels[0, 0]),
-                scale=1,
-                cameras=[c2w[0], c2w[-1]],
-                cameras_interp=c2w,
-            )
-        )
-    )
+    c2w = homogeneous(inverse(w2c)).tolist()
+    told = dict(focal_length=float(pixels[0, 0]), scale=1, cameras=[c2w[0], c2w[-1]])
+    Path(path).write_text(json.dumps(dict(told, cameras_interp=c2w)))
 
 
-def read_nerfstudio(path, size):
-    """transforms.json: camera-to-world in OpenGL axes, frames by file name; intrinsics shared or
-    per frame."""
-    data = json.loads(Path(path).read_text())
+def homogeneous(matrices):
+    """(T, 3, 4) -> (T, 4, 4)."""
+    full = np.tile(np.eye(4), (len(matrices), 1, 1))
+    full[:, :3] = matrices
+    return full
+
+
+DISTORTION = ("k1", "k2", "k3", "k4", "p1", "p2")
+
+
+def read_nerfstudio(path, hints):
+    """transforms.json: camera-to-world, frames by file name; intrinsics shared or per frame."""
+    data, size = json.loads(Path(path).read_text()), hints.size
     frames = sorted(data["frames"], key=lambda f: f.get("file_path", ""))
-    if (model := data.get("camera_model", "PINHOLE")) not in (*MODELS, "PERSPECTIVE"):
-        raise ValueError(
-            f"{path}: camera model {model}; wanted a pinhole camera: undistort the images first"
-        )
+    model = data.get("camera_model", "PINHOLE")
+    if model not in (*MODELS, "PERSPECTIVE"):
+        wanted = "wanted a pinhole camera: undistort the images first"
+        raise ValueError(f"{path}: camera model {model}; {wanted}")
     rows = []
     for f in ({**data, **f} for f in frames):
-        if any(abs(f.get(k, 0)) > 1e-9 for k in ("k1", "k2", "k3", "k4", "p1", "p2")):
-            raise ValueError(
-                f"{path}: lens distortion; undistort the images first (colmap image_undistorter)"
-            )
+        if any(abs(f.get(k, 0)) > 1e-9 for k in DISTORTION):
+            cure = "undistort the images first (colmap image_undistorter)"
+            raise ValueError(f"{path}: lens distortion; {cure}")
         if "w" in f and "h" in f:
             size = size or (int(f["h"]), int(f["w"]))
         h, w = need_size(size, path, "intrinsics")
         fx = f.get("fl_x") or w / 2 / np.tan(f["camera_angle_x"] / 2)
-        fy = f.get("fl_y") or (
-            h / 2 / np.tan(f["camera_angle_y"] / 2) if "camera_angle_y" in f else fx
-        )
+        fy = h / 2 / np.tan(f["camera_angle_y"] / 2) if "camera_angle_y" in f else fx
+        row = np.array([fx, f.get("fl_y") or fy, f.get("cx", w / 2), f.get("cy", h / 2)])
         scale = np.array([w / f.get("w", w), h / f.get("h", h)] * 2)  # --size: resized images
-        rows.append(
-            np.array([fx, fy, f.get("cx", w / 2), f.get("cy", h / 2)])
-            * (scale if "fl_x" in f else 1)
-        )
-    return (
-        oriented([f["transform_matrix"] for f in frames], "c2w", "opengl"),
-        fractions(rows, size),
-        size,
-    )
+        rows.append(row * scale if "fl_x" in f else row)
+    matrices = [f["transform_matrix"] for f in frames]
+    return Cameras(matrices, "c2w", fractions(rows, size), size)
 
 
 def write_nerfstudio(path, w2c, intrinsics, size):
     h, w = need_size(size, path, "intrinsics")
-    c2w = np.tile(np.eye(4), (len(w2c), 1, 1))
-    c2w[:, :3] = inverse(w2c * FLIP)
-    frames = [
-        dict(
-            file_path=f"images/frame_{t:05d}.png",
-            fl_x=k[0],
-            fl_y=k[1],
-            cx=k[2],
-            cy=k[3],
-            transform_matrix=m,
-        )
-        for t, (m, k) in enumerate(zip(c2w.tolist(), (intrinsics * [w, h, w, h]).tolist()))
-    ]
-    Path(path).write_text(
-        json.dumps(dict(camera_model="PINHOLE", w=w, h=h, frames=frames), indent=1)
-    )
+    frames = []
+    for t, (m, k) in enumerate(zip(homogeneous(inverse(w2c)), intrinsics * [w, h, w, h])):
+        row = dict(zip(("fl_x", "fl_y", "cx", "cy"), k.tolist()))
+        name = dict(file_path=f"images/frame_{t:05d}.png")
+        frames.append({**name, **row, "transform_matrix": m.tolist()})
+    told = dict(camera_model="PINHOLE", w=w, h=h, frames=frames)
+    Path(path).write_text(json.dumps(told, indent=1))
 
 
 # --- COLMAP: pixel centres at +0.5, w2c in OpenCV axes; images ordered by name --------------------
@@ -219,42 +222,52 @@ def colmap_camera(path, model, w, h, params):
     return fractions([fx, fy, cx, cy], (h, w)), (h, w)
 
 
-def read_colmap(path):
-    path = Path(path)
+def colmap_binary(path):
+    """cameras: id -> (fractions, size); images: (name, pose, camera id); of the two .bin files."""
     cameras, images = {}, []
-    if (path / "images.bin").is_file():
-        data = (path / "cameras.bin").read_bytes()
-        (count,), at = struct.unpack_from("<Q", data), 8
-        for _ in range(count):
-            i, model, w, h = struct.unpack_from("<iiQQ", data, at)
-            name = MODELS[model] if model < len(MODELS) else f"number {model}"
-            params = struct.unpack_from(f"<{PARAMS.get(name, 0)}d", data, at + 24)
-            cameras[i] = colmap_camera(path, name, w, h, params)  # an unknown model is refused here
-            at += 24 + 8 * len(params)
-        data = (path / "images.bin").read_bytes()
-        (count,), at = struct.unpack_from("<Q", data), 8
-        for _ in range(count):
-            _, *pose, camera = struct.unpack_from("<i7di", data, at)
-            end = data.index(b"\0", at + 64)
-            images.append((data[at + 64 : end].decode(), pose, camera))
-            at = end + 9 + 24 * struct.unpack_from("<Q", data, end + 1)[0]
-    else:
-        for line in (path / "cameras.txt").read_text().splitlines():
-            if line.strip() and not line.startswith("#"):
-                i, model, w, h, *params = line.split()
-                cameras[int(i)] = colmap_camera(
-                    path, model, int(w), int(h), [float(p) for p in params]
-                )
-        lines = [x for x in (path / "images.txt").read_text().splitlines() if not x.startswith("#")]
-        for line in lines[::2]:  # every second one holds 2D points
-            if line.strip():
-                _, *pose, camera, name = line.split(maxsplit=9)
-                images.append((name, [float(p) for p in pose], int(camera)))
+    data = (path / "cameras.bin").read_bytes()
+    (count,), at = struct.unpack_from("<Q", data), 8
+    for _ in range(count):
+        i, model, w, h = struct.unpack_from("<iiQQ", data, at)
+        name = MODELS[model] if model < len(MODELS) else f"number {model}"
+        params = struct.unpack_from(f"<{PARAMS.get(name, 0)}d", data, at + 24)
+        cameras[i] = colmap_camera(path, name, w, h, params)  # an unknown model is refused here
+        at += 24 + 8 * len(params)
+    data = (path / "images.bin").read_bytes()
+    (count,), at = struct.unpack_from("<Q", data), 8
+    for _ in range(count):
+        _, *pose, camera = struct.unpack_from("<i7di", data, at)
+        end = data.index(b"\0", at + 64)
+        images.append((data[at + 64 : end].decode(), pose, camera))
+        at = end + 9 + 24 * struct.unpack_from("<Q", data, end + 1)[0]
+    return cameras, images
+
+
+def colmap_text(path):
+    """The same of the two .txt files."""
+    cameras, images = {}, []
+    for line in (path / "cameras.txt").read_text().splitlines():
+        if line.strip() and not line.startswith("#"):
+            i, model, w, h, *params = line.split()
+            numbers = [float(p) for p in params]
+            cameras[int(i)] = colmap_camera(path, model, int(w), int(h), numbers)
+    lines = [x for x in (path / "images.txt").read_text().splitlines() if not x.startswith("#")]
+    for line in lines[::2]:  # every second one holds 2D points
+        if line.strip():
+            _, *pose, camera, name = line.split(maxsplit=9)
+            images.append((name, [float(p) for p in pose], int(camera)))
+    return cameras, images
+
+
+def read_colmap(path, hints=None):
+    path = Path(path)
+    binary = (path / "images.bin").is_file()
+    cameras, images = colmap_binary(path) if binary else colmap_text(path)
     images.sort()
     pose = torch.tensor([p for _, p, _ in images], dtype=torch.float64)
     w2c = torch.cat([quat_to_mat(pose[:, [1, 2, 3, 0]]), pose[:, 4:, None]], -1).numpy()
     chosen = [cameras[camera] for _, _, camera in images]
-    return w2c, np.stack([k for k, _ in chosen]), chosen[0][1]
+    return Cameras(w2c, "w2c", np.stack([k for k, _ in chosen]), chosen[0][1])
 
 
 def write_colmap(path, w2c, intrinsics, size, binary=False):
@@ -266,82 +279,103 @@ def write_colmap(path, w2c, intrinsics, size, binary=False):
     q = mat_to_quat(torch.from_numpy(w2c[:, :, :3].copy())).numpy()[:, [3, 0, 1, 2]]
     poses = np.concatenate([q, w2c[:, :, 3]], 1)
     names = [f"frame_{t:05d}.png" for t in range(len(w2c))]
-    which = which.ravel() + 1
+    images = list(zip(range(1, len(poses) + 1), poses, which.ravel() + 1, names))
     if binary:
-        (path / "cameras.bin").write_bytes(
-            struct.pack("<Q", len(kinds))
-            + b"".join(struct.pack("<iiQQ4d", i, 1, w, h, *k) for i, k in enumerate(kinds, 1))
-        )
-        (path / "images.bin").write_bytes(
-            struct.pack("<Q", len(poses))
-            + b"".join(
-                struct.pack("<i7di", t, *p, c) + name.encode() + b"\0" + struct.pack("<Q", 0)
-                for t, (p, c, name) in enumerate(zip(poses, which, names), 1)
-            )
-        )
-    else:
-        (path / "cameras.txt").write_text(
-            "".join(
-                f"{i} PINHOLE {w} {h} " + " ".join(f"{x:.12g}" for x in k) + "\n"
-                for i, k in enumerate(kinds, 1)
-            )
-        )
-        (path / "images.txt").write_text(
-            "".join(
-                f"{t} " + " ".join(f"{x:.12g}" for x in p) + f" {c} {name}\n\n"
-                for t, (p, c, name) in enumerate(zip(poses, which, names), 1)
-            )
-        )
+        rows = [struct.pack("<iiQQ4d", i, 1, w, h, *k) for i, k in enumerate(kinds, 1)]
+        (path / "cameras.bin").write_bytes(struct.pack("<Q", len(kinds)) + b"".join(rows))
+        end = b"\0" + struct.pack("<Q", 0)
+        rows = [struct.pack("<i7di", t, *p, c) + name.encode() + end for t, p, c, name in images]
+        (path / "images.bin").write_bytes(struct.pack("<Q", len(poses)) + b"".join(rows))
+        return
+    rows = [f"{i} PINHOLE {w} {h} {numbers(k)}\n" for i, k in enumerate(kinds, 1)]
+    (path / "cameras.txt").write_text("".join(rows))
+    rows = [f"{t} {numbers(p)} {c} {name}\n\n" for t, p, c, name in images]
+    (path / "images.txt").write_text("".join(rows))
 
 
-# --- TUM, npz -------------------------------------------------------------------------------------
-def read_tum(path):
-    """Lines: time tx ty tz qx qy qz qw of camera-to-world in OpenCV axes; no intrinsics."""
+def numbers(values):
+    return " ".join(f"{x:.12g}" for x in values)
+
+
+# --- Text, npz ------------------------------------------------------------------------------------
+def read_re10k(path, hints):
+    w2c, intrinsics = read_cameras(path)
+    return Cameras(w2c, "w2c", intrinsics, hints.size)
+
+
+def write_re10k(path, w2c, intrinsics, size):
+    rows = [[t, *k, 0, 0, *e.ravel()] for t, (e, k) in enumerate(zip(w2c, intrinsics))]
+    np.savetxt(path, rows, "%.12g")
+
+
+def read_tum(path, hints):
+    """Lines: time tx ty tz qx qy qz qw of camera-to-world; no intrinsics."""
     rows = np.loadtxt(path, comments="#", ndmin=2)
     if rows.shape[1] != 8:
         raise ValueError(f"{path}: {rows.shape[1]} columns; wanted time tx ty tz qx qy qz qw")
     pose = torch.from_numpy(rows)
-    return inv_se3(torch.cat([quat_to_mat(pose[:, 4:]), pose[:, 1:4, None]], -1)).numpy()
+    c2w = torch.cat([quat_to_mat(pose[:, 4:]), pose[:, 1:4, None]], -1)
+    return Cameras(c2w.numpy(), "c2w", None, hints.size)
 
 
-def write_tum(path, w2c):
+def write_tum(path, w2c, intrinsics, size):
     c2w = inv_se3(torch.from_numpy(w2c))
     rows = np.concatenate([np.arange(len(w2c))[:, None], c2w[..., 3], mat_to_quat(c2w[..., :3])], 1)
     np.savetxt(path, rows, "%.12g")
 
 
-def read_npz(path, size, kind):
+def read_npz(path, hints):
     """w2c or c2w (T, 3 or 4, 4); optional intrinsics (T, 4) or (T, 3, 3), fractions or pixels, and
     size (H, W)."""
     with np.load(path, allow_pickle=False) as f:
         data = dict(f)
     named = [k for k in ("w2c", "c2w") if k in data]
-    key = (
-        named[0]
-        if len(named) == 1
-        else next((k for k in ("extrinsics", "poses", "cameras") if k in data), None)
-    )
-    if len(named) != 1 and (kind is None or key is None):
-        raise ValueError(
-            f"{path}: holds {', '.join(data)}; which way do the matrices map? Name one array w2c "
-            "or c2w, "
-            "or give --matrices w2c|c2w for an array called extrinsics, poses or cameras"
-        )
-    size = tuple(int(x) for x in data["size"]) if "size" in data else size
+    others = [k for k in ("extrinsics", "poses", "cameras") if k in data]
+    key, kind = (named or others or [None])[0], hints.matrices
+    if len(named) != 1:
+        key = others[0] if others else None
+        if kind is None or key is None:
+            raise ValueError(
+                f"{path}: holds {', '.join(data)}; which way do the matrices map? Name one array "
+                "w2c or c2w, or give --matrices w2c|c2w for an array called extrinsics, poses or "
+                "cameras"
+            )
+    size = tuple(int(x) for x in data["size"]) if "size" in data else hints.size
     k = data.get("intrinsics")
     if k is not None:
-        k = (
-            np.stack([k[..., 0, 0], k[..., 1, 1], k[..., 0, 2], k[..., 1, 2]], -1)
-            if k.shape[-2:] == (3, 3)
-            else k
-        )
+        if k.shape[-2:] == (3, 3):
+            k = np.stack([k[..., 0, 0], k[..., 1, 1], k[..., 0, 2], k[..., 1, 2]], -1)
         k = np.broadcast_to(k, (len(data[key]), 4)).astype(float)
-        k = fractions(k, need_size(size, path, "intrinsics")) if k[:, :2].max() > 20 else k
-    return data[key], named[0] if named else kind, k, size
+        if k[:, :2].max() > 20:  # no fraction of a picture
+            k = fractions(k, need_size(size, path, "intrinsics"))
+    return Cameras(data[key], named[0] if len(named) == 1 else kind, k, size)
+
+
+def write_npz(path, w2c, intrinsics, size):
+    extra = {k: v for k, v in dict(intrinsics=intrinsics, size=size).items() if v is not None}
+    np.savez(path, w2c=w2c, **extra)
 
 
 # --- One door -------------------------------------------------------------------------------------
-FORMATS = ("re10k", "fantasyworld", "worldscore", "nerfstudio", "colmap", "tum", "npz")
+@dataclass(frozen=True)
+class Format:
+    """A format: read(path, hints) -> Cameras, write(path, w2c, intrinsics, size), its own axes."""
+
+    read: object
+    write: object
+    axes: str = "opencv"
+    needs_intrinsics: bool = True
+
+
+FORMATS = dict(
+    re10k=Format(read_re10k, write_re10k),
+    fantasyworld=Format(read_interp, write_interp),
+    worldscore=Format(read_interp, write_interp, "opengl"),
+    nerfstudio=Format(read_nerfstudio, write_nerfstudio, "opengl"),
+    colmap=Format(read_colmap, write_colmap),
+    tum=Format(read_tum, write_tum, needs_intrinsics=False),
+    npz=Format(read_npz, write_npz, needs_intrinsics=False),
+)
 
 
 def guess(path):
@@ -358,23 +392,19 @@ def guess(path):
         if "cameras_interp" in data:
             raise ValueError(
                 f"{path}: FantasyWorld (OpenCV axes) and WorldScore (OpenGL axes) share this "
-                "layout; "
-                "give --from fantasyworld or --from worldscore"
+                "layout; give --from fantasyworld or --from worldscore"
             )
     elif path.is_file():
-        lines = [
-            x for x in path.read_text().splitlines() if x.strip() and x[0] != "#" and "://" not in x
-        ]
-        columns = {len(x.split()) for x in lines}
+        lines = [line for line in path.read_text().splitlines() if line.strip()]
+        rows = [line for line in lines if line[0] != "#" and "://" not in line]
+        columns = {len(row.split()) for row in rows}
         if columns in ({19}, {8}):
             return "re10k" if columns == {19} else "tum"
         if columns == {12} or columns == {16}:
-            raise ValueError(
-                f"{path}: bare matrices: w2c or c2w? Save them as npz under one of these names"
-            )
-    raise ValueError(
-        f"{path}: missing or of no known format; give --from, one of {', '.join(FORMATS)}"
-    )
+            cure = "Save them as npz under one of these names"
+            raise ValueError(f"{path}: bare matrices: w2c or c2w? {cure}")
+    wanted = f"give --from, one of {', '.join(FORMATS)}"
+    raise ValueError(f"{path}: missing or of no known format; {wanted}")
 
 
 def read(path, form=None, size=None, axes=None, matrices=None):
@@ -384,61 +414,30 @@ def read(path, form=None, size=None, axes=None, matrices=None):
     axes      opencv or opengl: what the file's cameras really look along, where that differs from
               its format
     matrices  w2c or c2w, for npz files that do not say"""
-    form, intrinsics = form or guess(path), None
+    form = form or guess(path)
+    if form not in FORMATS:
+        raise ValueError(f"format {form!r}; known: {', '.join(FORMATS)}")
     try:
-        if form == "re10k":
-            w2c, intrinsics = read_cameras(path)
-        elif form in ("fantasyworld", "worldscore"):
-            w2c, intrinsics, size = read_interp(
-                path, size, axes or dict(worldscore="opengl").get(form)
-            )
-            axes = None
-        elif form == "nerfstudio":
-            w2c, intrinsics, size = read_nerfstudio(path, size)
-        elif form == "colmap":
-            w2c, intrinsics, size = read_colmap(path)
-        elif form == "tum":
-            w2c = read_tum(path)
-        elif form == "npz":
-            w2c, matrices, intrinsics, size = read_npz(path, size, matrices)
-            w2c, axes = oriented(w2c, matrices, axes), None
-        else:
-            raise ValueError(f"format {form!r}; known: {', '.join(FORMATS)}")
+        found = FORMATS[form].read(path, Hints(size, axes, matrices))
     except (OSError, KeyError, json.JSONDecodeError, struct.error) as error:
         raise ValueError(f"{path}: not a readable {form} file: {error!r}") from None
-    inverse(w2c)  # refuses what is no rotation
-    return (
-        w2c * FLIP if axes and axes != dict(nerfstudio="opengl").get(form, "opencv") else w2c,
-        intrinsics,
-        size,
-    )
+    w2c = oriented(found.matrices, found.kind, axes or FORMATS[form].axes)
+    return w2c, found.intrinsics, found.size
 
 
 def write(path, form, w2c, intrinsics=None, size=None, binary=False):
     """Write cameras as read() returns them; binary: COLMAP only."""
-    if intrinsics is None and form not in ("tum", "npz"):
-        raise ValueError(
-            f"{path}: {form} holds intrinsics, but the source has none; tum and npz do without"
-        )
-    if form == "re10k":
-        np.savetxt(
-            path,
-            [[t, *k, 0, 0, *e.ravel()] for t, (e, k) in enumerate(zip(w2c, intrinsics))],
-            "%.12g",
-        )
-    elif form in ("fantasyworld", "worldscore"):
-        write_interp(path, w2c, intrinsics, size, "opengl" if form == "worldscore" else "opencv")
-    elif form == "nerfstudio":
-        write_nerfstudio(path, w2c, intrinsics, size)
-    elif form == "colmap":
-        write_colmap(path, w2c, intrinsics, size, binary)
-    elif form == "tum":
-        write_tum(path, w2c)
-    elif form == "npz":
-        extra = {k: v for k, v in dict(intrinsics=intrinsics, size=size).items() if v is not None}
-        np.savez(path, w2c=w2c, **extra)
-    else:
+    if form not in FORMATS:
         raise ValueError(f"format {form!r}; known: {', '.join(FORMATS)}")
+    kind = FORMATS[form]
+    if intrinsics is None and kind.needs_intrinsics:
+        without = "tum and npz do without"
+        raise ValueError(f"{path}: {form} holds intrinsics, but the source has none; {without}")
+    own = w2c * FLIP if kind.axes == "opengl" else w2c
+    if binary:
+        write_colmap(path, own, intrinsics, size, binary=True)
+    else:
+        kind.write(path, own, intrinsics, size)
 
 
 def crop_intrinsics(fractions, aspect, size):
@@ -474,10 +473,8 @@ def size_of(text):
     return height, width
 
 
-def convert(
-    source, target, *, form=None, to="re10k", size=None, axes=None, matrices=None, binary=False
-):
-    """Write a camera file in another format; arguments as in read and write; how many cameras."""
-    w2c, intrinsics, found = read(source, form, size, axes, matrices)
-    write(target, to, w2c, intrinsics, found or size, binary)
-    print(f"{target}: {len(w2c)} cameras")
+def convert(args):
+    """`data.py cameras`: write a camera file in another format."""
+    w2c, intrinsics, found = read(args.source, args.form, args.size, args.axes, args.matrices)
+    write(args.target, args.to, w2c, intrinsics, found or args.size, args.binary)
+    print(f"{args.target}: {len(w2c)} cameras")

@@ -339,9 +339,7 @@ def write_glb(scene, path):
     unlit = "KHR_materials_unlit"
     points = dict(attributes=dict(POSITION=0, COLOR_0=1), mode=0, material=0)
     flat = dict(extensions={unlit: {}}, pbrMetallicRoughness=dict(metallicFactor=0))
-    part = dict(buffer=0, target=34962)  # an array of vertices
-    floats = dict(componentType=5126, count=n)
-    place = dict(floats, type="VEC3", min=xyz.min(0).tolist(), max=xyz.max(0).tolist())
+    bounds = dict(min=xyz.min(0).tolist(), max=xyz.max(0).tolist())
     tree = dict(
         asset=dict(version="2.0", generator="fantasyworld"),
         scene=0,
@@ -352,10 +350,13 @@ def write_glb(scene, path):
         extensionsUsed=[unlit],
         buffers=[dict(byteLength=len(body))],
         bufferViews=[
-            dict(part, byteOffset=0, byteLength=12 * n),
-            dict(part, byteOffset=12 * n, byteLength=16 * n),
+            dict(buffer=0, byteOffset=0, byteLength=12 * n, target=34962),
+            dict(buffer=0, byteOffset=12 * n, byteLength=16 * n, target=34962),
         ],
-        accessors=[dict(place, bufferView=0), dict(floats, bufferView=1, type="VEC4")],
+        accessors=[
+            dict(bufferView=0, componentType=5126, count=n, type="VEC3", **bounds),
+            dict(bufferView=1, componentType=5126, count=n, type="VEC4"),
+        ],
     )
     text = json.dumps(tree).encode()
     text += b" " * (-len(text) % 4)

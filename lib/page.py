@@ -12,9 +12,7 @@ from geometry import inv_se3
 from lib.pictures import COLOUR_MAP, write_video
 
 PAGE_POINTS = 1_100_000  # depth samples in the page, 6 bytes each (8 in base64)
-
 PAGE_VIDEO = 4_000_000  # bytes of its video, which is compressed harder until it fits
-
 
 # Rows of the page: heading, label, value of the report (None: filled per frame), explanation.
 # fmt: off
@@ -67,75 +65,74 @@ def page_numbers(report, word):
 
 
 def page_stride(frames, size):
-    """Step of the page's depth grid: every pixel while PAGE_POINTS allows, then every second,
-    ..."""
-    return next(
-        s
-        for s in range(1, max(size))
-        if frames * -(-size[0] // s) * -(-size[1] // s) <= PAGE_POINTS
-    )
+    """Step of the page's depth grid: every pixel while PAGE_POINTS allows, else every second ..."""
+    step = 1
+    while frames * -(-size[0] // step) * -(-size[1] // step) > PAGE_POINTS:
+        step += 1
+    return step
+
+
+def inverse(w2c):
+    """(T, 3, 4) camera-to-world of w2c."""
+    return inv_se3(torch.from_numpy(w2c)).numpy()
 
 
 def default_view(scene, yaw=0.32, pitch=0.22):
     """Where the page looks at first: turned a little from the first camera, so far back that
     cameras and points fit."""
     xyz, _, _ = scene.cloud(20_000)
-    centres = np.concatenate(
-        [inv_se3(torch.from_numpy(E))[..., 3].numpy() for E in (scene.w2c, scene.predicted)]
-    )
+    centres = np.concatenate([inverse(E)[..., 3] for E in (scene.w2c, scene.predicted)])
     (cy, sy), (cp, sp) = ((np.cos(a), np.sin(a)) for a in (yaw, pitch))
-    R = np.array(
-        [[cy, -sy * sp, sy * cp], [0, cp, sp], [-sy, -cy * sp, cy * cp]]
-    )  # viewer's axes, as turn() in JS
+    # The viewer's axes, as turn() of viewer.html has them.
+    R = np.array([[cy, -sy * sp, sy * cp], [0, cp, sp], [-sy, -cy * sp, cy * cp]])
     cloud = np.quantile(xyz @ R, [0.03, 0.97], axis=0) if len(xyz) else np.zeros((0, 3))
     corners = np.concatenate([cloud, centres @ R])
     half = (corners.max(0) - corners.min(0)) / 2
     distance = max(2.2 * half[1], 1.8 * half[0]) + 0.8 * half[2]
-    return dict(
-        target=(R @ (corners.max(0) - half)).round(4).tolist(),
-        yaw=yaw,
-        pitch=pitch,
-        distance=float(max(distance, 1e-3)),
-    )
+    target = (R @ (corners.max(0) - half)).round(4).tolist()
+    return dict(target=target, yaw=yaw, pitch=pitch, distance=float(max(distance, 1e-3)))
 
 
-def write_page(scene, path):
-    """scene.html: viewer.html with the scene inside, no other file and no network.
+def pack_maps(scene, stride):
+    """Every stride-th pixel of the sample in the bytes that the page reads.
 
-    Depth is 16 bits in steps of 1 / depth on a grid of every stride-th pixel, 0 where there is a
-    depth edge; the confidence is its rank in 8 bits."""
-    (H, W), T = scene.size, len(scene.rgb)
-    stride = page_stride(T, scene.size)
+    returns  depth (T, h, w) uint16 in steps of 1 / depth, 1 far and 65535 near, 0 at depth edges;
+             colour (T, h, w, 4) uint8, the fourth is the confidence as its rank; near, far"""
     pick = (slice(None), slice(stride // 2, None, stride), slice(stride // 2, None, stride))
     depth, rgb, conf = scene.depth[pick], scene.rgb[pick], scene.conf[pick]
     near, far = (float(x) for x in np.quantile(scene.depth[scene.depth > 0], (0.001, 0.999)))
     far = max(far, near * 1.001)
     code = 65535 * (1 / np.clip(depth, near, far) - 1 / far) / (1 / near - 1 / far)
     code = np.where(scene.solid()[pick], code.round().clip(1, 65535), 0).astype("<u2")
-    rank = np.searchsorted(np.sort(scene.conf[pick], None), conf.ravel()) / conf.size * 255
+    rank = np.searchsorted(np.sort(conf, None), conf.ravel()) / conf.size * 255
     colour = np.concatenate([rgb, rank.reshape(*conf.shape, 1).astype(np.uint8)], -1)
-    temporary = path.with_name("page.tmp.mp4")
+    return code, colour, near, far
+
+
+def page_video(scene, folder):
+    """The video's bytes, compressed harder until PAGE_VIDEO holds them or it gets no harder."""
+    temporary = folder / "page.tmp.mp4"
     for crf in (20, 26, 32, 38, 44, 51):
         write_video(temporary, scene.rgb, scene.fps, crf)
         video = temporary.read_bytes()
         if len(video) <= PAGE_VIDEO:
             break
     temporary.unlink()
-    poses = [
-        inv_se3(torch.from_numpy(E)).flatten(1).numpy().round(7).tolist()
-        for E in (scene.w2c, scene.predicted)
-    ]
+    return video
 
-    def text(x):
-        return base64.b64encode(x).decode()
 
-    frames = scene.report["control"]["frames"]
+def write_page(scene, path):
+    """scene.html: viewer.html with the scene inside, no other file and no network."""
+    report, stride = scene.report, page_stride(len(scene.rgb), scene.size)
+    depth, colour, near, far = pack_maps(scene, stride)
+    video = page_video(scene, path.parent)
+    blobs = dict(depth=depth.tobytes(), colour=colour.tobytes(), video=video)
     data = dict(
-        title=scene.report.get("prompt") or "A sampled scene",
-        facts=scene.report.get("facts", ""),
+        title=report.get("prompt") or "A sampled scene",
+        facts=report.get("facts", ""),
         unit=scene.unit,
         fps=scene.fps,
-        size=[H, W],
+        size=list(scene.size),
         grid=list(depth.shape[1:]),
         stride=stride,
         near=near,
@@ -143,19 +140,17 @@ def write_page(scene, path):
         lift=scene.lift,
         mode=2,
         drop=scene.drop,
-        c2w=poses[0],
-        predicted=poses[1],
+        c2w=inverse(scene.w2c).reshape(-1, 12).round(7).tolist(),
+        predicted=inverse(scene.predicted).reshape(-1, 12).round(7).tolist(),
         K=scene.intrinsics.round(7).tolist(),
         predictedK=scene.predicted_intrinsics.round(7).tolist(),
         **default_view(scene),
-        errors=[[f["rot_deg"], f["trans"]] for f in frames],
+        errors=[[frame["rot_deg"], frame["trans"]] for frame in report["control"]["frames"]],
         map=COLOUR_MAP.astype(int).tolist(),
-        numbers=page_numbers(scene.report, scene.unit),
-        warnings=scene.report.get("warnings", []),
-        depth=text(code.tobytes()),
-        colour=text(colour.tobytes()),
-        video=text(video),
+        numbers=page_numbers(report, scene.unit),
+        warnings=report.get("warnings", []),
     )
+    data |= {name: base64.b64encode(blob).decode() for name, blob in blobs.items()}
     template = Path(__file__).with_name("viewer.html").read_text()
     body = json.dumps(data).replace("<", "\\u003c")  # no prompt can close the script
     path.write_text(template.replace("/*SCENE*/null", body, 1))

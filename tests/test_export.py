@@ -252,7 +252,7 @@ def test_cameras_come_back_commanded_and_predicted(scene, out):
 
 def test_colmap_folder_in_bytes_and_in_text(scene, out):
     for place in ("sparse/0", "text"):
-        w2c, intrinsics, size = camera_files.read_colmap(out / "colmap" / place)
+        w2c, intrinsics, size = camera_files.read(out / "colmap" / place)
         np.testing.assert_allclose(w2c, scene.w2c, atol=1e-9)
         np.testing.assert_allclose(intrinsics, scene.intrinsics, atol=1e-9)
         assert size == (H, W)
