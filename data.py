@@ -19,7 +19,6 @@ The corridor: metadata -> sample (load_samples) -> clip (load_clip) -> cache (en
 (CachedClips, collate) -> prepare -> the model."""
 
 import argparse
-import glob
 import os
 import re
 import zlib
@@ -32,37 +31,13 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from tqdm import tqdm
 
 from geometry import encode_pose, normalize_scene, plucker_rays, relative_to_first, unproject
-from lib import camera_files
-from lib.caches import (
-    EMPTY_TEXT,
-    check_folder,
-    fits,
-    is_whole,
-    read_again,
-    read_values,
-    save_clip,
-    save_tensors,
-)
+from lib import caches, camera_files, files
 from lib.camera_files import inverse, read_cameras
+from lib.crop import Crop
 from lib.distributed import gathered
-from lib.files import (
-    FAR,
-    check_inside,
-    check_lines,
-    check_sample,
-    check_sums,
-    count_arrays,
-    count_frames,
-    read_arrays,
-    read_depth,
-    read_entries,
-    read_video,
-    why_relative,
-)
 from lib.guards import run_command
 from lib.rooms import VARIETY, Recipe, synth
 from lib.standin import cache_prefix, make_encoders
@@ -90,7 +65,7 @@ def load_samples(root, split=None, bad=None, inside=None):
              points, moving: path or None
     Without splits the last tenth (at least one of several) is "val", the rest "train"."""
     root = Path(root)
-    path, (entries, splits) = root / "metadata.json", read_entries(root, inside or root)
+    path, (entries, splits) = root / "metadata.json", files.read_entries(root, inside or root)
     samples, places, wrong = read_samples(root, entries, path)
     splits = splits or default_splits(places, len(entries))
     listed = {name: set(map(str, ids)) for name, ids in splits.items()}
@@ -175,7 +150,7 @@ def read_entry(root, entry, where):
     parts = sample["video"].relative_to(root).with_suffix("").parts if sample["video"] else ()
     sample["id"] = str(entry.get("id") or "_".join(parts).removesuffix("_video"))
     good = re.fullmatch(r"[^./\\\x00-\x1f\x7f][^/\\\x00-\x1f\x7f]*", sample["id"])
-    good = good and sample["id"] != EMPTY_TEXT and len(sample["id"].encode()) <= 200
+    good = good and sample["id"] != caches.EMPTY_TEXT and len(sample["id"].encode()) <= 200
     if not good or re.search(r"\.\d{4,}$", sample["id"]):  # ID.0004: a window
         raise ValueError(
             f"{where}: id {sample['id'][:60]!r} cannot be a file name of at most 200 bytes, or "
@@ -208,15 +183,15 @@ def check_number(field, value, where):
     if field == "inverse_depth":
         good, wanted = type(value) is bool, "true or false"
     else:
-        good = type(value) in (int, float) and 0 < value < FAR
-        wanted = f"a number between 0 and {FAR:.0e}"
+        good = type(value) in (int, float) and 0 < value < files.FAR
+        wanted = f"a number between 0 and {files.FAR:.0e}"
     if not good:
         raise ValueError(f"{where}: {field} = {str(value)[:60]}; wanted {wanted}")
 
 
 def checked_cameras(path):
     """read_cameras: rotations and translations, whose principal points lie in the picture."""
-    check_lines(path)
+    files.check_lines(path)
     w2c, fractions = read_cameras(path)
     try:
         inverse(w2c)
@@ -224,23 +199,22 @@ def checked_cameras(path):
         hint = "`python data.py verify` names the usual mistakes"
         raise ValueError(f"{path}: {error} {hint}") from None
     far, centres = np.abs(w2c[..., 3]).max(), fractions[:, 2:]
-    if far > FAR or np.abs(centres - 0.5).max() > 0.5:
+    if far > files.FAR or np.abs(centres - 0.5).max() > 0.5:
         raise ValueError(
             f"{path}: translations up to {far:.3g}, cx cy from {centres.min():.3g} to "
-            f"{centres.max():.3g}; wanted metres below {FAR:.0e} and fractions of the image size"
+            f"{centres.max():.3g}; wanted metres below {files.FAR:.0e} and fractions of the size"
         )
     return w2c, fractions
 
 
 # --- Clips ---------------------------------------------------------------------------------------
 def check_window(sample, depth, size, fps):
-    """What training could not use: depth (T, H, W) of another shape than the video, none in frame
-    0, no frame rate."""
+    """What training could not use: depth of another shape, none in frame 0, no frame rate."""
     (h, w), (hv, wv), path = depth.shape[1:], size, sample["depth"] or sample["points"]
     if abs(h * wv / (w * hv) - 1) > 0.02:
         shapes = f"depth of {h}x{w} for a video of {hv}x{wv}"
         raise ValueError(f"{path}: {shapes}; wanted the same shape of picture")
-    if not ((depth[0] > 1e-3) & (depth[0] <= FAR)).mean() > 0.001 or depth.max() > FAR:
+    if not ((depth[0] > 1e-3) & (depth[0] <= files.FAR)).mean() > 0.001 or depth.max() > files.FAR:
         raise ValueError(
             f"{path}: {(depth[0] > 1e-3).mean():.2%} of the window's first frame, which sets the "
             f"scene's scale, has depth, up to {depth.max():.3g} m. Choose another start or remove "
@@ -255,8 +229,8 @@ def check_window(sample, depth, size, fps):
 
 def check_counts(sample, cameras, last):
     """Video, cameras and depth must have the same frames, and enough of them."""
-    video = count_frames(sample["video"])
-    depth = count_arrays(sample["depth"] or sample["points"])
+    video = files.count_frames(sample["video"])
+    depth = files.count_arrays(sample["depth"] or sample["points"])
     if min(video, cameras, depth) <= last:
         raise ValueError(
             f"clip {sample['id']}: {video} video frames and {cameras} cameras found, {last + 1} "
@@ -269,50 +243,12 @@ def check_counts(sample, cameras, last):
         )
 
 
-@dataclass(frozen=True)
-class Crop:
-    """A centred cut of the target's aspect, resized to the target: one for all that a clip
-    holds."""
-
-    source: tuple  # (H, W) of the video
-    target: tuple  # (H, W) of the clip
-
-    def cut(self):
-        """top, left, height, width in pixels of the source."""
-        (h, w), (height, width) = self.source, self.target
-        hc, wc = min(h, round(w * height / width)), min(w, round(h * width / height))
-        return (h - hc) // 2, (w - wc) // 2, hc, wc
-
-    def video(self, frames):
-        """uint8 (T, H, W, 3) -> (T, 3, height, width) in [0, 255], antialiased."""
-        y, x, hc, wc = self.cut()
-        cropped = torch.from_numpy(frames[:, y : y + hc, x : x + wc]).permute(0, 3, 1, 2)
-        how = dict(mode="bilinear", antialias=True)
-        # Frame by frame: the whole clip in floats would take four times the memory.
-        return torch.cat([F.interpolate(f[None].float(), self.target, **how) for f in cropped])
-
-    def maps(self, maps):
-        """Values (T, h, w) under the target's pixel centres; h, w may differ from the video's."""
-        (height, width), (y, x, hc, wc) = self.target, self.cut()
-        rows = (y + (np.arange(height) + 0.5) * hc / height) * maps.shape[1] / self.source[0]
-        cols = (x + (np.arange(width) + 0.5) * wc / width) * maps.shape[2] / self.source[1]
-        return torch.from_numpy(maps[:, rows.astype(int)][:, :, cols.astype(int)])
-
-    def intrinsics(self, fractions):
-        """(T, 4) fractions of the source -> (T, 3, 3) pixels of the target, fp64."""
-        (h, w), (height, width), (y, x, hc, wc) = self.source, self.target, self.cut()
-        fx, fy, cx, cy = fractions.T * [[w], [h], [w], [h]]  # pixels of the source
-        k = np.zeros((len(fractions), 3, 3)) + np.eye(3)
-        k[:, 0, 0], k[:, 0, 2] = fx * width / wc, (cx - x) * width / wc
-        k[:, 1, 1], k[:, 1, 2] = fy * height / hc, (cy - y) * height / hc
-        return torch.from_numpy(k)
-
-
 def read_window_depth(sample, ids, w2c):
     """Depth (T, h, w) float32 of the frames ids: its own, or z of the points."""
     if sample["depth"]:
-        return read_depth(sample["depth"], sample["depth_scale"], ids, sample["inverse_depth"])
-    points = read_arrays(sample["points"], ids).astype(np.float64)
+        how = (sample["depth_scale"], ids, sample["inverse_depth"])
+        return files.read_depth(sample["depth"], *how)
+    points = files.read_arrays(sample["points"], ids).astype(np.float64)
     if points.ndim != 4 or points.shape[-1] != 3:
         raise ValueError(
             f"{sample['points']}: array of shape {points.shape}; wanted points (T, H, W, 3)"
@@ -343,7 +279,7 @@ def load_clip(sample, height, width, num_frames, start=0, stride=1):
     ids = range(start, start + stride * (num_frames - 1) + 1, stride)
     w2c, fractions = checked_cameras(sample["camera"])
     check_counts(sample, len(w2c), ids[-1])
-    frames, fps = read_video(sample["video"], ids[-1] + 1)
+    frames, fps = files.read_video(sample["video"], ids[-1] + 1)
     w2c, crop = torch.from_numpy(w2c[ids]), Crop(frames.shape[1:3], (height, width))
     video = crop.video(frames[ids])  # (T, 3, H, W)
     depth = read_window_depth(sample, ids, w2c)
@@ -351,8 +287,8 @@ def load_clip(sample, height, width, num_frames, start=0, stride=1):
     check_window(sample, depth, frames.shape[1:3], fps)
     clip = {}
     if sample["moving"]:
-        clip["moving"] = crop.maps(read_arrays(sample["moving"], ids, mask=True) > 0)
-    unitless = sample["depth"] and not sample["depth_scale"] and why_relative(sample["depth"])
+        clip["moving"] = crop.maps(files.read_arrays(sample["moving"], ids, mask=True) > 0)
+    unitless = sample["depth"] and not sample["depth_scale"] and files.why_relative(sample["depth"])
     return dict(
         clip,
         video=video.permute(1, 0, 2, 3) / 127.5 - 1,
@@ -417,7 +353,7 @@ class Job:
 
 def plan_clip(sample, folder, same, how, inside):
     """Jobs of one clip's windows; same: what the keys of all clips share."""
-    check_sample(inside, sample)
+    files.check_sample(inside, sample)
     stamp = [sample["fps"], sample["depth_scale"]]
     for path in (p for p in sample.values() if isinstance(p, Path)):
         stats = [p.stat() for p in (path, *path.glob("*")) if p.exists()]  # a folder: its files too
@@ -435,16 +371,16 @@ def plan_clip(sample, folder, same, how, inside):
 
 def encode_text(job, text):
     path = job.part("text")
-    if not fits(path, job.key):
-        save_tensors(path, dict(text=text([job.key["prompt"]])[0].bfloat16().cpu()), job.key)
+    if not caches.fits(path, job.key):
+        caches.save_tensors(path, dict(text=text([job.key["prompt"]])[0].bfloat16().cpu()), job.key)
 
 
 def encode_image(job, tower):
     path = job.part("clip")
-    if not fits(path, job.key):
+    if not caches.fits(path, job.key):
         video = job.load(1, 1)["video"]
         tokens = tower(video[None, :, 0])[0].bfloat16().cpu()  # (257, 1280)
-        save_tensors(path, dict(clip=tokens), job.key)
+        caches.save_tensors(path, dict(clip=tokens), job.key)
 
 
 def encode_video(job, vae, pad):
@@ -457,13 +393,13 @@ def encode_video(job, vae, pad):
         )
     parts, tensors = [job.part(what) for what in ("text", "clip") if job.part(what).exists()], {}
     for path in parts:
-        if not is_whole(path):
+        if not caches.is_whole(path):
             path.unlink()
             raise ValueError(f"{path}: was damaged and is deleted; run the command again")
-        tensors.update(read_values(path)[0])
+        tensors.update(caches.read_values(path)[0])
     kind = "relative" if clip["relative"] else "metric"
     meta = dict(job.key, split=job.sample["split"], fps=clip["fps"], depth=kind)
-    save_clip(job.path, clip, vae, pad, tensors, meta)
+    caches.save_clip(job.path, clip, vae, pad, tensors, meta)
     for path in parts:
         path.unlink()
 
@@ -511,21 +447,25 @@ def encode(root, height, width, num_frames, how=Encoding()):
     same["fingerprint"] = encoders.fingerprint
     inside, bad, passes = "/" if how.follow_links else root, [], Passes(rank > 0)
     for path in (folder, folder / ".parts"):
-        check_inside(inside, path)  # nothing is written through a link that leads out
+        files.check_inside(inside, path)  # nothing is written through a link that leads out
     samples = load_samples(root, how.split, bad, inside)[rank::world]
     for name, problem in bad if rank == 0 else ():
         passes.fail(name, problem)
     plans = passes.each(samples, "plan", lambda s: plan_clip(s, folder, same, how, inside))
     jobs = [job for _, clip_jobs in plans for job in clip_jobs]
-    left = [job for job in jobs if not fits(job.path, job.key)]
-    kept, empty = len(jobs) - len(left), folder / f"{EMPTY_TEXT}.safetensors"
+    left = [job for job in jobs if not caches.fits(job.path, job.key)]
+    kept, empty = len(jobs) - len(left), folder / f"{caches.EMPTY_TEXT}.safetensors"
     todo = {job.sample["id"]: job.sample for job in left}
-    passes.each(todo.values(), "check", lambda s: check_sums(root, check_sample(inside, s)))
-    if left or not is_whole(empty):
+
+    def check_files(sample):
+        files.check_sums(root, files.check_sample(inside, sample))
+
+    passes.each(todo.values(), "check", check_files)
+    if left or not caches.is_whole(empty):
         text = encoders.load_text()
-        if not is_whole(empty):
+        if not caches.is_whole(empty):
             nothing = dict(text=text([""])[0].bfloat16().cpu())
-            save_tensors(empty, nothing, dict(fingerprint=encoders.fingerprint))
+            caches.save_tensors(empty, nothing, dict(fingerprint=encoders.fingerprint))
         left = passes.jobs(left, "text", lambda job: encode_text(job, text))
         del text  # freed before the next encoder is loaded
     if left and encoders.load_image:
@@ -563,19 +503,18 @@ class CachedClips(torch.utils.data.Dataset):
         self.samples = {s["id"]: s for s in load_samples(root, split, bad, inside)}
         shape = (size[2], *size[:2])
         name = "x".join(map(str, shape))
-        folders = sorted(Path(glob.escape(root)).glob(f"cache/{name}-{self.prefix}*"))
+        folders = sorted(Path(root).glob(f"cache/{name}-{self.prefix}*"))
         if len(folders) > 1:
-            raise ValueError(
-                f"{root}: {', '.join(f.name for f in folders)} all fit {wan_dir or 'the demo'}; "
-                "they are of other encoder files: delete all but one"
-            )
+            names, cure = ", ".join(f.name for f in folders), "delete all but one"
+            who = f"{wan_dir or 'the demo'}; they are of other encoder files"
+            raise ValueError(f"{root}: {names} all fit {who}: {cure}")
         option = "--codec transform" if self.prefix == "transform" else f"--wan_dir {wan_dir}"
         cure = f"python data.py encode {root} {option} --height {size[0]} --width {size[1]} "
         cure += f"--num_frames {size[2]}"
         good, stamps = {}, {}
         if folders:
-            check_inside(inside, folders[0])
-            good, stamps, wrong = check_folder(folders[0], self.samples, shape)
+            files.check_inside(inside, folders[0])
+            good, stamps, wrong = caches.check_folder(folders[0], self.samples, shape)
             bad += wrong
         if not good and (not folders or all("not encoded" in problem for _, problem in bad)):
             there = ", ".join(sorted(f.name for f in Path(root).glob("cache/*"))) or "none"
@@ -589,8 +528,8 @@ class CachedClips(torch.utils.data.Dataset):
         self.refuse(what, bad, len(good), cure)
         self.files = [folders[0] / f"{name}.safetensors" for name in good]
         self.metadata, self.stamps = good, stamps
-        self.empty_text = folders[0] / f"{EMPTY_TEXT}.safetensors"
-        if not is_whole(self.empty_text):
+        self.empty_text = folders[0] / f"{caches.EMPTY_TEXT}.safetensors"
+        if not caches.is_whole(self.empty_text):
             raise ValueError(f"{self.empty_text}: missing or damaged. Run\n  {cure}")
 
     def refuse(self, what, bad, good, cure):
@@ -613,7 +552,7 @@ class CachedClips(torch.utils.data.Dataset):
         for tries in range(len(self.files)):
             path = self.files[(i + tries) % len(self.files)]
             try:
-                tensors, meta = read_again(path, self.stamps[path.stem])
+                tensors, meta = caches.read_again(path, self.stamps[path.stem])
                 relative = torch.tensor(meta.get("depth") == "relative")
                 words = dict(id=meta["id"], prompt=meta["prompt"], fps=float(meta["fps"]))
                 return dict(tensors, **words, relative=relative)

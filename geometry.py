@@ -172,13 +172,10 @@ def plucker_rays(w2c, K, size):
 def pack_frames(x):
     """Stack a latent frame's frames: (B, c, T, H, W) -> (B, 4c, 1 + (T-1)/4, H, W), channel c*4 +
     j.
-    Latent 0 holds frame 0 four times, latent l frames 4l-3 .. 4l.   Source: Wan-Fun's camera
-                                                                     control."""
+    Latent 0 holds frame 0 four times, latent l frames 4l-3 .. 4l (Wan-Fun's camera control)."""
     if x.shape[2] % 4 != 1:
-        raise ValueError(
-            f"{x.shape[2]} frames; four-fold time compression needs 4k + 1 (e.g. 81). "
-            "Trim the clip or set num_frames."
-        )
+        wanted = "four-fold time compression needs 4k + 1 (e.g. 81)"
+        raise ValueError(f"{x.shape[2]} frames; {wanted}. Trim the clip or set num_frames.")
     first = x[:, :, :1].expand(-1, -1, 3, -1, -1)
     return rearrange(torch.cat([first, x], 2), "b c (l j) h w -> b (c j) l h w", j=4)
 
@@ -196,13 +193,9 @@ def unproject(depth, w2c, K):
     returns  (B, T, H, W, 3)   world frame.   Source: Hartley & Zisserman 6.1."""
     valid, c2w = valid_depth(depth), inv_se3(w2c)
     depth = torch.where(valid, depth, 0)
-    return torch.stack(
-        [
-            torch.where(valid, ray * depth + c2w[..., c, 3, None, None], 0)
-            for c, ray in enumerate(world_rays(c2w, K, depth.shape[-2:]))
-        ],
-        -1,
-    )
+    rays = world_rays(c2w, K, depth.shape[-2:])
+    xyz = (ray * depth + c2w[..., c, 3, None, None] for c, ray in enumerate(rays))
+    return torch.stack([torch.where(valid, x, 0) for x in xyz], -1)
 
 
 def project(points, w2c, K):

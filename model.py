@@ -53,6 +53,7 @@ from wan import (
     cast_matrices,
     rope_3d,
     rotate_pairs,
+    shapes_of,
     timestep_embedding,
 )
 
@@ -193,9 +194,8 @@ class BiCrossAttention(nn.Module):
         """x (B, N, D), z (B, f*P, C) -> both, updated."""
         p = self.cross_attn
         a, b = F.layer_norm(x, x.shape[-1:], eps=1e-6), F.layer_norm(z, z.shape[-1:], eps=1e-6)
-        q, k = (
-            rearrange(y, "b n (h d) -> b h n d", h=self.heads) for y in (p.m1_proj(a), p.m2_proj(b))
-        )
+        both = (p.m1_proj(a), p.m2_proj(b))
+        q, k = (rearrange(y, "b n (h d) -> b h n d", h=self.heads) for y in both)
         q, k = rotate_pairs(q, *rope_x), rotate_pairs(k, *rope_z)
         if self.ways != "to_geometry":
             x = x + self.gamma_m1 * p.out_m1_proj(attention(q, k, p.values_m2_proj(b), self.heads))
@@ -220,15 +220,8 @@ CHECKPOINTING = ("none", "selective", "attention", "full")
 
 KEEP_ABOVE = 4096  # FLOPs per byte
 
-ATTENTION_OPS = {
-    getattr(torch.ops.aten, f"_scaled_dot_product_{name}")
-    for name in (
-        "flash_attention",
-        "flash_attention_for_cpu",
-        "efficient_attention",
-        "cudnn_attention",
-    )
-}
+KERNELS = "flash_attention flash_attention_for_cpu efficient_attention cudnn_attention".split()
+ATTENTION_OPS = {getattr(torch.ops.aten, f"_scaled_dot_product_{name}") for name in KERNELS}
 
 
 def keep_costly(linear, ctx, op, *args, **kwargs):
@@ -257,9 +250,8 @@ def recompute(how, function, *args):
     if how == "none" or not torch.is_grad_enabled():
         return function(*args)
     policy = partial(keep_costly, how == "selective")
-    contexts = (
-        noop_context_fn if how == "full" else partial(create_selective_checkpoint_contexts, policy)
-    )
+    selective = partial(create_selective_checkpoint_contexts, policy)
+    contexts = noop_context_fn if how == "full" else selective
     return checkpoint(function, *args, use_reentrant=False, context_fn=contexts)
 
 
@@ -432,41 +424,31 @@ class FantasyWorld(nn.Module):
         dit_heads, irg_heads, camera_heads, taps   as in released.sizes; in the release 40, 12, 16
                         and (23, 17, 11, 7)
         Raises ValueError for missing, unexpected or misshapen tensors."""
-        shapes, base = (
-            {k: tuple(v.shape) for k, v in d.items()} for d in (sd, wan_state_dict or {})
-        )
+        shapes, base = shapes_of(sd), shapes_of(wan_state_dict or {})
+        sizes = released.sizes(shapes, base, dit_heads, irg_heads, camera_heads, taps)
         with torch.device("meta"):
-            model = cls(
-                Config(**released.sizes(shapes, base, dit_heads, irg_heads, camera_heads, taps))
-            )
-        own = {k: tuple(v.shape) for k, v in model.state_dict().items()}
+            model = cls(Config(**sizes))
+        own = shapes_of(model.state_dict())
         plan = released.match(own, shapes, base, model.cfg.num_pcb)
-        model.load_state_dict(
-            {
-                k: (sd if of_release else wan_state_dict)[name].reshape(own[k])
-                for k, (of_release, name) in plan.items()
-            },
-            assign=True,
-        )
+        tensors = {}
+        for k, (of_release, name) in plan.items():
+            tensors[k] = (sd if of_release else wan_state_dict)[name].reshape(own[k])
+        model.load_state_dict(tensors, assign=True)
         return model
 
     # ---- stages
     def groups(self):
         """Module groups of the guide's parameter table."""
+        timestep = [self.time_embedding, self.time_projection]
+        rays = [self.ray_encoder] if self.cfg.released else []
         return dict(
             wan=[self.dit],
             bridge=[self.bridge],
-            geodit=[
-                self.frame_blocks,
-                self.global_blocks,
-                self.time_embedding,
-                self.time_projection,
-            ],
+            geodit=[self.frame_blocks, self.global_blocks, *timestep],
             heads=[self.depth_head, self.point_head, self.camera_head],
             pose_encoder=[self.pose_encoder],
             tokens=[self.camera_token, self.register_token],
-            camera_adapters=[self.camera_adapters]
-            + ([self.ray_encoder] if self.cfg.released else []),
+            camera_adapters=[self.camera_adapters, *rays],
             irg=[self.exchange],
         )
 
@@ -491,11 +473,8 @@ class FantasyWorld(nn.Module):
         """Parameters per group, dict with the keys of groups()."""
 
         def size(member):
-            return (
-                member.numel()
-                if torch.is_tensor(member)
-                else sum(p.numel() for p in member.parameters())
-            )
+            tensors = [member] if torch.is_tensor(member) else member.parameters()
+            return sum(p.numel() for p in tensors)
 
         return {name: sum(map(size, members)) for name, members in self.groups().items()}
 
@@ -657,9 +636,8 @@ def check_config(cfg):
 def half_geometry(model, dtype):
     """half_precision of the geometry branch, when nothing trains: cast once, not at every call."""
     ends = [head.scratch.output_conv2[2] for head in (model.depth_head, model.point_head)]
-    return cast_matrices(
-        model, dtype, [model.dit, model.time_embedding, model.time_projection, *ends]
-    )
+    kept = [model.dit, model.time_embedding, model.time_projection, *ends]
+    return cast_matrices(model, dtype, kept)
 
 
 # ----------------------------------------------------------------------------------- command line

@@ -154,12 +154,12 @@ def release_name(name, num_pcb):
     if kind in beside_video:
         return f"IRGBlock.{i}.{beside_video[kind]}.{inner}"
     inner = f"cross_attn.processor.{inner}" if kind == "camera_adapters" else inner
-    return (
-        f"pipe.dit.blocks.{i}.{inner}" if i < num_pcb else f"IRGBlock.{i - num_pcb}.x_dit.{inner}"
-    )
+    if i < num_pcb:
+        return f"pipe.dit.blocks.{i}.{inner}"
+    return f"IRGBlock.{i - num_pcb}.x_dit.{inner}"
 
 
-# The frozen encoders may travel in the file; they come from the Wan folder.
+# Frozen encoders may travel in the file; ours come from the Wan folder.
 ENCODERS = ("pipe.text_encoder.", "pipe.image_encoder.", "pipe.vae.")
 
 
@@ -203,12 +203,7 @@ def check_heads(name, heads, width, usual):
 
 def usual_taps(steps):
     """Last, 3/4, 1/2 and 1/3 of the depth, finest level first."""
-    return (
-        steps - 1,
-        max(3 * steps // 4 - 1, 0),
-        max(steps // 2 - 1, 0),
-        max(steps // 3 - 1, 0),
-    )
+    return steps - 1, *(max(n - 1, 0) for n in (3 * steps // 4, steps // 2, steps // 3))
 
 
 def sizes(release, base=None, dit_heads=None, irg_heads=None, camera_heads=None, taps=None):
@@ -221,9 +216,7 @@ def sizes(release, base=None, dit_heads=None, irg_heads=None, camera_heads=None,
     taps                    geometry layers that the DPT heads read; None: usual_taps
     Raises ValueError when it is another model's file."""
     if any(name.startswith("pipe.dit.control_adapter.") for name in release):
-        raise ValueError(
-            "this is a file of the release's Wan2.2 variant; only the Wan2.1 one is supported"
-        )
+        raise ValueError("this is the release's Wan2.2 variant; only the Wan2.1 one is supported")
     base, steps = base or {}, count(release, "IRGBlock.")
     num_pcb = count(base, "blocks.") - steps if base else count(release, "pipe.dit.blocks.")
     shape = shape_reader(release, base, num_pcb)
@@ -329,11 +322,9 @@ def from_vggt(vggt, own, layers):
         if found and (found[1] is None or int(found[1]) < k):
             if own.get(ours) != vggt[name]:
                 width = vggt["aggregator.camera_token"][-1]
-                raise ValueError(
-                    f"VGGT's {name} is {vggt[name]}, this model's {own.get(ours)}; blocks and "
-                    f"tokens fit geo_dim = {width} with heads of 64 channels: "
-                    '--model_overrides=\'{"geo_dim": 1024, "geo_heads": 16}\''
-                )
+                cure = '--model_overrides=\'{"geo_dim": 1024, "geo_heads": 16}\''
+                fits = f"blocks and tokens fit geo_dim = {width} with heads of 64 channels: {cure}"
+                raise ValueError(f"VGGT's {name} is {vggt[name]}, ours {own.get(ours)}; {fits}")
             plan[ours] = name
     camera = [name for name in vggt if name.startswith("camera_head.")]
     if camera and all(own.get(name) == vggt[name] for name in camera):

@@ -24,15 +24,10 @@ import imageio_ffmpeg
 import numpy as np
 
 MAX_BYTES = 2**32  # of one file, and of what one read decodes
-
 MAX_TEXT = 2**29  # of a JSON file: a million samples with captions
-
 MAX_CAMERAS = 2**24  # of a camera file
-
 MAX_PIXELS = 2**26  # of one picture: 8192 x 8192
-
 FAR = 1e6  # metres; a depth or a camera beyond this is no measurement
-
 FORMATS = "mov,avi,matroska,mpegts,png_pipe,jpeg_pipe,webp_pipe,bmp_pipe,tiff_pipe"
 
 # ffmpeg: CPU seconds, stop at the first damage, local files of FORMATS alone, pictures of one size.
@@ -453,11 +448,8 @@ def read_depth(path, scale=None, frames=None, inverse=False):
         )
     largest = depth[np.isfinite(depth)].max(initial=0) * float(scale or 1)
     if not inverse and largest > FAR:
-        raise ValueError(
-            f"{path}: depth up to {largest:.3g} m; wanted at most {FAR:.0e}. Write 0 where it is "
-            "unknown, "
-            "sky included; check depth_scale"
-        )
+        cure = "Write 0 where it is unknown, sky included; check depth_scale"
+        raise ValueError(f"{path}: depth up to {largest:.3g} m; wanted at most {FAR:.0e}. {cure}")
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         depth = depth.astype(np.float32)
         depth = (1 / depth if inverse else depth) * np.float32(scale or 1)

@@ -162,7 +162,7 @@ def test_any_exception_in_a_worker_carries_the_clip(place, monkeypatch):
     def fail(path, checked):
         raise RuntimeError("out of luck")
 
-    monkeypatch.setattr(data, "read_again", fail)
+    monkeypatch.setattr(caches, "read_again", fail)
     with pytest.raises(ValueError, match=f"clip {bad_data.OTHER}: .*RuntimeError.*out of luck"):
         batches(clips, 2)
 

@@ -292,7 +292,7 @@ def test_a_killed_run_goes_on_where_it_was_and_ranks_share_the_clips(
             raise KeyboardInterrupt
         save(path, *args)
 
-    monkeypatch.setattr(data, "save_clip", killed)
+    monkeypatch.setattr(caches, "save_clip", killed)
     with pytest.raises(KeyboardInterrupt):
         data.encode(root, 32, 48, 5, how=data.Encoding(wan_dir=wan))
     parts = sorted(root.glob("cache/*/.parts/*"))
@@ -300,7 +300,7 @@ def test_a_killed_run_goes_on_where_it_was_and_ranks_share_the_clips(
         "train_000002.clip.safetensors",
         "train_000002.text.safetensors",
     ]
-    monkeypatch.setattr(data, "save_clip", save)
+    monkeypatch.setattr(caches, "save_clip", save)
     for path in parts:  # a mark that only reading, not computing again, leaves
         save_tensors(path, {k: v + 1 for k, v in load_file(path).items()}, cached_metadata(path))
     for rank in "01":

@@ -1,0 +1,46 @@
+"""The one cut of a video to another aspect: pictures, maps and intrinsics go through together."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+
+@dataclass(frozen=True)
+class Crop:
+    """A centred cut of the target's aspect, resized to the target: one for all that a clip
+    holds."""
+
+    source: tuple  # (H, W) of the video
+    target: tuple  # (H, W) of the clip
+
+    def cut(self):
+        """top, left, height, width in pixels of the source."""
+        (h, w), (height, width) = self.source, self.target
+        hc, wc = min(h, round(w * height / width)), min(w, round(h * width / height))
+        return (h - hc) // 2, (w - wc) // 2, hc, wc
+
+    def video(self, frames):
+        """uint8 (T, H, W, 3) -> (T, 3, height, width) in [0, 255], antialiased."""
+        y, x, hc, wc = self.cut()
+        cropped = torch.from_numpy(frames[:, y : y + hc, x : x + wc]).permute(0, 3, 1, 2)
+        how = dict(mode="bilinear", antialias=True)
+        # Frame by frame: the whole clip in floats would take four times the memory.
+        return torch.cat([F.interpolate(f[None].float(), self.target, **how) for f in cropped])
+
+    def maps(self, maps):
+        """Values (T, h, w) under the target's pixel centres; h, w may differ from the video's."""
+        (height, width), (y, x, hc, wc) = self.target, self.cut()
+        rows = (y + (np.arange(height) + 0.5) * hc / height) * maps.shape[1] / self.source[0]
+        cols = (x + (np.arange(width) + 0.5) * wc / width) * maps.shape[2] / self.source[1]
+        return torch.from_numpy(maps[:, rows.astype(int)][:, :, cols.astype(int)])
+
+    def intrinsics(self, fractions):
+        """(T, 4) fractions of the source -> (T, 3, 3) pixels of the target, fp64."""
+        (h, w), (height, width), (y, x, hc, wc) = self.source, self.target, self.cut()
+        fx, fy, cx, cy = fractions.T * [[w], [h], [w], [h]]  # pixels of the source
+        k = np.zeros((len(fractions), 3, 3)) + np.eye(3)
+        k[:, 0, 0], k[:, 0, 2] = fx * width / wc, (cx - x) * width / wc
+        k[:, 1, 1], k[:, 1, 2] = fy * height / hc, (cy - y) * height / hc
+        return torch.from_numpy(k)
