@@ -66,11 +66,12 @@ def load_samples(root, split=None, bad=None, inside=None):
     Without splits the last tenth (at least one of several) is "val", the rest "train"."""
     root = Path(root)
     path, (entries, splits) = root / "metadata.json", files.read_entries(root, inside or root)
-    samples, places, wrong = read_samples(root, entries, path)
+    samples, places, wrong = read_samples(root, entries, path)  # one bad entry costs itself alone
     splits = splits or default_splits(places, len(entries))
+    # ids may be numbers in JSON
     listed = {name: set(map(str, ids)) for name, ids in splits.items()}
     everywhere = set().union(*listed.values())
-    refused = {name for name, _ in wrong}
+    refused = {name for name, _ in wrong}  # named once, not once more as unlisted
     here = everywhere if split is None else listed.get(split, set())
     wrong = [(i, what) for i, what in wrong if split is None or i in here or i not in everywhere]
     for name in splits:
@@ -88,6 +89,7 @@ def load_samples(root, split=None, bad=None, inside=None):
         raise ValueError(wrong[0][1])
     if bad is not None:
         bad += wrong
+    # in the order of the file
     chosen = [s for s in samples.values() if split in (None, s["split"])]
     if not chosen:
         counts = {k: len(v) for k, v in splits.items()}
@@ -142,7 +144,7 @@ def read_entry(root, entry, where):
         check_number(field, entry.get(field), where)
     for field in ("video", "depth", "points", "camera", "moving"):
         if sample[field]:
-            inside = os.path.normpath(sample[field])
+            inside = os.path.normpath(sample[field])  # "a/../../b" leaves the folder too
             if os.path.isabs(inside) or inside.split(os.sep)[0] == "..":
                 leaves = f"{field} path {sample[field]!r} leaves the dataset folder"
                 raise ValueError(f"{where}: {leaves}. Move it there")
@@ -152,10 +154,8 @@ def read_entry(root, entry, where):
     good = re.fullmatch(r"[^./\\\x00-\x1f\x7f][^/\\\x00-\x1f\x7f]*", sample["id"])
     good = good and sample["id"] != caches.EMPTY_TEXT and len(sample["id"].encode()) <= 200
     if not good or re.search(r"\.\d{4,}$", sample["id"]):  # ID.0004: a window
-        raise ValueError(
-            f"{where}: id {sample['id'][:60]!r} cannot be a file name of at most 200 bytes, or "
-            "ends like a window's"
-        )
+        wrong = "cannot be a file name of at most 200 bytes, or ends like a window's"
+        raise ValueError(f"{where}: id {sample['id'][:60]!r} {wrong}")
     sample.update(prompt=sample["prompt"] or "", split=None, fps=entry.get("fps"))
     inverse = bool(entry.get("inverse_depth"))
     return dict(sample, depth_scale=entry.get("depth_scale"), inverse_depth=inverse)
@@ -168,10 +168,8 @@ def check_text(field, value, where):
         return
     text = str(value)
     if type(value) not in known or len(text) > 10000 or "\0" in text:
-        raise ValueError(
-            f"{where}: {field} {text[:60]!r} is a {type(value).__name__} of {len(text)} "
-            "characters; wanted a text of at most 10,000"
-        )
+        found = f"{text[:60]!r} is a {type(value).__name__} of {len(text)} characters"
+        raise ValueError(f"{where}: {field} {found}; wanted a text of at most 10,000")
     if re.search("[\ud800-\udfff]", text):
         raise ValueError(f"{where}: {field} {ascii(value)[:60]} is no text (half of a UTF-16 pair)")
 
@@ -192,13 +190,13 @@ def check_number(field, value, where):
 def checked_cameras(path):
     """read_cameras: rotations and translations, whose principal points lie in the picture."""
     files.check_lines(path)
-    w2c, fractions = read_cameras(path)
+    w2c, fractions = read_cameras(path)  # (T, 3, 4), (T, 4)
     try:
         inverse(w2c)
     except ValueError as error:
         hint = "`python data.py verify` names the usual mistakes"
         raise ValueError(f"{path}: {error} {hint}") from None
-    far, centres = np.abs(w2c[..., 3]).max(), fractions[:, 2:]
+    far, centres = np.abs(w2c[..., 3]).max(), fractions[:, 2:]  # metres; cx, cy
     if far > files.FAR or np.abs(centres - 0.5).max() > 0.5:
         raise ValueError(
             f"{path}: translations up to {far:.3g}, cx cy from {centres.min():.3g} to "
@@ -229,7 +227,7 @@ def check_window(sample, depth, size, fps):
 
 def check_counts(sample, cameras, last):
     """Video, cameras and depth must have the same frames, and enough of them."""
-    video = files.count_frames(sample["video"])
+    video = files.count_frames(sample["video"])  # decodes it: damage anywhere is seen
     depth = files.count_arrays(sample["depth"] or sample["points"])
     if min(video, cameras, depth) <= last:
         raise ValueError(
@@ -250,9 +248,8 @@ def read_window_depth(sample, ids, w2c):
         return files.read_depth(sample["depth"], *how)
     points = files.read_arrays(sample["points"], ids).astype(np.float64)
     if points.ndim != 4 or points.shape[-1] != 3:
-        raise ValueError(
-            f"{sample['points']}: array of shape {points.shape}; wanted points (T, H, W, 3)"
-        )
+        found = f"array of shape {points.shape}"
+        raise ValueError(f"{sample['points']}: {found}; wanted points (T, H, W, 3)")
     z = np.einsum("tc,thwc->thw", w2c[:, 2, :3], points) + w2c[:, 2, 3, None, None].numpy()
     known = (points != 0).any(-1) & np.isfinite(z) & (z > 0)  # a point at the origin is invalid
     return np.where(known, z, 0).astype(np.float32)
@@ -272,18 +269,18 @@ def load_clip(sample, height, width, num_frames, start=0, stride=1):
         near = num_frames // 4 * 4 + 1
         raise ValueError(f"num_frames = {num_frames}; wanted 4k + 1, for instance {near}")
     if not (sample["video"] and sample["camera"] and (sample["depth"] or sample["points"])):
-        raise ValueError(
-            f"clip {sample['id']}: a video, cameras and depth or points are needed; found "
-            f"{[f for f in FIELDS if sample[f]]} (--cache_only renderings hold none)"
-        )
-    ids = range(start, start + stride * (num_frames - 1) + 1, stride)
-    w2c, fractions = checked_cameras(sample["camera"])
+        found = f"{[f for f in FIELDS if sample[f]]} (--cache_only renderings hold none)"
+        wanted = "a video, cameras and depth or points are needed"
+        raise ValueError(f"clip {sample['id']}: {wanted}; found {found}")
+    ids = range(start, start + stride * (num_frames - 1) + 1, stride)  # frames of the window
+    w2c, fractions = checked_cameras(sample["camera"])  # of the whole clip
     check_counts(sample, len(w2c), ids[-1])
     frames, fps = files.read_video(sample["video"], ids[-1] + 1)
+    # one cut for all
     w2c, crop = torch.from_numpy(w2c[ids]), Crop(frames.shape[1:3], (height, width))
     video = crop.video(frames[ids])  # (T, 3, H, W)
-    depth = read_window_depth(sample, ids, w2c)
-    fps = float(sample["fps"] or fps)
+    depth = read_window_depth(sample, ids, w2c)  # (T, h, w), of its own resolution
+    fps = float(sample["fps"] or fps)  # metadata.json knows better than the file
     check_window(sample, depth, frames.shape[1:3], fps)
     clip = {}
     if sample["moving"]:
@@ -292,7 +289,7 @@ def load_clip(sample, height, width, num_frames, start=0, stride=1):
     return dict(
         clip,
         video=video.permute(1, 0, 2, 3) / 127.5 - 1,
-        w2c=relative_to_first(w2c),
+        w2c=relative_to_first(w2c),  # fp64: the world becomes the first camera
         depth=crop.maps(depth),
         intrinsics=crop.intrinsics(fractions[ids]),
         prompt=sample["prompt"],
@@ -326,6 +323,7 @@ class Encoding:
         last = max(self.start, count - self.stride * (num_frames - 1) - 1)
         if self.window_seed < 0:
             return sorted({round(s) for s in np.linspace(self.start, last, self.windows)})
+        # By name: other clips do not move the windows of this one.
         random = np.random.default_rng([self.window_seed, zlib.crc32(sample["id"].encode())])
         return sorted({int(s) for s in random.integers(self.start, last + 1, self.windows)})
 
@@ -354,7 +352,7 @@ class Job:
 def plan_clip(sample, folder, same, how, inside):
     """Jobs of one clip's windows; same: what the keys of all clips share."""
     files.check_sample(inside, sample)
-    stamp = [sample["fps"], sample["depth_scale"]]
+    stamp = [sample["fps"], sample["depth_scale"]]  # whatever changes the result
     for path in (p for p in sample.values() if isinstance(p, Path)):
         stats = [p.stat() for p in (path, *path.glob("*")) if p.exists()]  # a folder: its files too
         newest = max([s.st_mtime_ns for s in stats], default=0)
@@ -384,20 +382,18 @@ def encode_image(job, tower):
 
 
 def encode_video(job, vae, pad):
-    clip = job.load(job.key["num_frames"], job.key["stride"])
+    clip = job.load(job.key["num_frames"], job.key["stride"])  # decoded once for all of it
     if clip["relative"]:
-        tqdm.write(
-            f"{clip['id']}: {clip['relative']}: not metric. It trains the depth head alone, with "
-            "the ssi loss, in stage 1; give depth_scale in metadata.json if its depth does have a "
-            "unit"
-        )
+        what = "It trains the depth head alone, with the ssi loss, in stage 1"
+        cure = "give depth_scale in metadata.json if its depth does have a unit"
+        tqdm.write(f"{clip['id']}: {clip['relative']}: not metric. {what}; {cure}")
     parts, tensors = [job.part(what) for what in ("text", "clip") if job.part(what).exists()], {}
     for path in parts:
         if not caches.is_whole(path):
             path.unlink()
             raise ValueError(f"{path}: was damaged and is deleted; run the command again")
         tensors.update(caches.read_values(path)[0])
-    kind = "relative" if clip["relative"] else "metric"
+    kind = "relative" if clip["relative"] else "metric"  # what train.py asks the caches
     meta = dict(job.key, split=job.sample["split"], fps=clip["fps"], depth=kind)
     caches.save_clip(job.path, clip, vae, pad, tensors, meta)
     for path in parts:
@@ -421,7 +417,7 @@ class Passes:
             name = (item.sample if isinstance(item, Job) else item)["id"]
             try:
                 if name not in self.failed:
-                    done.append((item, work(item)))
+                    done.append((item, work(item)))  # a later pass sees only these
             except ValueError as error:
                 self.fail(name, error)
         return done
@@ -439,23 +435,24 @@ def encode(root, height, width, num_frames, how=Encoding()):
     if num_frames % LATENT.time != 1 or height % 16 or width % 16:
         size = f"{num_frames} frames of {height}x{width}"
         raise ValueError(f"{size}; wanted 4k + 1 and multiples of 16")
+    # by torchrun
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     gpu = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     encoders = make_encoders(how.codec, how.wan_dir, how.device or gpu)
     folder = Path(root, "cache", f"{num_frames}x{height}x{width}-{encoders.fingerprint}")
     same = dict(num_frames=num_frames, height=height, width=width, stride=how.stride)
-    same["fingerprint"] = encoders.fingerprint
+    same["fingerprint"] = encoders.fingerprint  # other encoder files, other latents
     inside, bad, passes = "/" if how.follow_links else root, [], Passes(rank > 0)
     for path in (folder, folder / ".parts"):
         files.check_inside(inside, path)  # nothing is written through a link that leads out
-    samples = load_samples(root, how.split, bad, inside)[rank::world]
+    samples = load_samples(root, how.split, bad, inside)[rank::world]  # every world-th clip
     for name, problem in bad if rank == 0 else ():
         passes.fail(name, problem)
     plans = passes.each(samples, "plan", lambda s: plan_clip(s, folder, same, how, inside))
-    jobs = [job for _, clip_jobs in plans for job in clip_jobs]
-    left = [job for job in jobs if not caches.fits(job.path, job.key)]
+    jobs = [job for _, clip_jobs in plans for job in clip_jobs]  # one for each window
+    left = [job for job in jobs if not caches.fits(job.path, job.key)]  # the rest is done already
     kept, empty = len(jobs) - len(left), folder / f"{caches.EMPTY_TEXT}.safetensors"
-    todo = {job.sample["id"]: job.sample for job in left}
+    todo = {job.sample["id"]: job.sample for job in left}  # each clip's files are looked at once
 
     def check_files(sample):
         files.check_sums(root, files.check_sample(inside, sample))
@@ -500,8 +497,8 @@ class CachedClips(torch.utils.data.Dataset):
         """size: (height, width, num_frames)."""
         bad, inside = [], "/" if follow_links else root
         self.skip_bad, self.prefix = skip_bad, cache_prefix(wan_dir)
-        self.samples = {s["id"]: s for s in load_samples(root, split, bad, inside)}
-        shape = (size[2], *size[:2])
+        self.samples = {s["id"]: s for s in load_samples(root, split, bad, inside)}  # id -> sample
+        shape = (size[2], *size[:2])  # T, H, W: as the folder is called
         name = "x".join(map(str, shape))
         folders = sorted(Path(root).glob(f"cache/{name}-{self.prefix}*"))
         if len(folders) > 1:
@@ -514,14 +511,13 @@ class CachedClips(torch.utils.data.Dataset):
         good, stamps = {}, {}
         if folders:
             files.check_inside(inside, folders[0])
+            # reads what is new
             good, stamps, wrong = caches.check_folder(folders[0], self.samples, shape)
             bad += wrong
         if not good and (not folders or all("not encoded" in problem for _, problem in bad)):
             there = ", ".join(sorted(f.name for f in Path(root).glob("cache/*"))) or "none"
-            raise ValueError(
-                f"{root}: split {split} is not encoded at {name} for {self.prefix} (caches there: "
-                f"{there}). Run\n  {cure}"
-            )
+            lacks = f"split {split} is not encoded at {name} for {self.prefix}"
+            raise ValueError(f"{root}: {lacks} (caches there: {there}). Run\n  {cure}")
         if not any(s["video"] for s in self.samples.values()):
             cure = f"rm -r {root}, and render it again"
         what = f"{root}: {len(bad)} of {len(good) + len(bad)} {split} clips"
@@ -552,6 +548,7 @@ class CachedClips(torch.utils.data.Dataset):
         for tries in range(len(self.files)):
             path = self.files[(i + tries) % len(self.files)]
             try:
+                # mapped, not parsed again
                 tensors, meta = caches.read_again(path, self.stamps[path.stem])
                 relative = torch.tensor(meta.get("depth") == "relative")
                 words = dict(id=meta["id"], prompt=meta["prompt"], fps=float(meta["fps"]))
@@ -578,7 +575,7 @@ class CachedClips(torch.utils.data.Dataset):
             video = make_encoders().load_vae().decode(self[i]["latents"][None].float())[0]
         else:
             return None
-        pixels = ((video.permute(1, 2, 3, 0) + 1) * 127.5).round().clamp(0, 255)
+        pixels = ((video.permute(1, 2, 3, 0) + 1) * 127.5).round().clamp(0, 255)  # (T, H, W, 3)
         return pixels.to(torch.uint8).numpy()
 
     def count_relative(self):
@@ -588,6 +585,7 @@ class CachedClips(torch.utils.data.Dataset):
 
 def collate(items):
     """Stack what all clips of a batch have; text stays a list of (L, dim), as do the words."""
+    # Masks of movers are in some clips only: then the batch goes without.
     columns = {k: [item[k] for item in items] for k in items[0] if all(k in item for item in items)}
     # In a worker straight into the shared memory that the batch travels in.
     stack = torch.utils.data.default_collate
@@ -602,7 +600,7 @@ def prepare(batch, in_dim, dev, rays=plucker_rays):
     returns  the batch with rays, pose encodings, points, mask and start condition made there"""
 
     def send(x):  # bfloat16 is widened there: half of the bytes to move
-        x = x.to(dev, non_blocking=True)
+        x = x.to(dev, non_blocking=True)  # from pinned memory: no wait
         return x if x.dtype == torch.bool else x.float()
 
     # Depth without a unit is rare, and costs a second pass of losses.
@@ -610,8 +608,8 @@ def prepare(batch, in_dim, dev, rays=plucker_rays):
     b = {k: send(v) if torch.is_tensor(v) else v for k, v in batch.items()}
     b["text"] = [send(text) for text in batch["text"]]
     K, size = b["intrinsics"], b["depth"].shape[-2:]
-    mask = torch.isfinite(b["depth"]) & (b["depth"] > 1e-3)
-    depth, w2c, scale = normalize_scene(b["depth"], b["w2c"], K, mask)
+    mask = torch.isfinite(b["depth"]) & (b["depth"] > 1e-3)  # (B, T, H, W) known depth
+    depth, w2c, scale = normalize_scene(b["depth"], b["w2c"], K, mask)  # scene units
     return dict(
         b,
         depth=depth,

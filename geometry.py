@@ -193,7 +193,7 @@ def unproject(depth, w2c, K):
     returns  (B, T, H, W, 3)   world frame.   Source: Hartley & Zisserman 6.1."""
     valid, c2w = valid_depth(depth), inv_se3(w2c)
     depth = torch.where(valid, depth, 0)
-    rays = world_rays(c2w, K, depth.shape[-2:])
+    rays = world_rays(c2w, K, depth.shape[-2:])  # x, y, z of every pixel, (B, T, H, W) each
     xyz = (ray * depth + c2w[..., c, 3, None, None] for c, ray in enumerate(rays))
     return torch.stack([torch.where(valid, x, 0) for x in xyz], -1)
 
@@ -202,7 +202,7 @@ def project(points, w2c, K):
     """World points (B, T, ..., 3) -> pixels uv (B, T, ..., 2), z (B, T, ...); uv void at z <= 0."""
     ones = (1,) * (points.dim() - w2c.dim() + 1)  # the axes between time and xyz
     w2c, K = (m.unflatten(1, (-1, *ones)) for m in (w2c, K))
-    cam = rotate(w2c[..., :3], points) + w2c[..., 3]
+    cam = rotate(w2c[..., :3], points) + w2c[..., 3]  # (B, T, ..., 3) in the camera frame
     focal = torch.stack([K[..., 0, 0], K[..., 1, 1]], -1)
     return focal * cam[..., :2] / cam[..., 2:].clamp(min=1e-6) + K[..., :2, 2], cam[..., 2]
 
@@ -226,9 +226,9 @@ def normalize_scene(depth, w2c, K, mask, frames="first"):
         distance, keep = unproject(depth, rel, K).norm(dim=-1).flatten(1), valid.flatten(1)
     else:
         raise ValueError(f"frames {frames!r}; known: first, all.")
-    mean = torch.where(keep, distance, 0).sum(1) / keep.sum(1).clamp(min=1)
+    mean = torch.where(keep, distance, 0).sum(1) / keep.sum(1).clamp(min=1)  # (B,)
     scale = torch.where(keep.any(1), mean, 1)
-    unit = scale[:, None, None, None]
+    unit = scale[:, None, None, None]  # (B, 1, 1, 1)
     w2c = torch.cat([rel[..., :3], rel[..., 3:] / unit], -1)
     return torch.where(valid, depth, 0) / unit, w2c, scale
 
@@ -295,10 +295,10 @@ class GeoAttention(nn.Module):
         """Attention of x (B, frames*P, C) inside each of `frames` equal groups."""
         axes = dict(f=frames, s=3, h=self.heads)
         q, k, v = rearrange(self.qkv(x), "b (f p) (s h d) -> s (b f) h p d", **axes)
-        q, k = self.q_norm(q), self.k_norm(k)
+        q, k = self.q_norm(q), self.k_norm(k)  # per head: scores stay bounded in bf16
         if rope is not None:
             q, k = rotate_half(q, *rope), rotate_half(k, *rope)
-        x = F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v)
+        x = F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v)  # (B*f, heads, P, d)
         return self.proj(rearrange(x, "(b f) h p d -> b (f p) (h d)", f=frames))
 
 
@@ -354,17 +354,17 @@ class LatentBridge(nn.Module):
         if layers:
             self.down, self.norm = nn.Linear(dim, width), nn.LayerNorm(width)
             self.up = nn.Linear(width, dim)
-            nn.init.zeros_(self.up.weight)
+            nn.init.zeros_(self.up.weight)  # so that a bridge begins as the linear map
             nn.init.zeros_(self.up.bias)
 
     def forward(self, x, frames):
-        z = self.proj(x)
+        z = self.proj(x)  # (B, N, C)
         if not self.blocks:
             return z
         r = self.down(z)  # (B, N, width)
         for block in self.blocks:
             r = block(r, frames=frames)
-        return z + self.up(self.norm(r))
+        return z + self.up(self.norm(r))  # zero at the start: the linear map alone
 
 
 class PoseEncoder(nn.Module):
@@ -420,9 +420,10 @@ class CameraHead(nn.Module):
         previous, out = self.empty_pose_tokens.expand_as(pose), []
         for _ in range(self.iterations):
             shift, scale, gate = self.poseLN_modulation(self.embed_pose(previous)).chunk(3, -1)
-            x = tokens + gate * (plain * (1 + scale) + shift)
+            x = tokens + gate * (plain * (1 + scale) + shift)  # (B, T, C)
             for block in self.trunk:
                 x = block(x)
+            # a correction of the last guess
             pose = pose + self.pose_branch(self.trunk_norm(x)).float()
             out.append(torch.cat([pose[..., : FOV.start], F.relu(pose[..., FOV])], -1))
             previous = pose = pose.detach()  # each refinement answers for its own step
@@ -565,7 +566,7 @@ class DPTHead(nn.Module):
         """Level i at pixel-frame rate: (B, c_i, T, h_i, w_i)."""
         f, h, w = grid
         x = rearrange(self.norm(tokens), "b f (h w) c -> (b f) c h w", h=h)
-        x = self.projects[i](x)
+        x = self.projects[i](x)  # (B*f, c_i, h, w)
         x = self.resize_layers[i](x + uv_embedding(x.shape[1], h, w, aspect, x.device))
         return self.temporal_upsamplers[i](rearrange(x, "(b f) c h w -> b c f h w", f=f))
 
@@ -573,20 +574,20 @@ class DPTHead(nn.Module):
         """One chunk of frames: 4 x (B*t, c_i, h_i, w_i) -> (B*t, H, W, out_dim)."""
         s = self.scratch
         l1, l2, l3, l4 = [getattr(s, f"layer{i}_rn")(x) for i, x in enumerate(levels, 1)]
-        x = s.refinenet4(l4, None, l3.shape[-2:])
+        x = s.refinenet4(l4, None, l3.shape[-2:])  # coarsest level first
         x = s.refinenet3(x, l3, l2.shape[-2:])
         x = s.refinenet2(x, l2, l1.shape[-2:])
-        x = s.refinenet1(x, l1, (2 * l1.shape[-2], 2 * l1.shape[-1]))
+        x = s.refinenet1(x, l1, (2 * l1.shape[-2], 2 * l1.shape[-1]))  # (B*t, features, 8h, 8w)
         x = F.interpolate(s.output_conv1(x), size=size, mode="bilinear", align_corners=True)
         x = x + uv_embedding(x.shape[1], *size, aspect, x.device)
-        x = s.output_conv2[1](s.output_conv2[0](x))
+        x = s.output_conv2[1](s.output_conv2[0](x))  # (B*t, tail, H, W)
         # Not in bf16: the exp of such a logit moves in 0.8 % steps.
         with torch.autocast(x.device.type, enabled=False):
             return s.output_conv2[2](x.float()).permute(0, 2, 3, 1)
 
     def forward(self, maps, grid, recompute=False):
         f, h, w = grid
-        aspect, size, batch = w / h, (16 * h, 16 * w), maps[0].shape[0]
+        aspect, size, batch = w / h, (16 * h, 16 * w), maps[0].shape[0]  # 16 pixels a token
         again = recompute and torch.is_grad_enabled() and 4 * f - 3 > self.chunk
         run = partial(checkpoint, use_reentrant=False) if again else call
         levels = [run(self.level, i, tokens, grid, aspect) for i, tokens in enumerate(maps)]
@@ -594,7 +595,7 @@ class DPTHead(nn.Module):
         for start in range(0, 4 * f - 3, self.chunk):
             parts = [channels_last(x[:, :, start : start + self.chunk]) for x in levels]
             fused = run(self.fuse, size, aspect, *parts)
-            out.append(rearrange(fused, "(b t) h w k -> b t h w k", b=batch))
+            out.append(rearrange(fused, "(b t) h w k -> b t h w k", b=batch))  # (B, t, H, W, k)
         return torch.cat(out, 1)
 
 
@@ -659,7 +660,7 @@ def gradient_levels(channels, mask, weight):
         w = weight[..., ::k, ::k] * m
         dx = length([x[..., 1:] - x[..., :-1] for x in r]) * (w[..., :-1] * m[..., 1:])
         dy = length([x[..., 1:, :] - x[..., :-1, :] for x in r]) * (w[..., :-1, :] * m[..., 1:, :])
-        levels.append(clip_mean(dx, m) + clip_mean(dy, m))
+        levels.append(clip_mean(dx, m) + clip_mean(dy, m))  # (B,)
     return torch.stack(levels, 1)
 
 
@@ -682,7 +683,7 @@ def frame_loss(pred, gt, mask, mode="metric", clip_weight=None):
     elif mode != "metric":
         known = "metric (labels in scene units), ssi (relative depth)"
         raise ValueError(f"depth mode {mode!r}; known: {known}.")
-    r = residual(pred, gt, mask)
+    r = residual(pred, gt, mask)  # (B, T, H, W)
     loss = clip_mean(r.abs(), mask) + 0.5 * gradient_levels([r], mask, mask).sum(1)
     return over_clips(loss, clip_weight)
 
@@ -696,7 +697,7 @@ def fit_scale_shift(pred, gt, mask):
     p_mean, g_mean = (total(torch.where(mask, x, 0)) / total(mask).clamp(min=1) for x in (pred, gt))
     p = torch.where(mask, pred - p_mean, 0)  # centred: raw sums would cancel in fp32
     g = torch.where(mask, gt - g_mean, 0)
-    s = total(p * g) / total(p * p).clamp(min=1e-12)
+    s = total(p * g) / total(p * p).clamp(min=1e-12)  # (B, 1, 1, 1)
     return s, g_mean - s * p_mean
 
 
@@ -719,12 +720,12 @@ def tgm_loss(pred, gt, mask, rel_th=0.05, align=False, clip_weight=None, signed=
     signed          |dp - dg| as in Video Depth Anything's code; False: ||dp| - |dg|| as in its
                     paper, which does not tell coming from going
     returns         scalar, 0 for T = 1"""
-    pairs = still_pairs(gt, mask, rel_th)
+    pairs = still_pairs(gt, mask, rel_th)  # (B, T-1, H, W) bool
     p, g = (torch.where(mask, fp32(x), 0) for x in (pred, gt))
     if align:
         s, b = fit_scale_shift(p, g, mask)
         p = s * p + b
-    p, g = p.diff(dim=1), g.diff(dim=1)
+    p, g = p.diff(dim=1), g.diff(dim=1)  # (B, T-1, H, W)
     error = (p - g if signed else p.abs() - g.abs()).abs()
     return over_clips(clip_mean(error * pairs, pairs), clip_weight)
 
@@ -753,7 +754,7 @@ def conf_loss(pred, conf, gt, mask, gamma=0.2, clip_weight=None, quantile=1.0):
     """mean(c |r| - gamma log c) of depth below its quantile; best c = gamma / |r|.
 
     pred, conf, gt, mask  (B, T, H, W), conf > 0.   Source: VGGT."""
-    error = residual(pred, gt, mask).abs()
+    error = residual(pred, gt, mask).abs()  # (B, T, H, W)
     mask = below_quantile(error, mask, quantile)
     return over_clips(confident(error, torch.where(mask, fp32(conf), 1), mask, gamma), clip_weight)
 
@@ -766,7 +767,7 @@ def points_loss(pred, conf, gt, mask, gamma=0.2, clip_weight=None, quantile=1.0)
     quantile    of the first term: see below_quantile
     The value goes negative once confidence is earned.   Source: FantasyWorld's L_pmap, VGGT."""
     r = [residual(p, g, mask) for p, g in zip(pred.unbind(-1), gt.unbind(-1))]
-    error, conf = length(r), torch.where(mask, fp32(conf), 1)
+    error, conf = length(r), torch.where(mask, fp32(conf), 1)  # conf 1 has logarithm 0
     kept = below_quantile(error, mask, quantile)
     loss = confident(error, torch.where(kept, conf, 1), kept, gamma)
     return over_clips(loss + gradient_levels(r, mask, conf).mean(1), clip_weight)
@@ -778,7 +779,7 @@ def corner_normals(points, mask):
     points   (B, T, H, W, 3);  mask (B, T, H, W)
     returns  normals (B, T, H-1, W-1, 4, 3), and which triangles are all valid (without the 3)"""
     points = torch.where(mask[..., None], fp32(points), 0)
-    across, down = points.diff(dim=-2), points.diff(dim=-3)
+    across, down = points.diff(dim=-2), points.diff(dim=-3)  # edges of the pixel grid in space
     above, below = across[..., :-1, :, :], across[..., 1:, :, :]
     left, right = down[..., :-1, :], down[..., 1:, :]
     sides = [(left, above), (right, above), (left, below), (right, below)]
@@ -811,13 +812,13 @@ def camera_loss(pred_iterations, gt, delta=0.1, clip_weight=None):
     delta                0.1 keeps L1's slope on everything but small errors.   Source: VGGT."""
     pred, gt = fp32(pred_iterations), fp32(gt).expand(pred_iterations.shape)
     same = (pred[..., ROTATION] * gt[..., ROTATION]).sum(-1, keepdim=True)
-    flip = torch.where(same < 0, -1, 1)
+    flip = torch.where(same < 0, -1, 1)  # q and -q are one rotation
     gt = torch.cat([gt[..., TRANSLATION], gt[..., ROTATION] * flip, gt[..., FOV]], -1)
     error = F.smooth_l1_loss(pred, gt, beta=delta, reduction="none").mean(2)  # (n, B, 9)
     move, turn, fov = (error[..., part].mean(-1) for part in (TRANSLATION, ROTATION, FOV))
     error = move + turn + 0.5 * fov
     later = torch.arange(len(pred) - 1, -1, -1, device=pred.device, dtype=pred.dtype)
-    weight = 0.6**later / len(pred)
+    weight = 0.6**later / len(pred)  # the last refinement counts most
     return over_clips((weight[:, None] * error).sum(0), clip_weight)
 
 
@@ -865,16 +866,16 @@ def geometry_losses(pred, batch, cfg):
     mask, gt = batch["mask"], batch["depth"]
     weight = batch.get("geo_weight", torch.ones(len(mask), device=mask.device))
     relative = batch.get("relative")
-    metric = weight if relative is None else weight * ~relative
+    metric = weight if relative is None else weight * ~relative  # (B,) 0 for clips without a unit
     depths = depth_loss(pred, gt, mask, mode=cfg.depth_mode, weight=metric, cfg=cfg)
     if relative is not None:
         unitless = weight * relative
         depths = depths + depth_loss(pred, gt, mask, mode="ssi", weight=unitless, cfg=cfg)
     tgm, frame, conf = depths
-    depth = cfg.alpha_tgm * tgm + cfg.beta_frame * (frame + conf)
+    depth = cfg.alpha_tgm * tgm + cfg.beta_frame * (frame + conf)  # L_depth
     points, points_conf, points_gt = pred["points"], pred["points_conf"], batch["points"]
     how = dict(gamma=cfg.gamma_conf, clip_weight=metric, quantile=cfg.valid_quantile)
-    point = points_loss(points, points_conf, points_gt, mask, **how)
+    point = points_loss(points, points_conf, points_gt, mask, **how)  # L_pmap
     has_scale = mask[:, 0].flatten(1).any(1)  # else translations have no unit
     poses = (pred["pose_enc"], batch["pose_enc"])
     camera = camera_loss(*poses, cfg.camera_delta, metric * has_scale)

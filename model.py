@@ -196,10 +196,13 @@ class BiCrossAttention(nn.Module):
         a, b = F.layer_norm(x, x.shape[-1:], eps=1e-6), F.layer_norm(z, z.shape[-1:], eps=1e-6)
         both = (p.m1_proj(a), p.m2_proj(b))
         q, k = (rearrange(y, "b n (h d) -> b h n d", h=self.heads) for y in both)
+        # one score matrix serves both directions
         q, k = rotate_pairs(q, *rope_x), rotate_pairs(k, *rope_z)
         if self.ways != "to_geometry":
+            # (B, N, D)
             x = x + self.gamma_m1 * p.out_m1_proj(attention(q, k, p.values_m2_proj(b), self.heads))
         if self.ways != "to_video":
+            # (B, f*P, C)
             z = z + self.gamma_m2 * p.out_m2_proj(attention(k, q, p.values_m1_proj(a), self.heads))
         return x, z
 
@@ -374,7 +377,7 @@ class FantasyWorld(nn.Module):
         # Two sets of special tokens: of the first frame, and of all others.
         self.camera_token = nn.Parameter(1e-6 * torch.randn(1, 2, 1, C))
         self.register_token = nn.Parameter(1e-6 * torch.randn(1, 2, NUM_SPECIAL - 1, C))
-        self.pose_encoder = PoseEncoder(cfg.pose_hidden, C)
+        self.pose_encoder = PoseEncoder(cfg.pose_hidden, C)  # also feeds the camera adapters
         self.frame_blocks, self.global_blocks = (
             nn.ModuleList(GeoBlock(C, cfg.geo_heads, cfg.layer_scale) for _ in range(n))
             for _ in range(2)
@@ -386,12 +389,12 @@ class FantasyWorld(nn.Module):
         self.camera_head = CameraHead(2 * C, *sizes, cfg.camera_iterations, cfg.released)
         if cfg.released:
             self.ray_encoder = released.RayEncoder(cfg.ray_sizes)
-        self.camera_adapters = self.make_adapters()
+        self.camera_adapters = self.make_adapters()  # stage 2
         self.exchange = nn.ModuleList(
             BiCrossAttention(D, C, cfg.irg_dim, cfg.irg_heads, cfg.exchange)
             for _ in range(n if cfg.exchange != "none" else 0)
         )
-        self.pcb, self.irg = self.make_steps()
+        self.pcb, self.irg = self.make_steps()  # plain lists: no names in checkpoints
 
     def make_adapters(self):
         cfg = self.cfg
@@ -539,7 +542,7 @@ class FantasyWorld(nn.Module):
         with torch.no_grad():
             e, modulation = self.dit.modulation(t)
         with torch.autocast(device.type, enabled=False):
-            embedding = timestep_embedding(t.to(device), self.cfg.freq_dim)
+            embedding = timestep_embedding(t.to(device), self.cfg.freq_dim)  # (B, freq_dim)
             rows = self.time_projection(self.time_embedding(embedding))
         camera = conditions.rays if self.cfg.released else conditions.pose_embedding
         return e, Shared(
@@ -610,7 +613,7 @@ class FantasyWorld(nn.Module):
         f = grid[0]
         frames = {i: rearrange(z, "b (f p) c -> b f p c", f=f) for i, z in outputs.items()}
         maps = [frames[i][:, :, NUM_SPECIAL:] for i in self.cfg.taps]  # (B, f, h*w, 2C) each
-        camera = frames[self.cfg.geo_layers - 1][:, :, 0]  # (B, f, 2C)
+        camera = frames[self.cfg.geo_layers - 1][:, :, 0]  # (B, f, 2C): the first token
         again = self.checkpoint_activations != "none"
         depth, depth_conf = activate_depth(self.depth_head(maps, grid, again))
         points, points_conf = activate_points(self.point_head(maps, grid, again))
@@ -643,7 +646,7 @@ def half_geometry(model, dtype):
 # ----------------------------------------------------------------------------------- command line
 # Millions of parameters in the training guide's table.
 GUIDE = dict(wan=1616.3, bridge=5, geodit=900, heads=50, pose_encoder=1, tokens=0.01)
-GUIDE |= dict(camera_adapters=30, irg=200)
+GUIDE |= dict(camera_adapters=30, irg=200)  # stage 2
 
 
 def parameter_table(preset):

@@ -181,12 +181,8 @@ def shape_reader(release, base, num_pcb):
         found = release.get(name) or base.get(video)
         if found:
             return found
-        hint = ""
-        if not (base or name.startswith("vggt")):
-            hint = (
-                "; without --wan_dir (the folder of Wan2.1-I2V-14B-480P) the file must hold the "
-                "video branch too"
-            )
+        hint = "; without --wan_dir (the folder of Wan2.1-I2V-14B-480P) the file must hold the "
+        hint = "" if base or name.startswith("vggt") else f"{hint}video branch too"
         first = f"(its first names are {list(release)[:3]})"
         raise ValueError(f"not a whole FantasyWorld release: {name} is missing{hint} {first}")
 

@@ -166,7 +166,7 @@ def load_image(path, height, width, squeeze=False):
     scale = max(height / h, width / w)
     size = (max(height, round(h * scale)), max(width, round(w * scale)))
     frame = F.interpolate(frame, size, mode="bilinear", antialias=True)
-    top, left = (frame.shape[-2] - height) // 2, (frame.shape[-1] - width) // 2
+    top, left = (frame.shape[-2] - height) // 2, (frame.shape[-1] - width) // 2  # the middle
     return (frame[..., top : top + height, left : left + width] / 127.5 - 1)[:, :, None]
 
 
@@ -178,14 +178,14 @@ def conditions(encoders, prompts, image, frames, progress=iter):
               image training dropped
     returns   list of text (L, dim), y or None, clip (1, 257, 1280) or None, and the VAE"""
     text = encoders.load_text()
-    texts = [text([prompt])[0] for prompt in progress(prompts)]
+    texts = [text([prompt])[0] for prompt in progress(prompts)]  # (L, dim) each
     del text  # freed before the next encoder is loaded
     clip = start = None
     if image is not None and encoders.load_image:
         clip = encoders.load_image()(image[:, :, 0])
     vae = encoders.load_vae()
     if image is not None:
-        start = encode_start(vae, image, frames, encoders.start_pad)
+        start = encode_start(vae, image, frames, encoders.start_pad)  # (1, 16, 1 or f, h, w)
     return texts, start, clip, vae
 
 
@@ -222,14 +222,15 @@ class Denoiser:
 
     def __init__(self, model, inputs, guidance):
         self.model, self.y, self.guidance = model, inputs.y, guidance
-        contexts = [inputs.text, inputs.negative][: 1 if guidance == 1 else 2]
+        contexts = [inputs.text, inputs.negative][: 1 if guidance == 1 else 2]  # prompt first
         clip = inputs.clip if inputs.clip is None else inputs.clip.expand(len(contexts), -1, -1)
         size = tuple(LATENT.space * n for n in inputs.noise.shape[-2:])
-        rays = model.rays(inputs.w2c, inputs.K, size)
-        poses = encode_pose(inputs.w2c, inputs.K, size)
+        rays = model.rays(inputs.w2c, inputs.K, size)  # (1, 6, T, H, W)
+        poses = encode_pose(inputs.w2c, inputs.K, size)  # (1, T, 9)
+        # keys of prompt and negative side by side
         both = model.constants(contexts, clip, rays, poses)
         self.halves = [replace(both, keys=rows_of(both.keys, n)) for n in range(len(contexts))]
-        self.passes = [both]
+        self.passes = [both]  # one batch of two, until memory says no
 
     def read_geometry(self, x, t):
         """The whole output for the prompt alone: one more forward."""
@@ -253,7 +254,7 @@ class Denoiser:
                 raise
             fits = False
         if not fits:  # out here: inside, the exception would keep the failed pass alive
-            self.passes = self.halves
+            self.passes = self.halves  # one after the other from here on
             torch.cuda.empty_cache()
             return self(x, t)
         return v if self.guidance == 1 else torch.lerp(v[1:], v[:1], self.guidance)
@@ -284,12 +285,12 @@ def generate(model, inputs, sampling, *, decode=None, on_step=None):
         return bar("sampling", grid, "step")
 
     run = SAMPLERS[sampling.sampler]
-    latents = run(step, inputs.noise, sampling.steps, sampling.shift, show)
+    latents = run(step, inputs.noise, sampling.steps, sampling.shift, show)  # (1, 16, f, h, w)
     t = torch.full((1,), 1000 * READOUT_SIGMA, device=latents.device)
-    x = (1 - READOUT_SIGMA) * latents + READOUT_SIGMA * inputs.noise
+    x = (1 - READOUT_SIGMA) * latents + READOUT_SIGMA * inputs.noise  # noised once more, a little
     with ThreadPoolExecutor(1) as beside:
         video = beside.submit(decode, latents) if decode else None
-        geometry = last or denoise.read_geometry(x, t)
+        geometry = last or denoise.read_geometry(x, t)  # one forward, heads included
         return latents, geometry, video.result() if video else None
 
 
@@ -345,6 +346,7 @@ def plan_jobs(options, meta, names):
         slug = re.sub("[^a-z0-9]+", "-", words.lower())[:40].strip("-")
         place = folder / f"{i:03d}-{slug}-seed{number}" if len(pairs) > 1 else folder
         jobs.append(Job(words, number, place, dict(shared, prompt=words, seed=number)))
+    # one alone is always done anew
     left = [job for job in jobs if len(jobs) == 1 or not job.finished()]
     if len(left) < len(jobs):
         there = len(jobs) - len(left)
@@ -395,12 +397,13 @@ def load(options, meta, jobs, camera):
         start_image = load_image(options.image, options.height, options.width, squeeze)
     place = "cpu" if options.low_memory else dev
     encoders = make_encoders(wan_dir=options.wan_dir if real else "", device=place)
-    prompts = list(dict.fromkeys([*(job.prompt for job in jobs), negative]))
+    prompts = list(dict.fromkeys([*(job.prompt for job in jobs), negative]))  # each is encoded once
     texts, start, clip, vae = conditions(
         encoders, prompts, start_image, options.frames, lambda p: bar("text", p, "prompt")
     )
     texts = dict(zip(prompts, texts))
 
+    # fp32 on a CPU
     half = options.dtype == "bf16" or options.dtype == "auto" and dev.type == "cuda"
     for path in bar("load", (options.ckpt,), "model"):
         weights = torch.bfloat16 if half else None
@@ -419,12 +422,14 @@ def sample_one(options, job, meta, resources):
     dev = torch.device(options.device)
     model, f = resources.model.to(dev), (options.frames - 1) // LATENT.time + 1
     shape = (1, LATENT.channels, f, options.height // LATENT.space, options.width // LATENT.space)
+    # Drawn on the CPU: the same seed gives the same video on every device.
     noise = torch.randn(*shape, generator=torch.Generator().manual_seed(job.seed)).to(dev)
     y = None
     if resources.start is not None:
+        # (1, in_dim - 16, f, h, w)
         y = start_condition(resources.start.to(dev), model.dit.in_dim, f)
     text, negative = resources.texts[job.prompt], resources.negative
-    w2c, K = resources.w2c, resources.K
+    w2c, K = resources.w2c, resources.K  # (1, T, 3, 4), (1, T, 3, 3)
     inputs = Inputs(noise, text, negative, y, resources.clip, w2c.to(dev), K.to(dev))
 
     def decode(latents):
@@ -444,7 +449,7 @@ def sample_one(options, job, meta, resources):
             on_step=previewer(job.out / "preview", options.preview_every),
         )
     if options.low_memory:
-        model.to("cpu")
+        model.to("cpu")  # makes room for the decoder
         video = decode(latents)
     geometry = {k: v.cpu() for k, v in geometry.items() if k != "velocity"}
     how = dict(told_scale=options.scene_scale, drop=options.drop, lift=options.lift)
@@ -508,7 +513,7 @@ def scene_scale_of(options):
     """--scene_scale as a number: given, or the mean distance of a depth map of the start image."""
     text, size = options.scene_scale, (options.height, options.width)
     try:
-        scale = float(text)
+        scale = float(text)  # your units per scene unit
     except ValueError:
         view = View(options.fov, options.amount, 1.0, options.camera_format)
         _, K = load_camera(options.camera, options.frames, size, view)
@@ -530,13 +535,14 @@ def main(options):
     options = options.replaced(scene_scale=scene_scale_of(options))
     view = View(options.fov, options.amount, options.scene_scale, options.camera_format)
     size = (options.height, options.width)
-    camera = load_camera(options.camera, options.frames, size, view)
-    jobs = plan_jobs(options, meta, names)
+    camera = load_camera(options.camera, options.frames, size, view)  # w2c, K
+    jobs = plan_jobs(options, meta, names)  # before anything slow
     resources = load(options, meta, jobs, camera) if jobs else None
     for i, job in enumerate(jobs):
         if len(jobs) > 1:
             print(f"{i + 1} of {len(jobs)}: {job.prompt}, seed {job.seed}", flush=True)
         scene = sample_one(options, job, meta, resources)
+        # report.json comes last
         write_exports(scene, job.out, names, lambda n: bar("export", n, "file"))
         print(f"{job.out}: {' '.join(EXPORTS[n][0] for n in names)} report.json")
         print(*describe(scene.report, options.unit), sep="\n", flush=True)

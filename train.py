@@ -152,6 +152,7 @@ class Batches:
                     if n // self.clips != epoch:
                         epoch = n // self.clips
                         g = generator(self.options.seed, 1, epoch)
+                        # every clip once an epoch
                         order = torch.randperm(self.clips, generator=g).tolist()
                     indices.append(order[n % self.clips])
                 yield indices
@@ -167,8 +168,9 @@ def draw(b, step, positions, total, empty_text, options):
     for position in positions:
         g = generator(options.seed, 2, step, position)
         u = torch.rand(4, generator=g)
-        u[0] = (position + u[0]) / total
+        u[0] = (position + u[0]) / total  # stratified: the batch covers all noise levels evenly
         uniform.append(u)
+        # (16, f, h, w), on the CPU: device-independent
         noise.append(torch.randn(b["latents"].shape[1:], generator=g))
     u, dev = torch.stack(uniform), b["latents"].device
 
@@ -178,7 +180,7 @@ def draw(b, step, positions, total, empty_text, options):
     keep = send((u[:, 1] >= options.pose_dropout).float())
     image_keep = send((u[:, 3] >= options.image_dropout).float())
     if "relative" in b:  # without metric depth, translations have no scene unit
-        keep = keep * ~b["relative"]
+        keep = keep * ~b["relative"]  # 0 hides the camera
     told = u[:, 2] >= options.prompt_dropout
     text = [text if stays else empty_text for text, stays in zip(b["text"], told)]
     changed = dict(text=text, y=None)
@@ -186,7 +188,7 @@ def draw(b, step, positions, total, empty_text, options):
         changed["y"] = b["y"] * image_keep.view(-1, 1, 1, 1, 1)
     if "clip" in b:
         changed["clip"] = b["clip"] * image_keep.view(-1, 1, 1)
-    sigma = send(shift_sigma(u[:, 0], options.shift))
+    sigma = send(shift_sigma(u[:, 0], options.shift))  # (B,)
     return send(torch.stack(noise)), sigma, keep, {**b, **changed}
 
 
@@ -202,7 +204,7 @@ def compute_loss(model, b, noise, *, sigma, keep, options, video):
 
     returns  scalar loss; dict of detached parts; by_sigma of the diffusion and depth errors"""
     s = sigma.view(-1, 1, 1, 1, 1)
-    x = (1 - s) * b["latents"] + s * noise
+    x = (1 - s) * b["latents"] + s * noise  # (B, 16, f, h, w)
     camera = dict(plucker=b["plucker"], poses=b["pose_enc"], keep=keep)
     out = model(x, 1000 * sigma, b["text"], b["y"], b.get("clip"), video=video, **camera)
     loss, parts, bins = torch.zeros((), device=x.device), {}, {}
@@ -210,12 +212,13 @@ def compute_loss(model, b, noise, *, sigma, keep, options, video):
         per_clip = flow_matching_loss(out["velocity"], b["latents"], noise)
         bins["diffusion"] = by_sigma(sigma, per_clip)
         diffusion = per_clip.mean()
+        # no loss there in stage 1
         loss, parts["diffusion"] = loss + options.lambda_diffusion * diffusion, diffusion.detach()
     if "depth" in out:
         weighted = dict(b, geo_weight=(1 - sigma) ** options.geo_sigma_power)
         geo, geo_parts = geometry_losses(out, weighted, options)
         loss, parts = loss + options.lambda_geo * geo, {**parts, **geo_parts}
-        error = (out["depth"] - b["depth"]).abs() * b["mask"]
+        error = (out["depth"] - b["depth"]).abs() * b["mask"]  # (B, T, H, W), 0 where unknown
         bins["depth_l1"] = by_sigma(sigma, clip_mean(error, b["mask"]))
     return loss, {**parts, "total": loss.detach()}, bins
 
@@ -253,17 +256,14 @@ def check_options(options):
     if options.shard_weights and options.shard_optimizer:
         raise ValueError("shard_weights shards the optimizer too: leave shard_optimizer out")
     if options.num_frames % 4 != 1 or options.height % 16 or options.width % 16:
-        raise ValueError(
-            f"num_frames = {options.num_frames}, height x width = {options.height} x "
-            f"{options.width}: the video latents need 4k + 1 frames (21, 81) and multiples of 16"
-        )
+        size = f"height x width = {options.height} x {options.width}"
+        wanted = "the video latents need 4k + 1 frames (21, 81) and multiples of 16"
+        raise ValueError(f"num_frames = {options.num_frames}, {size}: {wanted}")
     if options.plan:
         return
     if options.stage and not options.wan_dir and not options.random_wan:
-        raise ValueError(
-            f"stage {options.stage} needs --wan_dir=FOLDER (Wan2.1 weights, or the run folder of "
-            f"stage 0)"
-        )
+        folder = "FOLDER (Wan2.1 weights, or the run folder of stage 0)"
+        raise ValueError(f"stage {options.stage} needs --wan_dir={folder}")
     origin = options.init_from
     if options.stage == 2 and not options.eval_only:
         if not origin or metadata_of(origin).get("stage") not in ("1", "2"):
@@ -329,6 +329,7 @@ def make_optimizer(model, options, world=1, group=None):
     Sharded: each rank updates its share of the parameters and sends them to the others, so the
     moments are kept once in all (ZeRO, Rajbhandari et al. 2020)."""
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    # Decay would pull gates and tokens to zero.
     plain = [p for n, p in named if p.dim() < 2 or n.endswith(("modulation", "_token", "_tokens"))]
     ids = {id(p) for p in plain}
     matrices = [p for _, p in named if id(p) not in ids]
@@ -336,6 +337,7 @@ def make_optimizer(model, options, world=1, group=None):
         dict(params=matrices, weight_decay=options.weight_decay),
         dict(params=plain, weight_decay=0.0),
     ]
+    # fused takes found_inf
     how = dict(lr=options.learning_rate, betas=(0.9, options.beta2), fused=True)
     if options.shard_optimizer and world > 1:
         # Imported here: it takes a second to compile TorchScript that we do not use.
@@ -367,17 +369,16 @@ def choose_start(out, asked):
     """The checkpoint to go on from ("" = none), after a killed run's leftovers; for rank 0."""
     if out.is_dir():
         remove_leftovers(out)
-    newest = newest_valid(out)
+    newest = newest_valid(out)  # damaged ones are passed over
     if asked == "auto":
         if newest is not None:
-            link_latest(out, newest)
+            link_latest(out, newest)  # a kill may have come between the file and its link
         return "" if newest is None else f"{out}/step-{newest}.safetensors"
     first = int(metadata_of(asked).get("step", 0)) if asked else 0
     if newest is not None and newest > first:
-        raise ValueError(
-            f"{out} holds checkpoints later than step {first}, up to {newest}; this run would mix "
-            f"with them. Use another --out_dir, or delete them"
-        )
+        found = f"{out} holds checkpoints later than step {first}, up to {newest}"
+        cure = "this run would mix with them. Use another --out_dir, or delete them"
+        raise ValueError(f"{found}; {cure}")
     return asked
 
 
@@ -488,6 +489,7 @@ class Job:
 
         last   the gradients are reduced over the ranks only in a step's last micro-step"""
         options, model = self.options, self.model
+        # on the device, in scene units
         b = prepare(b, model.dit.in_dim, self.empty_text.device, model.rays)
         noise, sigma, keep, b = draw(b, step, positions, self.total, self.empty_text, options)
         how = dict(sigma=sigma, keep=keep, options=options, video=options.stage != 1)
@@ -495,8 +497,9 @@ class Job:
         with self.wrapped.no_sync() if waits else nullcontext():
             with self.autocast:
                 loss, parts, bins = compute_loss(self.wrapped, b, noise, **how)
+            # the sum over micro-steps is the mean over clips
             (loss / options.grad_accum).backward()
-        return loss.detach(), parts, bins, b["id"]
+        return loss.detach(), parts, bins, b["id"]  # all still on the device
 
 
 def wrap(model, group, dev, spread):
@@ -504,7 +507,7 @@ def wrap(model, group, dev, spread):
     if group is None:
         return model
     dist.barrier()  # loading took each rank its own time; a step must not
-    if spread:
+    if spread:  # before the optimizer sees the parameters
         return model
     ids = [dev] if dev.type == "cuda" else None
     how = dict(gradient_as_bucket_view=True, process_group=group, device_ids=ids)
@@ -514,12 +517,12 @@ def wrap(model, group, dev, spread):
 def main(options):
     check_options(options)
     if options.plan:
-        return print_plan(options)
+        return print_plan(options)  # nothing is allocated
 
     # ---- device, ranks
     timeouts = (options.step_timeout, options.wait_timeout)
     rank, world, dev, group = start_processes(options.device, *timeouts)
-    torch.manual_seed(options.seed)
+    torch.manual_seed(options.seed)  # of the fresh weights: equal on all ranks
     out, master = pathlib.Path(options.out_dir), rank == 0
 
     # ---- model and data
@@ -530,7 +533,7 @@ def main(options):
     if half:  # its cache would keep a bf16 copy of every weight that was gathered
         autocast = torch.autocast(dev.type, torch.bfloat16, cache_enabled=not spread)
     sources = list(filter(None, options.init_from.split(",")))
-    origin = metadata_of(sources[0]) if sources else {}
+    origin = metadata_of(sources[0]) if sources else {}  # ours, a release, or VGGT
     dtype = torch.bfloat16 if half and options.stage else None
     model = open_model(origin, cfg, options.wan_dir, "cpu" if spread else dev, dtype)
     model.set_stage(options.stage).checkpoint_activations = options.checkpoint_activations
@@ -544,16 +547,16 @@ def main(options):
         return evaluate_only(model, examples, out, sources, how, options.eval_more_sigmas)
 
     # ---- optimizer, resume
-    optimizer = make_optimizer(model, options, world, group)
+    optimizer = make_optimizer(model, options, world, group)  # after sharding: it holds the shares
     asked, meta, remarks = options, {}, []
     start_from = from_first(choose_start(out, options.resume) if master else None)
     if start_from:
         meta, options, remarks = resume_from(start_from, model, optimizer, options, world)
     elif sources and origin.get("foreign") != "release":  # a release's weights are in it already
         load_weights(model, sources[0])
-    first_step = int(meta.get("step", 0))
+    first_step = int(meta.get("step", 0))  # 0 for a fresh start
     total = options.batch_size * options.grad_accum * world
-    mfu_unit = flops_share(model, options, master)
+    mfu_unit = flops_share(model, options, master)  # before compiling
     if options.compile:
         compile_blocks(model)
     wrapped = wrap(model, group, dev, spread)
@@ -573,16 +576,16 @@ def main(options):
     trained = [p for p in model.parameters() if p.requires_grad]
     headline = describe_run(options, trained, clips, world)
     log(f"# {headline}, {dev}, git {metadata['git']}, steps {first_step} .. {options.max_steps}")
-    for remark in remarks:
+    for remark in remarks:  # what differs from the run so far
         log(f"# {remark}")
     guard = (options.spike_guard, options.max_bad_steps, float(meta.get("norm_mean", 0)))
     bad = BadSteps(group, *guard, dev)
 
     def save(step):
         """Write a step's checkpoint on rank 0 while every rank waits -> whether it was written."""
-        bad.report(log)
+        bad.report(log)  # skipped steps are named before their checkpoint
         records.flush()
-        content, error = training_state(model, optimizer), ""
+        content, error = training_state(model, optimizer), ""  # on all ranks
         if master:
             try:
                 told = dict(metadata, norm_mean=repr(float(bad.mean)))
@@ -592,22 +595,22 @@ def main(options):
                 error = f"step {step} is not saved ({caught}); earlier checkpoints in {out} are "
                 error += "untouched. Free some space"
                 log(f"# warning: {error}")
-        error = from_first(error)
+        error = from_first(error)  # every rank learns of it
         if error and step == options.max_steps:
             raise SystemExit(f"{error}, then start the same command again")
         return not error
 
     # ---- loop
     batches = Batches(len(clips["train"]), first_step, rank, world, options)
-    data = load_batches(clips["train"], batches, dev, options)
+    data = load_batches(clips["train"], batches, dev, options)  # starts at first_step
     empty_text = read_tensors(clips["train"].empty_text)[0]["text"].float().to(dev)
     job = Job(model, wrapped, autocast, options, empty_text, total)
-    stop, stopped, done, saved = Stop(group), 0, first_step, first_step
+    stop, stopped, done, saved = Stop(group), 0, first_step, first_step  # signals wait from here
     tally, started = Tally(), time.perf_counter()
     for step in range(first_step, options.max_steps):
-        lr = learning_rate_at(step, options)
+        lr = learning_rate_at(step, options)  # a function of the step alone
         for param_group in optimizer.param_groups:
-            param_group["lr"] = lr
+            param_group["lr"] = lr  # both groups: only their decay differs
         tally.parts, losses, names = {}, [], []
         for micro in range(options.grad_accum):
             if stopped := stop.agreed():
@@ -620,9 +623,9 @@ def main(options):
         if stopped:  # the micro-steps of an unfinished step are repeated by the resume
             break
         norm = gather_full(torch.nn.utils.clip_grad_norm_(trained, options.grad_clip or math.inf))
-        bad.judge(optimizer, step, norm, losses, names)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        bad.judge(optimizer, step, norm, losses, names)  # the verdict stays on the device
+        optimizer.step()  # skips itself where the verdict is bad
+        optimizer.zero_grad(set_to_none=True)  # frees the gradients until the next backward
         done, tally.steps = step + 1, tally.steps + 1
 
         if done % options.log_every == 0 or done == options.max_steps:
@@ -637,11 +640,11 @@ def main(options):
                 mfu=mfu_unit * options.grad_accum / spent,
             )
             passed = (time.perf_counter() - started) / (done - first_step)
-            left = clock((options.max_steps - done) * passed)
+            left = clock((options.max_steps - done) * passed)  # as if the rest took as long
             tail = (options.max_steps, f"{spent:.3f} s/step", f"{left} left")
             records.step(done, scalars, tail)
-            watch.update(done, scalars)
-            tally = Tally()
+            watch.update(done, scalars)  # the guide's warnings
+            tally = Tally()  # the next line begins
         if done % options.save_every == 0 or done == options.max_steps:
             saved = done if save(done) else saved
         # After saving: it can take longer than a preemption's grace.
@@ -656,9 +659,9 @@ def main(options):
         log(f"# stopped by {name} after step {done}; the same command goes on from step {saved}")
     else:
         log(f"# done: {out / 'latest.safetensors'}, {clock(time.perf_counter() - started)}")
-    records.close()
+    records.close()  # TensorBoard writes in a thread
     if world > 1:
-        end_processes()
+        end_processes()  # waits for the others first
     if stopped:
         raise SystemExit(128 + stopped)
 

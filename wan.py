@@ -34,7 +34,7 @@ def timestep_embedding(t, dim):
     """Sinusoid of t in [0, 1000], cosines first, angles in fp64: (B,) -> (B, dim) fp32."""
     half = dim // 2
     frequencies = 10000.0 ** (-torch.arange(half, dtype=torch.float64, device=t.device) / half)
-    angles = t.double()[:, None] * frequencies
+    angles = t.double()[:, None] * frequencies  # (B, dim/2); in fp32 t = 999.9 would be coarse
     return torch.cat([angles.cos(), angles.sin()], -1).float()
 
 
@@ -48,29 +48,30 @@ def rope_3d(f, h, w, head_dim, num_special, device):
     (exchange, geometry side)."""
     sizes = (head_dim - 4 * (head_dim // 6), 2 * (head_dim // 6), 2 * (head_dim // 6))
     grid = torch.meshgrid(*(torch.arange(n, dtype=torch.float64) for n in (f, h, w)), indexing="ij")
-    angles = torch.cat(
-        [
-            g[..., None] * 10000.0 ** (-torch.arange(0, d, 2, dtype=torch.float64) / d)
-            for g, d in zip(grid, sizes)
-        ],
-        -1,
-    ).reshape(f, h * w, head_dim // 2)
+    parts = []
+    for place, d in zip(grid, sizes):  # fp64: 81 frames turn the fastest pair by many rounds
+        spectrum = 10000.0 ** (-torch.arange(0, d, 2, dtype=torch.float64) / d)
+        parts.append(place[..., None] * spectrum)  # (f, h, w, d/2)
+    angles = torch.cat(parts, -1).reshape(f, h * w, head_dim // 2)
+    # Angle 0 for the special tokens, which so are not rotated.
     angles = F.pad(angles, (0, 0, num_special, 0)).flatten(0, 1)
     return angles.cos().float().to(device), angles.sin().float().to(device)
 
 
 def rotate_pairs(x, cos, sin):
     """Rotate the interleaved pairs (2j, 2j+1) of x (B, heads, N, d) in real numbers, fp32 out."""
-    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)  # (B, heads, N, d/2) each
     return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2)
 
 
 def attention(q, k, v, heads):
     """(B, N, D) x 3 -> (B, N, D); q, k already split into heads when 4-d."""
-    split = [
-        x if x.dim() == 4 else rearrange(x, "b n (h d) -> b h n d", h=heads) for x in (q, k, v)
-    ]
-    q, k, v = split[0].to(v.dtype), split[1].to(v.dtype), split[2]
+
+    def split(x):
+        return x if x.dim() == 4 else rearrange(x, "b n (h d) -> b h n d", h=heads)
+
+    # Rotated queries and keys are fp32; flash attention wants the type of the values.
+    q, k, v = split(q).to(v.dtype), split(k).to(v.dtype), split(v)
     return rearrange(F.scaled_dot_product_attention(q, k, v), "b h n d -> b n (h d)")
 
 
@@ -84,9 +85,8 @@ class RMSNorm(nn.Module):
 
     def forward(self, x):
         y = x.float()
-        return (y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps) * self.weight).to(
-            x.dtype
-        )
+        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps) * self.weight
+        return y.to(x.dtype)
 
 
 class WanSelfAttention(nn.Module):
@@ -98,9 +98,8 @@ class WanSelfAttention(nn.Module):
 
     def forward(self, x, rope):
         q, k = self.norm_q(self.q(x)), self.norm_k(self.k(x))
-        q, k = (
-            rotate_pairs(rearrange(y, "b n (h d) -> b h n d", h=self.heads), *rope) for y in (q, k)
-        )
+        q, k = (rearrange(y, "b n (h d) -> b h n d", h=self.heads) for y in (q, k))
+        q, k = rotate_pairs(q, *rope), rotate_pairs(k, *rope)  # (B, heads, N, d)
         return self.o(attention(q, k, self.v(x), self.heads))
 
 
@@ -113,11 +112,8 @@ class WanCrossAttention(nn.Module):
         self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in range(4))
         self.norm_q, self.norm_k = RMSNorm(dim), RMSNorm(dim)
         if has_clip:
-            self.k_img, self.v_img, self.norm_k_img = (
-                nn.Linear(dim, dim),
-                nn.Linear(dim, dim),
-                RMSNorm(dim),
-            )
+            self.k_img, self.v_img = nn.Linear(dim, dim), nn.Linear(dim, dim)
+            self.norm_k_img = RMSNorm(dim)
 
     def keys_values(self, text, image):
         """[(k, v) of the text, then of an image], (B, L, D) each: the same at every noise level."""
@@ -129,8 +125,9 @@ class WanCrossAttention(nn.Module):
     def forward(self, x, keys, adapter=None):
         q, (text, *image) = self.norm_q(self.q(x)), keys
         out = attention(q, *text, self.heads)
-        for pair in image:
+        for pair in image:  # its own softmax: the image never competes with the text
             out = out + attention(q, *pair, self.heads)
+        # The release's camera adapter shifts what was attended, before it is projected.
         return self.o(out if adapter is None else adapter(out))
 
 
@@ -153,15 +150,14 @@ class WanBlock(nn.Module):
         """x (B, N, D) fp32 residual stream; modulation (B, 6, D) shift, scale, gate of attention
         then of the FFN; keys: keys_values of this block's cross-attention; adapter changes its
         output (released camera module)."""
-        m = (self.modulation + modulation).unbind(1)
+        m = (self.modulation + modulation).unbind(1)  # learned rows plus the timestep's
         m = [row[:, None] for row in m]  # (B, 1, D) each
         x = x + m[2] * self.self_attn(self.norm1(x) * (1 + m[1]) + m[0], rope)
-        return x + self.cross_attn(self.norm3(x), keys, adapter)
+        return x + self.cross_attn(self.norm3(x), keys, adapter)  # neither gated nor modulated
 
     def feed_forward(self, x, modulation):
-        shift, scale, gate = (
-            (self.modulation + modulation)[:, 3:].unsqueeze(2).unbind(1)
-        )  # (B, 1, D) each
+        m = (self.modulation + modulation)[:, 3:].unsqueeze(2)
+        shift, scale, gate = m.unbind(1)  # (B, 1, D) each
         return x + gate * self.ffn(self.norm2(x) * (1 + scale) + shift)
 
     def forward(self, x, modulation, keys, rope, adapter=None):
@@ -177,7 +173,7 @@ class WanHead(nn.Module):
 
     def forward(self, x, e):
         shift, scale = (self.modulation + e[:, None]).chunk(2, 1)  # (B, 1, D): per sample
-        with torch.autocast(x.device.type, enabled=False):
+        with torch.autocast(x.device.type, enabled=False):  # the velocity itself is never rounded
             return self.head(self.norm(x.float()) * (1 + scale) + shift)
 
 
@@ -199,10 +195,8 @@ class ClipProjection(nn.Module):
 class ControlResidual(nn.Module):
     def __init__(self, dim):
         super().__init__()
-        self.conv1, self.conv2 = (
-            nn.Conv2d(dim, dim, 3, padding=1),
-            nn.Conv2d(dim, dim, 3, padding=1),
-        )
+        self.conv1 = nn.Conv2d(dim, dim, 3, padding=1)
+        self.conv2 = nn.Conv2d(dim, dim, 3, padding=1)
 
     def forward(self, x):
         return x + self.conv2(F.relu(self.conv1(x)))
@@ -221,12 +215,13 @@ class ControlAdapter(nn.Module):
 
     def __init__(self, dim):
         super().__init__()
-        self.conv = nn.Conv2d(24 * 64, dim, 2, 2)
+        self.conv = nn.Conv2d(24 * 64, dim, 2, 2)  # 6 x 4 numbers of 8 x 8 pixels, to tokens
         self.residual_blocks = nn.Sequential(ControlResidual(dim))
 
     def forward(self, plucker):
         x = stacked_frames(plucker)  # (B*f, 24, H, W)
-        x = self.residual_blocks(self.conv(F.pixel_unshuffle(x, 8)))
+        x = F.pixel_unshuffle(x, LATENT.space)  # (B*f, 24 * 64, 2h, 2w)
+        x = self.residual_blocks(self.conv(x))  # (B*f, D, h, w)
         return rearrange(x, "(b f) d h w -> b d f h w", b=plucker.shape[0])
 
 
@@ -270,7 +265,7 @@ class WanDiT(nn.Module):
             raise ValueError(f"WanDiT: width {dim} is not a multiple of head_dim {head_dim}")
         self.heads, self.in_dim, self.out_dim = dim // head_dim, in_dim, out_dim
         self.freq_dim, self.text_len, self.head_dim = freq_dim, text_len, head_dim
-        self.patch_embedding = nn.Conv3d(in_dim, dim, (1, 2, 2), (1, 2, 2))
+        self.patch_embedding = nn.Conv3d(in_dim, dim, (1, 2, 2), (1, 2, 2))  # no patch in time
         self.text_embedding = nn.Sequential(
             nn.Linear(text_dim, dim), nn.GELU(approximate="tanh"), nn.Linear(dim, dim)
         )
@@ -357,7 +352,7 @@ class WanDiT(nn.Module):
         if not torch.is_tensor(context):
             # Padded rows are not masked: Wan attends to them, and so must we.
             rows = [F.pad(c, (0, 0, 0, self.text_len - c.shape[0])) for c in context]
-            context = torch.stack(rows)
+            context = torch.stack(rows)  # (B, L, text_dim)
         text = self.text_embedding(context.to(device=device, dtype=layer.weight.dtype))
         image = None
         if self.img_emb is not None:
@@ -386,9 +381,9 @@ class WanDiT(nn.Module):
                     f"y has {y.shape[1]} channels; this Wan family ({self.in_dim} inputs) wants "
                     f"{extra}"
                 )
-            x = torch.cat([x, y.to(x.dtype)], 1)
+            x = torch.cat([x, y.to(x.dtype)], 1)  # (B, in_dim, f, 2h, 2w)
         weight = self.patch_embedding.weight
-        tokens = self.patch_embedding(x.to(weight.dtype)).float()
+        tokens = self.patch_embedding(x.to(weight.dtype)).float()  # (B, D, f, h, w)
         if control is not None:
             tokens = tokens + (control if keep is None else control * keep.view(-1, 1, 1, 1, 1))
         grid = tuple(tokens.shape[2:])
@@ -420,7 +415,7 @@ class WanDiT(nn.Module):
         x, grid = self.embed(x, y, constants.control, keep)
         rope = self.rope(grid, x.device)
         for block, keys in zip(self.blocks, constants.keys):
-            x = block(x, modulation, keys, rope)
+            x = block(x, modulation, keys, rope)  # (B, N, D)
         return self.unpatchify(self.head(x, e), grid)
 
 
@@ -437,7 +432,7 @@ def start_condition(start_latents, in_dim, frames):
     y = F.pad(start_latents, (0, 0, 0, 0, 0, frames - start_latents.shape[2]))
     if extra == 20:
         mask = torch.zeros_like(y[:, :4])
-        mask[:, :, 0] = 1
+        mask[:, :, 0] = 1  # frame 0 is known
         y = torch.cat([mask, y], 1)
     return y
 
@@ -473,7 +468,7 @@ def check_names(module, shapes, what):
 def load_strict(module, sd, what):
     """load_state_dict(assign=True) after check_names; returns the module."""
     check_names(module, shapes_of(sd), what)
-    module.load_state_dict(sd, assign=True)
+    module.load_state_dict(sd, assign=True)  # the file's own tensors: there is no second copy
     return module
 
 
