@@ -301,7 +301,7 @@ def literal_sample(model, inputs, sampling):
         negative, positive = (forward(x, t, text) for text in (inputs.negative, inputs.text))
         return torch.lerp(negative["velocity"], positive["velocity"], sampling.guidance)
 
-    latents = sample.sample_euler(guided, inputs.noise, sampling.steps, sampling.shift)
+    latents = sample.sample_euler(guided, inputs.noise, sampling.steps, shift=sampling.shift)
     t = torch.full((1,), 1000 * sample.READOUT_SIGMA, device=latents.device)
     x = torch.lerp(latents, inputs.noise, sample.READOUT_SIGMA)
     return latents, forward(x, t, inputs.text)

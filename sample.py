@@ -6,8 +6,7 @@ writes into --out: scene.html (open it: everything in one offline page), video.m
 depth.npz, points.ply, cameras.txt (commanded), cameras_predicted.txt, sheet.png and report.json
 (how far the sample obeys its cameras and agrees with itself); --export=all adds the files of other
 tools. With several prompts or seeds every sample gets a folder of its own, and the same command
-again goes on where it stopped.  User errors are one line and exit status 2; --help lists every
-option."""
+again goes on where it stopped.  --help lists every option."""
 
 import itertools
 import json
@@ -16,6 +15,7 @@ import re
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -37,6 +37,62 @@ from lib.weights import metadata_of, open_checkpoint
 from model import shift_sigma
 from wan import LATENT, start_condition
 
+
+# ---------------------------------------------------------------------------------------- samplers
+# Before the options, which list them: a new sampler is a function and a line of SAMPLERS.
+#   velocity(x, t)   noise - data at x, a call for every step; t (B,) = 1000 sigma
+#   noise            (B, 16, f, h, w); latents stay fp32
+#   progress         wraps what is iterated over
+def sample_euler(velocity, noise, steps=50, *, shift=5.0, progress=iter):
+    """Integrate dx/dsigma = velocity from sigma 1 to 0 on the shifted grid."""
+    sigmas = shift_sigma(torch.linspace(1, 0, steps + 1, dtype=torch.float64), shift).tolist()
+    x = noise
+    for now, then in progress(list(zip(sigmas, sigmas[1:]))):
+        t = torch.full((len(x),), 1000 * now, device=x.device)
+        x = x + (then - now) * velocity(x, t).float()
+    return x
+
+
+def sample_unipc(velocity, noise, steps=50, *, shift=5.0, progress=iter):
+    """UniPC of order 2 (bh2 variant, data prediction), Wan 2.1's default.  Source: Zhao 2023.
+
+    As in the official code the grid starts at sigma 0.999 before the shift, and the model is told t
+    rounded down to an integer while the step itself uses the exact sigma."""
+    sigmas = shift_sigma(torch.linspace(0.999, 0, steps + 1, dtype=torch.float64), shift)
+    log_snr = ((1 - sigmas) / sigmas).log()  # half of it; infinite at the end, where order is 1
+
+    def step(x, i, data, *, order, data_there=None):
+        """x from sigma i to i+1; data: x0 predicted at i-1 and i; data_there: at i+1, corrects."""
+        h = log_snr[i + 1] - log_snr[i]
+        b = torch.expm1(-h)
+        phi2 = -b / h - 1
+        slope = 0.0  # of the predicted data, times its weight
+        if order == 2:
+            ratio = (log_snr[i - 1] - log_snr[i]) / h
+            rho = 0.5  # of the corrector: two equations of consistency in bh2
+            if data_there is not None:
+                b1, b2 = phi2 / b, 2 * (-phi2 / h - 0.5) / b
+                rho = (b1 - b2) / (1 - ratio)
+            slope = rho / ratio * (data[0] - data[1])
+        if data_there is not None:
+            slope = slope + (0.5 if order == 1 else b1 - rho) * (data_there - data[1])
+        return sigmas[i + 1] / sigmas[i] * x - (1 - sigmas[i + 1]) * b * (data[1] + slope)
+
+    x, before, data = noise, None, [None, None]
+    for i in progress(range(steps)):
+        t = torch.full((len(x),), float(int(1000 * sigmas[i])), device=x.device)
+        now = x - sigmas[i] * velocity(x, t).float()
+        if i:  # correct the last step with what its end predicts: no further call of the model
+            x = step(before, i - 1, data, order=min(2, i), data_there=now)
+        before, data = x, [data[1], now]
+        x = step(x, i, data, order=min(2, i + 1, steps - i))
+    return x
+
+
+SAMPLERS = {"euler": sample_euler, "unipc": sample_unipc}
+
+
+# ----------------------------------------------------------------------------------------- options
 # What the release's sampling does unlike ours, by default with its weights.
 CORRECTIONS = {
     "rays": "one ray per pixel; the release shows one per frame, and its weights know nothing else",
@@ -44,7 +100,6 @@ CORRECTIONS = {
     "image": "start image cropped to the aspect; the release squeezes it",
 }
 
-# fmt: off
 section_1 = section("what to sample")
 ckpt = option("", "checkpoint of stage 1 or 2, or a release's model.pth; needed")
 wan_dir = option("", "folder of the video branch; empty: the one it was trained with")
@@ -64,7 +119,7 @@ width = option(0, "pixels, a multiple of 16; 0: as in training", low=0)
 fps = option(16.0, "frames a second of the written videos", low=0.1, high=1000)
 section_4 = section("sampling")
 steps = option(50, "steps of the sampler", low=1, high=1000)
-sampler = option("euler", "unipc is Wan's own", choices=("euler", "unipc"))
+sampler = option("euler", "unipc is Wan's own", choices=tuple(SAMPLERS))
 guidance = option(5.0, "1: no guidance, half the work")
 shift = option(5.0, "more of the steps at high noise", above=0)
 seed = option(0, "of the first sample", low=0)
@@ -85,7 +140,6 @@ lifts = (None, "commanded", "predicted")
 lift = option(None, "cameras that lift depth to points; None: as its weights want", choices=lifts)
 unit = option("units", "your unit of length, as a word")
 preview_every = option(0, "write the depth so far every so many steps; 0: never", low=0, high=1000)
-# fmt: on
 
 # The default of the official Wan 2.1 code (shared_config.py, sample_neg_prompt).
 NEGATIVE = (
@@ -97,64 +151,8 @@ NEGATIVE = (
 READOUT_SIGMA = 0.1  # where geometry is read; the release's last step has 0.0926
 
 
-def sample_euler(velocity, noise, steps=50, shift=5.0, progress=iter):
-    """Integrate dx/dsigma = velocity(x, t (B,)) from sigma 1 to 0 on the shifted grid; latents stay
-    fp32."""
-    sigmas, x = (
-        shift_sigma(torch.linspace(1, 0, steps + 1, dtype=torch.float64), shift).tolist(),
-        noise,
-    )
-    for now, then in progress(list(zip(sigmas, sigmas[1:]))):
-        t = torch.full((len(x),), 1000 * now, device=x.device)
-        x = x + (then - now) * velocity(x, t).float()
-    return x
-
-
-def sample_unipc(velocity, noise, steps=50, shift=5.0, progress=iter):
-    """UniPC of order 2 (bh2 variant, data prediction), Wan 2.1's own default.  Source: Zhao et al.
-    2023.
-
-    As in the official code the grid starts at sigma 0.999 before the shift, and the model is told t
-    rounded down to an integer while the step itself uses the exact sigma."""
-    sigmas = shift_sigma(torch.linspace(0.999, 0, steps + 1, dtype=torch.float64), shift)
-    log_snr = (
-        (1 - sigmas) / sigmas
-    ).log()  # half of it; infinite at the end, where order 1 is used
-
-    def step(x, i, data, order, data_there=None):
-        """x at sigma i -> sigma i+1; data: predictions of x0 at i-1 and i; data_there at i+1:
-        correct with it."""
-        h = log_snr[i + 1] - log_snr[i]
-        b = torch.expm1(-h)
-        phi2 = -b / h - 1
-        slope = 0.0  # of the predicted data, times its weight
-        if order == 2:
-            ratio = (log_snr[i - 1] - log_snr[i]) / h
-            rho = 0.5  # of the corrector: two equations of consistency in bh2
-            if data_there is not None:
-                b1, b2 = phi2 / b, 2 * (-phi2 / h - 0.5) / b
-                rho = (b1 - b2) / (1 - ratio)
-            slope = rho / ratio * (data[0] - data[1])
-        if data_there is not None:
-            slope = slope + (0.5 if order == 1 else b1 - rho) * (data_there - data[1])
-        return sigmas[i + 1] / sigmas[i] * x - (1 - sigmas[i + 1]) * b * (data[1] + slope)
-
-    x, before, data = noise, None, [None, None]
-    for i in progress(range(steps)):
-        t = torch.full((len(x),), float(int(1000 * sigmas[i])), device=x.device)
-        now = x - sigmas[i] * velocity(x, t).float()
-        if i:
-            x = step(before, i - 1, data, min(2, i), now)
-        before, data = x, [data[1], now]
-        x = step(x, i, data, min(2, i + 1, steps - i))
-    return x
-
-
-SAMPLERS = {"euler": sample_euler, "unipc": sample_unipc}
-
-
 # -------------------------------------------------------------------------------------- conditions
-def load_image(path, height, width, squeeze=False):
+def load_image(path, height, width, *, squeeze=False):
     """First frame of a picture or video file -> (1, 3, 1, H, W) in [-1, 1].
 
     Centre-cropped to the aspect, or squeezed into it."""
@@ -171,7 +169,7 @@ def load_image(path, height, width, squeeze=False):
 
 
 @torch.no_grad()
-def conditions(encoders, prompts, image, frames, progress=iter):
+def conditions(encoders, prompts, image, *, frames, progress=iter):
     """What one encoder after another makes of prompts and image.
 
     image     (1, 3, 1, H, W) in [-1, 1], or None: then the model gets zeros, as for a clip whose
@@ -215,27 +213,45 @@ class Sampling:
 
 
 class Denoiser:
-    """velocity(x, t) with guidance, v_neg + g (v_pos - v_neg), both passes in one batch.
+    """velocity(x, t) with guidance, v_neg + g (v_pos - v_neg), as a sampler calls it.
 
-    Camera and image are the same in both.  What does not change with the noise level is made
-    once."""
+    Camera and image are the same in both passes.  What does not change with the noise level is made
+    once, here: text keys, rays, pose features."""
 
-    def __init__(self, model, inputs, guidance):
-        self.model, self.y, self.guidance = model, inputs.y, guidance
-        contexts = [inputs.text, inputs.negative][: 1 if guidance == 1 else 2]  # prompt first
+    def __init__(self, model, inputs, sampling, on_step=None):
+        self.model, self.y, self.sampling, self.on_step = model, inputs.y, sampling, on_step
+        contexts = [inputs.text, inputs.negative]
+        if sampling.guidance == 1:  # v_neg + 1 (v_pos - v_neg): half the work
+            contexts = contexts[:1]
         clip = inputs.clip if inputs.clip is None else inputs.clip.expand(len(contexts), -1, -1)
         size = tuple(LATENT.space * n for n in inputs.noise.shape[-2:])
         rays = model.rays(inputs.w2c, inputs.K, size)  # (1, 6, T, H, W)
         poses = encode_pose(inputs.w2c, inputs.K, size)  # (1, T, 9)
-        # keys of prompt and negative side by side
-        both = model.constants(contexts, clip, rays, poses)
-        self.halves = [replace(both, keys=rows_of(both.keys, n)) for n in range(len(contexts))]
-        self.passes = [both]  # one batch of two, until memory says no
+        both = model.constants(contexts, clip, rays, poses)  # keys of both prompts side by side
+        # One batch of both prompts while it fits, else one after the other.
+        self.passes = [both]
+        self.halves = [replace(both, keys=keys_of(both.keys, n)) for n in range(len(contexts))]
+        self.step, self.last_geometry = 0, None
 
-    def read_geometry(self, x, t):
-        """The whole output for the prompt alone: one more forward."""
-        video = self.model.stage == 2
-        return self.model(x, t, None, self.y, constants=self.halves[0], video=video)
+    def __call__(self, x, t):
+        self.step += 1
+        if self.on_step:
+            self.on_step(self.step, read_geometry=partial(self.read_geometry, x, t))
+        if self.sampling.read_last_step and self.step == self.sampling.steps:
+            self.last_geometry = self.read_geometry(x, t)
+        try:
+            return self.velocity(x, t)
+        except torch.cuda.OutOfMemoryError:
+            if len(self.passes) == len(self.halves):
+                raise
+        # Out here: inside the block the exception would keep the failed pass alive.
+        self.passes = self.halves
+        torch.cuda.empty_cache()
+        return self.velocity(x, t)
+
+    def velocity(self, x, t):
+        v = torch.cat([self.one_pass(x, t, constants) for constants in self.passes])
+        return v if len(self.halves) == 1 else torch.lerp(v[1:], v[:1], self.sampling.guidance)
 
     def one_pass(self, x, t, constants):
         count = len(constants.keys[0][0][0])
@@ -245,22 +261,13 @@ class Denoiser:
             return self.model(x, t, None, y, heads=False, constants=constants)["velocity"]
         return self.model.dit(x, t, None, y, constants=constants)  # geometry does not reach it
 
-    def __call__(self, x, t):
-        fits = True
-        try:
-            v = torch.cat([self.one_pass(x, t, constants) for constants in self.passes])
-        except torch.cuda.OutOfMemoryError:
-            if len(self.passes) == len(self.halves):
-                raise
-            fits = False
-        if not fits:  # out here: inside, the exception would keep the failed pass alive
-            self.passes = self.halves  # one after the other from here on
-            torch.cuda.empty_cache()
-            return self(x, t)
-        return v if self.guidance == 1 else torch.lerp(v[1:], v[:1], self.guidance)
+    def read_geometry(self, x, t):
+        """The whole output for the prompt alone: one more forward."""
+        video = self.model.stage == 2
+        return self.model(x, t, None, self.y, constants=self.halves[0], video=video)
 
 
-def rows_of(keys, n):
+def keys_of(keys, n):
     """Keys and values of sample n alone, for every block."""
     return [[(k[n : n + 1], v[n : n + 1]) for k, v in block] for block in keys]
 
@@ -270,27 +277,18 @@ def generate(model, inputs, sampling, *, decode=None, on_step=None):
     """Sample latents (1, 16, f, h, w), then read the geometry once at READOUT_SIGMA.
 
     decode     latents -> video, which runs beside the read-out; None: no video
-    on_step    called at every step with a function that reads the geometry so far (one forward)
+    on_step    called at every step with its number, from 1, and read_geometry=, a function that
+               reads the geometry so far (one forward)
     returns    latents, geometry dict, video or None"""
-    denoise, count, last = Denoiser(model, inputs, sampling.guidance), itertools.count(1), {}
-
-    def step(x, t):
-        if on_step:
-            on_step(lambda: denoise.read_geometry(x, t))
-        if sampling.read_last_step and next(count) == sampling.steps:
-            last.update(denoise.read_geometry(x, t))
-        return denoise(x, t)
-
-    def show(grid):
-        return bar("sampling", grid, "step")
-
-    run = SAMPLERS[sampling.sampler]
-    latents = run(step, inputs.noise, sampling.steps, sampling.shift, show)  # (1, 16, f, h, w)
+    denoise = Denoiser(model, inputs, sampling, on_step)
+    run, show = SAMPLERS[sampling.sampler], partial(bar, "sampling", unit="step")
+    latents = run(denoise, inputs.noise, sampling.steps, shift=sampling.shift, progress=show)
     t = torch.full((1,), 1000 * READOUT_SIGMA, device=latents.device)
-    x = (1 - READOUT_SIGMA) * latents + READOUT_SIGMA * inputs.noise  # noised once more, a little
+    # Training hardly ever shows the geometry branch sigma 0: it is read a little above.
+    x = (1 - READOUT_SIGMA) * latents + READOUT_SIGMA * inputs.noise
     with ThreadPoolExecutor(1) as beside:
         video = beside.submit(decode, latents) if decode else None
-        geometry = last or denoise.read_geometry(x, t)  # one forward, heads included
+        geometry = denoise.last_geometry or denoise.read_geometry(x, t)
         return latents, geometry, video.result() if video else None
 
 
@@ -299,20 +297,15 @@ def bar(phase, items, unit):
     return tqdm(items, desc=f"{phase:8s}", unit=unit, dynamic_ncols=True)
 
 
-def previewer(folder, every):
-    """on_step of generate: the depth of up to 5 frames as folder/step-0008.png, bright is near."""
-    count = itertools.count(1)
-
-    def on_step(read_geometry):
-        n = next(count)
-        if n % every == 0:
-            depth = read_geometry()["depth"][0].float().cpu().numpy()
-            pick = np.linspace(0, len(depth) - 1, min(5, len(depth))).round().astype(int)
-            folder.mkdir(parents=True, exist_ok=True)
-            pictures = depth_to_rgb(depth[pick], *np.quantile(depth, (0.01, 0.99)))
-            write_png(folder / f"step-{n:04d}.png", tile([list(pictures)]))
-
-    return on_step if every else None
+def preview(folder, every, step, *, read_geometry):
+    """Every so many steps the depth of up to 5 frames as folder/step-0008.png, bright is near."""
+    if not every or step % every:
+        return
+    depth = read_geometry()["depth"][0].float().cpu().numpy()
+    pick = np.linspace(0, len(depth) - 1, min(5, len(depth))).round().astype(int)
+    folder.mkdir(parents=True, exist_ok=True)
+    pictures = depth_to_rgb(depth[pick], *np.quantile(depth, (0.01, 0.99)))
+    write_png(folder / f"step-{step:04d}.png", tile([list(pictures)]))
 
 
 # -------------------------------------------------------------------------------------------- jobs
@@ -336,22 +329,24 @@ class Job:
 
 def plan_jobs(options, meta, names):
     """A job for every prompt and seed; among several, those that are finished are left out."""
+    # Not in the settings: what changes no file, and what differs between the jobs.
     unsaid = ("prompt", "seed", "num_samples", "out", "device", "low_memory", "preview_every")
     shared = {k: str(v) for k, v in vars(options).items() if k not in unsaid}
     shared.update(step=meta["step"], sha256=meta.get("sha256", ""))
     seeds = range(options.seed, options.seed + options.num_samples)
     pairs = list(itertools.product(read_prompts(options.prompt), seeds))
     jobs, folder = [], pathlib.Path(options.out)
+    # One sample goes to --out itself, several to folders inside.
     for i, (words, number) in enumerate(pairs):
         slug = re.sub("[^a-z0-9]+", "-", words.lower())[:40].strip("-")
         place = folder / f"{i:03d}-{slug}-seed{number}" if len(pairs) > 1 else folder
         jobs.append(Job(words, number, place, dict(shared, prompt=words, seed=number)))
-    # one alone is always done anew
+    # One sample alone is always made anew.
     left = [job for job in jobs if len(jobs) == 1 or not job.finished()]
     if len(left) < len(jobs):
         there = len(jobs) - len(left)
         print(f"{folder}: {there} of {len(jobs)} samples are there already and are kept")
-    for job in left:
+    for job in left:  # before anything slow
         check_out(job.out, names)
     return left
 
@@ -387,123 +382,132 @@ class Resources:
 
 def load(options, meta, jobs, camera):
     """Encode prompts and image, then load the model; camera: w2c, K of load_camera."""
+    device = torch.device(options.device)
+    image = None
+    if options.image:
+        squeeze = "image" in quirks_of(options, meta)
+        image = load_image(options.image, options.height, options.width, squeeze=squeeze)
     real = cache_prefix(options.wan_dir) != "transform"
     negative = options.negative_prompt
     if negative is None:
-        negative = NEGATIVE if real else ""
-    start_image, dev = None, torch.device(options.device)
-    if options.image:
-        squeeze = "image" in quirks_of(options, meta)
-        start_image = load_image(options.image, options.height, options.width, squeeze)
-    place = "cpu" if options.low_memory else dev
+        negative = NEGATIVE if real else ""  # the demo's words are a hash: it knows no Chinese
+    place = "cpu" if options.low_memory else device
     encoders = make_encoders(wan_dir=options.wan_dir if real else "", device=place)
-    prompts = list(dict.fromkeys([*(job.prompt for job in jobs), negative]))  # each is encoded once
-    texts, start, clip, vae = conditions(
-        encoders, prompts, start_image, options.frames, lambda p: bar("text", p, "prompt")
-    )
+    prompts = list(dict.fromkeys([*(job.prompt for job in jobs), negative]))  # each once
+    show = partial(bar, "text", unit="prompt")
+    made = conditions(encoders, prompts, image, frames=options.frames, progress=show)
+    texts, start, clip, vae = made
     texts = dict(zip(prompts, texts))
 
-    # fp32 on a CPU
-    half = options.dtype == "bf16" or options.dtype == "auto" and dev.type == "cuda"
+    half = options.dtype == "bf16" or options.dtype == "auto" and device.type == "cuda"
+    weights = torch.bfloat16 if half else None
     for path in bar("load", (options.ckpt,), "model"):
-        weights = torch.bfloat16 if half else None
-        how = (options.offload, "rays" in options.correct, options.release)
-        model = open_checkpoint(path, options.wan_dir, dev, weights, *how)
+        how = (weights, options.offload, "rays" in corrections(options), options.release)
+        model = open_checkpoint(path, options.wan_dir, device, *how)
     if options.low_memory:
-        model.depth_head.chunk = model.point_head.chunk = 4
-    if start_image is not None and model.dit.in_dim == LATENT.channels:
+        model.depth_head.chunk = model.point_head.chunk = 4  # frames that a head sees at a time
+    if image is not None and model.dit.in_dim == LATENT.channels:
         family = f"{options.wan_dir} is a text-to-video family"
         raise ValueError(f"--image {options.image}: {family}; leave the image out")
     return Resources(model, vae, texts, texts[negative], start, clip, half, *camera)
 
 
-def sample_one(options, job, meta, resources):
-    """Run one job -> Scene with its report."""
-    dev = torch.device(options.device)
-    model, f = resources.model.to(dev), (options.frames - 1) // LATENT.time + 1
-    shape = (1, LATENT.channels, f, options.height // LATENT.space, options.width // LATENT.space)
-    # Drawn on the CPU: the same seed gives the same video on every device.
-    noise = torch.randn(*shape, generator=torch.Generator().manual_seed(job.seed)).to(dev)
+def make_inputs(options, job, resources, device):
+    """What one job's video is made from."""
+    frames = (options.frames - 1) // LATENT.time + 1
+    size = (options.height // LATENT.space, options.width // LATENT.space)
+    # Drawn on the CPU: the same seed is the same noise on every machine.
+    generator = torch.Generator().manual_seed(job.seed)
+    noise = torch.randn(1, LATENT.channels, frames, *size, generator=generator).to(device)
     y = None
     if resources.start is not None:
-        # (1, in_dim - 16, f, h, w)
-        y = start_condition(resources.start.to(dev), model.dit.in_dim, f)
-    text, negative = resources.texts[job.prompt], resources.negative
-    w2c, K = resources.w2c, resources.K  # (1, T, 3, 4), (1, T, 3, 3)
-    inputs = Inputs(noise, text, negative, y, resources.clip, w2c.to(dev), K.to(dev))
+        y = start_condition(resources.start.to(device), resources.model.dit.in_dim, frames)
+    camera = (resources.w2c.to(device), resources.K.to(device))
+    text = resources.texts[job.prompt]
+    return Inputs(noise, text, resources.negative, y, resources.clip, *camera)
 
-    def decode(latents):
-        def show(parts):
-            return bar("decode", parts, "step")
 
-        return resources.vae.decode(latents.float().cpu(), progress=show)[0].cpu()
+def decode_video(vae, latents):
+    """Latents (1, 16, f, h, w) -> video (3, T, H, W) in [-1, 1] on the CPU."""
+    return vae.decode(latents.float().cpu(), progress=partial(bar, "decode", unit="step"))[0].cpu()
 
+
+def sample_one(options, job, meta, resources):
+    """Run one job -> Scene with its report."""
+    device = torch.device(options.device)
+    model = resources.model.to(device)
+    inputs = make_inputs(options, job, resources, device)
     numbers = (options.sampler, options.steps, options.shift, options.guidance)
-    sampling = Sampling(*numbers, "readout" in quirks_of(options, meta))
-    with torch.autocast(dev.type, torch.bfloat16, enabled=resources.half):
-        latents, geometry, video = generate(
-            model,
-            inputs,
-            sampling,
-            decode=None if options.low_memory else decode,
-            on_step=previewer(job.out / "preview", options.preview_every),
-        )
+    sampling = Sampling(*numbers, read_last_step="readout" in quirks_of(options, meta))
+    decode = partial(decode_video, resources.vae)
+    on_step = partial(preview, job.out / "preview", options.preview_every)
+    beside = None if options.low_memory else decode
+    with torch.autocast(device.type, torch.bfloat16, enabled=resources.half):
+        latents, geometry, video = generate(model, inputs, sampling, decode=beside, on_step=on_step)
     if options.low_memory:
-        model.to("cpu")  # makes room for the decoder
+        model.to("cpu")  # the decoder gets the device for itself; the next job brings it back
         video = decode(latents)
     geometry = {k: v.cpu() for k, v in geometry.items() if k != "velocity"}
-    how = dict(told_scale=options.scene_scale, drop=options.drop, lift=options.lift)
-    scene = make_scene(video, geometry, w2c, K, **how)
-    scene.unit, scene.fps, warning = options.unit, options.fps, scene.report["unit"]["warning"]
+    how = dict(scene_scale=options.scene_scale, drop=options.drop, lift=options.lift)
+    scene = make_scene(video, geometry, resources.w2c, resources.K, **how)
+    warning = scene.report["unit"]["warning"]
     facts = (
         f"{options.frames} frames of {options.height} x {options.width}, camera {options.camera}, "
         f"{options.sampler} {options.steps} steps, guidance {options.guidance:g}, seed {job.seed}; "
         f"checkpoint stage {meta['stage']}, step {meta['step']}"
     )
-    told = dict(prompt=job.prompt, settings=job.settings, facts=facts)
-    scene.report.update(told, warnings=[warning] if warning else [])
-    return scene
+    said = dict(prompt=job.prompt, settings=job.settings, facts=facts)
+    report = scene.report | said | dict(warnings=[warning] if warning else [])
+    return replace(scene, unit=options.unit, fps=options.fps, report=report)
 
 
 # -------------------------------------------------------------------------------------------- main
+def corrections(options):
+    """The names of --correct."""
+    names = {name for name in options.correct.split(",") if name}
+    unknown = names - set(CORRECTIONS)
+    if unknown:
+        raise ValueError(f"--correct {min(unknown)}: wanted {', '.join(CORRECTIONS)}")
+    return names
+
+
 def quirks_of(options, meta):
     """What is done as the release does it."""
-    corrected = set(filter(None, options.correct.split(",")))
-    return set(CORRECTIONS) - corrected if meta.get("release") else set()
+    return set(CORRECTIONS) - corrections(options) if meta.get("release") else set()
+
+
+def check_size(size):
+    """Frames, height and width must divide into latents and patches."""
+    near = [max(5, round((size[0] - 1) / 4) * 4 + 1)]
+    near += [max(16, round(x / 16) * 16) for x in size[1:]]
+    if list(size) != near:
+        shape = "--frames {} --height {} --width {}"
+        wanted = "wanted 4k + 1 frames and multiples of 16"
+        raise ValueError(f"{shape.format(*size)}: {wanted}, such as {shape.format(*near)}")
 
 
 def settled(options, meta):
     """Options with what the checkpoint says filled in; ValueError for what cannot work."""
     trained, foreign = json.loads(meta["train_config"]), bool(meta.get("release"))
-    unknown = set(filter(None, options.correct.split(","))) - set(CORRECTIONS)
-    if unknown:
-        raise ValueError(f"--correct {min(unknown)}: wanted {', '.join(CORRECTIONS)}")
-    size = (
-        options.frames or trained["num_frames"],
-        options.height or trained["height"],
-        options.width or trained["width"],
-    )
-    near = [max(5, round((size[0] - 1) / 4) * 4 + 1)]
-    near += [max(16, round(x / 16) * 16) for x in size[1:]]
-    if list(size) != near:
-        raise ValueError(
-            "--frames {} --height {} --width {}: wanted 4k + 1 frames and multiples of 16, such as "
-            "--frames {} --height {} --width {}".format(*size, *near)
-        )
+    corrections(options)
+    frames = options.frames or trained["num_frames"]
+    height, width = options.height or trained["height"], options.width or trained["width"]
+    check_size((frames, height, width))
     folder = options.wan_dir or trained["wan_dir"]
-    if foreign and not folder:
-        raise ValueError(
-            f"{options.ckpt}: a release needs --wan_dir, the folder of Wan2.1-I2V-14B-480P, for "
-            f"its encoders"
-        )
+    if foreign and not folder:  # such a file does not say where its base lies
+        wanted = "the folder of Wan2.1-I2V-14B-480P, for its encoders"
+        raise ValueError(f"{options.ckpt}: a release needs --wan_dir, {wanted}")
     form = options.camera_format
     if foreign and options.camera.endswith(".json"):
-        form = form or "fantasyworld"
+        form = form or "fantasyworld"  # the release's own layout; WorldScore's looks the same
     auto = "cuda" if torch.cuda.is_available() else "cpu"
     return options.replaced(
-        **dict(zip(("frames", "height", "width"), size)),
+        frames=frames,
+        height=height,
+        width=width,
         wan_dir=folder,
         camera_format=form,
+        # Points of a release are lifted as its own script lifts them.
         lift=options.lift or ("predicted" if foreign else "commanded"),
         device=auto if options.device == "auto" else options.device,
     )
@@ -515,6 +519,7 @@ def scene_scale_of(options):
     try:
         scale = float(text)  # your units per scene unit
     except ValueError:
+        # Of the camera only the intrinsics are used: how long its path is, is not known yet.
         view = View(options.fov, options.amount, 1.0, options.camera_format)
         _, K = load_camera(options.camera, options.frames, size, view)
         scale = mean_distance(text, K, size)
@@ -536,14 +541,13 @@ def main(options):
     view = View(options.fov, options.amount, options.scene_scale, options.camera_format)
     size = (options.height, options.width)
     camera = load_camera(options.camera, options.frames, size, view)  # w2c, K
-    jobs = plan_jobs(options, meta, names)  # before anything slow
+    jobs = plan_jobs(options, meta, names)
     resources = load(options, meta, jobs, camera) if jobs else None
     for i, job in enumerate(jobs):
         if len(jobs) > 1:
             print(f"{i + 1} of {len(jobs)}: {job.prompt}, seed {job.seed}", flush=True)
         scene = sample_one(options, job, meta, resources)
-        # report.json comes last
-        write_exports(scene, job.out, names, lambda n: bar("export", n, "file"))
+        write_exports(scene, job.out, names, partial(bar, "export", unit="file"))
         print(f"{job.out}: {' '.join(EXPORTS[n][0] for n in names)} report.json")
         print(*describe(scene.report, options.unit), sep="\n", flush=True)
 

@@ -101,39 +101,38 @@ def rms(x):
     return x.square().sum(-1).mean().sqrt().item()
 
 
-def fit_unit(commanded, predicted, told_scale):
+def fit_unit(commanded, predicted, scene_scale):
     """Length of a scene unit in the user's: the similarity that lays the predicted camera centres
     on the commanded.
 
-    commanded   (T, 3, 4)   user's unit;   predicted  (T, 3, 4)  scene units
-    told_scale  the user units per scene unit that the model was told, kept where the path cannot
-                decide
-    returns     dict: scale; path: RMS distance of the commanded centres from their mean, user's
-                unit; residual: RMS distance after the fit, user's unit; fitted: whether scale comes
-                from the fit; warning, or "" """
+    commanded    (T, 3, 4)   user's unit;   predicted  (T, 3, 4)  scene units
+    scene_scale  the option: user units per scene unit, kept where the path cannot decide
+    returns      dict: scale; path: RMS distance of the commanded centres from their mean, user's
+                 unit; residual: RMS distance after the fit, user's unit; fitted: whether scale
+                 comes from the fit; warning, or "" """
     target, source = (inv_se3(torch.from_numpy(E)[None])[..., 3] for E in (commanded, predicted))
     scale, R, t = align_sim3(source, target)
     residual = rms(scale * source @ R.mT + t[:, None] - target)
     path = rms(target - target.mean(1, keepdim=True))
     unit = dict(residual=residual, scale=scale.item(), path=path)
-    if path < 0.02 * told_scale:
+    if path < 0.02 * scene_scale:
         why = f"the commanded cameras move too little (RMS {path:.3g} units) to fix the scale"
     elif residual > 0.5 * path or scale <= 0:
         share = f"residual {residual:.3g} of {path:.3g} units"
         why = f"the predicted cameras do not follow the commanded path ({share})"
     else:
         return dict(unit, fitted=True, warning="")
-    warning = f"{why}; lengths are --scene_scale {told_scale:g} times scene units, unchecked"
-    return dict(unit, scale=float(told_scale), fitted=False, warning=warning)
+    warning = f"{why}; lengths are --scene_scale {scene_scale:g} times scene units, unchecked"
+    return dict(unit, scale=float(scene_scale), fitted=False, warning=warning)
 
 
-def make_scene(video, geometry, w2c, K, *, told_scale=1.0, drop=20.0, lift="commanded"):
+def make_scene(video, geometry, w2c, K, *, scene_scale=1.0, drop=20.0, lift="commanded"):
     """Output of a sample -> Scene, its report filled.
 
-    video       (3, T, H, W)     [-1, 1]
-    geometry    the model's dict for one clip, on the CPU, scene units
-    w2c, K      (1, T, 3, 4), (1, T, 3, 3)   commanded, scene units, pixels
-    told_scale  user units per scene unit;   drop, lift  as in Scene
+    video        (3, T, H, W)     [-1, 1]
+    geometry     the model's dict for one clip, on the CPU, scene units
+    w2c, K       (1, T, 3, 4), (1, T, 3, 3)   commanded, scene units, pixels
+    scene_scale  user units per scene unit;   drop, lift  as in Scene
     Raises ValueError for geometry that is not finite."""
     rgb = ((video.permute(1, 2, 3, 0) + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).numpy()
     size = rgb.shape[1:3]
@@ -142,8 +141,8 @@ def make_scene(video, geometry, w2c, K, *, told_scale=1.0, drop=20.0, lift="comm
         raise ValueError(f"the sample's geometry holds NaN or infinite values; {cure}")
     predicted, predicted_K = decode_pose(geometry["pose_enc"][-1].double(), size)
     predicted = relative_to_first(predicted)[0].numpy()
-    commanded = scaled(w2c.double()[0].numpy(), told_scale)
-    unit = fit_unit(commanded, predicted, told_scale)
+    commanded = scaled(w2c.double()[0].numpy(), scene_scale)
+    unit = fit_unit(commanded, predicted, scene_scale)
     depth, conf = (geometry[k][0].float().numpy() for k in ("depth", "depth_conf"))
     scene = Scene(
         rgb=rgb,

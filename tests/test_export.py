@@ -17,7 +17,7 @@ from lib.rooms import render_clip
 T, H, W = 5, 32, 48
 
 
-def sampled(seed=4, bend=0.0, told_scale=None, slow=1.0, drop=20.0):
+def sampled(seed=4, bend=0.0, scene_scale=None, slow=1.0, drop=20.0):
     """A rendered room as a perfect model would sample it; slow: length of the predicted path, bend:
     its turn."""
     clip = render_clip(seed, T, H, W, "simple")
@@ -42,7 +42,7 @@ def sampled(seed=4, bend=0.0, told_scale=None, slow=1.0, drop=20.0):
         geometry,
         w2c,
         K,
-        told_scale=float(scale) if told_scale is None else told_scale,
+        scene_scale=float(scale) if scene_scale is None else scene_scale,
         drop=drop,
     )
     scene.report.update(prompt="a room", facts="rendered", warnings=[])
@@ -83,7 +83,7 @@ def test_a_path_of_half_the_commanded_length_means_that_scene_units_are_twice_as
     np.testing.assert_array_equal(half.w2c, full.w2c)  # the commanded path is the user's
 
 
-def test_a_path_too_short_or_not_followed_keeps_the_told_scale_and_says_so():
+def test_a_path_too_short_or_not_followed_keeps_the_scene_scale_and_says_so():
     still = np.tile(np.eye(4)[:3], (T, 1, 1))
     unit = E.fit_unit(still, still, 3.0)
     assert unit["scale"] == 3 and not unit["fitted"] and "move too little" in unit["warning"]

@@ -239,7 +239,7 @@ def test_unipc_walks_the_official_trajectory(run):
         visited.append((t.item(), x))
         return 0.6 * x + torch.sin(3 * t / 1000) * golden["c"]
 
-    out = sample_unipc(velocity, golden["noise"], int(steps), float(shift))
+    out = sample_unipc(velocity, golden["noise"], int(steps), shift=float(shift))
     assert [t for t, _ in visited] == want["timesteps"].tolist()
     assert relative(out, want["traj"][-1]) < 1e-5
     for (_, x), there in zip(visited, want["traj"]):
