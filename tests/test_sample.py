@@ -1,15 +1,17 @@
 """sample.py as a person runs it: prompts, cameras, batches that go on, refusals in one line."""
 
+import importlib
 import json
 import pathlib
 import subprocess
 import sys
+import weakref
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from tiny import tiny_model
+from tiny import tiny_inputs, tiny_model
 
 import config
 import sample
@@ -103,6 +105,47 @@ def test_one_line_of_the_summary_names_control_error_scale_and_consistency(
     assert (
         "warning: the commanded cameras move too little" in said and "video.mp4 report.json" in said
     )
+
+
+# ---- sampling
+def test_no_room_for_both_prompts_at_once_means_one_after_the_other_and_frees_the_failed_pass():
+    """The hook stands for a GPU that holds one sample; its frame lives as long as the exception."""
+    model, kept = tiny_model(2, awake=True, has_control=True), []
+    given = tiny_inputs(batch=1)
+    w2c, K = camera_paths.load_camera("orbit", 5, (32, 48))
+    text, negative = torch.randn(3, 64), torch.randn(4, 64)
+    inputs = sample.Inputs(given["x"], text, negative, given["y"], None, w2c, K)
+    want, _, _ = sample.generate(model, inputs, sample.Sampling(steps=3))
+
+    def full(_model, args):
+        scratch = torch.zeros(8)
+        if len(args[0]) == 2:
+            kept.append(weakref.ref(scratch))
+            raise torch.cuda.OutOfMemoryError("no room")
+        assert kept[-1]() is None
+
+    model.register_forward_pre_hook(full)
+    got, _, _ = sample.generate(model, inputs, sample.Sampling(steps=3))
+    assert len(kept) == 1, "what did not fit once is not tried again"
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+
+
+def test_a_new_sampler_is_one_function_and_one_line(ckpt, tmp_path, monkeypatch):
+    """Made on a copy of sample.py: the option, its help and the report know it."""
+    source = (ROOT / "sample.py").read_text()
+    assert source.count("SAMPLERS = {") == 1
+    function = (
+        "def sample_still(velocity, noise, steps=50, *, shift=5.0, progress=iter):\n"
+        "    return noise - velocity(noise, torch.full((1,), 1000.0)).float()\n\n\n"
+    )
+    line = 'SAMPLERS = {"still": sample_still, '
+    (tmp_path / "copied.py").write_text(source.replace("SAMPLERS = {", function + line))
+    monkeypatch.syspath_prepend(tmp_path)
+    copied = importlib.import_module("copied")
+    arguments = [f"--ckpt={ckpt}", f"--out={tmp_path}/out", "--export=npz", "--sampler=still"]
+    copied.main(config.apply(vars(copied), [*arguments, "--device=cpu"]))
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["settings"]["sampler"] == "still"
 
 
 # ---- cameras
