@@ -18,7 +18,7 @@ from geometry import (
     pixel_rays,  # noqa: E402
     relative_to_first,  # noqa: E402
 )
-from lib import verify  # noqa: E402
+from lib import verify, views  # noqa: E402
 from lib.rooms import render_clip  # noqa: E402
 
 LIVINGROOM = Path(__file__).resolve().parents[2] / "shared" / "livingroom"
@@ -96,7 +96,7 @@ def corrupt(raw, w2c, kind, rng):
     fractions, depth = raw["table"][0, 1:5], raw["depth"]
     absolute = rng.random() < 0.5  # some files are relative to their first camera
     base = believed if absolute else relative_to_first(believed)
-    flip = verify.FLIP
+    flip = views.FLIP
     if kind == "c2w stored as w2c":
         believed = inv_se3(base)
     elif kind == "OpenGL camera axes":
@@ -109,7 +109,7 @@ def corrupt(raw, w2c, kind, rng):
     elif kind == "translation scale off":
         factor = np.exp(rng.uniform(np.log(1.5), np.log(20)) * rng.choice([-1, 1]))
         base = relative_to_first(believed)
-        believed = verify.scaled(base, factor)
+        believed = views.scaled(base, factor)
     else:
         believed = base
     raw["table"] = table(believed.numpy(), fractions)
@@ -148,14 +148,14 @@ def effect(clean, w2c, raw, believed, k):
     found."""
     true = torch.from_numpy(w2c[1:-1])
     n, depth = len(true), torch.from_numpy(raw["depth"].astype(np.float64))
-    pairs = verify.frame_pairs(n)[:-2]
+    pairs = views.frame_pairs(n)[:-2]
     K = k.expand(n, 3, 3)
-    g = verify.gather(torch.from_numpy(clean["depth"].astype(np.float64)), K, pairs)
-    h = verify.gather(depth, K, pairs)
-    a, za, ok = verify.move(g, true)
-    b, zb, _ = verify.move(g, believed)
+    g = views.gather(torch.from_numpy(clean["depth"].astype(np.float64)), K, pairs)
+    h = views.gather(depth, K, pairs)
+    a, za, ok = views.reproject(g, true)
+    b, zb, _ = views.reproject(g, believed)
     pixels = torch.where(ok, (a - b).norm(dim=-1), torch.nan).flatten(1).nanmedian(1).values
-    wrong = verify.disagreement(h, true).flatten(1).nanmedian(1).values
+    wrong = views.disagreement(h, true).flatten(1).nanmedian(1).values
     return pixels.nan_to_num(0).mean().item(), wrong.nan_to_num(0).mean().item()
 
 
