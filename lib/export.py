@@ -102,8 +102,7 @@ def rms(x):
 
 
 def fit_unit(commanded, predicted, scene_scale):
-    """Length of a scene unit in the user's: the similarity that lays the predicted camera centres
-    on the commanded.
+    """Length of a scene unit in the user's, which lays predicted camera centres on commanded ones.
 
     commanded    (T, 3, 4)   user's unit;   predicted  (T, 3, 4)  scene units
     scene_scale  the option: user units per scene unit, kept where the path cannot decide
@@ -173,8 +172,7 @@ def fractions_of(K, size):
 
 
 def measure(scene, points=None, scale=1.0):
-    """What can be said about a sample without truth: does it obey the cameras, and does it agree
-    with itself?
+    """What can be said without truth: does a sample obey its cameras and agree with itself?
 
     points  (1, T, H, W, 3) of the point head in scene units of `scale` user units, or None
     returns dict: control (predicted against commanded cameras), consistency, confidence"""
@@ -324,8 +322,7 @@ def write_splats(scene, path):
 
 
 def write_glb(scene, path):
-    """glTF 2.0 binary with one mesh of points: y up, z towards the viewer, colours in linear
-    light."""
+    """glTF 2.0 binary with one mesh of points: y up, z towards the viewer, linear colours."""
     xyz, rgb, _ = scene.cloud(MAX_POINTS["glb"])
     if not len(xyz):
         raise ValueError(f"{path}: no point is sure enough to draw; lower --drop")
@@ -367,8 +364,7 @@ def write_glb(scene, path):
 
 # ---- cameras and folders for other tools ---------------------------------------------------------
 def write_colmap_folder(scene, folder):
-    """images/, sparse/0/*.bin and text/*.txt: cameras, images and points3D, as `colmap gui
-    --import_path` opens."""
+    """images/, sparse/0/*.bin and text/*.txt, as `colmap gui --import_path` opens them."""
     xyz, rgb, _ = scene.cloud(MAX_POINTS["colmap"])
     write_frames(scene, folder / "images")
     for place, binary in ((folder / "sparse" / "0", True), (folder / "text", False)):
@@ -385,8 +381,7 @@ def write_colmap_folder(scene, folder):
 
 
 def write_nerfstudio_folder(scene, folder):
-    """transforms.json, images/, depth/ and sparse_pc.ply, as nerfstudio's nerfstudio-data parser
-    wants them."""
+    """transforms.json, images/, depth/ and sparse_pc.ply, as nerfstudio-data wants them."""
     write_frames(scene, folder / "images")
     write_depth_pictures(scene, folder / "depth")
     xyz, rgb, _ = scene.cloud(MAX_POINTS["nerfstudio"])
@@ -434,10 +429,10 @@ USUAL = "video,depth,npz,ply,cameras,sheet,html"
 def export_names(text):
     """ "all" or names with commas -> list of keys of EXPORTS."""
     names = list(EXPORTS) if text == "all" else [n for n in text.split(",") if n]
-    unknown = [n for n in names if n not in EXPORTS]
-    if unknown:
-        wanted = f"wanted all, or names of {','.join(EXPORTS)}"
-        raise ValueError(f"--export {unknown[0]}: unknown; {wanted}")
+    for name in names:
+        if name not in EXPORTS:
+            wanted = f"wanted all, or names of {','.join(EXPORTS)}"
+            raise ValueError(f"--export {name}: unknown; {wanted}")
     return names
 
 

@@ -51,22 +51,22 @@ def rendered(seed, num_frames=17, size=(64, 96), variety="simple", moving=False)
     return dict(raw, moving=clip["moving"][1:-1]) if moving else raw, w2c
 
 
-def livingroom(seed, num_frames=41, size=(240, 320), folder=LIVINGROOM, cache={}):
-    """A window of the recording at a random place, with two spare cameras."""
-    if not cache:
-        sys.path.insert(0, str(folder))
-        from make_dataset import area, nearest, read_video
+@functools.lru_cache(maxsize=1)
+def recording(size, folder):
+    """The whole recording at a size: rgb, depth in metres, w2c."""
+    sys.path.insert(0, str(folder))
+    from make_dataset import area, nearest, read_video
 
-        depth = np.load(folder / "depth_mm.npz")["depth_mm"]
-        depth = (
-            depth[:, nearest(size[0], 480)][:, :, nearest(size[1], 640)].astype(np.float32) / 1000
-        )
-        c2w = np.loadtxt(folder / "c2w.txt").reshape(-1, 3, 4)
-        cache.update(
-            rgb=area(read_video(folder / "color.mp4"), *size),
-            depth=depth,
-            w2c=inv_se3(torch.from_numpy(c2w)).numpy(),
-        )
+    depth = np.load(folder / "depth_mm.npz")["depth_mm"]
+    depth = depth[:, nearest(size[0], 480)][:, :, nearest(size[1], 640)].astype(np.float32) / 1000
+    c2w = np.loadtxt(folder / "c2w.txt").reshape(-1, 3, 4)
+    rgb = area(read_video(folder / "color.mp4"), *size)
+    return dict(rgb=rgb, depth=depth, w2c=inv_se3(torch.from_numpy(c2w)).numpy())
+
+
+def livingroom(seed, num_frames=41, size=(240, 320), folder=LIVINGROOM):
+    """A window of the recording at a random place, with two spare cameras."""
+    cache = recording(size, folder)
     start = np.random.default_rng(seed).integers(1, len(cache["rgb"]) - num_frames)
     window = slice(start, start + num_frames)
     return as_raw(
