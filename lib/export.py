@@ -102,7 +102,7 @@ def rms(x):
 
 
 def fit_unit(commanded, predicted, scene_scale):
-    """Length of a scene unit in the user's, which lays predicted camera centres on commanded ones.
+    """Length of a scene unit in the user's: the similarity from predicted to commanded centres.
 
     commanded    (T, 3, 4)   user's unit;   predicted  (T, 3, 4)  scene units
     scene_scale  the option: user units per scene unit, kept where the path cannot decide
