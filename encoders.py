@@ -27,7 +27,7 @@ from einops import rearrange
 from safetensors import safe_open
 from torch import nn
 
-from wan import LATENT, differences, shapes_of
+from wan import LATENT, load_strict, shapes_of
 
 VAE_FILE = "Wan 2.1 VAE (Wan2.1_VAE.pth)"
 
@@ -101,14 +101,7 @@ def _load(sd, family, build):
             f"not a {family}: its sizes cannot be read, {error!r}. Found {len(sd)} tensors: "
             f"{first} ..."
         ) from error
-    want = shapes_of(model.state_dict())
-    missing, extra, wrong = differences(want, have)
-    faults = [f"missing {key} {want[key]}" for key in missing]
-    faults += [f"unexpected {key} {have[key]}" for key in extra] + wrong
-    if faults:
-        raise ValueError(f"not a {family}: {len(faults)} tensors differ: {'; '.join(faults[:4])}")
-    model.load_state_dict(sd, strict=True, assign=True)
-    return model.requires_grad_(False).eval()
+    return load_strict(model, sd, f"not a {family}").requires_grad_(False).eval()
 
 
 # --- Video VAE.  `state` maps a layer to what it keeps between steps.  It lives in a call, not in

@@ -30,6 +30,7 @@ from einops import rearrange
 from torch import nn
 
 from geometry import plucker_rays
+from wan import check_names
 
 
 # -------------------------------------------------------------------------------- the camera module
@@ -277,23 +278,19 @@ def match(own, release, base, num_pcb, where="this release"):
     Raises ValueError unless every tensor of ours is found in one shape and every other name is
     used.  The base may hold what the release replaces; the release may hold the encoders."""
     names = {k: release_name(k, num_pcb) for k in own}
-    plan, wrong = {}, []
-    for k, name in names.items():
-        inside = k.removeprefix("dit.") if k.startswith("dit.") else None
-        if name in release or inside in base:
-            plan[k] = (name in release, name if name in release else inside)
-            found = release[name] if name in release else base[inside]
-            if found != own[k] and not (k == "bridge.proj.weight" and found == (*own[k], 1, 1, 1)):
-                wrong.append(f"{name} {found}, wanted {own[k]}")
-    missing, known = [names[k] for k in own if k not in plan], set(names.values())
-    extra = [k for k in release if k not in known and not k.startswith(ENCODERS)]
-    extra += [f"{k} (of the Wan folder)" for k in base if f"dit.{k}" not in own]
-    if missing or extra or wrong:
-        raise ValueError(
-            f"{where}: {len(missing)} tensors missing {missing[:3]}, {len(extra)} unexpected "
-            f"{extra[:3]}, {len(wrong)} of another shape {wrong[:3]}; a truncated file, another "
-            f"model, or another base than Wan2.1-I2V-14B-480P?"
-        )
+    plan = {k: (True, name) for k, name in names.items() if name in release}
+    for k in own:
+        if k not in plan and k.startswith("dit.") and k.removeprefix("dit.") in base:
+            plan[k] = (False, k.removeprefix("dit."))
+    # Everything found, under the release's names: what is used, and what must not be left over.
+    found = {names[k]: (release if r else base)[name] for k, (r, name) in plan.items()}
+    bridge = names["bridge.proj.weight"]  # a 1x1x1 convolution there
+    if bridge in found and found[bridge][2:] == (1, 1, 1):
+        found[bridge] = found[bridge][:2]
+    found |= {k: v for k, v in release.items() if k not in found and not k.startswith(ENCODERS)}
+    found |= {f"{k} (of the Wan folder)": base[k] for k in base if f"dit.{k}" not in own}
+    cure = "A truncated file, another model, or another base than Wan2.1-I2V-14B-480P?"
+    check_names({names[k]: shape for k, shape in own.items()}, found, where, cure=cure)
     return plan
 
 

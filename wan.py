@@ -437,37 +437,36 @@ def start_condition(start_latents, in_dim, frames):
     return y
 
 
-def differences(own, found):
-    """How the tensors of a file differ from a module's; both name -> shape.
-
-    returns  names that are missing, names that are unexpected, "NAME shape, wanted shape" of
-             others"""
-    missing, extra = [k for k in own if k not in found], [k for k in found if k not in own]
-    both = (k for k in own if k in found)
-    return (
-        missing,
-        extra,
-        [f"{k} is {found[k]}, wanted {own[k]}" for k in both if found[k] != own[k]],
-    )
-
-
 def shapes_of(tensors):
     return {name: tuple(value.shape) for name, value in tensors.items()}
 
 
-def check_names(module, shapes, what):
-    """One readable error instead of torch's list, unless name -> shape fits the module exactly."""
-    missing, extra, wrong = differences(shapes_of(module.state_dict()), shapes)
-    if missing or extra or wrong:
-        raise ValueError(
-            f"{what}: {len(missing)} missing {missing[:3]}, {len(extra)} unexpected {extra[:3]}, "
-            f"{len(wrong)} of another shape {wrong[:3]}; is this another model or a truncated file?"
-        )
+TRUNCATED = "Is this another model or a truncated file?"
+
+
+def check_names(wanted, found, what, *, cure=TRUNCATED, optional=()):
+    """The one comparer of tensor names: ValueError that names the first of each difference.
+
+    wanted, found  name -> shape   of the model, of the file
+    what, cure     the error's beginning and its end
+    optional       names that may be absent"""
+    kinds = {
+        "missing": [k for k in wanted if k not in found and k not in optional],
+        "unexpected": [k for k in found if k not in wanted],
+        "of another shape": [
+            f"{k} is {found[k]}, wanted {shape}"
+            for k, shape in wanted.items()
+            if found.get(k, shape) != shape
+        ],
+    }
+    faults = [f"{len(names)} {kind} {names[:3]}" for kind, names in kinds.items() if names]
+    if faults:
+        raise ValueError(f"{what}: tensors differ: {', '.join(faults)}. {cure}")
 
 
 def load_strict(module, sd, what):
     """load_state_dict(assign=True) after check_names; returns the module."""
-    check_names(module, shapes_of(sd), what)
+    check_names(shapes_of(module.state_dict()), shapes_of(sd), what)
     module.load_state_dict(sd, assign=True)  # the file's own tensors: there is no second copy
     return module
 

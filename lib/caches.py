@@ -46,11 +46,8 @@ def save_clip(path, clip, vae, pad, conditions, metadata):
     save_tensors(path, tensors | ({"moving": clip["moving"]} if "moving" in clip else {}), metadata)
 
 
-EMPTY_TEXT, MAX_HEADER, DTYPES = (
-    "text_empty",
-    2**20,
-    dict(BF16=torch.bfloat16, F32=torch.float32, BOOL=torch.bool),
-)
+EMPTY_TEXT, MAX_HEADER = "text_empty", 2**20
+DTYPES = dict(BF16=torch.bfloat16, F32=torch.float32, BOOL=torch.bool)
 
 
 def header_crc(metadata, specs):
@@ -67,9 +64,8 @@ def save_tensors(path, tensors, metadata):
     names = {x: name for name, x in DTYPES.items()}
     for name, x in tensors.items():
         if not torch.isfinite(x).all():
-            raise ValueError(
-                f"{path}: {name} is not finite; damaged encoder weights, or values that overflow?"
-            )
+            why = "damaged encoder weights, or values that overflow?"
+            raise ValueError(f"{path}: {name} is not finite; {why}")
         crc = zlib.crc32(x.flatten().view(torch.uint8).numpy(), crc)
     specs = [(k, names[x.dtype], list(x.shape)) for k, x in tensors.items()]
     metadata["crc"] = f"{crc:08x}" + header_crc(metadata, specs)
@@ -94,25 +90,17 @@ def read_header(path):
         for name, (dtype, shape, begin, end) in sorted(specs.items(), key=lambda item: item[1][2]):
             if dtype not in DTYPES:
                 raise ValueError(f"{name} is {dtype}; wanted BF16, F32 or BOOL")
-            if (
-                begin != at
-                or end - begin != math.prod(shape) * DTYPES[dtype].itemsize
-                or min(shape, default=1) < 1
-            ):
-                raise ValueError(
-                    f"{name}: {dtype} {str(shape)[:60]} at bytes {begin} to {end}; wanted BF16 or "
-                    "F32 "
-                    f"from {at} on"
-                )
+            fits_bytes = end - begin == math.prod(shape) * DTYPES[dtype].itemsize
+            if begin != at or not fits_bytes or min(shape, default=1) < 1:
+                found = f"{dtype} {str(shape)[:60]} at bytes {begin} to {end}"
+                raise ValueError(f"{name}: {found}; wanted BF16 or F32 from {at} on")
             at = end
         if 8 + length + at != size:
             raise ValueError(f"{size:,} bytes; its header speaks of {8 + length + at:,}")
-        if metadata.get("crc", "")[8:] != header_crc(
-            metadata, [(k, *v[:2]) for k, v in specs.items()]
-        ):
-            raise ValueError(
-                "its header has another checksum, or none: damaged, or of an older version"
-            )
+        crc = header_crc(metadata, [(k, *v[:2]) for k, v in specs.items()])
+        if metadata.get("crc", "")[8:] != crc:
+            said = "its header has another checksum, or none"
+            raise ValueError(f"{said}: damaged, or of an older version")
         return metadata, specs, 8 + length
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         said = error if isinstance(error, ValueError) else repr(error)
@@ -137,21 +125,13 @@ def check_header(path, name, sample, size, fingerprint):
     between encoders."""
     (T, H, W), (metadata, specs, _) = size, read_header(path)
     f, h, w = (T - 1) // 4 + 1, H // 8, W // 8
-    wanted = dict(
-        id=name,
-        sample=sample["id"],
-        num_frames=T,
-        height=H,
-        width=W,
-        fingerprint=fingerprint,
-        prompt=sample["prompt"],
-    )
+    wanted = dict(id=name, sample=sample["id"], num_frames=T, height=H, width=W)
+    wanted.update(fingerprint=fingerprint, prompt=sample["prompt"])
     for key, value in wanted.items():
         if metadata.get(key) != str(value):
             raise ValueError(
                 f"{path}: {key} is {str(metadata.get(key))[:80]!r}; wanted {str(value)[:80]!r}: "
-                "the file "
-                "of another clip or encoder, or older than metadata.json"
+                "the file of another clip or encoder, or older than metadata.json"
             )
     text, start = (specs.get(k, ("", [0, 0], 0, 0))[1] for k in ("text", "start_latents"))
     shapes = dict(
@@ -167,19 +147,15 @@ def check_header(path, name, sample, size, fingerprint):
     found = {k: (v[0], v[1]) for k, v in specs.items()}
     for key in shapes | found:
         if found.get(key) != shapes.get(key):
-            raise ValueError(
-                f"{path}: {key} is {found.get(key, 'missing')}; wanted {shapes.get(key, 'none')}"
-            )
+            is_and_wanted = f"{found.get(key, 'missing')}; wanted {shapes.get(key, 'none')}"
+            raise ValueError(f"{path}: {key} is {is_and_wanted}")
     try:
         fps = float(metadata.get("fps", "none"))
     except ValueError:
         fps = math.nan
     if not 0 < fps < FAR or metadata.get("depth", "metric") not in ("metric", "relative"):
-        raise ValueError(
-            f"{path}: fps {metadata.get('fps')!r}, depth {metadata.get('depth')!r}; wanted a "
-            "number, and "
-            "metric or relative"
-        )
+        found = f"fps {metadata.get('fps')!r}, depth {metadata.get('depth')!r}"
+        raise ValueError(f"{path}: {found}; wanted a number, and metric or relative")
     return metadata, (text[-1], start[1], "clip" in specs)
 
 
@@ -206,18 +182,15 @@ def read_values(path):
     for x in arrays.values():
         crc = zlib.crc32(x, crc)
     if metadata["crc"][:8] != f"{crc:08x}":
-        raise ValueError(
-            f"{path}: its values have the checksum {crc:08x}; {metadata['crc'][:8]} was written: "
-            "damaged"
-        )
-    for name, x in arrays.items():  # bfloat16: upper half of a float32, 0x7f80 is infinity
-        sound = (
-            x.max() < 2
-            if x.dtype == "u1"
-            else (
-                np.isfinite(x.min() + x.max()) if x.dtype == "<f4" else (x & 0x7FFF).max() < 0x7F80
-            )
-        )
+        written = f"{metadata['crc'][:8]} was written"
+        raise ValueError(f"{path}: its values have the checksum {crc:08x}; {written}: damaged")
+    for name, x in arrays.items():
+        if x.dtype == "u1":
+            sound = x.max() < 2
+        elif x.dtype == "<f4":
+            sound = np.isfinite(x.min() + x.max())
+        else:  # bfloat16: upper half of a float32, 0x7f80 is infinity
+            sound = (x & 0x7FFF).max() < 0x7F80
         if not sound:
             raise ValueError(f"{path}: {name} holds NaN, infinity or no truth values")
     return tensors_of(arrays, specs), metadata
@@ -230,17 +203,11 @@ def read_clip(path):
     R, focal, share = w2c[:, :, :3], K[:, (0, 1), (0, 1)].min(), (depth[0] > 1e-3).mean()
     off = np.abs(R @ R.swapaxes(1, 2) - np.eye(3)).max() + np.abs(np.linalg.det(R) - 1).max()
     if depth.min() < 0 or depth.max() > FAR or not share:
-        raise ValueError(
-            f"{path}: depth from {depth.min():.3g} to {depth.max():.3g}, {share:.0%} of frame 0 "
-            "has any; "
-            f"wanted 0 to {FAR:.0e} m"
-        )
+        found = f"depth from {depth.min():.3g} to {depth.max():.3g}, {share:.0%} of frame 0 has any"
+        raise ValueError(f"{path}: {found}; wanted 0 to {FAR:.0e} m")
     if not off < 2e-3 or np.abs(w2c[0] - np.eye(3, 4)).max() > 1e-3 or focal <= 0:
-        raise ValueError(
-            f"{path}: w2c off from rotations by {off:.2g}, or not relative to the first camera, "
-            "or a "
-            f"focal length of {focal:.3g}"
-        )
+        found = f"w2c off from rotations by {off:.2g}, or not relative to the first camera"
+        raise ValueError(f"{path}: {found}, or a focal length of {focal:.3g}")
     return tensors, metadata
 
 
@@ -261,13 +228,11 @@ def read_again(path, checked):
     write is not seen."""
     if stamp(path) == checked:
         metadata, specs, start = read_header(path)
-        flags = mmap.MAP_PRIVATE | getattr(
-            mmap, "MAP_POPULATE", 0
-        )  # Linux: read ahead, no fault per page
+        # Linux: read ahead, no fault per page.
+        flags = mmap.MAP_PRIVATE | getattr(mmap, "MAP_POPULATE", 0)
         with open(path, "rb") as file:
-            data = np.frombuffer(
-                mmap.mmap(file.fileno(), 0, flags=flags, prot=mmap.PROT_READ), np.uint8
-            )
+            mapped = mmap.mmap(file.fileno(), 0, flags=flags, prot=mmap.PROT_READ)
+        data = np.frombuffer(mapped, np.uint8)
         arrays = {name: x.copy() for name, x in arrays_in(data[start:], specs).items()}
         if stamp(path) == checked:
             return tensors_of(arrays, specs), metadata
@@ -299,33 +264,20 @@ def check_values(folder, names):
     except (ValueError, TypeError):  # none yet, or damaged
         known = {}
     stamps = {name: stamp(folder / f"{name}.safetensors") for name in names}
-    todo = sorted(
-        set().union(*gathered([name for name in names if known.get(name) != stamps[name]]))
-    )
+    new = [name for name in names if known.get(name) != stamps[name]]
+    todo = sorted(set().union(*gathered(new)))
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     share, found = todo[rank::world], {}
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        mine = dict(
-            zip(
-                share,
-                tqdm(
-                    pool.map(problem, share),
-                    "check caches",
-                    len(share),
-                    unit="clip",
-                    delay=3,
-                    disable=rank > 0,
-                ),
-            )
-        )
+        how = dict(total=len(share), unit="clip", delay=3, disable=rank > 0)
+        mine = dict(zip(share, tqdm(pool.map(problem, share), "check caches", **how)))
     for part, seen in gathered((mine, {name: stamps[name] for name in share})):
         found.update({name: text for name, text in part.items() if text})
         stamps.update(seen)  # the reader's: a rank with a disk of its own reads its files whole
     if rank == 0 and todo:
         good = {name: stamps[name] for name in todo if name not in found}
-        with suppress(
-            OSError, ValueError
-        ):  # a disk that cannot be written: the next start reads again
+        # A disk that cannot be written: the next start reads again.
+        with suppress(OSError, ValueError):
             text = json.dumps(known | good)
             write_aside(folder / ".checked", lambda aside: aside.write_text(text), durable=False)
     return found, stamps
@@ -339,30 +291,22 @@ def check_folder(folder, samples, size):
         owner = next((i for i in (path.stem, path.stem.rpartition(".")[0]) if i in samples), None)
         if owner:
             windows[path.stem] = owner
-    bad += [
-        (i, f"not encoded: nothing of it in {folder}")
-        for i in samples
-        if i not in set(windows.values())
-    ]
+    there, fingerprint = set(windows.values()), folder.name.split("-", 1)[1]
+    bad += [(i, f"not encoded: nothing of it in {folder}") for i in samples if i not in there]
     for name, owner in windows.items():
         try:
             path = folder / f"{name}.safetensors"
-            metadata[name], kinds[name] = check_header(
-                path, name, samples[owner], size, folder.name.split("-", 1)[1]
-            )
+            found = check_header(path, name, samples[owner], size, fingerprint)
+            metadata[name], kinds[name] = found
         except ValueError as error:
             bad.append((name, str(error)))
     usual = Counter(kinds.values()).most_common(1)[0][0] if kinds else None
     for name, kind in kinds.items():
         if kind != usual:
-            bad.append(
-                (
-                    name,
-                    f"{folder / name}.safetensors: width of text, start latents, CLIP are {kind}; "
-                    "wanted "
-                    f"{usual}, as the others have",
-                )
+            said = (
+                f"width of text, start latents, CLIP are {kind}; wanted {usual}, as the others have"
             )
+            bad.append((name, f"{folder / name}.safetensors: {said}"))
     bad = sorted(set(sum(gathered(bad), [])))  # every rank leaves out the same
     wrong = {name for name, _ in bad}
     found, stamps = check_values(folder, [name for name in metadata if name not in wrong])

@@ -23,6 +23,8 @@ from pathlib import Path
 import imageio_ffmpeg
 import numpy as np
 
+from lib.rasters import read_raster
+
 MAX_BYTES = 2**32  # of one file, and of what one read decodes
 MAX_TEXT = 2**29  # of a JSON file: a million samples with captions
 MAX_CAMERAS = 2**24  # of a camera file
@@ -38,7 +40,8 @@ STRICT = [
 ]
 # fmt: on
 
-ARRAYS = (".npy", ".npz", ".png")
+RASTERS = (".exr", ".pfm", ".pgm")
+ARRAYS = (".npy", ".npz", ".png", *RASTERS)
 
 
 def check_file(path, limit=MAX_BYTES):
@@ -326,6 +329,9 @@ def open_array(path, read, mask):
         if image.shape != shape:
             raise ValueError(f"a picture of {image.shape}; its header says {shape}")
         return image.astype("u2")
+    if path.suffix in RASTERS:
+        image = read_raster(path.read_bytes())
+        return image if read else (image.shape, image.dtype)
     if path.suffix == ".npy":
         with open(path, "rb") as file:
             header = array_header(file, size, mask)

@@ -24,7 +24,7 @@ from lib.distributed import copy_into
 from lib.files import write_aside
 from lib.guards import run_command
 from model import Config, FantasyWorld, half_geometry
-from wan import WanDiT, check_names, half_precision
+from wan import WanDiT, check_names, half_precision, shapes_of
 
 # --- Files and Wan folders ------------------------------------------------------------------------
 # md5 over the names and shapes of each release's DiT.  Source: DiffSynth-Studio's model detection.
@@ -122,7 +122,7 @@ def load_wan(folder, cfg, device="cpu", dtype=None):
     tensors = wan_tensors(folder)
     shapes = {name: shape for name, (shape, _) in tensors.items()}
     dit = WanDiT.from_shapes(shapes, cfg.head_dim, cfg.text_len, where=folder)
-    check_names(dit, shapes, f"{folder}: Wan2.1 DiT")
+    check_names(shapes_of(dit.state_dict()), shapes, f"{folder}: Wan2.1 DiT")
     wanted = (half_precision(dit, dtype) if dtype else dit).state_dict()
     dit.load_state_dict(
         {name: tensors[name][1]().to(device, wanted[name].dtype, copy=True) for name in wanted},
@@ -170,25 +170,14 @@ def load_trained(model, path):
     A checkpoint holds what its stage trains; after stage 1 the interaction keeps its zero start.
     Anything else that is missing, left over or of another shape is a ValueError."""
     sd, meta = read_checked(path)
-    own = dict(model.named_parameters())
-    untrained = (
-        ("camera_adapters.", "exchange.", "ray_encoder.") if meta.get("stage") == "1" else ()
-    )
-    wanted = (
-        k
-        for k in own
-        if k.startswith("dit.") == (meta.get("stage") == "0") and not k.startswith(untrained)
-    )
-    missing = [k for k in wanted if k not in sd]
-    extra = [k for k in sd if k not in own or sd[k].shape != own[k].shape]
-    if missing or extra:
-        raise ValueError(
-            f"{path} (stage {meta.get('stage')}) does not fit this model: {len(missing)} tensors "
-            "missing "
-            f"{missing[:3]}, {len(extra)} unknown or of another size {extra[:3]}; use the preset "
-            "that it "
-            f"was trained with"
-        )
+    own, stage = dict(model.named_parameters()), meta.get("stage")
+    trained_later = ("camera_adapters.", "exchange.", "ray_encoder.") if stage == "1" else ()
+    absent = {
+        k for k in own if k.startswith("dit.") != (stage == "0") or k.startswith(trained_later)
+    }
+    what = f"{path} (stage {stage}) does not fit this model"
+    cure = "Use the preset that it was trained with."
+    check_names(shapes_of(own), shapes_of(sd), what, cure=cure, optional=absent)
     for name, value in sd.items():
         copy_into(own[name], value)
     return meta
