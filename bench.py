@@ -205,12 +205,12 @@ def literal_forward(model, x, t, context, y, clip, **camera):
     video = dit.conditions(context, clip, camera["plucker"]).with_keys(dit.blocks)
     conditions = Conditions(**vars(video), pose_embedding=model.pose_encoder(camera["poses"]))
     x, grid = dit.embed(x, y, conditions.control)
-    shared = replace(model.shared(t, grid, conditions, None)[1], modulation=modulation)
-    for i, step in enumerate(model.pcb):
-        x = step(x, conditions, i, shared)
-    z, outputs = model.geometry_tokens(x, grid, conditions.pose_embedding, 1.0), {}
+    shared = replace(model.shared(t, grid, conditions, None), modulation=modulation)
+    for step in model.pcb:
+        x = step(x, shared)
+    z, outputs = model.geometry_tokens(x, shared), {}
     for layer, step in enumerate(model.irg):
-        x, z, outputs[layer] = step(x, z, conditions, len(model.pcb) + layer, shared)
+        x, z, outputs[layer] = step(x, z, shared)
     return dict(velocity=dit.unpatchify(dit.head(x, e), grid), **model.read_out(outputs, grid))
 
 

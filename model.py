@@ -152,27 +152,25 @@ class CameraAdapter(nn.Module):
         return x + shift.repeat_interleave(x.shape[1] // shift.shape[1], 1), None
 
 
-class ExchangeProjections(nn.Module):
-    def __init__(self, video_dim, geo_dim, dim, ways):
-        super().__init__()
-        sizes = dict(
-            m1_proj=(video_dim, dim),
-            values_m1_proj=(video_dim, dim),
-            m2_proj=(geo_dim, dim),
-            values_m2_proj=(geo_dim, dim),
-            out_m1_proj=(dim, video_dim),
-            out_m2_proj=(dim, geo_dim),
-        )
-        unused = dict(
-            to_geometry=("values_m2_proj", "out_m1_proj"),
-            to_video=("values_m1_proj", "out_m2_proj"),
-        )
-        for name, (inputs, outputs) in sizes.items():
-            if name not in unused.get(ways, ()):
-                setattr(self, name, nn.Linear(inputs, outputs))
-        for layer in self.children():
-            nn.init.xavier_uniform_(layer.weight)
-            nn.init.zeros_(layer.bias)
+def exchange_layers(video_dim, geo_dim, dim, ways):
+    """The exchange's linear layers under the release's names: m1 is the video, m2 the geometry."""
+    sizes = {
+        "m1_proj": (video_dim, dim),
+        "values_m1_proj": (video_dim, dim),
+        "m2_proj": (geo_dim, dim),
+        "values_m2_proj": (geo_dim, dim),
+        "out_m1_proj": (dim, video_dim),
+        "out_m2_proj": (dim, geo_dim),
+    }
+    unused = {
+        "to_geometry": ("values_m2_proj", "out_m1_proj"),
+        "to_video": ("values_m1_proj", "out_m2_proj"),
+    }.get(ways, ())
+    layers = nn.ModuleDict({k: nn.Linear(*size) for k, size in sizes.items() if k not in unused})
+    for layer in layers.values():
+        nn.init.xavier_uniform_(layer.weight)
+        nn.init.zeros_(layer.bias)
+    return layers
 
 
 class BiCrossAttention(nn.Module):
@@ -184,7 +182,7 @@ class BiCrossAttention(nn.Module):
     def __init__(self, video_dim, geo_dim, dim, heads, ways="both"):
         super().__init__()
         self.heads, self.ways = heads, ways
-        self.cross_attn = ExchangeProjections(video_dim, geo_dim, dim, ways)
+        self.cross_attn = exchange_layers(video_dim, geo_dim, dim, ways)
         if ways != "to_geometry":
             self.gamma_m1 = nn.Parameter(torch.zeros(video_dim))
         if ways != "to_video":
@@ -192,18 +190,18 @@ class BiCrossAttention(nn.Module):
 
     def forward(self, x, z, rope_x, rope_z):
         """x (B, N, D), z (B, f*P, C) -> both, updated."""
-        p = self.cross_attn
-        a, b = F.layer_norm(x, x.shape[-1:], eps=1e-6), F.layer_norm(z, z.shape[-1:], eps=1e-6)
-        both = (p.m1_proj(a), p.m2_proj(b))
+        layers = self.cross_attn
+        a = F.layer_norm(x, x.shape[-1:], eps=1e-6)  # (B, N, D)
+        b = F.layer_norm(z, z.shape[-1:], eps=1e-6)  # (B, f*P, C)
+        both = (layers.m1_proj(a), layers.m2_proj(b))
         q, k = (rearrange(y, "b n (h d) -> b h n d", h=self.heads) for y in both)
-        # one score matrix serves both directions
         q, k = rotate_pairs(q, *rope_x), rotate_pairs(k, *rope_z)
         if self.ways != "to_geometry":
-            # (B, N, D)
-            x = x + self.gamma_m1 * p.out_m1_proj(attention(q, k, p.values_m2_proj(b), self.heads))
-        if self.ways != "to_video":
-            # (B, f*P, C)
-            z = z + self.gamma_m2 * p.out_m2_proj(attention(k, q, p.values_m1_proj(a), self.heads))
+            from_z = attention(q, k, layers.values_m2_proj(b), self.heads)
+            x = x + self.gamma_m1 * layers.out_m1_proj(from_z)  # (B, N, D)
+        if self.ways != "to_video":  # the same scores, normalised the other way
+            from_x = attention(k, q, layers.values_m1_proj(a), self.heads)
+            z = z + self.gamma_m2 * layers.out_m2_proj(from_x)  # (B, f*P, C)
         return x, z
 
 
@@ -282,10 +280,12 @@ class Ropes:
 class Shared:
     """What all steps of one forward have in common."""
 
+    conditions: Conditions  # the prompt's keys, above all
+    e: torch.Tensor  # (B, D) the timestep as the velocity head reads it
     modulation: torch.Tensor  # (B, 6, D) shift, scale, gate of attention, then of the FFN
     modulation_z: torch.Tensor  # (B, 6, C) the same for the geometry blocks
+    grid: tuple  # (f, h, w)
     ropes: Ropes
-    frames: int  # f, latent frames
     camera: torch.Tensor | None  # what the camera adapters read; None before stage 2
     keep: torch.Tensor | float  # (B, 1, 1) 0/1: 0 hides the clip's camera
     exchange: bool  # whether the branches meet: stage 2
@@ -293,20 +293,20 @@ class Shared:
 
 
 class PCBStep(nn.Module):
-    """One block of the PCB with its camera adapter.
+    """Block i of the video branch, before the bridge, with its camera adapter.
 
     A step is what backward recomputes as one, and what is gathered as one where weights are sharded
     (lib/distributed.py).  Its parts are FantasyWorld's, under their names in checkpoints; a model
     keeps its steps in plain lists, so they add no names."""
 
-    def __init__(self, block, adapter):
+    def __init__(self, i, block, adapter):
         super().__init__()
-        self.block, self.adapter = block, adapter
+        self.i, self.block, self.adapter = i, block, adapter
 
-    def forward(self, x, conditions, i, shared):
-        """Video tokens x (B, N, D) -> the same shape; i: the place of its keys."""
+    def forward(self, x, shared):
+        """Video tokens x (B, N, D) -> the same shape."""
         with torch.no_grad():  # out here: recomputation would compute them twice
-            keys = conditions.keys_of(i, self.block)
+            keys = shared.conditions.keys_of(self.i, self.block)
         return recompute(shared.recompute, self.run, x, keys, shared)
 
     def run(self, x, keys, shared):
@@ -315,34 +315,35 @@ class PCBStep(nn.Module):
 
 
 class IRGStep(nn.Module):
-    """A video block and a geometry layer side by side, and the exchange between their halves."""
+    """Block i of the video branch and a GeoDiT layer, frame and global block, side by side; the
+    exchange sits between the halves of video and global block."""
 
-    def __init__(self, block, adapter, frame_block, global_block, exchange):
+    def __init__(self, i, block, adapter, frame_block, global_block, exchange):
         super().__init__()
-        self.block, self.adapter, self.exchange = block, adapter, exchange
+        self.i, self.block, self.adapter, self.exchange = i, block, adapter, exchange
         self.frame_block, self.global_block = frame_block, global_block
 
-    def forward(self, x, z, conditions, i, shared):
+    def forward(self, x, z, shared):
         """One step of both branches.
 
         x        (B, N, D)     video tokens, or None: geometry alone
         z        (B, f*P, C)   geometry tokens
         returns  x, z, and the layer's output for the heads (B, f*P, 2C): frame and global block"""
         with torch.no_grad():
-            keys = None if x is None else conditions.keys_of(i, self.block)
+            keys = None if x is None else shared.conditions.keys_of(self.i, self.block)
         return recompute(shared.recompute, self.run, x, z, keys, shared)
 
     def run(self, x, z, keys, shared):
-        modulation, ropes = shared.modulation_z, shared.ropes
-        z_frame = self.frame_block(z, modulation, shared.frames, ropes.frame)  # (B, f*P, C)
-        z = self.global_block.attend(z_frame, modulation, 1, ropes.clip)
+        f, ropes, modulation_z = shared.grid[0], shared.ropes, shared.modulation_z
+        z_frame = self.frame_block(z, modulation_z, f, ropes.frame)  # (B, f*P, C)
+        z = self.global_block.attend(z_frame, modulation_z, 1, ropes.clip)
         if x is not None:
             x, inside = adapted(self.adapter, x, shared)
-            x = self.block.attend(x, shared.modulation, keys, ropes.video, inside)
+            x = self.block.attend(x, shared.modulation, keys, ropes.video, inside)  # (B, N, D)
             if self.exchange is not None and shared.exchange:
                 x, z = self.exchange(x, z, ropes.exchange_x, ropes.exchange_z)
             x = self.block.feed_forward(x, shared.modulation)
-        z = self.global_block.feed_forward(z, modulation)
+        z = self.global_block.feed_forward(z, modulation_z)
         return x, z, torch.cat([z_frame, z], -1)
 
 
@@ -363,8 +364,7 @@ class FantasyWorld(nn.Module):
     def __init__(self, cfg, dit=None):
         super().__init__()
         check_config(cfg)
-        self.cfg, self.stage = cfg, 2
-        self.checkpoint_activations = "none"
+        self.cfg, self.checkpoint_activations = cfg, "none"
         n, C, D = cfg.geo_layers, cfg.geo_dim, cfg.dim
         self.dit = dit or WanDiT(**{name: getattr(cfg, name) for name in WanDiT.SIZES})
         self.bridge = LatentBridge(D, C, cfg.bridge_layers, cfg.bridge_width, cfg.layer_scale)
@@ -395,6 +395,7 @@ class FantasyWorld(nn.Module):
             for _ in range(n if cfg.exchange != "none" else 0)
         )
         self.pcb, self.irg = self.make_steps()  # plain lists: no names in checkpoints
+        self.set_stage(2)
 
     def make_adapters(self):
         cfg = self.cfg
@@ -407,13 +408,13 @@ class FantasyWorld(nn.Module):
 
     def make_steps(self):
         """The PCB's steps and the IRG's, in order.  What a config switches off is None there."""
-        n = self.cfg.num_pcb
-        blocks = list(self.dit.blocks)
+        n, blocks = self.cfg.num_pcb, self.dit.blocks
         adapters = [*self.camera_adapters, *[None] * len(blocks)][: len(blocks)]
         exchange = self.exchange if len(self.exchange) else [None] * self.cfg.geo_layers
-        pcb = [PCBStep(block, adapter) for block, adapter in zip(blocks[:n], adapters)]
-        parts = zip(blocks[n:], adapters[n:], self.frame_blocks, self.global_blocks, exchange)
-        return pcb, [IRGStep(*part) for part in parts]
+        video = [*zip(range(len(blocks)), blocks, adapters)]
+        geometry = zip(self.frame_blocks, self.global_blocks, exchange)
+        irg = [IRGStep(*ours, *theirs) for ours, theirs in zip(video[n:], geometry)]
+        return [PCBStep(*ours) for ours in video[:n]], irg
 
     @classmethod
     def from_released(
@@ -490,14 +491,14 @@ class FantasyWorld(nn.Module):
         }
 
     # ---- forward
-    def geometry_tokens(self, x, grid, pose_embedding, keep):
+    def geometry_tokens(self, x, shared):
         """PCB output (B, N, D) -> [camera, registers, patches] of each frame, (B, f*P, C)."""
-        f = grid[0]
+        f, pose_embedding = shared.grid[0], shared.conditions.pose_embedding
         patches = rearrange(self.bridge(x, f), "b (f n) c -> b f n c", f=f)
         later = (torch.arange(f, device=x.device) > 0).long()  # made on the device: no wait
         camera = self.camera_token[:, later].expand(len(x), -1, -1, -1)  # (B, f, 1, C)
         if pose_embedding is not None:
-            camera = camera + (pose_embedding * keep)[:, :, None]
+            camera = camera + (pose_embedding * shared.keep)[:, :, None]
         registers = self.register_token[:, later].expand(len(x), -1, -1, -1)
         tokens = [camera, registers.to(camera.dtype), patches.to(camera.dtype)]
         return torch.cat(tokens, 2).flatten(1, 2).float()
@@ -543,13 +544,15 @@ class FantasyWorld(nn.Module):
             e, modulation = self.dit.modulation(t)
         with torch.autocast(device.type, enabled=False):
             embedding = timestep_embedding(t.to(device), self.cfg.freq_dim)  # (B, freq_dim)
-            rows = self.time_projection(self.time_embedding(embedding))
+            modulation_z = self.time_projection(self.time_embedding(embedding))  # (B, 6*C)
         camera = conditions.rays if self.cfg.released else conditions.pose_embedding
-        return e, Shared(
+        return Shared(
+            conditions=conditions,
+            e=e,
             modulation=modulation,
-            modulation_z=rows.unflatten(1, (6, -1)),
+            modulation_z=modulation_z.unflatten(1, (6, -1)),
+            grid=grid,
             ropes=self.ropes(grid, device),
-            frames=grid[0],
             camera=camera if self.stage == 2 else None,
             keep=1.0 if keep is None else keep.float().view(-1, 1, 1),
             exchange=self.stage == 2,
@@ -590,23 +593,28 @@ class FantasyWorld(nn.Module):
         conditions = constants or self.conditions(context, clip, plucker, poses)
         with torch.no_grad():
             x, grid = self.dit.embed(x, y, conditions.control, keep)  # (B, N, D), (f, h, w)
-        e, shared = self.shared(t, grid, conditions, keep)
+        shared = self.shared(t, grid, conditions, keep)
 
-        # In stage 1 nothing upstream of the bridge trains, so the PCB keeps nothing for backward.
+        # PCB.  In stage 1 nothing upstream of the bridge trains, so it keeps nothing for backward.
         with nullcontext() if self.stage == 2 else torch.no_grad():
-            for i, step in enumerate(self.pcb):
-                x = step(x, conditions, i, shared)  # (B, N, D)
-        z = self.geometry_tokens(x, grid, conditions.pose_embedding, shared.keep)  # (B, f*P, C)
+            for step in self.pcb:
+                x = step(x, shared)  # (B, N, D)
 
-        read = {*self.cfg.taps, self.cfg.geo_layers - 1} if heads else set()
+        # Bridge, and the special tokens of every latent frame.
+        z = self.geometry_tokens(x, shared)  # (B, f*P, C)
+
+        # IRG: video blocks and GeoDiT layers side by side, the exchange between their halves.
         x, outputs = x if video else None, {}
+        read = {*self.cfg.taps, self.cfg.geo_layers - 1} if heads else set()
         for layer, step in enumerate(self.irg):
-            x, z, layer_output = step(x, z, conditions, len(self.pcb) + layer, shared)
+            x, z, layer_output = step(x, z, shared)
             if layer in read:  # the others are freed at once
                 outputs[layer] = layer_output  # (B, f*P, 2C)
 
-        out = dict(velocity=self.dit.unpatchify(self.dit.head(x, e), grid) if video else None)
-        return {**out, **self.read_out(outputs, grid)} if heads else out
+        # Heads.
+        velocity = self.dit.unpatchify(self.dit.head(x, shared.e), grid) if video else None
+        geometry = self.read_out(outputs, grid) if heads else {}
+        return dict(velocity=velocity, **geometry)
 
     def read_out(self, outputs, grid):
         """Geometry heads on layer -> output (B, f*P, 2C)."""
@@ -654,27 +662,21 @@ def parameter_table(preset):
     with torch.device("meta"):
         model = FantasyWorld(PRESETS[preset])
     ours = {k: v / 1e6 for k, v in model.count_parameters().items()}
-    lines = [
-        f"{'millions of parameters':24s}{'ours':>10s}{'guide':>10s}{'ours/guide':>12s}   stage 1  "
-        " stage 2"
-    ]
+
+    def line(name, ours, guide):
+        return f"{name:24s}{ours:10.2f}{guide:10.2f}{ours / guide:12.2f}"
+
+    lines = [f"{'millions of parameters':30s}ours     guide  ours/guide   stage 1   stage 2"]
     for name, count in ours.items():
-        state = ["train" if name in FantasyWorld.TRAINED[stage] else "frozen" for stage in (1, 2)]
-        lines.append(
-            f"{name:24s}{count:10.2f}{GUIDE[name]:10.2f}{count / GUIDE[name]:12.2f}   "
-            f"{state[0]:8s}  {state[1]}"
-        )
+        state = ["train" if name in model.TRAINED[stage] else "frozen" for stage in (1, 2)]
+        lines.append(f"{line(name, count, GUIDE[name])}   {state[0]:8s}  {state[1]}")
     for stage, guide in ((1, 956.0), (2, 1186.0)):
-        total = sum(ours[name] for name in FantasyWorld.TRAINED[stage])
-        lines.append(
-            f"{f'trainable, stage {stage}':24s}{total:10.2f}{guide:10.2f}{total / guide:12.2f}"
-        )
+        total = sum(ours[name] for name in model.TRAINED[stage])
+        lines.append(line(f"trainable, stage {stage}", total, guide))
     return "\n".join(lines)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(
-        description="Print the parameter table of a preset (meta device, no weights)."
-    )
+    parser = argparse.ArgumentParser(description="Print the parameter table of a preset.")
     parser.add_argument("--preset", default="1.3b", choices=PRESETS)
     print(parameter_table(parser.parse_args().preset))

@@ -232,8 +232,7 @@ def test_half_blocks_compile_without_graph_breaks_and_share_their_graphs():
 # ---- sampling
 @pytest.mark.parametrize("stage", [1, 2])
 def test_sampling_with_constants_computed_once_equals_the_literal_loop(stage):
-    model = tiny_model(2, awake=True).requires_grad_(False)
-    model.stage = stage
+    model = tiny_model(stage, awake=True).requires_grad_(False)
     g = torch.Generator().manual_seed(0)
     noise, y = torch.randn(1, 16, 2, 4, 6, generator=g), torch.randn(1, 16, 2, 4, 6, generator=g)
     text, negative = (torch.randn(n, 64, generator=g) for n in (5, 3))
