@@ -48,12 +48,14 @@ from geometry import (
 )
 from wan import (
     VideoConditions,
+    VideoSizes,
     WanDiT,
     attention,
     cast_matrices,
     rope_3d,
     rotate_pairs,
     shapes_of,
+    split_heads,
     timestep_embedding,
 )
 
@@ -65,20 +67,10 @@ except ImportError:  # torch 2.4 has it under another name
     )
 
 
-@dataclass
-class Config:
-    # video branch: read off the tensors when real weights are loaded
-    dim: int = 1536
-    ffn_dim: int = 8960
-    num_layers: int = 30
-    in_dim: int = 32  # 16 noisy latents + y: 0 text-to-video, 16 start image, 20 mask + start image
-    head_dim: int = 128
-    text_dim: int = 4096
-    text_len: int = 512
-    freq_dim: int = 256
-    has_clip: bool = True
-    has_control: bool = True  # Pluecker rays through Wan-Fun's control adapter
-    # geometry branch
+@dataclass(frozen=True)
+class Config(VideoSizes):
+    """Sizes of both branches; those of the video branch are fields of VideoSizes."""
+
     num_pcb: int = 12  # dit blocks before the bridge; the other num_layers - num_pcb are IRG steps
     geo_dim: int = 1408
     geo_heads: int = 11
@@ -193,15 +185,14 @@ class BiCrossAttention(nn.Module):
         layers = self.cross_attn
         a = F.layer_norm(x, x.shape[-1:], eps=1e-6)  # (B, N, D)
         b = F.layer_norm(z, z.shape[-1:], eps=1e-6)  # (B, f*P, C)
-        both = (layers.m1_proj(a), layers.m2_proj(b))
-        q, k = (rearrange(y, "b n (h d) -> b h n d", h=self.heads) for y in both)
-        q, k = rotate_pairs(q, *rope_x), rotate_pairs(k, *rope_z)
+        q = rotate_pairs(split_heads(layers.m1_proj(a), self.heads), *rope_x)
+        k = rotate_pairs(split_heads(layers.m2_proj(b), self.heads), *rope_z)
         if self.ways != "to_geometry":
-            from_z = attention(q, k, layers.values_m2_proj(b), self.heads)
-            x = x + self.gamma_m1 * layers.out_m1_proj(from_z)  # (B, N, D)
+            v = split_heads(layers.values_m2_proj(b), self.heads)
+            x = x + self.gamma_m1 * layers.out_m1_proj(attention(q, k, v))  # (B, N, D)
         if self.ways != "to_video":  # the same scores, normalised the other way
-            from_x = attention(k, q, layers.values_m1_proj(a), self.heads)
-            z = z + self.gamma_m2 * layers.out_m2_proj(from_x)  # (B, f*P, C)
+            v = split_heads(layers.values_m1_proj(a), self.heads)
+            z = z + self.gamma_m2 * layers.out_m2_proj(attention(k, q, v))  # (B, f*P, C)
         return x, z
 
 
@@ -366,7 +357,7 @@ class FantasyWorld(nn.Module):
         check_config(cfg)
         self.cfg, self.checkpoint_activations = cfg, "none"
         n, C, D = cfg.geo_layers, cfg.geo_dim, cfg.dim
-        self.dit = dit or WanDiT(**{name: getattr(cfg, name) for name in WanDiT.SIZES})
+        self.dit = dit or WanDiT(cfg)
         self.bridge = LatentBridge(D, C, cfg.bridge_layers, cfg.bridge_width, cfg.layer_scale)
         # The timestep modulates every geometry block.  Zero at the start: a block begins as the
         # plain one.

@@ -406,7 +406,7 @@ def load(options, meta, jobs, camera):
         model = open_checkpoint(path, options.wan_dir, device, *how)
     if options.low_memory:
         model.depth_head.chunk = model.point_head.chunk = 4  # frames that a head sees at a time
-    if image is not None and model.dit.in_dim == LATENT.channels:
+    if image is not None and model.cfg.in_dim == LATENT.channels:
         family = f"{options.wan_dir} is a text-to-video family"
         raise ValueError(f"--image {options.image}: {family}; leave the image out")
     return Resources(model, vae, texts, texts[negative], start, clip, half, *camera)
@@ -421,7 +421,7 @@ def make_inputs(options, job, resources, device):
     noise = torch.randn(1, LATENT.channels, frames, *size, generator=generator).to(device)
     y = None
     if resources.start is not None:
-        y = start_condition(resources.start.to(device), resources.model.dit.in_dim, frames)
+        y = start_condition(resources.start.to(device), resources.model.cfg.in_dim, frames)
     camera = (resources.w2c.to(device), resources.K.to(device))
     text = resources.texts[job.prompt]
     return Inputs(noise, text, resources.negative, y, resources.clip, *camera)

@@ -233,7 +233,7 @@ class Examples:
         return len(self.clips)
 
     def __getitem__(self, i):
-        b = prepare(collate([self.clips[i]]), self.model.dit.in_dim, self.dev, self.model.rays)
+        b = prepare(collate([self.clips[i]]), self.model.cfg.in_dim, self.dev, self.model.rays)
         noise = torch.randn(b["latents"].shape, generator=generator(self.seed, 3, i))
         return dict(b, noise=noise.to(self.dev))
 
@@ -490,7 +490,7 @@ class Job:
         last   the gradients are reduced over the ranks only in a step's last micro-step"""
         options, model = self.options, self.model
         # on the device, in scene units
-        b = prepare(b, model.dit.in_dim, self.empty_text.device, model.rays)
+        b = prepare(b, model.cfg.in_dim, self.empty_text.device, model.rays)
         noise, sigma, keep, b = draw(b, step, positions, self.total, self.empty_text, options)
         how = dict(sigma=sigma, keep=keep, options=options, video=options.stage != 1)
         waits = not last and self.wrapped is not model

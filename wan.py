@@ -1,8 +1,12 @@
-"""The Wan 2.1 video DiT family as one class: frozen, its attribute names are the official
-checkpoint keys."""
+"""The Wan 2.1 video DiT family as one class: noisy latents and conditions -> velocity.
+
+Attribute names are the keys of the official checkpoints, so loading is strict and needs no table.
+Shapes: B batch, T = 4(f-1)+1 pixel frames, (f, h, w) token grid, N = f*h*w tokens, D width,
+L words; latents (B, 16, f, 2h, 2w), video (B, 3, T, 16h, 16w).
+Sources: Wan 2.1 (architecture, weights), Wan-Fun (control adapter), Peebles & Xie 2022 (adaLN)."""
 
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import torch
@@ -21,6 +25,15 @@ class LatentGrid(NamedTuple):
 
 
 LATENT = LatentGrid()
+
+CLIP_SHAPE = (257, 1280)  # tokens of a start image, and their width
+
+# Input channels of the families: noisy latents, start image and 4 mask channels.
+INPUTS = {
+    LATENT.channels: "text-to-video",
+    2 * LATENT.channels: "Control-Camera",
+    2 * LATENT.channels + 4: "image-to-video or InP",
+}
 
 # Relatives that are refused by name: the first letters of a tensor name that gives them away.
 UNSUPPORTED = {
@@ -64,18 +77,18 @@ def rotate_pairs(x, cos, sin):
     return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2)
 
 
-def attention(q, k, v, heads):
-    """(B, N, D) x 3 -> (B, N, D); q, k already split into heads when 4-d."""
+def split_heads(x, heads):
+    """(B, N, D) -> (B, heads, N, d)."""
+    return rearrange(x, "b n (h d) -> b h n d", h=heads)
 
-    def split(x):
-        return x if x.dim() == 4 else rearrange(x, "b n (h d) -> b h n d", h=heads)
 
+def attention(q, k, v):
+    """(B, heads, N, d) x 3 -> (B, N, D)."""
     # Rotated queries and keys are fp32; flash attention wants the type of the values.
-    q, k, v = split(q).to(v.dtype), split(k).to(v.dtype), split(v)
-    return rearrange(F.scaled_dot_product_attention(q, k, v), "b h n d -> b n (h d)")
+    out = F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v)
+    return rearrange(out, "b h n d -> b n (h d)")
 
 
-# Attribute names are the official checkpoint's keys, so loading is strict and needs no table.
 class RMSNorm(nn.Module):
     """Over the full width, before the split into heads; computed in fp32."""
 
@@ -97,10 +110,9 @@ class WanSelfAttention(nn.Module):
         self.norm_q, self.norm_k = RMSNorm(dim), RMSNorm(dim)
 
     def forward(self, x, rope):
-        q, k = self.norm_q(self.q(x)), self.norm_k(self.k(x))
-        q, k = (rearrange(y, "b n (h d) -> b h n d", h=self.heads) for y in (q, k))
-        q, k = rotate_pairs(q, *rope), rotate_pairs(k, *rope)  # (B, heads, N, d)
-        return self.o(attention(q, k, self.v(x), self.heads))
+        tokens = self.norm_q(self.q(x)), self.norm_k(self.k(x)), self.v(x)  # (B, N, D) each
+        q, k, v = (split_heads(y, self.heads) for y in tokens)  # (B, heads, N, d)
+        return self.o(attention(rotate_pairs(q, *rope), rotate_pairs(k, *rope), v))
 
 
 class WanCrossAttention(nn.Module):
@@ -116,17 +128,19 @@ class WanCrossAttention(nn.Module):
             self.norm_k_img = RMSNorm(dim)
 
     def keys_values(self, text, image):
-        """[(k, v) of the text, then of an image], (B, L, D) each: the same at every noise level."""
+        """[(k, v) of the text, then of an image], (B, heads, L, d) each.
+
+        They are the same at every noise level."""
         pairs = [(self.norm_k(self.k(text)), self.v(text))]
         if self.has_clip:
             pairs.append((self.norm_k_img(self.k_img(image)), self.v_img(image)))
-        return pairs
+        return [tuple(split_heads(y, self.heads) for y in pair) for pair in pairs]
 
     def forward(self, x, keys, adapter=None):
-        q, (text, *image) = self.norm_q(self.q(x)), keys
-        out = attention(q, *text, self.heads)
-        for pair in image:  # its own softmax: the image never competes with the text
-            out = out + attention(q, *pair, self.heads)
+        q = split_heads(self.norm_q(self.q(x)), self.heads)
+        out = attention(q, *keys[0])  # (B, N, D)
+        for pair in keys[1:]:  # its own softmax: the image never competes with the text
+            out = out + attention(q, *pair)
         # The release's camera adapter shifts what was attended, before it is projected.
         return self.o(out if adapter is None else adapter(out))
 
@@ -150,9 +164,9 @@ class WanBlock(nn.Module):
         """x (B, N, D) fp32 residual stream; modulation (B, 6, D) shift, scale, gate of attention
         then of the FFN; keys: keys_values of this block's cross-attention; adapter changes its
         output (released camera module)."""
-        m = (self.modulation + modulation).unbind(1)  # learned rows plus the timestep's
-        m = [row[:, None] for row in m]  # (B, 1, D) each
-        x = x + m[2] * self.self_attn(self.norm1(x) * (1 + m[1]) + m[0], rope)
+        m = (self.modulation + modulation)[:, :3].unsqueeze(2)  # learned plus the timestep's
+        shift, scale, gate = m.unbind(1)  # (B, 1, D) each
+        x = x + gate * self.self_attn(self.norm1(x) * (1 + scale) + shift, rope)
         return x + self.cross_attn(self.norm3(x), keys, adapter)  # neither gated nor modulated
 
     def feed_forward(self, x, modulation):
@@ -178,8 +192,9 @@ class WanHead(nn.Module):
 
 
 class ClipProjection(nn.Module):
-    def __init__(self, dim, clip_dim=1280):
+    def __init__(self, dim):
         super().__init__()
+        clip_dim = CLIP_SHAPE[1]
         self.proj = nn.Sequential(
             nn.LayerNorm(clip_dim),
             nn.Linear(clip_dim, clip_dim),
@@ -215,7 +230,8 @@ class ControlAdapter(nn.Module):
 
     def __init__(self, dim):
         super().__init__()
-        self.conv = nn.Conv2d(24 * 64, dim, 2, 2)  # 6 x 4 numbers of 8 x 8 pixels, to tokens
+        rays = 6 * LATENT.time * LATENT.space**2  # numbers of a latent: 4 frames of 8 x 8 pixels
+        self.conv = nn.Conv2d(rays, dim, LATENT.patch, LATENT.patch)  # to tokens
         self.residual_blocks = nn.Sequential(ControlResidual(dim))
 
     def forward(self, plucker):
@@ -223,6 +239,22 @@ class ControlAdapter(nn.Module):
         x = F.pixel_unshuffle(x, LATENT.space)  # (B*f, 24 * 64, 2h, 2w)
         x = self.residual_blocks(self.conv(x))  # (B*f, D, h, w)
         return rearrange(x, "(b f) d h w -> b d f h w", b=plucker.shape[0])
+
+
+@dataclass(frozen=True)
+class VideoSizes:
+    """Of a video branch; all but head_dim and text_len are read off the tensors of real weights."""
+
+    dim: int = 1536
+    ffn_dim: int = 8960
+    num_layers: int = 30
+    in_dim: int = 2 * LATENT.channels  # one of INPUTS
+    head_dim: int = 128
+    text_dim: int = 4096
+    text_len: int = 512
+    freq_dim: int = 256
+    has_clip: bool = True
+    has_control: bool = True  # Pluecker rays through Wan-Fun's control adapter
 
 
 @dataclass(frozen=True)
@@ -246,51 +278,32 @@ class VideoConditions:
 class WanDiT(nn.Module):
     """Wan2.1 video DiT: noisy latents and conditions -> velocity.  Sources: Wan 2.1, Wan-Fun."""
 
-    def __init__(
-        self,
-        dim,
-        ffn_dim,
-        num_layers,
-        in_dim=LATENT.channels,
-        head_dim=128,
-        text_dim=4096,
-        text_len=512,
-        freq_dim=256,
-        has_clip=False,
-        has_control=False,
-        out_dim=LATENT.channels,
-    ):
+    def __init__(self, sizes):
         super().__init__()
-        if dim % head_dim:
-            raise ValueError(f"WanDiT: width {dim} is not a multiple of head_dim {head_dim}")
-        self.heads, self.in_dim, self.out_dim = dim // head_dim, in_dim, out_dim
-        self.freq_dim, self.text_len, self.head_dim = freq_dim, text_len, head_dim
-        self.patch_embedding = nn.Conv3d(in_dim, dim, (1, 2, 2), (1, 2, 2))  # no patch in time
+        dim = sizes.dim
+        if dim % sizes.head_dim:
+            raise ValueError(f"WanDiT: width {dim} is not a multiple of head_dim {sizes.head_dim}")
+        self.sizes = sizes
+        patch = (1, LATENT.patch, LATENT.patch)  # none in time
+        self.patch_embedding = nn.Conv3d(sizes.in_dim, dim, patch, patch)
         self.text_embedding = nn.Sequential(
-            nn.Linear(text_dim, dim), nn.GELU(approximate="tanh"), nn.Linear(dim, dim)
+            nn.Linear(sizes.text_dim, dim), nn.GELU(approximate="tanh"), nn.Linear(dim, dim)
         )
         self.time_embedding = nn.Sequential(
-            nn.Linear(freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim)
+            nn.Linear(sizes.freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim)
         )
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
-        self.blocks = nn.ModuleList(
-            WanBlock(dim, ffn_dim, self.heads, has_clip) for _ in range(num_layers)
-        )
-        self.head = WanHead(dim, 4 * out_dim)
-        self.img_emb = ClipProjection(dim) if has_clip else None
-        self.control_adapter = ControlAdapter(dim) if has_control else None
+        block = partial(WanBlock, dim, sizes.ffn_dim, dim // sizes.head_dim, sizes.has_clip)
+        self.blocks = nn.ModuleList(block() for _ in range(sizes.num_layers))
+        self.head = WanHead(dim, LATENT.channels * LATENT.patch**2)
+        self.img_emb = ClipProjection(dim) if sizes.has_clip else None
+        self.control_adapter = ControlAdapter(dim) if sizes.has_control else None
         # From scratch (stage 0) the output starts as the input: at high noise the velocity nearly
         # is the noisy latent.
         nn.init.orthogonal_(self.patch_embedding.weight)
+        latents = self.patch_embedding.weight[:, : LATENT.channels]
         with torch.no_grad():
-            self.head.head.weight.copy_(
-                rearrange(self.patch_embedding.weight[:, :out_dim], "d c 1 p q -> (p q c) d")
-            )
-
-    # What a config must say to build one; all but head_dim and text_len can be read off tensors.
-    SIZES = (
-        "dim ffn_dim num_layers in_dim head_dim text_dim text_len freq_dim has_clip has_control"
-    ).split()
+            self.head.head.weight.copy_(rearrange(latents, "d c 1 p q -> (p q c) d"))
 
     @classmethod
     def from_shapes(cls, shapes, head_dim=128, text_len=512, where="these tensors"):
@@ -298,13 +311,17 @@ class WanDiT(nn.Module):
 
         Raises ValueError unless it is a known family."""
         try:
-            dim, in_dim = shapes["patch_embedding.weight"][:2]
-            sizes = dict(
+            sizes = VideoSizes(
+                dim=shapes["patch_embedding.weight"][0],
+                in_dim=shapes["patch_embedding.weight"][1],
                 text_dim=shapes["text_embedding.0.weight"][1],
                 ffn_dim=shapes["blocks.0.ffn.0.weight"][0],
-                out_dim=shapes["head.head.weight"][0] // LATENT.patch**2,
                 freq_dim=shapes["time_embedding.0.weight"][1],
                 num_layers=1 + max(int(k.split(".")[1]) for k in shapes if k.startswith("blocks.")),
+                head_dim=head_dim,
+                text_len=text_len,
+                has_clip="img_emb.proj.1.weight" in shapes,
+                has_control="control_adapter.conv.weight" in shapes,
             )
         except (KeyError, IndexError, ValueError) as error:
             raise ValueError(
@@ -313,25 +330,14 @@ class WanDiT(nn.Module):
                 f"copy in place of the official files"
             ) from None
         odd = [
-            what for name, what in UNSUPPORTED.items() if any(k.startswith(name) for k in shapes)
+            what for start, what in UNSUPPORTED.items() if any(k.startswith(start) for k in shapes)
         ]
-        if odd or in_dim not in (16, 32, 36):
-            raise ValueError(
-                f"{where}: {odd[0] if odd else f'{in_dim} input channels'} is not supported; "
-                "wanted "
-                f"a text-to-video (16 inputs), Control-Camera (32) or image-to-video / InP (36) "
-                f"family"
-            )
+        odd += [] if sizes.in_dim in INPUTS else [f"a family of {sizes.in_dim} input channels"]
+        if odd:
+            known = ", ".join(f"{name} ({inputs} inputs)" for inputs, name in INPUTS.items())
+            raise ValueError(f"{where}: {odd[0]} is not supported; wanted one of {known}")
         with torch.device("meta"):
-            return cls(
-                dim=dim,
-                in_dim=in_dim,
-                head_dim=head_dim,
-                text_len=text_len,
-                has_clip="img_emb.proj.1.weight" in shapes,
-                has_control="control_adapter.conv.weight" in shapes,
-                **sizes,
-            )
+            return cls(sizes)
 
     @classmethod
     def from_state_dict(cls, sd, head_dim=128, text_len=512):
@@ -343,21 +349,21 @@ class WanDiT(nn.Module):
         """t (B,) -> e (B, D) for the head, modulation (B, 6, D) of every block."""
         device = self.patch_embedding.weight.device
         with torch.autocast(device.type, enabled=False):  # fp32: cheap, and halves the bf16 error
-            e = self.time_embedding(timestep_embedding(t.to(device), self.freq_dim))
+            e = self.time_embedding(timestep_embedding(t.to(device), self.sizes.freq_dim))
             return e, self.time_projection(e).unflatten(1, (6, -1))
 
     def conditions(self, context, clip=None, plucker=None):
         """Prompt, CLIP tokens and rays as the blocks read them; arguments as forward's."""
         device, layer = self.patch_embedding.weight.device, self.text_embedding[0]
         if not torch.is_tensor(context):
-            # Padded rows are not masked: Wan attends to them, and so must we.
-            rows = [F.pad(c, (0, 0, 0, self.text_len - c.shape[0])) for c in context]
-            context = torch.stack(rows)  # (B, L, text_dim)
+            # Padding is not masked: Wan attends to it, and so must we.
+            padded = [F.pad(c, (0, 0, 0, self.sizes.text_len - c.shape[0])) for c in context]
+            context = torch.stack(padded)  # (B, L, text_dim)
         text = self.text_embedding(context.to(device=device, dtype=layer.weight.dtype))
         image = None
         if self.img_emb is not None:
             if clip is None:
-                clip = torch.zeros(len(context), 257, 1280, device=device)
+                clip = torch.zeros(len(context), *CLIP_SHAPE, device=device)
             image = self.img_emb(clip.to(device=device, dtype=self.img_emb.proj[1].weight.dtype))
         return VideoConditions(text, image, self.control(plucker))
 
@@ -373,14 +379,13 @@ class WanDiT(nn.Module):
 
     def embed(self, x, y=None, control=None, keep=None):
         """Latents (B, 16, f, 2h, 2w) [+ y, control] -> tokens (B, N, D) fp32, grid (f, h, w)."""
-        extra = self.in_dim - x.shape[1]
+        in_dim = self.sizes.in_dim
+        extra = in_dim - x.shape[1]
         if extra:
             y = x.new_zeros(x.shape[0], extra, *x.shape[2:]) if y is None else y
             if y.shape[1] != extra:
-                raise ValueError(
-                    f"y has {y.shape[1]} channels; this Wan family ({self.in_dim} inputs) wants "
-                    f"{extra}"
-                )
+                family = f"{INPUTS.get(in_dim, 'this family')} ({in_dim} inputs)"
+                raise ValueError(f"y has {y.shape[1]} channels; {family} wants {extra}")
             x = torch.cat([x, y.to(x.dtype)], 1)  # (B, in_dim, f, 2h, 2w)
         weight = self.patch_embedding.weight
         tokens = self.patch_embedding(x.to(weight.dtype)).float()  # (B, D, f, h, w)
@@ -390,12 +395,12 @@ class WanDiT(nn.Module):
         return rearrange(tokens, "b d f h w -> b (f h w) d"), grid
 
     def rope(self, grid, device):
-        return rope_3d(*grid, self.head_dim, 0, device)
+        return rope_3d(*grid, self.sizes.head_dim, 0, device)
 
     def unpatchify(self, x, grid):
         """(B, N, 64), channel fastest -> (B, 16, f, 2h, 2w)."""
-        f, h, w = grid
-        return rearrange(x, "b (f h w) (p q c) -> b c f (h p) (w q)", f=f, h=h, w=w, p=2, q=2)
+        (f, h, w), p = grid, LATENT.patch
+        return rearrange(x, "b (f h w) (p q c) -> b c f (h p) (w q)", f=f, h=h, w=w, p=p, q=p)
 
     def forward(self, x, t, context, y=None, clip=None, plucker=None, keep=None, constants=None):
         """Velocity (B, 16, f, h, w) of noisy latents.

@@ -128,16 +128,7 @@ def load_wan(folder, cfg, device="cpu", dtype=None):
         {name: tensors[name][1]().to(device, wanted[name].dtype, copy=True) for name in wanted},
         assign=True,
     )
-    found = dict(
-        dim=dit.patch_embedding.out_channels,
-        ffn_dim=dit.blocks[0].ffn[0].out_features,
-        in_dim=dit.in_dim,
-        num_layers=len(dit.blocks),
-        text_dim=dit.text_embedding[0].in_features,
-        freq_dim=dit.freq_dim,
-        has_clip=dit.img_emb is not None,
-        has_control=dit.control_adapter is not None,
-    )
+    found = vars(dit.sizes)
     if os.environ.get("RANK", "0") == "0":
         print(
             f"{folder}: {FAMILIES.get(fingerprint(shapes), 'a DiT of sizes that no release has')}: "

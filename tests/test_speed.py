@@ -22,7 +22,7 @@ from lib.checkpoints import load_optimizer, save_checkpoint, training_state
 from lib.distributed import end_processes
 from lib.weights import load_trained
 from model import PRESETS, FantasyWorld
-from wan import WanCrossAttention, WanDiT
+from wan import VideoSizes, WanCrossAttention, WanDiT
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -249,7 +249,7 @@ def test_sampling_with_constants_computed_once_equals_the_literal_loop(stage):
 
 def test_constants_of_the_video_branch_stand_in_for_prompt_and_camera():
     torch.manual_seed(0)
-    dit, x = WanDiT(32, 64, 2, 16, 16, 64, 16, 32, has_clip=True, has_control=True), tiny_inputs()
+    dit, x = WanDiT(VideoSizes(32, 64, 2, 16, 16, 64, 16, 32)), tiny_inputs()
     given = dict(context=x["context"], clip=torch.randn(2, 257, 1280), plucker=x["plucker"])
     with torch.no_grad():
         assert torch.equal(

@@ -58,7 +58,7 @@ def test_the_names_and_shapes_of_a_release_load_strictly_and_are_recognised(
     sd = meta(release)
     dit = WanDiT.from_state_dict(sd)
     assert sum(p.numel() for p in dit.parameters()) == parameters
-    assert (dit.in_dim, dit.img_emb is not None, dit.control_adapter is not None) == (
+    assert (dit.sizes.in_dim, dit.img_emb is not None, dit.control_adapter is not None) == (
         inputs,
         clip,
         "Camera" in release,
