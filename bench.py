@@ -42,7 +42,7 @@ from lib.caches import read_again, save_tensors, stamp
 from lib.camera_paths import load_camera
 from lib.plan import GIB, Count, clear_tables, example_batch, fake, fake_model, fake_tensors
 from model import PRESETS, Conditions, Config, FantasyWorld
-from wan import LATENT, half_precision, start_condition
+from wan import CLIP_SHAPE, LATENT, half_precision, start_condition
 
 OPTIONS = config.apply(vars(train), [])  # the defaults
 
@@ -333,12 +333,11 @@ def sampling_table(case, device, rounds, steps=4):
 # -------------------------------------------------------------------------------------------- data
 def write_cache(path, size, cfg):
     """The large tensors of a clip as data.py encode leaves them, filled with random numbers."""
-    grid = (size[0] - 1) // LATENT.time + 1, size[1] // LATENT.space, size[2] // LATENT.space
     tensors = dict(
         depth=torch.rand(*size) + 1,
-        latents=torch.rand(LATENT.channels, *grid).bfloat16(),
+        latents=torch.rand(LATENT.channels, *LATENT.grid_of(*size)).bfloat16(),
         text=torch.rand(cfg.text_len, cfg.text_dim).bfloat16(),
-        clip=torch.rand(257, 1280).bfloat16(),
+        clip=torch.rand(CLIP_SHAPE).bfloat16(),
     )
     save_tensors(path, tensors, {})
 

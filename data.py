@@ -432,9 +432,10 @@ def encode(root, height, width, num_frames, how=Encoding()):
     returns  how many clips failed on any rank; 0 with skip_bad as long as one is left
     Under torchrun every rank takes its share of the clips.  Finished files whose key still fits are
     kept."""
-    if num_frames % LATENT.time != 1 or height % 16 or width % 16:
-        size = f"{num_frames} frames of {height}x{width}"
-        raise ValueError(f"{size}; wanted 4k + 1 and multiples of 16")
+    size = num_frames, height, width
+    if size != LATENT.nearest(*size):
+        found = "{} frames of {}x{}".format(*size)
+        raise ValueError(f"{found}; wanted 4k + 1 and multiples of 16")
     # by torchrun
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     gpu = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"

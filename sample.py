@@ -414,14 +414,13 @@ def load(options, meta, jobs, camera):
 
 def make_inputs(options, job, resources, device):
     """What one job's video is made from."""
-    frames = (options.frames - 1) // LATENT.time + 1
-    size = (options.height // LATENT.space, options.width // LATENT.space)
+    grid = LATENT.grid_of(options.frames, options.height, options.width)
     # Drawn on the CPU: the same seed is the same noise on every machine.
     generator = torch.Generator().manual_seed(job.seed)
-    noise = torch.randn(1, LATENT.channels, frames, *size, generator=generator).to(device)
+    noise = torch.randn(1, LATENT.channels, *grid, generator=generator).to(device)
     y = None
     if resources.start is not None:
-        y = start_condition(resources.start.to(device), resources.model.cfg.in_dim, frames)
+        y = start_condition(resources.start.to(device), resources.model.cfg.in_dim, grid[0])
     camera = (resources.w2c.to(device), resources.K.to(device))
     text = resources.texts[job.prompt]
     return Inputs(noise, text, resources.negative, y, resources.clip, *camera)
@@ -478,9 +477,8 @@ def quirks_of(options, meta):
 
 def check_size(size):
     """Frames, height and width must divide into latents and patches."""
-    near = [max(5, round((size[0] - 1) / 4) * 4 + 1)]
-    near += [max(16, round(x / 16) * 16) for x in size[1:]]
-    if list(size) != near:
+    near = LATENT.nearest(*size)
+    if tuple(size) != near:
         shape = "--frames {} --height {} --width {}"
         wanted = "wanted 4k + 1 frames and multiples of 16"
         raise ValueError(f"{shape.format(*size)}: {wanted}, such as {shape.format(*near)}")

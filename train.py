@@ -46,6 +46,7 @@ from lib.log import Records, Tally, changed_options, clock, memory_gb, provenanc
 from lib.plan import HARDWARE, flops_of_step, peak_flops, report
 from lib.weights import load_weights, metadata_of, open_model, read_tensors
 from model import CHECKPOINTING, PRESETS, flow_matching_loss, shift_sigma
+from wan import LATENT
 
 # fmt: off
 section_1 = section("what")
@@ -255,10 +256,10 @@ def check_options(options):
         )
     if options.shard_weights and options.shard_optimizer:
         raise ValueError("shard_weights shards the optimizer too: leave shard_optimizer out")
-    if options.num_frames % 4 != 1 or options.height % 16 or options.width % 16:
-        size = f"height x width = {options.height} x {options.width}"
-        wanted = "the video latents need 4k + 1 frames (21, 81) and multiples of 16"
-        raise ValueError(f"num_frames = {options.num_frames}, {size}: {wanted}")
+    size = options.num_frames, options.height, options.width
+    if size != LATENT.nearest(*size):
+        found = "num_frames = {}, height x width = {} x {}".format(*size)
+        raise ValueError(f"{found}; wanted 4k + 1 frames (21, 81) and multiples of 16")
     if options.plan:
         return
     if options.stage and not options.wan_dir and not options.random_wan:

@@ -23,6 +23,16 @@ class LatentGrid(NamedTuple):
     space: int = 8  # pixels of a latent, each way
     patch: int = 2  # latents of a token, each way
 
+    def grid_of(self, frames, height, width):
+        """(f, h, w) of the latents of a video."""
+        return (frames - 1) // self.time + 1, height // self.space, width // self.space
+
+    def nearest(self, frames, height, width):
+        """The video size next to this one that divides into tokens: 4k + 1, multiples of 16."""
+        token = self.space * self.patch  # pixels
+        sides = (max(token, round(side / token) * token) for side in (height, width))
+        return max(1 + self.time, round((frames - 1) / self.time) * self.time + 1), *sides
+
 
 LATENT = LatentGrid()
 

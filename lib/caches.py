@@ -27,6 +27,7 @@ from tqdm import tqdm
 from encoders import encode_start
 from lib.distributed import gathered
 from lib.files import FAR, check_file, read_json, write_aside
+from wan import CLIP_SHAPE, LATENT
 
 
 @torch.no_grad()
@@ -124,7 +125,7 @@ def check_header(path, name, sample, size, fingerprint):
     """The header of a window `name` of a sample, at size (T, H, W) -> metadata, what may differ
     between encoders."""
     (T, H, W), (metadata, specs, _) = size, read_header(path)
-    f, h, w = (T - 1) // 4 + 1, H // 8, W // 8
+    f, h, w = LATENT.grid_of(T, H, W)
     wanted = dict(id=name, sample=sample["id"], num_frames=T, height=H, width=W)
     wanted.update(fingerprint=fingerprint, prompt=sample["prompt"])
     for key, value in wanted.items():
@@ -142,7 +143,7 @@ def check_header(path, name, sample, size, fingerprint):
         w2c=("F32", [T, 3, 4]),
         intrinsics=("F32", [T, 3, 3]),
     )
-    shapes |= dict(clip=("BF16", [257, 1280])) if "clip" in specs else {}
+    shapes |= dict(clip=("BF16", [*CLIP_SHAPE])) if "clip" in specs else {}
     shapes |= dict(moving=("BOOL", [T, H, W])) if "moving" in specs else {}
     found = {k: (v[0], v[1]) for k, v in specs.items()}
     for key in shapes | found:

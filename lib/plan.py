@@ -25,7 +25,7 @@ import geometry
 import wan
 from lib.distributed import sharded_units
 from model import CHECKPOINTING, FantasyWorld
-from wan import LATENT, half_precision
+from wan import CLIP_SHAPE, LATENT, half_precision
 
 GIB = 2**30
 
@@ -153,8 +153,7 @@ def example_batch(cfg, batch, num_frames, height, width):
     """Random tensors with the names and shapes of a prepared batch: only the sizes count.
 
     returns  as compute_loss of train.py takes them: batch, noise, sigma, keep"""
-    f = (num_frames - 1) // LATENT.time + 1
-    grid = (f, height // LATENT.space, width // LATENT.space)
+    grid = LATENT.grid_of(num_frames, height, width)
     maps = (batch, num_frames, height, width)
     b = dict(
         latents=torch.randn(batch, LATENT.channels, *grid),
@@ -169,7 +168,7 @@ def example_batch(cfg, batch, num_frames, height, width):
     if cfg.in_dim > LATENT.channels:
         b["y"] = torch.randn(batch, cfg.in_dim - LATENT.channels, *grid)
     if cfg.has_clip:
-        b["clip"] = torch.randn(batch, 257, 1280)
+        b["clip"] = torch.randn(batch, *CLIP_SHAPE)
     return b, torch.randn_like(b["latents"]), torch.rand(batch), torch.ones(batch)
 
 

@@ -21,6 +21,7 @@ from lib.caches import EMPTY_TEXT, save_clip, save_tensors
 from lib.camera_files import write_cameras
 from lib.pictures import write_video
 from lib.standin import make_encoders
+from wan import LATENT
 
 # Metres and radians (fov: degrees): low, high; turn: mean, sd; aim, pitch, roll: sd.  "simple": the
 # demo.
@@ -439,9 +440,10 @@ def write_cache(out, clip, entry, split):
 def synth(out, recipe, workers=0):
     """Render the clips of a Recipe: sample folders, or the cache alone."""
     out, (height, width) = Path(out), (recipe.height, recipe.width)
-    if recipe.num_frames % 4 != 1 or height % 16 or width % 16:
-        size = f"{recipe.num_frames} frames of {height}x{width}"
-        raise ValueError(f"{size}; wanted 4k + 1 and multiples of 16")
+    size = recipe.num_frames, height, width
+    if size != LATENT.nearest(*size):
+        found = "{} frames of {}x{}".format(*size)
+        raise ValueError(f"{found}; wanted 4k + 1 and multiples of 16")
     finished = out / "metadata.json"
     if finished.is_file():
         meta = json.loads(finished.read_text())
