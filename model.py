@@ -504,7 +504,7 @@ class FantasyWorld(nn.Module):
         cfg = self.cfg
         geo_dim, irg_dim = cfg.geo_dim // cfg.geo_heads, cfg.irg_dim // cfg.irg_heads
         return Ropes(
-            video=self.dit.rope(grid, device),
+            video=rope_3d(f, h, w, cfg.head_dim, 0, device),
             frame=rope_2d(1, h, w, geo_dim, device),
             clip=rope_2d(f, h, w, geo_dim, device),
             exchange_x=rope_3d(f, h, w, irg_dim, 0, device),

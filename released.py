@@ -30,7 +30,7 @@ from einops import rearrange
 from torch import nn
 
 from geometry import plucker_rays
-from wan import check_names
+from wan import LATENT, check_names
 
 
 # -------------------------------------------------------------------------------- the camera module
@@ -64,7 +64,7 @@ class RayEncoder(nn.Module):
         super().__init__()
         first, second, width, hidden, out = sizes
         self.controlnet_encode_first = nn.Sequential(
-            nn.Conv2d(6 * 64, first, 1),
+            nn.Conv2d(6 * LATENT.space**2, first, 1),
             nn.GroupNorm(2, first),
             nn.Conv2d(first, first, 1),
             nn.GroupNorm(2, first),
@@ -73,7 +73,8 @@ class RayEncoder(nn.Module):
         self.controlnet_encode_second = nn.Sequential(
             nn.Conv2d(first, second, 1), nn.GroupNorm(2, second), nn.ReLU()
         )
-        self.patch_embedding = nn.Conv3d(second, width, (1, 2, 2), (1, 2, 2))
+        patch = (1, LATENT.patch, LATENT.patch)
+        self.patch_embedding = nn.Conv3d(second, width, patch, patch)
         self.fc = nn.Sequential(
             nn.Linear(width, hidden),
             nn.LayerNorm(hidden),
@@ -83,54 +84,45 @@ class RayEncoder(nn.Module):
         )
 
     def forward(self, rays):
-        x = F.pixel_unshuffle(rays.transpose(1, 2), 8)  # (B, T, 384, H/8, W/8)
-        for encode in (
-            self.controlnet_encode_first,
-            self.controlnet_encode_second,
-        ):  # norms are per frame
-            x = halve_time(encode(x.flatten(0, 1)).unflatten(0, x.shape[:2]))  # T -> (T+1)/2 -> f
-        return self.fc(
-            rearrange(self.patch_embedding(x.transpose(1, 2)), "b d f h w -> b (f h w) d")
-        )
+        x = F.pixel_unshuffle(rays.transpose(1, 2), LATENT.space)  # (B, T, 384, 2h, 2w)
+        for encode in (self.controlnet_encode_first, self.controlnet_encode_second):
+            maps = encode(x.flatten(0, 1))  # (B*T, ., 2h, 2w): the norms are per frame
+            x = halve_time(maps.unflatten(0, x.shape[:2]))  # T -> (T+1)/2 -> f
+        x = self.patch_embedding(x.transpose(1, 2))  # (B, width, f, h, w)
+        return self.fc(rearrange(x, "b d f h w -> b (f h w) d"))  # (B, N, R)
 
 
 class AttentionAdapter(nn.Module):
-    """Shift of a block's cross-attention, before its output projection, by the ray features; starts
-    at zero.
-
-    attended (B, N, D) text + image attention, rays (B, N, R), keep (B, 1, 1) 0/1: 0 hides the
-    camera."""
+    """Shift of a block's cross-attention, before its output projection; starts at zero."""
 
     def __init__(self, dim, ray_dim, hidden, shift_hidden):
         super().__init__()
 
-        def mlp(*sizes):
-            return nn.Sequential(
-                nn.Linear(sizes[0], sizes[1]), nn.ReLU(), nn.Linear(sizes[1], sizes[2])
-            )
+        def mlp(a, b, c):
+            return nn.Sequential(nn.Linear(a, b), nn.ReLU(), nn.Linear(b, c))
 
-        self.k_proj = nn.ModuleDict(
-            dict(group1=nn.Linear(ray_dim, ray_dim), group2=mlp(dim, hidden, ray_dim))
-        )
-        self.v_proj = nn.ModuleDict(dict(group2=mlp(ray_dim, shift_hidden, dim)))
+        self.k_proj = nn.ModuleDict({"group1": nn.Linear(ray_dim, ray_dim)})
+        self.k_proj["group2"] = mlp(dim, hidden, ray_dim)
+        self.v_proj = nn.ModuleDict({"group2": mlp(ray_dim, shift_hidden, dim)})
         nn.init.zeros_(self.v_proj["group2"][2].weight)
         nn.init.zeros_(self.v_proj["group2"][2].bias)
 
-    def forward(self, x, rays, keep=1.0):
-        """x as it came, and what to do inside the attention; one interface with CameraAdapter."""
+    def forward(self, x, rays, keep):
+        """x as it came, and what to do inside the attention; one interface with CameraAdapter.
+
+        x (B, N, D), rays (B, N, R), keep (B, 1, 1) 0/1: 0 hides the camera."""
         return x, partial(self.shift, rays, keep)
 
     def shift(self, rays, keep, attended):
-        seen = self.k_proj["group1"](rays) + self.k_proj["group2"](attended)  # (B, N, R)
-        return attended + keep * self.v_proj["group2"](seen)
+        """attended (B, N, D), by text and image -> the same, shifted."""
+        hidden = self.k_proj["group1"](rays) + self.k_proj["group2"](attended)  # (B, N, R)
+        return attended + keep * self.v_proj["group2"](hidden)
 
 
 # -------------------------------------------------------------------------------------------- names
 def dead(name):
     """Whether one of our parameters belongs to the release but reaches no output."""
-    return name.startswith("pose_encoder.") or bool(
-        re.fullmatch(r"camera_head\.trunk\.\d+\.modulation", name)
-    )
+    return bool(re.match(r"pose_encoder\.|camera_head\.trunk\.\d+\.modulation$", name))
 
 
 HOME = {
@@ -190,12 +182,13 @@ def shape_reader(release, base, num_pcb):
     return shape
 
 
-def check_heads(name, heads, width, usual):
-    """ValueError unless a width splits into so many heads (None: heads of the usual width)."""
+def heads_of(name, heads, width, usual):
+    """The number of attention heads (None: of the usual width); ValueError unless they fit."""
     if heads is None and width % usual:
         raise ValueError(f"width {width} has no heads of {usual} channels; give {name}=")
     if heads is not None and width % heads:
         raise ValueError(f"{name} = {heads} does not divide the width {width}")
+    return heads or width // usual
 
 
 def usual_taps(steps):
@@ -221,9 +214,6 @@ def sizes(release, base=None, dit_heads=None, irg_heads=None, camera_heads=None,
     geo_dim = shape("vggt.projection_head.weight")[0]
     camera_dim = shape("vggt.camera_head.token_norm.weight")[0]
     irg_dim = shape("IRGBlock.0.bicross_attention.cross_attn.m1_proj.bias")[0]
-    check_heads("dit_heads", dit_heads, dim, 128)
-    check_heads("irg_heads", irg_heads, irg_dim, 96)
-    check_heads("camera_heads", camera_heads, camera_dim, 128)
     clip = ("IRGBlock.0.x_dit.cross_attn.k_img.weight", "img_emb.proj.1.weight")
     video = dict(
         dim=dim,
@@ -231,7 +221,7 @@ def sizes(release, base=None, dit_heads=None, irg_heads=None, camera_heads=None,
         ffn_dim=shape("IRGBlock.0.x_dit.ffn.0.weight")[0],
         num_layers=num_pcb + steps,
         num_pcb=num_pcb,
-        head_dim=dim // dit_heads if dit_heads else 128,
+        head_dim=dim // heads_of("dit_heads", dit_heads, dim, 128),
         text_dim=shape("pipe.dit.text_embedding.0.weight")[1],
         freq_dim=shape("pipe.dit.time_embedding.0.weight")[1],
         has_clip=clip[0] in release or clip[1] in base,
@@ -244,9 +234,9 @@ def sizes(release, base=None, dit_heads=None, irg_heads=None, camera_heads=None,
         layer_scale=0.01,
         geo_heads=geo_dim // shape("vggt.aggregator.frame_blocks.0.attn.q_norm.weight")[0],
         irg_dim=irg_dim,
-        irg_heads=irg_heads or irg_dim // 96,
+        irg_heads=heads_of("irg_heads", irg_heads, irg_dim, 96),
         camera_dim=camera_dim,
-        camera_heads=camera_heads or camera_dim // 128,
+        camera_heads=heads_of("camera_heads", camera_heads, camera_dim, 128),
         taps=tuple(taps or usual_taps(steps)),
     )
     return {**video, **geometry, **head_sizes(release, shape)}

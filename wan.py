@@ -404,9 +404,6 @@ class WanDiT(nn.Module):
         grid = tuple(tokens.shape[2:])
         return rearrange(tokens, "b d f h w -> b (f h w) d"), grid
 
-    def rope(self, grid, device):
-        return rope_3d(*grid, self.sizes.head_dim, 0, device)
-
     def unpatchify(self, x, grid):
         """(B, N, 64), channel fastest -> (B, 16, f, 2h, 2w)."""
         (f, h, w), p = grid, LATENT.patch
@@ -428,7 +425,7 @@ class WanDiT(nn.Module):
         e, modulation = self.modulation(t)
         constants = constants or self.constants(context, clip, plucker)
         x, grid = self.embed(x, y, constants.control, keep)
-        rope = self.rope(grid, x.device)
+        rope = rope_3d(*grid, self.sizes.head_dim, 0, x.device)
         for block, keys in zip(self.blocks, constants.keys):
             x = block(x, modulation, keys, rope)  # (B, N, D)
         return self.unpatchify(self.head(x, e), grid)
@@ -445,8 +442,8 @@ def start_condition(start_latents, in_dim, frames):
     if not extra:
         return None
     y = F.pad(start_latents, (0, 0, 0, 0, 0, frames - start_latents.shape[2]))
-    if extra == 20:
-        mask = torch.zeros_like(y[:, :4])
+    if extra > LATENT.channels:
+        mask = torch.zeros_like(y[:, : extra - LATENT.channels])
         mask[:, :, 0] = 1  # frame 0 is known
         y = torch.cat([mask, y], 1)
     return y
