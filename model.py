@@ -400,12 +400,18 @@ class FantasyWorld(nn.Module):
     def make_steps(self):
         """The PCB's steps and the IRG's, in order.  What a config switches off is None there."""
         n, blocks = self.cfg.num_pcb, self.dit.blocks
-        adapters = [*self.camera_adapters, *[None] * len(blocks)][: len(blocks)]
+        adapters = [*self.camera_adapters, *[None] * len(blocks)]
         exchange = self.exchange if len(self.exchange) else [None] * self.cfg.geo_layers
-        video = [*zip(range(len(blocks)), blocks, adapters)]
-        geometry = zip(self.frame_blocks, self.global_blocks, exchange)
-        irg = [IRGStep(*ours, *theirs) for ours, theirs in zip(video[n:], geometry)]
-        return [PCBStep(*ours) for ours in video[:n]], irg
+        pcb = [PCBStep(i, blocks[i], adapters[i]) for i in range(n)]
+        irg = []
+        for i in range(n, len(blocks)):
+            layer = (self.frame_blocks[i - n], self.global_blocks[i - n], exchange[i - n])
+            irg.append(IRGStep(i, blocks[i], adapters[i], *layer))
+        return pcb, irg
+
+    def adopt_steps(self):
+        """Make the steps modules of this one, as FSDP2 wants; parameters keep their first names."""
+        self.pcb, self.irg = nn.ModuleList(self.pcb), nn.ModuleList(self.irg)
 
     @classmethod
     def from_released(

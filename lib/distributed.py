@@ -13,7 +13,6 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch import nn
 from torch.distributed.rendezvous import rendezvous
 
 try:
@@ -51,8 +50,8 @@ def shard(model, group, device):
 
     mesh = DeviceMesh.from_group(group, device.type)
     model.to(memory_format=torch.contiguous_format)  # all that fully_shard takes
-    # A root gathers for the modules below it, so the steps must be modules of the model.
-    model.pcb, model.irg, done = nn.ModuleList(model.pcb), nn.ModuleList(model.irg), set()
+    model.adopt_steps()  # a root gathers for the modules below it
+    done = set()
     for unit in sharded_units(model):
         fully_shard(unit, mesh=mesh)
         done.update(unit.parameters())

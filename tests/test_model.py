@@ -30,9 +30,9 @@ def test_wan_dit_matches_the_official_forward_with_ragged_prompts_and_two_timest
         block.register_forward_hook(lambda m, args, out, i=i: seen.update({f"block{i}": out}))
     with torch.no_grad():
         out = dit(inputs["x"], inputs["t"], inputs["context"])
-        e, rows = dit.modulation(inputs["t"])
+        e, modulation = dit.modulation(inputs["t"])
         text = dit.conditions(inputs["context"]).text
-    seen.update(time_e=e, time_e0=rows.flatten(1), text=text)
+    seen.update(time_e=e, time_e0=modulation.flatten(1), text=text)
     for name, tap in data["taps"].items():
         assert relative(seen[name], tap) < 1e-5, name
     assert relative(out, data["out_fp32"]) < 1e-5

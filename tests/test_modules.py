@@ -33,8 +33,8 @@ def test_geometry_block_equals_its_formula_in_fp64():
     block = GeoBlock(32, 2, layer_scale=0.5).double()
     with torch.no_grad():
         block.modulation.add_(torch.randn_like(block.modulation))
-    z, rows = torch.randn(2, 7, 32).double(), torch.randn(2, 6, 32).double()
-    e = [row[:, None] for row in (block.modulation + rows).unbind(1)]
+    z, modulation = torch.randn(2, 7, 32).double(), torch.randn(2, 6, 32).double()
+    e = [row[:, None] for row in (block.modulation + modulation).unbind(1)]
     x = F.layer_norm(z, (32,), block.norm1.weight, block.norm1.bias) * (1 + e[1]) + e[0]
     q, k, v = (
         (x @ block.attn.qkv.weight.T + block.attn.qkv.bias)
@@ -46,7 +46,7 @@ def test_geometry_block_equals_its_formula_in_fp64():
     out = (weights @ v).transpose(1, 2).reshape(2, 7, 32)
     z1 = z + 0.5 * (out @ block.attn.proj.weight.T + block.attn.proj.bias)
     m = block.mlp.fc2(F.gelu(block.mlp.fc1(F.layer_norm(z1, (32,)))))
-    torch.testing.assert_close(block(z, rows), z1 + 0.5 * (m * (1 + e[4]) + e[3]) * e[5])
+    torch.testing.assert_close(block(z, modulation), z1 + 0.5 * (m * (1 + e[4]) + e[3]) * e[5])
 
 
 def test_frame_attention_sees_only_its_own_frame():
