@@ -1,131 +1,117 @@
-"""Evaluation of a model on cached clips: one row of metrics per condition, trivial baselines, table
-and picture."""
+"""Evaluation of a model on cached clips: rows of metrics, two baselines, a table, pictures.
+
+A row is {metric: number}, a mean over clips; lengths are in scene units.  Every clip is read with
+its camera poses given and without.  Definitions and sources of the metrics: lib/metrics.py."""
 
 import json
+from collections import Counter
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from urllib.parse import quote
 
 import numpy as np
 import torch
 
 from geometry import decode_pose, relative_to_first, unproject
+from lib import metrics, pictures
 from lib.distributed import gathered
-from lib.metrics import (
-    ause,
-    cloud_metrics,
-    depth_metrics,
-    head_agreement,
-    point_metrics,
-    pose_metrics,
-    temporal_error,
-)
-from lib.pictures import (
-    COMMANDED,
-    PREDICTED,
-    confidence_to_rgb,
-    depth_legend,
-    depth_to_rgb,
-    enlarge,
-    sheet,
-    top_view,
-    write_png,
-)
-from lib.weights import load_weights
+from lib.weights import load_weights, metadata_of
 from model import flow_matching_loss
 
-COLUMNS = dict(
-    abs_rel="AbsRel",
-    delta1="delta1",
-    tae="TAE",
-    points="points",
-    f_score="F",
-    agreement="agree",
-    ause="AUSE",
-    rot_deg="rot deg",
-    trans="transl",
-    diffusion="diff",
-)
+# The headline metrics and the words above them.
+COLUMNS = dict(abs_rel="AbsRel", delta1="delta1", tae="TAE", points="points", f_score="F")
+COLUMNS |= dict(agreement="agree", ause="AUSE", rot_deg="rot deg", trans="transl", diffusion="diff")
+FAIR = "baseline fair (train mean depth, identity pose)"
+ORACLE = "baseline oracle (clip's own mean depth)"
+DIFFUSION_SIGMAS = (0.1, 0.3, 0.5, 0.7, 0.9)
+NOTES = """TAE: flicker of depth in percent.  points, transl: mean distances in scene units.
+agree: the point head against the unprojected depth head.  AUSE: how badly confidence sorts errors.
+Given poses only pass through: rot deg and transl then show nothing that was learned.
+docs/evaluation.md explains every column.
 
-
-def geometry_row(depth, points, w2c, b, out=None):
-    """Metrics of one batch in scene units; translation is the mean distance of the camera centres.
-    With the model's output `out` also how far its heads agree and how well its confidence sorts the
-    errors.  TAE leaves out what moves by itself, if the clip says so (cameras alone do not explain
-    its depth)."""
-    gt, mask = b["depth"], b["mask"]
-    still = mask & ~b["moving"] if "moving" in b else mask
-    row = {
-        name + ("" if align == "none" else f"_{align}"): value
-        for align in ("none", "median", "scale_shift")
-        for name, value in depth_metrics(depth, gt, mask, align).items()
-    }
-    p = point_metrics(points, b["points"], mask)
-    row.update(
-        points=p["dist"],
-        points_rel=p["rel"],
-        tae=temporal_error(depth, b["w2c"], b["intrinsics"], still),
-        **cloud_metrics(points, b["points"], mask),
-        **pose_metrics(w2c, b["w2c"]),
-    )
-    if out is not None:
-        _, K = decode_pose(out["pose_enc"][-1], gt.shape[-2:])
-        error = ((depth - gt).abs() / gt).where(mask, torch.zeros_like(gt))
-        row.update(
-            agreement=head_agreement(points, depth, w2c, K, mask),
-            ause=ause(error, out["depth_conf"], mask),
-            ause_points=ause((points - b["points"]).norm(dim=-1), out["points_conf"], mask),
-        )
-    return row
+Every other metric; its columns are the rows above, in their order:"""
 
 
 @dataclass(frozen=True)
 class How:
-    """How to evaluate: on what, how much, at which noise level, and by which of the ranks."""
+    """Where to evaluate, on how many clips, at which noise level, and on which of the ranks."""
 
     device: torch.device
-    autocast: object
-    clips: int  # of a split, at most
-    sigma: float  # noise level of the geometry read-out
+    autocast: object  # context of every forward
+    eval_clips: int  # of a split, at most
+    eval_sigma: float  # noise level of the geometry read-out
     rank: int = 0
     world: int = 1
 
 
-DIFFUSION_SIGMAS = (0.1, 0.3, 0.5, 0.7, 0.9)
+def geometry_row(depth, points, w2c, b, out=None):
+    """Metrics of depth (B, T, H, W), points (B, T, H, W, 3) and w2c (B, T, 3, 4) of a batch.
+
+    w2c   None: no metrics of cameras
+    out   the model's output: also how far its heads agree, how well confidence sorts the errors
+    TAE leaves out what moves by itself, if the clip says so: cameras do not explain its depth."""
+    gt, mask, row = b["depth"], b["mask"], {}
+    still = mask & ~b["moving"] if "moving" in b else mask
+    for align in ("none", "median", "scale_shift"):
+        suffix = "" if align == "none" else f"_{align}"
+        aligned = metrics.depth_metrics(depth, gt, mask, align)
+        row |= {name + suffix: value for name, value in aligned.items()}
+    distances = metrics.point_metrics(points, b["points"], mask)
+    row |= dict(points=distances["dist"], points_rel=distances["rel"])
+    row["tae"] = metrics.temporal_error(depth, b["w2c"], b["intrinsics"], still)
+    row |= metrics.cloud_metrics(points, b["points"], mask)
+    if w2c is not None:
+        row |= metrics.pose_metrics(w2c, b["w2c"])
+    if out is not None:
+        _, K = decode_pose(out["pose_enc"][-1], gt.shape[-2:])
+        row["agreement"] = metrics.head_agreement(points, depth, w2c, K, mask)
+        error = ((depth - gt).abs() / gt).where(mask, torch.zeros_like(gt))
+        row["ause"] = metrics.ause(error, out["depth_conf"], mask)
+        error = (points - b["points"]).norm(dim=-1)
+        row["ause_points"] = metrics.ause(error, out["points_conf"], mask)
+    return row
 
 
-def look(model, b, sigma, how, keep, **what):
-    """The model's output on a prepared batch at a noise level; keep 0 hides the camera."""
+def output_at(model, b, sigma, how, *, given, heads=True, video=True):
+    """The model's output on a prepared batch at a noise level; given False hides the camera."""
     t = torch.full((1,), 1000 * sigma, device=how.device)
     x = (1 - sigma) * b["latents"] + sigma * b["noise"]
     camera = dict(plucker=b["plucker"], poses=b["pose_enc"])
-    camera["keep"] = torch.full((1,), float(keep), device=how.device)
+    camera["keep"] = torch.full((1,), float(given), device=how.device)
+    parts = dict(heads=heads, video=video)
     with how.autocast:
-        return model(x, t, b["text"], y=b["y"], clip=b.get("clip"), **camera, **what)
+        return model(x, t, b["text"], y=b["y"], clip=b.get("clip"), **camera, **parts)
 
 
-def rows_of_clip(model, b, how, more_sigmas, show):
-    """Rows of one clip: name -> metrics, with poses given and without.
+def diffusion_error(model, b, how, given):
+    """Mean flow matching loss of a clip over DIFFUSION_SIGMAS."""
+    mean = 0.0
+    for sigma in DIFFUSION_SIGMAS:
+        velocity = output_at(model, b, sigma, how, given=given, heads=False)["velocity"]
+        loss = flow_matching_loss(velocity, b["latents"], b["noise"]).item()
+        mean += loss / len(DIFFUSION_SIGMAS)
+    return mean
 
-    show(out)   receives the output with poses given at the usual noise level"""
-    rows = {}
-    for given, title in ((1, "poses given"), (0, "no poses")):
-        row = rows.setdefault(title, {})
+
+def rows_of_clip(model, b, how, more_sigmas=()):
+    """Rows of one clip (B = 1) by name, and the output that a picture shows: poses given, at
+    how.eval_sigma; None in stage 0, which has no geometry."""
+    rows, shown = {}, None
+    sigmas = (how.eval_sigma, *more_sigmas) if model.stage else ()
+    for title, given in (("poses given", True), ("no poses", False)):
+        rows[title] = {}
         if model.stage != 1 or given:  # a stage 1 video does not know about poses
-            row["diffusion"] = 0
-            for sigma in DIFFUSION_SIGMAS:
-                velocity = look(model, b, sigma, how, given, heads=False)["velocity"]
-                loss = flow_matching_loss(velocity, b["latents"], b["noise"]).item()
-                row["diffusion"] += loss / len(DIFFUSION_SIGMAS)
-        for sigma in (how.sigma, *more_sigmas) if model.stage else ():
-            out = look(model, b, sigma, how, given, video=model.stage == 2)
+            rows[title]["diffusion"] = diffusion_error(model, b, how, given)
+        for sigma in sigmas:
+            out = output_at(model, b, sigma, how, given=given, video=model.stage == 2)
             w2c, _ = decode_pose(out["pose_enc"][-1], b["depth"].shape[-2:])
-            name = title if sigma == how.sigma else f"{title}, sigma {sigma:g}"
-            row = rows.setdefault(name, {})
-            row.update(geometry_row(out["depth"], out["points"], w2c, b, out))
-            if given and sigma == how.sigma:
-                show(out)
-    return rows
+            usual = sigma == how.eval_sigma
+            row = rows.setdefault(title if usual else f"{title}, sigma {sigma:g}", {})
+            row |= geometry_row(out["depth"], out["points"], w2c, b, out)
+            if given and usual:
+                shown = out
+    return rows, shown
 
 
 @torch.no_grad()
@@ -133,132 +119,114 @@ def evaluate(model, examples, how, picture=None, more_sigmas=()):
     """Mean metrics over clips -> {"poses given": row, "no poses": row}, shared by the ranks.
 
     examples     len(), [i] -> prepared batch of one clip with its "noise", frames(i)
-    picture      receives the comparison of the first clip
-    more_sigmas  further noise levels, in rows of their own
-    The diffusion loss is the mean over DIFFUSION_SIGMAS."""
-    n, found = min(len(examples), how.clips), []
+    picture      receives the comparison of the first clip, on rank 0
+    more_sigmas  further noise levels, in rows of their own"""
+    n, found = min(len(examples), how.eval_clips), []
     # As many turns on every rank: sharded weights are gathered in each.
     for turn in range(how.rank, n + -n % how.world, how.world):
-        i = min(turn, n - 1)
-        b = examples[i]
-
-        def show(out, i=i, b=b):
-            if picture and i == 0:
-                picture(comparison(b, out, examples.frames(i)))
-
-        rows = rows_of_clip(model, b, how, more_sigmas, show)
-        if turn == i:
+        b = examples[min(turn, n - 1)]
+        rows, shown = rows_of_clip(model, b, how, more_sigmas)
+        if turn < n:
             found.append(rows)
+        if turn == 0 and picture and shown:
+            picture(comparison(b, shown, examples.frames(0)))
     return mean_over_ranks(found)
 
 
 def mean_over_ranks(found):
-    """Mean rows over the clips of all ranks; found: name -> row of each clip of this rank."""
-    sums = {}
-    for rows in sum(gathered(found), []):
+    """Mean rows by name over the clips of all ranks; found: the rows of each clip of this rank."""
+    return mean_rows(sum(gathered(found), []))
+
+
+def mean_rows(found):
+    values = {}
+    for rows in found:
         for name, row in rows.items():
             for key, value in row.items():
-                sums.setdefault(name, {}).setdefault(key, []).append(float(value))
-    return {
-        name: {key: sum(values) / len(values) for key, values in row.items()}
-        for name, row in sums.items()
-    }
+                values.setdefault(name, {}).setdefault(key, []).append(float(value))
+    return {name: {k: sum(v) / len(v) for k, v in row.items()} for name, row in values.items()}
 
 
 def comparison(b, out, frames=None):
-    """Frames, true depth, predicted depth, confidence of up to 5 frames of the first clip in a
-    batch, bright is near, and
-    sure; below them the true and the predicted camera path from above.   frames (T, H, W, 3) uint8,
-                                                                          or None."""
-    true, depth, conf = (
-        x[0].float().cpu().numpy() for x in (b["depth"], out["depth"], out["depth_conf"])
-    )
+    """One picture of a batch's first clip: a row of its frames, true depth, predicted depth and
+    confidence, at five moments at most; below them the camera paths from above.
+
+    frames   (T, H, W, 3) uint8, or None"""
+    maps = (b["depth"], out["depth"], out["depth_conf"])
+    true, depth, conf = (x[0].float().cpu().numpy() for x in maps)
     pick = list(range(0, len(true), max(1, (len(true) - 1) // 4)))[:5]
-    low, high = (
-        (float(x) for x in np.quantile(true[true > 0], (0.01, 0.99)))
-        if (true > 0).any()
-        else (1.0, 2.0)
-    )
-    rows = [
-        depth_to_rgb(true[pick], low, high),
-        depth_to_rgb(depth[pick], low, high),
-        confidence_to_rgb(conf[pick], conf.min(), conf.max()),
-    ]
-    titles = ["true depth, bright is near", "predicted depth", "confidence, bright is sure"]
-    if frames is not None:
-        rows, titles = [frames[pick], *rows], [f"frames {', '.join(map(str, pick))}", *titles]
-    rows = [[enlarge(picture, 200) for picture in row] for row in rows]
+    known = true[true > 0]
+    low, high = (float(x) for x in np.quantile(known, (0.01, 0.99))) if len(known) else (1.0, 2.0)
+    sure = pictures.confidence_to_rgb(conf[pick], conf.min(), conf.max())
+    shown = {} if frames is None else {f"frames {', '.join(map(str, pick))}": frames[pick]}
+    shown["true depth, bright is near"] = pictures.depth_to_rgb(true[pick], low, high)
+    shown["predicted depth"] = pictures.depth_to_rgb(depth[pick], low, high)
+    shown["confidence, bright is sure"] = sure
+    rows = [[pictures.enlarge(image, 200) for image in row] for row in shown.values()]
     predicted, _ = decode_pose(out["pose_enc"][-1].float(), true.shape[-2:])
     paths = [relative_to_first(E.double())[0].cpu().numpy() for E in (b["w2c"], predicted)]
+    coloured = list(zip(paths, (pictures.COMMANDED, pictures.PREDICTED)))
     h, w = rows[0][0].shape[:2]
-    above = top_view(list(zip(paths, (COMMANDED, PREDICTED))), (max(200, h), 2 * w + 4))
-    return sheet(
-        rows,
-        titles,
-        [
-            ("from above: cyan true, orange predicted", above),
-            ("depth, scene units", depth_legend(low, high, 2 * w)),
-        ],
-    )
+    above = pictures.top_view(coloured, (max(200, h), 2 * w + 4))
+    legend = pictures.depth_legend(low, high, 2 * w)
+    below = [("from above: cyan true, orange predicted", above), ("depth, scene units", legend)]
+    return pictures.sheet(rows, list(shown), below)
 
 
 def baselines(train, val, how):
-    """Two trivial predictors of depth and cameras.
+    """Rows of two trivial predictors of depth and cameras.
 
-    fair     mean depth of the training set, identity cameras
-    oracle   each clip's own mean depth, and its true cameras for the points"""
-    means = []
+    fair     mean depth of the training set (256 clips at most), cameras that stand still
+    oracle   each clip's own mean depth, lifted by its true cameras; no metrics of cameras"""
+    means, found = [], []
     for i in range(min(256, len(train))):
         b = train[i]
         means.append(b["depth"][b["mask"]].mean().item())
-    rows = dict(fair=[], oracle=[])
-    for i in range(min(how.clips, len(val))):
-        b = val[i]
-        identity = torch.eye(4, device=how.device)[:3].expand_as(b["w2c"])
-        own_mean = float(b["depth"][b["mask"]].mean())
-        for name, value, cameras in (
-            ("fair", sum(means) / len(means), identity),
-            ("oracle", own_mean, b["w2c"]),
-        ):
+    for i in range(min(how.eval_clips, len(val))):
+        b, rows = val[i], {}
+        still = torch.eye(4, device=how.device)[:3].expand_as(b["w2c"])
+        own_mean = b["depth"][b["mask"]].mean().item()
+        guesses = ((FAIR, sum(means) / len(means), still), (ORACLE, own_mean, b["w2c"]))
+        for name, value, cameras in guesses:
             depth = torch.full_like(b["depth"], value)
             points = unproject(depth, cameras, b["intrinsics"])
-            rows[name].append(geometry_row(depth, points, identity, b))
-    means = {
-        name: {k: sum(float(r[k]) for r in rs) / len(rs) for k in rs[0]}
-        for name, rs in rows.items()
-    }
-    for key in ("rot_deg", "trans", "auc30", "ate", "rpe_trans", "rpe_rot"):
-        means["oracle"].pop(key)
-    return {
-        "baseline fair (train mean depth, identity pose)": means["fair"],
-        "baseline oracle (clip's own mean depth)": means["oracle"],
-    }
+            rows[name] = geometry_row(depth, points, still if name == FAIR else None, b)
+        found.append(rows)
+    return mean_rows(found)
 
 
 def print_table(rows, file=None):
-    """The headline metrics of each condition in a row, then every other metric in a line of its
-    own."""
+    """The headline metrics of each row in a line, then every other metric in a line of its own."""
+    wide = max(50, *(len(name) + 1 for name in rows))
 
     def cells(pairs):
         return "".join(f"{row[key]:8.3f}" if key in row else f"{'-':>8s}" for row, key in pairs)
 
-    print(f"{'':50s}" + "".join(f"{title:>8s}" for title in COLUMNS.values()), file=file)
+    print(" " * wide + "".join(f"{title:>8s}" for title in COLUMNS.values()), file=file)
     for name, row in rows.items():
-        print(f"{name:50s}" + cells((row, key) for key in COLUMNS), file=file)
-    print(
-        "AbsRel, delta1 of the depth head without alignment; TAE: its flicker in percent; points, "
-        "F: mean distance of the "
-        "point\nhead, F-score at 0.05; agree: point head against unprojected depth head; AUSE: "
-        "confidence, 0 best; "
-        "transl: mean distance\nof the camera centres; lengths in scene units.  With poses given, "
-        "rotation and "
-        "translation are a pass-through check, not\nlearning.  eval.json has all of it.\n\nEvery "
-        "other metric; its "
-        "columns are the rows above, in their order:",
-        file=file,
-    )
+        print(f"{name:{wide}s}" + cells((row, key) for key in COLUMNS), file=file)
+    print(NOTES, file=file)
     for key in dict.fromkeys(key for row in rows.values() for key in row if key not in COLUMNS):
         print(f"{key:20s}" + cells((row, key) for row in rows.values()), file=file)
+
+
+def name_checkpoints(sources):
+    """Checkpoint files -> {file: words of its name}, all different; listed twice counts once.
+
+    The words are "stage S", "step N"; where two would be equal the folder joins, or else the path.
+    Raises ValueError for a file that no stage of train.py wrote and that is no release."""
+    short = {}
+    for source in sources:
+        meta = metadata_of(source)
+        if meta.get("stage") not in ("0", "1", "2"):
+            found = "it is no checkpoint of stage 0, 1 or 2, so there is nothing to evaluate"
+            raise ValueError(f"{source}: {found}. Fix: list checkpoints that train.py wrote")
+        short[source] = (f"stage {meta['stage']}", f"step {meta['step']}")
+    names = short
+    for more in (lambda source: Path(source).resolve().parent.name, str):
+        count = Counter(names.values())
+        names = {s: n if count[n] == 1 else (*short[s], more(s)) for s, n in names.items()}
+    return names
 
 
 def evaluate_only(model, examples, out, sources, how, more_sigmas=()):
@@ -266,21 +234,16 @@ def evaluate_only(model, examples, out, sources, how, more_sigmas=()):
     a picture of the first clip for each checkpoint.
 
     examples   split -> examples, as evaluate takes them"""
+    names = name_checkpoints(sources)
     rows = baselines(examples["train"], examples["val"], how) if how.rank == 0 else {}
-    names = set()
-    for source in sources:
+    out.mkdir(parents=True, exist_ok=True)
+    for source, words in names.items():
         meta = load_weights(model, source)
         model.set_stage(int(meta["stage"]))
-        out.mkdir(parents=True, exist_ok=True)
-        name, file = f"stage {meta['stage']} step {meta['step']}", ""
-        if name in names:  # two runs side by side: told apart by their folders
-            file = "-" + Path(source).resolve().parent.name
-            name += f" ({source})"
-        names.add(name)
-        picture = out / f"eval-stage{meta['stage']}-step{meta['step']}{file}.png"
-        show = partial(write_png, picture)
+        picture = "-".join(quote(word.replace(" ", ""), safe="") for word in ("eval", *words))
+        show = partial(pictures.write_png, out / f"{picture}.png")
         found = evaluate(model, examples["val"], how, show, more_sigmas)
-        rows.update({f"{name}, {title}": row for title, row in found.items()})
+        rows |= {f"{' '.join(words)}, {title}": row for title, row in found.items()}
     if how.rank == 0:
         (out / "eval.json").write_text(json.dumps(rows, indent=2))
         print_table(rows)
