@@ -780,15 +780,15 @@ def corner_normals(points, mask):
     returns  normals (B, T, H-1, W-1, 4, 3), and which triangles are all valid (without the 3)"""
     points = torch.where(mask[..., None], fp32(points), 0)
     across, down = points.diff(dim=-2), points.diff(dim=-3)  # edges of the pixel grid in space
-    above, below = across[..., :-1, :, :], across[..., 1:, :, :]
-    left, right = down[..., :-1, :], down[..., 1:, :]
-    sides = [(left, above), (right, above), (left, below), (right, below)]
-    normal = torch.stack([torch.linalg.cross(d, a, dim=-1) for d, a in sides], -2)
+    normals = []
+    for a in (across[..., :-1, :, :], across[..., 1:, :, :]):  # above, below
+        for d in (down[..., :-1, :], down[..., 1:, :]):  # left, right
+            normals.append(torch.linalg.cross(d, a, dim=-1))
     upper = [mask[..., :-1, :-1], mask[..., :-1, 1:]]
     corners = torch.stack([*upper, mask[..., 1:, :-1], mask[..., 1:, 1:]], -1)
     # All valid but the opposite corner, which a triangle does not have.
     whole = corners.sum(-1, keepdim=True) - corners.flip(-1).long() == 3
-    return F.normalize(normal, dim=-1, eps=1e-8), whole
+    return F.normalize(torch.stack(normals, -2), dim=-1, eps=1e-8), whole
 
 
 def normal_loss(pred, gt, mask, clip_weight=None):
