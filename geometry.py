@@ -1,22 +1,19 @@
 """Geometry of FantasyWorld: cameras, the geometry branch's modules, its losses.
 
-Sources: Hartley & Zisserman 2004, CameraCtrl 2024 (ray maps), VGGT 2025 (pose encoding, confidence,
-camera loss), MiDaS 2020, Video Depth Anything 2025 (depth losses), Umeyama 1991, FantasyWorld 2025
-(their sum).
+Sources: Hartley & Zisserman 2004, CameraCtrl 2024 (rays), VGGT 2025 (pose encoding, confidence,
+camera loss), MiDaS 2020, Video Depth Anything 2025 (depth losses), FantasyWorld 2025 (their sum).
 Shapes: B clips, T = 4k + 1 frames, H W pixels, n camera-head iterations.  `size` is always (H, W).
   camera    OpenCV: x right, y down, z forward.  w2c = [R | t] (3, 4): X_cam = R X_world + t;
             centre C = -R^T t.  World = first camera of the clip.
   pixel     (row i, column j) is centred at (u, v) = (j + 0.5, i + 0.5); the image: [0, W] x [0, H].
   K         (3, 3) in pixels of the current image, zero skew; centred means (cx, cy) = (W/2, H/2).
-  depth     z in the camera frame, not distance along the ray; 0, negative, NaN and inf mean "no
-            depth here".
+  depth     z in the camera frame, not along the ray; 0, negative, NaN and inf mean "no depth here".
   scale     s = mean distance of the first frame's valid points to the first camera, without the
             farthest 5 %; depth, points and translations are divided by s.
   time      latent frame 0 is frame 0 alone, latent frame l is frames 4l-3 .. 4l.
   pose_enc  (9,) = translation of w2c (3), its rotation as quaternion x y z w with w >= 0 (4),
             vertical then horizontal field of view in radians (2).
-Precision: fp32 or fp64 in, the same out.  No matmul on cameras: autocast would run it in bf16,
-pixels wrong."""
+Precision: fp32 or fp64 in, the same out; no matmul on cameras, which autocast would run in bf16."""
 
 import math
 from functools import lru_cache, partial
@@ -45,14 +42,12 @@ def compose(a, b):
 def inv_se3(E):
     """Inverse of rigid transforms (..., 3, 4) or (..., 4, 4), in closed form: [R^T | -R^T t]."""
     Rt = E[..., :3, :3].mT
-    return torch.cat(
-        [torch.cat([Rt, -rotate(Rt, E[..., :3, 3])[..., None]], -1), E[..., 3:, :]], -2
-    )
+    inverse = torch.cat([Rt, -rotate(Rt, E[..., :3, 3])[..., None]], -1)  # (..., 3, 4)
+    return torch.cat([inverse, E[..., 3:, :]], -2)
 
 
 def relative_to_first(w2c):
-    """Re-express w2c (..., T, 3, 4) in the frame of the first camera; frame 0 is exactly the
-    identity."""
+    """w2c (..., T, 3, 4) in the world of the first camera; frame 0 is exactly the identity."""
     first = w2c[..., :1, :, :]
     identity = torch.eye(w2c.shape[-2], 4, dtype=w2c.dtype, device=w2c.device).expand_as(first)
     return torch.cat([identity, compose(w2c[..., 1:, :, :], inv_se3(first))], -3)
@@ -62,52 +57,32 @@ def quat_to_mat(q):
     """Quaternions (..., 4) x y z w of any length to rotations (..., 3, 3)."""
     x, y, z, w = q.unbind(-1)
     s = 2 / q.square().sum(-1).clamp(min=1e-12)
-    rows = torch.stack(
-        [
-            1 - s * (y * y + z * z),
-            s * (x * y - z * w),
-            s * (x * z + y * w),
-            s * (x * y + z * w),
-            1 - s * (x * x + z * z),
-            s * (y * z - x * w),
-            s * (x * z - y * w),
-            s * (y * z + x * w),
-            1 - s * (x * x + y * y),
-        ],
-        -1,
-    )
-    return rows.unflatten(-1, (3, 3))
+    # fmt: off
+    R = torch.stack([
+        1 - s * (y * y + z * z), s * (x * y - z * w), s * (x * z + y * w),
+        s * (x * y + z * w), 1 - s * (x * x + z * z), s * (y * z - x * w),
+        s * (x * z - y * w), s * (y * z + x * w), 1 - s * (x * x + y * y),
+    ], -1)
+    # fmt: on
+    return R.unflatten(-1, (3, 3))
 
 
 def mat_to_quat(R):
-    """Rotations (..., 3, 3) to unit quaternions (..., 4) x y z w, w >= 0; finite gradients at 180
-    degrees."""
+    """Rotations (..., 3, 3) to unit quaternions (..., 4) x y z w, w >= 0.
+
+    Its gradients are finite at 180 degrees too."""
     (a, b, c), (d, e, f), (g, h, i) = (row.unbind(-1) for row in R.unbind(-2))
-    outer = torch.stack(
-        [
-            1 + a - e - i,
-            b + d,
-            c + g,
-            h - f,  # 4 q q^T: every row is a multiple of q
-            b + d,
-            1 - a + e - i,
-            f + h,
-            c - g,
-            c + g,
-            f + h,
-            1 - a - e + i,
-            d - b,
-            h - f,
-            c - g,
-            d - b,
-            1 + a + e + i,
-        ],
-        -1,
-    ).unflatten(-1, (4, 4))
+    # fmt: off
+    outer = torch.stack([  # 4 q q^T: every row is a multiple of q
+        1 + a - e - i, b + d, c + g, h - f,
+        b + d, 1 - a + e - i, f + h, c - g,
+        c + g, f + h, 1 - a - e + i, d - b,
+        h - f, c - g, d - b, 1 + a + e + i,
+    ], -1).unflatten(-1, (4, 4))
+    # fmt: on
     best = outer.diagonal(dim1=-2, dim2=-1).argmax(-1)  # the diagonal sums to 4: never tiny
-    q = F.normalize(
-        outer.gather(-2, best[..., None, None].expand(*best.shape, 1, 4)).squeeze(-2), dim=-1
-    )
+    row = outer.gather(-2, best[..., None, None].expand(*best.shape, 1, 4)).squeeze(-2)
+    q = F.normalize(row, dim=-1)
     return torch.where(q[..., 3:] < 0, -q, q)
 
 
@@ -136,22 +111,25 @@ def decode_pose(enc, size):
     return w2c, K.unflatten(-1, (3, 3))
 
 
-def pixel_rays(K, size):
-    """Rays (..., H, W, 3) through pixel centres, camera frame, z = 1: depth * ray is the point."""
+def slopes(K, size):
+    """x / z (..., 1, W) and y / z (..., H, 1) of the pixel centres in the camera frame."""
     v, u = (torch.arange(n, dtype=K.dtype, device=K.device) + 0.5 for n in size)
     K = K[..., None, None, :, :]
-    x = (u - K[..., 0, 2]) / K[..., 0, 0]  # (..., 1, W)
-    y = (v[:, None] - K[..., 1, 2]) / K[..., 1, 1]  # (..., H, 1)
+    return (u - K[..., 0, 2]) / K[..., 0, 0], (v[:, None] - K[..., 1, 2]) / K[..., 1, 1]
+
+
+def pixel_rays(K, size):
+    """Rays (..., H, W, 3) through pixel centres, camera frame, z = 1: depth * ray is the point."""
+    x, y = slopes(K, size)
     return torch.stack(torch.broadcast_tensors(x, y, torch.ones_like(x)), -1)
 
 
 def world_rays(c2w, K, size):
-    """World directions of the pixel rays as three maps (..., H, W): rotated pixel_rays, but
-    separable in rows and columns and so several times cheaper."""
-    v, u = (torch.arange(n, dtype=K.dtype, device=K.device) + 0.5 for n in size)
-    K, R = K[..., None, None, :, :], c2w[..., None, None, :3, :3]
-    x = (u - K[..., 0, 2]) / K[..., 0, 0]  # (..., 1, W)
-    y = (v[:, None] - K[..., 1, 2]) / K[..., 1, 1]  # (..., H, 1)
+    """World directions of the pixel rays as three maps (..., H, W).
+
+    They are rotated pixel_rays, but rows and columns stay apart: several times cheaper."""
+    x, y = slopes(K, size)
+    R = c2w[..., None, None, :3, :3]
     return [R[..., c, 0] * x + (R[..., c, 1] * y + R[..., c, 2]) for c in range(3)]
 
 
@@ -170,12 +148,14 @@ def plucker_rays(w2c, K, size):
 
 
 def pack_frames(x):
-    """Stack a latent frame's frames: (B, c, T, H, W) -> (B, 4c, 1 + (T-1)/4, H, W), channel c*4 +
-    j.
-    Latent 0 holds frame 0 four times, latent l frames 4l-3 .. 4l (Wan-Fun's camera control)."""
+    """Stack the frames of a latent frame as channels c * 4 + j.
+
+    x        (B, c, T, H, W)               T = 4k + 1
+    returns  (B, 4c, 1 + (T-1)/4, H, W)    latent frame 0 holds frame 0 four times
+    Source: Wan-Fun's camera control."""
     if x.shape[2] % 4 != 1:
-        wanted = "four-fold time compression needs 4k + 1 (e.g. 81)"
-        raise ValueError(f"{x.shape[2]} frames; {wanted}. Trim the clip or set num_frames.")
+        wanted = "four-fold time compression needs 4k + 1 (21, 81)"
+        raise ValueError(f"{x.shape[2]} frames; {wanted}. Fix: trim the clip or set num_frames")
     first = x[:, :, :1].expand(-1, -1, 3, -1, -1)
     return rearrange(torch.cat([first, x], 2), "b c (l j) h w -> b (c j) l h w", j=4)
 
@@ -211,9 +191,8 @@ def normalize_scene(depth, w2c, K, mask, frames="first"):
     """Bring clips to their own unit: mean distance to the first camera = 1.
 
     Shapes as in unproject, mask bool.
-    frames   first: of frame 0's points, the farthest 5 % dropped (FantasyWorld's release: all that
-             is known when sampling starts); all: of every frame's points, none dropped (VGGT's
-             training)
+    frames   first: of frame 0's points, the farthest 5 % dropped (FantasyWorld: all that is known
+             when sampling starts); all: of every frame's points, none dropped (VGGT)
     returns  depth (0 where invalid), w2c relative to frame 0, scale (B,): user unit = scale * scene
              unit, 1 where those frames have no valid pixel"""
     valid, rel = mask & valid_depth(depth), relative_to_first(w2c)
@@ -395,10 +374,8 @@ class CameraHead(nn.Module):
         self.empty_pose_tokens = nn.Parameter(torch.zeros(1, 1, POSE_DIM))
         self.embed_pose = nn.Linear(POSE_DIM, dim)
         self.poseLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 3 * dim))
-        self.trunk = nn.ModuleList(
-            GeoBlock(dim, heads, layer_scale, qk_norm=False, modulated=released)
-            for _ in range(layers)
-        )  # the release has modulation here, never used
+        how = dict(qk_norm=False, modulated=released)  # the release's modulation is never used
+        self.trunk = nn.ModuleList(GeoBlock(dim, heads, layer_scale, **how) for _ in range(layers))
         self.pose_branch = Mlp(dim, dim // 2, POSE_DIM)
 
     def frame_tokens(self, tokens):
@@ -406,16 +383,16 @@ class CameraHead(nn.Module):
         expanded = expand(tokens[:, 1:].transpose(1, 2))  # (B, 4C, f-1)
         if self.released:
             rest = rearrange(expanded, "b (c j) n -> b (j n) c", j=4)
-            return torch.cat([self.token_norm(tokens[:, :1]), rest], 1)
+            return torch.cat([self.token_norm(tokens[:, :1]), rest], 1)  # (B, T, C)
         rest = rearrange(expanded, "b (c j) n -> b (n j) c", j=4)
-        return self.token_norm(torch.cat([tokens[:, :1], rest], 1))  # (B, T, C)
+        return self.token_norm(torch.cat([tokens[:, :1], rest], 1))
 
     def forward(self, tokens):
         tokens = self.frame_tokens(self.proj_in(tokens))
         plain = F.layer_norm(tokens, tokens.shape[-1:], eps=1e-6)
-        # identity rotation and a 1 rad view as the first guess; the release starts from zeros
+        # The first guess: no rotation (w = 1) and a view of 1 rad; the release's is all zeros.
         start = torch.zeros(POSE_DIM, device=tokens.device)
-        start[6:] = 0.0 if self.released else 1.0
+        start[ROTATION.stop - 1 :] = 0.0 if self.released else 1.0
         pose = start.expand(*tokens.shape[:2], POSE_DIM)
         previous, out = self.empty_pose_tokens.expand_as(pose), []
         for _ in range(self.iterations):
@@ -437,10 +414,9 @@ def uv_embedding(channels, h, w, aspect, device):
     u = torch.linspace(-1, 1, w, dtype=torch.float64) * (aspect / norm * (w - 1) / w)
     v = torch.linspace(-1, 1, h, dtype=torch.float64) * (1 / norm * (h - 1) / h)
     omega = 100.0 ** (-torch.arange(channels // 4, dtype=torch.float64) / (channels // 4))
+    omega = omega[:, None, None]  # (channels/4, 1, 1)
     a, b = torch.meshgrid(v, u, indexing="ij")
-    parts = [
-        f(grid[None] * omega[:, None, None]) for grid in (b, a) for f in (torch.sin, torch.cos)
-    ]
+    parts = [f(grid * omega) for grid in (b, a) for f in (torch.sin, torch.cos)]
     return (0.1 * torch.cat(parts)).float().to(device)
 
 
@@ -488,12 +464,9 @@ class TemporalUpsampler(nn.Module):
     def __init__(self, channels, released=False):
         super().__init__()
         self.conv2 = nn.Conv3d(channels, channels, 1)
-        layers = [
-            CausalUpsample(channels, released),
-            CausalResidual(channels),
-            CausalUpsample(channels, released),
-            CausalResidual(channels),
-        ]
+        layers = []
+        for _ in range(2):  # each doubles the frames after the first
+            layers += [CausalUpsample(channels, released), CausalResidual(channels)]
         self.decoder = nn.ModuleDict(dict(upsamples=nn.Sequential(*layers)))
 
     def forward(self, x):
@@ -524,8 +497,7 @@ class RefineNet(nn.Module):
         if lateral is not None:
             x = x + self.resConfUnit1(lateral)
         x = self.resConfUnit2(x)
-        # a 1x1 convolution and an interpolation, whose weights sum to 1, commute: first the one
-        # with fewer pixels
+        # A 1x1 convolution and an interpolation commute: first the one with fewer pixels.
         return F.interpolate(self.out_conv(x), size=size, mode="bilinear", align_corners=True)
 
 
@@ -538,8 +510,8 @@ class DPTHead(nn.Module):
     forward      maps: 4 x (B, f, h*w, 2C) finest first, grid (f, h, w) -> (B, T, 16h, 16w, out_dim)
                  fp32, not activated
     chunk        pixel frames fused at once
-    recompute    each chunk, and before it the stage that runs along time, is recomputed in backward
-                 where there are several chunks (memory, not values)"""
+    recompute    where there are several chunks, backward computes each of them, and the stage
+                 along time before them, once more (memory, not values)"""
 
     def __init__(self, in_dim, out_dim, channels, features, tail=32, released=False, chunk=16):
         super().__init__()
@@ -681,8 +653,7 @@ def frame_loss(pred, gt, mask, mode="metric", clip_weight=None):
     if mode == "ssi":
         pred, gt = standardize(pred, mask), standardize(gt, mask)
     elif mode != "metric":
-        known = "metric (labels in scene units), ssi (relative depth)"
-        raise ValueError(f"depth mode {mode!r}; known: {known}.")
+        raise ValueError(f"depth mode {mode!r}; known: metric (scene units), ssi (no unit).")
     r = residual(pred, gt, mask)  # (B, T, H, W)
     loss = clip_mean(r.abs(), mask) + 0.5 * gradient_levels([r], mask, mask).sum(1)
     return over_clips(loss, clip_weight)
@@ -690,10 +661,7 @@ def frame_loss(pred, gt, mask, mode="metric", clip_weight=None):
 
 def fit_scale_shift(pred, gt, mask):
     """Least-squares s, b (B, 1, 1, 1) of s * pred + b = gt over a clip's valid pixels."""
-
-    def total(x):
-        return x.sum((1, 2, 3), keepdim=True)
-
+    total = partial(torch.sum, dim=(1, 2, 3), keepdim=True)
     p_mean, g_mean = (total(torch.where(mask, x, 0)) / total(mask).clamp(min=1) for x in (pred, gt))
     p = torch.where(mask, pred - p_mean, 0)  # centred: raw sums would cancel in fp32
     g = torch.where(mask, gt - g_mean, 0)
@@ -714,8 +682,8 @@ def tgm_loss(pred, gt, mask, rel_th=0.05, align=False, clip_weight=None, signed=
     """Temporal gradient matching: depth must change between frames as the true depth does.
 
     pred, gt, mask  (B, T, H, W)
-    rel_th          true changes beyond this share of the later frame's depth range are passing
-                    edges: skipped
+    rel_th          larger true changes, as a share of the later frame's depth range, are passing
+                    edges and do not count
     align           fit one scale and shift per clip first, for relative depth
     signed          |dp - dg| as in Video Depth Anything's code; False: ||dp| - |dg|| as in its
                     paper, which does not tell coming from going
@@ -805,10 +773,9 @@ def normal_loss(pred, gt, mask, clip_weight=None):
 
 
 def camera_loss(pred_iterations, gt, delta=0.1, clip_weight=None):
-    """Huber / delta on the pose encoding: translation + rotation + 0.5 fov; iteration k weighs
-    0.6^(n-1-k)/n.
+    """Huber / delta on the pose encoding: translation + rotation + 0.5 * field of view.
 
-    pred_iterations, gt  (n, B, T, 9), (B, T, 9)   scene units; q and -q count as the same rotation
+    pred_iterations, gt  (n, B, T, 9), (B, T, 9)   scene units; iteration k weighs 0.6^(n-1-k) / n
     delta                0.1 keeps L1's slope on everything but small errors.   Source: VGGT."""
     pred, gt = fp32(pred_iterations), fp32(gt).expand(pred_iterations.shape)
     same = (pred[..., ROTATION] * gt[..., ROTATION]).sum(-1, keepdim=True)
@@ -823,18 +790,17 @@ def camera_loss(pred_iterations, gt, delta=0.1, clip_weight=None):
 
 
 def depth_loss(pred, gt, mask, *, mode, weight, cfg):
-    """The three parts of L_depth in one mode, stacked: TGM, frame by frame, confidence.
+    """The three parts of L_depth, stacked: TGM, frame by frame, confidence.
 
     pred    depth, depth_conf (B, T, H, W);  gt, mask (B, T, H, W)
     mode    metric, or ssi for labels without a unit
     weight  (B,) of the clips: 0 where the other mode applies"""
     depth, ssi = pred["depth"], mode == "ssi"
-    how = dict(clip_weight=weight)
-    tgm = tgm_loss(depth, gt, mask, align=ssi, signed=cfg.tgm_signed, **how)
-    frame = frame_loss(depth, gt, mask, mode, **how)
+    tgm = tgm_loss(depth, gt, mask, align=ssi, clip_weight=weight, signed=cfg.tgm_signed)
+    frame = frame_loss(depth, gt, mask, mode, weight)
     if ssi:
         depth, gt = standardize(depth, mask), standardize(gt, mask)
-    how |= dict(gamma=cfg.gamma_conf, quantile=cfg.valid_quantile)
+    how = dict(gamma=cfg.gamma_conf, clip_weight=weight, quantile=cfg.valid_quantile)
     conf = conf_loss(depth, pred["depth_conf"], gt, mask, **how)
     return torch.stack([tgm, frame, conf])
 
@@ -843,12 +809,12 @@ def mean_where(x, mask):
     return torch.where(mask, x, 0).sum() / mask.sum().clamp(min=1)
 
 
-# What a cfg may leave out.
+# What a cfg may leave out; train.py declares them all.
 OPTIONAL = dict(tgm_signed=True, valid_quantile=1.0, normal_weight=0.0)
 
 
 def geometry_losses(pred, batch, cfg):
-    """L_geo = L_depth + L_pmap + camera_weight * L_camera.  A new loss is one more line here.
+    """L_geo = L_depth + L_pmap + camera_weight * L_camera.
 
     pred     depth, depth_conf, points_conf (B, T, H, W), points (B, T, H, W, 3),
              pose_enc (n, B, T, 9)
@@ -857,43 +823,38 @@ def geometry_losses(pred, batch, cfg):
              clips whose depth has no unit train the depth head alone, in ssi mode
     cfg      depth_mode, alpha_tgm, beta_frame, gamma_conf, camera_delta, camera_weight, and those
              of OPTIONAL: train.py's options
-    returns  loss, and detached scalars depth, point, camera, tgm, frame, normal (if it has a
-             weight), depth_conf_mean, point_conf_mean, valid_fraction, and tgm_fraction of the
-             pixel pairs
+    returns  loss, and detached scalars: depth, point, camera, tgm, frame, normal (if it has a
+             weight), means of both confidences, shares of valid pixels and of still pairs
     L_depth = alpha TGM + beta (frame + conf), L_pmap = points + normal_weight * normal.
     Source: FantasyWorld 2025."""
     cfg = SimpleNamespace(**{**OPTIONAL, **vars(cfg)})
-    mask, gt = batch["mask"], batch["depth"]
+    mask, gt, relative = batch["mask"], batch["depth"], batch.get("relative")
     weight = batch.get("geo_weight", torch.ones(len(mask), device=mask.device))
-    relative = batch.get("relative")
     metric = weight if relative is None else weight * ~relative  # (B,) 0 for clips without a unit
     depths = depth_loss(pred, gt, mask, mode=cfg.depth_mode, weight=metric, cfg=cfg)
     if relative is not None:
         unitless = weight * relative
         depths = depths + depth_loss(pred, gt, mask, mode="ssi", weight=unitless, cfg=cfg)
     tgm, frame, conf = depths
-    depth = cfg.alpha_tgm * tgm + cfg.beta_frame * (frame + conf)  # L_depth
-    points, points_conf, points_gt = pred["points"], pred["points_conf"], batch["points"]
+    points, parts = batch["points"], {}
     how = dict(gamma=cfg.gamma_conf, clip_weight=metric, quantile=cfg.valid_quantile)
-    point = points_loss(points, points_conf, points_gt, mask, **how)  # L_pmap
-    has_scale = mask[:, 0].flatten(1).any(1)  # else translations have no unit
-    poses = (pred["pose_enc"], batch["pose_enc"])
-    camera = camera_loss(*poses, cfg.camera_delta, metric * has_scale)
-    parts = {}
+    point = points_loss(pred["points"], pred["points_conf"], points, mask, **how)
     if cfg.normal_weight:
-        parts["normal"] = normal_loss(points, points_gt, mask, metric)
+        parts["normal"] = normal_loss(pred["points"], points, mask, metric)
         point = point + cfg.normal_weight * parts["normal"]
+    has_unit = metric * mask[:, 0].flatten(1).any(1)  # translations have none without frame 0
+    camera = camera_loss(pred["pose_enc"], batch["pose_enc"], cfg.camera_delta, has_unit)
+    # (name, weight, loss) of all that is summed.  A new loss is a function and one line here.
+    terms = [
+        ("depth", 1, cfg.alpha_tgm * tgm + cfg.beta_frame * (frame + conf)),
+        ("point", 1, point),
+        ("camera", cfg.camera_weight, camera),
+    ]
+    loss = sum(weight * value for _, weight, value in terms)
+    parts |= {name: value for name, _, value in terms}
     pairs = still_pairs(gt, mask, 0.05)
-    parts |= dict(
-        depth=depth,
-        point=point,
-        camera=camera,
-        tgm=tgm,
-        frame=frame,
-        valid_fraction=mask.float().mean(),
-        tgm_fraction=pairs.sum() / max(1, pairs.numel()),
-        depth_conf_mean=mean_where(pred["depth_conf"], mask),
-        point_conf_mean=mean_where(points_conf, mask),
-    )
-    loss = depth + point + cfg.camera_weight * camera
+    parts |= dict(tgm=tgm, frame=frame, valid_fraction=mask.float().mean())
+    parts["tgm_fraction"] = pairs.sum() / max(1, pairs.numel())
+    parts["depth_conf_mean"] = mean_where(pred["depth_conf"], mask)
+    parts["point_conf_mean"] = mean_where(pred["points_conf"], mask)
     return loss, {name: value.detach() for name, value in parts.items()}
