@@ -10,61 +10,64 @@ and line."""
 
 import ast
 import difflib
-import math
 import operator
+import os
+from contextlib import suppress
 from dataclasses import dataclass
+from math import inf
 from types import SimpleNamespace
 
 WORDS = {int: "a whole number", float: "a number", str: "a text", bool: "True or False"}
 WORDS |= {tuple: "a tuple", dict: "a dict"}
-ARITHMETIC = {
-    ast.Add: operator.add,
-    ast.Sub: operator.sub,
-    ast.Mult: operator.mul,
-    ast.Div: operator.truediv,
-    ast.FloorDiv: operator.floordiv,
-}
+ARITHMETIC = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul}
+ARITHMETIC |= {ast.Div: operator.truediv, ast.FloorDiv: operator.floordiv}
 
 
 @dataclass(frozen=True)
 class Option:
-    """One option; its type is that of the default, or kind where that is None (else a text)."""
+    """One option.  Its type is the default's, or kind where that is None (else a text)."""
 
     default: object
     help: str
-    low: float | None = None  # smallest allowed value
-    high: float | None = None  # largest allowed value
-    above: float | None = None  # every value must be larger
+    low: float = -inf  # smallest allowed number
+    high: float = inf  # largest allowed number
+    above: float = -inf  # every number must be larger
+    off: object = None  # beside the range: the value that turns it off
     choices: tuple = ()
-    kind: type | None = None  # of an option that is None unless it is set
+    kind: type | None = None
 
+    @property
     def type(self):
         return self.kind or (str if self.default is None else type(self.default))
 
+    @property
     def range(self):
         """The allowed values in words, "" for any."""
-        if self.choices:
-            return ", ".join(str(choice) for choice in self.choices)
-        words = [f"above {self.above:g}"] if self.above is not None else []
-        words += [f"at least {self.low:g}"] if self.low is not None else []
-        words += [f"at most {self.high:g}"] if self.high is not None else []
-        return ", ".join(words)
+        words = [f"above {self.above:g}"] if self.above > -inf else []
+        words += [f"at least {self.low:g}"] if self.low > -inf else []
+        words += [f"at most {self.high:g}"] if self.high < inf else []
+        words += [f"{self.off!r}: off"] if self.off is not None else []
+        return ", ".join(map(str, self.choices or words))
+
+    def allows(self, value):
+        """Whether a value of its type lies in its range; of a tuple, every number in it."""
+        if self.choices or value == self.off:
+            return value == self.off or value in self.choices
+        if self.type in (str, bool, dict):
+            return True
+        numbers = value if self.type is tuple else (value,)
+        return all(map(self.holds, numbers))
+
+    def holds(self, n):
+        number = type(n) in (int, float)
+        return number and self.low <= n <= self.high and self.above < n < inf
 
 
-def option(default, help, **limits):  # noqa: A002  (the word that argparse uses too)
-    """Declare an option: default, one line of help, and low=, high=, above= or choices=."""
-    return Option(default, help, **limits)
-
-
-@dataclass(frozen=True)
-class Section:
+class Section(str):
     """A headline between options, for --help."""
 
-    title: str
 
-
-def section(title):
-    return Section(title)
+option, section = Option, Section  # as scripts declare them
 
 
 class Options(SimpleNamespace):
@@ -87,25 +90,25 @@ def apply(script, argv):
     while rest:
         arg = rest.pop(0)
         if arg in ("--help", "-h"):
-            print(help_text(script, known))
+            print(help_text(script))
             raise SystemExit(0)
         if not arg.startswith("--"):
             values.update(read_config(arg, known))
             continue
         key, equals, text = arg[2:].partition("=")
         declared = look_up(key, known, "command line")
-        if not equals and declared.type() is bool:
-            said = rest[0] if rest and rest[0].lower() in ("true", "false") else None
-            text = rest.pop(0) if said else "True"
+        if not equals and declared.type is bool and rest[:1] not in (["True"], ["False"]):
+            text = "True"
         elif not equals:
             if not rest:
-                raise ValueError(f"command line: --{key} has no value; write --{key}=VALUE")
+                raise ValueError(f"command line: --{key} has no value. Fix: write --{key}=VALUE")
             text = rest.pop(0)
-        values[key] = check(key, from_text(text, declared), declared, "command line")
+        values[key] = check(key, from_text(text, declared.type), declared, "command line")
     return Options(**values)
 
 
 def look_up(key, known, where):
+    """known[key], or a ValueError with the name that is nearest."""
     if key not in known:
         near = difflib.get_close_matches(key, known, 1)
         hint = f"; did you mean '{near[0]}'?" if near else "; --help lists all"
@@ -113,40 +116,29 @@ def look_up(key, known, where):
     return known[key]
 
 
-def from_text(text, declared):
-    """What was typed for an option as a value of its type where it can be one."""
-    if declared.type() is str:
-        return text
-    if declared.type() is bool and text.lower() in ("true", "false"):
-        return text.lower() == "true"
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
-        return text
+def from_text(text, wanted):
+    """What was typed as a value of the wanted type where it can be one, else the text."""
+    if wanted is not str:
+        with suppress(ValueError, SyntaxError, MemoryError, RecursionError):
+            return ast.literal_eval(text.title() if wanted is bool else text)
+    return text
 
 
 def check(key, value, declared, where):
-    """The value in its option's type and range, or a ValueError."""
-    wanted = declared.type()
+    """The value in its option's type and range, or a ValueError; ~ becomes the home folder."""
+    wanted = declared.type
     if wanted is float and type(value) is int and abs(value) < 1e300:
         value = float(value)
     if wanted is tuple and type(value) in (list, int, float):
         value = tuple(value) if type(value) is list else (value,)
     if type(value) is not wanted:
-        raise ValueError(
-            f"{where}: {key} = {value!r} is {WORDS.get(type(value), type(value).__name__)}, "
-            f"wanted {WORDS[wanted]} such as {declared.default!r}"
-        )
-    good = True
-    if declared.choices:
-        good = value in declared.choices
-    elif wanted in (int, float):
-        good = math.isfinite(value)
-        good &= declared.above is None or value > declared.above
-        good &= declared.low is None or value >= declared.low
-        good &= declared.high is None or value <= declared.high
-    if not good:
-        raise ValueError(f"{where}: {key} = {value!r}, wanted {declared.range() or 'a number'}")
+        found = WORDS.get(type(value), type(value).__name__)
+        such = f"{WORDS[wanted]} such as {declared.default!r}"
+        raise ValueError(f"{where}: {key} = {value!r} is {found}, wanted {such}")
+    if not declared.allows(value):
+        raise ValueError(f"{where}: {key} = {value!r}, wanted {declared.range or 'numbers'}")
+    if wanted is str and "~" in value:  # a path, or several with commas
+        value = ",".join(map(os.path.expanduser, value.split(",")))
     return value
 
 
@@ -162,7 +154,7 @@ def read_config(path, known):
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         line = getattr(error, "lineno", None) or 1
         raise ValueError(f"{path}:{line}: not a file of assignments ({error})") from None
-    values, helpers = {}, {}
+    names = {}
     for statement in tree.body:
         where = f"{path}:{statement.lineno}"
         if isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant):
@@ -170,12 +162,11 @@ def read_config(path, known):
         if not isinstance(statement, ast.Assign):
             line = ast.unparse(statement).splitlines()[0][:60]
             raise ValueError(f"{where}: '{line}' assigns nothing; wanted lines like stage = 1")
-        value = evaluate(statement.value, {**helpers, **values}, where)
+        value = evaluate(statement.value, names, where)
         for key, each in targets(statement.targets, value, where):
-            if key.startswith("_"):
-                helpers[key] = each
-            else:
-                values[key] = check(key, each, look_up(key, known, where), where)
+            helper = key.startswith("_")
+            names[key] = each if helper else check(key, each, look_up(key, known, where), where)
+    values = {key: value for key, value in names.items() if not key.startswith("_")}
     if not values:
         raise ValueError(f"{path}: sets no option; wanted lines like stage = 1")
     return values
@@ -208,20 +199,17 @@ def evaluate(node, names, where):
                 return ARITHMETIC[type(node.op)](*sides)
         return ast.literal_eval(node)
     except (KeyError, ValueError, TypeError, ArithmeticError, RecursionError, MemoryError):
-        text = ast.unparse(node)[:60]
-        raise ValueError(
-            f"{where}: '{text}' is not a literal, a name assigned above, or arithmetic on them"
-        ) from None
+        wanted = "not a literal, a name assigned above, or arithmetic on them"
+        raise ValueError(f"{where}: '{ast.unparse(node)[:60]}' is {wanted}") from None
 
 
-def help_text(script, known):
+def help_text(script):
     """Every option with its default, range and help, after the first line of the script's text."""
     lines = [(script.get("__doc__") or "").strip().split("\n")[0]]
     for key, declared in script.items():
         if isinstance(declared, Section):
-            lines += ["", f"{declared.title}:"]
-        if key not in known:
-            continue
-        limits = f"  ({declared.range()})" if declared.range() else ""
-        lines += [f"  --{key}={declared.default!r}{limits}", f"        {declared.help}"]
+            lines += ["", f"{declared}:"]
+        elif isinstance(declared, Option):
+            limits = f"  ({declared.range})" if declared.range else ""
+            lines += [f"  --{key}={declared.default!r}{limits}", f"        {declared.help}"]
     return "\n".join(lines)

@@ -17,7 +17,8 @@ SCRIPT = dict(
     kind=option("slow", "which way", choices=("slow", "fast")),
     name=option("", "a text"),
     quiet=option(False, "print nothing"),
-    levels=option((0.5,), "noise levels"),
+    levels=option((0.5,), "noise levels", above=0, high=1),
+    guard=option(0.0, "a factor", above=1, off=0),
     sizes=option({}, "by name"),
     not_an_option=3,
 )
@@ -45,6 +46,20 @@ def test_a_bare_flag_is_true_and_a_value_may_follow_it():
     assert config.apply(SCRIPT, ["--quiet"]).quiet is True
     assert config.apply(SCRIPT, ["--quiet", "False", "--steps=2"]).quiet is False
     assert config.apply(SCRIPT, ["--quiet", "--steps", "2"]).steps == 2
+
+
+def test_off_is_a_value_beside_the_range():
+    assert config.apply(SCRIPT, ["--guard=0"]).guard == 0
+    assert config.apply(SCRIPT, ["--guard=20"]).guard == 20
+
+
+def test_the_tilde_of_a_path_is_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "a.py").write_text("name = '~/runs'\n")
+    assert config.apply(SCRIPT, [str(tmp_path / "a.py")]).name == f"{tmp_path}/runs"
+    several = config.apply(SCRIPT, ["--name=~/a.safetensors,~/b.safetensors"]).name
+    assert several == f"{tmp_path}/a.safetensors,{tmp_path}/b.safetensors"
+    assert config.apply(SCRIPT, ["--name=a room ~ 3 m wide"]).name == "a room ~ 3 m wide"
 
 
 def test_nobody_changes_options():
@@ -101,6 +116,9 @@ def test_a_config_file_is_refused_by_file_and_line(tmp_path, text, words):
         ("--steps=3.5", "steps = 3.5 is a number, wanted a whole number"),
         ("--rate=nan", "rate = 'nan' is a text, wanted a number"),
         ("--rate=-1", "rate = -1.0, wanted above 0"),
+        ("--levels=(0.5,2)", "levels = \\(0.5, 2\\), wanted above 0, at most 1"),
+        ("--levels=('a',)", "levels = \\('a',\\), wanted above 0"),
+        ("--guard=0.5", "guard = 0.5, wanted above 1, 0: off"),
         ("--quiet=maybe", "quiet = 'maybe' is a text, wanted True or False"),
         ("nowhere.py", "config file nowhere.py: No such file"),
     ],
@@ -119,7 +137,7 @@ def test_help_names_every_option_with_its_default_range_and_a_line_of_help(capsy
         assert left.value.code == 0 and options
         for key, declared in options.items():
             assert f"--{key}={declared.default!r}" in text and declared.help in text
-            assert declared.range() in text
+            assert declared.range in text
 
 
 @pytest.mark.parametrize(
