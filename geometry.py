@@ -823,8 +823,8 @@ def geometry_losses(pred, batch, cfg):
              clips whose depth has no unit train the depth head alone, in ssi mode
     cfg      depth_mode, alpha_tgm, beta_frame, gamma_conf, camera_delta, camera_weight, and those
              of OPTIONAL: train.py's options
-    returns  loss, and detached scalars: depth, point, camera, tgm, frame, normal (if it has a
-             weight), means of both confidences, shares of valid pixels and of still pairs
+    returns  loss; detached scalars depth, point, camera, tgm, frame, normal (if it has a weight),
+             valid_fraction, tgm_fraction of pixel pairs, depth_conf_mean, point_conf_mean
     L_depth = alpha TGM + beta (frame + conf), L_pmap = points + normal_weight * normal.
     Source: FantasyWorld 2025."""
     cfg = SimpleNamespace(**{**OPTIONAL, **vars(cfg)})

@@ -1,9 +1,10 @@
-"""Measures used by evaluation alone; depth, pose and point errors live in geometry.py.
+"""Metrics: errors of depth, cameras and points, flicker, warped colours, quality of confidence.
 
-Sources: Video Depth Anything 2025 (TAE), Knapitsch et al. 2017 (F-score), Ilg et al. 2018
-(sparsification).
+Sources: Eigen et al. 2014 (depth), Sturm et al. 2012 (trajectories), VGGT 2025 (AUC), Video Depth
+Anything 2025 (TAE), Knapitsch et al. 2017 (F-score), Ilg et al. 2018 (sparsification).
 Shapes: B clips, T frames of H x W pixels; lengths in the unit of the input, scene units in
-train.py.  Results are Python floats, averaged over clips."""
+train.py.  Results are Python floats, fp64 inside, averaged over clips; a clip without a valid pixel
+is left out, and NaN comes back if none is left."""
 
 import math
 
@@ -24,16 +25,13 @@ from geometry import (
 )
 
 
-# Python floats, fp64 inside, averaged over clips; one without valid pixels is left out (NaN if none
-# is left).
 def average(has_pixels, **per_clip):
     return {name: value[has_pixels].mean().item() for name, value in per_clip.items()}
 
 
 @torch.no_grad()
 def depth_metrics(pred, gt, mask, align="none"):
-    """abs_rel = mean |p - g| / g, delta1 2 3 = share within a factor of 1.25 ** k (exclusive), rmse
-    in gt's unit.
+    """abs_rel = mean |p - g| / g; delta1, 2, 3 = share within a factor of 1.25 ** k; rmse.
 
     pred, gt, mask  (B, T, H, W)   gt > 0 where valid
     align           per clip: none; median: one scale; scale_shift: least-squares scale and shift
@@ -60,16 +58,14 @@ def depth_metrics(pred, gt, mask, align="none"):
 
 def rotation_angle(a, b):
     """Degrees between rotations (..., 3, 3); exact near 0, where arccos of the trace is not."""
-    return torch.rad2deg(
-        2 * torch.asin(((a - b).square().sum((-2, -1)).sqrt() / 8**0.5).clamp(max=1))
-    )
+    distance = (a - b).square().sum((-2, -1)).sqrt()
+    return torch.rad2deg(2 * torch.asin((distance / 8**0.5).clamp(max=1)))
 
 
 def align_sim3(source, target):
-    """scale (B,), R (B, 3, 3), t (B, 3) minimising |scale R source + t - target|^2 over points (B,
-    N, 3).
+    """scale (B,), R (B, 3, 3), t (B, 3) that bring points (B, N, 3) closest: scale R source + t.
 
-    A source without extent gets scale 0, which moves it to the target's mean (Umeyama 1991)."""
+    A source without extent gets scale 0: all goes to the target's mean.   Source: Umeyama 1991."""
     mean_s, mean_t = source.mean(1, keepdim=True), target.mean(1, keepdim=True)
     s, t = source - mean_s, target - mean_t
     U, D, Vt = torch.linalg.svd(t.mT @ s)
@@ -81,8 +77,8 @@ def align_sim3(source, target):
 
 
 def pair_accuracy(pred, gt, max_deg=30):
-    """Share of frame pairs with relative rotation and direction of travel within 1 .. max_deg, mean
-    (B,)."""
+    """Share (B,) of frame pairs whose relative rotation and direction of travel are within k
+    degrees, mean over k = 1 .. max_deg."""
     i, j = torch.triu_indices(pred.shape[1], pred.shape[1], 1)
     a, b = (compose(x[:, j], inv_se3(x[:, i])) for x in (pred, gt))  # (B, pairs, 3, 4)
     u, v = a[..., 3], b[..., 3]
@@ -91,9 +87,8 @@ def pair_accuracy(pred, gt, max_deg=30):
     travel = torch.where(u.norm(dim=-1) < 1e-6, 90, travel)
     travel = torch.where(v.norm(dim=-1) < 1e-4, 0, travel)  # gt stands still: rotation decides
     worst = torch.maximum(rotation_angle(a[..., :3], b[..., :3]), travel)
-    return (
-        (worst[..., None] < torch.arange(1, max_deg + 1, device=pred.device)).double().mean((1, 2))
-    )
+    within = worst[..., None] < torch.arange(1, max_deg + 1, device=pred.device)
+    return within.double().mean((1, 2))
 
 
 @torch.no_grad()
@@ -117,21 +112,16 @@ def pose_metrics(pred_w2c, gt_w2c):
     step_p, step_g = (compose(inv_se3(x[:, :-1]), x[:, 1:]) for x in (scaled, g))
     drift = compose(inv_se3(step_g), step_p)  # identity for a perfect step
     ate, rpe = (x.square().sum(-1).mean(1).sqrt() for x in (gap, drift[..., 3]))  # RMSE (B,)
-    return average(
-        slice(None),
-        ate=ate,
-        rpe_trans=rpe,
-        auc30=pair_accuracy(pred, gt),
-        rot_deg=rotation_angle(p[..., :3], g[..., :3]),
-        trans=(p - g)[..., 3].norm(dim=-1),
-        rpe_rot=rotation_angle(step_p[..., :3], step_g[..., :3]),
-    )
+    turn = rotation_angle(p[..., :3], g[..., :3])
+    found = dict(ate=ate, rpe_trans=rpe, auc30=pair_accuracy(pred, gt), rot_deg=turn)
+    found["trans"] = (p - g)[..., 3].norm(dim=-1)
+    found["rpe_rot"] = rotation_angle(step_p[..., :3], step_g[..., :3])
+    return average(slice(None), **found)
 
 
 @torch.no_grad()
 def point_metrics(pred, gt, mask):
-    """Point map errors without alignment: rel = mean |P - P_hat| / |P|, dist = mean |P - P_hat| in
-    gt's unit.
+    """Point map errors without alignment: rel = mean |P - P_hat| / |P|, dist = mean |P - P_hat|.
 
     pred, gt  (B, T, H, W, 3)   same frame and unit;   mask  (B, T, H, W).   Source: MoGe (rel)."""
     pred, gt = (torch.where(mask[..., None], x.double(), 0) for x in (pred, gt))
@@ -147,11 +137,9 @@ def nearest(a, b, chunk=2048):
 
 def thin(points, count):
     """At most `count` points, evenly spaced in the list: the same ones at every call."""
-    return points[
-        torch.linspace(0, len(points) - 1, min(count, len(points)), device=points.device)
-        .round()
-        .long()
-    ]
+    last = len(points) - 1
+    index = torch.linspace(0, last, min(count, len(points)), device=points.device).round().long()
+    return points[index.clamp(max=last)]  # fp32 rounds the end of more than 2^24 points up
 
 
 @torch.no_grad()
@@ -159,13 +147,11 @@ def cloud_metrics(pred, gt, mask, threshold=0.05, count=2048):
     """Point clouds regardless of which pixel a point belongs to.
 
     pred, gt  (B, T, H, W, 3)   same frame and unit;   mask  (B, T, H, W)
-    count     points of a clip that are compared, drawn evenly: a share of the cost, chamfer grows
-              by the spacing
+    count     points of a clip that are compared, evenly spaced: fewer cost less, chamfer grows
     returns   accuracy      mean distance of a predicted point to the nearest true one
               completeness  mean distance of a true point to the nearest predicted one
               chamfer       mean of the two
-              f_score       harmonic mean of the shares of both within `threshold`
-              NaN without valid pixels"""
+              f_score       harmonic mean of the shares of both within `threshold`"""
     rows = []
     for p, g, m in zip(pred.double(), gt.double(), mask):
         if m.any():
@@ -173,23 +159,20 @@ def cloud_metrics(pred, gt, mask, threshold=0.05, count=2048):
             there, back = nearest(p, g), nearest(g, p)
             precision, recall = ((x < threshold).double().mean() for x in (there, back))
             f = 2 * precision * recall / (precision + recall).clamp(min=1e-12)
-            rows.append(
-                torch.stack([there.mean(), back.mean(), (there.mean() + back.mean()) / 2, f])
-            )
+            there, back = there.mean(), back.mean()
+            rows.append(torch.stack([there, back, (there + back) / 2, f]))
     mean = torch.stack(rows).mean(0).tolist() if rows else [float("nan")] * 4
     return dict(zip(("accuracy", "completeness", "chamfer", "f_score"), mean))
 
 
 def warp_depth(depth, motion, K, size):
-    """Depth of one frame as a second camera sees it: (H, W), the nearest surface where several
-    points land, inf where
-    none does.   depth (H, W), motion (3, 4) from the first to the second camera, K (3, 3) of
-                 both."""
+    """Depth of one frame as a second camera sees it: (H, W), inf where no point lands.
+
+    depth (H, W);  motion (3, 4) from the first to the second camera;  K (3, 3) of both
+    The nearest surface wins where several points land."""
     valid = valid_depth(depth)
-    x = (
-        rotate(motion[:, :3], pixel_rays(K, size) * torch.where(valid, depth, 0)[..., None])
-        + motion[:, 3]
-    )
+    points = pixel_rays(K, size) * torch.where(valid, depth, 0)[..., None]
+    x = rotate(motion[:, :3], points) + motion[:, 3]  # (H, W, 3) in the second camera's frame
     z = x[..., 2].clamp(min=1e-6)
     j, i = ((K[a, a] * x[..., a] / z + K[a, 2]).floor() for a in (0, 1))
     hit = valid & (x[..., 2] > 1e-6) & (i >= 0) & (i < size[0]) & (j >= 0) & (j < size[1])
@@ -199,29 +182,24 @@ def warp_depth(depth, motion, K, size):
 
 @torch.no_grad()
 def temporal_error(depth, w2c, K, mask):
-    """TAE: 100 times the mean |D - warped neighbour| / D over neighbouring frames in both
-    directions.
+    """TAE: 100 * mean |D - warped neighbour| / D over neighbouring frames, both ways.
 
-    depth, mask  (B, T >= 2, H, W)   predicted depth in the unit of the true cameras w2c (B, T, 3,
-                                     4); K (B, T, 3, 3); mask without what moves by itself: only the
-                                     cameras' motion is undone
-    The true depth has a small error too: points land between pixels.   Source: VDA, here with a
-                                                                        z-buffer."""
-    depth, w2c, K = depth.double(), w2c.double(), K.double()
+    depth, mask  (B, T >= 2, H, W)   depth in the unit of w2c; mask without what moves by itself
+    w2c, K       (B, T, 3, 4), (B, T, 3, 3)   the true cameras: only their motion is undone
+    The true depth has a small error too: points land between pixels.
+    Source: Video Depth Anything, here with a z-buffer."""
     errors = []
-    for d, e, k, m in zip(depth, w2c, K, mask):
-        for a, b in [(t, t + 1) for t in range(len(d) - 1)] + [
-            (t + 1, t) for t in range(len(d) - 1)
-        ]:
+    for d, e, k, m in zip(depth.double(), w2c.double(), K.double(), mask):
+        frames = range(len(d) - 1)
+        for a, b in [(t, t + 1) for t in frames] + [(t + 1, t) for t in frames]:
             first = inv_se3(e[a])
             R, t = e[b, :, :3] @ first[:, :3], e[b, :, :3] @ first[:, 3] + e[b, :, 3]
-            warped = warp_depth(
-                torch.where(m[a], d[a], 0), torch.cat([R, t[:, None]], 1), k[b], d.shape[1:]
-            )
+            motion = torch.cat([R, t[:, None]], 1)
+            warped = warp_depth(torch.where(m[a], d[a], 0), motion, k[b], d.shape[1:])
             keep = m[b] & torch.isfinite(warped) & valid_depth(d[b])
             if keep.any():
                 errors.append(((d[b] - warped).abs() / d[b])[keep].mean())
-    return 100 * torch.stack(errors).mean().item() if errors else float("nan")
+    return 100 * torch.stack(errors).mean().item() if errors else math.nan
 
 
 @torch.no_grad()
@@ -229,73 +207,64 @@ def warp_error(rgb, depth, w2c, K, mask, tolerance=0.1):
     """How well depth and cameras carry the colours of a frame to the next one; needs no truth.
 
     rgb  (B, T >= 2, H, W, 3) uint8;  depth, mask  (B, T, H, W);  w2c  (B, T, 3, 4);  K (B, T, 3, 3)
-    returns  depth         median over frames and pixels of |D - z| / z, in percent: the next
-                           frame's depth D where a pixel lands against the depth z that it then has;
-                           hidden pixels weigh little in a median
-             colour        mean absolute difference of the colours where depths agree within
-                           `tolerance`, in percent
-             colour_still  the same pixels against the next frame unmoved: what warping has to beat
-             seen_percent  share of the masked pixels that land inside and agree within `tolerance`
-             all NaN where nothing can be compared"""
+    returns  depth         median of |D - z| / z in percent: the next frame's depth D where a pixel
+                           lands, the depth z that it has there; hidden pixels weigh little
+             colour        mean absolute difference of the colours in percent, where depths agree
+                           within `tolerance`
+             colour_still  the same pixels against the unmoved next frame: warping has to beat it
+             seen_percent  share of the masked pixels that land inside and agree within `tolerance`"""
     moved, still, seen, wanted, depths = 0.0, 0.0, 0, 0, []
     for c, d, e, k, m in zip(rgb, depth.float(), w2c.float(), K.float(), mask):
         for t in range(len(d) - 1):
-            points = unproject(d[None, t : t + 1], e[None, t : t + 1], k[None, t : t + 1])
-            uv, z = project(points, e[None, t + 1 : t + 2], k[None, t + 1 : t + 2])
-            grid, z = (
-                (2 * uv / uv.new_tensor([d.shape[2], d.shape[1]]) - 1)[0],
-                z[0, 0],
-            )  # (1, H, W, 2), (H, W)
-            there = torch.cat([c[t + 1].movedim(-1, 0).float(), d[t + 1][None]])[None]
+            now, later = slice(t, t + 1), slice(t + 1, t + 2)
+            points = unproject(d[None, now], e[None, now], k[None, now])
+            uv, z = project(points, e[None, later], k[None, later])
+            grid, z = (2 * uv / uv.new_tensor([d.shape[2], d.shape[1]]) - 1)[0], z[0, 0]
+            here, there = c[t].float(), c[t + 1].float()  # (H, W, 3)
+            still_error = (there - here).abs().mean(-1)
+            there = torch.cat([there.movedim(-1, 0), d[later]])[None]  # (1, 4, H, W)
             there = F.grid_sample(there, grid, align_corners=False, padding_mode="border")[0]
             inside = m[t] & (z > 0) & (grid[0].abs() < 1).all(-1)
             off = (there[3] - z).abs() / z
-            keep, wanted = inside & (off < tolerance), wanted + int(m[t].sum())
-            depths, seen = (
-                depths + ([off[inside].median()] if inside.any() else []),
-                seen + int(keep.sum()),
-            )
-            moved += (there[:3].movedim(0, -1) - c[t].float()).abs().mean(-1)[keep].sum().item()
-            still += (c[t + 1].float() - c[t].float()).abs().mean(-1)[keep].sum().item()
+            if inside.any():
+                depths.append(off[inside].median())
+            keep = inside & (off < tolerance)
+            wanted, seen = wanted + int(m[t].sum()), seen + int(keep.sum())
+            moved += (there[:3].movedim(0, -1) - here).abs().mean(-1)[keep].sum().item()
+            still += still_error[keep].sum().item()
 
-    def share(x, of):
-        return 100 * x / of if of else float("nan")
+    def percent(x, of):
+        return 100 * x / of if of else math.nan
 
-    return dict(
-        depth=share(sum(depths, torch.zeros(())).item(), len(depths)),
-        colour=share(moved, 255 * seen),
-        colour_still=share(still, 255 * seen),
-        seen_percent=share(seen, wanted),
-    )
+    depth = percent(sum(depths, torch.zeros(())).item(), len(depths))
+    found = dict(depth=depth, colour=percent(moved, 255 * seen))
+    return found | dict(colour_still=percent(still, 255 * seen), seen_percent=percent(seen, wanted))
 
 
 @torch.no_grad()
 def head_agreement(points, depth, w2c, K, mask):
-    """Mean |P - unproject(depth, cameras)| / |P| of the three heads' outputs: needs no truth, 0 if
-    they agree."""
-    points, want = points.double(), unproject(depth.double(), w2c.double(), K.double())
-    rel = (points - want).norm(dim=-1) / points.norm(dim=-1).clamp(min=1e-6)
+    """Mean |P - unproject(depth, cameras)| / |P| of the three heads; needs no truth."""
+    points, lifted = points.double(), unproject(depth.double(), w2c.double(), K.double())
+    rel = (points - lifted).norm(dim=-1) / points.norm(dim=-1).clamp(min=1e-6)
     return rel[mask].mean().item()
 
 
 @torch.no_grad()
 def ause(error, conf, mask, steps=20):
-    """Area between two sparsification curves over the mean error: 0 if confidence sorts pixels like
-    the error does, about 0.5 to 1 for a random one.
+    """Area between two sparsification curves over the mean error: 0 if confidence sorts the pixels
+    as their errors do, about 0.5 to 1 if it sorts at random.
 
     error, conf, mask  (B, T, H, W)   error >= 0
-    A curve is the mean error of the pixels left when the share k / steps, least confident first, is
-    dropped."""
+    A curve is the mean error of the pixels that are left when a share k / steps of them is dropped:
+    the least confident first, or the worst first."""
     values = []
     for e, c, m in zip(error.double(), conf.double(), mask):
         if m.any():
             e, c = e[m], c[m]
-            sizes = (len(e) * (1 - torch.arange(steps) / steps)).round().long().clamp(min=1).to(
-                e.device
-            ) - 1
+            left = (len(e) * (1 - torch.arange(steps) / steps)).round().long().clamp(min=1)
             counts = torch.arange(1, len(e) + 1, device=e.device)
-            by_conf, best = (
-                x.cumsum(0) / counts for x in (e[c.argsort(descending=True)], e.sort().values)
-            )
-            values.append((by_conf - best)[sizes].mean() / e.mean().clamp(min=1e-12))
-    return torch.stack(values).mean().item() if values else float("nan")
+            by_conf = e[c.argsort(descending=True)].cumsum(0) / counts
+            best = e.sort().values.cumsum(0) / counts
+            area = (by_conf - best)[left.to(e.device) - 1].mean()
+            values.append(area / e.mean().clamp(min=1e-12))
+    return torch.stack(values).mean().item() if values else math.nan

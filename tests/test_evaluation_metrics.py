@@ -14,6 +14,7 @@ from lib.metrics import (
     head_agreement,
     nearest,
     temporal_error,
+    thin,
     warp_depth,
 )
 from lib.rooms import render_clip
@@ -65,6 +66,14 @@ def test_nearest_in_chunks_equals_all_at_once_and_order_does_not_matter():
     m = cloud_metrics(cloud[:, :, torch.randperm(5)], cloud, mask)
     assert m["chamfer"] < 1e-6 and m["f_score"] == 1
     assert math.isnan(cloud_metrics(cloud, cloud, ~mask)["chamfer"])
+
+
+def test_thinning_keeps_both_ends_of_any_number_of_points():
+    """81 frames of 480 x 832 have more than 2^24 points: fp32 rounded the last index up to len."""
+    for n in (1, 5, 2048, 3000, 81 * 480 * 832):
+        kept = thin(torch.arange(n, dtype=torch.int32), 2048)
+        assert len(kept) == min(n, 2048) and kept[0] == 0 and kept[-1] == n - 1
+        assert (kept.diff() > 0).all()
 
 
 @pytest.mark.parametrize(
