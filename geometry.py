@@ -86,9 +86,10 @@ def mat_to_quat(R):
     return torch.where(q[..., 3:] < 0, -q, q)
 
 
-# The pose encoding: translation of w2c, its rotation as quaternion xyzw, fields of view (y, x).
-POSE_DIM = 9
-TRANSLATION, ROTATION, FOV = slice(0, 3), slice(3, 7), slice(7, 9)
+POSE_DIM = 9  # the pose encoding, split here and nowhere else
+TRANSLATION = slice(0, 3)  # of w2c, scene units
+ROTATION = slice(3, 7)  # of w2c, quaternion x y z w
+FOV = slice(7, 9)  # radians, vertical first
 
 
 def encode_pose(w2c, K, size):
@@ -154,8 +155,7 @@ def pack_frames(x):
     returns  (B, 4c, 1 + (T-1)/4, H, W)    latent frame 0 holds frame 0 four times
     Source: Wan-Fun's camera control."""
     if x.shape[2] % 4 != 1:
-        wanted = "four-fold time compression needs 4k + 1 (21, 81)"
-        raise ValueError(f"{x.shape[2]} frames; {wanted}. Fix: trim the clip or set num_frames")
+        raise ValueError(f"{x.shape[2]} frames, must be 4k + 1 (21, 81). Fix: set num_frames")
     first = x[:, :, :1].expand(-1, -1, 3, -1, -1)
     return rearrange(torch.cat([first, x], 2), "b c (l j) h w -> b (c j) l h w", j=4)
 
@@ -225,8 +225,7 @@ def rope_2d(frames, h, w, head_dim, device):
 
     returns  cos, sin (frames*P, head_dim) fp32
     First half of a head is rotated by row, second by column; frequencies 100^(-2j/(head_dim/2));
-    special tokens sit at (0, 0) and patch (y, x) at (1+y, 1+x).  Time has no position here: it
-    enters through the video features."""
+    special tokens sit at (0, 0), patch (y, x) at (1+y, 1+x).  Time enters by the video features."""
     y, x = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
     patches = torch.stack([y, x], -1).reshape(-1, 2) + 1
     positions = torch.cat([torch.zeros(NUM_SPECIAL, 2), patches]).double()
@@ -559,7 +558,7 @@ class DPTHead(nn.Module):
 
     def forward(self, maps, grid, recompute=False):
         f, h, w = grid
-        aspect, size, batch = w / h, (16 * h, 16 * w), maps[0].shape[0]  # 16 pixels a token
+        aspect, size = w / h, (16 * h, 16 * w)  # 16 pixels a token
         again = recompute and torch.is_grad_enabled() and 4 * f - 3 > self.chunk
         run = partial(checkpoint, use_reentrant=False) if again else call
         levels = [run(self.level, i, tokens, grid, aspect) for i, tokens in enumerate(maps)]
@@ -567,7 +566,7 @@ class DPTHead(nn.Module):
         for start in range(0, 4 * f - 3, self.chunk):
             parts = [channels_last(x[:, :, start : start + self.chunk]) for x in levels]
             fused = run(self.fuse, size, aspect, *parts)
-            out.append(rearrange(fused, "(b t) h w k -> b t h w k", b=batch))  # (B, t, H, W, k)
+            out.append(rearrange(fused, "(b t) h w k -> b t h w k", b=len(maps[0])))
         return torch.cat(out, 1)
 
 
@@ -828,7 +827,8 @@ def geometry_losses(pred, batch, cfg):
     L_depth = alpha TGM + beta (frame + conf), L_pmap = points + normal_weight * normal.
     Source: FantasyWorld 2025."""
     cfg = SimpleNamespace(**{**OPTIONAL, **vars(cfg)})
-    mask, gt, relative = batch["mask"], batch["depth"], batch.get("relative")
+    mask, gt = batch["mask"], batch["depth"]
+    relative = batch.get("relative")
     weight = batch.get("geo_weight", torch.ones(len(mask), device=mask.device))
     metric = weight if relative is None else weight * ~relative  # (B,) 0 for clips without a unit
     depths = depth_loss(pred, gt, mask, mode=cfg.depth_mode, weight=metric, cfg=cfg)

@@ -51,8 +51,9 @@ def geometry_row(depth, points, w2c, b, out=None):
     w2c   None: no metrics of cameras
     out   the model's output: also how far its heads agree, how well confidence sorts the errors
     TAE leaves out what moves by itself, if the clip says so: cameras do not explain its depth."""
-    gt, mask, row = b["depth"], b["mask"], {}
+    gt, mask = b["depth"], b["mask"]
     still = mask & ~b["moving"] if "moving" in b else mask
+    row = {}
     for align in ("none", "median", "scale_shift"):
         suffix = "" if align == "none" else f"_{align}"
         aligned = metrics.depth_metrics(depth, gt, mask, align)

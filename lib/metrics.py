@@ -77,8 +77,7 @@ def align_sim3(source, target):
 
 
 def pair_accuracy(pred, gt, max_deg=30):
-    """Share (B,) of frame pairs whose relative rotation and direction of travel are within k
-    degrees, mean over k = 1 .. max_deg."""
+    """Mean share (B,) of frame pairs whose turn and direction of travel are within 1 .. max_deg."""
     i, j = torch.triu_indices(pred.shape[1], pred.shape[1], 1)
     a, b = (compose(x[:, j], inv_se3(x[:, i])) for x in (pred, gt))  # (B, pairs, 3, 4)
     u, v = a[..., 3], b[..., 3]
@@ -97,10 +96,9 @@ def pose_metrics(pred_w2c, gt_w2c):
 
     returns  rot_deg    mean rotation error in degrees
              trans      mean distance of the camera centres, gt's unit, no alignment
-             ate        RMSE of the centres after the best similarity: blind to scale, 0 if gt
-                        stands still
-             rpe_trans  RMSE of frame-to-frame motion at that similarity's scale; rpe_rot: its mean
-                        angle
+             ate        RMSE of the centres after the best similarity, which undoes any scale
+             rpe_trans  RMSE of motion from frame to frame at that scale
+             rpe_rot    mean angle of that motion's error, degrees
              auc30      pair accuracy averaged over 1 .. 30 degrees, in [0, 1]
     Source: CameraCtrl (rot, trans), Sturm et al. 2012 (ATE, RPE), VGGT (AUC)."""
     assert pred_w2c.shape == gt_w2c.shape and gt_w2c.shape[1] > 1, (pred_w2c.shape, gt_w2c.shape)
@@ -212,8 +210,10 @@ def warp_error(rgb, depth, w2c, K, mask, tolerance=0.1):
              colour        mean absolute difference of the colours in percent, where depths agree
                            within `tolerance`
              colour_still  the same pixels against the unmoved next frame: warping has to beat it
-             seen_percent  share of the masked pixels that land inside and agree within `tolerance`"""
-    moved, still, seen, wanted, depths = 0.0, 0.0, 0, 0, []
+             seen_percent  share of the masked pixels that land inside and agree"""
+    moved, still = 0.0, 0.0  # sums of differences of colours
+    seen, wanted = 0, 0  # pixels
+    depths = []
     for c, d, e, k, m in zip(rgb, depth.float(), w2c.float(), K.float(), mask):
         for t in range(len(d) - 1):
             now, later = slice(t, t + 1), slice(t + 1, t + 2)
