@@ -8,6 +8,7 @@ import torch
 from geometry import encode_pose
 from lib import pictures
 from lib.evaluate import comparison
+from lib.files import read_video
 from lib.log import Records
 from lib.pictures import depth_to_rgb
 from lib.rooms import Recipe, synth
@@ -97,10 +98,7 @@ def test_the_frames_of_a_cached_clip_are_its_video_or_the_codecs(tmp_path):
         for folder in (root, tmp_path / "cache")
     )
     assert video.shape == coded.shape == (5, 32, 48, 3) and video.dtype == np.uint8
-    assert (
-        np.abs(video.astype(int) - data.read_video(root / "train_000000" / "video.mp4")[0]).max()
-        <= 1
-    )
+    assert np.abs(video.astype(int) - read_video(root / "train_000000" / "video.mp4")[0]).max() <= 1
     assert np.abs(video.astype(int) - coded).mean() < 25  # the codec blurs
     clips = data.CachedClips(root, "train", (32, 48, 5))
     (root / "train_000000" / "camera_params.txt").write_text("damaged since")
