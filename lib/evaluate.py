@@ -53,11 +53,10 @@ def geometry_row(depth, points, w2c, b, out=None):
     TAE leaves out what moves by itself, if the clip says so: cameras do not explain its depth."""
     gt, mask = b["depth"], b["mask"]
     still = mask & ~b["moving"] if "moving" in b else mask
-    row = {}
-    for align in ("none", "median", "scale_shift"):
-        suffix = "" if align == "none" else f"_{align}"
+    row = metrics.depth_metrics(depth, gt, mask)
+    for align in ("median", "scale_shift"):
         aligned = metrics.depth_metrics(depth, gt, mask, align)
-        row |= {name + suffix: value for name, value in aligned.items()}
+        row |= {f"{name}_{align}": value for name, value in aligned.items()}
     distances = metrics.point_metrics(points, b["points"], mask)
     row |= dict(points=distances["dist"], points_rel=distances["rel"])
     row["tae"] = metrics.temporal_error(depth, b["w2c"], b["intrinsics"], still)
@@ -78,11 +77,10 @@ def output_at(model, b, sigma, how, *, given, heads=True, video=True):
     """The model's output on a prepared batch at a noise level; given False hides the camera."""
     t = torch.full((1,), 1000 * sigma, device=how.device)
     x = (1 - sigma) * b["latents"] + sigma * b["noise"]
-    camera = dict(plucker=b["plucker"], poses=b["pose_enc"])
-    camera["keep"] = torch.full((1,), float(given), device=how.device)
-    parts = dict(heads=heads, video=video)
+    keep = torch.full((1,), float(given), device=how.device)
+    camera = dict(plucker=b["plucker"], poses=b["pose_enc"], keep=keep)
     with how.autocast:
-        return model(x, t, b["text"], y=b["y"], clip=b.get("clip"), **camera, **parts)
+        return model(x, t, b["text"], b["y"], b.get("clip"), heads=heads, video=video, **camera)
 
 
 def diffusion_error(model, b, how, given):
@@ -135,11 +133,12 @@ def evaluate(model, examples, how, picture=None, more_sigmas=()):
 
 
 def mean_over_ranks(found):
-    """Mean rows by name over the clips of all ranks; found: the rows of each clip of this rank."""
+    """mean_rows of the clips of all ranks."""
     return mean_rows(sum(gathered(found), []))
 
 
 def mean_rows(found):
+    """Mean rows by name; found: [{name: row}, ...], one for each clip."""
     values = {}
     for rows in found:
         for name, row in rows.items():
@@ -198,7 +197,7 @@ def baselines(train, val, how):
 
 def print_table(rows, file=None):
     """The headline metrics of each row in a line, then every other metric in a line of its own."""
-    wide = max(50, *(len(name) + 1 for name in rows))
+    wide = max([50, *(len(name) + 1 for name in rows)])
 
     def cells(pairs):
         return "".join(f"{row[key]:8.3f}" if key in row else f"{'-':>8s}" for row, key in pairs)

@@ -4,9 +4,11 @@ import math
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import tensor
 
 from geometry import inv_se3, unproject
+from lib.evaluate import name_checkpoints
 from lib.metrics import (
     ause,
     cloud_metrics,
@@ -134,3 +136,32 @@ def test_sparsification_by_hand():
     assert ause(e, -e, mask, steps=4) == 0
     mask[..., 3] = False
     assert ause(torch.where(mask, e, math.nan), 1 / e, mask) == 0
+
+
+def test_no_two_checkpoints_share_a_row_or_a_picture(tmp_path):
+    """The folder tells two of one stage and step apart; the path does it inside one folder."""
+    files = {}
+    for file, stage in (
+        ("a/x", 1),
+        ("b/x", 1),
+        ("c/x", 1),
+        ("c/y", 1),
+        ("d/x", 2),
+        ("e/x", "vggt"),
+    ):
+        files[file] = tmp_path / f"{file}.safetensors"
+        files[file].parent.mkdir(exist_ok=True)
+        save_file({"a": torch.zeros(1)}, files[file], metadata=dict(stage=str(stage), step="7"))
+    sources = [str(files[file]) for file in ("a/x", "b/x", "c/x", "c/y", "d/x", "a/x")]
+    a, b, c, c2, d = sources[:5]
+    short = ("stage 1", "step 7")
+    assert name_checkpoints(sources) == {
+        a: (*short, "a"),
+        b: (*short, "b"),
+        c: (*short, c),
+        c2: (*short, c2),
+        d: ("stage 2", "step 7"),
+    }
+    assert name_checkpoints([a, d])[a] == short  # the plain name where nothing is equal
+    with pytest.raises(ValueError, match="e/x.safetensors: it is no checkpoint of stage 0, 1 or 2"):
+        name_checkpoints([a, str(files["e/x"])])
