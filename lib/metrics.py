@@ -3,8 +3,8 @@
 Sources: Eigen et al. 2014 (depth), Sturm et al. 2012 (trajectories), VGGT 2025 (AUC), Video Depth
 Anything 2025 (TAE), Knapitsch et al. 2017 (F-score), Ilg et al. 2018 (sparsification).
 Shapes: B clips, T frames of H x W pixels; lengths in the unit of the input, scene units in
-train.py.  Results are Python floats, fp64 inside, averaged over clips; a clip without a valid pixel
-is left out, and NaN comes back if none is left."""
+train.py.  Results are Python floats (fp64 inside, fp32 in warp_error), averaged over clips; a clip
+without a valid pixel is left out, and NaN comes back if none is left."""
 
 import math
 
