@@ -19,7 +19,8 @@ import signal
 import sys
 import time
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
+from functools import lru_cache, partial
 
 import torch
 import torch.distributed as dist
@@ -30,19 +31,11 @@ import config
 from config import option, section
 from data import CachedClips, collate, prepare
 from geometry import clip_mean, geometry_losses
-from lib.checkpoints import (
-    describe,
-    link_latest,
-    load_optimizer,
-    newest_valid,
-    remove_leftovers,
-    save_checkpoint,
-    training_state,
-)
-from lib.distributed import end_processes, from_first, gather_full, shard, start_processes
+from lib.checkpoints import choose_start, describe, load_optimizer, save_checkpoint, training_state
+from lib.distributed import Ranks, end_processes, from_first, gather_full, shard, start_processes
 from lib.evaluate import How, evaluate, evaluate_only
 from lib.guards import BadSteps, Stop, Watch, ignore_signals, run_command
-from lib.log import Records, Tally, changed_options, clock, memory_gb, provenance
+from lib.log import Records, Tally, by_sigma, changed_options, clock, memory_gb, provenance
 from lib.plan import HARDWARE, flops_of_step, peak_flops, report
 from lib.weights import load_weights, metadata_of, open_model, read_tensors
 from model import CHECKPOINTING, PRESETS, flow_matching_loss, shift_sigma
@@ -70,13 +63,13 @@ grad_accum = option(1, "micro-steps; global batch = batch_size * grad_accum * GP
 max_steps = option(20000, "steps of the whole run", low=1)
 save_every = option(1000, "steps between checkpoints", low=1)
 log_every = option(10, "steps between lines of training.log", low=1)
-eval_every = option(1000, "steps between evaluations; 0: none", low=0)
+eval_every = option(1000, "steps between evaluations", low=1, off=0)
 keep_last = option(3, "newest checkpoints that are kept", low=1)
-keep_every = option(0, "also keep the weights of every multiple of this; 0: none", low=0)
+keep_every = option(0, "also keep the weights of every multiple of this", low=1, off=0)
 eval_clips = option(16, "clips of an evaluation", low=1)
 eval_only = option(False, "print the table of the checkpoints in init_from, and stop")
 eval_sigma = option(0.1, "noise level of the geometry read-out", above=0, high=1)
-eval_more_sigmas = option((0.5, 0.9), "further noise levels of eval_only")
+eval_more_sigmas = option((0.5, 0.9), "further noise levels of eval_only", above=0, high=1)
 section_3 = section("optimisation")
 learning_rate = option(1e-5, "of AdamW; 5e-6 is the guide's fallback", above=0)
 min_lr = option(0.0, "where a falling schedule ends", low=0)
@@ -84,7 +77,7 @@ warmup_steps = option(100, "steps of linear rise", low=0)
 lr_schedule = option("constant", "after the rise", choices=("constant", "cosine", "linear"))
 weight_decay = option(0.01, "of matrices; norms, gates, biases and tokens have none", low=0)
 beta2 = option(0.999, "of AdamW", low=0, high=0.99999)
-grad_clip = option(1.0, "largest gradient norm; 0: no clipping", low=0)
+grad_clip = option(1.0, "largest gradient norm", above=0, off=0)
 shift = option(5.0, "of the noise levels: more of them near 1", above=0)
 pose_dropout = option(0.1, "share of clips that lose their camera", low=0, high=1)
 prompt_dropout = option(0.1, "share of clips that lose their prompt", low=0, high=1)
@@ -102,9 +95,9 @@ valid_quantile = option(1.0, "0.98: a clip's largest errors are wrong labels", a
 normal_weight = option(0.0, "weight of a loss on the surface normals of the point map", low=0)
 geo_sigma_power = option(0.0, "a clip's geometry loss is weighted by (1 - sigma) ** this", low=0)
 max_bad_steps = option(10, "so many steps in a row that are not finite end the run", low=1)
-spike_guard = option(0.0, "skip gradient norms over this times their mean; 0: off", low=0)
+spike_guard = option(0.0, "skip gradient norms over this times their mean", above=1, off=0)
 section_4 = section("machine")
-device = option("auto", "auto, cpu or cuda")
+device = option("auto", "auto: the GPU if there is one", choices=("auto", "cpu", "cuda"))
 seed = option(0, "of everything random", low=0)
 num_workers = option(2, "processes that load clips", low=0)
 compile = option(False, "torch.compile the blocks")  # noqa: A001  (the option's name since the start)
@@ -129,37 +122,45 @@ def generator(*key):
     return torch.Generator().manual_seed(mixed)
 
 
+@lru_cache(maxsize=2)
+def order_of_epoch(clips, seed, epoch):
+    """The order of the clips in an epoch: each comes once."""
+    return torch.randperm(clips, generator=generator(seed, 1, epoch)).tolist()
+
+
+def global_batch(options, world):
+    """Clips of a step, on all ranks."""
+    return options.batch_size * options.grad_accum * world
+
+
+@dataclass(frozen=True)
 class Batches:
     """Index lists of this rank's micro-batches: a pure function of (seed, step), without state."""
 
-    def __init__(self, clips, first_step, rank, world, options):
-        self.clips, self.first_step, self.options = clips, first_step, options
-        self.rank, self.world = rank, world
+    clips: int
+    options: config.Options
+    ranks: Ranks
+    first_step: int = 0
 
-    def positions(self, step, micro):
-        """Positions of this rank's micro-batch in the global batch of a step."""
+    def positions(self, micro):
+        """Positions of this rank's micro-batch in the global batch."""
         size = self.options.batch_size
-        start = (micro * self.world + self.rank) * size
+        start = (micro * self.ranks.world + self.ranks.rank) * size
         return range(start, start + size)
 
+    def clip_at(self, n):
+        """The clip at a place in the sequence of epochs."""
+        epoch, place = divmod(n, self.clips)
+        return order_of_epoch(self.clips, self.options.seed, epoch)[place]
+
     def __iter__(self):
-        total = self.options.batch_size * self.options.grad_accum * self.world
-        epoch, order = -1, None
+        total = global_batch(self.options, self.ranks.world)
         for step in range(self.first_step, self.options.max_steps):
             for micro in range(self.options.grad_accum):
-                indices = []
-                for position in self.positions(step, micro):
-                    n = step * total + position
-                    if n // self.clips != epoch:
-                        epoch = n // self.clips
-                        g = generator(self.options.seed, 1, epoch)
-                        # every clip once an epoch
-                        order = torch.randperm(self.clips, generator=g).tolist()
-                    indices.append(order[n % self.clips])
-                yield indices
+                yield [self.clip_at(step * total + place) for place in self.positions(micro)]
 
 
-def draw(b, step, positions, total, empty_text, options):
+def draw(b, step, positions, *, total, empty_text, options):
     """The random part of a micro-batch, keyed by (seed, step, position).
 
     b         prepared batch;  positions, total: its place in the global batch of `total` clips
@@ -173,17 +174,18 @@ def draw(b, step, positions, total, empty_text, options):
         uniform.append(u)
         # (16, f, h, w), on the CPU: device-independent
         noise.append(torch.randn(b["latents"].shape[1:], generator=g))
-    u, dev = torch.stack(uniform), b["latents"].device
+    u = torch.stack(uniform)  # (B, 4)
+    device = b["latents"].device
 
     def send(x):  # a copy from memory that is not pinned waits for the device
-        return (x.pin_memory() if dev.type == "cuda" else x).to(dev, non_blocking=True)
+        return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
 
     keep = send((u[:, 1] >= options.pose_dropout).float())
     image_keep = send((u[:, 3] >= options.image_dropout).float())
     if "relative" in b:  # without metric depth, translations have no scene unit
         keep = keep * ~b["relative"]  # 0 hides the camera
-    told = u[:, 2] >= options.prompt_dropout
-    text = [text if stays else empty_text for text, stays in zip(b["text"], told)]
+    prompt_keep = u[:, 2] >= options.prompt_dropout
+    text = [text if stays else empty_text for text, stays in zip(b["text"], prompt_keep)]
     changed = dict(text=text, y=None)
     if b["y"] is not None:
         changed["y"] = b["y"] * image_keep.view(-1, 1, 1, 1, 1)
@@ -191,13 +193,6 @@ def draw(b, step, positions, total, empty_text, options):
         changed["clip"] = b["clip"] * image_keep.view(-1, 1, 1)
     sigma = send(shift_sigma(u[:, 0], options.shift))  # (B,)
     return send(torch.stack(noise)), sigma, keep, {**b, **changed}
-
-
-def by_sigma(sigma, value):
-    """Sums of per-clip values in four bins of the noise level, and counts: (4, 2) on the device."""
-    values = torch.stack([value.detach().float(), torch.ones_like(sigma)], 1)
-    bins = (4 * sigma).long().clamp(max=3)
-    return torch.zeros(4, 2, device=sigma.device).index_add(0, bins, values)
 
 
 def compute_loss(model, b, noise, *, sigma, keep, options, video):
@@ -208,35 +203,40 @@ def compute_loss(model, b, noise, *, sigma, keep, options, video):
     x = (1 - s) * b["latents"] + s * noise  # (B, 16, f, h, w)
     camera = dict(plucker=b["plucker"], poses=b["pose_enc"], keep=keep)
     out = model(x, 1000 * sigma, b["text"], b["y"], b.get("clip"), video=video, **camera)
-    loss, parts, bins = torch.zeros((), device=x.device), {}, {}
+    loss = torch.zeros((), device=x.device)
+    parts, bins = {}, {}
     if out["velocity"] is not None:
         per_clip = flow_matching_loss(out["velocity"], b["latents"], noise)
         bins["diffusion"] = by_sigma(sigma, per_clip)
         diffusion = per_clip.mean()
-        # no loss there in stage 1
-        loss, parts["diffusion"] = loss + options.lambda_diffusion * diffusion, diffusion.detach()
+        parts["diffusion"] = diffusion.detach()
+        loss = loss + options.lambda_diffusion * diffusion
     if "depth" in out:
         weighted = dict(b, geo_weight=(1 - sigma) ** options.geo_sigma_power)
         geo, geo_parts = geometry_losses(out, weighted, options)
-        loss, parts = loss + options.lambda_geo * geo, {**parts, **geo_parts}
+        parts |= geo_parts
+        loss = loss + options.lambda_geo * geo
         error = (out["depth"] - b["depth"]).abs() * b["mask"]  # (B, T, H, W), 0 where unknown
         bins["depth_l1"] = by_sigma(sigma, clip_mean(error, b["mask"]))
     return loss, {**parts, "total": loss.detach()}, bins
 
 
+@dataclass(frozen=True)
 class Examples:
     """Clips as evaluation reads them: prepared batches of one; the noise is equal in all runs."""
 
-    def __init__(self, clips, model, dev, seed):
-        self.clips, self.model, self.dev, self.seed = clips, model, dev, seed
+    clips: CachedClips
+    model: torch.nn.Module
+    device: torch.device
+    seed: int
 
     def __len__(self):
         return len(self.clips)
 
     def __getitem__(self, i):
-        b = prepare(collate([self.clips[i]]), self.model.cfg.in_dim, self.dev, self.model.rays)
+        b = prepare(collate([self.clips[i]]), self.model.cfg.in_dim, self.device, self.model.rays)
         noise = torch.randn(b["latents"].shape, generator=generator(self.seed, 3, i))
-        return dict(b, noise=noise.to(self.dev))
+        return dict(b, noise=noise.to(self.device))
 
     def frames(self, i):
         """uint8 (T, H, W, 3) of a clip for a picture, or None."""
@@ -244,22 +244,31 @@ class Examples:
 
 
 # ------------------------------------------------------------------------------------- the options
+def model_config(options):
+    """The preset with model_overrides, whose names and types are checked."""
+    preset, changes = PRESETS[options.preset], {}
+    for key, value in options.model_overrides.items():
+        default = config.look_up(key, vars(preset), "model_overrides")
+        changes[key] = config.check(key, value, option(default, ""), "model_overrides")
+    return replace(preset, **changes)
+
+
 def check_options(options):
     """What ranges alone cannot say is refused before anything slow."""
     recompute = options.checkpoint_activations
     # Older ones skip blocks under a policy of checkpointing; 2.4 shares no graph.
     needed = (2, 10) if recompute in ("selective", "attention") else (2, 5)
     if options.compile and torch.__version__ < needed:
-        raise ValueError(
-            f"compile with checkpoint_activations = {recompute} needs torch "
-            f"{'.'.join(map(str, needed))} or newer, this is {torch.__version__}; leave compile out"
-        )
+        wanted = f"needs torch {needed[0]}.{needed[1]} or newer, this is {torch.__version__}"
+        how = f"compile with checkpoint_activations = {recompute}"
+        raise ValueError(f"{how} {wanted}; leave compile out")
     if options.shard_weights and options.shard_optimizer:
         raise ValueError("shard_weights shards the optimizer too: leave shard_optimizer out")
     size = options.num_frames, options.height, options.width
     if size != LATENT.nearest(*size):
         found = "num_frames = {}, height x width = {} x {}".format(*size)
         raise ValueError(f"{found}; wanted 4k + 1 frames (21, 81) and multiples of 16")
+    model_config(options)
     if options.plan:
         return
     if options.stage and not options.wan_dir and not options.random_wan:
@@ -268,11 +277,9 @@ def check_options(options):
     origin = options.init_from
     if options.stage == 2 and not options.eval_only:
         if not origin or metadata_of(origin).get("stage") not in ("1", "2"):
-            raise ValueError(
-                f"stage 2 starts from a stage 1 checkpoint or a release's model.pth; init_from = "
-                f"{origin!r} is neither. Train config/stage1.py first, then "
-                f"--init_from=outputs/stage1/latest.safetensors"
-            )
+            wanted = "stage 2 starts from a stage 1 checkpoint or a release's model.pth"
+            cure = "Train config/stage1.py, then --init_from=outputs/stage1/latest.safetensors"
+            raise ValueError(f"{wanted}; init_from = {origin!r} is neither. {cure}")
     if options.eval_only and not origin:
         raise ValueError("eval_only needs --init_from=CHECKPOINT[,CHECKPOINT ...]")
     for path in filter(None, origin.split(",")):
@@ -282,24 +289,20 @@ def check_options(options):
 def check_depth_kinds(clips, options, master):
     """Clips whose depth has no unit train the depth head alone; what needs a unit refuses them."""
     count = {split: c.count_relative() for split, c in clips.items()}
-    where = options.data_dir
-    if count.get("val") and options.stage:
-        raise ValueError(
-            f"{where}: {count['val']} validation clips have depth without a unit; their errors "
-            "would mean nothing. Give depth_scale in metadata.json, or choose other clips for the "
-            "split val."
-        )
+    if not options.stage:
+        return
+    if count.get("val"):
+        found = f"{count['val']} validation clips have depth without a unit"
+        cure = "Give depth_scale in metadata.json, or choose other clips for the split val"
+        raise ValueError(f"{options.data_dir}: {found}; their errors would mean nothing. {cure}")
+    found = f"{count['train']} of {len(clips['train'])} clips have depth without a unit"
     if count["train"] and options.stage == 2:
-        raise ValueError(
-            f"{where}: {count['train']} clips have depth without a unit; stage 2 conditions on "
-            "cameras in units of the scene. Train them in stage 1, or leave them out."
-        )
-    if count["train"] and options.stage and master:
-        print(
-            f"warning: {count['train']} of {len(clips['train'])} clips have depth without a unit "
-            "(8-bit or min-max normalised); they train the depth head alone, with depth_mode ssi",
-            flush=True,
-        )
+        why = "stage 2 conditions on cameras in units of the scene"
+        cure = "Train them in stage 1, or leave them out"
+        raise ValueError(f"{options.data_dir}: {found}; {why}. {cure}")
+    if count["train"] and master:
+        what = "they train the depth head alone, with depth_mode ssi"
+        print(f"warning: {found} (8-bit or min-max normalised); {what}", flush=True)
 
 
 def print_plan(options):
@@ -307,8 +310,8 @@ def print_plan(options):
     hardware = dict.fromkeys((*HARDWARE, (options.plan_gpus, options.plan_gb)))
     size = (options.num_frames, options.height, options.width)
     total = 8 * options.batch_size * options.grad_accum
-    cfg = replace(PRESETS[options.preset], **options.model_overrides)
     half = options.precision != "fp32"
+    cfg = model_config(options)
     for line in report(cfg, options.stage, loss_alone(options), size, total, hardware, half):
         print(line, flush=True)
 
@@ -324,7 +327,7 @@ def loss_alone(options):
 
 
 # ---------------------------------------------------------------------------------- the optimizer
-def make_optimizer(model, options, world=1, group=None):
+def make_optimizer(model, options, ranks=None):
     """AdamW; no decay on norms, gates, biases, modulation and tokens.
 
     Sharded: each rank updates its share of the parameters and sends them to the others, so the
@@ -340,12 +343,20 @@ def make_optimizer(model, options, world=1, group=None):
     ]
     # fused takes found_inf
     how = dict(lr=options.learning_rate, betas=(0.9, options.beta2), fused=True)
-    if options.shard_optimizer and world > 1:
+    if options.shard_optimizer and ranks and ranks.world > 1:
         # Imported here: it takes a second to compile TorchScript that we do not use.
         from torch.distributed.optim import ZeroRedundancyOptimizer
 
-        return ZeroRedundancyOptimizer(groups, torch.optim.AdamW, process_group=group, **how)
+        how["process_group"] = ranks.group
+        return ZeroRedundancyOptimizer(groups, torch.optim.AdamW, **how)
     return torch.optim.AdamW(groups, **how)
+
+
+def take_step(optimizer, bad):
+    """AdamW's step, which leaves weights and moments as they are where bad () is 1."""
+    getattr(optimizer, "optim", optimizer).found_inf = bad  # a sharded one steps its own part
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)  # frees the gradients until the next backward
 
 
 def compile_blocks(model):
@@ -366,73 +377,51 @@ def learning_rate_at(step, options):
 
 
 # ------------------------------------------------------------------------------------------ resume
-def choose_start(out, asked):
-    """The checkpoint to go on from ("" = none), after a killed run's leftovers; for rank 0."""
-    if out.is_dir():
-        remove_leftovers(out)
-    newest = newest_valid(out)  # damaged ones are passed over
-    if asked == "auto":
-        if newest is not None:
-            link_latest(out, newest)  # a kill may have come between the file and its link
-        return "" if newest is None else f"{out}/step-{newest}.safetensors"
-    first = int(metadata_of(asked).get("step", 0)) if asked else 0
-    if newest is not None and newest > first:
-        found = f"{out} holds checkpoints later than step {first}, up to {newest}"
-        cure = "this run would mix with them. Use another --out_dir, or delete them"
-        raise ValueError(f"{found}; {cure}")
-    return asked
-
-
 def keep_global_batch(meta, options, world):
     """On another number of GPUs: options whose global batch is that of the run, and a remark."""
-    before, total = json.loads(meta["train_config"]), int(meta.get("global_batch", 0))
-    size, accum = options.batch_size, options.grad_accum
-    same = (before["batch_size"], before["grad_accum"]) == (size, accum)
-    if not total or not same or total == size * accum * world:
+    before = json.loads(meta["train_config"])
+    total = int(meta.get("global_batch", 0))
+    size = options.batch_size
+    same = (before["batch_size"], before["grad_accum"]) == (size, options.grad_accum)
+    if not total or not same or total == global_batch(options, world):
         return options, []
     if total % world:
-        raise ValueError(
-            f"the run to resume has a global batch of {total}, which {world} GPUs cannot share; "
-            f"start a number of GPUs that divides it, or set --batch_size and --grad_accum"
-        )
+        found = f"the run to resume has a global batch of {total}, which {world} GPUs cannot share"
+        cure = "start a number of GPUs that divides it, or set --batch_size and --grad_accum"
+        raise ValueError(f"{found}; {cure}")
     size = max(b for b in range(1, size + 1) if total % (b * world) == 0)
     accum = total // (size * world)
     remark = f"global batch kept at {total} on {world} GPUs: batch_size {size}, grad_accum {accum}"
     return options.replaced(batch_size=size, grad_accum=accum), [remark]
 
 
-def resume_from(path, model, optimizer, options, world):
+def resume_from(path, model, optimizer, *, options, world):
     """Load a checkpoint of this stage and its optimizer state.
 
     returns  its metadata, options with its global batch, remarks for the log"""
     meta = metadata_of(path)
     if meta.get("stage") != str(options.stage):
-        raise ValueError(
-            f"resume = {path} is of stage {meta.get('stage')}, this run is stage {options.stage}; "
-            f"use --init_from to start a stage from another one, or another --out_dir"
-        )
+        found = f"is of stage {meta.get('stage')}, this run is stage {options.stage}"
+        cure = "use --init_from to start a stage from another one, or another --out_dir"
+        raise ValueError(f"resume = {path} {found}; {cure}")
     load_weights(model, path)
-    moments = pathlib.Path(path).with_name(f"step-{meta['step']}.optim.safetensors")
-    load_optimizer(moments, model, optimizer)
+    step = int(meta["step"])
+    load_optimizer(pathlib.Path(path).with_name(f"step-{step}.optim.safetensors"), model, optimizer)
     before = json.loads(meta["train_config"])
-    changes = changed_options(before, vars(options))
-    remarks = [f"changed since step {meta['step']}: {c}" for c in changes]
-    rates = ("learning_rate", "min_lr", "warmup_steps", "lr_schedule")
-    remarks += [
-        f"warning: the learning rate changes at this resume: {c}"
-        for c in changes
-        if c.split(" ")[0] in rates
-    ]
+    remarks = [f"changed since step {step}: {c}" for c in changed_options(before, vars(options))]
+    known = {key: value for key, value in before.items() if key in vars(options)}
+    old, new = (learning_rate_at(step, o) for o in (options.replaced(**known), options))
+    if old != new:
+        rates = f"{old:.4g} before, {new:.4g} now"
+        remarks.append(f"warning: the learning rate changes at this resume: {rates}")
     options, kept = keep_global_batch(meta, options, world)
     return meta, options, remarks + kept
 
 
-def flops_share(model, options, master):
-    """FLOPs of a micro-step over the device's FLOP/s, in seconds: the MFU column; rank 0 alone.
+def least_seconds(model, options):
+    """FLOPs of a micro-step over the device's FLOP/s: the MFU column's 100 %.
 
     Counted on fake tensors, so that it costs no step and changes no bit of the run."""
-    if not master:
-        return 0.0
     size = (options.batch_size, options.num_frames, options.height, options.width)
     half = next(model.dit.blocks.parameters()).dtype == torch.bfloat16
     how = dict(checkpointing=options.checkpoint_activations, half=half)
@@ -449,28 +438,21 @@ def open_clips(options):
     return {split: CachedClips(options.data_dir, split, size, *how) for split in splits}
 
 
-def load_batches(clips, batches, dev, options):
+def load_batches(clips, batches, device, workers):
     """Iterator over this rank's micro-batches, read ahead by worker processes."""
-    return iter(
-        torch.utils.data.DataLoader(
-            clips,
-            batch_sampler=batches,
-            collate_fn=collate,
-            num_workers=options.num_workers,
-            pin_memory=dev.type == "cuda",
-            worker_init_fn=ignore_signals,
-        )
-    )
+    how = dict(pin_memory=device.type == "cuda", worker_init_fn=ignore_signals)
+    how |= dict(batch_sampler=batches, collate_fn=collate, num_workers=workers)
+    return iter(torch.utils.data.DataLoader(clips, **how))
 
 
 def describe_run(options, trained, clips, world):
     """The first line of a start in training.log."""
     millions = sum(p.numel() for p in trained) / 1e6
-    size, accum = options.batch_size, options.grad_accum
+    counts = f"{len(clips['train'])} + {len(clips.get('val', ()))} val"
+    product = f"{options.batch_size} x {options.grad_accum} x {world}"
     return (
-        f"stage {options.stage}, {millions:.1f}M trainable, clips {len(clips['train'])} + "
-        f"{len(clips.get('val', ()))} val, global batch {size} x {accum} x {world} = "
-        f"{size * accum * world}"
+        f"stage {options.stage}, {millions:.1f}M trainable, clips {counts}, "
+        f"global batch {product} = {global_batch(options, world)}"
     )
 
 
@@ -485,34 +467,62 @@ class Job:
     empty_text: torch.Tensor  # (L, D) text of clips that lose their prompt
     total: int  # clips of the global batch
 
-    def micro_step(self, b, step, positions, last):
+    def micro_step(self, b, step, positions, *, last):
         """Forward and backward of a loaded batch -> its loss, parts, bins and clip ids.
 
         last   the gradients are reduced over the ranks only in a step's last micro-step"""
         options, model = self.options, self.model
-        # on the device, in scene units
+        # On the device, in scene units.
         b = prepare(b, model.cfg.in_dim, self.empty_text.device, model.rays)
-        noise, sigma, keep, b = draw(b, step, positions, self.total, self.empty_text, options)
+        drops = dict(total=self.total, empty_text=self.empty_text, options=options)
+        noise, sigma, keep, b = draw(b, step, positions, **drops)
         how = dict(sigma=sigma, keep=keep, options=options, video=options.stage != 1)
         waits = not last and self.wrapped is not model
         with self.wrapped.no_sync() if waits else nullcontext():
             with self.autocast:
                 loss, parts, bins = compute_loss(self.wrapped, b, noise, **how)
-            # the sum over micro-steps is the mean over clips
+            # The sum over micro-steps is the mean over clips.
             (loss / options.grad_accum).backward()
         return loss.detach(), parts, bins, b["id"]  # all still on the device
 
 
-def wrap(model, group, dev, spread):
+def wrap(model, ranks, spread):
     """DDP around a model, or the model itself where it is alone or its weights are spread."""
-    if group is None:
+    if ranks.world == 1:
         return model
     dist.barrier()  # loading took each rank its own time; a step must not
-    if spread:  # before the optimizer sees the parameters
+    if spread:
         return model
-    ids = [dev] if dev.type == "cuda" else None
-    how = dict(gradient_as_bucket_view=True, process_group=group, device_ids=ids)
+    ids = [ranks.device] if ranks.device.type == "cuda" else None
+    how = dict(gradient_as_bucket_view=True, process_group=ranks.group, device_ids=ids)
     return DistributedDataParallel(model, **how)
+
+
+def write_checkpoint(out, step, state, metadata, *, options):
+    """Save a step -> "", or why it failed: a full disk costs a checkpoint, not the run."""
+    keep = dict(keep_last=options.keep_last, keep_every=options.keep_every)
+    try:
+        save_checkpoint(out, step, state, metadata, **keep)
+    except (OSError, SafetensorError) as error:
+        found = f"step {step} is not saved ({error})"
+        return f"{found}; earlier checkpoints in {out} are untouched. Free some space"
+    return ""
+
+
+@dataclass
+class Progress:
+    """How far the loop is; steps are counted from the run's first."""
+
+    first: int  # step of this start
+    done: int
+    saved: int  # newest checkpoint
+    stopped: int = 0  # the signal that ends the run
+    since: float = field(default_factory=time.perf_counter)
+
+    def left(self, max_steps):
+        """H:MM:SS to the end, as if the rest took as long a step."""
+        spent = time.perf_counter() - self.since
+        return clock((max_steps - self.done) * spent / (self.done - self.first))
 
 
 def main(options):
@@ -521,150 +531,143 @@ def main(options):
         return print_plan(options)  # nothing is allocated
 
     # ---- device, ranks
-    timeouts = (options.step_timeout, options.wait_timeout)
-    rank, world, dev, group = start_processes(options.device, *timeouts)
+    ranks = start_processes(options.device, options.step_timeout, options.wait_timeout)
+    device, master = ranks.device, ranks.rank == 0
+    out = pathlib.Path(options.out_dir)
     torch.manual_seed(options.seed)  # of the fresh weights: equal on all ranks
-    out, master = pathlib.Path(options.out_dir), rank == 0
 
     # ---- model and data
-    cfg = replace(PRESETS[options.preset], **options.model_overrides)
-    half = options.precision == "bf16" or options.precision == "auto" and dev.type == "cuda"
-    spread = options.shard_weights and world > 1
+    half = options.precision == "bf16" or options.precision == "auto" and device.type == "cuda"
+    spread = options.shard_weights and ranks.world > 1
     autocast = nullcontext()
     if half:  # its cache would keep a bf16 copy of every weight that was gathered
-        autocast = torch.autocast(dev.type, torch.bfloat16, cache_enabled=not spread)
+        autocast = torch.autocast(device.type, torch.bfloat16, cache_enabled=not spread)
     sources = list(filter(None, options.init_from.split(",")))
     origin = metadata_of(sources[0]) if sources else {}  # ours, a release, or VGGT
-    dtype = torch.bfloat16 if half and options.stage else None
-    model = open_model(origin, cfg, options.wan_dir, "cpu" if spread else dev, dtype)
+    where = "cpu" if spread else device
+    frozen = torch.bfloat16 if half and options.stage else None
+    model = open_model(origin, model_config(options), options.wan_dir, where, frozen)
     model.set_stage(options.stage).checkpoint_activations = options.checkpoint_activations
     if spread:
-        shard(model, group, dev)
+        shard(model, ranks)
     clips = open_clips(options)
     check_depth_kinds(clips, options, master)
-    examples = {split: Examples(c, model, dev, options.seed) for split, c in clips.items()}
-    how = How(dev, autocast, options.eval_clips, options.eval_sigma, rank, world)
+    examples = {split: Examples(c, model, device, options.seed) for split, c in clips.items()}
+    numbers = (options.eval_clips, options.eval_sigma, ranks.rank, ranks.world)
+    how = How(device, autocast, *numbers)
     if options.eval_only:
         return evaluate_only(model, examples, out, sources, how, options.eval_more_sigmas)
 
     # ---- optimizer, resume
-    optimizer = make_optimizer(model, options, world, group)  # after sharding: it holds the shares
+    optimizer = make_optimizer(model, options, ranks)  # after sharding: it holds the shares
     asked, meta, remarks = options, {}, []
     start_from = from_first(choose_start(out, options.resume) if master else None)
     if start_from:
-        meta, options, remarks = resume_from(start_from, model, optimizer, options, world)
+        how_many = dict(options=options, world=ranks.world)
+        meta, options, remarks = resume_from(start_from, model, optimizer, **how_many)
     elif sources and origin.get("foreign") != "release":  # a release's weights are in it already
         load_weights(model, sources[0])
     first_step = int(meta.get("step", 0))  # 0 for a fresh start
-    total = options.batch_size * options.grad_accum * world
-    mfu_unit = flops_share(model, options, master)  # before compiling
+    total = global_batch(options, ranks.world)
+    full_speed = least_seconds(model, options) if master else 0.0  # before compiling
     if options.compile:
         compile_blocks(model)
-    wrapped = wrap(model, group, dev, spread)
+    wrapped = wrap(model, ranks, spread)
+    trained = [p for p in model.parameters() if p.requires_grad]
 
     # ---- records
-    metadata = dict(
-        provenance(vars(asked)),
-        format="fantasyworld",
-        stage=str(options.stage),
-        global_batch=str(total),
-        world=str(world),
-        model_config=json.dumps(asdict(model.cfg)),
-        release=origin.get("release", ""),
-    )
+    facts = dict(format="fantasyworld", stage=str(options.stage), release=origin.get("release", ""))
+    facts |= dict(global_batch=str(total), world=str(ranks.world))
+    facts["model_config"] = json.dumps(asdict(model.cfg))
+    metadata = provenance(vars(asked)) | facts
     records = Records(out if master else None, metadata, first_step)
-    log, watch = records.line, Watch(options.max_steps, records.line)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    headline = describe_run(options, trained, clips, world)
-    log(f"# {headline}, {dev}, git {metadata['git']}, steps {first_step} .. {options.max_steps}")
+    log = records.line
+    headline = describe_run(options, trained, clips, ranks.world)
+    steps = f"steps {first_step} .. {options.max_steps}"
+    log(f"# {headline}, {device}, git {metadata['git']}, {steps}")
     for remark in remarks:  # what differs from the run so far
         log(f"# {remark}")
-    guard = (options.spike_guard, options.max_bad_steps, float(meta.get("norm_mean", 0)))
-    bad = BadSteps(group, *guard, dev)
+    watch = Watch(options.max_steps, log)
+    norm_mean = torch.tensor(float(meta.get("norm_mean", 0)), device=device)
+    guard = BadSteps(ranks.group, options, norm_mean)
 
     def save(step):
         """Write a step's checkpoint on rank 0 while every rank waits -> whether it was written."""
-        bad.report(log)  # skipped steps are named before their checkpoint
+        guard.report(log)  # skipped steps are named before their checkpoint
         records.flush()
-        content, error = training_state(model, optimizer), ""  # on all ranks
+        state, error = training_state(model, optimizer), ""  # on all ranks
         if master:
-            try:
-                told = dict(metadata, norm_mean=repr(float(bad.mean)))
-                keep = (options.keep_last, options.keep_every)
-                save_checkpoint(out, step, *content, told, *keep)
-            except (OSError, SafetensorError) as caught:
-                error = f"step {step} is not saved ({caught}); earlier checkpoints in {out} are "
-                error += "untouched. Free some space"
-                log(f"# warning: {error}")
+            told = dict(metadata, norm_mean=repr(float(guard.mean)))
+            error = write_checkpoint(out, step, state, told, options=options)
         error = from_first(error)  # every rank learns of it
+        if error:
+            log(f"# warning: {error}")
         if error and step == options.max_steps:
             raise SystemExit(f"{error}, then start the same command again")
         return not error
 
     # ---- loop
-    batches = Batches(len(clips["train"]), first_step, rank, world, options)
-    data = load_batches(clips["train"], batches, dev, options)  # starts at first_step
-    empty_text = read_tensors(clips["train"].empty_text)[0]["text"].float().to(dev)
+    batches = Batches(len(clips["train"]), options, ranks, first_step)
+    data = load_batches(clips["train"], batches, device, options.num_workers)
+    empty_text = read_tensors(clips["train"].empty_text)[0]["text"].float().to(device)
     job = Job(model, wrapped, autocast, options, empty_text, total)
-    stop, stopped, done, saved = Stop(group), 0, first_step, first_step  # signals wait from here
-    tally, started = Tally(), time.perf_counter()
+    stop = Stop(ranks.group)  # signals wait from here
+    tally, at = Tally(), Progress(first_step, done=first_step, saved=first_step)
     for step in range(first_step, options.max_steps):
         lr = learning_rate_at(step, options)  # a function of the step alone
         for param_group in optimizer.param_groups:
             param_group["lr"] = lr  # both groups: only their decay differs
-        tally.parts, losses, names = {}, [], []
+        losses, names = [], []
+        tally.parts = {}
         for micro in range(options.grad_accum):
-            if stopped := stop.agreed():
+            at.stopped = stop.agreed()
+            if at.stopped:
                 break
-            positions, last = batches.positions(step, micro), micro == options.grad_accum - 1
-            loss, parts, bins, ids = job.micro_step(next(data), step, positions, last)
+            last = micro == options.grad_accum - 1
+            positions = batches.positions(micro)
+            loss, parts, bins, ids = job.micro_step(next(data), step, positions, last=last)
             tally.add(parts, bins, options.grad_accum)
             losses.append(loss)
             names.append(ids)
-        if stopped:  # the micro-steps of an unfinished step are repeated by the resume
+        if at.stopped:  # the micro-steps of an unfinished step are repeated by the resume
             break
         norm = gather_full(torch.nn.utils.clip_grad_norm_(trained, options.grad_clip or math.inf))
-        bad.judge(optimizer, step, norm, losses, names)  # the verdict stays on the device
-        optimizer.step()  # skips itself where the verdict is bad
-        optimizer.zero_grad(set_to_none=True)  # frees the gradients until the next backward
-        done, tally.steps = step + 1, tally.steps + 1
+        take_step(optimizer, guard.judge(step, norm, losses, ids=names))
+        at.done = step + 1
+        tally.steps += 1
 
-        if done % options.log_every == 0 or done == options.max_steps:
-            bad.report(log)
+        if at.done % options.log_every == 0 or at.done == options.max_steps:
+            guard.report(log)
             spent = (time.perf_counter() - tally.since) / tally.steps
-            scalars = dict(
-                tally.scalars(group),
-                learning_rate=lr,
-                gradient_norm=float(norm),
-                samples_per_second=total / spent,
-                gpu_memory=memory_gb(dev),
-                mfu=mfu_unit * options.grad_accum / spent,
-            )
-            passed = (time.perf_counter() - started) / (done - first_step)
-            left = clock((options.max_steps - done) * passed)  # as if the rest took as long
-            tail = (options.max_steps, f"{spent:.3f} s/step", f"{left} left")
-            records.step(done, scalars, tail)
-            watch.update(done, scalars)  # the guide's warnings
+            scalars = tally.scalars(ranks.group) | dict(learning_rate=lr, gradient_norm=float(norm))
+            scalars |= dict(samples_per_second=total / spent, gpu_memory=memory_gb(device))
+            scalars["mfu"] = full_speed * options.grad_accum / spent
+            words = (f"{spent:.3f} s/step", f"{at.left(options.max_steps)} left")
+            records.step(at.done, scalars, (options.max_steps, *words))
+            watch.update(at.done, scalars)  # the guide's warnings
             tally = Tally()  # the next line begins
-        if done % options.save_every == 0 or done == options.max_steps:
-            saved = done if save(done) else saved
+        if at.done % options.save_every == 0 or at.done == options.max_steps:
+            at.saved = at.done if save(at.done) else at.saved
         # After saving: it can take longer than a preemption's grace.
-        if options.eval_every and done % options.eval_every == 0:
-            rows = evaluate(model, examples["val"], how, lambda i, at=done: records.picture(at, i))
-            records.rows(done, rows)
+        if options.eval_every and at.done % options.eval_every == 0:
+            rows = evaluate(model, examples["val"], how, partial(records.picture, at.done))
+            records.rows(at.done, rows)
             tally.steps, tally.since = 0, time.perf_counter()
-    if stopped and done > saved and save(done):
-        saved = done
-    if stopped:
-        name = signal.Signals(stopped).name
-        log(f"# stopped by {name} after step {done}; the same command goes on from step {saved}")
+
+    # ---- end
+    if at.stopped and at.done > at.saved and save(at.done):
+        at.saved = at.done
+    if at.stopped:
+        name = signal.Signals(at.stopped).name
+        cure = f"the same command goes on from step {at.saved}"
+        log(f"# stopped by {name} after step {at.done}; {cure}")
     else:
-        log(f"# done: {out / 'latest.safetensors'}, {clock(time.perf_counter() - started)}")
+        log(f"# done: {out / 'latest.safetensors'}, {clock(time.perf_counter() - at.since)}")
     records.close()  # TensorBoard writes in a thread
-    if world > 1:
+    if ranks.world > 1:
         end_processes()  # waits for the others first
-    if stopped:
-        raise SystemExit(128 + stopped)
+    if at.stopped:
+        raise SystemExit(128 + at.stopped)
 
 
 def command():

@@ -1,4 +1,4 @@
-"""Process groups of a run, and weights spread over its ranks (FSDP2).
+"""The ranks of a run: process groups, and weights spread over them (FSDP2).
 
 Spread: every rank stores 1/n of each tensor and gathers a step's for its own use.  What is gathered
 as one is a step of the model (a PCB block or an IRG step) or a head; the rest, the stem and the
@@ -9,6 +9,7 @@ Sources: Rajbhandari et al. 2020 (ZeRO stage 3); torch.distributed.fsdp.fully_sh
 
 import os
 import time
+from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
@@ -17,91 +18,47 @@ from torch.distributed.rendezvous import rendezvous
 
 try:
     from torch.distributed.tensor import DTensor, distribute_tensor
-except ImportError:  # before torch 2.5: nothing is ever sharded there
+except ImportError:  # before torch 2.5: nothing is ever spread there
     DTensor = ()
 
 
-def sharded_units(model):
-    """The modules of a FantasyWorld that are gathered one at a time."""
-    return [
-        *model.pcb,
-        *model.irg,
-        model.bridge,
-        model.depth_head,
-        model.point_head,
-        model.camera_head,
-    ]
+# -------------------------------------------------------------------------------- process groups
+@dataclass(frozen=True)
+class Ranks:
+    """This process among those of a run."""
 
-
-def shard(model, group, device):
-    """Spread a whole model, the same on every rank, over the ranks of a group; its tensors move to
-    the device.
-
-    To be called before the optimizer is made.   Errors: ValueError before torch 2.7, whose
-                                                 fully_shard can leave
-    parameters to others."""
-    if torch.__version__ < (2, 7):
-        raise ValueError(
-            f"shard_weights needs torch 2.7 or newer, this is {torch.__version__}; use "
-            "shard_optimizer"
-        )
-    from torch.distributed.device_mesh import DeviceMesh
-    from torch.distributed.fsdp import fully_shard
-
-    mesh = DeviceMesh.from_group(group, device.type)
-    model.to(memory_format=torch.contiguous_format)  # all that fully_shard takes
-    model.adopt_steps()  # a root gathers for the modules below it
-    done = set()
-    for unit in sharded_units(model):
-        fully_shard(unit, mesh=mesh)
-        done.update(unit.parameters())
-    fully_shard(model, mesh=mesh, ignored_params=done)
-    return model
-
-
-def gather_full(tensor):
-    """A tensor that may be spread over the ranks, gathered; to be called on all of them."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-@torch.no_grad()
-def copy_into(target, value):
-    """Copy a whole value, the same on every rank, into a tensor that may be spread over them."""
-    if isinstance(target, DTensor):
-        value = distribute_tensor(
-            value.to(target.device, target.dtype), target.device_mesh, target.placements
-        )
-    target.copy_(value)
+    rank: int = 0
+    world: int = 1
+    device: torch.device = torch.device("cpu")
+    group: object = None  # of the steps; None when alone
 
 
 def start_processes(device, step_timeout, wait_timeout):
-    """Join the other ranks when torchrun started us.
+    """Join the other ranks when torchrun started us -> Ranks.
 
     device         auto, cpu or cuda
     step_timeout   seconds that a rank waits for the others within a step; then it dies, and
                    torchrun ends the rest
-    wait_timeout   the same around loading, saving and evaluation: the default group
-    returns        rank, world size, device, the group of the steps (None when alone)"""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    name = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    if name == "cuda":
-        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-        torch.cuda.set_device(name)
+    wait_timeout   the same around loading, saving and evaluation: the default group"""
+    rank = int(os.environ.get("RANK", 0))
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    place = torch.device("cpu")
+    backend = "gloo"
+    if device != "cpu" and torch.cuda.is_available():
+        place = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
+        backend = "cpu:gloo,cuda:nccl"
+        torch.cuda.set_device(place)
+    elif device == "cuda":
+        raise ValueError("device = cuda: torch finds no GPU. Fix: use --device=cpu or auto")
     if world == 1:
-        return rank, world, torch.device(name), None
+        return Ranks(device=place)
     wait = timedelta(seconds=wait_timeout)
     store, _, _ = next(rendezvous("env://", timeout=wait))
-    # the agent's store outlives an attempt: without a prefix a restarted rank can read a dead one's
-    # address
+    # The agent's store outlives an attempt: without a prefix a restarted rank can read a dead
+    # one's address.
     store = dist.PrefixStore("attempt" + os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if name.startswith("cuda") else "gloo",
-        store=store,
-        rank=rank,
-        world_size=world,
-        timeout=wait,
-    )
-    return rank, world, torch.device(name), dist.new_group(timeout=timedelta(seconds=step_timeout))
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=wait)
+    return Ranks(rank, world, place, dist.new_group(timeout=timedelta(seconds=step_timeout)))
 
 
 def end_processes():
@@ -116,17 +73,55 @@ def end_processes():
 
 def from_first(value):
     """The value of rank 0, on every rank."""
-    if not dist.is_initialized():
-        return value
-    box = [value]
-    dist.broadcast_object_list(box, device=torch.device("cpu"))
-    return box[0]
+    return gathered(value)[0]
 
 
 def gathered(value):
     """The value of every rank, in order of rank."""
-    if not (dist.is_available() and dist.is_initialized()):
+    if not dist.is_initialized():
         return [value]
     values = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+# --------------------------------------------------------------------------------- spread weights
+def sharded_units(model):
+    """The modules of a FantasyWorld that are gathered one at a time."""
+    heads = (model.depth_head, model.point_head, model.camera_head)
+    return [*model.pcb, *model.irg, model.bridge, *heads]
+
+
+def shard(model, ranks):
+    """Spread a model, the same on every rank, over the ranks; its tensors move to their devices.
+
+    To be called before the optimizer is made.  ValueError before torch 2.7, whose fully_shard
+    cannot leave parameters to others."""
+    if torch.__version__ < (2, 7):
+        found = f"shard_weights needs torch 2.7 or newer, this is {torch.__version__}"
+        raise ValueError(f"{found}. Fix: use --shard_optimizer instead")
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = DeviceMesh.from_group(ranks.group, ranks.device.type)
+    model.to(memory_format=torch.contiguous_format)  # all that fully_shard takes
+    model.adopt_steps()  # a root gathers for the modules below it
+    done = set()
+    for unit in sharded_units(model):
+        fully_shard(unit, mesh=mesh)
+        done.update(unit.parameters())
+    fully_shard(model, mesh=mesh, ignored_params=done)
+
+
+def gather_full(tensor):
+    """A tensor that may be spread over the ranks, gathered; to be called on all of them."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+@torch.no_grad()
+def copy_into(target, value):
+    """Copy a whole value, the same on every rank, into a tensor that may be spread over them."""
+    if isinstance(target, DTensor):
+        value = value.to(target.device, target.dtype)
+        value = distribute_tensor(value, target.device_mesh, target.placements)
+    target.copy_(value)

@@ -1,5 +1,5 @@
-"""What a run writes down: training.log, tensorboard/, config.json (last start), starts.jsonl (every
-start), warnings.
+"""What a run writes down: training.log, tensorboard/, config.json (the last start), starts.jsonl
+(every start).
 
 training.log lines are `step N/M | key value | ... | S s/step | H:MM:SS left`, `# val step N NAME |
 key value | ...` or `# free text`.  After a crash the steps since the last checkpoint appear again;
@@ -24,16 +24,6 @@ from lib.pictures import write_png
 PACKAGES = ("torch", "safetensors", "numpy", "einops", "tokenizers", "tensorboard")
 
 
-def git_hash():
-    result = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"],
-        capture_output=True,
-        text=True,
-        cwd=Path(__file__).parent,
-    )
-    return result.stdout.strip() or "unknown"
-
-
 def provenance(options):
     """Git hash, command, package versions and options, as the strings of a checkpoint's
     metadata."""
@@ -43,34 +33,36 @@ def provenance(options):
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             versions[name] = "none"
-    return dict(
-        git=git_hash(),
-        command=" ".join(sys.argv),
-        versions=json.dumps(versions),
-        train_config=json.dumps(options),
-    )
+    ask = ["git", "-C", Path(__file__).parent, "rev-parse", "--short", "HEAD"]
+    git = subprocess.run(ask, capture_output=True, text=True).stdout.strip() or "unknown"
+    told = dict(git=git, command=" ".join(sys.argv))
+    return told | dict(versions=json.dumps(versions), train_config=json.dumps(options))
 
 
 def changed_options(before, now):
-    """ "key old -> new" for every option that differs from the run that wrote a checkpoint."""
+    """["key old -> new"] of the options that differ from the run that wrote a checkpoint."""
     now = json.loads(json.dumps(now))  # tuples become lists, as in the file
     keys = [k for k in {**before, **now} if k not in ("resume", "init_from")]
-    return [
-        f"{k} {before.get(k, '(none)')} -> {now.get(k, '(none)')}"
-        for k in keys
-        if before.get(k) != now.get(k)
-    ]
+    pairs = [(k, before.get(k, "(none)"), now.get(k, "(none)")) for k in keys]
+    return [f"{k} {old} -> {new}" for k, old, new in pairs if old != new]
 
 
 def read_log(path):
-    """training.log -> [{"step": N, key: value, ...}], one entry a step, the last line of a step
-    holds."""
+    """training.log -> [{"step": N, key: value, ...}], one a step: its last line holds."""
     steps = {}
-    for line in Path(path).read_text().splitlines():
-        if m := re.match(r"step (\d+)/\d+ \| ", line):
-            fields = (field.rsplit(" ", 1) for field in line.split(" | ")[1:-2])
-            steps[int(m[1])] = {"step": int(m[1]), **{key: float(value) for key, value in fields}}
+    for line in Path(path).read_text(encoding="utf-8").splitlines():
+        if found := re.match(r"step (\d+)/\d+ \| ", line):
+            fields = (pair.rsplit(" ", 1) for pair in line.split(" | ")[1:-2])
+            step = int(found[1])
+            steps[step] = {"step": step, **{key: float(value) for key, value in fields}}
     return [steps[n] for n in sorted(steps)]
+
+
+def by_sigma(sigma, value):
+    """Sums of per-clip values in four bins of the noise level, and counts: (4, 2) on the device."""
+    values = torch.stack([value.detach().float(), torch.ones_like(sigma)], 1)
+    bins = (4 * sigma).long().clamp(max=3)
+    return torch.zeros(4, 2, device=sigma.device).index_add(0, bins, values)
 
 
 @dataclass
@@ -91,7 +83,11 @@ class Tally:
 
     def scalars(self, group):
         """Means over the ranks: "loss/NAME", and "sigma/NAME 0.25-0.50" by noise level."""
-        scalars = {f"loss/{k}": v for k, v in average(self.parts, group).items()}
+        values = torch.stack([torch.as_tensor(v).float() for v in self.parts.values()])
+        if group is not None:
+            dist.all_reduce(values, group=group)
+            values /= dist.get_world_size()
+        scalars = {f"loss/{key}": value for key, value in zip(self.parts, values.tolist())}
         for key, value in self.bins.items():
             if group is not None:
                 dist.all_reduce(value, group=group)
@@ -101,53 +97,47 @@ class Tally:
         return scalars
 
 
-def average(values, group):
-    """Dict of scalars of this rank -> means over the ranks, floats."""
-    stacked = torch.stack([torch.as_tensor(v, dtype=torch.float32) for v in values.values()])
-    if group is not None:
-        dist.all_reduce(stacked, group=group)
-        stacked /= dist.get_world_size()
-    return dict(zip(values, stacked.tolist()))
-
-
-def memory_gb(dev):
-    if dev.type == "cuda":
-        return torch.cuda.max_memory_allocated(dev) / 2**30
+def memory_gb(device):
+    """The most that this process has held."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def clock(seconds):
-    return f"{int(seconds) // 3600:d}:{int(seconds) // 60 % 60:02d}:{int(seconds) % 60:02d}"
+    """H:MM:SS"""
+    minutes, seconds = divmod(int(seconds), 60)
+    return f"{minutes // 60:d}:{minutes % 60:02d}:{seconds:02d}"
 
 
 class Records:
     """out: the run folder, or None on the ranks that write nothing."""
 
     def __init__(self, out, metadata, first_step):
-        self.out, self.board, self.purge = out, None, first_step + 1
+        self.out = out
+        self.board = None
+        self.purge = first_step + 1
         if out:
             (out / "eval").mkdir(parents=True, exist_ok=True)
             start = dict(metadata, first_step=first_step, time=time.strftime("%Y-%m-%d %H:%M:%S"))
             self.attempt(
-                "config.json", lambda: (out / "config.json").write_text(json.dumps(start, indent=2))
+                "config.json", (out / "config.json").write_text, json.dumps(start, indent=2)
             )
             self.append("starts.jsonl", json.dumps(start))
 
-    def attempt(self, name, write):
+    def attempt(self, name, write, *args):
+        """write(*args) -> whether the disk took it."""
         try:
-            write()
+            write(*args)
         except OSError as error:
-            print(
-                f"warning: {self.out / name}: {error.strerror or error}; this entry is lost, "
-                "training goes on",
-                flush=True,
-            )
+            found = f"{self.out / name}: {error.strerror or error}"
+            print(f"warning: {found}; this entry is lost, training goes on", flush=True)
             return False
         return True
 
     def append(self, name, line):
         def write():
-            with open(self.out / name, "a") as file:
+            with open(self.out / name, "a", encoding="utf-8") as file:
                 file.write(line + "\n")
 
         self.attempt(name, write)
@@ -156,13 +146,6 @@ class Records:
         if self.out:
             print(text, flush=True)
             self.append("training.log", text)
-
-    def scalars(self, step, values):
-        """TensorBoard."""
-        self.to_board(
-            step,
-            lambda board: [board.add_scalar(key, value, step) for key, value in values.items()],
-        )
 
     def step(self, step, scalars, tail):
         """A line of training.log, one of the losses by noise level, and TensorBoard.
@@ -184,17 +167,22 @@ class Records:
     def picture(self, step, image):
         """uint8 (H, W, 3) -> eval/step-N.png and TensorBoard."""
         if self.out:
-            self.attempt(
-                f"eval/step-{step}.png",
-                lambda: write_png(self.out / "eval" / f"step-{step}.png", image),
-            )
-            self.to_board(
-                step, lambda board: board.add_image("val", image, step, dataformats="HWC")
-            )
+            name = f"eval/step-{step}.png"
+            self.attempt(name, write_png, self.out / name, image)
+        self.to_board(lambda board: board.add_image("val", image, step, dataformats="HWC"), step)
 
-    def to_board(self, step, add):
-        """purge_step makes TensorBoard forget what a killed run wrote after the checkpoint that we
-        resume."""
+    def scalars(self, step, values):
+        """TensorBoard."""
+
+        def add(board):
+            for key, value in values.items():
+                board.add_scalar(key, value, step)
+
+        self.to_board(add, step)
+
+    def to_board(self, add, step):
+        """add(board), whose purge_step makes TensorBoard forget what a killed run wrote after the
+        checkpoint that we resume."""
 
         def write():
             if self.board is None:
@@ -204,10 +192,8 @@ class Records:
             add(self.board)
 
         if self.out and not self.attempt("tensorboard", write):
-            self.board, self.purge = (
-                None,
-                step + 1,
-            )  # its writer thread has died: a new file next time
+            self.board = None  # its writer thread has died: a new file next time
+            self.purge = step + 1
 
     def flush(self):
         """With every checkpoint, or a kill after it would leave a gap in the curves."""

@@ -29,11 +29,11 @@ def at(step, micro, act):
     """Patches of train.py's functions: call act(batch) in one micro-step of the run."""
     counts, draw = {}, train.draw
 
-    def disturbed(b, now, *rest):
+    def disturbed(b, now, positions, **how):
         counts[now] = counts.get(now, -1) + 1
         if (now, counts[now]) == (step, micro):
             act(b)
-        return draw(b, now, *rest)
+        return draw(b, now, positions, **how)
 
     return dict(draw=disturbed)
 

@@ -290,7 +290,8 @@ def test_a_release_that_was_loaded_and_saved_is_exported_as_it_was(tmp_path):
     torch.save(sd, release)
     model = load_release(str(release)).set_stage(2)
     meta = dict(stage="2", release=str(release), model_config=json.dumps(asdict(model.cfg)))
-    save_checkpoint(tmp_path, 1, model.trainable_state_dict(), {}, meta, keep_last=1)
+    state = model.trainable_state_dict(), {}
+    save_checkpoint(tmp_path, 1, state, meta, keep_last=1)
     export_release(tmp_path / "latest.safetensors", tmp_path / "again.pth")
     before, after = (
         torch.load(path, weights_only=True) for path in (release, tmp_path / "again.pth")

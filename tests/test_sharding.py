@@ -11,7 +11,7 @@ import config
 import train
 from lib import plan
 from lib.checkpoints import load_optimizer, save_checkpoint, training_state
-from lib.distributed import copy_into, end_processes, gather_full, shard
+from lib.distributed import Ranks, copy_into, end_processes, gather_full, shard
 from lib.weights import load_trained
 from model import PRESETS, FantasyWorld
 
@@ -19,7 +19,6 @@ pytestmark = pytest.mark.skipif(
     torch.__version__ < (2, 7), reason="fully_shard with ignored_params: torch 2.7"
 )
 
-CPU = torch.device("cpu")
 OPTIONS = config.apply(vars(train), ["--weight_decay=0.1", "--learning_rate=1e-3"])
 
 
@@ -44,12 +43,12 @@ def differences(model, reference):
     }
 
 
-def equality(folder, group):
+def equality(folder, ranks):
     """Two AdamW steps of a spread model and of DDP; then saved by the one and resumed by both."""
     for stage, how in ((1, "full"), (2, "selective")):
         plain, spread = (tiny_model(stage, awake=True) for _ in range(2))
         plain.checkpoint_activations = spread.checkpoint_activations = how
-        shard(spread, group, CPU)
+        shard(spread, ranks)
         ours, theirs = (train.make_optimizer(m, OPTIONS) for m in (spread, plain))
         assert sum(p.to_local().numel() for p in spread.parameters()) < 0.51 * sum(
             p.numel() for p in plain.parameters()
@@ -66,14 +65,14 @@ def equality(folder, group):
             if isinstance(m, torch.distributed.fsdp.FSDPModule)
             for group in m._get_fsdp_state()._fsdp_param_groups
         ), "left whole after the step"
-    content = training_state(spread, ours)
+    state = training_state(spread, ours)
     if dist.get_rank() == 0:
-        save_checkpoint(folder, 2, *content, dict(stage="2"), 1)
+        save_checkpoint(folder, 2, state, dict(stage="2"), keep_last=1)
     dist.barrier()
     for spread_again in (False, True):
         model = tiny_model(2)  # other weights than those saved
         if spread_again:
-            shard(model, group, CPU)
+            shard(model, ranks)
         optimizer = train.make_optimizer(model, OPTIONS)
         for p, frozen in zip(model.parameters(), plain.parameters()):
             if not p.requires_grad:
@@ -96,12 +95,13 @@ def plain_of(model):
     return copy
 
 
-def memory(group):
+def memory(ranks):
     """What the allocator hands out in the second micro-step of a step, beside the plan."""
     cfg, size = PRESETS["demo"], (5, 48, 64)
 
     loss = train.loss_alone(OPTIONS.replaced(stage=2))
-    model = shard(FantasyWorld(cfg).set_stage(2), group, CPU)
+    model = FantasyWorld(cfg).set_stage(2)
+    shard(model, ranks)
     model.checkpoint_activations = "full"
     loss(model, *plan.example_batch(cfg, 1, *size)).backward()
     if dist.get_rank():
@@ -122,10 +122,10 @@ def memory(group):
     assert plan.needs(counts, 1, "weights", 2) == pytest.approx(here, rel=0.1)
 
 
-def compiled(group):
+def compiled(ranks):
     """Blocks compile inside what is gathered: every graph whole, values as without."""
     plain, spread = (tiny_model(2, awake=True) for _ in range(2))
-    shard(spread, group, CPU)
+    shard(spread, ranks)
     for block in (spread.dit.blocks[0], spread.dit.blocks[-1], spread.global_blocks[-1]):
         block.attend = torch.compile(block.attend, backend="eager", fullgraph=True)
         block.feed_forward = torch.compile(block.feed_forward, backend="eager", fullgraph=True)
@@ -138,10 +138,10 @@ def compiled(group):
 def one_rank(rank, folder):
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     torch.set_num_threads(1)
-    group = dist.new_group()
-    equality(folder, group)
-    memory(group)
-    compiled(group)
+    ranks = Ranks(rank, 2, group=dist.new_group())
+    equality(folder, ranks)
+    memory(ranks)
+    compiled(ranks)
     end_processes()
 
 

@@ -19,7 +19,7 @@ import sample
 import train
 from lib import camera_paths, plan
 from lib.checkpoints import load_optimizer, save_checkpoint, training_state
-from lib.distributed import end_processes
+from lib.distributed import Ranks, end_processes
 from lib.weights import load_trained
 from model import PRESETS, FantasyWorld
 from wan import VideoSizes, WanCrossAttention, WanDiT
@@ -276,7 +276,7 @@ def two_ranks(rank, folder):
         return (
             model,
             DistributedDataParallel(model, gradient_as_bucket_view=True),
-            train.make_optimizer(model, options.replaced(shard_optimizer=shard), 2),
+            train.make_optimizer(model, options.replaced(shard_optimizer=shard), Ranks(rank, 2)),
         )
 
     def steps(wrapped, optimizer, numbers):
@@ -301,7 +301,7 @@ def two_ranks(rank, folder):
     assert 0.8 * trained < moments < 1.2 * trained, "two moments of half of the parameters"
     content = training_state(sharded, optimizer)
     if rank == 0:
-        save_checkpoint(folder, 2, *content, dict(stage="1"), 1)
+        save_checkpoint(folder, 2, content, dict(stage="1"), keep_last=1)
     dist.barrier()
     sharded, wrapped, optimizer = start(True)  # resume
     load_trained(sharded, folder / "step-2.safetensors")

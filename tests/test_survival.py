@@ -255,11 +255,11 @@ def full_disk(step):
     the real code."""
     save = checkpoints.save_checkpoint
 
-    def limited(out, now, *rest):
+    def limited(out, now, *rest, **keep):
         soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (20000 if now == step else soft, hard))
         try:
-            save(out, now, *rest)
+            save(out, now, *rest, **keep)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 

@@ -16,7 +16,9 @@ from safetensors.torch import load_file
 from tiny import TINY, command_here, options_of, train_here
 
 from lib.camera_files import read_cameras
+from lib.distributed import Ranks
 from lib.files import read_video
+from lib.log import by_sigma
 from lib.rooms import Recipe, synth
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -303,24 +305,22 @@ def test_the_batch_of_a_step_does_not_depend_on_the_number_of_ranks():
     import train
 
     options = options_of(train, batch_size=2, grad_accum=2, max_steps=3, seed=5)
-    one = list(train.Batches(7, 0, 0, 1, options))
+    one = list(train.Batches(7, options, Ranks()))
     options = options.replaced(grad_accum=1)
-    two = [list(train.Batches(7, 0, rank, 2, options)) for rank in (0, 1)]
+    two = [list(train.Batches(7, options, Ranks(rank, 2))) for rank in (0, 1)]
     for step in range(3):
         assert one[2 * step] + one[2 * step + 1] == two[0][step] + two[1][step]
-    assert list(train.Batches(7, 1, 0, 2, options)) == two[0][1:]
+    assert list(train.Batches(7, options, Ranks(0, 2), first_step=1)) == two[0][1:]
 
 
 def test_values_are_summed_and_counted_in_four_bins_of_the_noise_level():
     """Sigma .1 .2 | .25 | none | .8 1: sums 1 + 2, 4, 0, 8 + 16 of the value, and how many there
     are."""
-    import train
-
     sigma = torch.tensor([0.1, 0.2, 0.25, 0.8, 1])
     value = torch.tensor([1.0, 2, 4, 8, 16], requires_grad=True)
-    sums = train.by_sigma(sigma, value)
+    sums = by_sigma(sigma, value)
     assert sums.tolist() == [[3, 2], [4, 1], [0, 0], [24, 2]] and not sums.requires_grad
-    assert train.by_sigma(sigma, 10 * value).tolist() == [[30, 2], [40, 1], [0, 0], [240, 2]]
+    assert by_sigma(sigma, 10 * value).tolist() == [[30, 2], [40, 1], [0, 0], [240, 2]]
 
 
 def test_sampling_writes_every_file_and_repeats_itself(stages):

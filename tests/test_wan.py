@@ -366,7 +366,7 @@ def test_a_dropped_start_image_takes_its_clip_tokens_with_it():
     )
     for probability, left in ((1.0, 0), (0.0, 1)):
         options = options_of(train, image_dropout=probability)
-        dropped = train.draw(b, 0, range(2), 2, "", options)[3]
+        dropped = train.draw(b, 0, range(2), total=2, empty_text="", options=options)[3]
         assert dropped["clip"].eq(left).all() and dropped["y"].eq(left).all()
 
 
