@@ -100,7 +100,7 @@ section_4 = section("machine")
 device = option("auto", "auto: the GPU if there is one", choices=("auto", "cpu", "cuda"))
 seed = option(0, "of everything random", low=0)
 num_workers = option(2, "processes that load clips", low=0)
-compile = option(False, "torch.compile the blocks")  # noqa: A001  (the option's name since the start)
+compile = option(False, "torch.compile the blocks")  # noqa: A001  (an old name)
 checkpoint_activations = option("none", "less memory, more recomputation", choices=CHECKPOINTING)
 shard_optimizer = option(False, "each rank keeps AdamW's moments of its share (ZeRO stage 1)")
 shard_weights = option(False, "each rank keeps its share of all weights (FSDP2, ZeRO stage 3)")
@@ -195,14 +195,15 @@ def draw(b, step, positions, *, total, empty_text, options):
     return send(torch.stack(noise)), sigma, keep, {**b, **changed}
 
 
-def compute_loss(model, b, noise, *, sigma, keep, options, video):
+def compute_loss(model, b, noise, *, sigma, keep, options):
     """Forward and all losses of one micro-batch: the whole objective.
 
     returns  scalar loss; dict of detached parts; by_sigma of the diffusion and depth errors"""
     s = sigma.view(-1, 1, 1, 1, 1)
     x = (1 - s) * b["latents"] + s * noise  # (B, 16, f, h, w)
-    camera = dict(plucker=b["plucker"], poses=b["pose_enc"], keep=keep)
-    out = model(x, 1000 * sigma, b["text"], b["y"], b.get("clip"), video=video, **camera)
+    how = dict(plucker=b["plucker"], poses=b["pose_enc"], keep=keep)
+    how["video"] = options.stage != 1  # nothing flows into Wan in stage 1: its tail is not needed
+    out = model(x, 1000 * sigma, b["text"], b["y"], b.get("clip"), **how)
     loss = torch.zeros((), device=x.device)
     parts, bins = {}, {}
     if out["velocity"] is not None:
@@ -320,8 +321,7 @@ def loss_alone(options):
     """What lib/plan counts: (model, b, noise, sigma, keep) -> the scalar loss of one micro-step."""
 
     def loss(model, b, noise, sigma, keep):
-        how = dict(sigma=sigma, keep=keep, options=options, video=options.stage != 1)
-        return compute_loss(model, b, noise, **how)[0]
+        return compute_loss(model, b, noise, sigma=sigma, keep=keep, options=options)[0]
 
     return loss
 
@@ -337,12 +337,9 @@ def make_optimizer(model, options, ranks=None):
     plain = [p for n, p in named if p.dim() < 2 or n.endswith(("modulation", "_token", "_tokens"))]
     ids = {id(p) for p in plain}
     matrices = [p for _, p in named if id(p) not in ids]
-    groups = [
-        dict(params=matrices, weight_decay=options.weight_decay),
-        dict(params=plain, weight_decay=0.0),
-    ]
-    # fused takes found_inf
-    how = dict(lr=options.learning_rate, betas=(0.9, options.beta2), fused=True)
+    groups = [dict(params=matrices, weight_decay=options.weight_decay)]
+    groups += [dict(params=plain, weight_decay=0.0)]
+    how = dict(lr=options.learning_rate, betas=(0.9, options.beta2), fused=True)  # for found_inf
     if options.shard_optimizer and ranks and ranks.world > 1:
         # Imported here: it takes a second to compile TorchScript that we do not use.
         from torch.distributed.optim import ZeroRedundancyOptimizer
@@ -476,7 +473,7 @@ class Job:
         b = prepare(b, model.cfg.in_dim, self.empty_text.device, model.rays)
         drops = dict(total=self.total, empty_text=self.empty_text, options=options)
         noise, sigma, keep, b = draw(b, step, positions, **drops)
-        how = dict(sigma=sigma, keep=keep, options=options, video=options.stage != 1)
+        how = dict(sigma=sigma, keep=keep, options=options)
         waits = not last and self.wrapped is not model
         with self.wrapped.no_sync() if waits else nullcontext():
             with self.autocast:
