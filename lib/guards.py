@@ -2,6 +2,7 @@
 steps that are skipped, warnings about its course."""
 
 import math
+import multiprocessing
 import os
 import signal
 import statistics
@@ -25,17 +26,31 @@ def run_command(program, command, advice=""):
     advice   what to do when memory runs out"""
     try:
         command()
+        return
     except torch.cuda.OutOfMemoryError as error:
         said = f"{str(error).splitlines()[0]} {advice}"
     except ModuleNotFoundError as error:
         said = f"{error}. Fix: pip install -r requirements.txt"
     except (ValueError, OSError, SafetensorError) as error:
-        said = str(error)
-    else:
-        return
+        # Out of a loader worker comes its whole traceback, with the message at the end.
+        said = str(error).rpartition(f"\n{type(error).__name__}: ")[2]
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        said = f"{error} Fix: --num_workers=0, or more room in /dev/shm"
+    finally:
+        end_children()
     line = " ".join("".join(c if c.isprintable() else " " for c in said).split())
     print(f"{program}: {line}", file=sys.stderr)
     sys.exit(2)
+
+
+def end_children():
+    """Kill what multiprocessing has left: loader workers ignore signals, and Python would wait for
+    them for ever."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises an error for each
+    for child in multiprocessing.active_children():
+        child.kill()
 
 
 # ---------------------------------------------------------------------------------------- signals

@@ -34,18 +34,10 @@ def run(*args, ranks=0, ok=True, restarts=0, alone=False):
         code, text = train_here(*args[1:]) if training else command_here(*args)
         assert (code == 0) == ok, (code, text)
         return text + str(code)
-    launcher = (
-        [sys.executable]
-        if not ranks
-        else [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            f"--nproc_per_node={ranks}",
-            f"--max-restarts={restarts}",
-        ]
-    )
+    launcher = [sys.executable]
+    if ranks:
+        launcher += ["-m", "torch.distributed.run", "--standalone"]
+        launcher += [f"--nproc_per_node={ranks}", f"--max-restarts={restarts}"]
     result = subprocess.run(
         launcher + [str(a) for a in args], cwd=ROOT, capture_output=True, text=True, timeout=240
     )
@@ -57,19 +49,8 @@ def run(*args, ranks=0, ok=True, restarts=0, alone=False):
 def world(tmp_path_factory):
     """A rendered dataset and the options of a tiny run on it."""
     root = tmp_path_factory.mktemp("world")
-    synth(
-        root / "clips",
-        Recipe(
-            num=8,
-            num_frames=5,
-            height=32,
-            width=48,
-            seed=0,
-            variety="simple",
-            cache_only=True,
-            val=2,
-        ),
-    )
+    sizes = dict(num=8, num_frames=5, height=32, width=48)
+    synth(root / "clips", Recipe(**sizes, seed=0, variety="simple", cache_only=True, val=2))
     options = [
         f"--data_dir={root}/clips",
         "--height=32",
@@ -375,11 +356,24 @@ def test_sampling_writes_every_file_and_repeats_itself(stages):
         (["config/demo2.py", "--init_from="], ["stage 2 starts from a stage 1 checkpoint"]),
         (["config/demo2.py", "--init_from=nowhere.safetensors"], ["nowhere.safetensors"]),
         (["config/demo1.py", "--wan_dir="], ["needs --wan_dir"]),
+        (
+            ["config/demo1.py", "--model_overrides={'num_pbc': 2}"],
+            ["model_overrides", "'num_pbc'", "did you mean 'num_pcb'"],
+        ),
+        (
+            ["config/demo1.py", "--model_overrides={'num_pcb': 'two'}"],
+            ["model_overrides: num_pcb = 'two'", "a whole number"],
+        ),
     ],
 )
 def test_bad_options_are_refused_by_name(arguments, words):
     text = run("train.py", *arguments, ok=False)
     assert all(word in text for word in words), text
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_refused():
+    assert "torch finds no GPU" in run("train.py", "config/demo1.py", "--device=cuda", ok=False)
 
 
 @pytest.mark.parametrize(

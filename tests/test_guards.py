@@ -1,0 +1,96 @@
+"""What guards a run, piece by piece: signals, loader workers, records, pruning, warnings."""
+
+import signal
+import subprocess
+import sys
+
+import pytest
+from kill import ENV, ROOT
+
+from lib import checkpoints
+from lib.guards import Watch
+from lib.log import Records
+
+BROKEN = """
+from torch.utils.data import DataLoader
+from lib import guards
+
+class Clips(list):
+    def __getitem__(self, i):
+        raise ValueError(f"clip {i}: damaged")
+
+def command():
+    how = dict(num_workers=2, worker_init_fn=guards.ignore_signals)
+    next(iter(DataLoader(Clips(range(3, 9)), sampler=[3, 4, 5, 6], batch_size=2, **how)))
+
+if __name__ == "__main__":
+    guards.run_command("train.py", command)
+"""
+
+
+def test_a_second_signal_exits_at_once():
+    code = (
+        "import os, signal, time\nfrom lib import guards\nstop = guards.Stop(None)\n"
+        "os.kill(os.getpid(), signal.SIGINT)\nos.kill(os.getpid(), signal.SIGTERM)\n"
+        "assert stop.agreed() == signal.SIGINT\ntime.sleep(1.1)\n"
+        "os.kill(os.getpid(), signal.SIGTERM)\ntime.sleep(9)"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert (
+        ended.returncode == 128 + signal.SIGTERM
+        and ended.stderr.count("once more exits at once") == 1
+    )
+
+
+def test_an_error_out_of_a_loader_worker_is_one_line_and_ends_the_process(tmp_path):
+    (tmp_path / "broken.py").write_text(BROKEN)
+    env = dict(ENV, PYTHONPATH=str(ROOT))
+    command = [sys.executable, tmp_path / "broken.py"]
+    ended = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, ended.stderr) == (2, "train.py: clip 3: damaged\n")
+
+
+def test_a_record_that_cannot_be_written_is_announced_and_lost(tmp_path, capsys):
+    (tmp_path / "training.log").symlink_to("/dev/full")
+    (tmp_path / "tensorboard").write_text("a file where the folder should be")
+    records = Records(tmp_path, {}, 0)
+    records.line("step 1/2")
+    records.scalars(1, {"loss": 1.0})
+    told = capsys.readouterr().out
+    assert (
+        "training.log: No space left on device; this entry is lost" in told
+        and "tensorboard: " in told
+    )
+
+
+@pytest.mark.parametrize("keep_last", [1, 2, 3, 4, 8])
+def test_pruning_keeps_as_many_as_it_was_told(tmp_path, keep_last):
+    for step in range(1, 11):
+        (tmp_path / f"step-{step}.safetensors").touch()
+        checkpoints.prune(tmp_path, step, keep_last, 0)
+        assert checkpoints.saved_steps(tmp_path) == list(
+            range(max(1, step - keep_last + 1), step + 1)
+        )
+
+
+@pytest.mark.parametrize(
+    "curve, words",
+    [
+        (lambda n: {"loss/diffusion": 1.0}, "is not falling"),
+        (
+            lambda n: {"loss/diffusion": 1.0 - n / 200 + (0.9 if n % 2 else -0.5 + n / 400)},
+            "oscillates",
+        ),
+        (lambda n: {"loss/depth": 0.3}, "loss/depth is 0.3 late in the run"),
+        (lambda n: {"gpu_memory": 1 + n / 50}, "memory keeps growing"),
+        (lambda n: {"loss/diffusion": 1 / (1 + n), "loss/depth": 0.1 + 1 / (1 + n)}, ""),
+    ],
+)
+def test_warnings_of_the_guide_are_given_once_and_not_to_a_good_run(curve, words):
+    said = []
+    watch = Watch(100, said.append)
+    for n in range(1, 101):
+        watch.update(n, {"gpu_memory": 1.0, **curve(n)})
+    assert len(said) == bool(words) and all(words in line for line in said)
