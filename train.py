@@ -82,7 +82,6 @@ shift = option(5.0, "of the noise levels: more of them near 1", above=0)
 pose_dropout = option(0.1, "share of clips that lose their camera", low=0, high=1)
 prompt_dropout = option(0.1, "share of clips that lose their prompt", low=0, high=1)
 image_dropout = option(0.1, "share of clips that lose their start image", low=0, high=1)
-lambda_diffusion = option(1.0, "weight of the diffusion loss", low=0)
 lambda_geo = option(1.0, "weight of the geometry losses together", low=0)
 depth_mode = option("metric", "ssi: scale and shift are fitted first", choices=("metric", "ssi"))
 alpha_tgm = option(10.0, "weight of the temporal gradient loss of depth", low=0)
@@ -211,7 +210,7 @@ def compute_loss(model, b, noise, *, sigma, keep, options):
         bins["diffusion"] = by_sigma(sigma, per_clip)
         diffusion = per_clip.mean()
         parts["diffusion"] = diffusion.detach()
-        loss = loss + options.lambda_diffusion * diffusion
+        loss = loss + diffusion
     if "depth" in out:
         weighted = dict(b, geo_weight=(1 - sigma) ** options.geo_sigma_power)
         geo, geo_parts = geometry_losses(out, weighted, options)
