@@ -4,8 +4,8 @@
 
 global batch 64 = 8 GPUs x batch_size 8 x grad_accum 1
 4 GPUs: --grad_accum=2     2 GPUs: --grad_accum=4     1 GPU: --grad_accum=8
-Less memory: halve batch_size and double grad_accum, or --checkpoint_activations=full; --plan=True
-says what fits.
+Less memory: halve batch_size and double grad_accum, or --checkpoint_activations=full.
+--plan --plan_gpus=4 --plan_gb=48 says which settings fit 4 GPUs of 48 GB.
 """
 
 preset = "1.3b"
