@@ -8,7 +8,6 @@ the later line holds.  On a full disk lines are lost, not the run."""
 import importlib.metadata
 import json
 import platform
-import re
 import resource
 import subprocess
 import sys
@@ -45,17 +44,6 @@ def changed_options(before, now):
     keys = [k for k in {**before, **now} if k not in ("resume", "init_from")]
     pairs = [(k, before.get(k, "(none)"), now.get(k, "(none)")) for k in keys]
     return [f"{k} {old} -> {new}" for k, old, new in pairs if old != new]
-
-
-def read_log(path):
-    """training.log -> [{"step": N, key: value, ...}], one a step: its last line holds."""
-    steps = {}
-    for line in Path(path).read_text(encoding="utf-8").splitlines():
-        if found := re.match(r"step (\d+)/\d+ \| ", line):
-            fields = (pair.rsplit(" ", 1) for pair in line.split(" | ")[1:-2])
-            step = int(found[1])
-            steps[step] = {"step": step, **{key: float(value) for key, value in fields}}
-    return [steps[n] for n in sorted(steps)]
 
 
 def by_sigma(sigma, value):

@@ -2,6 +2,7 @@
 silent."""
 
 import json
+import re
 import resource
 import signal
 import subprocess
@@ -19,7 +20,7 @@ from tiny import train_here
 import data
 import train
 from lib import checkpoints, weights
-from lib.log import changed_options, read_log
+from lib.log import changed_options
 
 STEPS = 5
 
@@ -89,6 +90,17 @@ def test_a_run_stopped_by_sigterm_goes_on_without_a_seam(survivor, step, micro, 
     code, text = train_here(*arguments, f"--out_dir={out}")
     assert code == 0 and f"steps {left} .. {STEPS}" in text
     compare(root / "whole", out, STEPS)
+
+
+def read_log(path):
+    """training.log -> [{"step": N, key: value, ...}], one a step: its last line holds."""
+    steps = {}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        if found := re.match(r"step (\d+)/\d+ \| ", line):
+            fields = (pair.rsplit(" ", 1) for pair in line.split(" | ")[1:-2])
+            step = int(found[1])
+            steps[step] = {"step": step, **{key: float(value) for key, value in fields}}
+    return [steps[n] for n in sorted(steps)]
 
 
 def test_curves_and_log_of_a_crashed_and_resumed_run_have_every_step_once(survivor):
