@@ -160,7 +160,8 @@ RAW |= {
     "video: a playlist": (
         "npy",
         lambda p, r: p.video.write_text(
-            f"#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\nfile://{p.root}/train_000000/video.mp4\n#EXT-X-ENDLIST\n"
+            "#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\n"
+            f"file://{p.root}/train_000000/video.mp4\n#EXT-X-ENDLIST\n"
         ),
     ),
     "video: a list of files": (

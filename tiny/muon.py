@@ -1,7 +1,8 @@
-"""Muon: momentum whose update is orthogonalised, for matrices and convolution kernels; AdamW for the rest.
+"""Muon: momentum with an orthogonalised update, for matrices and convolutions; AdamW for the rest.
 
-Source: Jordan et al. 2024 (the quintic Newton-Schulz iteration and its coefficients); the update's size follows Liu et
-al. 2025 (0.2 sqrt(larger side)), so that one learning rate suits both kinds of parameters."""
+Source: Jordan et al. 2024 (the quintic Newton-Schulz iteration and its coefficients); the
+update's size follows Liu et al. 2025 (0.2 sqrt(larger side)), so that one learning rate suits
+both kinds of parameters."""
 
 import torch
 
@@ -26,7 +27,7 @@ def orthogonalise(matrices, steps=5):
 
 
 class Muon(torch.optim.Optimizer):
-    """One step for groups of matrices (Nesterov momentum, orthogonalised), equal shapes stacked in one product."""
+    """Nesterov momentum, orthogonalised; matrices of equal shape share one product."""
 
     def __init__(self, params, lr=1e-3, momentum=0.95, weight_decay=0.01):
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))

@@ -1,9 +1,10 @@
-"""Train the miniature Wan VAE on rendered rooms, resumable: `python tiny/train_vae.py --steps 6000`.
+"""Train the miniature Wan VAE on rendered rooms: `python tiny/train_vae.py --steps 4800`.
 
-Random crops of rooms of both varieties and several sizes, L1 on colours and on their differences between neighbouring
-pixels (edges), a weak KL term, Muon with a linearly falling rate, and the average of the weights.  At the end the
-latents' mean and deviation are folded into the outermost 1x1 convolutions, so that the published Wan statistics fit.
-The rate is a function of step / --steps: a resumed run with another --steps goes on at that schedule's rate."""
+Random crops of rooms of both varieties and several sizes. L1 on colours and on their differences
+between neighbouring pixels (edges), a weak KL term, Muon with a linearly falling rate, and the
+average of the weights. At the end the latents' mean and deviation are folded into the outermost
+1x1 convolutions, so that the published Wan statistics fit. Resumable; the rate is a function of
+step / --steps: a resumed run with another --steps goes on at that schedule's rate."""
 
 import argparse
 import json
@@ -99,7 +100,7 @@ def psnr(vae, clips):
 
 @torch.no_grad()
 def folded(vae, sets):
-    """State dict whose latents have the published mean and deviation; the function of the autoencoder is unchanged."""
+    """State dict whose latents have the published mean and deviation; the same autoencoder."""
     sums, squares, count = torch.zeros(16), torch.zeros(16), 0
     for clips in sets:
         for clip in clips[:64]:
