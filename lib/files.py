@@ -1,11 +1,8 @@
-"""Files of a dataset, read as if somebody meant harm: measured before they are read, never
-executed.
+"""Files of a dataset, read as if somebody meant harm: measured before they are read.
 
-A refusal is a ValueError that names the file, what was found, what was wanted and the cure.  Only
-regular files are opened (a named pipe would hang), at most MAX_BYTES of one are held, ffmpeg opens
-local files of FORMATS alone (a playlist names other files) and stops at the first damaged picture,
-and arrays of objects are refused (unpickling them
-runs code).   Depth: z-depth, metres, 0 = unknown."""
+A refusal is a ValueError that names the file, what was found and wanted, and the cure.  Only
+regular files are opened (a pipe would hang), at most MAX_BYTES of one; ffmpeg opens local files of
+FORMATS alone; arrays of objects are refused.  Depth: z-depth, metres, 0 = unknown."""
 
 import functools
 import hashlib
