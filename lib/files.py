@@ -103,10 +103,7 @@ def sums_of(root):
 
 
 def check_sums(root, paths):
-    """Files must be what DIR/SHA256SUMS says, where there is one.
-
-    Nothing else sees a flipped bit in a plausible value.  docs/data.md has the command that makes
-    it."""
+    """Files must be what DIR/SHA256SUMS says, where there is one (docs/data.md makes it)."""
     sums, known = Path(root, "SHA256SUMS"), sums_of(root)
     for path in paths if known is not None else ():
         name, digest = path.relative_to(root).as_posix(), hashlib.sha256()
