@@ -9,12 +9,11 @@
 
 Without a name all of them, by the same code on a CPU and on a GPU: a GPU takes the 1.3B preset and
 the guide's clips, a CPU the demo's widths and small clips.  The rows of a table are timed in turn,
-round after round, and the median is given, on a CPU in seconds of one thread's processor time, so
-that ratios hold on a machine that others use too.
+round after round: medians, on a CPU of one thread's processor time, which others do not disturb.
 
 Straightforward is the method's description taken literally: every block forward and backward with
 weight gradients, the exchange in stage 1 too, encoders in the step, heads over all frames at once,
-one clip at a time.  The least work is defined in least_work()."""
+one clip at a time.  least_work() defines the least."""
 
 import argparse
 import os

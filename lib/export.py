@@ -1,8 +1,6 @@
-"""One sample in memory (Scene), and every file that it can leave.
+"""One sample in memory (Scene), and every file that it can leave: videos, depth, clouds, cameras.
 
-Videos, depth, point clouds, cameras, folders for COLMAP and nerfstudio, a start for Gaussian
-splatting, a contact sheet, and a page that opens offline in any browser.  A new export is a
-function of (scene, path) and one line of EXPORTS.
+A new export is a function of (scene, path) and one line of EXPORTS.
 
 Scene: lengths in the user's unit, world = the first camera, OpenCV axes (x right, y down, z
 forward), pixel centres at +0.5.  T frames of H x W pixels, N points.  Files keep these axes, except

@@ -16,18 +16,12 @@ MAX_PIXELS = 2**26  # of one picture: 8192 x 8192
 EXR, PFM, PGM = b"\x76\x2f\x31\x01", b"Pf", b"P5"
 PIXEL_TYPES = {0: np.dtype("<u4"), 1: np.dtype("<f2"), 2: np.dtype("<f4")}
 # Every compression that OpenEXR knows: its name, and the lines of a block where it is read here.
+# fmt: off
 COMPRESSIONS = [
-    ("none", 1),
-    ("RLE", 0),
-    ("ZIPS", 1),
-    ("ZIP", 16),
-    ("PIZ", 0),
-    ("PXR24", 0),
-    ("B44", 0),
-    ("B44A", 0),
-    ("DWAA", 0),
-    ("DWAB", 0),
+    ("none", 1), ("RLE", 0), ("ZIPS", 1), ("ZIP", 16), ("PIZ", 0),
+    ("PXR24", 0), ("B44", 0), ("B44A", 0), ("DWAA", 0), ("DWAB", 0),
 ]
+# fmt: on
 
 
 def is_raster(head):

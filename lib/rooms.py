@@ -1,9 +1,8 @@
-"""Exact renderer of synthetic rooms: a seed -> a short clip with true depth and cameras.  Textures,
-light and shade are functions of the surface point alone, so all views of a scene agree.
+"""Exact renderer of synthetic rooms: a seed -> a short clip with true depth and cameras.
 
+Textures, light and shade are functions of the surface point alone: all views of a scene agree.
 Shapes: T frames, P = H*W pixels, n boxes (box 0 is the room, seen from inside), m spheres.  numpy,
-float64 rays. Rays have z = 1 in the camera, so the ray parameter is exactly the z-depth.  y points
-down; metres."""
+float64 rays of z = 1: the ray parameter is the z-depth.  y points down; metres."""
 
 import functools
 import json
@@ -23,8 +22,7 @@ from lib.pictures import write_video
 from lib.standin import make_encoders
 from wan import LATENT
 
-# Metres and radians (fov: degrees): low, high; turn: mean, sd; aim, pitch, roll: sd.  "simple": the
-# demo.
+# Metres and radians (fov: degrees): low, high; turn: mean, sd; aim, pitch, roll: sd.  "simple": demo.
 VARIETY = dict(
     full=dict(
         room=(2, 4),
