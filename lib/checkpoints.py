@@ -178,8 +178,7 @@ def load_optimizer(path, model, optimizer):
 
 # --------------------------------------------------------------------------------------- checking
 def describe(path):
-    """What a checkpoint holds, as text; ValueError when it is damaged or does not fit the model
-    that it names."""
+    """What a checkpoint holds, as text; ValueError: it is damaged, or no state of its model."""
     if str(path).endswith((".pth", ".pt")):
         wanted = "a .safetensors file of a run folder"
         raise ValueError(f"{path}: not a checkpoint of train.py; wanted {wanted}")

@@ -46,8 +46,7 @@ def run_command(program, command, advice=""):
 
 
 def end_children():
-    """Kill what multiprocessing has left: loader workers ignore signals, and Python would wait for
-    them for ever."""
+    """Kill loader workers that are left: they ignore signals, and Python waits for them for ever."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises an error for each
     for child in multiprocessing.active_children():
         child.kill()
@@ -172,8 +171,7 @@ class BadSteps:
 
 # --------------------------------------------------------------------------------------- warnings
 class Watch:
-    """Warnings about a run's course, each kind once a start; update() takes a log line's
-    scalars."""
+    """Warnings about a run's course, each kind once a start; update() takes a line's scalars."""
 
     def __init__(self, max_steps, log):
         self.max_steps = max_steps

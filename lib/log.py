@@ -24,8 +24,7 @@ PACKAGES = ("torch", "safetensors", "numpy", "einops", "tokenizers", "tensorboar
 
 
 def provenance(options):
-    """Git hash, command, package versions and options, as the strings of a checkpoint's
-    metadata."""
+    """Git hash, command, package versions and options, as strings of a checkpoint's metadata."""
     versions = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
