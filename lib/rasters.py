@@ -1,8 +1,7 @@
 """Depth pictures that ffmpeg cannot read exactly, told by their first bytes: OpenEXR, PFM, PGM.
 
 EXR is what ViPE and MoGe write: scan lines, one channel of half or single floats, compression none,
-ZIPS or ZIP.  Other kinds are refused by name.  Sources: the OpenEXR file layout document, the PFM
-and Netpbm format descriptions."""
+ZIPS or ZIP; others are refused.  Sources: OpenEXR's file layout, the PFM and Netpbm formats."""
 
 import math
 import re
@@ -12,7 +11,6 @@ import zlib
 import numpy as np
 
 MAX_PIXELS = 2**26  # of one picture: 8192 x 8192
-
 EXR, PFM, PGM = b"\x76\x2f\x31\x01", b"Pf", b"P5"
 PIXEL_TYPES = {0: np.dtype("<u4"), 1: np.dtype("<f2"), 2: np.dtype("<f4")}
 # Every compression that OpenEXR knows: its name, and the lines of a block where it is read here.

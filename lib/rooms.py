@@ -22,7 +22,7 @@ from lib.pictures import write_video
 from lib.standin import make_encoders
 from wan import LATENT
 
-# Metres and radians (fov: degrees): low, high; turn: mean, sd; aim, pitch, roll: sd.  "simple": demo.
+# Metres and radians (fov: degrees): low, high; turn: mean, sd; aim, pitch, roll: sd.
 VARIETY = dict(
     full=dict(
         room=(2, 4),

@@ -3,7 +3,7 @@
     TransformCodec   16 coefficients of a fixed orthonormal transform, in place of the Wan VAE
     HashedText       one fixed random vector per word, in place of umT5
 
-They go when the repository carries a miniature Wan; make_encoders is where the two meet."""
+They leave with a miniature Wan; make_encoders is where the two meet."""
 
 import hashlib
 import math

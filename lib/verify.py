@@ -1,7 +1,6 @@
 """Is a dataset what it says?  `python data.py verify DIR`: files, units and camera conventions.
 
-Every sample gets a line: frames, sizes, rotations, intrinsics, depth, points, and whether its views
-agree (lib/views.py).  A mistake that explains a disagreement is named, with its cure.
+A sample gets a line; a mistake that explains why views (lib/views.py) disagree is named.
 Shapes: T frames of H x W depth pixels.  Cameras as in geometry.py."""
 
 import json
