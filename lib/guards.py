@@ -46,7 +46,7 @@ def run_command(program, command, advice=""):
 
 
 def end_children():
-    """Kill loader workers that are left: they ignore signals, and Python waits for them for ever."""
+    """Kill loader workers that are left: they ignore signals, so Python would wait for ever."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises an error for each
     for child in multiprocessing.active_children():
         child.kill()
