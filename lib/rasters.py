@@ -35,7 +35,7 @@ def read_raster(data):
         if data[:4] == EXR:
             return read_exr(data)
         return read_pfm(data) if data[:2] == PFM else read_pgm(data)
-    except (struct.error, IndexError, zlib.error, UnicodeDecodeError) as error:
+    except (struct.error, IndexError, zlib.error) as error:
         raise ValueError(f"the file is cut short or damaged ({error})") from None
 
 
@@ -45,6 +45,12 @@ def check_size(height, width):
 
 
 # --- OpenEXR -------------------------------------------------------------------------------------
+def end_of_name(data, at):
+    if (end := data.find(b"\0", at)) < 0:
+        raise IndexError("a name without an end")
+    return end
+
+
 def exr_header(data):
     """Attributes name -> bytes of a scan-line file, and where the table of its blocks begins."""
     version = struct.unpack_from("<i", data, 4)[0]
@@ -53,8 +59,8 @@ def exr_header(data):
             raise ValueError(f"an EXR file of {name}; only scan lines of one part are read")
     attributes, at = {}, 8
     while data[at]:
-        name_end = data.index(b"\0", at)
-        type_end = data.index(b"\0", name_end + 1)
+        name_end = end_of_name(data, at)
+        type_end = end_of_name(data, name_end + 1)
         size = struct.unpack_from("<i", data, type_end + 1)[0]
         start = type_end + 5
         if size < 0 or start + size > len(data) or len(attributes) > 200:
@@ -68,7 +74,7 @@ def exr_channels(chlist):
     """[(name, dtype)] in the order of a scan line."""
     channels, at = [], 0
     while chlist[at]:
-        end = chlist.index(b"\0", at)
+        end = end_of_name(chlist, at)
         kind, _, across, down = struct.unpack_from("<iB3x2i", chlist, end + 1)
         if kind not in PIXEL_TYPES or (across, down) != (1, 1):
             raise ValueError("an EXR channel of an unknown type, or one that is subsampled")
@@ -108,16 +114,14 @@ def read_exr(data):
     before = width * sum(dtype.itemsize for _, dtype in channels[: names.index(chosen)])
     dtype = dict(channels)[chosen]
     out = np.zeros((height, width), dtype)
-    blocks = math.ceil(height / lines)
-    for place in struct.unpack_from(f"<{blocks}Q", data, at):
+    for place in struct.unpack_from(f"<{math.ceil(height / lines)}Q", data, at):
         first, size = struct.unpack_from("<2i", data, place)
         rows = min(lines, bottom + 1 - first)
         body = data[place + 8 : place + 8 + size]
         if not top <= first <= bottom or len(body) != size:
             raise ValueError("an EXR block that does not fit the file")
         if name != "none" and size < rows * stride:
-            inflater = zlib.decompressobj()
-            body = unpredicted(inflater.decompress(body, rows * stride))
+            body = unpredicted(zlib.decompressobj().decompress(body, rows * stride))
         if len(body) != rows * stride:
             raise ValueError("an EXR block of another length than its lines")
         for row in range(rows):
@@ -144,7 +148,7 @@ def read_pfm(data):
 def read_pgm(data):
     """Binary grey, 8 or 16 bits (most significant byte first); comments are skipped."""
     match = re.match(
-        rb"P5(?:\s+|#[^\n]*\n)+(\d+)(?:\s+|#[^\n]*\n)+(\d+)(?:\s+|#[^\n]*\n)+(\d+)\s", data[:4096]
+        rb"P5(?:\s|#[^\n]*\n)+(\d+)(?:\s|#[^\n]*\n)+(\d+)(?:\s|#[^\n]*\n)+(\d+)\s", data[:4096]
     )
     if not match:
         raise ValueError("not a binary PGM file")
