@@ -20,7 +20,7 @@ from pathlib import Path
 import imageio_ffmpeg
 import numpy as np
 
-from lib.rasters import read_raster
+from lib.rasters import OVER_WHITE, has_alpha, read_raster, reader_of
 
 MAX_BYTES = 2**32  # of one file, and of what one read decodes
 MAX_TEXT = 2**29  # of a JSON file: a million samples with captions
@@ -118,8 +118,7 @@ def check_sums(root, paths):
 
 
 def check_inside(root, path):
-    """The path, symbolic links followed, must lie in the folder root; root "/": links may lead
-    anywhere."""
+    """The path, links followed, must lie in the folder root; "/": they may lead anywhere."""
     try:
         if Path(path).resolve().is_relative_to(Path(root).resolve()):
             return
@@ -176,8 +175,7 @@ def scan_folders(root):
 
 
 def check_sample(inside, sample):
-    """Files of a sample: there, regular, readable, in the folder `inside` -> all of them, folders
-    listed."""
+    """Files of a sample: there, regular, readable, in the folder `inside` -> all, listed."""
     files = []
     for path in (p for p in sample.values() if isinstance(p, Path)):
         check_inside(inside, path)
@@ -195,12 +193,17 @@ def check_sample(inside, sample):
 
 
 # --- Videos and pictures --------------------------------------------------------------------------
+def head_of(path):
+    check_file(path)
+    with open(path, "rb") as file:
+        return file.read(4096).ljust(64, b"\0")
+
+
 @contextmanager
 def ffmpeg(path, *output):
-    """What ffmpeg makes of the first video stream of a file: its output, and a file with its
-    messages."""
-    check_file(path)
-    source = ["-i", f"file:{path}", "-map", "0:v:0", "-fps_mode", "passthrough"]
+    """What ffmpeg makes of the first video stream of a file: output, and a file of its messages."""
+    form = reader_of(head_of(path))
+    source = [*form, "-i", f"file:{path}", "-map", "0:v:0", "-fps_mode", "passthrough"]
     command = [imageio_ffmpeg.get_ffmpeg_exe(), *STRICT, *source, *output, "pipe:1"]
     pipes = dict(stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
     with (
@@ -222,8 +225,7 @@ def ffmpeg(path, *output):
 
 
 def pictures(stream, limit=MAX_BYTES):
-    """Frames (H, W, 3) uint8 or (H, W) uint16 of a stream of PPM or 16-bit PGM pictures of one
-    size."""
+    """Frames (H, W, 3) uint8 or (H, W) uint16 of a stream of PPM or 16-bit PGM, of one size."""
     first = None
     while magic := stream.readline(8):
         size, deep = stream.readline(32), stream.readline(16) == b"65535\n"
@@ -239,9 +241,9 @@ def pictures(stream, limit=MAX_BYTES):
 
 
 def read_video(path, max_frames=None):
-    """Decode the first max_frames frames (default all): uint8 (T, H, W, 3) and the frame rate, 0 if
-    it has none."""
+    """The first max_frames frames (default all), uint8 (T, H, W, 3), and frames a second or 0."""
     some = [] if max_frames is None else ["-frames:v", str(max_frames)]
+    some += ["-vf", OVER_WHITE] if has_alpha(head_of(path)) else []
     output = [*some, "-pix_fmt", "rgb24", "-c:v", "ppm", "-f", "image2pipe"]
     try:
         with ffmpeg(path, *output) as (stream, log):
@@ -310,8 +312,7 @@ def png_header(path, mask):
 
 
 def open_array(path, read, mask):
-    """(shape, dtype) or, with read, the array of one .npy, .npz (the array depth, or the first) or
-    .png file."""
+    """(shape, dtype) or, with read, the array of one file; of an .npz depth, or the first."""
     size = check_file(path)
     if path.suffix == ".png":
         shape = png_header(path, mask)
@@ -356,8 +357,7 @@ def read_array(path, read=True, mask=False):
 
 
 def array_files(path):
-    """The files of one clip's arrays in order: one for all frames, or a folder with one per
-    frame."""
+    """Files of a clip's arrays in order: one for all frames, or a folder with one per frame."""
     files = [f for f in path.glob("*") if f.suffix in ARRAYS] if path.is_dir() else []
     return sorted(files, key=lambda f: (len(f.name), f.name))
 
@@ -397,8 +397,7 @@ def read_arrays(path, frames=None, mask=False):
 
 # --- Depth ----------------------------------------------------------------------------------------
 def relative_depth(depth):
-    """Why raw depth (T, H, W) cannot be metric: 8 bits, or stretched to a full range; None if it
-    can be."""
+    """Why raw depth (T, H, W) cannot be metric: 8 bits, or stretched to a full range; or None."""
     finite = depth[np.isfinite(depth)]
     if depth.dtype == np.uint8 or not finite.size:
         return "8-bit depth" if finite.size else None

