@@ -26,8 +26,9 @@ import config
 from config import option, section
 from encoders import encode_start
 from geometry import encode_pose
-from lib.camera_files import FORMATS
+from lib.camera_files import FORMATS, size_of
 from lib.camera_paths import View, load_camera, mean_distance
+from lib.crop import Crop
 from lib.export import EXPORTS, USUAL, check_out, describe, export_names, make_scene, write_exports
 from lib.files import read_video
 from lib.guards import run_command
@@ -109,6 +110,7 @@ image = option("", "picture or video file whose first frame starts the video")
 section_2 = section("camera")
 camera = option("orbit", "a move (forward, pan_left ...), a file, or 'x,y,z -> x,y,z | ...'")
 camera_format = option(None, "of a camera file that does not show it", choices=(None, *FORMATS))
+camera_size = option("", "HxW of a camera file's pictures, where it does not say")
 amount = option(1.0, "strength of a named move: 1 travels 0.3 scene units or turns by 30 degrees")
 fov = option(65.0, "horizontal field of view where the camera has no intrinsics", low=1, high=170)
 scene_scale = option("1", "your units per scene unit, or a depth map of the start image")
@@ -153,19 +155,13 @@ READOUT_SIGMA = 0.1  # where geometry is read; the release's last step has 0.092
 
 # -------------------------------------------------------------------------------------- conditions
 def load_image(path, height, width, *, squeeze=False):
-    """First frame of a picture or video file -> (1, 3, 1, H, W) in [-1, 1].
-
-    Centre-cropped to the aspect, or squeezed into it."""
-    frame = torch.from_numpy(read_video(path, max_frames=1)[0].copy()).permute(0, 3, 1, 2).float()
-    if squeeze:
-        frame = F.interpolate(frame, (height, width), mode="bicubic", antialias=True).clamp(0, 255)
-        return (frame / 127.5 - 1)[:, :, None]
-    h, w = frame.shape[-2:]
-    scale = max(height / h, width / w)
-    size = (max(height, round(h * scale)), max(width, round(w * scale)))
-    frame = F.interpolate(frame, size, mode="bilinear", antialias=True)
-    top, left = (frame.shape[-2] - height) // 2, (frame.shape[-1] - width) // 2  # the middle
-    return (frame[..., top : top + height, left : left + width] / 127.5 - 1)[:, :, None]
+    """First frame of a file -> (1, 3, 1, H, W) in [-1, 1], cut as training cuts, or squeezed."""
+    frame = read_video(path, max_frames=1)[0]  # (1, h, w, 3)
+    if not squeeze:
+        return (Crop(frame.shape[1:3], (height, width)).video(frame) / 127.5 - 1)[:, :, None]
+    frame = torch.from_numpy(frame).permute(0, 3, 1, 2).float()
+    frame = F.interpolate(frame, (height, width), mode="bicubic", antialias=True).clamp(0, 255)
+    return (frame / 127.5 - 1)[:, :, None]
 
 
 @torch.no_grad()
@@ -495,9 +491,10 @@ def settled(options, meta):
     if foreign and not folder:  # such a file does not say where its base lies
         wanted = "the folder of Wan2.1-I2V-14B-480P, for its encoders"
         raise ValueError(f"{options.ckpt}: a release needs --wan_dir, {wanted}")
-    form = options.camera_format
+    form, pictures = options.camera_format, options.camera_size
     if foreign and options.camera.endswith(".json"):
         form = form or "fantasyworld"  # the release's own layout; WorldScore's looks the same
+        pictures = pictures or f"{height}x{width}"  # it takes the focal length as the video's
     auto = "cuda" if torch.cuda.is_available() else "cpu"
     return options.replaced(
         frames=frames,
@@ -505,6 +502,7 @@ def settled(options, meta):
         width=width,
         wan_dir=folder,
         camera_format=form,
+        camera_size=pictures,
         # Points of a release are lifted as its own script lifts them.
         lift=options.lift or ("predicted" if foreign else "commanded"),
         device=auto if options.device == "auto" else options.device,
@@ -518,12 +516,17 @@ def scene_scale_of(options):
         scale = float(text)  # your units per scene unit
     except ValueError:
         # Of the camera only the intrinsics are used: how long its path is, is not known yet.
-        view = View(options.fov, options.amount, 1.0, options.camera_format)
+        view = view_of(options, 1.0)
         _, K = load_camera(options.camera, options.frames, size, view)
         scale = mean_distance(text, K, size)
     if not 1e-9 <= scale <= 1e9:
         raise ValueError(f"--scene_scale {text}: wanted 1e-9 to 1e9")
     return scale
+
+
+def view_of(options, scene_scale):
+    pictures = size_of(options.camera_size) if options.camera_size else None
+    return View(options.fov, options.amount, scene_scale, options.camera_format, pictures)
 
 
 def main(options):
@@ -536,8 +539,7 @@ def main(options):
     options = settled(options, meta)
     names = export_names(options.export)
     options = options.replaced(scene_scale=scene_scale_of(options))
-    view = View(options.fov, options.amount, options.scene_scale, options.camera_format)
-    size = (options.height, options.width)
+    view, size = view_of(options, options.scene_scale), (options.height, options.width)
     camera = load_camera(options.camera, options.frames, size, view)  # w2c, K
     jobs = plan_jobs(options, meta, names)
     resources = load(options, meta, jobs, camera) if jobs else None

@@ -8,6 +8,7 @@ the file; intrinsics (T, 4) float64 = fx/W, fy/H, cx/W, cy/H, pixel centres at +
 the file holds none; size (H, W) of the images in pixels, or None."""
 
 import json
+import re
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -122,9 +123,7 @@ def oriented(matrices, kind, axes):
 
 def need_size(size, path, what):
     if size is None:
-        raise ValueError(
-            f"{path}: {what} in pixels, but no image size; give --size HxW (size=(H, W))"
-        )
+        raise ValueError(f"{path}: {what} in pixels, but no image size; give --size HxW")
     return size
 
 
@@ -441,8 +440,7 @@ def write(path, form, w2c, intrinsics=None, size=None, binary=False):
 
 
 def crop_intrinsics(fractions, aspect, size):
-    """Fractions (T, 4) of a picture of aspect W0 / H0 -> of its centre crop that fills (H, W);
-    pixels stay square."""
+    """Fractions (T, 4) of a picture of aspect W0 / H0 -> of its centre crop that fills (H, W)."""
     wide = aspect / (size[1] / size[0])  # above 1: the sides are cut, below: top and bottom
     factor = np.array([max(wide, 1), max(1 / wide, 1)] * 2)
     middle = np.array([0, 0, 0.5, 0.5])
@@ -469,8 +467,10 @@ def add_arguments(parser):
 
 
 def size_of(text):
-    height, width = map(int, text.split("x"))
-    return height, width
+    match = re.fullmatch(r"([1-9]\d{0,4})x([1-9]\d{0,4})", text)
+    if not match:
+        raise ValueError(f"size {text!r}: wanted HxW in pixels, as 480x640")
+    return int(match[1]), int(match[2])
 
 
 def convert(args):

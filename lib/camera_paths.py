@@ -24,6 +24,7 @@ class View:
     amount: float = 1.0  # strength of a named move
     scene_scale: float = 1.0  # units of a file or of key frames per scene unit
     form: str | None = None  # format of a camera file that does not show it
+    pictures: tuple | None = None  # (H, W) of a camera file's pictures, where it does not say
 
 
 def load_camera(text, num_frames, size, view=View()):
@@ -34,7 +35,7 @@ def load_camera(text, num_frames, size, view=View()):
     if "->" in text:
         w2c = key_frames(text, num_frames)
     elif pathlib.Path(text).suffix or pathlib.Path(text).exists():
-        w2c, intrinsics = from_file(text, num_frames, size, view.form)
+        w2c, intrinsics = from_file(text, num_frames, size, view)
     else:
         w2c, zoom = camera_move(text, num_frames, view.amount)
         scale = 1.0  # a move is in scene units already
@@ -46,12 +47,14 @@ def load_camera(text, num_frames, size, view=View()):
     return w2c, torch.from_numpy(pixel_matrix(intrinsics, size)).float()[None]
 
 
-def from_file(path, num_frames, size, form):
-    """A camera file's w2c and intrinsics as fractions, cropped to the aspect of size."""
+def from_file(path, num_frames, size, view):
+    """A camera file's w2c, and intrinsics as fractions, cropped to the aspect of size as pictures
+    are; its own pictures may be of any size."""
     try:
-        w2c, intrinsics, source = camera_files.read(path, form, size)
+        w2c, intrinsics, source = camera_files.read(path, view.form, view.pictures)
     except ValueError as error:
-        raise ValueError(str(error).replace("--from", "--camera_format")) from None
+        words = str(error).replace("--from", "--camera_format")
+        raise ValueError(words.replace("--size HxW", "--camera_size HxW")) from None
     if len(w2c) < num_frames:
         wanted = f"--frames {num_frames} wants at least that many"
         raise ValueError(f"{path}: {len(w2c)} cameras; {wanted}")

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from tiny import tiny_inputs, tiny_model
 
 import config
 import sample
 from lib import camera_files, camera_paths
 from lib.files import read_video
+from tiny import tiny_inputs, tiny_model
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -168,7 +168,9 @@ def test_a_camera_file_of_any_format_gives_the_same_path(tmp_path):
             5,
             (48, 64),
             camera_paths.View(
-                scene_scale=2.0, form=form if form in ("fantasyworld", "worldscore") else None
+                scene_scale=2.0,
+                form=form if form in ("fantasyworld", "worldscore") else None,
+                pictures=(48, 64) if form in ("fantasyworld", "worldscore") else None,
             ),
         )
         torch.testing.assert_close(got, want, atol=1e-5, rtol=0)

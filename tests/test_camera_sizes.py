@@ -1,0 +1,75 @@
+"""One way from a file's intrinsics to the model's: training, sampling and conversion agree."""
+
+import numpy as np
+import pytest
+import torch
+
+from lib import camera_files, camera_paths
+from lib.crop import Crop
+
+ASPECTS = [(360, 640), (480, 640), (640, 360), (512, 512)]  # of the file's pictures
+TARGETS = [(48, 64), (336, 592), (592, 336), (64, 64)]  # of the video
+NAMES = dict(
+    re10k="a.txt",
+    nerfstudio="t.json",
+    colmap="folder",
+    npz="a.npz",
+    fantasyworld="f.json",
+    worldscore="w.json",
+)
+SAID = {"nerfstudio", "colmap", "npz"}  # formats that hold the size
+
+
+def file_of(form, folder, source):
+    """A camera file of square pixels whose centre is where the format can say it."""
+    w2c, _ = camera_paths.camera_move("orbit", 5, 1.0)
+    h, w = source
+    centred = form in ("fantasyworld", "worldscore")
+    pixels = np.array([0.8 * w, 0.8 * w, w / 2 if centred else 0.45 * w, h / 2])
+    K = np.tile(pixels / [w, h, w, h], (5, 1))
+    camera_files.write(folder / NAMES[form], form, w2c.double().numpy(), K, source)
+    return folder / NAMES[form], K
+
+
+@pytest.mark.parametrize("form", NAMES)
+def test_training_sampling_and_conversion_agree(tmp_path, form):
+    for n, source in enumerate(ASPECTS):
+        folder = tmp_path / str(n)
+        folder.mkdir()
+        path, K = file_of(form, folder, source)
+        interp = form if form in ("fantasyworld", "worldscore") else None
+        told = source if form not in SAID else None
+        # Centre crops of files without a size are of square pixels; a centre is theirs to say.
+        view = camera_paths.View(form=interp, pictures=told)
+        _, fractions, _ = camera_files.read(path, interp, told)
+        np.testing.assert_allclose(fractions, K, atol=1e-6)
+        for target in TARGETS:
+            trained = Crop(source, target).intrinsics(fractions)  # cut in whole pixels
+            _, sampled = camera_paths.load_camera(str(path), 5, target, view)
+            step = max(target[0] / source[0], target[1] / source[1])
+            assert (sampled[0] - trained).abs().max() <= 2 * step, (form, source, target)
+            assert abs(sampled[0, 0, 0, 0] / sampled[0, 0, 1, 1] - 1) < 1e-4, "square pixels"
+
+
+def test_re10k_of_16_to_9_at_592_x_336_by_hand(tmp_path):
+    """fx = fy: 0.4752 of 1280 px is 608.3 px at 720 lines; at 592 of 720 lines: 500.1 px."""
+    w2c, _ = camera_paths.camera_move("orbit", 5, 1.0)
+    K = np.tile([0.4752, 0.4752 * 1280 / 720, 0.5, 0.5], (5, 1))
+    camera_files.write(tmp_path / "a.txt", "re10k", w2c.double().numpy(), K, None)
+    _, got = camera_paths.load_camera(str(tmp_path / "a.txt"), 5, (592, 336))
+    want = 0.4752 * 1280 * 592 / 720
+    torch.testing.assert_close(got[0, 0, 0, 0].item(), want, rtol=1e-5, atol=0)
+    torch.testing.assert_close(got[0, 0, 1, 1].item(), want, rtol=1e-5, atol=0)
+
+
+def test_pixels_without_a_size_are_asked_for(tmp_path):
+    path, _ = file_of("fantasyworld", tmp_path, (480, 640))
+    with pytest.raises(ValueError, match="f.json: .*pixels, but no image size; give --camera_size"):
+        view = camera_paths.View(form="fantasyworld")
+        camera_paths.load_camera(str(path), 5, (48, 64), view)
+
+
+@pytest.mark.parametrize("text", ["480", "480x", "0x640", "480*640", "x", "480x640x3"])
+def test_a_size_that_is_none_is_refused_by_name(text):
+    with pytest.raises(ValueError, match="wanted HxW"):
+        camera_files.size_of(text)
