@@ -37,6 +37,7 @@ from geometry import encode_pose, normalize_scene, plucker_rays, relative_to_fir
 from lib import caches, camera_files, files
 from lib.camera_files import inverse, read_cameras
 from lib.crop import Crop
+from lib.depth import check_positive, read_depth, unit_of, why_relative
 from lib.distributed import gathered
 from lib.guards import run_command
 from lib.rooms import VARIETY, Recipe, synth
@@ -61,8 +62,8 @@ def load_samples(root, split=None, bad=None, inside=None):
     bad      receives (id or "sample N", problem) of each entry that is left out; without it the
              first is raised
     inside   the folder that no link may leave: root, or "/" to follow links anywhere
-    returns  dicts: id, split, prompt, fps, depth_scale, inverse_depth; video, camera, depth,
-             points, moving: path or None
+    returns  dicts: id, split, prompt, fps, unit (DepthUnit); video, camera, depth, points, moving:
+             path or None
     Without splits the last tenth (at least one of several) is "val", the rest "train"."""
     root = Path(root)
     path, (entries, splits) = root / "metadata.json", files.read_entries(root, inside or root)
@@ -140,8 +141,7 @@ def read_entry(root, entry, where):
         raise ValueError(f"{where}: no video_path; found {', '.join(entry)[:200] or 'nothing'}")
     for field, value in dict(sample, id=entry.get("id")).items():
         check_text(field, value, where)
-    for field in ("fps", "depth_scale", "inverse_depth"):
-        check_number(field, entry.get(field), where)
+    check_positive("fps", entry.get("fps"), where)
     for field in ("video", "depth", "points", "camera", "moving"):
         if sample[field]:
             inside = os.path.normpath(sample[field])  # "a/../../b" leaves the folder too
@@ -157,8 +157,7 @@ def read_entry(root, entry, where):
         wrong = "cannot be a file name of at most 200 bytes, or ends like a window's"
         raise ValueError(f"{where}: id {sample['id'][:60]!r} {wrong}")
     sample.update(prompt=sample["prompt"] or "", split=None, fps=entry.get("fps"))
-    inverse = bool(entry.get("inverse_depth"))
-    return dict(sample, depth_scale=entry.get("depth_scale"), inverse_depth=inverse)
+    return dict(sample, unit=unit_of(entry, where))
 
 
 def check_text(field, value, where):
@@ -172,19 +171,6 @@ def check_text(field, value, where):
         raise ValueError(f"{where}: {field} {found}; wanted a text of at most 10,000")
     if re.search("[\ud800-\udfff]", text):
         raise ValueError(f"{where}: {field} {ascii(value)[:60]} is no text (half of a UTF-16 pair)")
-
-
-def check_number(field, value, where):
-    """A number or truth value of metadata.json."""
-    if value is None:
-        return
-    if field == "inverse_depth":
-        good, wanted = type(value) is bool, "true or false"
-    else:
-        good = type(value) in (int, float) and 0 < value < files.FAR
-        wanted = f"a number between 0 and {files.FAR:.0e}"
-    if not good:
-        raise ValueError(f"{where}: {field} = {str(value)[:60]}; wanted {wanted}")
 
 
 def checked_cameras(path):
@@ -244,8 +230,7 @@ def check_counts(sample, cameras, last):
 def read_window_depth(sample, ids, w2c):
     """Depth (T, h, w) float32 of the frames ids: its own, or z of the points."""
     if sample["depth"]:
-        how = (sample["depth_scale"], ids, sample["inverse_depth"])
-        return files.read_depth(sample["depth"], *how)
+        return read_depth(sample["depth"], sample["unit"], ids)
     points = files.read_arrays(sample["points"], ids).astype(np.float64)
     if points.ndim != 4 or points.shape[-1] != 3:
         found = f"array of shape {points.shape}"
@@ -285,7 +270,7 @@ def load_clip(sample, height, width, num_frames, start=0, stride=1):
     clip = {}
     if sample["moving"]:
         clip["moving"] = crop.maps(files.read_arrays(sample["moving"], ids, mask=True) > 0)
-    unitless = sample["depth"] and not sample["depth_scale"] and files.why_relative(sample["depth"])
+    unitless = sample["depth"] and not sample["unit"].scale and why_relative(sample["depth"])
     return dict(
         clip,
         video=video.permute(1, 0, 2, 3) / 127.5 - 1,
@@ -352,7 +337,7 @@ class Job:
 def plan_clip(sample, folder, same, how, inside):
     """Jobs of one clip's windows; same: what the keys of all clips share."""
     files.check_sample(inside, sample)
-    stamp = [sample["fps"], sample["depth_scale"]]  # whatever changes the result
+    stamp = [sample["fps"], *sample["unit"].stamp()]  # whatever changes the result
     for path in (p for p in sample.values() if isinstance(p, Path)):
         stats = [p.stat() for p in (path, *path.glob("*")) if p.exists()]  # a folder: its files too
         newest = max([s.st_mtime_ns for s in stats], default=0)

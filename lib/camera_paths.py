@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from geometry import compose, inv_se3, mat_to_quat, normalize_scene, quat_to_mat, relative_to_first
 from lib import camera_files
 from lib.camera_files import pixel_matrix
-from lib.files import read_depth
+from lib.depth import read_depth
 
 
 @dataclass(frozen=True)

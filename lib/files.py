@@ -395,66 +395,6 @@ def read_arrays(path, frames=None, mask=False):
     return np.stack(arrays)
 
 
-# --- Depth ----------------------------------------------------------------------------------------
-def relative_depth(depth):
-    """Why raw depth (T, H, W) cannot be metric: 8 bits, or stretched to a full range; or None."""
-    finite = depth[np.isfinite(depth)]
-    if depth.dtype == np.uint8 or not finite.size:
-        return "8-bit depth" if finite.size else None
-    low, high = float(finite.min()), float(finite.max())
-    if high in (255, 65535) and (finite[::7] == np.round(finite[::7])).all():
-        return f"integers that reach exactly {high:.0f}: stretched to the full range"
-    per_frame = np.array([f[np.isfinite(f)].max(initial=0) for f in depth])
-    ends_at_one = abs(high - 1) < 1e-6 and (np.abs(per_frame - 1) < 1e-6).mean() > 0.9
-    if low >= 0 and ends_at_one or (low == 0 and high == 1):
-        return "stretched to 0 .. 1 (min-max normalised)"
-    return None
-
-
-def why_relative(path):
-    """relative_depth of a whole clip: a window of a stretched clip need not reach its ends."""
-    files = [path, *path.glob("*")] if path.is_dir() else [path]
-    newest = max((f.stat().st_mtime_ns for f in files if f.exists()), default=0)
-    return why_relative_at(path, newest)
-
-
-@functools.lru_cache(maxsize=1)  # one clip is asked about several times in a row
-def why_relative_at(path, changed):
-    return relative_depth(read_arrays(path))
-
-
-def read_depth(path, scale=None, frames=None, inverse=False):
-    """Z-depth (T, H, W) float32 metres, 0 = invalid.
-
-    scale    metres per unit (per unit of 1 / value if inverse); required for integer files
-    inverse  the file holds 1 / z
-    Depth without a unit (see relative_depth) comes back as it is, positive: order and ratios are
-    all it has."""
-    depth = read_arrays(path, frames)
-    if depth.ndim != 3:
-        raise ValueError(f"{path}: array of shape {depth.shape}; wanted z-depth (T, H, W)")
-    relative = scale is None and why_relative(Path(path))
-    if relative and inverse:
-        raise ValueError(
-            f"{path}: relative inverse depth ({relative}): its shift is unknown, so 1 / d is no "
-            "depth. "
-            "Fit it to metric points first, or set depth_scale if it has a unit"
-        )
-    if depth.dtype.kind != "f" and scale is None and not relative:
-        raise ValueError(
-            f"{path}: {depth.dtype} depth without a unit; add depth_scale (metres per "
-            "count, 0.001 for millimetres) to the sample's entry in metadata.json"
-        )
-    largest = depth[np.isfinite(depth)].max(initial=0) * float(scale or 1)
-    if not inverse and largest > FAR:
-        cure = "Write 0 where it is unknown, sky included; check depth_scale"
-        raise ValueError(f"{path}: depth up to {largest:.3g} m; wanted at most {FAR:.0e}. {cure}")
-    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-        depth = depth.astype(np.float32)
-        depth = (1 / depth if inverse else depth) * np.float32(scale or 1)
-    return np.where((depth > 0) & (depth <= FAR), depth, np.float32(0))
-
-
 def write_aside(path, write, durable=True):
     """write(temporary path), then rename: a reader finds the whole file, or the one before.
 

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 
 from geometry import compose, inv_se3, unproject, valid_depth
 from lib.camera_files import pixel_matrix, read_table
+from lib.depth import METRES, relative_depth, unknown
 from lib.files import (
     FAR,
     check_sample,
@@ -20,7 +21,6 @@ from lib.files import (
     count_frames,
     read_arrays,
     read_video,
-    relative_depth,
 )
 from lib.views import (
     HINTS,
@@ -305,21 +305,35 @@ def inspect(raw, level="data"):
 
 def metric_depth(report, raw, n):
     """Depth (n, H, W) in metres, or None with the reason in the report."""
-    depth, scale = raw["depth"][:n], raw.get("scale")
+    depth, unit = raw["depth"][:n], raw.get("unit", METRES)
     reason = relative_depth(raw["depth"])
-    if reason and scale is None:
+    if reason and unit.scale is None:
         report.suspect("depth", "relative depth", reason, "warn")
         report.add("views", "skip", "relative depth: not checkable")
         return None
-    if depth.dtype.kind != "f" and scale is None:
+    if depth.dtype.kind != "f" and unit.scale is None:
         cure = "give the sample depth_scale (0.001 for millimetres)"
         report.add("depth", "fail", f"{depth.dtype} without a unit: {cure}")
         return None
-    if not raw.get("inverse"):
-        return depth * (scale or 1)
+    check_largest(report, depth, unit)
+    known = ~unknown(depth, unit)
     with np.errstate(divide="ignore"):
-        depth = 1 / depth.astype(np.float64) * (scale or 1)
-    return np.where(depth <= FAR, depth, 0)
+        depth = (1 / depth.astype(np.float64) if unit.inverse else depth) * (unit.scale or 1)
+    return np.where(known & (depth <= (unit.most or (FAR if unit.inverse else np.inf))), depth, 0)
+
+
+def check_largest(report, depth, unit):
+    """One largest value that many pixels share, far from all others: sky, or not measured."""
+    known = depth[~unknown(depth, unit) & (depth > 0)]
+    if not known.size:
+        return
+    high = known.max()
+    share, rest = (known == high).mean(), known[known < high]
+    far = not unit.most or high * (unit.scale or 1) <= unit.most
+    if share > 0.002 and far and rest.size and high > 1.5 * rest.max() and not unit.inverse:
+        what = f"{share:.1%} of the pixels hold {high:.6g}, the rest up to {rest.max():.6g}"
+        cure = f"if that is sky or unknown, give the sample depth_invalid {high:.6g}"
+        report.add("largest depth", "warn", f"{what}: {cure}")
 
 
 # --- The command ----------------------------------------------------------------------------------
@@ -343,7 +357,7 @@ def load_raw(sample):
         found = f"array of shape {depth.shape}"
         raise ValueError(f"{sample['depth']}: {found}; wanted z-depth (T, H, W)")
     moving = read_arrays(sample["moving"], mask=True) if sample["moving"] else None
-    told = dict(id=sample["id"], scale=sample["depth_scale"], inverse=sample["inverse_depth"])
+    told = dict(id=sample["id"], unit=sample["unit"])
     found = dict(table=table, depth=depth, rgb=rgb, points=points, moving=moving)
     return dict(told, **found, size=rgb.shape[1:3])
 

@@ -13,6 +13,7 @@ import data
 from geometry import unproject
 from lib import camera_files, files, pictures, rooms
 from lib.caches import cached_metadata
+from lib.depth import DepthUnit, read_depth, why_relative
 
 
 @pytest.fixture(scope="module")
@@ -86,17 +87,19 @@ def test_depth_without_a_unit_is_told_from_metric_depth_in_every_window(tmp_path
     }[kind]
     np.save(tmp_path / "d.npy", stored)
     relative = kind in ("uint8", "0 .. 1 over the clip", "0 .. 1 per frame")
-    assert bool(files.why_relative(tmp_path / "d.npy")) == relative
+    assert bool(why_relative(tmp_path / "d.npy")) == relative
     if relative:  # order is kept, nothing divided
         np.testing.assert_array_equal(
-            files.read_depth(tmp_path / "d.npy", frames=[3]), stored[[3]].astype(np.float32)
+            read_depth(tmp_path / "d.npy", frames=[3]), stored[[3]].astype(np.float32)
         )
         with pytest.raises(ValueError, match="relative inverse depth"):
-            files.read_depth(tmp_path / "d.npy", inverse=True)
+            read_depth(tmp_path / "d.npy", DepthUnit(inverse=True))
     elif kind == "1 / z":
-        np.testing.assert_allclose(files.read_depth(tmp_path / "d.npy", inverse=True), z, rtol=1e-6)
+        np.testing.assert_allclose(
+            read_depth(tmp_path / "d.npy", DepthUnit(inverse=True)), z, rtol=1e-6
+        )
     else:
-        np.testing.assert_allclose(files.read_depth(tmp_path / "d.npy", 0.001), z, rtol=1e-6)
+        np.testing.assert_allclose(read_depth(tmp_path / "d.npy", DepthUnit(0.001)), z, rtol=1e-6)
 
 
 def test_clips_without_a_unit_are_marked_in_the_cache_and_the_user_is_told(
@@ -126,16 +129,16 @@ def test_depth_reads_the_same_from_every_container(tmp_path):
     np.save(tmp_path / "one.npy", metres)
     np.savez(tmp_path / "one.npz", depth=metres)
     for name, scale in (("npy", None), ("one.npy", None), ("one.npz", None), ("png", 0.001)):
-        np.testing.assert_array_equal(files.read_depth(tmp_path / name, scale), metres)
+        np.testing.assert_array_equal(read_depth(tmp_path / name, DepthUnit(scale)), metres)
         np.testing.assert_array_equal(
-            files.read_depth(tmp_path / name, scale, [3, 1]), metres[[3, 1]]
+            read_depth(tmp_path / name, DepthUnit(scale), [3, 1]), metres[[3, 1]]
         )
     with pytest.raises(ValueError, match="depth_scale"):
-        files.read_depth(tmp_path / "png")
+        read_depth(tmp_path / "png")
     with pytest.raises(ValueError, match="5 frames found, 8 wanted"):
-        files.read_depth(tmp_path / "npy", None, [7])
+        read_depth(tmp_path / "npy", frames=[7])
     np.save(tmp_path / "holes.npy", np.array([[[np.nan, np.inf, -1, 2]]], np.float32))
-    np.testing.assert_array_equal(files.read_depth(tmp_path / "holes.npy"), [[[0, 0, 0, 2]]])
+    np.testing.assert_array_equal(read_depth(tmp_path / "holes.npy"), [[[0, 0, 0, 2]]])
 
 
 def test_the_three_forms_of_metadata_list_the_same_samples(rendered, tmp_path):

@@ -9,7 +9,8 @@ import pytest
 from test_train import SIZES, run
 
 import data
-from lib import files, pictures
+from lib import pictures
+from lib.depth import read_depth
 from lib.rooms import Recipe, synth
 
 SHAPE = dict(num_frames=5, height=32, width=48)
@@ -29,7 +30,7 @@ def rewrite(rooms, root, store, **entry):
     meta = json.loads((root / "metadata.json").read_text())
     for sample in meta["samples"]:
         if sample["id"].startswith("train"):
-            depth = files.read_depth(root / sample["depth_dir"])
+            depth = read_depth(root / sample["depth_dir"])
             shutil.rmtree(root / sample["depth_dir"])
             path = store(root / sample["id"], depth)
             sample.update(entry, depth_dir=f"{sample['id']}/{path}")
@@ -90,7 +91,7 @@ def test_metric_depth_of_every_container_reaches_the_cache_and_verify(
     assert data.encode(root, 32, 48, 5) == 0
     got = data.CachedClips(root, "train", (32, 48, 5))
     for i, name in enumerate(("train_000000", "train_000001")):
-        true = files.read_depth(rooms / name / "depth")
+        true = read_depth(rooms / name / "depth")
         assert not got[i]["relative"] and np.abs(got[i]["depth"].numpy() - true).max() < error
     assert data.verify(root, "train") == 0
 

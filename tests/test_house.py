@@ -20,7 +20,7 @@ METHOD = dict(
     sample=560,
     bench=400,
 )
-LIB = 5_900  # all of lib/ together
+LIB = 5_900 + 151  # all of lib/ together; see WHOLE
 LIB_FILE = 480
 WHOLE = 11_500 + 151  # the design's, and lib/standin.py until tiny/ replaces it
 LONGER = {"train.main": 150}  # functions that may be longer than 60 lines: the recipe

@@ -1,0 +1,131 @@
+"""Depth of a clip: what the values of its files mean, which of them are unknown, and metres.
+
+Shapes: T frames of H x W pixels.  Z-depth, metres, 0 = unknown."""
+
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from lib.files import FAR, read_arrays
+
+
+@dataclass(frozen=True)
+class DepthUnit:
+    """What the values of a depth file mean: fields of a sample in metadata.json."""
+
+    scale: float | None = None  # metres per unit (per unit of 1 / value if inverse)
+    inverse: bool = False  # the file holds 1 / z
+    invalid: tuple = ()  # values of the file that mean unknown, beside those of unknown()
+    most: float | None = None  # metres: what is farther is unknown, as sky at a far plane
+
+    def stamp(self):
+        """Of a cache made from it; caches of clips with nothing but a scale keep theirs."""
+        return [self.scale] + [self] * (self != DepthUnit(self.scale))
+
+
+METRES = DepthUnit()
+
+
+def check_positive(field, value, where):
+    if value is not None and not (type(value) in (int, float) and 0 < value < FAR):
+        wanted = f"a number between 0 and {FAR:.0e}"
+        raise ValueError(f"{where}: {field} = {str(value)[:60]}; wanted {wanted}")
+
+
+def unit_of(entry, where):
+    """DepthUnit of a sample's entry in metadata.json; `where` names it in a ValueError."""
+    inverse, invalid = entry.get("inverse_depth"), entry.get("depth_invalid")
+    for field in ("depth_scale", "depth_max"):
+        check_positive(field, entry.get(field), where)
+    if type(inverse) not in (bool, type(None)):
+        raise ValueError(f"{where}: inverse_depth = {str(inverse)[:60]}; wanted true or false")
+    values = invalid if isinstance(invalid, list) else [] if invalid is None else [invalid]
+    if len(values) > 100 or any(type(v) not in (int, float) for v in values):
+        wanted = "a number, or a list of at most 100: values of the file that mean unknown"
+        raise ValueError(f"{where}: depth_invalid = {str(invalid)[:60]}; wanted {wanted}")
+    return DepthUnit(entry.get("depth_scale"), bool(inverse), tuple(values), entry.get("depth_max"))
+
+
+def largest(dtype):
+    """The largest value that a type of whole numbers or half floats can hold, or None.
+
+    Sensors, games and converters write it where nothing was measured (7-Scenes, Virtual KITTI)."""
+    if dtype.kind in "iu" and dtype.itemsize > 1:
+        return np.iinfo(dtype).max
+    return float(np.finfo(dtype).max) if dtype == np.float16 else None
+
+
+def unknown(raw, unit=METRES):
+    """Pixels (T, H, W) bool without a depth: not finite, the type's largest value, as told."""
+    out = ~np.isfinite(raw)
+    for value in (largest(raw.dtype), *unit.invalid):
+        if value is not None:
+            out |= raw == value
+    return out
+
+
+def relative_depth(depth):
+    """Why raw depth (T, H, W) cannot be metric: 8 bits, or stretched to a full range; or None."""
+    finite = depth[np.isfinite(depth)]
+    if depth.dtype == np.uint8 or not finite.size:
+        return "8-bit depth" if finite.size else None
+    low, high = float(finite.min()), float(finite.max())
+    if high in (255, 65535) and (finite[::7] == np.round(finite[::7])).all():
+        # Far below the rest it is a mark for unknown, not the end of a stretched range.
+        if float(finite[finite < high].max(initial=0)) > 0.9 * high:
+            return f"integers that reach exactly {high:.0f}: stretched to the full range"
+    per_frame = np.array([f[np.isfinite(f)].max(initial=0) for f in depth])
+    ends_at_one = abs(high - 1) < 1e-6 and (np.abs(per_frame - 1) < 1e-6).mean() > 0.9
+    if low >= 0 and ends_at_one or (low == 0 and high == 1):
+        return "stretched to 0 .. 1 (min-max normalised)"
+    return None
+
+
+def why_relative(path):
+    """relative_depth of a whole clip: a window of a stretched clip need not reach its ends."""
+    files = [path, *path.glob("*")] if path.is_dir() else [path]
+    newest = max((f.stat().st_mtime_ns for f in files if f.exists()), default=0)
+    return why_relative_at(path, newest)
+
+
+@functools.lru_cache(maxsize=1)  # one clip is asked about several times in a row
+def why_relative_at(path, changed):
+    return relative_depth(read_arrays(path))
+
+
+def metres(raw, unit):
+    """Values (T, H, W) of a file -> float32 z-depth, 0 where it is unknown."""
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        depth = raw.astype(np.float32)
+        depth = (1 / depth if unit.inverse else depth) * np.float32(unit.scale or 1)
+    most = min(FAR, unit.most or FAR)
+    return np.where((depth > 0) & (depth <= most) & ~unknown(raw, unit), depth, np.float32(0))
+
+
+def read_depth(path, unit=METRES, frames=None):
+    """Z-depth (T, H, W) float32 metres, 0 = unknown; frames: chosen ones, default all.
+
+    Depth without a unit (see relative_depth) comes back as it is, positive: order and ratios are
+    all it has.  Raises ValueError for integers without a scale and for depth beyond FAR."""
+    raw = read_arrays(path, frames)
+    if raw.ndim != 3:
+        raise ValueError(f"{path}: array of shape {raw.shape}; wanted z-depth (T, H, W)")
+    relative = unit.scale is None and why_relative(Path(path))
+    if relative and unit.inverse:
+        why = f"relative inverse depth ({relative}): its shift is unknown, so 1 / d is no depth"
+        cure = "Fit it to metric points first, or set depth_scale if it has a unit"
+        raise ValueError(f"{path}: {why}. {cure}")
+    if relative:
+        depth = raw.astype(np.float32)
+        return np.where(np.isfinite(depth) & (depth > 0), depth, np.float32(0))
+    if raw.dtype.kind != "f" and unit.scale is None:
+        cure = "add depth_scale (metres per count, 0.001 for millimetres) to the sample's entry"
+        raise ValueError(f"{path}: {raw.dtype} depth without a unit; {cure} in metadata.json")
+    known = raw[~unknown(raw, unit)]
+    far = known.max(initial=0) * float(unit.scale or 1)
+    if not unit.inverse and unit.most is None and far > FAR:
+        cure = "Write 0 where it is unknown, sky included, or give depth_max; check depth_scale"
+        raise ValueError(f"{path}: depth up to {far:.3g} m; wanted at most {FAR:.0e}. {cure}")
+    return metres(raw, unit)
