@@ -17,6 +17,9 @@ import numpy as np
 import torch
 
 from geometry import inv_se3, mat_to_quat, quat_to_mat
+from lib.colmap import MODELS, colmap_binary, colmap_text
+from lib.crop import fractions
+from lib.files import natural
 
 RE10K = "19 numbers: index fx fy cx cy 0 0 and the row-major 3x4 world-to-camera matrix"
 
@@ -37,39 +40,31 @@ def read_table(path, pixels=False):
             raise ValueError(f"{path}, line {n}: {error}; wanted {RE10K}") from None
         finite = np.isfinite(rows[-1]).sum()
         if not len(words) == finite == 19:
-            raise ValueError(
-                f"{path}, line {n}: {len(words)} columns, {finite} finite; wanted {RE10K}"
-            )
+            found = f"{len(words)} columns, {finite} finite"
+            raise ValueError(f"{path}, line {n}: {found}; wanted {RE10K}")
         if not pixels and not 0 < min(rows[-1][1:3]) <= max(rows[-1][1:3]) < 20:
-            raise ValueError(
-                f"{path}, line {n}: focal lengths {words[1]} {words[2]}; wanted fractions of "
-                "the image size. Divide fx, cx by the width and fy, cy by the height."
-            )
+            found = f"focal lengths {words[1]} {words[2]}; wanted fractions of the image size"
+            cure = "Divide fx, cx by the width and fy, cy by the height."
+            raise ValueError(f"{path}, line {n}: {found}. {cure}")
     if not rows:
         raise ValueError(f"{path}: missing, or without cameras; wanted {RE10K}")
     table = np.array(rows)
-    if (step := np.diff(table[:, 0])).any() and (
-        step <= 0
-    ).any():  # all equal: no index was written
+    step = np.diff(table[:, 0])
+    if step.any() and (step <= 0).any():  # all equal: no index was written
         t = int(np.argmax(step <= 0))
-        raise ValueError(
-            f"{path}: frame {t + 1} has index {table[t + 1, 0]:g} after {table[t, 0]:g}: rows out "
-            "of order or "
-            "twice. Sort them by the first column"
-        )
+        found = f"frame {t + 1} has index {table[t + 1, 0]:g} after {table[t, 0]:g}"
+        raise ValueError(f"{path}: {found}: out of order or twice. Sort by the first column")
     return table
 
 
 def read_cameras(path):
-    """RealEstate10K text, URL line or not: w2c (T, 3, 4), fx fy cx cy as fractions (T, 4);
-    float64."""
+    """RealEstate10K text: w2c (T, 3, 4), fx fy cx cy as fractions (T, 4); float64."""
     table = read_table(path)
     return table[:, 7:].reshape(-1, 3, 4), table[:, 1:5]
 
 
 def write_cameras(path, w2c, intrinsics, size):
-    """Write w2c (T, 3, 4) and pixel intrinsics (T, 3, 3) of images of size (H, W) as 19 columns per
-    frame."""
+    """w2c (T, 3, 4) and pixel intrinsics (T, 3, 3) of size (H, W) as 19 columns per frame."""
     (h, w), rows = size, []
     for t, (e, k) in enumerate(zip(np.asarray(w2c, float), np.asarray(intrinsics, float))):
         rows.append([t, k[0, 0] / w, k[1, 1] / h, k[0, 2] / w, k[1, 2] / h, 0, 0, *e.ravel()])
@@ -88,10 +83,8 @@ def inverse(matrices):
     R = m[:, :3, :3]
     off = np.abs(R @ R.transpose(0, 2, 1) - np.eye(3)).max() + np.abs(np.linalg.det(R) - 1).max()
     if not off < 1e-3:
-        raise ValueError(
-            f"rotations are not orthonormal with determinant +1 (off by {off:.2g}); "
-            "transposed, scaled or mirrored matrices?"
-        )
+        found = f"rotations are not orthonormal with determinant +1 (off by {off:.2g})"
+        raise ValueError(f"{found}; transposed, scaled or mirrored matrices?")
     return inv_se3(torch.from_numpy(m[:, :3])).numpy()
 
 
@@ -125,11 +118,6 @@ def need_size(size, path, what):
     if size is None:
         raise ValueError(f"{path}: {what} in pixels, but no image size; give --size HxW")
     return size
-
-
-def fractions(pixels, size):
-    """fx fy cx cy in pixels (T, 4) <-> fractions: divide; multiply with 1 / size."""
-    return np.asarray(pixels, float) / np.array([size[1], size[0]] * 2, float)
 
 
 # --- JSON -----------------------------------------------------------------------------------------
@@ -170,13 +158,13 @@ DISTORTION = ("k1", "k2", "k3", "k4", "p1", "p2")
 def read_nerfstudio(path, hints):
     """transforms.json: camera-to-world, frames by file name; intrinsics shared or per frame."""
     data, size = json.loads(Path(path).read_text()), hints.size
-    frames = sorted(data["frames"], key=lambda f: f.get("file_path", ""))
-    model = data.get("camera_model", "PINHOLE")
-    if model not in (*MODELS, "PERSPECTIVE"):
-        wanted = "wanted a pinhole camera: undistort the images first"
-        raise ValueError(f"{path}: camera model {model}; {wanted}")
+    frames = sorted(data["frames"], key=lambda f: natural(f.get("file_path", "")))
     rows = []
     for f in ({**data, **f} for f in frames):
+        model = "fisheye" if f.get("is_fisheye") else f.get("camera_model", "PINHOLE")
+        if model not in (*MODELS, "PERSPECTIVE"):
+            wanted = "wanted a pinhole camera: undistort the images first"
+            raise ValueError(f"{path}: camera model {model}; {wanted}")
         if any(abs(f.get(k, 0)) > 1e-9 for k in DISTORTION):
             cure = "undistort the images first (colmap image_undistorter)"
             raise ValueError(f"{path}: lens distortion; {cure}")
@@ -204,65 +192,13 @@ def write_nerfstudio(path, w2c, intrinsics, size):
 
 
 # --- COLMAP: pixel centres at +0.5, w2c in OpenCV axes; images ordered by name --------------------
-MODELS = ["SIMPLE_PINHOLE", "PINHOLE", "SIMPLE_RADIAL", "RADIAL", "OPENCV"]
-
-PARAMS = dict(zip(MODELS, (3, 4, 4, 5, 8)))
-
-
-def colmap_camera(path, model, w, h, params):
-    """Fractions fx fy cx cy of one camera; distorted ones are refused."""
-    shared = model in ("SIMPLE_PINHOLE", "SIMPLE_RADIAL", "RADIAL")
-    if model not in PARAMS or any(abs(p) > 1e-9 for p in params[3 if shared else 4 :]):
-        raise ValueError(
-            f"{path}: camera model {model} {params}: lens distortion or unknown; run colmap "
-            "image_undistorter first"
-        )
-    fx, fy, cx, cy = (params[0], *params[:3]) if shared else params[:4]
-    return fractions([fx, fy, cx, cy], (h, w)), (h, w)
-
-
-def colmap_binary(path):
-    """cameras: id -> (fractions, size); images: (name, pose, camera id); of the two .bin files."""
-    cameras, images = {}, []
-    data = (path / "cameras.bin").read_bytes()
-    (count,), at = struct.unpack_from("<Q", data), 8
-    for _ in range(count):
-        i, model, w, h = struct.unpack_from("<iiQQ", data, at)
-        name = MODELS[model] if model < len(MODELS) else f"number {model}"
-        params = struct.unpack_from(f"<{PARAMS.get(name, 0)}d", data, at + 24)
-        cameras[i] = colmap_camera(path, name, w, h, params)  # an unknown model is refused here
-        at += 24 + 8 * len(params)
-    data = (path / "images.bin").read_bytes()
-    (count,), at = struct.unpack_from("<Q", data), 8
-    for _ in range(count):
-        _, *pose, camera = struct.unpack_from("<i7di", data, at)
-        end = data.index(b"\0", at + 64)
-        images.append((data[at + 64 : end].decode(), pose, camera))
-        at = end + 9 + 24 * struct.unpack_from("<Q", data, end + 1)[0]
-    return cameras, images
-
-
-def colmap_text(path):
-    """The same of the two .txt files."""
-    cameras, images = {}, []
-    for line in (path / "cameras.txt").read_text().splitlines():
-        if line.strip() and not line.startswith("#"):
-            i, model, w, h, *params = line.split()
-            numbers = [float(p) for p in params]
-            cameras[int(i)] = colmap_camera(path, model, int(w), int(h), numbers)
-    lines = [x for x in (path / "images.txt").read_text().splitlines() if not x.startswith("#")]
-    for line in lines[::2]:  # every second one holds 2D points
-        if line.strip():
-            _, *pose, camera, name = line.split(maxsplit=9)
-            images.append((name, [float(p) for p in pose], int(camera)))
-    return cameras, images
-
-
 def read_colmap(path, hints=None):
     path = Path(path)
     binary = (path / "images.bin").is_file()
     cameras, images = colmap_binary(path) if binary else colmap_text(path)
-    images.sort()
+    if not images:
+        raise ValueError(f"{path}: no registered image. Give the folder of the largest model")
+    images.sort(key=lambda image: natural(image[0]))
     pose = torch.tensor([p for _, p, _ in images], dtype=torch.float64)
     w2c = torch.cat([quat_to_mat(pose[:, [1, 2, 3, 0]]), pose[:, 4:, None]], -1).numpy()
     chosen = [cameras[camera] for _, _, camera in images]
@@ -420,8 +356,32 @@ def read(path, form=None, size=None, axes=None, matrices=None):
         found = FORMATS[form].read(path, Hints(size, axes, matrices))
     except (OSError, KeyError, json.JSONDecodeError, struct.error) as error:
         raise ValueError(f"{path}: not a readable {form} file: {error!r}") from None
-    w2c = oriented(found.matrices, found.kind, axes or FORMATS[form].axes)
+    check_plausible(path, found)
+    try:
+        w2c = oriented(found.matrices, found.kind, axes or FORMATS[form].axes)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     return w2c, found.intrinsics, found.size
+
+
+def check_plausible(path, found):
+    """Every way in passes here: finite poses, a focal length and a centre that a lens can have."""
+    lost = np.flatnonzero(~np.isfinite(np.asarray(found.matrices, float)).all((1, 2)))
+    if len(lost):
+        which = ", ".join(map(str, lost[:8])) + (" ..." if len(lost) > 8 else "")
+        cure = "tracking was lost there: leave these frames out of video, depth and cameras"
+        raise ValueError(f"{path}: {len(lost)} poses are not finite (frames {which}); {cure}")
+    if found.intrinsics is None:
+        return
+    focal, centre = found.intrinsics[:, :2], found.intrinsics[:, 2:]
+    if not (np.isfinite(focal).all() and 0.1 < focal.min() <= focal.max() < 20):
+        wide = f"{focal.min():.3g} to {focal.max():.3g} of the picture"
+        raise ValueError(f"{path}: focal length {wide}; wanted 0.1 to 20: pixels of which size?")
+    h, w = found.size or (1, 1)
+    off, swapped = abs(centre - 0.5).max(), abs(centre * [w / h, h / w] - 0.5).max()
+    if not off < 0.5 or off > 0.1 and swapped < off / 2:
+        said = f"the centre is {off:.2f} of the picture off its middle"
+        raise ValueError(f"{path}: {said}; is its size {h}x{w} (height x width)? --size HxW")
 
 
 def write(path, form, w2c, intrinsics=None, size=None, binary=False):
@@ -437,21 +397,6 @@ def write(path, form, w2c, intrinsics=None, size=None, binary=False):
         write_colmap(path, own, intrinsics, size, binary=True)
     else:
         kind.write(path, own, intrinsics, size)
-
-
-def crop_intrinsics(fractions, aspect, size):
-    """Fractions (T, 4) of a picture of aspect W0 / H0 -> of its centre crop that fills (H, W)."""
-    wide = aspect / (size[1] / size[0])  # above 1: the sides are cut, below: top and bottom
-    factor = np.array([max(wide, 1), max(1 / wide, 1)] * 2)
-    middle = np.array([0, 0, 0.5, 0.5])
-    return (fractions - middle) * factor + middle
-
-
-def pixel_matrix(fractions, size):
-    """fx/W, fy/H, cx/W, cy/H (T, 4) -> (T, 3, 3) float64 in pixels."""
-    fx, fy, cx, cy = (np.asarray(fractions, float) * [size[1], size[0], size[1], size[0]]).T
-    zero, one = np.zeros_like(fx), np.ones_like(fx)
-    return np.stack([fx, zero, cx, zero, fy, cy, zero, zero, one], -1).reshape(-1, 3, 3)
 
 
 def add_arguments(parser):

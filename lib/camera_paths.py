@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from geometry import compose, inv_se3, mat_to_quat, normalize_scene, quat_to_mat, relative_to_first
 from lib import camera_files
-from lib.camera_files import pixel_matrix
+from lib.crop import crop_intrinsics, pixel_matrix
 from lib.depth import read_depth
 
 
@@ -60,7 +60,7 @@ def from_file(path, num_frames, size, view):
         raise ValueError(f"{path}: {len(w2c)} cameras; {wanted}")
     if intrinsics is not None:  # files without a size: of square pixels
         aspect = source[1] / source[0] if source else intrinsics[0, 1] / intrinsics[0, 0]
-        intrinsics = camera_files.crop_intrinsics(intrinsics[:num_frames], aspect, size)
+        intrinsics = crop_intrinsics(intrinsics[:num_frames], aspect, size)
     return w2c, intrinsics
 
 

@@ -44,3 +44,23 @@ class Crop:
         k[:, 0, 0], k[:, 0, 2] = fx * width / wc, (cx - x) * width / wc
         k[:, 1, 1], k[:, 1, 2] = fy * height / hc, (cy - y) * height / hc
         return torch.from_numpy(k)
+
+
+def crop_intrinsics(fractions, aspect, size):
+    """Fractions (T, 4) of a picture of aspect W0 / H0 -> of its centre crop that fills (H, W)."""
+    wide = aspect / (size[1] / size[0])  # above 1: the sides are cut, below: top and bottom
+    factor = np.array([max(wide, 1), max(1 / wide, 1)] * 2)
+    middle = np.array([0, 0, 0.5, 0.5])
+    return (fractions - middle) * factor + middle
+
+
+def pixel_matrix(fractions, size):
+    """fx/W, fy/H, cx/W, cy/H (T, 4) -> (T, 3, 3) float64 in pixels."""
+    fx, fy, cx, cy = (np.asarray(fractions, float) * [size[1], size[0], size[1], size[0]]).T
+    zero, one = np.zeros_like(fx), np.ones_like(fx)
+    return np.stack([fx, zero, cx, zero, fy, cy, zero, zero, one], -1).reshape(-1, 3, 3)
+
+
+def fractions(pixels, size):
+    """fx fy cx cy in pixels (T, 4) <-> fractions: divide; multiply with 1 / size."""
+    return np.asarray(pixels, float) / np.array([size[1], size[0]] * 2, float)

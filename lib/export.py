@@ -18,7 +18,7 @@ import torch
 
 from geometry import decode_pose, inv_se3, relative_to_first, unproject
 from lib import camera_files
-from lib.camera_files import pixel_matrix
+from lib.crop import pixel_matrix
 from lib.metrics import align_sim3, head_agreement, pose_metrics, rotation_angle, warp_error
 from lib.page import write_page
 from lib.pictures import (

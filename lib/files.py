@@ -351,15 +351,19 @@ def read_array(path, read=True, mask=False):
         return open_array(Path(path), read, mask)
     except Exception as error:  # flipped bytes make numpy and zipfile raise almost any class
         said = str(error).removeprefix(f"{path}: ") or repr(error)
-        raise ValueError(
-            f"{path}: cannot be read: {said}. Make it again or remove the clip"
-        ) from None
+        cure = "Make it again or remove the clip"
+        raise ValueError(f"{path}: cannot be read: {said}. {cure}") from None
+
+
+def natural(name):
+    """Key of the one order of frames, of pictures, depth and cameras: 2 before 10."""
+    return [int(p) if i % 2 else p for i, p in enumerate(re.split("([0-9]+)", name))]
 
 
 def array_files(path):
     """Files of a clip's arrays in order: one for all frames, or a folder with one per frame."""
-    files = [f for f in path.glob("*") if f.suffix in ARRAYS] if path.is_dir() else []
-    return sorted(files, key=lambda f: (len(f.name), f.name))
+    files = [f for f in path.glob("[!.]*") if f.suffix in ARRAYS] if path.is_dir() else []
+    return sorted(files, key=lambda f: natural(f.name))
 
 
 def count_arrays(path):
@@ -379,19 +383,15 @@ def read_arrays(path, frames=None, mask=False):
         return source[list(frames)]
     first = read_array(source[frames[0]], False, mask)
     if math.prod(first[0]) * first[1].itemsize * len(frames) > MAX_BYTES:
-        raise ValueError(
-            f"{path}: {len(frames)} frames of {first[0]} values; at most {MAX_BYTES:,} bytes are "
-            "read"
-        )
+        found = f"{len(frames)} frames of {first[0]} values"
+        raise ValueError(f"{path}: {found}; at most {MAX_BYTES:,} bytes are read")
     arrays = []
     for t in frames:
         arrays.append(read_array(source[t], mask=mask))
         if (arrays[-1].shape, arrays[-1].dtype) != first:
-            raise ValueError(
-                f"{source[t]}: {arrays[-1].dtype} {arrays[-1].shape}, where "
-                f"{source[frames[0]].name} is "
-                f"{first[1]} {first[0]}. Make all frames of a clip alike"
-            )
+            found = f"{arrays[-1].dtype} {arrays[-1].shape}"
+            other = f"{source[frames[0]].name} is {first[1]} {first[0]}"
+            raise ValueError(f"{source[t]}: {found}, where {other}. Make all frames alike")
     return np.stack(arrays)
 
 

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 
 from geometry import compose, inv_se3, unproject, valid_depth
-from lib.camera_files import pixel_matrix, read_table
+from lib.camera_files import read_table
+from lib.crop import pixel_matrix
 from lib.depth import METRES, relative_depth, unknown
 from lib.files import (
     FAR,

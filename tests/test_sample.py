@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 import config
 import sample
 from lib import camera_files, camera_paths
+from lib.crop import crop_intrinsics
 from lib.files import read_video
 from tiny import tiny_inputs, tiny_model
 
@@ -185,9 +186,9 @@ def test_a_camera_file_of_any_format_gives_the_same_path(tmp_path):
 def test_intrinsics_of_a_wide_picture_are_cropped_as_the_picture_would_be():
     """Hand computed: 1600 x 900, f = 800 px.  Filling 100 x 100 scales by 1/9 and cuts 350 px a
     side: f = 800/9 px."""
-    K = camera_files.crop_intrinsics(np.array([[0.5, 800 / 900, 0.5, 0.5]]), 1600 / 900, (100, 100))
+    K = crop_intrinsics(np.array([[0.5, 800 / 900, 0.5, 0.5]]), 1600 / 900, (100, 100))
     np.testing.assert_allclose(K * 100, [[800 / 9, 800 / 9, 50, 50]])
-    K = camera_files.crop_intrinsics(
+    K = crop_intrinsics(
         np.array([[0.5, 800 / 900, 0.25, 0.5]]), 1600 / 900, (100, 100)
     )  # 400 px: 50 past the cut
     np.testing.assert_allclose(K[0, 2] * 100, 50 / 9)
