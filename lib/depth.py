@@ -124,7 +124,7 @@ def read_depth(path, unit=METRES, frames=None):
         cure = "add depth_scale (metres per count, 0.001 for millimetres) to the sample's entry"
         raise ValueError(f"{path}: {raw.dtype} depth without a unit; {cure} in metadata.json")
     known = raw[~unknown(raw, unit)]
-    far = known.max(initial=0) * float(unit.scale or 1)
+    far = float(known.max(initial=0)) * float(unit.scale or 1)
     if not unit.inverse and unit.most is None and far > FAR:
         cure = "Write 0 where it is unknown, sky included, or give depth_max; check depth_scale"
         raise ValueError(f"{path}: depth up to {far:.3g} m; wanted at most {FAR:.0e}. {cure}")
