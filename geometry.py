@@ -17,7 +17,6 @@ Precision: fp32 or fp64 in, the same out; no matmul on cameras, which autocast w
 
 import math
 from functools import lru_cache, partial
-from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -677,15 +676,13 @@ def still_pairs(gt, mask, rel_th):
     return mask[:, 1:] & mask[:, :-1] & small
 
 
-def tgm_loss(pred, gt, mask, rel_th=0.05, align=False, clip_weight=None, signed=True):
+def tgm_loss(pred, gt, mask, rel_th=0.05, align=False, clip_weight=None):
     """Temporal gradient matching: depth must change between frames as the true depth does.
 
     pred, gt, mask  (B, T, H, W)
     rel_th          larger true changes, as a share of the later frame's depth range, are passing
                     edges and do not count
     align           fit one scale and shift per clip first, for relative depth
-    signed          |dp - dg| as in Video Depth Anything's code; False: ||dp| - |dg|| as in its
-                    paper, which does not tell coming from going
     returns         scalar, 0 for T = 1"""
     pairs = still_pairs(gt, mask, rel_th)  # (B, T-1, H, W) bool
     p, g = (torch.where(mask, fp32(x), 0) for x in (pred, gt))
@@ -693,7 +690,7 @@ def tgm_loss(pred, gt, mask, rel_th=0.05, align=False, clip_weight=None, signed=
         s, b = fit_scale_shift(p, g, mask)
         p = s * p + b
     p, g = p.diff(dim=1), g.diff(dim=1)  # (B, T-1, H, W)
-    error = (p - g if signed else p.abs() - g.abs()).abs()
+    error = (p - g).abs()  # as Video Depth Anything's code; its paper drops the signs
     return over_clips(clip_mean(error * pairs, pairs), clip_weight)
 
 
@@ -702,73 +699,24 @@ def confident(error, conf, mask, gamma):
     return clip_mean(conf * error * mask - gamma * conf.log(), mask)
 
 
-def below_quantile(error, mask, q):
-    """The mask without each clip's largest errors, from the q-quantile of its valid pixels on.
-
-    They are taken for wrong labels.  Clips of up to 1000 valid pixels, or that would be left with
-    so few, stay whole; q = 1 too.   Source: VGGT."""
-    if q >= 1:
-        return mask
-    error, count = error.detach().masked_fill(~mask, math.inf), mask.flatten(1).sum(1)  # (B,)
-    # Tensors only: .item() would stall a GPU.
-    kth = (q * (count - 1).clamp(min=0)).round().long()[:, None]
-    keep = mask & (error < error.flatten(1).sort(1).values.gather(1, kth)[..., None, None])
-    cut = (count > 1000) & (keep.flatten(1).sum(1) > 1000)
-    return torch.where(cut[:, None, None, None], keep, mask)
-
-
-def conf_loss(pred, conf, gt, mask, gamma=0.2, clip_weight=None, quantile=1.0):
-    """mean(c |r| - gamma log c) of depth below its quantile; best c = gamma / |r|.
+def conf_loss(pred, conf, gt, mask, gamma=0.2, clip_weight=None):
+    """mean(c |r| - gamma log c) of depth; best c = gamma / |r|.
 
     pred, conf, gt, mask  (B, T, H, W), conf > 0.   Source: VGGT."""
     error = residual(pred, gt, mask).abs()  # (B, T, H, W)
-    mask = below_quantile(error, mask, quantile)
     return over_clips(confident(error, torch.where(mask, fp32(conf), 1), mask, gamma), clip_weight)
 
 
-def points_loss(pred, conf, gt, mask, gamma=0.2, clip_weight=None, quantile=1.0):
+def points_loss(pred, conf, gt, mask, gamma=0.2, clip_weight=None):
     """Point map error: mean(c |r| - gamma log c) + c |grad r| averaged over four scales.
 
     pred, gt    (B, T, H, W, 3)   world frame, scene units
     conf, mask  (B, T, H, W)      conf > 0
-    quantile    of the first term: see below_quantile
     The value goes negative once confidence is earned.   Source: FantasyWorld's L_pmap, VGGT."""
     r = [residual(p, g, mask) for p, g in zip(pred.unbind(-1), gt.unbind(-1))]
     error, conf = length(r), torch.where(mask, fp32(conf), 1)  # conf 1 has logarithm 0
-    kept = below_quantile(error, mask, quantile)
-    loss = confident(error, torch.where(kept, conf, 1), kept, gamma)
+    loss = confident(error, conf, mask, gamma)
     return over_clips(loss + gradient_levels(r, mask, conf).mean(1), clip_weight)
-
-
-def corner_normals(points, mask):
-    """Unit normals of the four corner triangles of every 2x2 block of pixels.
-
-    points   (B, T, H, W, 3);  mask (B, T, H, W)
-    returns  normals (B, T, H-1, W-1, 4, 3), and which triangles are all valid (without the 3)"""
-    points = torch.where(mask[..., None], fp32(points), 0)
-    across, down = points.diff(dim=-2), points.diff(dim=-3)  # edges of the pixel grid in space
-    normals = []
-    for a in (across[..., :-1, :, :], across[..., 1:, :, :]):  # above, below
-        for d in (down[..., :-1, :], down[..., 1:, :]):  # left, right
-            normals.append(torch.linalg.cross(d, a, dim=-1))
-    upper = [mask[..., :-1, :-1], mask[..., :-1, 1:]]
-    corners = torch.stack([*upper, mask[..., 1:, :-1], mask[..., 1:, 1:]], -1)
-    # All valid but the opposite corner, which a triangle does not have.
-    whole = corners.sum(-1, keepdim=True) - corners.flip(-1).long() == 3
-    return F.normalize(torch.stack(normals, -2), dim=-1, eps=1e-8), whole
-
-
-def normal_loss(pred, gt, mask, clip_weight=None):
-    """Mean 1 - cos between surface normals of two point maps, over strides 1, 2, 4.
-
-    Shapes as in points_loss.  It is what neighbouring points say about the surface, blind to where
-    it is.  Keeps 17 point maps of memory for backward (points_loss 6).   Source: VGGT."""
-    levels = []
-    for k in (1, 2, 4):
-        m = mask[..., ::k, ::k]
-        (n, whole), (n_gt, _) = (corner_normals(x[..., ::k, ::k, :], m) for x in (pred, gt))
-        levels.append(clip_mean((1 - (n * n_gt).sum(-1)) * whole, whole))
-    return over_clips(sum(levels) / 3, clip_weight)
 
 
 def camera_loss(pred_iterations, gt, delta=0.1, clip_weight=None):
@@ -795,21 +743,17 @@ def depth_loss(pred, gt, mask, *, mode, weight, cfg):
     mode    metric, or ssi for labels without a unit
     weight  (B,) of the clips: 0 where the other mode applies"""
     depth, ssi = pred["depth"], mode == "ssi"
-    tgm = tgm_loss(depth, gt, mask, align=ssi, clip_weight=weight, signed=cfg.tgm_signed)
+    tgm = tgm_loss(depth, gt, mask, align=ssi, clip_weight=weight)
     frame = frame_loss(depth, gt, mask, mode, weight)
     if ssi:
         depth, gt = standardize(depth, mask), standardize(gt, mask)
-    how = dict(gamma=cfg.gamma_conf, clip_weight=weight, quantile=cfg.valid_quantile)
+    how = dict(gamma=cfg.gamma_conf, clip_weight=weight)
     conf = conf_loss(depth, pred["depth_conf"], gt, mask, **how)
     return torch.stack([tgm, frame, conf])
 
 
 def mean_where(x, mask):
     return torch.where(mask, x, 0).sum() / mask.sum().clamp(min=1)
-
-
-# What a cfg may leave out; train.py declares them all.
-OPTIONAL = dict(tgm_signed=True, valid_quantile=1.0, normal_weight=0.0)
 
 
 def geometry_losses(pred, batch, cfg):
@@ -820,13 +764,11 @@ def geometry_losses(pred, batch, cfg):
     batch    depth, mask (B, T, H, W), points (B, T, H, W, 3), pose_enc (B, T, 9), scene units;
              optional geo_weight (B,), the clip_weight of every part; optional relative (B,) bool:
              clips whose depth has no unit train the depth head alone, in ssi mode
-    cfg      depth_mode, alpha_tgm, beta_frame, gamma_conf, camera_delta, camera_weight, and those
-             of OPTIONAL: train.py's options
-    returns  loss; detached scalars depth, point, camera, tgm, frame, normal (if it has a weight),
-             valid_fraction, tgm_fraction of pixel pairs, depth_conf_mean, point_conf_mean
-    L_depth = alpha TGM + beta (frame + conf), L_pmap = points + normal_weight * normal.
-    Source: FantasyWorld 2025."""
-    cfg = SimpleNamespace(**{**OPTIONAL, **vars(cfg)})
+    cfg      depth_mode, alpha_tgm, beta_frame, gamma_conf, camera_delta, camera_weight:
+             train.py's options
+    returns  loss; detached scalars depth, point, camera, tgm, frame, valid_fraction, tgm_fraction
+             of pixel pairs, depth_conf_mean, point_conf_mean
+    L_depth = alpha TGM + beta (frame + conf), L_pmap = points.   Source: FantasyWorld 2025."""
     mask, gt = batch["mask"], batch["depth"]
     relative = batch.get("relative")
     weight = batch.get("geo_weight", torch.ones(len(mask), device=mask.device))
@@ -836,12 +778,8 @@ def geometry_losses(pred, batch, cfg):
         unitless = weight * relative
         depths = depths + depth_loss(pred, gt, mask, mode="ssi", weight=unitless, cfg=cfg)
     tgm, frame, conf = depths
-    points, parts = batch["points"], {}
-    how = dict(gamma=cfg.gamma_conf, clip_weight=metric, quantile=cfg.valid_quantile)
-    point = points_loss(pred["points"], pred["points_conf"], points, mask, **how)
-    if cfg.normal_weight:
-        parts["normal"] = normal_loss(pred["points"], points, mask, metric)
-        point = point + cfg.normal_weight * parts["normal"]
+    how = dict(gamma=cfg.gamma_conf, clip_weight=metric)
+    point = points_loss(pred["points"], pred["points_conf"], batch["points"], mask, **how)
     has_unit = metric * mask[:, 0].flatten(1).any(1)  # translations have none without frame 0
     camera = camera_loss(pred["pose_enc"], batch["pose_enc"], cfg.camera_delta, has_unit)
     # (name, weight, loss) of all that is summed.  A new loss is a function and one line here.
@@ -851,7 +789,7 @@ def geometry_losses(pred, batch, cfg):
         ("camera", cfg.camera_weight, camera),
     ]
     loss = sum(weight * value for _, weight, value in terms)
-    parts |= {name: value for name, _, value in terms}
+    parts = {name: value for name, _, value in terms}
     pairs = still_pairs(gt, mask, 0.05)
     parts |= dict(tgm=tgm, frame=frame, valid_fraction=mask.float().mean())
     parts["tgm_fraction"] = pairs.sum() / max(1, pairs.numel())

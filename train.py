@@ -89,10 +89,6 @@ beta_frame = option(1.0, "weight of the depth loss frame by frame", low=0)
 gamma_conf = option(0.2, "weight of the confidence's logarithm", low=0)
 camera_delta = option(0.1, "where the camera's Huber loss turns linear", above=0)
 camera_weight = option(3.0, "weight of the camera loss", low=0)
-tgm_signed = option(True, "False: |dp| - |dg| as the VDA paper has it, blind to the direction")
-valid_quantile = option(1.0, "0.98: a clip's largest errors are wrong labels", above=0, high=1)
-normal_weight = option(0.0, "weight of a loss on the surface normals of the point map", low=0)
-geo_sigma_power = option(0.0, "a clip's geometry loss is weighted by (1 - sigma) ** this", low=0)
 max_bad_steps = option(10, "so many steps in a row that are not finite end the run", low=1)
 spike_guard = option(0.0, "skip gradient norms over this times their mean", above=1, off=0)
 section_4 = section("machine")
@@ -212,8 +208,7 @@ def compute_loss(model, b, noise, *, sigma, keep, options):
         parts["diffusion"] = diffusion.detach()
         loss = loss + diffusion
     if "depth" in out:
-        weighted = dict(b, geo_weight=(1 - sigma) ** options.geo_sigma_power)
-        geo, geo_parts = geometry_losses(out, weighted, options)
+        geo, geo_parts = geometry_losses(out, b, options)
         parts |= geo_parts
         loss = loss + options.lambda_geo * geo
         error = (out["depth"] - b["depth"]).abs() * b["mask"]  # (B, T, H, W), 0 where unknown

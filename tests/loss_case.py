@@ -6,7 +6,7 @@ import pytest
 import torch
 from precision import REAL, loose
 
-from geometry import conf_loss, frame_loss, geometry_losses, normal_loss, points_loss, tgm_loss
+from geometry import conf_loss, frame_loss, geometry_losses, points_loss, tgm_loss
 
 CFG = dict(
     depth_mode="metric",
@@ -70,9 +70,7 @@ def losses_of(pred, batch):
         ssi=frame_loss(d, g, m, "ssi"),
         tgm=tgm_loss(d, g, m),
         tgm_aligned=tgm_loss(d, g, m, align=True),
-        tgm_absolute=tgm_loss(d, g, m, signed=False),
         conf=conf_loss(d, pred["depth_conf"], g, m),
-        normal=normal_loss(pred["points"], batch["points"], m),
         points=points_loss(pred["points"], pred["points_conf"], batch["points"], m),
         **total,
     )

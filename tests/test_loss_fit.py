@@ -9,11 +9,9 @@ import torch
 from geometry import (
     camera_loss,
     conf_loss,
-    corner_normals,
     decode_pose,
     frame_loss,
     geometry_losses,
-    normal_loss,
     points_loss,
     standardize,
     still_pairs,
@@ -30,12 +28,6 @@ CFG = SimpleNamespace(
 )
 
 
-def angles(p, b):
-    """1 - cos between true and predicted normals of whole triangles."""
-    (n, whole), (true, _) = (corner_normals(x, b["mask"]) for x in (p["points"], b["points"]))
-    return (1 - (n * true).sum(-1))[whole]
-
-
 def cameras(p, b):
     """w2c (T, 3, 4) and fields of view of the last iteration against the truth: q and -q are one
     rotation."""
@@ -50,7 +42,6 @@ LOSSES = {
     "tgm": lambda p, b: tgm_loss(p["depth"], b["depth"], b["mask"]),
     "conf": lambda p, b: conf_loss(p["depth"], p["depth_conf"], b["depth"], b["mask"]),
     "points": lambda p, b: points_loss(p["points"], p["points_conf"], b["points"], b["mask"]),
-    "normal": lambda p, b: normal_loss(p["points"], b["points"], b["mask"]),
     "camera": lambda p, b: camera_loss(p["pose_enc"], b["pose_enc"]),
     "total": lambda p, b: geometry_losses(p, b, CFG)[0],
 }
@@ -64,7 +55,6 @@ ERRORS = {
         still_pairs(b["depth"], b["mask"], 0.05)
     ],
     "points": lambda p, b: (p["points"] - b["points"])[b["mask"]],
-    "normals": angles,
     "cameras": cameras,
 }
 
@@ -74,7 +64,6 @@ FINDS = dict(
     tgm=["change of depth"],
     conf=["depth"],
     points=["points"],
-    normal=["normals"],
     camera=["cameras"],
     total=["depth", "points", "cameras"],
 )
@@ -103,7 +92,7 @@ def fit(loss, steps):
         pose_enc=(2, 1, 5, 9),
     )
     raw = {k: 0.1 * torch.randn(s, generator=g) for k, s in shapes.items()}
-    raw["points"] += torch.stack([x, y, torch.ones_like(x)], -1)  # a wall, or normals have no sides
+    raw["points"] += torch.stack([x, y, torch.ones_like(x)], -1)
     raw = {k: v.requires_grad_() for k, v in raw.items()}
     optimizer = torch.optim.Adam(raw.values(), lr=0.03)
 

@@ -10,14 +10,11 @@ from precision import REAL, loose, only_fp64
 from torch import tensor
 
 from geometry import (
-    below_quantile,
     camera_loss,
     conf_loss,
-    corner_normals,
     fit_scale_shift,
     frame_loss,
     gradient_levels,
-    normal_loss,
     points_loss,
     standardize,
     still_pairs,
@@ -77,8 +74,6 @@ def test_ssi_is_blind_to_one_scale_and_shift_per_frame():
         (dict(), 0.36666667),
         (dict(rel_th=1e9), 0.4),
         (dict(align=True), 0.37749049),
-        (dict(signed=False), 0.23333333),
-        (dict(rel_th=1e9, signed=False), 0.3),
     ],
 )
 def test_temporal_example_by_hand(options, want):
@@ -206,113 +201,8 @@ def test_unknown_depth_mode_is_named():
         frame_loss(*ssi_example(), torch.ones(1, 1, 2, 2, dtype=torch.bool), "affine")
 
 
-# ---- the largest errors
-def ramp(n):
-    return torch.linspace(0, 1, n, **REAL).view(1, 1, 1, n)
-
-
-def test_the_98_percent_quantile_of_2001_even_errors_keeps_1960_with_mean_48975():
-    """k = round(.98 * 2000) + 1 = 1961: the threshold is .98, exclusive."""
-    v = ramp(2001)
-    keep = below_quantile(v, all_true(v), 0.98)
-    assert keep.sum() == 1960 and not keep[..., 1960:].any()
-    near(conf_loss(v, torch.ones_like(v), 0 * v, all_true(v), quantile=0.98), 0.48975)
-    points = torch.stack([v, 0 * v, 0 * v], -1)
-    cut, whole = (
-        points_loss(points, torch.ones_like(v), 0 * points, all_true(v), quantile=q)
-        for q in (0.98, 1)
-    )
-    near(cut - whole, 0.48975 - 0.5)  # its gradient term stays
-
-
-def test_small_clips_keep_all_errors_and_so_do_those_that_would_become_small():
-    for n, q, kept in (
-        (1000, 0.98, 1000),
-        (1001, 0.98, 1001),
-        (2001, 0.4, 2001),
-        (2001, 1, 2001),
-        (2001, 0.6, 1200),
-    ):
-        assert below_quantile(ramp(n), all_true(ramp(n)), q).sum() == kept, (n, q)
-
-
-def test_the_quantile_is_of_each_clips_valid_pixels_and_what_it_drops_has_no_gradient():
-    """Clip 0 has 2001 valid errors among masked NaN and loses its 41 largest; clip 1 has 900 and
-    loses none."""
-    v = torch.cat([ramp(2001), ramp(2001)]).repeat(1, 2, 1, 1)
-    mask = torch.zeros_like(v, dtype=torch.bool)
-    mask[0, 1], mask[1, 0, :, :900] = True, True
-    dirty = torch.where(mask, v, math.nan).requires_grad_()
-    conf = torch.ones_like(v).requires_grad_()
-    keep = below_quantile(dirty, mask, 0.98)
-    assert keep.flatten(1).sum(1).tolist() == [1960, 900] and not (keep & ~mask).any()
-    loss = conf_loss(dirty, conf, 0 * v, mask, quantile=0.98)
-    near(loss, (0.48975 + v[1, 0, 0, :900].mean().item()) / 2)
-    loss.backward()
-    for grad in (dirty.grad, conf.grad):
-        assert (
-            torch.isfinite(grad).all()
-            and not grad[~keep].any()
-            and grad[keep].count_nonzero() >= 2858
-        )
-
-
-# ---- surface normals
-def plane(degrees, size=(17, 17), tall=1):
-    """A plane of points (1, 1, H, W, 3), turned about y."""
-    y, x = torch.meshgrid(*(torch.arange(n, **REAL) / 10 for n in size), indexing="ij")
-    a = math.radians(degrees)
-    return torch.stack([math.cos(a) * x, tall * y, math.sin(a) * x], -1)[None, None]
-
-
-@pytest.mark.parametrize(
-    "degrees, want", [(0, 0), (10, 0.01519225), (45, 0.29289322), (90, 1), (180, 2)]
-)
-def test_planes_differ_by_one_minus_the_cosine_of_their_angle_wherever_they_are(degrees, want):
-    mask = torch.ones(1, 1, 17, 17, dtype=torch.bool)
-    near(normal_loss(plane(degrees), plane(0), mask), want)
-    near(
-        normal_loss(2.5 * plane(degrees, tall=3) + tensor([1, -2, 3], **REAL), plane(0), mask), want
-    )
-
-
-def test_a_missing_pixel_takes_its_triangles_along():
-    """3x3 pixels make 16 corner triangles; without the middle one only the 4 outer corners' are
-    left."""
-    points, mask = plane(30, (3, 3)), torch.ones(1, 1, 3, 3, dtype=torch.bool)
-    normals, whole = corner_normals(points, mask)
-    assert whole.sum() == 16
-    torch.testing.assert_close(
-        normals,
-        tensor([0.5, 0, -math.sqrt(0.75)], **REAL).expand(1, 1, 2, 2, 4, 3),
-        rtol=loose(),
-        atol=loose(),
-    )
-    mask[..., 1, 1] = False
-    points[..., 1, 1, :] = math.nan
-    normals, whole = corner_normals(points, mask)
-    assert whole.nonzero()[:, 2:].tolist() == [[0, 0, 0], [0, 1, 1], [1, 0, 2], [1, 1, 3]]
-    assert torch.isfinite(normals).all()
-    near(
-        normal_loss(points, plane(0, (3, 3)), mask), 2 / 3 * (1 - math.cos(math.radians(30)))
-    )  # stride 4: none
-
-
-def test_normals_of_a_collapsed_prediction_have_finite_gradients():
-    flat = torch.zeros(1, 1, 9, 9, 3, **REAL, requires_grad=True)
-    normal_loss(flat, plane(20, (9, 9)), torch.ones(1, 1, 9, 9, dtype=torch.bool)).backward()
-    assert torch.isfinite(flat.grad).all()
-
-
 @only_fp64
-def test_gradients_of_the_optional_losses_match_finite_differences():
+def test_gradients_of_the_temporal_loss_match_finite_differences():
     pred, batch = case(B=1, T=2, H=5, W=5)
-    points, depth, mask = (
-        pred["points"].requires_grad_(),
-        pred["depth"].requires_grad_(),
-        batch["mask"],
-    )
-    assert torch.autograd.gradcheck(lambda p: normal_loss(p, batch["points"], mask), (points,))
-    assert torch.autograd.gradcheck(
-        lambda d: tgm_loss(d, batch["depth"], mask, signed=False), (depth,)
-    )
+    depth, mask = pred["depth"].requires_grad_(), batch["mask"]
+    assert torch.autograd.gradcheck(lambda d: tgm_loss(d, batch["depth"], mask), (depth,))

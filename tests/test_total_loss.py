@@ -15,7 +15,6 @@ from geometry import (
     conf_loss,
     frame_loss,
     geometry_losses,
-    normal_loss,
     points_loss,
     standardize,
     still_pairs,
@@ -35,8 +34,6 @@ def test_the_truth_costs_nothing():
         frame_loss(b["depth"], b["depth"], m, "ssi"),
         tgm_loss(b["depth"], b["depth"], m),
         points_loss(b["points"], one, b["points"], m),
-        tgm_loss(b["depth"], b["depth"], m, signed=False),
-        normal_loss(b["points"], b["points"], m),
         conf_loss(b["depth"], one, b["depth"], m),
         camera_loss(b["pose_enc"][None], b["pose_enc"]),
     ]
@@ -174,28 +171,3 @@ def test_clips_whose_depth_has_no_unit_train_the_depth_head_alone_and_blind_to_s
     geometry_losses(pred, dict(batch, relative=relative), cfg)[0].backward()
     assert pred["points"].grad[0].abs().max() == 0 and pred["pose_enc"].grad[:, 0].abs().max() == 0
     assert pred["depth"].grad[0].abs().max() > 0 and pred["points"].grad[1].abs().max() > 0
-
-
-def test_options_join_the_total_at_their_weights():
-    pred, batch = case(B=2, T=3, H=24, W=30)  # enough pixels for the quantile
-    d, g, m = pred["depth"], batch["depth"], batch["mask"]
-    plain, parts = geometry_losses(pred, batch, SimpleNamespace(**CFG))
-    cfg = SimpleNamespace(**CFG, normal_weight=0.3, valid_quantile=0.9, tgm_signed=False)
-    loss, new = geometry_losses(pred, batch, cfg)
-    near(new["normal"], normal_loss(pred["points"], batch["points"], m).item())
-    near(new["tgm"], tgm_loss(d, g, m, signed=False).item())
-    near(
-        new["point"],
-        0.3 * new["normal"].item()
-        + points_loss(pred["points"], pred["points_conf"], batch["points"], m, quantile=0.9).item(),
-    )
-    near(
-        new["depth"],
-        10 * new["tgm"].item()
-        + new["frame"].item()
-        + conf_loss(d, pred["depth_conf"], g, m, quantile=0.9).item(),
-    )
-    near(loss, (new["depth"] + new["point"] + 3 * new["camera"]).item())
-    assert "normal" not in parts and all(
-        abs(new[k] - parts[k]) > 1e-4 for k in ("tgm", "point", "depth")
-    )
