@@ -10,7 +10,7 @@ the file holds none; size (H, W) of the images in pixels, or None."""
 import json
 import re
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +20,19 @@ from geometry import inv_se3, mat_to_quat, quat_to_mat
 from lib.colmap import MODELS, colmap_binary, colmap_text
 from lib.crop import fractions
 from lib.files import natural
+from lib.native import (
+    Cameras,
+    Hints,
+    need_size,
+    pose_files,
+    read_folder,
+    read_log,
+    read_matrices,
+    read_npy,
+    read_npz,
+    read_tartanair,
+    read_tum,
+)
 
 RE10K = "19 numbers: index fx fy cx cy 0 0 and the row-major 3x4 world-to-camera matrix"
 
@@ -88,36 +101,11 @@ def inverse(matrices):
     return inv_se3(torch.from_numpy(m[:, :3])).numpy()
 
 
-@dataclass(frozen=True)
-class Hints:
-    """What a caller says about a file where it does not say it itself."""
-
-    size: tuple | None = None  # (H, W) of the pictures that pixel intrinsics are of
-    axes: str | None = None  # opencv or opengl, where they differ from the format's own
-    matrices: str | None = None  # w2c or c2w, for arrays without such a name
-
-
-@dataclass(frozen=True)
-class Cameras:
-    """What a reader found, as the file has it: `oriented` alone turns it into w2c, OpenCV."""
-
-    matrices: np.ndarray  # (T, 3 or 4, 4)
-    kind: str  # w2c or c2w
-    intrinsics: np.ndarray | None  # (T, 4) fractions
-    size: tuple | None  # (H, W)
-
-
 def oriented(matrices, kind, axes):
     """w2c (T, 3, 4) in OpenCV axes from matrices that are w2c or c2w in opencv or opengl axes."""
     other = inverse(matrices)  # refuses what is no rotation
     w2c = other if kind == "c2w" else np.asarray(matrices, float)[:, :3]
     return w2c * FLIP if axes == "opengl" else w2c
-
-
-def need_size(size, path, what):
-    if size is None:
-        raise ValueError(f"{path}: {what} in pixels, but no image size; give --size HxW")
-    return size
 
 
 # --- JSON -----------------------------------------------------------------------------------------
@@ -243,47 +231,10 @@ def write_re10k(path, w2c, intrinsics, size):
     np.savetxt(path, rows, "%.12g")
 
 
-def read_tum(path, hints):
-    """Lines: time tx ty tz qx qy qz qw of camera-to-world; no intrinsics."""
-    rows = np.loadtxt(path, comments="#", ndmin=2)
-    if rows.shape[1] != 8:
-        raise ValueError(f"{path}: {rows.shape[1]} columns; wanted time tx ty tz qx qy qz qw")
-    pose = torch.from_numpy(rows)
-    c2w = torch.cat([quat_to_mat(pose[:, 4:]), pose[:, 1:4, None]], -1)
-    return Cameras(c2w.numpy(), "c2w", None, hints.size)
-
-
 def write_tum(path, w2c, intrinsics, size):
     c2w = inv_se3(torch.from_numpy(w2c))
     rows = np.concatenate([np.arange(len(w2c))[:, None], c2w[..., 3], mat_to_quat(c2w[..., :3])], 1)
     np.savetxt(path, rows, "%.12g")
-
-
-def read_npz(path, hints):
-    """w2c or c2w (T, 3 or 4, 4); optional intrinsics (T, 4) or (T, 3, 3), fractions or pixels, and
-    size (H, W)."""
-    with np.load(path, allow_pickle=False) as f:
-        data = dict(f)
-    named = [k for k in ("w2c", "c2w") if k in data]
-    others = [k for k in ("extrinsics", "poses", "cameras") if k in data]
-    key, kind = (named or others or [None])[0], hints.matrices
-    if len(named) != 1:
-        key = others[0] if others else None
-        if kind is None or key is None:
-            raise ValueError(
-                f"{path}: holds {', '.join(data)}; which way do the matrices map? Name one array "
-                "w2c or c2w, or give --matrices w2c|c2w for an array called extrinsics, poses or "
-                "cameras"
-            )
-    size = tuple(int(x) for x in data["size"]) if "size" in data else hints.size
-    k = data.get("intrinsics")
-    if k is not None:
-        if k.shape[-2:] == (3, 3):
-            k = np.stack([k[..., 0, 0], k[..., 1, 1], k[..., 0, 2], k[..., 1, 2]], -1)
-        k = np.broadcast_to(k, (len(data[key]), 4)).astype(float)
-        if k[:, :2].max() > 20:  # no fraction of a picture
-            k = fractions(k, need_size(size, path, "intrinsics"))
-    return Cameras(data[key], named[0] if len(named) == 1 else kind, k, size)
 
 
 def write_npz(path, w2c, intrinsics, size):
@@ -297,7 +248,7 @@ class Format:
     """A format: read(path, hints) -> Cameras, write(path, w2c, intrinsics, size), its own axes."""
 
     read: object
-    write: object
+    write: object = None
     axes: str = "opencv"
     needs_intrinsics: bool = True
 
@@ -310,7 +261,13 @@ FORMATS = dict(
     colmap=Format(read_colmap, write_colmap),
     tum=Format(read_tum, write_tum, needs_intrinsics=False),
     npz=Format(read_npz, write_npz, needs_intrinsics=False),
+    npy=Format(read_npy),
+    tartanair=Format(read_tartanair),
+    matrices=Format(read_matrices),
+    log=Format(read_log),
+    folder=Format(read_folder),
 )
+WRITTEN = [name for name, kind in FORMATS.items() if kind.write]
 
 
 def guess(path):
@@ -318,8 +275,10 @@ def guess(path):
     path = Path(path)
     if path.is_dir() and any((path / f"images.{e}").is_file() for e in ("txt", "bin")):
         return "colmap"
-    if path.suffix == ".npz":
-        return "npz"
+    if path.is_dir() and pose_files(path):
+        return "folder"
+    if path.suffix in (".npz", ".npy"):
+        return path.suffix[1:]
     if path.suffix == ".json":
         data = json.loads(path.read_text())
         if "frames" in data:
@@ -333,29 +292,38 @@ def guess(path):
         lines = [line for line in path.read_text().splitlines() if line.strip()]
         rows = [line for line in lines if line[0] != "#" and "://" not in line]
         columns = {len(row.split()) for row in rows}
-        if columns in ({19}, {8}):
-            return "re10k" if columns == {19} else "tum"
-        if columns == {12} or columns == {16}:
-            cure = "Save them as npz under one of these names"
-            raise ValueError(f"{path}: bare matrices: w2c or c2w? {cure}")
+        if columns == {3, 4}:
+            return "log"
+        if columns == {7} and not path.name.startswith("pose_"):
+            axes = "tartanair (x forward, z down) or --from tum (OpenCV)"
+            raise ValueError(f"{path}: poses without a time; whose axes? give --from {axes}")
+        known = {7: "tartanair", 8: "tum", 19: "re10k"} | dict.fromkeys(
+            (12, 13, 16, 17), "matrices"
+        )
+        if len(columns) == 1 and columns <= set(known):
+            return known[columns.pop()]
     wanted = f"give --from, one of {', '.join(FORMATS)}"
     raise ValueError(f"{path}: missing or of no known format; {wanted}")
 
 
-def read(path, form=None, size=None, axes=None, matrices=None):
+def read(path, form=None, size=None, *, axes=None, matrices=None, intrinsics=None):
     """Any camera file -> w2c (T, 3, 4), intrinsics (T, 4) or None, size (H, W) or None.
 
     size      (H, W) in pixels, for files with pixel intrinsics and no size
     axes      opencv or opengl: what the file's cameras really look along, where that differs from
               its format
-    matrices  w2c or c2w, for npz files that do not say"""
+    matrices    w2c or c2w, for files that do not say
+    intrinsics  fx fy cx cy in pixels, for files without"""
     form = form or guess(path)
     if form not in FORMATS:
         raise ValueError(f"format {form!r}; known: {', '.join(FORMATS)}")
     try:
-        found = FORMATS[form].read(path, Hints(size, axes, matrices))
+        found = FORMATS[form].read(path, Hints(size, matrices))
     except (OSError, KeyError, json.JSONDecodeError, struct.error) as error:
         raise ValueError(f"{path}: not a readable {form} file: {error!r}") from None
+    if found.intrinsics is None and intrinsics:
+        k = fractions(intrinsics, need_size(found.size, path, "--intrinsics"))
+        found = replace(found, intrinsics=np.tile(k, (len(found.matrices), 1)))
     check_plausible(path, found)
     try:
         w2c = oriented(found.matrices, found.kind, axes or FORMATS[form].axes)
@@ -389,6 +357,8 @@ def write(path, form, w2c, intrinsics=None, size=None, binary=False):
     if form not in FORMATS:
         raise ValueError(f"format {form!r}; known: {', '.join(FORMATS)}")
     kind = FORMATS[form]
+    if kind.write is None:
+        raise ValueError(f"format {form} is read only; --to is one of {', '.join(WRITTEN)}")
     if intrinsics is None and kind.needs_intrinsics:
         without = "tum and npz do without"
         raise ValueError(f"{path}: {form} holds intrinsics, but the source has none; {without}")
@@ -404,8 +374,9 @@ def add_arguments(parser):
     parser.add_argument("source")
     parser.add_argument("target")
     parser.add_argument("--from", dest="form", choices=FORMATS)
-    parser.add_argument("--to", choices=FORMATS, default="re10k")
+    parser.add_argument("--to", choices=WRITTEN, default="re10k")
     parser.add_argument("--size", type=size_of, metavar="HxW", help="of the file's pictures")
+    parser.add_argument("--intrinsics", type=lens, metavar="fx,fy,cx,cy", help="pixels of --size")
     parser.add_argument("--axes", choices=("opencv", "opengl"))
     parser.add_argument("--matrices", choices=("w2c", "c2w"))
     parser.add_argument("--binary", action="store_true", help="COLMAP: .bin instead of .txt")
@@ -418,8 +389,14 @@ def size_of(text):
     return int(match[1]), int(match[2])
 
 
+def lens(text):
+    fx, fy, cx, cy = map(float, text.split(","))
+    return fx, fy, cx, cy
+
+
 def convert(args):
     """`data.py cameras`: write a camera file in another format."""
-    w2c, intrinsics, found = read(args.source, args.form, args.size, args.axes, args.matrices)
+    told = dict(axes=args.axes, matrices=args.matrices, intrinsics=args.intrinsics)
+    w2c, intrinsics, found = read(args.source, args.form, args.size, **told)
     write(args.target, args.to, w2c, intrinsics, found or args.size, args.binary)
     print(f"{args.target}: {len(w2c)} cameras")

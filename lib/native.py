@@ -1,0 +1,186 @@
+"""Camera files as labelers and datasets leave them; and what a reader of cameras gets and gives.
+
+npz of ViPE, MegaSaM, Depth-Anything-3, VGGT, Lyra; poses.npy of LingBot and SpatialVID; TartanAir;
+one text file a frame (7-Scenes, ScanNet); Open3D's trajectory.log; 12 or 16 numbers a line (KITTI).
+Shapes: T frames.  Source: the writers of each, read in November 2026."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from geometry import quat_to_mat
+from lib.crop import fractions
+from lib.files import natural, read_video
+
+
+@dataclass(frozen=True)
+class Hints:
+    """What a caller says about a file where it does not say it itself."""
+
+    size: tuple | None = None  # (H, W) of the pictures that pixel intrinsics are of
+    matrices: str | None = None  # w2c or c2w, for arrays without such a name
+
+
+@dataclass(frozen=True)
+class Cameras:
+    """What a reader found, as the file has it: `oriented` alone turns it into w2c, OpenCV."""
+
+    matrices: np.ndarray  # (T, 3 or 4, 4)
+    kind: str  # w2c or c2w
+    intrinsics: np.ndarray | None  # (T, 4) fractions
+    size: tuple | None  # (H, W)
+
+
+def need_size(size, path, what):
+    if size is None:
+        raise ValueError(f"{path}: {what} in pixels, but no image size; give --size HxW")
+    return size
+
+
+def need_kind(path, what, hints):
+    if hints.matrices is None:
+        raise ValueError(f"{path}: {what}: which way do they map? give --matrices w2c|c2w")
+    return hints.matrices
+
+
+def quaternions(rows):
+    """(T, 7) t and quaternion xyzw -> (T, 3, 4)."""
+    pose = torch.from_numpy(np.asarray(rows, float))
+    return torch.cat([quat_to_mat(pose[:, 3:]), pose[:, :3, None]], -1).numpy()
+
+
+# --- Arrays ---------------------------------------------------------------------------------------
+POSES = dict(w2c="w2c", c2w="c2w", cam_c2w="c2w", extrinsics="w2c", extrinsic="w2c")
+UNCLEAR = ("poses", "cameras", "pose")  # names that do not say which way
+LENSES = ("intrinsics", "intrinsic", "K", "Ks", "ixts")
+PICTURES = ("images", "image", "depths", "depth")
+
+
+def size_in(data):
+    """(H, W) that the arrays of a file are of, or None."""
+    if "size" in data:
+        return tuple(int(x) for x in data["size"])
+    if "image_height" in data and "image_width" in data:
+        return int(data["image_height"]), int(data["image_width"])
+    for name in PICTURES:
+        if (x := data.get(name)) is not None and x.ndim >= 3:
+            shape = x.shape[:-1] if x.shape[-1] in (1, 3, 4) else x.shape  # channels come last
+            return tuple(shape[-2:])
+    return None
+
+
+def lens_of(k, frames, size, path):
+    """Intrinsics (4,), (3, 3), (T, 4) or (T, 3, 3), pixels or fractions -> (T, 4) fractions."""
+    if k.shape[-2:] == (3, 3):
+        k = np.stack([k[..., 0, 0], k[..., 1, 1], k[..., 0, 2], k[..., 1, 2]], -1)
+    if k.shape not in ((4,), (1, 4), (frames, 4)):
+        raise ValueError(f"{path}: intrinsics of shape {k.shape} for {frames} cameras")
+    k = np.broadcast_to(k, (frames, 4)).astype(float)
+    return fractions(k, need_size(size, path, "intrinsics")) if k[:, :2].max() > 20 else k
+
+
+def read_npz(path, hints):
+    """Matrices (T, 3 or 4, 4) under a known name, intrinsics and a size where there are any."""
+    with np.load(path, allow_pickle=False) as f:
+        data = {name: f[name] for name in f.files}
+    if set(data) == {"data", "inds"}:
+        return read_vipe(Path(path), data, hints)
+    named = [name for name in POSES if name in data]
+    others = [name for name in UNCLEAR if name in data]
+    if len(named) != 1 and not (others and hints.matrices):
+        raise ValueError(
+            f"{path}: holds {', '.join(data)}; which way do the matrices map? Name one array w2c "
+            f"or c2w, or give --matrices w2c|c2w for an array called {', '.join(UNCLEAR)}"
+        )
+    name = named[0] if len(named) == 1 else others[0]
+    m = data[name][0] if data[name].ndim == 4 and len(data[name]) == 1 else data[name]  # a batch
+    lens = [k for k in LENSES if k in data]
+    lost = [k for k, x in data.items() if x.shape[-2:] == (3, 3) and k not in (*lens, name)]
+    if not lens and lost:
+        raise ValueError(f"{path}: is {lost[0]} the intrinsics? Name them intrinsics")
+    size = size_in(data) or hints.size
+    k = data[lens[0]] if lens else None
+    k = k[0] if k is not None and k.ndim == 4 else k
+    kind = POSES[name] if name in POSES else hints.matrices
+    return Cameras(m, kind, None if k is None else lens_of(k, len(m), size, path), size)
+
+
+def read_vipe(path, data, hints):
+    """ViPE's pose/NAME.npz, with intrinsics/NAME.npz and rgb/NAME.mp4 beside that folder."""
+    gaps = set(range(data["inds"].max() + 1)) - set(data["inds"].tolist())
+    if gaps:
+        cure = "cut the video to the frames that have one"
+        raise ValueError(f"{path}: no pose for frames {sorted(gaps)[:8]}; {cure}")
+    folder, size = path.parent.parent, hints.size
+    lens, video = folder / "intrinsics" / path.name, folder / "rgb" / f"{path.stem}.mp4"
+    model = folder / "intrinsics" / f"{path.stem}_camera.txt"
+    if model.is_file() and set(model.read_text().split()[1::2]) - {"PINHOLE"}:
+        raise ValueError(f"{model}: wanted PINHOLE; undistort the video first")
+    if size is None and video.is_file():
+        size = read_video(video, 1)[0].shape[1:3]
+    if not lens.is_file():
+        return Cameras(data["data"], "c2w", None, size)
+    with np.load(lens, allow_pickle=False) as f:
+        k = f["data"][:, :4]
+    return Cameras(data["data"], "c2w", lens_of(k, len(data["data"]), size, lens), size)
+
+
+def read_npy(path, hints):
+    """LingBot: c2w (T, 4, 4); SpatialVID: w2c (T, 7); intrinsics.npy beside either."""
+    m, beside = np.load(path, allow_pickle=False), Path(path).with_name("intrinsics.npy")
+    k = np.load(beside, allow_pickle=False) if beside.is_file() else None
+    if m.ndim == 2 and m.shape[1] == 7:
+        m, kind = quaternions(m), hints.matrices or "w2c"
+    else:
+        kind = hints.matrices or (k is not None and "c2w") or need_kind(path, "matrices", hints)
+    return Cameras(m, kind, None if k is None else lens_of(k, len(m), hints.size, path), hints.size)
+
+
+# --- Text -----------------------------------------------------------------------------------------
+def read_tum(path, hints):
+    """Lines: time tx ty tz qx qy qz qw of camera-to-world; or without the time."""
+    rows = np.loadtxt(path, comments="#", ndmin=2)
+    if rows.shape[1] not in (7, 8):
+        raise ValueError(f"{path}: {rows.shape[1]} columns; wanted time tx ty tz qx qy qz qw")
+    return Cameras(quaternions(rows[:, -7:]), "c2w", None, hints.size)
+
+
+def read_tartanair(path, hints):
+    """tx ty tz qx qy qz qw of camera-to-world, x forward, y right, z down; 640 x 480, f 320."""
+    turn = np.array([[0.0, 1, 0], [0, 0, 1], [1, 0, 0]])  # north east down -> OpenCV
+    m = quaternions(np.loadtxt(path, ndmin=2))
+    m = np.concatenate([turn @ m[:, :, :3] @ turn.T, turn @ m[:, :, 3:]], -1)
+    k = np.array([0.5, 320 / 480, 0.5, 0.5])
+    return Cameras(m, "c2w", np.tile(k, (len(m), 1)), hints.size or (480, 640))
+
+
+def read_matrices(path, hints):
+    """12 or 16 numbers a line, row by row; 13 or 17 with an index before them."""
+    rows = np.loadtxt(path, comments="#", ndmin=2)
+    if rows.shape[1] not in (12, 13, 16, 17):
+        raise ValueError(f"{path}: {rows.shape[1]} columns; wanted 12 or 16 numbers a line")
+    m = rows[:, rows.shape[1] % 4 :].reshape(len(rows), -1, 4)
+    return Cameras(m, need_kind(path, "bare matrices", hints), None, hints.size)
+
+
+def read_log(path, hints):
+    """Open3D's trajectory.log: three numbers, then a 4x4 camera-to-world, for every frame."""
+    words = np.array(Path(path).read_text().split(), float)
+    if len(words) % 19:
+        raise ValueError(f"{path}: {len(words)} numbers; wanted 3 + 16 a frame: cut short?")
+    return Cameras(words.reshape(-1, 19)[:, 3:].reshape(-1, 4, 4), "c2w", None, hints.size)
+
+
+def pose_files(folder):
+    """frame-000000.pose.txt of 7-Scenes, 0.txt of ScanNet, in order."""
+    files = [f for f in Path(folder).glob("[!.]*.txt") if f.name.endswith(".pose.txt")]
+    files = files or [f for f in Path(folder).glob("[!.]*.txt") if f.stem.isdigit()]
+    return sorted(files, key=lambda f: natural(f.name))
+
+
+def read_folder(path, hints):
+    """One 4x4 camera-to-world a frame; frames whose tracking was lost hold -inf."""
+    m = np.stack([np.loadtxt(f).reshape(4, 4) for f in pose_files(path)])
+    return Cameras(m, "c2w", None, hints.size)
