@@ -14,7 +14,7 @@ import stat
 import subprocess
 import tempfile
 import zipfile
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import imageio_ffmpeg
@@ -37,6 +37,8 @@ STRICT = [
 ]
 # fmt: on
 
+# The usual way from HDR to the colours that every other video has.
+SDR = "zscale=t=linear:npl=100,tonemap=hable,zscale=p=bt709:t=bt709:m=bt709:r=tv,format=yuv420p"
 RASTERS = (".exr", ".pfm", ".pgm")
 ARRAYS = (".npy", ".npz", ".png", *RASTERS)
 
@@ -203,7 +205,7 @@ def head_of(path):
 def ffmpeg(path, *output):
     """What ffmpeg makes of the first video stream of a file: output, and a file of its messages."""
     form = reader_of(head_of(path))
-    source = [*form, "-i", f"file:{path}", "-map", "0:v:0", "-fps_mode", "passthrough"]
+    source = [*form, "-i", f"file:{path}", "-map", "0:V:0", "-fps_mode", "passthrough"]
     command = [imageio_ffmpeg.get_ffmpeg_exe(), *STRICT, *source, *output, "pipe:1"]
     pipes = dict(stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
     with (
@@ -249,9 +251,12 @@ def read_video(path, max_frames=None):
         with ffmpeg(path, *output) as (stream, log):
             frames = list(pictures(stream))
             log.seek(0)
-            fps = re.search(rb"Video: .*?\b([\d.]+)(k?) fps", log.read(2**16))
+            said = log.read(2**16)
     except ValueError as error:
         raise unreadable(path, error) from None
+    if re.search(rb"Video: [^\n]*(arib-std-b67|smpte2084)", said):
+        raise ValueError(f"{path}: HDR colours (HLG or PQ). Convert it: ffmpeg -i IN -vf {SDR} OUT")
+    fps = re.search(rb"Video: .*?\b([\d.]+)(k?) fps", said)
     if not frames:
         raise ValueError(f"{path}: the video has no frames. Re-encode or remove it.")
     return np.stack(frames), float(fps[1]) * (1000 if fps[2] else 1) if fps else 0.0
@@ -414,6 +419,7 @@ def write_aside(path, write, durable=True):
     finally:
         temporary.unlink(missing_ok=True)  # a full disk gets its space back
     if durable:
-        folder = os.open(path.parent, os.O_RDONLY)  # the rename itself reaches the disk
-        os.fsync(folder)
+        folder = os.open(path.parent, os.O_RDONLY)
+        with suppress(OSError):  # the rename itself reaches the disk; not all disks know how
+            os.fsync(folder)
         os.close(folder)
