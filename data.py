@@ -56,6 +56,10 @@ FIELDS = dict(
 )
 
 
+class EmptySplit(ValueError):
+    """A split without samples: no fault of a dataset that is trained on without validation."""
+
+
 def load_samples(root, split=None, bad=None, inside=None):
     """List a dataset: metadata.json with samples and splits, a flat list, or its sample folders.
 
@@ -94,11 +98,9 @@ def load_samples(root, split=None, bad=None, inside=None):
     chosen = [s for s in samples.values() if split in (None, s["split"])]
     if not chosen:
         counts = {k: len(v) for k, v in splits.items()}
-        raise ValueError(
-            f"{root}: no samples in split {split!r}; {len(samples)} found, splits {counts}. The "
-            "layout is at the top of data.py."
-            + "".join(f"\n  {name}: {problem}" for name, problem in wrong[:5])
-        )
+        found = f"no samples in split {split!r}; {len(samples)} found, splits {counts}"
+        more = "".join(f"\n  {name}: {problem}" for name, problem in wrong[:5])
+        raise EmptySplit(f"{root}: {found}. The layout is at the top of data.py.{more}")
     return chosen
 
 

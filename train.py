@@ -29,7 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import config
 from config import option, section
-from data import CachedClips, collate, prepare
+from data import CachedClips, EmptySplit, collate, prepare
 from geometry import clip_mean, geometry_losses
 from lib.checkpoints import choose_start, describe, load_optimizer, save_checkpoint, training_state
 from lib.distributed import Ranks, end_processes, from_first, gather_full, shard, start_processes
@@ -422,11 +422,16 @@ def least_seconds(model, options):
 
 # -------------------------------------------------------------------------------------------- main
 def open_clips(options):
-    """split -> CachedClips; the validation split only where something evaluates."""
-    splits = ("train", "val") if options.eval_every or options.eval_only else ("train",)
+    """split -> CachedClips; the validation split only where something evaluates, and has clips."""
     size = (options.height, options.width, options.num_frames)
-    how = (options.wan_dir, options.skip_bad, options.follow_links)
-    return {split: CachedClips(options.data_dir, split, size, *how) for split in splits}
+    clips, how = {}, (options.wan_dir, options.skip_bad, options.follow_links)
+    for split in ("train", "val") if options.eval_every or options.eval_only else ("train",):
+        try:
+            clips[split] = CachedClips(options.data_dir, split, size, *how)
+        except EmptySplit:
+            if split == "train" or options.eval_only:
+                raise
+    return clips
 
 
 def load_batches(clips, batches, device, workers):
@@ -439,7 +444,8 @@ def load_batches(clips, batches, device, workers):
 def describe_run(options, trained, clips, world):
     """The first line of a start in training.log."""
     millions = sum(p.numel() for p in trained) / 1e6
-    counts = f"{len(clips['train'])} + {len(clips.get('val', ()))} val"
+    val = f"{len(clips['val'])} val" if "val" in clips else "no val: nothing is evaluated"
+    counts = f"{len(clips['train'])} + {val}"
     product = f"{options.batch_size} x {options.grad_accum} x {world}"
     return (
         f"stage {options.stage}, {millions:.1f}M trainable, clips {counts}, "
@@ -640,7 +646,7 @@ def main(options):
         if at.done % options.save_every == 0 or at.done == options.max_steps:
             at.saved = at.done if save(at.done) else at.saved
         # After saving: it can take longer than a preemption's grace.
-        if options.eval_every and at.done % options.eval_every == 0:
+        if "val" in clips and options.eval_every and at.done % options.eval_every == 0:
             rows = evaluate(model, examples["val"], how, partial(records.picture, at.done))
             records.rows(at.done, rows)
             tally.steps, tally.since = 0, time.perf_counter()

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import pathlib
+import shutil
 import struct
 import subprocess
 import sys
@@ -372,6 +373,24 @@ def test_bad_options_are_refused_by_name(arguments, words):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_dataset_without_validation_clips_trains_on_and_says_so(world, tmp_path, workers):
+    """The README's own single clip has "val": []."""
+    root, options = world
+    shutil.copytree(root / "clips", tmp_path / "clips")
+    meta = json.loads((tmp_path / "clips" / "metadata.json").read_text())
+    meta["splits"]["val"] = []
+    (tmp_path / "clips" / "metadata.json").write_text(json.dumps(meta))
+    more = [f"--data_dir={tmp_path}/clips", f"--num_workers={workers}", "--eval_every=1"]
+    more += ["--max_steps=2", f"--out_dir={tmp_path}/s0"]
+    text = run("train.py", "config/demo0.py", *options, *more)
+    assert "8 + no val: nothing is evaluated" in text and "step 2/2" in text
+    meta["splits"]["train"] = []
+    (tmp_path / "clips" / "metadata.json").write_text(json.dumps(meta))
+    text = run("train.py", "config/demo0.py", *options, *more, "--resume=", ok=False)
+    assert "no samples in split 'train'" in text
+
+
 def test_a_gpu_that_is_not_there_is_refused():
     assert "torch finds no GPU" in run("train.py", "config/demo1.py", "--device=cuda", ok=False)
 
