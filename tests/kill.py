@@ -26,7 +26,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from tiny import TINY  # noqa: E402
+from small import TINY  # noqa: E402
 
 from lib import checkpoints  # noqa: E402
 from lib.rooms import Recipe, synth  # noqa: E402

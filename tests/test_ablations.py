@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import save_file
-from tiny import loss_of, tiny_inputs, tiny_model
+from small import loss_of, tiny_inputs, tiny_model
 
 from lib.weights import config_from_metadata, load_trained
 from model import FantasyWorld

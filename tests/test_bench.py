@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny import TINY, tiny_model
+from small import TINY, tiny_model
 from torch.utils._pytree import tree_map_only
 
 import bench

@@ -11,10 +11,10 @@ import pytest
 import torch
 from released_keys import RELEASE, TINY, geo_block, measure_loading, release_tensors, write_zeros
 from safetensors.torch import save_file
+from small import tiny_model
 from test_released import inputs_of
 from test_released import run as forward
 from test_train import run
-from tiny import tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from wan_folder import random_tensors, write_wan_folder
 

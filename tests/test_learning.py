@@ -6,7 +6,7 @@ import types
 
 import pytest
 import torch
-from tiny import TINY
+from small import TINY
 
 import data
 import geometry

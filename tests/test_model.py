@@ -5,7 +5,7 @@ import pathlib
 
 import pytest
 import torch
-from tiny import TINY, loss_of, tiny_inputs, tiny_model
+from small import TINY, loss_of, tiny_inputs, tiny_model
 
 import wan
 from model import PRESETS, Config, FantasyWorld, flow_matching_loss, parameter_table, shift_sigma

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from small import tiny_inputs, tiny_model
 
 import config
 import sample
 from lib import camera_files, camera_paths
 from lib.crop import crop_intrinsics
 from lib.files import read_video
-from tiny import tiny_inputs, tiny_model
 
 ROOT = pathlib.Path(__file__).parents[1]
 

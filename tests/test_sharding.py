@@ -4,7 +4,7 @@ import pytest
 import torch.distributed as dist
 import torch.multiprocessing
 from safetensors.torch import load_file
-from tiny import loss_of, tiny_inputs, tiny_model
+from small import loss_of, tiny_inputs, tiny_model
 from torch.nn.parallel import DistributedDataParallel
 
 import config

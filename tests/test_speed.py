@@ -7,7 +7,7 @@ import pytest
 import torch.distributed as dist
 import torch.multiprocessing
 from safetensors.torch import load_file
-from tiny import TINY, loss_of, tiny_inputs, tiny_model
+from small import TINY, loss_of, tiny_inputs, tiny_model
 from torch._dynamo.testing import CompileCounter
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel

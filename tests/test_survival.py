@@ -14,8 +14,8 @@ import torch
 from inject import ACTS, at
 from kill import ROOT, compare, end_run, tiny_run
 from safetensors.torch import load_file, save_file
+from small import train_here
 from test_train import run
-from tiny import train_here
 
 import data
 import train

@@ -14,13 +14,13 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
+from small import TINY, command_here, options_of, train_here
 
 from lib.camera_files import read_cameras
 from lib.distributed import Ranks
 from lib.files import read_video
 from lib.log import by_sigma
 from lib.rooms import Recipe, synth
-from tiny import TINY, command_here, options_of, train_here
 
 ROOT = pathlib.Path(__file__).parents[1]
 

@@ -15,8 +15,8 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from small import options_of
 from test_train import run
-from tiny import options_of
 from wan_folder import OVERRIDES, keys, write_wan_folder
 
 import data
