@@ -642,6 +642,7 @@ def make_parser():
     p.add_argument("--workers", type=int, default=2)
     size_options(p)
     flag(p, "cache_only", "no videos")
+    p.add_argument("--wan_dir", default="", help="of the encoders of --cache_only")
     flag(p, "moving", "one object moves by itself, with its mask")
     p = commands.add_parser("encode", help="encode every clip once: training loads no encoder")
     p.add_argument("root")

@@ -622,10 +622,10 @@ class WanFolder:
         encoder = UMT5Encoder.from_state_dict(load_state_dict(self.files["text"])).to(self.device)
 
         def encode(prompts):
-            ids, mask = tokenizer(prompts)
-            pairs = zip(ids[:, None].to(self.device), mask[:, None].to(self.device))
-            rows = [encoder(i, m)[0] for i, m in pairs]
-            return [row[:n] for row, n in zip(rows, mask.sum(1).tolist())]
+            ids, mask = (x.to(self.device) for x in tokenizer(prompts))
+            # Padding is masked: a prompt's own tokens are all that must be computed.
+            lengths = mask.sum(1).tolist()
+            return [encoder(i[None, :n], m[None, :n])[0] for i, m, n in zip(ids, mask, lengths)]
 
         return encode
 

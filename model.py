@@ -24,7 +24,7 @@ heads), FantasyWorld 2025 (arXiv 2509.21657)."""
 
 import argparse
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -123,6 +123,7 @@ PRESETS = {
         camera_layers=2,
     ),
 }
+PRESETS["tiny"] = replace(PRESETS["demo"], dim=144, ffn_dim=432, head_dim=24, text_len=64)
 # fmt: on
 
 

@@ -36,6 +36,7 @@ from lib.distributed import Ranks, end_processes, from_first, gather_full, shard
 from lib.evaluate import How, evaluate, evaluate_only
 from lib.guards import BadSteps, Stop, Watch, ignore_signals, run_command
 from lib.log import Records, Tally, by_sigma, changed_options, clock, memory_gb, provenance
+from lib.optimizer import make_optimizer, take_step
 from lib.plan import HARDWARE, flops_of_step, peak_flops, report
 from lib.weights import load_weights, metadata_of, open_model, read_tensors
 from model import CHECKPOINTING, PRESETS, flow_matching_loss, shift_sigma
@@ -71,7 +72,8 @@ eval_only = option(False, "print the table of the checkpoints in init_from, and 
 eval_sigma = option(0.1, "noise level of the geometry read-out", above=0, high=1)
 eval_more_sigmas = option((0.5, 0.9), "further noise levels of eval_only", above=0, high=1)
 section_3 = section("optimisation")
-learning_rate = option(1e-5, "of AdamW; 5e-6 is the guide's fallback", above=0)
+optimizer = option("adamw", "muon: for matrices and kernels", choices=("adamw", "muon"))
+learning_rate = option(1e-5, "of either; 5e-6 is the guide's fallback", above=0)
 min_lr = option(0.0, "where a falling schedule ends", low=0)
 warmup_steps = option(100, "steps of linear rise", low=0)
 lr_schedule = option("constant", "after the rise", choices=("constant", "cosine", "linear"))
@@ -257,6 +259,8 @@ def check_options(options):
         wanted = f"needs torch {needed[0]}.{needed[1]} or newer, this is {torch.__version__}"
         how = f"compile with checkpoint_activations = {recompute}"
         raise ValueError(f"{how} {wanted}; leave compile out")
+    if options.shard_weights and options.optimizer == "muon":
+        raise ValueError("shard_weights: muon needs whole matrices; take shard_optimizer, or adamw")
     if options.shard_weights and options.shard_optimizer:
         raise ValueError("shard_weights shards the optimizer too: leave shard_optimizer out")
     size = options.num_frames, options.height, options.width
@@ -320,36 +324,7 @@ def loss_alone(options):
     return loss
 
 
-# ---------------------------------------------------------------------------------- the optimizer
-def make_optimizer(model, options, ranks=None):
-    """AdamW; no decay on norms, gates, biases, modulation and tokens.
-
-    Sharded: each rank updates its share of the parameters and sends them to the others, so the
-    moments are kept once in all (ZeRO, Rajbhandari et al. 2020)."""
-    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    # Decay would pull gates and tokens to zero.
-    plain = [p for n, p in named if p.dim() < 2 or n.endswith(("modulation", "_token", "_tokens"))]
-    ids = {id(p) for p in plain}
-    matrices = [p for _, p in named if id(p) not in ids]
-    groups = [dict(params=matrices, weight_decay=options.weight_decay)]
-    groups += [dict(params=plain, weight_decay=0.0)]
-    how = dict(lr=options.learning_rate, betas=(0.9, options.beta2), fused=True)  # for found_inf
-    if options.shard_optimizer and ranks and ranks.world > 1:
-        # Imported here: it takes a second to compile TorchScript that we do not use.
-        from torch.distributed.optim import ZeroRedundancyOptimizer
-
-        how["process_group"] = ranks.group
-        return ZeroRedundancyOptimizer(groups, torch.optim.AdamW, **how)
-    return torch.optim.AdamW(groups, **how)
-
-
-def take_step(optimizer, bad):
-    """AdamW's step, which leaves weights and moments as they are where bad () is 1."""
-    getattr(optimizer, "optim", optimizer).found_inf = bad  # a sharded one steps its own part
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)  # frees the gradients until the next backward
-
-
+# ------------------------------------------------------------------------------------ before steps
 def compile_blocks(model):
     """Half blocks, which the exchange lies between; equal ones share their graphs."""
     for block in [*model.dit.blocks, *model.frame_blocks, *model.global_blocks]:
@@ -611,6 +586,7 @@ def main(options):
     stop = Stop(ranks.group)  # signals wait from here
     tally, at = Tally(), Progress(first_step, done=first_step, saved=first_step)
     for step in range(first_step, options.max_steps):
+        # ---- one step of the recipe
         lr = learning_rate_at(step, options)  # a function of the step alone
         for param_group in optimizer.param_groups:
             param_group["lr"] = lr  # both groups: only their decay differs
@@ -652,6 +628,7 @@ def main(options):
             tally.steps, tally.since = 0, time.perf_counter()
 
     # ---- end
+    # What was done since the last save is kept.
     if at.stopped and at.done > at.saved and save(at.done):
         at.saved = at.done
     if at.stopped:

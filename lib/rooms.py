@@ -376,11 +376,12 @@ class Recipe:
     cache_only: bool = False  # encoded by the demo's stand-ins, without videos
     val: int = 0  # validation clips
     moving: bool = False  # one sphere moves by itself; moving.npz has its mask, track and radius
+    wan_dir: str = ""  # whose encoders cache_only uses; empty: the stand-ins
 
     def listed(self):
         size = [self.num, self.num_frames, self.height, self.width]
         values = [*size, self.seed, self.variety, self.cache_only, self.val]
-        return values + (["moving"] if self.moving else [])
+        return values + (["moving"] if self.moving else []) + [self.wan_dir] * bool(self.wan_dir)
 
     def clips(self):
         """(id, seed, split) of every clip."""
@@ -399,7 +400,7 @@ def synth_one(job):
     entry = dict(id=name, prompt=clip["prompt"], num_frames=size[0], height=size[1], width=size[2])
     entry["fps"] = 15
     if recipe.cache_only:
-        write_cache(out, clip, entry, split)
+        write_cache(out, clip, entry, split, wan_dir=recipe.wan_dir)
         return dict(entry, cached=True)
     (out / name / "depth").mkdir(parents=True, exist_ok=True)
     write_video(out / name / "video.mp4", clip["rgb"], 15)
@@ -415,10 +416,15 @@ def synth_one(job):
     return {**entry, **{key: f"{name}/{path}" for key, path in paths.items()}}
 
 
-def write_cache(out, clip, entry, split):
-    """One clip as a cache file of the demo's stand-in encoders, and the empty prompt beside it."""
-    encoders = make_encoders()
-    text = encoders.load_text()
+@functools.lru_cache(maxsize=1)
+def encoders_of(wan_dir):
+    encoders = make_encoders(wan_dir=wan_dir)
+    return encoders, encoders.load_text(), encoders.load_vae()
+
+
+def write_cache(out, clip, entry, split, *, wan_dir):
+    """One clip as a cache file, and the empty prompt beside it."""
+    encoders, text, vae = encoders_of(wan_dir)
     clip["video"] = torch.from_numpy(clip.pop("rgb")).permute(3, 0, 1, 2) / 127.5 - 1
     for key in ("depth", "w2c", "intrinsics", "moving"):
         if key in clip:
@@ -428,7 +434,7 @@ def write_cache(out, clip, entry, split):
     meta = dict(entry, sample=entry["id"], split=split, fingerprint=encoders.fingerprint)
     words = dict(text=text([clip["prompt"]])[0])
     path = folder / f"{entry['id']}.safetensors"
-    save_clip(path, clip, encoders.load_vae(), encoders.start_pad, words, meta)
+    save_clip(path, clip, vae, encoders.start_pad, words, meta)
     empty = folder / f"{EMPTY_TEXT}.safetensors"
     if not empty.exists():
         nothing = dict(text=text([""])[0].bfloat16())

@@ -20,8 +20,8 @@ from safetensors.torch import load_file, save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from encoders import LATENT_MEAN, LATENT_STD, WanVAE  # noqa: E402
+from lib.optimizer import Muon  # noqa: E402
 from lib.rooms import render_clip  # noqa: E402
-from tiny.muon import Muon  # noqa: E402
 
 DIM, DECODER_DIM = 8, 12
 FRAMES = 9
@@ -120,13 +120,12 @@ def folded(vae, sets):
     return sd
 
 
-def make_optimizers(vae):
+def make_optimizer(vae):
     matrices = [p for n, p in vae.named_parameters() if p.dim() > 2 and "gamma" not in n]
     ids = {id(p) for p in matrices}
     rest = [p for p in vae.parameters() if id(p) not in ids]
-    muon = Muon(matrices, momentum=0.95, weight_decay=0.0)
-    adam = torch.optim.AdamW(rest, betas=(0.9, 0.99), weight_decay=0.0)
-    return muon, adam
+    groups = [dict(params=matrices, orthogonal=True), dict(params=rest)]
+    return Muon(groups, betas=(0.9, 0.99), weight_decay=0.0)
 
 
 def main():
@@ -157,14 +156,13 @@ def main():
     vae = WanVAE(DIM, decoder_dim=DECODER_DIM)
     average = WanVAE(DIM, decoder_dim=DECODER_DIM).requires_grad_(False)
     average.load_state_dict(vae.state_dict())
-    optimizers = make_optimizers(vae)
+    optimizer = make_optimizer(vae)
     state_file, first, hours = args.work / "state.pt", 0, 0.0
     if state_file.is_file():
         state = torch.load(state_file, weights_only=True)
         vae.load_state_dict(state["vae"])
         average.load_state_dict(state["average"])
-        for optimizer, saved in zip(optimizers, state["optimizers"]):
-            optimizer.load_state_dict(saved)
+        optimizer.load_state_dict(state["optimizer"])
         first, hours = state["step"], state["hours"]
     elif (
         args.out.is_file()
@@ -174,18 +172,16 @@ def main():
     started, log, errors = time.time(), open(args.work / "log.jsonl", "a"), []
     for step in range(first, args.limit or args.steps):
         rate = min(1, (step + 1) / 100) * max(0.02, 1 - 0.98 * step / args.steps)
-        for optimizer, lr in zip(optimizers, (args.lr, args.lr / 10)):
-            for group in optimizer.param_groups:
-                group["lr"] = lr * rate
+        for group in optimizer.param_groups:
+            group["lr"] = args.lr * rate * (1 if group["orthogonal"] else 0.1)
         rng = np.random.default_rng([args.seed, step])
         torch.manual_seed(args.seed * 1_000_003 + step)
         video = crops(sets, [0.35, 0.35, 0.15, 0.15], rng, args.batch, 32, 48)
         loss, error = loss_of(vae, video, args.edge, args.kl)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
         keep = min(args.average, (1 + step) / (10 + step))
         torch._foreach_lerp_(
             list(average.parameters()), [p.detach() for p in vae.parameters()], 1 - keep
@@ -214,7 +210,7 @@ def main():
                 average=average.state_dict(),
                 step=step + 1,
                 hours=now,
-                optimizers=[optimizer.state_dict() for optimizer in optimizers],
+                optimizer=optimizer.state_dict(),
             )
             torch.save(state, state_file.with_suffix(".part"))
             os.replace(state_file.with_suffix(".part"), state_file)

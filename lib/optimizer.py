@@ -1,0 +1,114 @@
+"""The optimizer of a run: AdamW, or Muon for matrices and kernels beside it.
+
+Muon is momentum whose update is orthogonalised.
+
+Sources: Jordan et al. 2024 (the quintic Newton-Schulz iteration and its coefficients); Liu et al.
+2025 (an update of size 0.2 sqrt(larger side), so that one learning rate suits both kinds)."""
+
+import torch
+
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+# Embeddings and outputs of heads: their rows are not the directions of one map.
+OTHERS = ("embedding", "embed_pose", "head.head", "output_conv2.2", "pose_branch.fc2", "_token")
+
+
+def is_orthogonal(name, p):
+    """Whether Muon updates a parameter: a matrix or kernel within the network."""
+    inner = not any(part in name for part in (*OTHERS, "modulation"))
+    return inner and p.dim() > 1 and p.numel() > len(p) > 1
+
+
+def orthogonalise(matrices, steps=5):
+    """Roughly the nearest semi-orthogonal matrices: singular values go to 0.7 .. 1.2.
+
+    matrices   (n, rows, columns)   any float type
+    returns    the same shape, bf16: the iteration tolerates its rounding"""
+    a, b, c = COEFFICIENTS
+    x = matrices.bfloat16()
+    tall = x.shape[1] > x.shape[2]
+    x = x.mT if tall else x
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x.mT if tall else x
+
+
+class Muon(torch.optim.AdamW):
+    """AdamW, but groups with `orthogonal` get Nesterov momentum, orthogonalised.
+
+    Matrices of equal shape share one product: a loop over small ones costs a CPU up to 40 % of a
+    step.  found_inf () = 1 leaves weights and state as they are, as in AdamW."""
+
+    def __init__(self, params, momentum=0.95, **how):
+        super().__init__(params, **how)
+        for group in self.param_groups:
+            group.setdefault("orthogonal", False)
+            group["momentum"] = momentum
+
+    @torch.no_grad()
+    def step(self):
+        groups = self.param_groups
+        self.param_groups = [g for g in groups if not g["orthogonal"]]
+        super().step()
+        self.param_groups = groups
+        for group in groups:
+            shapes = {}
+            for p in group["params"] if group["orthogonal"] else ():
+                if p.grad is not None:
+                    shapes.setdefault((p.device, len(p), p[0].numel()), []).append(p)
+            for (_, rows, columns), same in shapes.items():
+                self.update(same, group, (rows, columns))
+
+    def update(self, same, group, shape):
+        """One step of parameters that are all matrices of one shape."""
+        for p in same:
+            if "momentum" not in self.state[p]:
+                self.state[p]["momentum"] = torch.zeros_like(p)
+        buffers = [self.state[p]["momentum"] for p in same]
+        grads, go = [p.grad for p in same], 1.0
+        if (bad := getattr(self, "found_inf", None)) is not None:
+            # Its own momentum in place of a gradient that is not finite changes no momentum.
+            grads = [torch.where(bad > 0, b, g) for b, g in zip(buffers, grads)]
+            go = 1 - bad
+        torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
+        ahead = torch._foreach_lerp(grads, buffers, group["momentum"])
+        stacked = torch.stack([g.reshape(shape) for g in ahead])
+        updates = orthogonalise(stacked).to(same[0].dtype) * (0.2 * max(shape) ** 0.5 * go)
+        decay = 1 - group["lr"] * group["weight_decay"] * go
+        torch._foreach_mul_(same, decay)
+        torch._foreach_add_(same, [u.view_as(p) for u, p in zip(updates, same)], alpha=-group["lr"])
+
+
+def make_optimizer(model, options, ranks=None):
+    """AdamW or Muon; no decay on norms, gates, biases, modulation and tokens.
+
+    Sharded: each rank updates its share of the parameters and sends them to the others, so the
+    moments are kept once in all (ZeRO, Rajbhandari et al. 2020)."""
+    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    # Decay would pull gates and tokens to zero.
+    plain = [p for n, p in named if p.dim() < 2 or n.endswith(("modulation", "_token", "_tokens"))]
+    ids = {id(p) for p in plain}
+    muon = options.optimizer == "muon"
+    inner = [p for n, p in named if id(p) not in ids and muon and is_orthogonal(n, p)]
+    ids |= {id(p) for p in inner}
+    matrices = [p for _, p in named if id(p) not in ids]
+    groups = [dict(params=matrices, weight_decay=options.weight_decay)]
+    groups += [dict(params=plain, weight_decay=0.0)]
+    groups += [dict(groups[0], params=inner, orthogonal=True)] if inner else []
+    kind = Muon if muon else torch.optim.AdamW
+    how = dict(lr=options.learning_rate, betas=(0.9, options.beta2), fused=True)  # for found_inf
+    if options.shard_optimizer and ranks and ranks.world > 1:
+        # Imported here: it takes a second to compile TorchScript that we do not use.
+        from torch.distributed.optim import ZeroRedundancyOptimizer
+
+        how["process_group"] = ranks.group
+        return ZeroRedundancyOptimizer(groups, kind, **how)
+    return kind(groups, **how)
+
+
+def take_step(optimizer, bad):
+    """A step, which leaves weights and moments as they are where bad () is 1."""
+    getattr(optimizer, "optim", optimizer).found_inf = bad  # a sharded one steps its own part
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)  # frees the gradients until the next backward
