@@ -1,6 +1,7 @@
 """Datasets: samples, clips, encoded caches, and what a batch is made of.
 
     python data.py synth DIR --num N --num_frames T --height H --width W [--seed S] [--val M] ...
+    python data.py import [FORMAT] SRC DIR [--stride N ...]                other people's recordings
     python data.py cameras IN OUT [--from F] [--to F] [--size HxW] ...     convert a camera file
     python data.py verify DIR [--fix-hints] [--exact] [--json]             check every clip
     python data.py encode DIR --wan_dir WAN --height H --width W --num_frames T
@@ -34,7 +35,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from geometry import encode_pose, normalize_scene, plucker_rays, relative_to_first, unproject
-from lib import caches, camera_files, files
+from lib import caches, camera_files, files, importers, layouts
 from lib.camera_files import inverse, read_cameras
 from lib.crop import Crop
 from lib.depth import check_positive, read_depth, unit_of, why_relative
@@ -619,6 +620,14 @@ def verify(root, split=None, fix_hints=False, as_json=False, exact=False, follow
     return check(root, samples, bad, inside, fix_hints=fix_hints, as_json=as_json, exact=exact)
 
 
+def import_recordings(form, src, root, **wishes):
+    """Import, let the doctor look at what has depth -> how many failed."""
+    names, failed = importers.run(src, root, form, layouts.Wishes(**wishes))
+    samples = load_samples(root) if names else []
+    samples = [s for s in samples if s["id"] in names and s["depth"]]
+    return failed + (check(root, samples, [], root, fix_hints=True) if samples else 0)
+
+
 def flag(command, name, text):
     """--name, --name True, --name False; also with hyphens."""
     how = dict(type=["False", "True"].index, nargs="?", const=1, default=0, metavar="True|False")
@@ -644,6 +653,11 @@ def make_parser():
     flag(p, "cache_only", "no videos")
     p.add_argument("--wan_dir", default="", help="of the encoders of --cache_only")
     flag(p, "moving", "one object moves by itself, with its mask")
+    p = commands.add_parser("import", help="make a dataset of other people's recordings")
+    p.add_argument("form", metavar="FORMAT", nargs="?", choices=[*layouts.LAYOUTS, None])
+    p.add_argument("src", metavar="SRC")
+    p.add_argument("root", metavar="DIR")
+    layouts.add_arguments(p)
     p = commands.add_parser("encode", help="encode every clip once: training loads no encoder")
     p.add_argument("root")
     p.add_argument("--split")
@@ -678,6 +692,8 @@ def command():
         failed = encode(*size, Encoding(**args))
     elif name == "verify":
         failed = verify(args.pop("root"), as_json=args.pop("json"), **args)
+    elif name == "import":
+        failed = import_recordings(**args)
     else:
         camera_files.convert(SimpleNamespace(**args))
     if failed:

@@ -17,9 +17,10 @@ import numpy as np
 import torch
 
 from geometry import inv_se3, mat_to_quat, quat_to_mat
-from lib.colmap import MODELS, colmap_binary, colmap_text
+from lib.colmap import colmap_binary, colmap_text
 from lib.crop import fractions
 from lib.files import natural
+from lib.lens import MODELS, make_lens
 from lib.native import (
     Cameras,
     Hints,
@@ -85,6 +86,7 @@ def write_cameras(path, w2c, intrinsics, size):
 
 
 # --- Shared pieces --------------------------------------------------------------------------------
+NUMBERS = ("k1", "k2", "k3", "k4", "k5", "k6", "p1", "p2")  # of lens distortion
 FLIP = np.array([[1.0], [-1], [-1]])  # OpenGL <-> OpenCV camera axes
 
 
@@ -140,22 +142,17 @@ def homogeneous(matrices):
     return full
 
 
-DISTORTION = ("k1", "k2", "k3", "k4", "p1", "p2")
-
-
 def read_nerfstudio(path, hints):
     """transforms.json: camera-to-world, frames by file name; intrinsics shared or per frame."""
     data, size = json.loads(Path(path).read_text()), hints.size
     frames = sorted(data["frames"], key=lambda f: natural(f.get("file_path", "")))
-    rows = []
+    rows, lenses = [], []
     for f in ({**data, **f} for f in frames):
-        model = "fisheye" if f.get("is_fisheye") else f.get("camera_model", "PINHOLE")
+        model = "OPENCV_FISHEYE" if f.get("is_fisheye") else f.get("camera_model", "PINHOLE")
         if model not in (*MODELS, "PERSPECTIVE"):
-            wanted = "wanted a pinhole camera: undistort the images first"
-            raise ValueError(f"{path}: camera model {model}; {wanted}")
-        if any(abs(f.get(k, 0)) > 1e-9 for k in DISTORTION):
-            cure = "undistort the images first (colmap image_undistorter)"
-            raise ValueError(f"{path}: lens distortion; {cure}")
+            cure = f"known are {', '.join(MODELS)}: undistort the images first"
+            raise ValueError(f"{path}: camera model {model}; {cure}")
+        lenses.append(make_lens(model, {k: float(f.get(k, 0)) for k in NUMBERS}))
         if "w" in f and "h" in f:
             size = size or (int(f["h"]), int(f["w"]))
         h, w = need_size(size, path, "intrinsics")
@@ -164,8 +161,8 @@ def read_nerfstudio(path, hints):
         row = np.array([fx, f.get("fl_y") or fy, f.get("cx", w / 2), f.get("cy", h / 2)])
         scale = np.array([w / f.get("w", w), h / f.get("h", h)] * 2)  # --size: resized images
         rows.append(row * scale if "fl_x" in f else row)
-    matrices = [f["transform_matrix"] for f in frames]
-    return Cameras(matrices, "c2w", fractions(rows, size), size)
+    matrices, names = ([f.get(key) for f in frames] for key in ("transform_matrix", "file_path"))
+    return Cameras(matrices, "c2w", fractions(rows, size), size, names, lenses)
 
 
 def write_nerfstudio(path, w2c, intrinsics, size):
@@ -189,8 +186,8 @@ def read_colmap(path, hints=None):
     images.sort(key=lambda image: natural(image[0]))
     pose = torch.tensor([p for _, p, _ in images], dtype=torch.float64)
     w2c = torch.cat([quat_to_mat(pose[:, [1, 2, 3, 0]]), pose[:, 4:, None]], -1).numpy()
-    chosen = [cameras[camera] for _, _, camera in images]
-    return Cameras(w2c, "w2c", np.stack([k for k, _ in chosen]), chosen[0][1])
+    k, sizes, lenses = zip(*(cameras[camera] for _, _, camera in images))
+    return Cameras(w2c, "w2c", np.stack(k), sizes[0], [name for name, _, _ in images], lenses)
 
 
 def write_colmap(path, w2c, intrinsics, size, binary=False):
@@ -324,6 +321,9 @@ def read(path, form=None, size=None, *, axes=None, matrices=None, intrinsics=Non
     if found.intrinsics is None and intrinsics:
         k = fractions(intrinsics, need_size(found.size, path, "--intrinsics"))
         found = replace(found, intrinsics=np.tile(k, (len(found.matrices), 1)))
+    if any(found.lenses or ()):
+        cure = "python data.py import SRC DIR undistorts pictures and depth with them"
+        raise ValueError(f"{path}: lens distortion; {cure}")
     check_plausible(path, found)
     try:
         w2c = oriented(found.matrices, found.kind, axes or FORMATS[form].axes)

@@ -6,33 +6,36 @@ import re
 import struct
 
 from lib.crop import fractions
+from lib.lens import MODELS, ONE_FOCAL, make_lens
 
-MODELS = ["SIMPLE_PINHOLE", "PINHOLE", "SIMPLE_RADIAL", "RADIAL", "OPENCV"]
+# By COLMAP's numbers; some are known by name only.
+NUMBERED = [*list(MODELS)[:7], "FOV", *list(MODELS)[7:], "THIN_PRISM_FISHEYE"]
 
-PARAMS = dict(zip(MODELS, (3, 4, 4, 5, 8)))
+
+def focals(model):
+    return 1 if model in ONE_FOCAL else 2
 
 
 def colmap_camera(path, model, w, h, params):
-    """Fractions fx fy cx cy of one camera; distorted ones are refused."""
-    shared = model in ("SIMPLE_PINHOLE", "SIMPLE_RADIAL", "RADIAL")
-    if model not in PARAMS or any(abs(p) > 1e-9 for p in params[3 if shared else 4 :]):
-        raise ValueError(
-            f"{path}: camera model {model} {params}: lens distortion or unknown; run colmap "
-            "image_undistorter first"
-        )
-    fx, fy, cx, cy = (params[0], *params[:3]) if shared else params[:4]
-    return fractions([fx, fy, cx, cy], (h, w)), (h, w)
+    """Fractions fx fy cx cy, (H, W), Lens or None of one camera."""
+    if model not in MODELS:
+        cure = "run colmap image_undistorter first"
+        raise ValueError(f"{path}: camera model {model}; known are {', '.join(MODELS)}: {cure}")
+    fx, fy, cx, cy = (params[0], *params[:3]) if focals(model) == 1 else params[:4]
+    rest = dict(zip(MODELS[model].split(), params[2 + focals(model) :], strict=True))
+    return fractions([fx, fy, cx, cy], (h, w)), (h, w), make_lens(model, rest)
 
 
 def colmap_binary(path):
-    """cameras: id -> (fractions, size); images: (name, pose, camera id); of the two .bin files."""
+    """cameras: id -> colmap_camera; images: (name, pose, camera id); of the two .bin files."""
     cameras, images = {}, []
     data = (path / "cameras.bin").read_bytes()
     (count,), at = struct.unpack_from("<Q", data), 8
     for _ in range(count):
         i, model, w, h = struct.unpack_from("<iiQQ", data, at)
-        name = MODELS[model] if model < len(MODELS) else f"number {model}"
-        params = struct.unpack_from(f"<{PARAMS.get(name, 0)}d", data, at + 24)
+        name = NUMBERED[model] if 0 <= model < len(NUMBERED) else f"number {model}"
+        count = 2 + focals(name) + len(MODELS.get(name, "").split())
+        params = struct.unpack_from(f"<{count}d", data, at + 24)
         cameras[i] = colmap_camera(path, name, w, h, params)  # an unknown model is refused here
         at += 24 + 8 * len(params)
     data = (path / "images.bin").read_bytes()

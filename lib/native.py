@@ -31,6 +31,8 @@ class Cameras:
     kind: str  # w2c or c2w
     intrinsics: np.ndarray | None  # (T, 4) fractions
     size: tuple | None  # (H, W)
+    names: list | None = None  # of the pictures
+    lenses: list | None = None  # Lens or None of each
 
 
 def need_size(size, path, what):

@@ -3,6 +3,7 @@
 A picture is uint8 (H, W, 3), T frames of them a video.  Colours: depth and confidence as in
 COLOUR_MAP; camera paths cyan where commanded or true, orange where predicted."""
 
+import itertools
 import struct
 import zlib
 from functools import lru_cache
@@ -23,15 +24,17 @@ COLOUR_MAP = np.array([  # near: bright and warm; far: dark
 
 # ---- files ---------------------------------------------------------------------------------------
 def write_video(path, frames, fps, crf=14):
-    """Write uint8 frames (T, H, W, 3) as H.264; crf 0 is best, 51 worst."""
-    h, w = frames.shape[1:3]
+    """Write uint8 frames (T, H, W, 3), or one after another, as H.264; crf 0 is best, 51 worst."""
+    frames = iter(frames)
+    first = next(frames)
+    h, w = first.shape[:2]
     if h % 2 or w % 2:
         raise ValueError(f"{path}: the frames are {h}x{w}, H.264 wants even sizes")
     how = dict(codec="libx264", macro_block_size=1, pix_fmt_out="yuv420p")
     quality = ["-crf", str(crf)]
     writer = imageio_ffmpeg.write_frames(str(path), (w, h), fps=fps, output_params=quality, **how)
     writer.send(None)
-    for frame in frames:
+    for frame in itertools.chain([first], frames):
         writer.send(np.ascontiguousarray(frame))
     writer.close()
 

@@ -150,7 +150,7 @@ def test_colmap_text_and_binary_by_hand(tmp_path):
         assert got[2] == SIZE
         np.testing.assert_allclose(got[0][1], np.eye(3, 4), atol=1e-12)
     (text / "cameras.txt").write_text("3 OPENCV 160 120 80 80 80 60 .1 0 0 0\n")
-    with pytest.raises(ValueError, match="image_undistorter"):
+    with pytest.raises(ValueError, match="import SRC DIR undistorts"):
         camera_files.read(text)
 
 

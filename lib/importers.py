@@ -1,0 +1,233 @@
+"""Recordings of other layouts into ours: `python data.py import [FORMAT] SRC DIR`.
+
+One writer for all layouts of lib/layouts.py.  SRC is one recording, or a folder that holds several
+at any depth; nothing in it is changed.  DIR/ID appears when it is whole, so a killed import goes on
+with the recording that it was at."""
+
+import json
+import os
+import re
+import shutil
+from dataclasses import asdict, replace
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from geometry import relative_to_first
+from lib import files
+from lib.camera_files import check_plausible, oriented, write_cameras
+from lib.crop import Crop, crop_intrinsics, pixel_matrix
+from lib.layouts import LAYOUTS, Video
+from lib.lens import Undistortion
+from lib.pictures import write_video
+
+
+def folders(src, depth=5):
+    """A folder and those in it, each after the ones around it."""
+    yield src
+    if depth:
+        for child in sorted(src.iterdir(), key=lambda f: files.natural(f.name)):
+            if child.is_dir() and child.name[0] != ".":
+                yield from folders(child, depth - 1)
+
+
+def find(src, form=None):
+    """[(format, key)] of the recordings in a folder; ValueError where there is none."""
+    if not src.is_dir():
+        raise ValueError(f"{src}: no such folder; wanted one with recordings")
+    found, within = [], []
+    for folder in folders(src):
+        if any(folder.is_relative_to(f) for f in within):
+            continue  # the parts of a recording
+        names = [form] if form else list(LAYOUTS)
+        kinds = {name: keys for name in names if (keys := LAYOUTS[name].find(folder))}
+        if len(kinds) > 1:
+            cure = f"write import {next(iter(kinds))} or another of them"
+            raise ValueError(f"{folder}: looks like {' and '.join(kinds)}; {cure}")
+        for name, keys in kinds.items():
+            found += [(name, key) for key in keys]
+            within.append(folder)
+    if not found:
+        wanted = f"recordings of the layout {form}" if form else "a recording of a known layout"
+        raise ValueError(f"{src}: wanted {wanted}; known are {', '.join(LAYOUTS)} (docs/data.md)")
+    return found
+
+
+def name_of(src, key):
+    """An id of letters that every file system takes."""
+    inside = key.relative_to(src).with_suffix("") if key != src else Path(src.resolve().name)
+    return re.sub(r"[^\w-]+", "_", "_".join(inside.parts)).strip("_")[:100] or "clip"
+
+
+# --- One recording --------------------------------------------------------------------------------
+def thinned(rec, wishes):
+    """Without lost poses; every stride-th frame, at most max_frames of them."""
+    m = [np.asarray(x, float)[:3] for x in rec.cameras.matrices]
+    good = [n for n, x in enumerate(m) if np.isfinite(x).all()]
+    if len(good) < len(m):
+        lost = [n for n in range(len(m)) if n not in set(good)]
+        which = ", ".join(map(str, lost[:6])) + (" ..." if len(lost) > 6 else "")
+        rec.notes.append(f"{len(lost)} frames whose pose was lost left out: {which}")
+    return good[:: wishes.stride][: wishes.max_frames]
+
+
+@lru_cache(maxsize=8)
+def undistortion(k, lens):
+    return Undistortion(k, lens)
+
+
+def even(size):
+    return tuple(n - n % 2 for n in size)  # H.264 wants that
+
+
+class Writer:
+    """Makes the files of one sample, frame by frame."""
+
+    def __init__(self, rec, places, wishes):
+        self.rec, self.places = rec, places
+        self.frames = (
+            rec.frames.chosen(places)
+            if isinstance(rec.frames, Video)
+            else [rec.frames[p] for p in places]
+        )
+        self.lenses = [rec.cameras.lenses[p] if rec.cameras.lenses else None for p in places]
+        self.k = [tuple(map(float, rec.cameras.intrinsics[p])) for p in places]
+        self.target, self.sizes = wishes.size, []
+
+    def pictures(self):
+        """uint8 (H, W, 3) of every frame, as the video gets them."""
+        for n, frame in enumerate(self.frames):
+            frame = files.read_video(frame, 1)[0][0] if isinstance(frame, Path) else frame
+            if self.lenses[n]:
+                frame = undistortion(self.k[n], self.lenses[n]).picture(frame)
+            self.sizes.append(frame.shape[:2])
+            self.target = self.target or even(frame.shape[:2])
+            if self.sizes[n] != self.target:
+                cut = Crop(self.sizes[n], self.target).video(frame[None])[0]
+                frame = cut.permute(1, 2, 0).round().byte().numpy()
+            yield frame
+
+    def intrinsics(self):
+        """(T, 4) fractions of the video; after pictures()."""
+        rows = []
+        for k, lens, (h, w) in zip(self.k, self.lenses, self.sizes):
+            k = undistortion(k, lens).pinhole if lens else k
+            rows.append(crop_intrinsics(np.array(k)[None], w / h, self.target)[0])
+        return np.array(rows)
+
+    def depth(self, n, folder):
+        """Write the depth of a frame: the file itself where nothing changes."""
+        source, own = self.rec.depth[self.places[n]], self.rec.depth_lens
+        lens, cut = self.lenses[n], self.sizes[n] != self.target
+        path = folder / f"frame_{n:04d}.npy"
+        if isinstance(source, Path) and not lens and not cut and own is None:
+            return shutil.copyfile(source, path.with_suffix(source.suffix))
+        raw = files.read_array(source) if isinstance(source, Path) else source()
+        if own is not None:  # another camera at the same place: its pixels under the pictures'
+            raw = under(raw, own, self.k[n])
+        if lens:
+            raw = undistortion(self.k[n], lens).map(raw)
+        if cut:
+            raw = Crop(self.sizes[n], self.target).maps(raw[None])[0].numpy()
+        np.save(path, raw)
+
+
+def under(raw, own, k):
+    """Depth (h, w) of a camera `own` as one of the same place with intrinsics k sees it, nearest;
+    both (4,) fractions.  0 where it sees nothing."""
+    h, w = raw.shape
+    x = ((np.arange(w) + 0.5) / w - k[2]) / k[0] * own[0] + own[2]
+    y = ((np.arange(h) + 0.5) / h - k[3]) / k[1] * own[1] + own[3]
+    out = raw[np.clip((y * h).astype(int), 0, h - 1)][:, np.clip((x * w).astype(int), 0, w - 1)]
+    seen = ((y >= 0) & (y < 1))[:, None] & ((x >= 0) & (x < 1))
+    return np.where(seen, out, out.dtype.type(0))
+
+
+def write_sample(rec, folder, name, wishes, quiet=False):
+    """Files of one recording in `folder` -> its entry of metadata.json."""
+    places = thinned(rec, wishes)
+    if len(places) < 5:
+        raise ValueError(f"{len(places)} frames with picture, depth and pose; wanted at least 5")
+    check_plausible(name, keep(rec.cameras, places))
+    matrices = np.stack([np.asarray(rec.cameras.matrices[p], float)[:3] for p in places])
+    w2c = oriented(matrices, rec.cameras.kind, wishes.axes or rec.axes)
+    writer, fps = Writer(rec, places, wishes), (wishes.fps or rec.fps) / wishes.stride
+    show = dict(desc=name[:30], total=len(places), unit="frame", disable=quiet)
+    write_video(folder / "video.mp4", tqdm(writer.pictures(), **show), fps, crf=10)
+    entry = dict(id=name, video_path=f"{name}/video.mp4", fps=round(fps, 4))
+    if rec.depth:
+        (folder / "depth").mkdir()
+        for n in tqdm(range(len(places)), desc="depth", unit="frame", disable=quiet, leave=False):
+            writer.depth(n, folder / "depth")
+        entry.update(depth_dir=f"{name}/depth", **rec.unit)
+    K = pixel_matrix(writer.intrinsics(), writer.target)
+    w2c = relative_to_first(torch.from_numpy(w2c)).numpy()
+    write_cameras(folder / "camera_params.txt", w2c, K, writer.target)
+    return dict(entry, camera_file=f"{name}/camera_params.txt")
+
+
+def keep(cameras, places):
+    """Cameras of the frames that are used."""
+    chosen = [np.asarray(cameras.matrices[p], float)[:3] for p in places]
+    return replace(cameras, matrices=np.stack(chosen), intrinsics=cameras.intrinsics[places])
+
+
+# --- Many -----------------------------------------------------------------------------------------
+def read_list(out):
+    path = out / "metadata.json"
+    said = files.read_json(path) if path.is_file() else {}
+    said = dict(samples=said) if isinstance(said, list) else said
+    said.setdefault("samples", [])
+    return said
+
+
+def write_list(out, said):
+    text = json.dumps(said, indent=1)
+    files.write_aside(out / "metadata.json", lambda path: path.write_text(text, encoding="utf-8"))
+
+
+def run(src, out, form, wishes):
+    """Import every recording of SRC that DIR does not hold yet -> ids, and how many failed."""
+    src, out = Path(src), Path(out)
+    found, names, failed = find(src, form), [], 0
+    if out.resolve().is_relative_to(src.resolve()):
+        raise ValueError(f"{out}: lies in {src}, which is not changed; choose another folder")
+    out.mkdir(parents=True, exist_ok=True)
+    for form, key in found:
+        name, said = name_of(src, key), read_list(out)
+        # What changes the result; another import under the same name is refused.
+        made = {k: v for k, v in asdict(wishes).items() if v not in (None, "")}
+        made = json.loads(json.dumps([form, str(key.resolve()), made]))
+        before = next((e for e in said["samples"] if str(e.get("id")) == name), None)
+        if before and before.get("imported") != made:
+            cure = "choose another DIR, or delete it there"
+            raise ValueError(f"{out}: holds another sample {name!r}; {cure}")
+        names.append(name)
+        if before:
+            tqdm.write(f"{name}: already imported")
+            continue
+        part = out / f".{name}.part"
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir()
+        try:
+            rec = LAYOUTS[form].open(key, wishes)
+            entry = write_sample(rec, part, name, wishes)
+        except (ValueError, KeyError, OSError) as error:
+            problem = error if isinstance(error, ValueError) else repr(error)
+            tqdm.write(f"skipped {name} ({form}): {problem}")
+            shutil.rmtree(part)
+            names.pop()
+            failed += 1
+            continue
+        shutil.rmtree(out / name, ignore_errors=True)  # of an import killed before its entry
+        os.replace(part, out / name)
+        said["samples"].append(dict(entry, prompt=wishes.prompt, imported=made))
+        if isinstance(said.get("splits"), dict):
+            said["splits"].setdefault("train", []).append(name)
+        write_list(out, said)
+        without = [] if rec.depth else ["no depth: label the video before it can be trained on"]
+        tqdm.write("; ".join([f"{name} ({form})", *rec.notes, *without]))
+    return names, failed

@@ -1,0 +1,579 @@
+"""Where other people's recordings keep their pictures, depth and cameras.
+
+Each layout has two functions in LAYOUTS: find(folder) -> keys of the recordings that lie in it, []
+for none; open(key, wishes) -> Recording.  Nothing big is read here.
+Sources: each dataset's or tool's own loader or writer, read in November 2026."""
+
+import json
+import re
+import zipfile
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from geometry import quat_to_mat
+from lib import camera_files, files
+from lib.camera_files import FORMATS
+from lib.crop import fractions
+from lib.native import Cameras, Hints, lens_of, pose_files, quaternions
+from lib.rasters import read_raster
+
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+COUNTS = (".png", ".pgm")  # depth in whole numbers
+
+
+@dataclass
+class Recording:
+    """N frames of the same instants, found but not read."""
+
+    frames: object  # N pictures' paths; or a Video
+    cameras: Cameras  # of N frames; intrinsics are fractions of the pictures
+    depth: list | None  # of N: an array's path, or () -> (h, w)
+    unit: dict = field(default_factory=dict)  # depth_scale, depth_invalid, depth_max
+    depth_lens: object = None  # (4,) fractions, where the depth camera is not the pictures'
+    fps: float = 30.0
+    axes: str = "opencv"
+    notes: list = field(default_factory=list)  # sentences: what was left out or taken for granted
+
+
+@dataclass(frozen=True)
+class Video:
+    """Chosen frames of a video file or of an array (T, H, W, 3)."""
+
+    source: object
+    ids: list
+
+    def __len__(self):
+        return len(self.ids)
+
+    def chosen(self, places):
+        return Video(self.source, [self.ids[p] for p in places])
+
+    def __iter__(self):
+        if not isinstance(self.source, Path):
+            yield from (self.source[i] for i in self.ids)
+            return
+        wanted, output = set(self.ids), ["-pix_fmt", "rgb24", "-c:v", "ppm", "-f", "image2pipe"]
+        with files.ffmpeg(self.source, *output) as (stream, _):
+            for n, frame in enumerate(files.pictures(stream, np.inf)):
+                if n in wanted:
+                    yield frame
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """Options of the command."""
+
+    stride: int = 1
+    max_frames: int | None = None
+    size: tuple | None = None  # (H, W) of the result
+    prompt: str = ""
+    fps: float | None = None
+    intrinsics: tuple | None = None  # fx fy cx cy, pixels of the pictures
+    depth_scale: float | None = None
+    matrices: str | None = None  # w2c or c2w
+    axes: str | None = None
+    cameras: str | None = None  # format of the camera file
+    pictures: str | None = None  # folder or video, where the layout holds none
+
+
+# --- Pieces ---------------------------------------------------------------------------------------
+def listed(folder, pattern, kinds=(*PICTURES, *files.ARRAYS)):
+    """Files of a folder in natural order."""
+    found = [f for f in Path(folder).glob(pattern) if f.suffix.lower() in kinds]
+    return sorted((f for f in found if f.name[0] != "."), key=lambda f: files.natural(f.name))
+
+
+def first_of(folder, patterns):
+    """Files of the first pattern that finds any, or []."""
+    return next(filter(None, (listed(folder, p) for p in patterns)), [])
+
+
+def number_of(path):
+    """The last number in a name: its frame."""
+    digits = re.findall(r"\d+", Path(path).stem)
+    return int(digits[-1]) if digits else Path(path).stem
+
+
+def size_of(picture):
+    """(H, W) of a picture or a video."""
+    return files.read_video(picture, 1)[0].shape[1:3]
+
+
+def matrix_of(path):
+    """A text of 3x3, 3x4 or 4x4 numbers -> fx fy cx cy in pixels."""
+    m = np.loadtxt(path)
+    if m.size not in (9, 12, 16):
+        raise ValueError(f"{path}: {m.size} numbers; wanted a 3x3 or 4x4 matrix of intrinsics")
+    m = m.reshape(4 if m.size == 16 else 3, -1)
+    return m[0, 0], m[1, 1], m[0, 2], m[1, 2]
+
+
+def lens_file(path, picture):
+    """Any file of intrinsics -> (4,) fractions of the pictures, and what it says of depth."""
+    if path.suffix == ".txt":
+        return fractions(matrix_of(path), size_of(picture)), {}
+    said = json.loads(path.read_text())
+    if "intrinsic_matrix" in said:  # Open3D: column by column; the first pixel's centre is at 0
+        k, size = np.reshape(said["intrinsic_matrix"], (3, 3)).T, (said["height"], said["width"])
+        return fractions([k[0, 0], k[1, 1], k[0, 2] + 0.5, k[1, 2] + 0.5], size), {}
+    if "camera" in said:  # NICE-SLAM's Replica; the first pixel's centre is at 0
+        c = said["camera"]
+        pixels = c["fx"], c["fy"], c["cx"] + 0.5, c["cy"] + 0.5
+        return fractions(pixels, (c["h"], c["w"])), dict(depth_scale=1 / c["scale"])
+    if "K" in said:  # WildRGB-D: column by column
+        k = np.reshape(said["K"], (3, 3)).T
+        size = (said["h"], said["w"]) if "h" in said else size_of(picture)
+        return fractions([k[0, 0], k[1, 1], k[0, 2], k[1, 2]], size), {}
+    raise ValueError(f"{path}: no intrinsics among {', '.join(said)[:100]}")
+
+
+def pick(cameras, rows, lens=None):
+    """Cameras of some rows; lens: (4,) fractions for all of them."""
+    take = lambda items: None if items is None else [items[r] for r in rows]  # noqa: E731
+    k = take(cameras.intrinsics) if lens is None else [lens] * len(rows)
+    if k is None:
+        raise ValueError("no intrinsics; give --intrinsics fx,fy,cx,cy in pixels of the pictures")
+    parts = dict(names=take(cameras.names), lenses=take(cameras.lenses))
+    return replace(cameras, matrices=take(cameras.matrices), intrinsics=np.array(k), **parts)
+
+
+def some(items, count=6):
+    return ", ".join(map(str, items[:count])) + (" ..." if len(items) > count else "")
+
+
+def joined(notes, **kinds):
+    """Keys that all dicts share, in the order of the first; what lacks in one is noted."""
+    first, *_ = kinds.values()
+    for name, items in kinds.items():
+        if lone := [i for i in first if i not in items]:
+            notes.append(f"{len(lone)} frames without {name} left out: {some(lone)}")
+    shared = [i for i in first if all(i in items for items in kinds.values())]
+    if not shared:
+        raise ValueError(f"no frame has all of {', '.join(kinds)}")
+    return shared
+
+
+def known_lens(wishes, picture, known=None):
+    """(4,) fractions by --intrinsics, or of a function of the pictures' size."""
+    size = size_of(picture)
+    if not wishes.intrinsics and not known:
+        raise ValueError("no intrinsics; give --intrinsics fx,fy,cx,cy in pixels of the pictures")
+    return fractions(wishes.intrinsics or known(*size), size)
+
+
+def asked(wishes):
+    return {} if wishes.depth_scale is None else dict(depth_scale=wishes.depth_scale)
+
+
+# --- Folders of pictures, folders of depth, and poses ---------------------------------------------
+@dataclass(frozen=True)
+class Folder:
+    """A layout by glob patterns, the first of several that finds something."""
+
+    pictures: tuple
+    depth: tuple
+    poses: tuple  # (file or folder, its format in lib/camera_files or None: guessed)
+    unit: dict = field(default_factory=dict)
+    lens: tuple = ()  # files of intrinsics, here or in the folder above
+    known: object = None  # (h, w) -> fx fy cx cy, where no such file is
+    depth_lens: str = ""  # file of the depth camera's own
+    fps: float = 30.0
+    read_depth: object = None  # path -> (h, w), where files.read_array will not do
+
+    def find(self, src):
+        whole = first_of(src, self.pictures) and first_of(src, self.depth) and self.path(src)
+        return [src] if whole else []
+
+    def path(self, src):
+        """(path, format) of the poses, or None."""
+        there = lambda p, f: pose_files(p) if f == "folder" else p.is_file()  # noqa: E731
+        return next(((src / p, f) for p, f in self.poses if there(src / p, f)), None)
+
+    def open(self, src, wishes):
+        notes, (path, form) = [], self.path(src)
+        pictures = {number_of(f): f for f in first_of(src, self.pictures)}
+        depth = {number_of(f): f for f in first_of(src, self.depth)}
+        form = wishes.cameras or form or camera_files.guess(path)
+        cameras = FORMATS[form].read(path, Hints(None, wishes.matrices or "c2w"))
+        rows = self.rows(path, form, cameras, pictures)
+        ids = joined(notes, picture=pictures, depth=depth, pose=rows)
+        lens, unit = self.find_lens(src, wishes, pictures[ids[0]])
+        files_of_depth, other = [depth[i] for i in ids], None
+        if self.depth_lens and (src / self.depth_lens).is_file():
+            shape = files.read_array(files_of_depth[0], read=False)[0]
+            other = fractions(matrix_of(src / self.depth_lens), shape)
+        counts = files_of_depth[0].suffix in COUNTS  # floats are metres
+        mine = {k: v for k, v in self.unit.items() if counts or k == "depth_max"}
+        if self.read_depth and counts:
+            files_of_depth = [partial(self.read_depth, f) for f in files_of_depth]
+        unit, axes = {**mine, **unit, **asked(wishes)}, wishes.axes or FORMATS[form].axes
+        made = pick(cameras, [rows[i] for i in ids], lens)
+        frames = [pictures[i] for i in ids]
+        return Recording(frames, made, files_of_depth, unit, other, self.fps, axes, notes)
+
+    def rows(self, path, form, cameras, pictures):
+        """Number of a frame -> row of its pose."""
+        if form == "folder":
+            return {
+                number_of(f.stem.removesuffix(".pose")): n for n, f in enumerate(pose_files(path))
+            }
+        if form == "matrices" and (table := np.loadtxt(path, ndmin=2)).shape[1] % 4 == 1:
+            return {int(n): row for row, n in enumerate(table[:, 0])}
+        if len(cameras.matrices) != len(pictures):
+            found = f"{len(cameras.matrices)} poses for {len(pictures)} pictures"
+            raise ValueError(f"{path}: {found}: which belongs to which is unknown")
+        return dict(zip(pictures, range(len(pictures))))
+
+    def find_lens(self, src, wishes, picture):
+        for path in (
+            [] if wishes.intrinsics else [f / n for n in self.lens for f in (src, src.parent)]
+        ):
+            if path.is_file():
+                return lens_file(path, picture)
+        try:
+            return known_lens(wishes, picture, self.known), {}
+        except ValueError as error:
+            looked = f" ({', '.join(self.lens)} looked for)" if self.lens else ""
+            raise ValueError(f"{src}: {error}{looked}") from None
+
+
+def floats_in_rgba(path):
+    """Depth of TartanAir V2: the bytes of a single float in blue, green, red and alpha."""
+    with files.ffmpeg(path, "-frames:v", "1", "-pix_fmt", "bgra", "-f", "rawvideo") as (stream, _):
+        data = stream.read()
+    return np.frombuffer(data, "<f4").reshape(size_of(path))
+
+
+def centred(f, of=640):
+    """Intrinsics of a focal length in pixels of a width, in pictures of any size."""
+    return lambda h, w: (f * w / of, f * w / of, w / 2, h / 2)
+
+
+MILLIMETRES = dict(depth_scale=0.001)
+PLAIN = ("color/*", "rgb/*", "images/*", "image/*", "results/frame*")
+FOLDERS = dict(
+    sevenscenes=Folder(  # also tsdf-fusion's
+        ("frame-*.color.*",),
+        ("frame-*.depth.*",),
+        ((".", "folder"),),
+        dict(MILLIMETRES, depth_invalid=65535),
+        ("camera-intrinsics.txt",),
+        centred(585),
+    ),
+    scannet=Folder(
+        ("color/*",),
+        ("depth/*.png",),
+        (("pose", "folder"),),
+        MILLIMETRES,
+        ("intrinsic/intrinsic_color.txt",),
+        depth_lens="intrinsic/intrinsic_depth.txt",
+    ),
+    tartanair=Folder(
+        ("image_left/*", "image_lcam_front/*"),
+        ("depth_left/*", "depth_lcam_front/*"),
+        (("pose_left.txt", "tartanair"), ("pose_lcam_front.txt", "tartanair")),
+        dict(depth_max=999),  # sky is at 1000 and beyond
+        known=centred(320),
+        fps=10.0,
+        read_depth=floats_in_rgba,
+    ),
+    wildrgbd=Folder(
+        ("rgb/*",),
+        ("depth/*",),
+        (("cam_poses.txt", "matrices"),),
+        MILLIMETRES,
+        ("metadata", "metadata.json"),
+    ),
+    redwood=Folder(  # Open3D's reconstruction system
+        PLAIN,
+        ("depth/*",),
+        (("trajectory.log", "log"), ("traj.log", "log")),
+        MILLIMETRES,
+        ("camera_intrinsic.json", "camera_primesense.json", "intrinsic.json"),
+        centred(525),
+    ),
+    kitti=Folder(  # Replica's too: whatever has poses in one text, a line a picture
+        PLAIN,
+        ("depth/*", "depths/*", "results/depth*"),
+        (("poses.txt", None), ("pose.txt", None), ("traj.txt", None)),
+        MILLIMETRES,
+        ("K.txt", "camera-intrinsics.txt", "intrinsics.txt", "cam_params.json"),
+    ),
+)
+
+
+# --- Others ---------------------------------------------------------------------------------------
+def stamps(path):
+    """Lines "time name" of TUM's rgb.txt and depth.txt -> times (N,), names."""
+    rows = [x.split() for x in path.read_text().splitlines() if x.strip() and x[0] != "#"]
+    return np.array([float(row[0]) for row in rows]), [row[1] for row in rows]
+
+
+def nearest(times, of, within=0.02):
+    """Place in `times` next to each of `of`, -1 where none is within so many seconds."""
+    order = np.argsort(times)
+    right = np.clip(np.searchsorted(times[order], of), 1, len(times) - 1)
+    left = right - (of - times[order][right - 1] < times[order][right] - of)
+    return np.where(abs(times[order][left] - of) <= within, order[left], -1)
+
+
+def open_tum(src, wishes):
+    times, names = stamps(src / "rgb.txt")
+    depth_times, depth_names = stamps(src / "depth.txt")
+    rows = np.loadtxt(src / "groundtruth.txt", comments="#", ndmin=2)
+    parts = zip(names, nearest(depth_times, times), nearest(rows[:, 0], times))
+    whole = [(name, d, p) for name, d, p in parts if d >= 0 and p >= 0]
+    if not whole:
+        raise ValueError(f"{src}: no picture has depth and a pose within 0.02 s")
+    left = len(names) - len(whole)
+    notes = [f"{left} frames without depth or pose within 0.02 s left out"] * (left > 0)
+    names, d, p = zip(*whole)
+    # The depth is registered to the pictures with these numbers; undistorting would undo that.
+    lens = known_lens(wishes, src / names[0], centred(525))
+    cameras = Cameras(quaternions(rows[list(p), 1:8]), "c2w", np.tile(lens, (len(p), 1)), None)
+    fps = 1 / np.median(np.diff(times)) if len(times) > 1 else 30.0
+    unit = dict(depth_scale=1 / 5000) | asked(wishes)
+    depth = [src / depth_names[i] for i in d]
+    return Recording([src / n for n in names], cameras, depth, unit, fps=fps, notes=notes)
+
+
+def find_tum(src):
+    return [src] * all((src / f"{n}.txt").is_file() for n in ("rgb", "depth", "groundtruth"))
+
+
+def open_vkitti2(src, wishes):
+    """extrinsic.txt: frame, camera, 16 numbers w2c; intrinsic.txt: frame, camera, fx fy cx cy."""
+    rows = np.loadtxt(src / "extrinsic.txt", skiprows=1, ndmin=2)
+    k = np.loadtxt(src / "intrinsic.txt", skiprows=1, ndmin=2)
+    poses = {int(r[0]): r[2:].reshape(4, 4) for r in rows if r[1] == 0}
+    lens = {int(r[0]): r[2:6] for r in k if r[1] == 0}
+    kinds, notes = [src / "frames" / n / "Camera_0" for n in ("rgb", "depth")], []
+    pictures, depth = ({number_of(f): f for f in listed(kind, "*")} for kind in kinds)
+    ids = joined(notes, picture=pictures, depth=depth, pose=poses, intrinsics=lens)
+    size = size_of(pictures[ids[0]])
+    shared = fractions([lens[i] for i in ids], size)
+    cameras = Cameras([poses[i] for i in ids], "w2c", shared, size)
+    unit = dict(depth_scale=0.01, depth_invalid=65535)  # sky
+    frames, depth = ([kind[i] for i in ids] for kind in (pictures, depth))
+    return Recording(frames, cameras, depth, unit, fps=10.0, notes=notes)
+
+
+def find_vkitti2(src):
+    return [src] * all((src / f"{n}.txt").is_file() for n in ("extrinsic", "intrinsic"))
+
+
+def omniworld_depth(path):
+    d = files.read_array(path).astype(np.float32) / 65535
+    z = d / (1000 - 999 * d) / 0.004
+    return np.where((d >= 0.0015) & (d <= 65500 / 65535), z, 0).astype(np.float32)
+
+
+def open_omniworld(path, wishes):
+    """camera/split_K.json: quats (w first) and trans of w2c, focals in pixels, cx, cy."""
+    src, said = path.parent.parent, json.loads(path.read_text())
+    splits = json.loads((src / "split_info.json").read_text())["split"]
+    poses = dict(zip(splits[number_of(path)], range(len(said["quats"]))))
+    pictures, depth = ({number_of(f): f for f in listed(src / n, "*")} for n in ("color", "depth"))
+    notes = []
+    ids = joined(notes, pose=poses, picture=pictures, depth=depth)
+    turn = quat_to_mat(torch.tensor(said["quats"], dtype=torch.float64)[:, [1, 2, 3, 0]]).numpy()
+    w2c = np.concatenate([turn, np.array(said["trans"], float)[..., None]], -1)
+    f = np.broadcast_to(said["focals"], (len(w2c),))
+    centre = [np.broadcast_to(said[c], (len(w2c),)) for c in ("cx", "cy")]
+    k = fractions(np.stack([f, f, *centre], -1), size_of(pictures[ids[0]]))
+    cameras = pick(Cameras(w2c, "w2c", k, None), [poses[i] for i in ids])
+    readers = [partial(omniworld_depth, depth[i]) for i in ids]
+    return Recording([pictures[i] for i in ids], cameras, readers, fps=24.0, notes=notes)
+
+
+def find_omniworld(src):
+    return listed(src, "camera/split_*.json", (".json",)) * (src / "split_info.json").is_file()
+
+
+def beside(folder, names):
+    """Array files of a folder (or None) by the stem of a picture's name."""
+    stems = {f.stem: f for f in folder.iterdir() if f.suffix in files.ARRAYS} if folder else {}
+    return {n: stems[Path(n).stem] for n in names if Path(n).stem in stems}
+
+
+def folder_in(src, *names):
+    return next((src / n for n in names if (src / n).is_dir()), None)
+
+
+def open_named(src, cameras, wishes, *, axes, pictures, depth, unit):
+    """Cameras that name their pictures; depth: name -> file, {} for none."""
+    notes, rows = [], {name: n for n, name in enumerate(cameras.names)}
+    there = {n: pictures / n for n in cameras.names if (pictures / n).is_file()}
+    ids = joined(notes, pose=rows, picture=there, **(dict(depth=depth) if depth else {}))
+    made, frames = pick(cameras, [rows[n] for n in ids]), [there[n] for n in ids]
+    maps = [depth[n] for n in ids] if depth else None
+    return Recording(frames, made, maps, unit | asked(wishes), axes=axes, notes=notes)
+
+
+def open_nerfstudio(src, wishes):
+    path = src / "transforms.json"
+    cameras = FORMATS["nerfstudio"].read(path, Hints())
+    with_depth = {
+        f["file_path"]: f.get("depth_file_path") for f in json.loads(path.read_text())["frames"]
+    }
+    depth = {n: src / d for n, d in with_depth.items() if d and (src / d).is_file()}
+    counts = any(d.suffix in COUNTS for d in depth.values())
+    how = dict(pictures=src, depth=depth, unit=MILLIMETRES if counts else {})
+    return open_named(src, cameras, wishes, axes=wishes.axes or "opengl", **how)
+
+
+def find_nerfstudio(src):
+    return [src] * (src / "transforms.json").is_file()
+
+
+def models(src):
+    """COLMAP models of a project folder."""
+    folders = [src, *sorted(src.glob("sparse/[0-9]*")), src / "sparse", src / "colmap/sparse/0"]
+    return [f for f in folders if any((f / f"images.{e}").is_file() for e in ("bin", "txt"))]
+
+
+def open_colmap(src, wishes):
+    found = {f: FORMATS["colmap"].read(f, Hints()) for f in models(src)}
+    model = max(found, key=lambda f: len(found[f].matrices))
+    pictures = (
+        Path(wishes.pictures) if wishes.pictures else folder_in(src, "images", "rgb", "input")
+    )
+    if pictures is None:
+        raise ValueError(f"{src}: no folder images with the pictures; give --pictures FOLDER")
+    depth = beside(folder_in(src, "depth", "depths"), found[model].names)
+    counts = any(d.suffix in COUNTS for d in depth.values())
+    how = dict(pictures=pictures, depth=depth, unit=MILLIMETRES if counts else {})
+    made = open_named(src, found[model], wishes, axes="opencv", **how)
+    if len(found) > 1:
+        made.notes.append(f"{model.name} is the largest of {len(found)} models")
+    return made
+
+
+def find_colmap(src):
+    return [src] * bool(models(src))
+
+
+def open_re10k(path, wishes):
+    table = camera_files.read_table(path)
+    rows = {int(t): n for n, t in enumerate(table[:, 0])}
+    folder = Path(wishes.pictures) if wishes.pictures else path.with_suffix("")
+    pictures, notes = {number_of(f): f for f in listed(folder, "*", PICTURES)}, []
+    ids = joined(notes, pose=rows, picture=pictures)
+    cameras = Cameras(table[:, 7:].reshape(-1, 3, 4), "w2c", table[:, 1:5], None)
+    fps = 1e6 / np.median(np.diff(table[:, 0])) if len(table) > 1 and table[1, 0] > 1000 else 30.0
+    made = pick(cameras, [rows[i] for i in ids])
+    return Recording([pictures[i] for i in ids], made, None, fps=fps, notes=notes)
+
+
+def find_re10k(src):
+    """Texts of 19 columns with a folder of pictures of the same name beside them."""
+    texts = [f for f in sorted(src.glob("*.txt")) if f.with_suffix("").is_dir()]
+    return [f for f in texts if len(f.read_text(errors="replace").splitlines()[-1].split()) == 19]
+
+
+def exr_in(archive, name):
+    with zipfile.ZipFile(archive) as file:
+        return read_raster(file.read(name))
+
+
+def open_vipe(path, wishes):
+    """pose/N.npz, whose inds say which frames have a pose; rgb/N.mp4, intrinsics/, depth/N.zip."""
+    src, notes = path.parent.parent, []
+    with np.load(path, allow_pickle=False) as f:
+        poses = dict(zip(f["inds"].tolist(), f["data"]))
+    model = src / "intrinsics" / f"{path.stem}_camera.txt"
+    if model.is_file() and set(model.read_text().split()[1::2]) - {"PINHOLE"}:
+        raise ValueError(f"{model}: wanted PINHOLE; let ViPE assume it, or undistort the video")
+    video = src / "rgb" / f"{path.stem}.mp4"
+    with np.load(src / "intrinsics" / path.name, allow_pickle=False) as f:
+        k = dict(zip(f["inds"].tolist(), fractions(f["data"][:, :4], size_of(video))))
+    archive = src / "depth" / f"{path.stem}.zip"
+    names = zipfile.ZipFile(archive).namelist() if archive.is_file() else []
+    depth = {number_of(n): partial(exr_in, archive, n) for n in names if n.endswith(".exr")}
+    frames = dict.fromkeys(range(files.count_frames(video)))
+    kinds = dict(picture=frames, pose=poses, intrinsics=k) | (dict(depth=depth) if names else {})
+    ids = joined(notes, **kinds)
+    cameras = Cameras([poses[i] for i in ids], "c2w", np.array([k[i] for i in ids]), None)
+    maps = [depth[i] for i in ids] if names else None
+    fps = files.read_video(video, 1)[1] or 30.0
+    return Recording(Video(video, ids), cameras, maps, fps=fps, notes=notes)
+
+
+def find_vipe(src):
+    poses = listed(src, "pose/*.npz", (".npz",))
+    return [f for f in poses if (src / "rgb" / f"{f.stem}.mp4").is_file()]
+
+
+def open_npz(path, wishes, *, pictures, depth, poses, kind, lens):
+    """One archive for everything: Depth-Anything-3 and MegaSaM."""
+    with np.load(path, allow_pickle=False) as f:
+        data = {name: f[name] for name in f.files}
+    if wishes.pictures:
+        frames = Path(wishes.pictures)
+        frames = listed(frames, "*", PICTURES) if frames.is_dir() else frames
+    elif pictures not in data:
+        raise ValueError(f"{path}: holds no {pictures}; give --pictures VIDEO or FOLDER")
+    else:
+        frames = data[pictures]
+    count = len(data[depth])
+    frames = frames if isinstance(frames, list) else Video(frames, list(range(count)))
+    if not len(frames) == count == len(data[poses]):
+        raise ValueError(f"{path}: {len(frames)} pictures, {count} depth maps; wanted one each")
+    k = lens_of(data[lens], count, data[depth].shape[1:], path)
+    cameras = Cameras(data[poses], kind, k, None)
+    return Recording(frames, cameras, [partial(data[depth].__getitem__, n) for n in range(count)])
+
+
+def holds(path, *names):
+    with zipfile.ZipFile(path) as file:
+        return set(file.namelist()) >= {f"{n}.npy" for n in names}
+
+
+DA3 = dict(pictures="image", depth="depth", poses="extrinsics", kind="w2c", lens="intrinsics")
+MEGASAM = dict(pictures="images", depth="depths", poses="cam_c2w", kind="c2w", lens="intrinsic")
+
+
+def find_npz(keys, src):
+    wanted = [keys[part] for part in ("depth", "poses", "lens")]
+    return [f for f in listed(src, "*.npz", (".npz",)) if holds(f, *wanted)]
+
+
+@dataclass(frozen=True)
+class Layout:
+    find: object  # folder -> keys of the recordings in it
+    open: object  # key, wishes -> Recording
+
+
+LAYOUTS = dict(
+    tum=Layout(find_tum, open_tum),
+    vkitti2=Layout(find_vkitti2, open_vkitti2),
+    omniworld=Layout(find_omniworld, open_omniworld),
+    nerfstudio=Layout(find_nerfstudio, open_nerfstudio),
+    colmap=Layout(find_colmap, open_colmap),
+    vipe=Layout(find_vipe, open_vipe),
+    da3=Layout(partial(find_npz, DA3), partial(open_npz, **DA3)),
+    megasam=Layout(partial(find_npz, MEGASAM), partial(open_npz, **MEGASAM)),
+    re10k=Layout(find_re10k, open_re10k),
+    **{name: Layout(kind.find, kind.open) for name, kind in FOLDERS.items()},
+)
+
+
+def add_arguments(parser):
+    """The options of Wishes."""
+    whole = dict(type=int, metavar="N")
+    parser.add_argument("--stride", **whole, default=1, help="every N-th frame")
+    parser.add_argument("--max_frames", **whole, help="at most N of them")
+    parser.add_argument("--size", type=camera_files.size_of, metavar="HxW", help="cut and resize")
+    parser.add_argument("--prompt", default="", help="of every recording")
+    parser.add_argument("--fps", type=float, help="of the pictures, where the layout does not say")
+    pixels = dict(type=camera_files.lens, metavar="fx,fy,cx,cy", help="pixels of the pictures")
+    parser.add_argument("--intrinsics", **pixels)
+    parser.add_argument("--depth_scale", type=float, help="metres per count of the depth files")
+    parser.add_argument("--matrices", choices=("w2c", "c2w"))
+    parser.add_argument("--axes", choices=("opencv", "opengl"))
+    parser.add_argument("--from", dest="cameras", choices=FORMATS, help="format of the camera file")
+    parser.add_argument("--pictures", metavar="PATH", help="where the layout holds none")
