@@ -35,7 +35,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from geometry import encode_pose, normalize_scene, plucker_rays, relative_to_first, unproject
-from lib import caches, camera_files, files, importers, layouts
+from lib import caches, camera_files, files, importers
 from lib.camera_files import inverse, read_cameras
 from lib.crop import Crop
 from lib.depth import check_positive, read_depth, unit_of, why_relative
@@ -622,7 +622,7 @@ def verify(root, split=None, fix_hints=False, as_json=False, exact=False, follow
 
 def import_recordings(form, src, root, **wishes):
     """Import, let the doctor look at what has depth -> how many failed."""
-    names, failed = importers.run(src, root, form, layouts.Wishes(**wishes))
+    names, failed = importers.run(src, root, form, **wishes)
     samples = load_samples(root) if names else []
     samples = [s for s in samples if s["id"] in names and s["depth"]]
     return failed + (check(root, samples, [], root, fix_hints=True) if samples else 0)
@@ -653,11 +653,7 @@ def make_parser():
     flag(p, "cache_only", "no videos")
     p.add_argument("--wan_dir", default="", help="of the encoders of --cache_only")
     flag(p, "moving", "one object moves by itself, with its mask")
-    p = commands.add_parser("import", help="make a dataset of other people's recordings")
-    p.add_argument("form", metavar="FORMAT", nargs="?", choices=[*layouts.LAYOUTS, None])
-    p.add_argument("src", metavar="SRC")
-    p.add_argument("root", metavar="DIR")
-    layouts.add_arguments(p)
+    importers.add_arguments(commands.add_parser("import", help="recordings of other layouts"))
     p = commands.add_parser("encode", help="encode every clip once: training loads no encoder")
     p.add_argument("root")
     p.add_argument("--split")

@@ -13,6 +13,7 @@ import re
 import stat
 import subprocess
 import tempfile
+import threading
 import zipfile
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -39,6 +40,7 @@ STRICT = [
 
 # The usual way from HDR to the colours that every other video has.
 SDR = "zscale=t=linear:npl=100,tonemap=hable,zscale=p=bt709:t=bt709:m=bt709:r=tv,format=yuv420p"
+PNG = b"\x89PNG\r\n\x1a\n"
 RASTERS = (".exr", ".pfm", ".pgm")
 ARRAYS = (".npy", ".npz", ".png", *RASTERS)
 
@@ -201,17 +203,33 @@ def head_of(path):
         return file.read(4096).ljust(64, b"\0")
 
 
+def feed(pipe, paths):
+    """Send files one after another into a pipe, whose reader may end before."""
+    with suppress(OSError), open(pipe, "wb", buffering=0) as target:
+        for path in paths:
+            data = memoryview(Path(path).read_bytes())
+            while data:
+                data = data[target.write(data) :]
+
+
 @contextmanager
 def ffmpeg(path, *output):
-    """What ffmpeg makes of the first video stream of a file: output, and a file of its messages."""
-    form = reader_of(head_of(path))
-    source = [*form, "-i", f"file:{path}", "-map", "0:V:0", "-fps_mode", "passthrough"]
+    """What ffmpeg makes of the first video stream of a file, or of a list of PNG files as one
+    stream: output, and a file of its messages."""
+    several = isinstance(path, list)
+    form = reader_of(head_of(path[0] if several else path))
+    name = ["-protocol_whitelist", "pipe", "-i", "pipe:0"] if several else ["-i", f"file:{path}"]
+    source = [*form, *name, "-map", "0:V:0", "-fps_mode", "passthrough"]
     command = [imageio_ffmpeg.get_ffmpeg_exe(), *STRICT, *source, *output, "pipe:1"]
-    pipes = dict(stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
+    end, start = os.pipe() if several else (subprocess.DEVNULL, None)
+    pipes = dict(stdin=end, stdout=subprocess.PIPE)
     with (
         tempfile.TemporaryFile() as log,
         subprocess.Popen(command, stderr=log, **pipes) as process,
     ):
+        if several:
+            os.close(end)  # the process has it: when it ends, writing fails instead of waiting
+            threading.Thread(target=feed, args=(start, path), daemon=True).start()
         try:
             yield process.stdout, log
             code = process.wait()
@@ -240,6 +258,35 @@ def pictures(stream, limit=MAX_BYTES):
         if limit < 0:
             raise ValueError(f"more than {MAX_BYTES:,} bytes of frames; cut it into shorter clips")
         yield np.frombuffer(data, dtype).reshape(shape)
+
+
+def read_pngs(paths, read, *output):
+    """Pictures of PNG files, decoded by one process; read(path): one alone, which names its fault.
+
+    A file that is cut or holds several pictures would shift the others: such lists, and all after
+    a fault, are read one by one."""
+    done, end = 0, b"IEND\xaeB`\x82"
+    with suppress(ValueError):
+        data = (Path(path).read_bytes() for path in paths)
+        if all(d[:8] == PNG and d.endswith(end) and b"acTL" not in d[:200] for d in data):
+            how = [*output, "-autoscale", "0", "-f", "image2pipe"]
+            with ffmpeg(list(paths), *how) as (stream, _):
+                for frame in pictures(stream, math.inf):
+                    yield frame
+                    done += 1
+    for path in paths[done:]:
+        yield read(path)
+
+
+def read_stills(paths):
+    """uint8 (H, W, 3) of each of several picture files; they may differ in size."""
+    if any(has_alpha(head_of(path)) for path in paths):
+        return map(still, paths)
+    return read_pngs(paths, still, "-pix_fmt", "rgb24", "-c:v", "ppm")
+
+
+def still(path):
+    return read_video(path, 1)[0][0]
 
 
 def read_video(path, max_frames=None):
@@ -308,7 +355,7 @@ def png_header(path, mask):
     """Shape of a 16-bit grey PNG, or with mask of any."""
     with open(path, "rb") as file:
         head = file.read(26)
-    if head[:8] != b"\x89PNG\r\n\x1a\n" or not mask and head[24:26] != b"\x10\x00":
+    if head[:8] != PNG or not mask and head[24:26] != b"\x10\x00":
         raise ValueError("not a 16-bit grey PNG; other kinds do not hold metric depth")
     w, h = int.from_bytes(head[16:20], "big"), int.from_bytes(head[20:24], "big")
     if not 0 < w * h <= MAX_PIXELS:
@@ -390,9 +437,12 @@ def read_arrays(path, frames=None, mask=False):
     if math.prod(first[0]) * first[1].itemsize * len(frames) > MAX_BYTES:
         found = f"{len(frames)} frames of {first[0]} values"
         raise ValueError(f"{path}: {found}; at most {MAX_BYTES:,} bytes are read")
-    arrays = []
-    for t in frames:
-        arrays.append(read_array(source[t], mask=mask))
+    arrays, read = [], functools.partial(read_array, mask=mask)
+    chosen = [source[t] for t in frames]
+    deep = not mask and all(p.suffix == ".png" and read_array(p, False) == first for p in chosen)
+    grey = ("-pix_fmt", "gray16be", "-c:v", "pgm")
+    for t, array in zip(frames, read_pngs(chosen, read, *grey) if deep else map(read, chosen)):
+        arrays.append(array.astype("u2") if deep else array)
         if (arrays[-1].shape, arrays[-1].dtype) != first:
             found = f"{arrays[-1].dtype} {arrays[-1].shape}"
             other = f"{source[frames[0]].name} is {first[1]} {first[0]}"

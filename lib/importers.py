@@ -20,9 +20,10 @@ from geometry import relative_to_first
 from lib import files
 from lib.camera_files import check_plausible, oriented, write_cameras
 from lib.crop import Crop, crop_intrinsics, pixel_matrix
-from lib.layouts import LAYOUTS, Video
+from lib.layouts import LAYOUTS
 from lib.lens import Undistortion
 from lib.pictures import write_video
+from lib.recordings import Video, Wishes, wish_arguments
 
 
 def folders(src, depth=5):
@@ -99,8 +100,8 @@ class Writer:
 
     def pictures(self):
         """uint8 (H, W, 3) of every frame, as the video gets them."""
-        for n, frame in enumerate(self.frames):
-            frame = files.read_video(frame, 1)[0][0] if isinstance(frame, Path) else frame
+        stills = not isinstance(self.frames, Video)
+        for n, frame in enumerate(files.read_stills(self.frames) if stills else self.frames):
             if self.lenses[n]:
                 frame = undistortion(self.k[n], self.lenses[n]).picture(frame)
             self.sizes.append(frame.shape[:2])
@@ -189,9 +190,9 @@ def write_list(out, said):
     files.write_aside(out / "metadata.json", lambda path: path.write_text(text, encoding="utf-8"))
 
 
-def run(src, out, form, wishes):
+def run(src, out, form=None, **wishes):
     """Import every recording of SRC that DIR does not hold yet -> ids, and how many failed."""
-    src, out = Path(src), Path(out)
+    src, out, wishes = Path(src), Path(out), Wishes(**wishes)
     found, names, failed = find(src, form), [], 0
     if out.resolve().is_relative_to(src.resolve()):
         raise ValueError(f"{out}: lies in {src}, which is not changed; choose another folder")
@@ -231,3 +232,11 @@ def run(src, out, form, wishes):
         without = [] if rec.depth else ["no depth: label the video before it can be trained on"]
         tqdm.write("; ".join([f"{name} ({form})", *rec.notes, *without]))
     return names, failed
+
+
+def add_arguments(parser):
+    """The arguments of `data.py import`."""
+    parser.add_argument("form", metavar="FORMAT", nargs="?", choices=[*LAYOUTS, None])
+    parser.add_argument("src", metavar="SRC")
+    parser.add_argument("root", metavar="DIR")
+    wish_arguments(parser)

@@ -404,6 +404,6 @@ def test_train_refuses_in_one_message_and_goes_on_without_the_clip_when_told(tmp
     text = run("train.py", *options, "--skip_bad=True")
     assert (
         text.count("1 of 5 train clips are left out") == 1
-        and "clips 4 + 0 val" in text
+        and "clips 4 + no val" in text
         and "step 2/2" in text
     )

@@ -12,7 +12,7 @@ from recordings import WRITERS, H, T, W, clip, colmap, re10k
 from data import load_clip, load_samples
 from geometry import relative_to_first
 from lib import camera_files, importers
-from lib.layouts import LAYOUTS, Wishes
+from lib.layouts import LAYOUTS
 from lib.lens import Lens, Undistortion, make_lens
 from lib.pictures import write_png
 
@@ -25,7 +25,7 @@ def imported(tmp_path, write, form=None, c=None, **wishes):
     c, src = c or clip(), tmp_path / "src"
     src.mkdir()
     write(src, c)
-    names, failed = importers.run(src, tmp_path / "out", form, Wishes(**wishes))
+    names, failed = importers.run(src, tmp_path / "out", form, **wishes)
     assert failed == 0 and len(names) == 1
     (sample,) = load_samples(tmp_path / "out")
     return sample, c
@@ -73,7 +73,7 @@ def test_the_depth_camera_of_scannet_is_another(tmp_path):
     columns = np.tile(np.arange(1, 33, dtype=np.uint16) * 1000, (24, 1))
     for t in range(T):
         write_png(src / "depth" / f"{t}.png", columns)
-    importers.run(src, tmp_path / "out", None, Wishes())
+    importers.run(src, tmp_path / "out")
     (sample,) = load_samples(tmp_path / "out")
     found = load_clip(sample, H, W, 5)["depth"][0, 24, ::2].numpy()
     centres = np.arange(0, W, 2) + 1  # of the pairs of columns that a pixel of depth covers
@@ -89,10 +89,10 @@ def test_several_recordings_go_on_where_a_kill_left_them(tmp_path, capsys):
         WRITERS["kitti"](src / name, clip())
     (out / ".a.part").mkdir(parents=True)
     (out / ".a.part" / "video.mp4").write_bytes(b"cut")
-    wishes = Wishes(stride=2, max_frames=5, prompt="a room")
-    assert importers.run(src, out, None, wishes) == (["a", "b"], 0)
+    wishes = dict(stride=2, max_frames=5, prompt="a room")
+    assert importers.run(src, out, **wishes) == (["a", "b"], 0)
     before = (out / "a/video.mp4").stat().st_mtime_ns
-    importers.run(src, out, None, wishes)
+    importers.run(src, out, **wishes)
     assert capsys.readouterr().out.count("already imported") == 2
     assert (out / "a/video.mp4").stat().st_mtime_ns == before
     sample = load_samples(out)[0]
@@ -100,7 +100,7 @@ def test_several_recordings_go_on_where_a_kill_left_them(tmp_path, capsys):
     want = relative_to_first(torch.from_numpy(clip()["w2c"][::2]))
     torch.testing.assert_close(load_clip(sample, H, W, 5)["w2c"], want, rtol=0, atol=1e-6)
     with pytest.raises(ValueError, match="another sample 'a'"):
-        importers.run(src, out, None, Wishes())
+        importers.run(src, out)
 
 
 def test_cut_to_another_size_frames_depth_and_intrinsics_go_together(tmp_path):
@@ -155,7 +155,7 @@ def test_a_distorted_model_loses_its_distortion(tmp_path, model, focal, numbers)
     (src / "sparse/0/cameras.txt").write_text(f"1 {model} {W} {H} {told}\n")
     with pytest.raises(ValueError, match="data.py import"):
         camera_files.read(src / "sparse/0")
-    importers.run(src, tmp_path / "out", None, Wishes())
+    importers.run(src, tmp_path / "out")
     (sample,) = load_samples(tmp_path / "out")
     out = load_clip(sample, H, W, 5)
     k = out["intrinsics"][0].numpy()
@@ -193,12 +193,12 @@ def test_what_cannot_be_imported_is_named(tmp_path):
     src = tmp_path / "src"
     src.mkdir()
     with pytest.raises(ValueError, match="wanted a recording of a known layout; known are tum"):
-        importers.run(src, tmp_path / "out", None, Wishes())
+        importers.run(src, tmp_path / "out")
     with pytest.raises(ValueError, match="no such folder"):
-        importers.run(tmp_path / "none", tmp_path / "out", None, Wishes())
+        importers.run(tmp_path / "none", tmp_path / "out")
     WRITERS["kitti"](src, clip())
     with pytest.raises(ValueError, match="choose another folder"):
-        importers.run(src, src / "out", None, Wishes())
+        importers.run(src, src / "out")
     (src / "K.txt").unlink()
     text = command("import", src, tmp_path / "out")
     assert "no intrinsics; give --intrinsics fx,fy,cx,cy" in text and "K.txt" in text

@@ -1,0 +1,178 @@
+"""A recording that was found but not read, and the pieces that its layout (lib/layouts.py) is read
+with: files in order, intrinsics of any kind, what belongs together."""
+
+import json
+import re
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+
+from lib import camera_files, files
+from lib.camera_files import FORMATS
+from lib.crop import fractions
+from lib.native import Cameras
+
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+COUNTS = (".png", ".pgm")  # depth in whole numbers
+
+
+@dataclass
+class Recording:
+    """N frames of the same instants, found but not read."""
+
+    frames: object  # N pictures' paths; or a Video
+    cameras: Cameras  # of N frames; intrinsics are fractions of the pictures
+    depth: list | None  # of N: an array's path, or () -> (h, w)
+    unit: dict = field(default_factory=dict)  # depth_scale, depth_invalid, depth_max
+    depth_lens: object = None  # (4,) fractions, where the depth camera is not the pictures'
+    fps: float = 30.0
+    axes: str = "opencv"
+    notes: list = field(default_factory=list)  # sentences: what was left out or taken for granted
+
+
+@dataclass(frozen=True)
+class Video:
+    """Chosen frames of a video file or of an array (T, H, W, 3)."""
+
+    source: object
+    ids: list
+
+    def __len__(self):
+        return len(self.ids)
+
+    def chosen(self, places):
+        return Video(self.source, [self.ids[p] for p in places])
+
+    def __iter__(self):
+        if not isinstance(self.source, Path):
+            yield from (self.source[i] for i in self.ids)
+            return
+        wanted, output = set(self.ids), ["-pix_fmt", "rgb24", "-c:v", "ppm", "-f", "image2pipe"]
+        with files.ffmpeg(self.source, *output) as (stream, _):
+            for n, frame in enumerate(files.pictures(stream, np.inf)):
+                if n in wanted:
+                    yield frame
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """Options of the command."""
+
+    stride: int = 1
+    max_frames: int | None = None
+    size: tuple | None = None  # (H, W) of the result
+    prompt: str = ""
+    fps: float | None = None
+    intrinsics: tuple | None = None  # fx fy cx cy, pixels of the pictures
+    depth_scale: float | None = None
+    matrices: str | None = None  # w2c or c2w
+    axes: str | None = None
+    cameras: str | None = None  # format of the camera file
+    pictures: str | None = None  # folder or video, where the layout holds none
+
+
+# --- Pieces ---------------------------------------------------------------------------------------
+def listed(folder, pattern, kinds=(*PICTURES, *files.ARRAYS)):
+    """Files of a folder in natural order."""
+    found = [f for f in Path(folder).glob(pattern) if f.suffix.lower() in kinds]
+    return sorted((f for f in found if f.name[0] != "."), key=lambda f: files.natural(f.name))
+
+
+def first_of(folder, patterns):
+    """Files of the first pattern that finds any, or []."""
+    return next(filter(None, (listed(folder, p) for p in patterns)), [])
+
+
+def number_of(path):
+    """The last number in a name: its frame."""
+    digits = re.findall(r"\d+", Path(path).stem)
+    return int(digits[-1]) if digits else Path(path).stem
+
+
+def size_of(picture):
+    """(H, W) of a picture or a video."""
+    return files.read_video(picture, 1)[0].shape[1:3]
+
+
+def matrix_of(path):
+    """A text of 3x3, 3x4 or 4x4 numbers -> fx fy cx cy in pixels."""
+    m = np.loadtxt(path)
+    if m.size not in (9, 12, 16):
+        raise ValueError(f"{path}: {m.size} numbers; wanted a 3x3 or 4x4 matrix of intrinsics")
+    m = m.reshape(4 if m.size == 16 else 3, -1)
+    return m[0, 0], m[1, 1], m[0, 2], m[1, 2]
+
+
+def lens_file(path, picture):
+    """Any file of intrinsics -> (4,) fractions of the pictures, and what it says of depth."""
+    if path.suffix == ".txt":
+        return fractions(matrix_of(path), size_of(picture)), {}
+    said = json.loads(path.read_text())
+    if "intrinsic_matrix" in said:  # Open3D: column by column; the first pixel's centre is at 0
+        k, size = np.reshape(said["intrinsic_matrix"], (3, 3)).T, (said["height"], said["width"])
+        return fractions([k[0, 0], k[1, 1], k[0, 2] + 0.5, k[1, 2] + 0.5], size), {}
+    if "camera" in said:  # NICE-SLAM's Replica; the first pixel's centre is at 0
+        c = said["camera"]
+        pixels = c["fx"], c["fy"], c["cx"] + 0.5, c["cy"] + 0.5
+        return fractions(pixels, (c["h"], c["w"])), dict(depth_scale=1 / c["scale"])
+    if "K" in said:  # WildRGB-D: column by column
+        k = np.reshape(said["K"], (3, 3)).T
+        size = (said["h"], said["w"]) if "h" in said else size_of(picture)
+        return fractions([k[0, 0], k[1, 1], k[0, 2], k[1, 2]], size), {}
+    raise ValueError(f"{path}: no intrinsics among {', '.join(said)[:100]}")
+
+
+def pick(cameras, rows, lens=None):
+    """Cameras of some rows; lens: (4,) fractions for all of them."""
+    take = lambda items: None if items is None else [items[r] for r in rows]  # noqa: E731
+    k = take(cameras.intrinsics) if lens is None else [lens] * len(rows)
+    if k is None:
+        raise ValueError("no intrinsics; give --intrinsics fx,fy,cx,cy in pixels of the pictures")
+    parts = dict(names=take(cameras.names), lenses=take(cameras.lenses))
+    return replace(cameras, matrices=take(cameras.matrices), intrinsics=np.array(k), **parts)
+
+
+def some(items, count=6):
+    return ", ".join(map(str, items[:count])) + (" ..." if len(items) > count else "")
+
+
+def joined(notes, **kinds):
+    """Keys that all dicts share, in the order of the first; what lacks in one is noted."""
+    first, *_ = kinds.values()
+    for name, items in kinds.items():
+        if lone := [i for i in first if i not in items]:
+            notes.append(f"{len(lone)} frames without {name} left out: {some(lone)}")
+    shared = [i for i in first if all(i in items for items in kinds.values())]
+    if not shared:
+        raise ValueError(f"no frame has all of {', '.join(kinds)}")
+    return shared
+
+
+def known_lens(wishes, picture, known=None):
+    """(4,) fractions by --intrinsics, or of a function of the pictures' size."""
+    size = size_of(picture)
+    if not wishes.intrinsics and not known:
+        raise ValueError("no intrinsics; give --intrinsics fx,fy,cx,cy in pixels of the pictures")
+    return fractions(wishes.intrinsics or known(*size), size)
+
+
+def asked(wishes):
+    return {} if wishes.depth_scale is None else dict(depth_scale=wishes.depth_scale)
+
+
+def wish_arguments(parser):
+    """The options of Wishes."""
+    whole = dict(type=int, metavar="N")
+    parser.add_argument("--stride", **whole, default=1, help="every N-th frame")
+    parser.add_argument("--max_frames", **whole, help="at most N of them")
+    parser.add_argument("--size", type=camera_files.size_of, metavar="HxW", help="cut and resize")
+    parser.add_argument("--prompt", default="", help="of every recording")
+    parser.add_argument("--fps", type=float, help="of the pictures, where the layout does not say")
+    pixels = dict(type=camera_files.lens, metavar="fx,fy,cx,cy", help="pixels of the pictures")
+    parser.add_argument("--intrinsics", **pixels)
+    parser.add_argument("--depth_scale", type=float, help="metres per count of the depth files")
+    parser.add_argument("--matrices", choices=("w2c", "c2w"))
+    parser.add_argument("--axes", choices=("opencv", "opengl"))
+    parser.add_argument("--from", dest="cameras", choices=FORMATS, help="format of the camera file")
+    parser.add_argument("--pictures", metavar="PATH", help="where the layout holds none")
