@@ -22,9 +22,9 @@ METHOD = dict(
 )
 LIB = 5_900 + 1_400  # all of lib/ together; see WHOLE
 LIB_FILE = 480
-# The design's 11,500 is exceeded: the layouts that are imported (lib/layouts, recordings, importers,
-# lens: 970), the readers of lib/native.py, Muon, and lib/standin.py until tiny/ replaces it.
-WHOLE = 11_500 + 1_320
+# The design's 11,500 is exceeded: layouts that are imported (layouts, recordings, importers, lens:
+# 970), the readers of lib/native.py, Muon, and lib/standin.py until tiny/ replaces it.
+WHOLE = 11_500 + 1_400
 LONGER = {"train.main": 150}  # functions that may be longer than 60 lines: the recipe
 PROGRAM = sorted([*ROOT.glob("*.py"), *ROOT.glob("lib/*.py"), *ROOT.glob("config/*.py")])
 
