@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lib.files import FAR, read_arrays
+from lib.files import FAR, iterate_arrays, read_arrays
 
 
 @dataclass(frozen=True)
@@ -66,18 +66,37 @@ def unknown(raw, unit=METRES):
     return out
 
 
+class Extent:
+    """What relative_depth asks of a clip, gathered frame by frame."""
+
+    def __init__(self, frames):
+        self.low, self.high, self.next, self.whole, self.maxima = np.inf, -np.inf, 0.0, True, []
+        self.dtype = None
+        for frame in frames:
+            self.dtype = frame.dtype
+            values = frame[np.isfinite(frame)]
+            self.maxima.append(float(values.max(initial=0)))
+            if not values.size:
+                continue
+            self.low, top = min(self.low, float(values.min())), self.maxima[-1]
+            below = float(values[values < top].max(initial=0))
+            # The largest value of all, and the largest below it.
+            self.next = max([x for x in (self.high, self.next, below) if x < max(top, self.high)])
+            self.high = max(self.high, top)
+            self.whole &= bool((values[::7] == np.round(values[::7])).all())
+
+
 def relative_depth(depth):
-    """Why raw depth (T, H, W) cannot be metric: 8 bits, or stretched to a full range; or None."""
-    finite = depth[np.isfinite(depth)]
-    if depth.dtype == np.uint8 or not finite.size:
-        return "8-bit depth" if finite.size else None
-    low, high = float(finite.min()), float(finite.max())
-    if high in (255, 65535) and (finite[::7] == np.round(finite[::7])).all():
-        # Far below the rest it is a mark for unknown, not the end of a stretched range.
-        if float(finite[finite < high].max(initial=0)) > 0.9 * high:
-            return f"integers that reach exactly {high:.0f}: stretched to the full range"
-    per_frame = np.array([f[np.isfinite(f)].max(initial=0) for f in depth])
-    ends_at_one = abs(high - 1) < 1e-6 and (np.abs(per_frame - 1) < 1e-6).mean() > 0.9
+    """Why raw depth, frames (H, W), cannot be metric: 8 bits, or stretched to a full range; or
+    None."""
+    said = depth if isinstance(depth, Extent) else Extent(depth)
+    low, high, dtype = said.low, said.high, said.dtype
+    if dtype == np.uint8 or high < low:
+        return "8-bit depth" if high >= low else None
+    if high in (255, 65535) and said.whole and said.next > 0.9 * high:
+        # Far above the rest it would be a mark for unknown, not the end of a stretched range.
+        return f"integers that reach exactly {high:.0f}: stretched to the full range"
+    ends_at_one = abs(high - 1) < 1e-6 and (abs(np.array(said.maxima) - 1) < 1e-6).mean() > 0.9
     if low >= 0 and ends_at_one or (low == 0 and high == 1):
         return "stretched to 0 .. 1 (min-max normalised)"
     return None
@@ -92,7 +111,7 @@ def why_relative(path):
 
 @functools.lru_cache(maxsize=1)  # one clip is asked about several times in a row
 def why_relative_at(path, changed):
-    return relative_depth(read_arrays(path))
+    return relative_depth(Extent(iterate_arrays(path)))
 
 
 def metres(raw, unit):

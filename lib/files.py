@@ -289,6 +289,12 @@ def still(path):
     return read_video(path, 1)[0][0]
 
 
+def iterate_video(path):
+    """Frames uint8 (H, W, 3) of a video, one at a time."""
+    with ffmpeg(path, "-pix_fmt", "rgb24", "-c:v", "ppm", "-f", "image2pipe") as (stream, _):
+        yield from pictures(stream, math.inf)
+
+
 def read_video(path, max_frames=None):
     """The first max_frames frames (default all), uint8 (T, H, W, 3), and frames a second or 0."""
     some = [] if max_frames is None else ["-frames:v", str(max_frames)]
@@ -418,9 +424,19 @@ def array_files(path):
     return sorted(files, key=lambda f: natural(f.name))
 
 
-def count_arrays(path):
+def count_arrays(path, mask=False):
     """How many frames of arrays there are."""
-    return len(array_files(path)) if path.is_dir() else read_array(path, read=False)[0][0]
+    return len(array_files(path)) if path.is_dir() else read_array(path, False, mask)[0][0]
+
+
+def iterate_arrays(path, chunk=16):
+    """Frames of read_arrays one at a time; a folder is never in memory as a whole."""
+    if not Path(path).is_dir():
+        yield from read_arrays(path)
+        return
+    count = count_arrays(Path(path))
+    for start in range(0, count, chunk):
+        yield from read_arrays(path, range(start, min(start + chunk, count)))
 
 
 def read_arrays(path, frames=None, mask=False):

@@ -48,11 +48,9 @@ class Video:
         if not isinstance(self.source, Path):
             yield from (self.source[i] for i in self.ids)
             return
-        wanted, output = set(self.ids), ["-pix_fmt", "rgb24", "-c:v", "ppm", "-f", "image2pipe"]
-        with files.ffmpeg(self.source, *output) as (stream, _):
-            for n, frame in enumerate(files.pictures(stream, np.inf)):
-                if n in wanted:
-                    yield frame
+        wanted = set(self.ids)
+        frames = enumerate(files.iterate_video(self.source))
+        yield from (frame for n, frame in frames if n in wanted)
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ Shapes: T frames of H x W depth pixels.  Cameras as in geometry.py."""
 import json
 import math
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -14,25 +15,30 @@ import torch.nn.functional as F
 from geometry import compose, inv_se3, unproject, valid_depth
 from lib.camera_files import read_table
 from lib.crop import pixel_matrix
-from lib.depth import METRES, relative_depth, unknown
+from lib.depth import METRES, relative_depth, unknown, why_relative
 from lib.files import (
     FAR,
     check_sample,
     check_sums,
+    count_arrays,
     count_frames,
+    iterate_video,
     read_arrays,
-    read_video,
 )
+from lib.suspects import HINTS, find_suspect
 from lib.views import (
-    HINTS,
+    Views,
+    agreement,
     disagreement,
-    find_suspect,
     frame_pairs,
     gather,
     motion_in_pixels,
     per_pair,
     reproject,
     sample_maps,
+    thinned,
+    timing_matters,
+    typical,
 )
 
 RELATIVE, AGREE = dict(data=0.03, exact=1e-4), dict(data=0.6, exact=0.8)
@@ -192,29 +198,28 @@ def leave_out(report, depth, moving):
     return torch.where(moving, 0, depth)
 
 
-def check_views(report, depth, w2c, K, rgb, level):
+def check_views(report, views, level):
     """Cross-view reprojection; where views disagree, the usual suspects."""
-    pairs = frame_pairs(len(depth))
-    inner, g = pairs[:-2], gather(depth, K, pairs)
-    error = disagreement(g, w2c)
-    flow, parallax = motion_in_pixels(g, w2c)
+    inner = replace(views, pairs=views.pairs[:-2])
+    g = gather(views)
+    error = disagreement(g, views.w2c)
+    flow, parallax = motion_in_pixels(g, views.w2c)
     B, known = per_pair(error), ~error.isnan()
-    typical, shared = B[:-2].median().item(), known.double().mean().item()
-    agree = (error < 0.02).double().sum().item() / max(1, known.sum().item())
-    report.numbers.update(relative=typical, shared=shared, agree=agree)
+    was, shared = typical(inner.pairs, B[:-2]), known.double().mean().item()
+    agree = agreement(error, B)
+    report.numbers.update(relative=was, shared=shared, agree=agree)
     report.numbers.update(motion_px=flow, parallax_px=parallax)
-    name, better, detail = find_suspect(depth, w2c, K, inner)
+    report.worst = views.pairs[int(B[:-2].nan_to_num(-1).argmax())]
+    name, better, detail = find_suspect(views)
     middle = report.numbers["depth_median"]
     if not name and middle > LARGE and parallax < 0.5:
         report.suspect("views", "depth in millimetres", f"median {middle:.0f}")
     if name:
-        cut = f"undoing it cuts the disagreement of {typical:.1e} to {better:.0%}"
+        cut = f"undoing it cuts the disagreement of {was:.1e} to {better:.0%}"
         report.suspect("views", name, f"{cut}, {detail}" if detail else cut)
         return
-    bad = typical > RELATIVE[level] or agree < AGREE[level]
-    text = (
-        f"depth disagrees by {typical:.1e}, {agree:.0%} of pixels within 2 %, {shared:.0%} shared"
-    )
+    bad = was > RELATIVE[level] or agree < AGREE[level]
+    text = f"depth disagrees by {was:.1e}, {agree:.0%} of pixels within 2 %, {shared:.0%} shared"
     if bad:
         text += "; no usual suspect explains it: look at poses, depth and focal length"
         report.add("views", "fail", text)
@@ -226,28 +231,33 @@ def check_views(report, depth, w2c, K, rgb, level):
         report.add("views", "skip", f"{text}; {still}")
     else:
         report.add("views", "ok", text)
-    most = B[:-2].max()
-    for (t, _), b in zip(pairs[-2:], B[-2:].tolist()):
+        if not timing_matters(views):
+            report.add("views", "skip", "the motion is too even to check timing by a frame")
+    most = B[:-2].nan_to_num(0).max()
+    for (t, _), b in zip(views.pairs[-2:], B[-2:].tolist()):
         if b > 10 * most + 1e-3 and not bad:
             said = f"frame {t} disagrees with its neighbour by {b:.1e}, the others by {most:.1e}"
             cause = "is its pose a repetition, shifted by one frame?"
             report.add("views", "fail", f"{said}: {cause}")
-    if rgb is not None and not bad:
-        check_photo(report, g, error, w2c, rgb, level=level)
 
 
-def check_photo(report, g, error, w2c, rgb, *, level):
-    """Colours must agree where depth does, better than without moving the pixels."""
-    size = tuple(g["size"])
-    how = dict(mode="bilinear", antialias=True)
-    frames = (torch.from_numpy(f).permute(2, 0, 1)[None].double() for f in rgb)
-    rgb = torch.cat([F.interpolate(frame, size, **how) for frame in frames]) / 255
+def check_photo(report, views, rgb, level):
+    """Colours must agree where depth does, better than without moving the pixels.
+
+    rgb   frame -> uint8 (H, W, 3) of the pairs' frames and their neighbours"""
+    g = gather(views)
+    error, size, how = disagreement(g, views.w2c), tuple(g["size"]), dict(mode="bilinear")
+    small = {}
+    for t, frame in rgb.items():
+        frame = torch.tensor(frame).permute(2, 0, 1)[None].double() / 255
+        small[t] = F.interpolate(frame, size, antialias=True, **how)[0]
+    last = max(small)
 
     def differences(shift):
-        t, s = ([min(max(i + shift, 0), len(rgb) - 1) for i in g[k]] for k in "ts")
-        here = rgb[t].permute(0, 2, 3, 1)[g["grid"]]
-        moved = sample_maps(rgb[s], reproject(g, w2c)[0], size).permute(0, 2, 3, 1)
-        there, keep = rgb[s].permute(0, 2, 3, 1)[g["grid"]], error < 0.02
+        t, s = (torch.stack([small[min(max(i + shift, 0), last)] for i in g[k]]) for k in "ts")
+        here = t.permute(0, 2, 3, 1)[g["grid"]]
+        moved = sample_maps(s, reproject(g, views.w2c)[0], size).permute(0, 2, 3, 1)
+        there, keep = s.permute(0, 2, 3, 1)[g["grid"]], error < 0.02
         return [(x - here).abs().mean(-1)[keep].mean().item() for x in (moved, there)]
 
     warped, still = differences(0)
@@ -264,15 +274,30 @@ def check_photo(report, g, error, w2c, rgb, *, level):
     report.add("photo", "fail" if failed else "ok", text)
 
 
+def photo_pairs(pairs, most=14):
+    """Pairs whose colours are compared: near ones change little but by motion."""
+    near = [p for p in pairs[:-2] if abs(p[0] - p[1]) in (2, 4)] or pairs
+    return near[:: max(1, len(near) // most)]
+
+
+def looked_at(n):
+    """Of n frames: pairs, frames whose depth is read, frames whose colours are."""
+    pairs = frame_pairs(n)
+    photo = {min(max(t + k, 0), n - 1) for p in photo_pairs(pairs) for t in p for k in (-1, 0, 1)}
+    return pairs, sorted({t for pair in pairs for t in pair}), sorted(photo | {n - 1})
+
+
 def inspect(raw, level="data"):
     """Every check of one sample.
 
     raw   id, table (T, 19) as read_table gives it, depth (T, H, W), size (H, W) of the video;
-          optional rgb (T, H, W, 3) uint8, points (T, H, W, 3), scale (metres per unit), inverse,
-          moving (T, H, W): what moves by itself
+          optional rgb (T, H, W, 3) uint8, points (T, H, W, 3), unit,
+          moving (T, H, W): what moves by itself;
+          or, of load_raw, counts of them all, the frames of depth, points and moving that are
+          looked at, and rgb as frame -> (H, W, 3)
     level data: thresholds for recordings and estimates; exact: for renderings"""
     report, kinds = Report(raw["id"]), ("rgb", "table", "depth", "points", "moving")
-    counts = {k: len(raw[k]) for k in kinds if raw.get(k) is not None}
+    counts = raw.get("counts") or {k: len(raw[k]) for k in kinds if raw.get(k) is not None}
     n = min(counts.values())
     text = " ".join(f"{dict(table='cameras').get(k, k)} {c}" for k, c in counts.items())
     report.add("frames", "ok" if len(set(counts.values())) == 1 else "fail", text)
@@ -281,6 +306,11 @@ def inspect(raw, level="data"):
         return report
     usable = "" if n % 4 == 1 else f"the first {(n - 1) // 4 * 4 + 1} = 4k + 1 are usable"
     report.add("frames", "ok", usable)
+    pairs, ids, photo = looked_at(n)
+    if "counts" not in raw:
+        chosen = {k: raw[k][ids] for k in kinds[2:] if raw.get(k) is not None}
+        chosen["rgb"] = None if raw.get("rgb") is None else {t: raw["rgb"][t] for t in photo}
+        raw = dict(raw, **chosen, relative=relative_depth(raw["depth"]))
     (h, w), (hv, wv) = raw["depth"].shape[1:], raw["size"]
     report.numbers.update(frames=n, height=hv, width=wv)
     said = f"video {hv}x{wv}" + (f", depth {h}x{w}" if (h, w) != (hv, wv) else "")
@@ -291,23 +321,42 @@ def inspect(raw, level="data"):
         table[:, 1:5] *= np.array([w / wv, h / hv] * 2)
     w2c, K = check_cameras(report, table, (h, w))
     check_jumps(report, w2c)
-    depth = metric_depth(report, raw, n)
+    depth = metric_depth(report, raw)
     depth = None if depth is None else check_depth(report, depth)
     if depth is None:
         return report
     if raw.get("points") is not None:
-        check_points(report, raw["points"][:n], depth, w2c, K, level)
+        check_points(report, raw["points"], depth, w2c[ids], K[ids], level)
     if raw.get("moving") is not None:
-        depth = leave_out(report, depth, raw["moving"][:n])
-    rgb = raw["rgb"][:n] if raw.get("rgb") is not None else None
-    check_views(report, depth, w2c, K, rgb, level)
+        depth = leave_out(report, depth, raw["moving"])
+    step = math.ceil(math.sqrt(h * w / 80_000))
+    depth, K = thinned(depth, K[ids], step)
+    views = Views(depth, K, w2c, pairs, ids)
+    if not sparse(report, depth):
+        check_views(report, views, level)
+        if raw.get("rgb") and report.checks["views"][0] != "fail":
+            near = photo_pairs(pairs)
+            kept = sorted({t for pair in near for t in pair})
+            rows = [ids.index(t) for t in kept]
+            check_photo(report, Views(depth[rows], K[rows], w2c, near, kept), raw["rgb"], level)
     return report
 
 
-def metric_depth(report, raw, n):
+def sparse(report, depth):
+    """Depth of scattered points has no neighbours to compare with."""
+    valid = depth > 0
+    block = valid[:, :-1, :-1] & valid[:, 1:, :-1] & valid[:, :-1, 1:] & valid[:, 1:, 1:]
+    share = block.double().mean() / valid.double().mean().clamp(min=1e-9)
+    if share < 0.3:
+        said = f"{valid.double().mean():.1%} of the pixels hold depth, scattered: not checkable"
+        report.add("views", "skip", said)
+    return share < 0.3
+
+
+def metric_depth(report, raw):
     """Depth (n, H, W) in metres, or None with the reason in the report."""
-    depth, unit = raw["depth"][:n], raw.get("unit", METRES)
-    reason = relative_depth(raw["depth"])
+    depth, unit = raw["depth"], raw.get("unit", METRES)
+    reason = raw["relative"]
     if reason and unit.scale is None:
         report.suspect("depth", "relative depth", reason, "warn")
         report.add("views", "skip", "relative depth: not checkable")
@@ -334,33 +383,40 @@ def check_largest(report, depth, unit):
     if share > 0.002 and far and rest.size and high > 1.5 * rest.max() and not unit.inverse:
         what = f"{share:.1%} of the pixels hold {high:.6g}, the rest up to {rest.max():.6g}"
         cure = f"if that is sky or unknown, give the sample depth_invalid {high:.6g}"
-        report.add("largest depth", "warn", f"{what}: {cure}")
+        report.suspect("largest depth", "largest depth is no depth", f"{what}: {cure}", "warn")
 
 
 # --- The command ----------------------------------------------------------------------------------
 def load_raw(sample):
-    """What is in the files of a sample, unconverted: the input of inspect."""
-    for field in ("video", "camera"):
-        if not sample[field]:
-            raise ValueError(f"no {field}; --cache_only renderings hold none")
-    count_frames(sample["video"])  # damage anywhere in it is named
-    (rgb, _), table = read_video(sample["video"]), read_table(sample["camera"], pixels=True)
-    points = read_arrays(sample["points"]) if sample["points"] else None
-    if sample["depth"]:
-        depth = read_arrays(sample["depth"])
-    elif points is not None:
-        w2c = table[: len(points), 7:].reshape(-1, 3, 4)
-        z = w2c[:, 2, 3, None, None] * (points != 0).any(-1)  # a point at the origin is unknown
-        depth = np.einsum("tc,thwc->thw", w2c[:, 2, :3], points) + z
-    else:
+    """What is in the files of a sample, unconverted: the input of inspect.  Only the frames that
+    are looked at stay in memory."""
+    for field_name in ("video", "camera"):
+        if not sample[field_name]:
+            raise ValueError(f"no {field_name}; --cache_only renderings hold none")
+    if not (sample["depth"] or sample["points"]):
         raise ValueError("neither depth nor points")
-    if depth.ndim != 3:
-        found = f"array of shape {depth.shape}"
-        raise ValueError(f"{sample['depth']}: {found}; wanted z-depth (T, H, W)")
-    moving = read_arrays(sample["moving"], mask=True) if sample["moving"] else None
-    told = dict(id=sample["id"], unit=sample["unit"])
-    found = dict(table=table, depth=depth, rgb=rgb, points=points, moving=moving)
-    return dict(told, **found, size=rgb.shape[1:3])
+    table, arrays = read_table(sample["camera"], pixels=True), ("depth", "points", "moving")
+    counts = dict(rgb=count_frames(sample["video"]), table=len(table))  # damage anywhere is named
+    counts |= {k: count_arrays(sample[k], k == "moving") for k in arrays if sample[k]}
+    n = min(counts.values())
+    _, ids, photo = looked_at(n) if n >= 5 else ([], list(range(n)), list(range(n)))
+    rgb = {t: frame for t, frame in enumerate(iterate_video(sample["video"])) if t in set(photo)}
+    found = {k: read_arrays(sample[k], ids) for k in ("points",) if sample[k]}
+    if sample["moving"]:
+        found["moving"] = read_arrays(sample["moving"], ids, mask=True)
+    if sample["depth"]:
+        found["depth"] = read_arrays(sample["depth"], ids)
+    else:
+        points, w2c = found["points"], table[ids, 7:].reshape(-1, 3, 4)
+        z = w2c[:, 2, 3, None, None] * (points != 0).any(-1)  # a point at the origin is unknown
+        found["depth"] = np.einsum("tc,thwc->thw", w2c[:, 2, :3], points) + z
+        counts["depth"] = counts["points"]
+    if found["depth"].ndim != 3:
+        what = f"array of shape {found['depth'].shape}"
+        raise ValueError(f"{sample['depth']}: {what}; wanted z-depth (T, H, W)")
+    told = dict(id=sample["id"], unit=sample["unit"], counts=counts, table=table, rgb=rgb)
+    told["relative"] = why_relative(sample["depth"]) if sample["depth"] else None
+    return dict(told, **found, size=next(iter(rgb.values())).shape[:2])
 
 
 def verify(root, samples, bad, inside, *, fix_hints=False, as_json=False, exact=False):

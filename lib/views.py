@@ -1,13 +1,13 @@
-"""Do the views of a clip agree?  And if not, which usual mistake, undone, makes them agree?
+"""Do the views of a clip agree?  Pixels of frame t are lifted with their depth, moved to frame s
+and compared with the depth found there.
 
-Pixels of frame t are lifted with their depth, moved to frame s and compared with the depth found
-there.  The truth agrees to 1e-7 on exact renderings and to 1e-3 on recordings; a wrong convention
-is off by several times that.  If views disagree, each usual suspect is undone in turn, and the one
-that makes most pairs of frames agree is named.
-Shapes: T frames of H x W depth pixels, P pairs (t, s) of frames, n pixels of a pair.  Cameras as in
+The truth agrees to 1e-7 on exact renderings and to 1e-3 on recordings.  Pairs of frames that share
+too few pixels say nothing.
+Shapes: T frames, of which n are looked at; H x W depth pixels; P pairs of frames.  Cameras as in
 geometry.py."""
 
 import math
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -15,58 +15,74 @@ import torch.nn.functional as F
 
 from geometry import compose, inv_se3, pixel_rays, rotate, valid_depth
 
-# What to do about each mistake.
-HINTS = {
-    "c2w stored as w2c": "invert every matrix: w2c = [R^T | -R^T t]",
-    "OpenGL camera axes": "negate rows 2 and 3 of every w2c "
-    "(y up, z backward -> y down, z forward)",
-    "c2w in OpenGL axes": "invert every matrix, then negate its rows 2 and 3 "
-    "(a nerfstudio or Blender export)",
-    "rotation transposed": "transpose the 3x3 part of every matrix, keep its last column",
-    "3x4 matrix transposed": "the 12 numbers are column-major: reshape to (4, 3), transpose, "
-    "write row by row",
-    "pixel intrinsics": "divide fx, cx by the width and fy, cy by the height of the image",
-    "depth in millimetres": "divide depth by 1000, or give the sample depth_scale 0.001 in "
-    "metadata.json",
-    "ray length instead of z-depth": "divide depth by the length of the pixel's ray "
-    "((u-cx)/fx, (v-cy)/fy, 1)",
-    "inverse depth": "store 1 / d, or give the sample inverse_depth true in metadata.json",
-    "poses one frame late": "frame t carries the camera of frame t-1: drop the first camera and "
-    "the last frame",
-    "poses one frame early": "frame t carries the camera of frame t+1: drop the first frame and "
-    "the last camera",
-    "translation scale off": "multiply every translation (last column) by the factor given",
-    "relative depth": "not metric: trains with depth_mode ssi only; give depth_scale if it does "
-    "have a unit",
-}
-
 # Relative depth: what rounding leaves of an exact rendering, and of millimetres.
 NOISE = 1e-5, 2e-4
-BETTER = 0.65  # a suspect must cut the typical disagreement of a pair to this share
+SHARED = 0.05  # of a frame's pixels that another must see to say anything
+GAPS = (1, 2, 4, 8, 16)
 
 
 # --- Cross-view agreement -------------------------------------------------------------------------
-def frame_pairs(num_frames):
-    """Pairs of frames up to 24 apart, both directions, first and last frame spared for shifts by
-    one."""
-    inner = range(1, num_frames - 1) if num_frames > 4 else range(num_frames)
-    a = list(inner)[:: min(8, max(1, round((num_frames - 3) / 5)))]
-    pairs = [(a[i], a[j]) for i in range(len(a)) for j in range(i + 1, min(i + 4, len(a)))]
+def frame_pairs(num_frames, anchors=7):
+    """Pairs of frames 1 to 16 apart, both directions, a few frames at the ends spared for shifts;
+    and last the first and the last frame with their neighbours."""
+    spare = 3 if num_frames > 16 else 1 if num_frames > 4 else 0
+    low, high, pairs = spare, num_frames - 1 - spare, []
+    for gap in (g for g in GAPS if g <= high - low):
+        starts = {round(a) for a in np.linspace(low, high - gap, anchors)}
+        pairs += [(a, a + gap) for a in sorted(starts)]
     last = num_frames - 1
     return [p if n % 2 else p[::-1] for n, p in enumerate(pairs)] + [(0, 1), (last, last - 1)]
 
 
-def gather(depth, K, pairs, count=1200):
-    """What every suspect shares: about `count` pixels of the first frames, inverse depth of the
-    second ones."""
-    (t, s), size = map(list, zip(*pairs)), depth.shape[1:]
+@dataclass(frozen=True)
+class Views:
+    """What is looked at of a clip."""
+
+    depth: torch.Tensor  # (n, H, W) of the frames ids
+    K: torch.Tensor  # (n, 3, 3)
+    w2c: torch.Tensor  # (T, 3, 4) of all frames
+    pairs: list  # (t, s) frames
+    ids: list  # sorted frames
+
+    def places(self):
+        where = {t: n for n, t in enumerate(self.ids)}
+        return [[where[p[side]] for p in self.pairs] for side in (0, 1)]
+
+    def coarse(self, pairs=12, pixels=20_000):
+        """Fewer pairs and pixels, for searches."""
+        inner = self.pairs[:-2] or self.pairs
+        kept = inner[:: max(1, len(inner) // pairs)]
+        ids = sorted({t for pair in kept for t in pair})
+        rows = [self.ids.index(t) for t in ids]
+        step = max(1, math.ceil(math.sqrt(self.depth[0].numel() / pixels)))
+        depth, K = thinned(self.depth[rows], self.K[rows], step)
+        return Views(depth, K, self.w2c, kept, ids)
+
+
+def thinned(depth, K, step):
+    """Every step-th pixel of (n, H, W), and K (n, 3, 3) of that picture: pixel j is j * step."""
+    if step == 1:
+        return depth, K
+    K = K.clone()
+    K[:, :2] /= step
+    K[:, :2, 2] += 0.5 - 0.5 / step
+    return depth[:, ::step, ::step], K
+
+
+def gather(views, count=900):
+    """What hypotheses about cameras share: about `count` pixels of the first frames, inverse depth
+    of the second ones."""
+    (t, s), depth, K = views.places(), views.depth, views.K
+    size = depth.shape[1:]
     step = max(1, round(math.sqrt(depth[0].numel() / count)))
     grid = (slice(None), slice(step // 2, None, step), slice(step // 2, None, step))
     valid = valid_depth(depth)
     inverse = torch.where(valid, 1 / torch.where(valid, depth, 1), 0)  # linear on planes, unlike z
+    first, second = map(list, zip(*views.pairs))
     return dict(
-        t=t,
-        s=s,
+        t=first,
+        s=second,
+        places=(t, s),
         rays=pixel_rays(K, size)[t][grid],
         z=depth[t][grid],
         K=K[s][:, None, None],
@@ -104,89 +120,52 @@ def disagreement(g, w2c):
 
 
 def per_pair(error):
-    """Median error (P,), at most 1, 1 for pairs that share less than 5 % of their pixels."""
+    """Median error (P,), at most 1; NaN for pairs that share too few pixels to say anything."""
     error = error.flatten(1)
     shared = 1 - error.isnan().double().mean(1)
-    return torch.where(shared > 0.05, error.nanmedian(1).values.clamp(max=1), 1)
+    return torch.where(shared > SHARED, error.nanmedian(1).values.clamp(max=1), math.nan)
+
+
+def typical(pairs, errors):
+    """Median over the pairs that say something; 1 where even neighbours share nothing."""
+    gaps = torch.tensor([abs(t - s) for t, s in pairs])
+    near = ~errors[gaps == gaps.min()].isnan()
+    return errors.nanmedian().item() if near.double().mean() > 0.4 else 1.0
+
+
+def agreement(error, errors):
+    """Share of the seen pixels that agree within 2 %, of the pairs that say something."""
+    error = error[~errors.isnan()]
+    return (error < 0.02).double().sum().item() / max(1, (~error.isnan()).double().sum().item())
 
 
 def error_ratio(errors, before, noise):
-    """Typical factor by which the pairs' errors change; robust to pairs that nothing repairs."""
-    return ((errors + noise) / (before + noise)).log().mean().exp().item()
-
-
-# --- Suspects -------------------------------------------------------------------------------------
-FLIP = torch.tensor([[1.0, -1, -1]], dtype=torch.float64).T
-
-
-def without_mistake(name, depth, w2c, K):
-    """Depth and cameras as they would be if the named mistake had been made."""
-    R, t, c2w = w2c[..., :3], w2c[..., 3:], inv_se3(w2c)
-    if name == "ray length instead of z-depth":
-        return depth / pixel_rays(K, depth.shape[-2:]).norm(dim=-1), w2c
-    if name == "inverse depth":
-        return torch.where(valid_depth(depth), 1 / depth.clamp(min=1e-9), 0), w2c
-    return depth, {
-        "c2w stored as w2c": c2w,
-        "OpenGL camera axes": FLIP * w2c,
-        "c2w in OpenGL axes": FLIP * c2w,
-        "rotation transposed": torch.cat([R.mT, t], -1),
-        "poses one frame late": torch.cat([w2c[1:], w2c[-1:]]),
-        "poses one frame early": torch.cat([w2c[:1], w2c[:-1]]),
-    }[name]
-
-
-SIMPLE = (
-    "c2w stored as w2c",
-    "OpenGL camera axes",
-    "poses one frame late",
-    "poses one frame early",
-    "ray length instead of z-depth",
-    "inverse depth",
-    "c2w in OpenGL axes",
-    "rotation transposed",
-)
+    """Typical factor by which the pairs' errors change; robust to pairs that nothing repairs.  A
+    pair that says something in one case alone counts as 1 in the other."""
+    either = ~(errors.isnan() & before.isnan())
+    if not either.any():
+        return 1.0
+    after, before = (e[either].nan_to_num(1.0) for e in (errors, before))
+    return ((after + noise) / (before + noise)).log().mean().exp().item()
 
 
 def scaled(w2c, k):
     return torch.cat([w2c[..., :3], k * w2c[..., 3:]], -1)
 
 
-def best_scale(g, w2c):
-    """The factor on translations that makes the views agree best: a search from 1/3000 to 3000,
-    three times finer."""
-    centre, width = 0.0, math.log(3000)
-    for count in (49, 13, 13):
-        ks = [math.exp(centre + width * x) for x in torch.linspace(-1, 1, count).tolist()]
-        found = (per_pair(disagreement(g, scaled(w2c, k))) for k in ks)
-        errors = [(error + NOISE[1]).log().mean().item() for error in found]
-        centre, width = math.log(ks[int(np.argmin(errors))]), width * 3 / count
-    return math.exp(centre)
+def shifted(w2c, n):
+    """Frame t gets the camera of frame t + n; at the end, the last one."""
+    t = torch.arange(len(w2c)) + n
+    return w2c[t.clamp(0, len(w2c) - 1)]
 
 
-def find_suspect(depth, w2c, K, pairs):
-    """The mistake that, undone, makes the views agree: name, ratio of errors, detail; (None, 1, '')
-    if none does."""
-    g = gather(depth, K, pairs)
-    before, after = per_pair(disagreement(g, w2c)), {}
-    for name in SIMPLE:
-        fixed_depth, fixed = without_mistake(name, depth, w2c, K)
-        h = g if fixed_depth is depth else gather(fixed_depth, K, pairs)
-        after[name, ""] = per_pair(disagreement(h, fixed))
-    k = best_scale(g, w2c)
-    if not 0.95 < k < 1.05:
-        name = "depth in millimetres" if 800 < k < 1250 else "translation scale off"
-        after[name, f"factor {k:.4g}"] = per_pair(disagreement(g, scaled(w2c, k)))
-    noise = min(e.median().item() for e in (before, *after.values()))
-    noise = min(max(noise, NOISE[0]), NOISE[1])
-    found = [
-        (error_ratio(e, before, noise), rank, *name) for rank, (name, e) in enumerate(after.items())
-    ]
-    # a tie goes to the commoner mistake: without travel, for instance, swapped and transposed are
-    # the same
-    best = min(found)
-    best = min((f for f in found if f[0] < 1.1 * best[0]), key=lambda f: f[1])
-    return (best[2], best[0], best[3]) if best[0] < BETTER else (None, 1.0, "")
+def timing_matters(views):
+    """Whether a shift by a frame would show."""
+    g = gather(replace(views, pairs=views.pairs[:-2] or views.pairs))
+    before = per_pair(disagreement(g, views.w2c))
+    late, early = (per_pair(disagreement(g, shifted(views.w2c, n))) for n in (1, -1))
+    noise = max(before.nanmedian().item(), NOISE[0])
+    return min(error_ratio(e, before, noise) for e in (late, early)) > 1.1
 
 
 def motion_in_pixels(g, w2c):

@@ -26,12 +26,16 @@ def static_clip(kind):
 
 @pytest.mark.parametrize("kind", corruptions.KINDS[1:])
 def test_every_usual_mistake_on_rendered_rooms_is_named(kind):
-    """One trial each; `python tests/corruptions.py` runs the twenty, on the recording too."""
-    for variety in ("simple", "full"):
-        found = corruptions.sweep(
-            lambda s: corruptions.rendered(s, 13, variety=variety), 1, [kind], first=40
-        )
-        assert found[kind][kind] == 1, found
+    """One trial each; `python tests/corruptions.py` runs many, on recordings too."""
+    found = corruptions.sweep(lambda s: corruptions.rendered(s, 17), 1, [kind], first=40)
+    assert found[kind][kind] == 1, found
+
+
+@pytest.mark.skipif(not corruptions.FIELD.is_dir(), reason="needs shared/field")
+@pytest.mark.parametrize("kind", ["clean", "poses one frame late", "focal length off"])
+def test_a_fast_real_camera_is_no_alarm_and_its_mistakes_are_named(kind):
+    found = corruptions.sweep(corruptions.hololens, 2, [kind])
+    assert found[kind]["none" if kind == "clean" else kind] == 2, found
 
 
 @pytest.mark.skipif(
@@ -85,7 +89,7 @@ def test_noise_of_an_estimator_is_no_alarm():
         w2c = raw["table"][:, 7:].reshape(-1, 3, 4)
         raw["table"][:, 7:] = np.einsum("tij,tjk->tik", turn[:, :, :3], w2c).reshape(-1, 12)
         report = verify.inspect(raw)
-        assert report.status == "ok", report.checks
+        assert report.status in ("ok", "skip") and not report.suspects, report.checks
 
 
 def test_factor_of_wrong_translations_is_measured():

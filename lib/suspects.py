@@ -1,0 +1,344 @@
+"""Views that disagree (lib/views.py): which usual mistake, undone, makes them agree?
+
+Each mistake is undone in turn.  It is named only if that cures: the views then agree as a
+recording's do, and clearly better than before."""
+
+import itertools
+import math
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from geometry import inv_se3, mat_to_quat, pixel_rays, quat_to_mat, valid_depth
+from lib.views import (
+    NOISE,
+    agreement,
+    disagreement,
+    error_ratio,
+    gather,
+    per_pair,
+    reproject,
+    sample_maps,
+    scaled,
+    shifted,
+    typical,
+)
+
+# What to do about each mistake.
+HINTS = {
+    "c2w stored as w2c": "invert every matrix: w2c = [R^T | -R^T t]",
+    "OpenGL camera axes": "negate rows 2 and 3 of every w2c "
+    "(y up, z backward -> y down, z forward)",
+    "c2w in OpenGL axes": "invert every matrix, then negate its rows 2 and 3 "
+    "(a nerfstudio or Blender export)",
+    "rotation transposed": "transpose the 3x3 part of every matrix, keep its last column",
+    "3x4 matrix transposed": "the 12 numbers are column-major: reshape to (4, 3), transpose, "
+    "write row by row",
+    "pixel intrinsics": "divide fx, cx by the width and fy, cy by the height of the image",
+    "depth in millimetres": "divide depth by 1000, or give the sample depth_scale 0.001 in "
+    "metadata.json",
+    "ray length instead of z-depth": "divide depth by the length of the pixel's ray "
+    "((u-cx)/fx, (v-cy)/fy, 1)",
+    "inverse depth": "store 1 / d, or give the sample inverse_depth true in metadata.json",
+    "poses one frame late": "frame t carries the camera of frame t-1: drop the first camera and "
+    "the last frame",
+    "poses one frame early": "frame t carries the camera of frame t+1: drop the first frame and "
+    "the last camera",
+    "poses several frames late": "frame t carries the camera of a frame before it: drop as many "
+    "cameras at the start and frames at the end as given",
+    "poses several frames early": "frame t carries the camera of a frame after it: drop as many "
+    "frames at the start and cameras at the end as given",
+    "poses in reverse": "the cameras run from the last frame to the first: reverse their order",
+    "cameras in string order": "the cameras were sorted as text (1, 10, 11, 2): sort by number",
+    "frames in string order": "pictures and depth were sorted as text (1, 10, 11, 2): sort by "
+    "number",
+    "translation scale off": "multiply every translation (last column) by the factor given",
+    "relative depth": "not metric: trains with depth_mode ssi only; give depth_scale if it does "
+    "have a unit",
+    "camera axes permuted": "the camera looks along another of its axes: reorder and negate the "
+    "rows of every w2c as given",
+    "c2w in permuted axes": "invert every matrix, then reorder and negate its rows as given",
+    "left-handed axes": "the world and the cameras are mirrored (Unity, Unreal): negate row 2 and "
+    "then column 2 of every w2c",
+    "quaternion order": "the quaternion's w is first in the file and was read as last, or the "
+    "other way round",
+    "focal length off": "multiply fx and fy by the factor given (of which size are they pixels?)",
+    "affine depth": "depth is a z + b: subtract the b given from it, then check its scale",
+    "relative inverse depth": "the files hold a / z + b (a disparity): subtract the b given, store "
+    "1 / d, then check its scale",
+    "depth scaled frame by frame": "each frame's depth has a scale of its own: an estimator that "
+    "saw one frame at a time, or pictures normalised one by one; align them first",
+    "largest depth is no depth": "give the sample the depth_invalid named, or depth_max",
+}
+
+BETTER = 0.65  # a suspect must cut the typical disagreement of a pair to this share
+CURED = 0.03, 0.6  # and leave views that agree: typical disagreement, share within 2 %
+RECORDED = 1e-3  # disagreement of a good recording: what leaves no more explains it all
+
+
+FLIP = torch.tensor([[1.0, -1, -1]], dtype=torch.float64).T
+MIRROR = torch.tensor([1.0, -1, 1], dtype=torch.float64)
+
+
+def string_orders(count):
+    """Places of 0, 1, ... (or 1, 2, ...) when their numbers are sorted as text."""
+    for first in (0, 1):
+        yield torch.tensor(sorted(range(count), key=lambda n: str(n + first)))
+
+
+def permutations():
+    """(Q (3, 3), words) of the 24 ways to name a camera's axes."""
+    for order in itertools.permutations(range(3)):
+        for signs in itertools.product((1.0, -1.0), repeat=3):
+            Q = torch.zeros(3, 3, dtype=torch.float64)
+            for row, (column, sign) in enumerate(zip(order, signs)):
+                Q[row, column] = sign
+            if torch.linalg.det(Q) > 0:
+                names = ["+-"[sign < 0] + str(c + 1) for c, sign in zip(order, signs)]
+                yield Q, f"rows {' '.join(names)}".replace("+", "")
+
+
+def cameras_undone(w2c):
+    """(name, detail, cameras) for each mistake in cameras alone; commoner ones first."""
+    R, t, c2w = w2c[..., :3], w2c[..., 3:], inv_se3(w2c)
+    yield "c2w stored as w2c", "", c2w
+    yield "OpenGL camera axes", "", FLIP * w2c
+    yield "poses one frame late", "", shifted(w2c, 1)
+    yield "poses one frame early", "", shifted(w2c, -1)
+    yield "c2w in OpenGL axes", "", FLIP * c2w
+    yield "rotation transposed", "", torch.cat([R.mT, t], -1)
+    for n in (2, 3):
+        yield "poses several frames late", f"by {n}", shifted(w2c, n)
+        yield "poses several frames early", f"by {n}", shifted(w2c, -n)
+    yield "poses in reverse", "", w2c.flip(0)
+    for order in string_orders(len(w2c)):
+        yield "cameras in string order", "", w2c[order.argsort()]
+        yield "frames in string order", "", w2c[order]
+    mirrored = torch.cat([MIRROR[:, None] * R * MIRROR, MIRROR[:, None] * t], -1)
+    yield "left-handed axes", "", mirrored
+    known = [torch.eye(3).double(), torch.diag(FLIP[:, 0])]
+    for Q, words in permutations():
+        if not any(torch.equal(Q, k) for k in known):
+            yield "camera axes permuted", words, Q @ w2c
+            yield "c2w in permuted axes", words, Q @ c2w
+    for turn in (1, -1):
+        yield "quaternion order", "", rolled(w2c, turn)
+        yield "quaternion order", "", inv_se3(rolled(c2w, turn))
+
+
+def rolled(matrices, turn):
+    """The matrices if the four numbers of their quaternions had been rolled."""
+    R = quat_to_mat(mat_to_quat(matrices[..., :3]).roll(turn, -1))
+    return torch.cat([R, matrices[..., 3:]], -1)
+
+
+def depth_undone(views):
+    """(name, detail, views) for each mistake in depth alone."""
+    d, valid = views.depth, valid_depth(views.depth)
+    ray = pixel_rays(views.K, d.shape[-2:]).norm(dim=-1)
+    yield "ray length instead of z-depth", "", replace(views, depth=d / ray)
+    inverse = torch.where(valid, 1 / d.clamp(min=1e-9), 0)
+    yield "inverse depth", "", replace(views, depth=inverse)
+
+
+def search(cost, centre, width, counts):
+    """The x with the least cost(x): a scan around centre +- width, then finer ones."""
+    for count in counts:
+        xs = torch.linspace(centre - width, centre + width, count).tolist()
+        values = [cost(x) for x in xs]
+        centre, width = xs[int(np.argmin(values))], 1.5 * 2 * width / count
+    return centre, min(values)
+
+
+def mean_log(errors):
+    """Of pairs' errors; pairs that say nothing count as 1."""
+    return (errors.nan_to_num(1.0) + NOISE[1]).log().mean().item()
+
+
+def best_scale(views, w2c):
+    """Factor on translations that makes the views agree best, 1/3000 to 3000; its cost."""
+    g = gather(views, 400)
+    cost = lambda x: mean_log(per_pair(disagreement(g, scaled(w2c, math.exp(x)))))  # noqa: E731
+    x, value = search(cost, 0.0, math.log(3000), (161, 13, 13, 13))
+    return math.exp(x), value
+
+
+def with_focal(views, k):
+    K = views.K.clone()
+    K[:, 0, 0] *= k
+    K[:, 1, 1] *= k
+    return replace(views, K=K)
+
+
+def best_focal(views):
+    """Factor on fx and fy that makes the views agree best, 1/4 to 4."""
+
+    def cost(x):
+        g = gather(with_focal(views, math.exp(x)), 400)
+        return mean_log(per_pair(disagreement(g, views.w2c)))
+
+    return math.exp(search(cost, 0.0, math.log(4), (29, 9, 9))[0])
+
+
+def less(views, b, inverse):
+    """Depth d - b, or 1 / (d - b): what a z + b and a / z + b are up to a."""
+    d = views.depth - b
+    d = torch.where(valid_depth(views.depth) & (d > 1e-6), d, 0)
+    return replace(views, depth=torch.where(d > 0, 1 / d.clamp(min=1e-9), 0) if inverse else d)
+
+
+def dilution(views, b):
+    """By how much d - b is larger than d: far depth agrees better, right or wrong."""
+    d = views.depth[valid_depth(views.depth)].median().item()
+    return max(1.0, (d - b) / d)
+
+
+def best_shift(views, inverse):
+    """b of `less` and the translations' scale that goes with it."""
+    d = views.depth[valid_depth(views.depth)]
+    low, high = d.quantile(0.02).item(), d.quantile(0.98).item()
+    # The nearest pixel may be anywhere between the camera and far from it.
+    first, last = low - 2 * (high - low), 0.95 * low
+
+    def cost(b):
+        return best_scale_near(less(views, b, inverse))[1] + math.log(dilution(views, b))
+
+    b, _ = search(cost, (first + last) / 2, (last - first) / 2, (17, 9, 9, 7))
+    return b, best_scale_near(less(views, b, inverse))[0]
+
+
+def best_scale_near(views, width=3.4, counts=(25, 7)):
+    """best_scale in a narrower range, quicker."""
+    g = gather(views, 200)
+    cost = lambda x: mean_log(per_pair(disagreement(g, scaled(views.w2c, math.exp(x)))))  # noqa: E731
+    x, value = search(cost, 0.0, width, counts)
+    return math.exp(x), value
+
+
+def frame_scales(views):
+    """(n,) factors that make the frames' depth agree, from each pair's median ratio."""
+    g = gather(views)
+    (t, s), logs = g["places"], torch.zeros(len(views.ids), dtype=torch.float64)
+    for _ in range(3):  # the ratio is measured at the place that the scale before leads to
+        factor = logs.exp()
+        now = replace(views, depth=views.depth * factor[:, None, None])
+        h = gather(now)
+        uv, z, ok = reproject(h, views.w2c)
+        seen, whole = sample_maps(h["maps"], uv, h["size"]).unbind(1)
+        ratio = torch.where(ok & (whole > 0.999), (seen.clamp(min=1e-9) * z).log(), math.nan)
+        ratio = ratio.flatten(1).nanmedian(1).values  # log of z here over z there
+        use = ~ratio.isnan()
+        A = torch.zeros(int(use.sum()) + 1, len(logs), dtype=torch.float64)
+        rows = torch.arange(int(use.sum()))
+        A[rows, torch.tensor(t)[use]], A[rows, torch.tensor(s)[use]] = -1.0, 1.0
+        A[-1] = 1.0
+        b = torch.cat([ratio[use], torch.zeros(1, dtype=torch.float64)])
+        logs = logs + torch.linalg.lstsq(A, b[:, None]).solution[:, 0]
+    return logs.exp()
+
+
+@dataclass(frozen=True)
+class Suspicion:
+    """A mistake that was undone, and how the pairs agree then."""
+
+    name: str
+    detail: str
+    errors: torch.Tensor  # (P,)
+    agree: float
+    free: bool = False  # fitted: has to be clearly better than what is not
+
+
+def judged(name, detail, w2c, g, free=False):
+    error = disagreement(g, w2c)
+    errors = per_pair(error)
+    return Suspicion(name, detail, errors, agreement(error, errors), free)
+
+
+def undo(views):
+    """Suspicions of the mistakes that leave nothing to fit, but for a scale."""
+    g = gather(views)
+    yield from (judged(*rest, g) for rest in cameras_undone(views.w2c))
+    yield from (judged(n, d, v.w2c, gather(v)) for n, d, v in depth_undone(views))
+    coarse = views.coarse()
+    k, value = best_scale(coarse, coarse.w2c)
+    still = mean_log(per_pair(disagreement(gather(coarse, 400), scaled(coarse.w2c, 0))))
+    if abs(math.log(k)) > 0.05 and value < still + math.log(0.8):  # better than no motion at all
+        name = "depth in millimetres" if 800 < k < 1250 else "translation scale off"
+        yield judged(name, f"factor {k:.4g}", scaled(views.w2c, k), g)
+
+
+def undo_fitted(views):
+    """Suspicions of those that are fitted, and so explain some of everything."""
+    coarse = views.coarse()
+    k = best_focal(coarse)
+    if abs(math.log(k)) > 0.05:
+        g = gather(with_focal(views, k))
+        yield judged("focal length off", f"factor {k:.3g}", views.w2c, g)
+    factor = frame_scales(views)
+    if factor.log().std() > 0.02:
+        fixed = replace(views, depth=views.depth * factor[:, None, None])
+        k, _ = best_scale_near(
+            fixed.coarse(), 0.5, (25, 9, 9)
+        )  # their mean is the translations' matter
+        spread = f"factors {factor.min():.3g} to {factor.max():.3g}"
+        name = "depth scaled frame by frame"
+        yield judged(name, spread, scaled(views.w2c, k), gather(fixed), True)
+    for name, inverse in (("affine depth", False), ("relative inverse depth", True)):
+        b, k = best_shift(coarse, inverse)
+        one = judged(
+            name, f"b {b:.4g}", scaled(views.w2c, k), gather(less(views, b, inverse)), True
+        )
+        yield replace(one, errors=one.errors * dilution(views, b))
+
+
+def find_suspect(views):
+    """The mistake that, undone, makes the views agree: name, ratio of errors, detail; (None, 1, '')
+    if none does."""
+    inner = replace(views, pairs=views.pairs[:-2] or views.pairs)
+    before = per_pair(disagreement(gather(inner), inner.w2c))
+    was, suspicions = typical(inner.pairs, before), list(undo(inner))
+    found = cures(inner, before, suspicions)
+    if was > 0.002 and not (found and min(found)[5] < RECORDED):
+        suspicions += undo_fitted(inner)
+        found = cures(inner, before, suspicions)
+    if not found:
+        return None, 1.0, ""
+    # A tie goes to the commoner mistake: without travel, swapped and transposed are the same.
+    best = min(found)
+    best = min((f for f in found if f[0] < 1.1 * best[0]), key=lambda f: f[1])
+    return best[2], best[4], best[3]
+
+
+# What was undone: (name, detail) -> frames that the cameras were moved by.
+SHIFTS = {("poses one frame late", ""): 1, ("poses one frame early", ""): -1}
+SHIFTS |= {("poses several frames late", f"by {n}"): n for n in (2, 3)}
+SHIFTS |= {("poses several frames early", f"by {n}"): -n for n in (2, 3)}
+
+
+def valley(ratios, n):
+    """Whether the errors over shifts of the cameras rise on both sides of n: small ones count."""
+    sides = [ratios.get(n - 1), ratios.get(n + 1)]
+    return n != 0 and None not in sides and min(sides) > 1.15 * ratios[n]
+
+
+def cures(views, before, suspicions):
+    """(ratio, rank, name, detail, true ratio, errors left) of those that cure."""
+    was, found = typical(views.pairs, before), []
+    noise = min([was, *(typical(views.pairs, s.errors) for s in suspicions)])
+    noise = min(max(noise, NOISE[0]), NOISE[1])
+    ratios = {
+        SHIFTS[s.name, s.detail]: error_ratio(s.errors, before, noise)
+        for s in suspicions
+        if (s.name, s.detail) in SHIFTS
+    }
+    ratios[0] = 1.0
+    for rank, s in enumerate(suspicions):
+        shift = SHIFTS.get((s.name, s.detail), 0)
+        now, ratio = typical(views.pairs, s.errors), error_ratio(s.errors, before, noise)
+        cured = now < CURED[0] and s.agree > CURED[1]
+        plain = ratio < 0.2 or was - now > 0.002 or valley(ratios, shift)
+        if cured and ratio < BETTER and plain:
+            penalty = 1.5 if s.free else 1.0
+            found.append((ratio * penalty, rank, s.name, s.detail, ratio, now))
+    return found
