@@ -249,14 +249,14 @@ def check_photo(report, views, rgb, level):
     error, size, how = disagreement(g, views.w2c), tuple(g["size"]), dict(mode="bilinear")
     small = {}
     for t, frame in rgb.items():
-        frame = torch.tensor(frame).permute(2, 0, 1)[None].double() / 255
+        frame = torch.tensor(frame).permute(2, 0, 1)[None].float() / 255
         small[t] = F.interpolate(frame, size, antialias=True, **how)[0]
-    last = max(small)
+    last, uv = max(small), reproject(g, views.w2c)[0].float()
 
     def differences(shift):
         t, s = (torch.stack([small[min(max(i + shift, 0), last)] for i in g[k]]) for k in "ts")
         here = t.permute(0, 2, 3, 1)[g["grid"]]
-        moved = sample_maps(s, reproject(g, views.w2c)[0], size).permute(0, 2, 3, 1)
+        moved = sample_maps(s, uv, size).permute(0, 2, 3, 1)
         there, keep = s.permute(0, 2, 3, 1)[g["grid"]], error < 0.02
         return [(x - here).abs().mean(-1)[keep].mean().item() for x in (moved, there)]
 
@@ -321,16 +321,17 @@ def inspect(raw, level="data"):
         table[:, 1:5] *= np.array([w / wv, h / hv] * 2)
     w2c, K = check_cameras(report, table, (h, w))
     check_jumps(report, w2c)
+    step = math.ceil(math.sqrt(h * w / 80_000))
+    raw, K = dict(raw, depth=raw["depth"][:, ::step, ::step]), thinned(K, step)
     depth = metric_depth(report, raw)
     depth = None if depth is None else check_depth(report, depth)
     if depth is None:
         return report
     if raw.get("points") is not None:
-        check_points(report, raw["points"], depth, w2c[ids], K[ids], level)
+        check_points(report, raw["points"][:, ::step, ::step], depth, w2c[ids], K[ids], level)
     if raw.get("moving") is not None:
         depth = leave_out(report, depth, raw["moving"])
-    step = math.ceil(math.sqrt(h * w / 80_000))
-    depth, K = thinned(depth, K[ids], step)
+    K = K[ids]
     views = Views(depth, K, w2c, pairs, ids)
     if not sparse(report, depth):
         check_views(report, views, level)

@@ -55,18 +55,16 @@ class Views:
         ids = sorted({t for pair in kept for t in pair})
         rows = [self.ids.index(t) for t in ids]
         step = max(1, math.ceil(math.sqrt(self.depth[0].numel() / pixels)))
-        depth, K = thinned(self.depth[rows], self.K[rows], step)
-        return Views(depth, K, self.w2c, kept, ids)
+        depth = self.depth[rows][:, ::step, ::step]
+        return Views(depth, thinned(self.K[rows], step), self.w2c, kept, ids)
 
 
-def thinned(depth, K, step):
-    """Every step-th pixel of (n, H, W), and K (n, 3, 3) of that picture: pixel j is j * step."""
-    if step == 1:
-        return depth, K
+def thinned(K, step):
+    """K (n, 3, 3) of every step-th pixel: pixel j of that picture is j * step."""
     K = K.clone()
     K[:, :2] /= step
     K[:, :2, 2] += 0.5 - 0.5 / step
-    return depth[:, ::step, ::step], K
+    return K
 
 
 def gather(views, count=900):
