@@ -4,8 +4,8 @@
     python data.py import [FORMAT] SRC DIR [--stride N ...]                other people's recordings
     python data.py cameras IN OUT [--from F] [--to F] [--size HxW] ...     convert a camera file
     python data.py verify DIR [--fix-hints] [--exact] [--json]             check every clip
+    python data.py view DIR [ID ...]                                       look at them
     python data.py encode DIR --wan_dir WAN --height H --width W --num_frames T
-                              [--start 0 --stride 1 --windows 1 --window_seed -1]
     torchrun --nproc_per_node=8 data.py encode ...                         clips are shared
 
 Layout: DIR/metadata.json, DIR/ID/{video.mp4, depth/frame_%04d.npy, camera_params.txt},
@@ -35,12 +35,14 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from geometry import encode_pose, normalize_scene, plucker_rays, relative_to_first, unproject
-from lib import caches, camera_files, files, importers
+from lib import caches, camera_files, files, importers, listing
 from lib.camera_files import inverse, read_cameras
 from lib.crop import Crop
 from lib.depth import check_positive, read_depth, unit_of, why_relative
 from lib.distributed import gathered
 from lib.guards import run_command
+from lib.log import Passes
+from lib.look import view
 from lib.rooms import VARIETY, Recipe, synth
 from lib.standin import cache_prefix, make_encoders
 from lib.verify import verify as check
@@ -71,7 +73,7 @@ def load_samples(root, split=None, bad=None, inside=None):
              path or None
     Without splits the last tenth (at least one of several) is "val", the rest "train"."""
     root = Path(root)
-    path, (entries, splits) = root / "metadata.json", files.read_entries(root, inside or root)
+    path, (entries, splits) = root / "metadata.json", listing.read_entries(root, inside or root)
     samples, places, wrong = read_samples(root, entries, path)  # one bad entry costs itself alone
     splits = splits or default_splits(places, len(entries))
     # ids may be numbers in JSON
@@ -339,7 +341,7 @@ class Job:
 
 def plan_clip(sample, folder, same, how, inside):
     """Jobs of one clip's windows; same: what the keys of all clips share."""
-    files.check_sample(inside, sample)
+    listing.check_sample(inside, sample)
     stamp = [sample["fps"], *sample["unit"].stamp()]  # whatever changes the result
     for path in (p for p in sample.values() if isinstance(p, Path)):
         stats = [p.stat() for p in (path, *path.glob("*")) if p.exists()]  # a folder: its files too
@@ -388,32 +390,6 @@ def encode_video(job, vae, pad):
         path.unlink()
 
 
-class Passes:
-    """Work over many clips; a clip that fails is reported once and left out from there on."""
-
-    def __init__(self, quiet):
-        self.quiet, self.failed = quiet, []
-
-    def fail(self, name, problem):
-        self.failed.append(name)
-        tqdm.write(f"skipped {name}: {problem}")
-
-    def each(self, items, what, work):
-        """(item, work(item)) of those that did not fail; items are samples or jobs."""
-        done = []
-        for item in tqdm(items, desc=f"encode: {what}", unit="clip", disable=self.quiet):
-            name = (item.sample if isinstance(item, Job) else item)["id"]
-            try:
-                if name not in self.failed:
-                    done.append((item, work(item)))  # a later pass sees only these
-            except ValueError as error:
-                self.fail(name, error)
-        return done
-
-    def jobs(self, items, what, work):
-        return [job for job, _ in self.each(items, what, work)]
-
-
 def encode(root, height, width, num_frames, how=Encoding()):
     """Encode windows of every clip, one pass per encoder.
 
@@ -433,7 +409,7 @@ def encode(root, height, width, num_frames, how=Encoding()):
     same["fingerprint"] = encoders.fingerprint  # other encoder files, other latents
     inside, bad, passes = "/" if how.follow_links else root, [], Passes(rank > 0)
     for path in (folder, folder / ".parts"):
-        files.check_inside(inside, path)  # nothing is written through a link that leads out
+        listing.check_inside(inside, path)  # nothing is written through a link that leads out
     samples = load_samples(root, how.split, bad, inside)[rank::world]  # every world-th clip
     for name, problem in bad if rank == 0 else ():
         passes.fail(name, problem)
@@ -444,7 +420,7 @@ def encode(root, height, width, num_frames, how=Encoding()):
     todo = {job.sample["id"]: job.sample for job in left}  # each clip's files are looked at once
 
     def check_files(sample):
-        files.check_sums(root, files.check_sample(inside, sample))
+        listing.check_sums(root, listing.check_sample(inside, sample))
 
     passes.each(todo.values(), "check", check_files)
     if left or not caches.is_whole(empty):
@@ -499,7 +475,7 @@ class CachedClips(torch.utils.data.Dataset):
         cure += f"--num_frames {size[2]}"
         good, stamps = {}, {}
         if folders:
-            files.check_inside(inside, folders[0])
+            listing.check_inside(inside, folders[0])
             # reads what is new
             good, stamps, wrong = caches.check_folder(folders[0], self.samples, shape)
             bad += wrong
@@ -620,12 +596,26 @@ def verify(root, split=None, fix_hints=False, as_json=False, exact=False, follow
     return check(root, samples, bad, inside, fix_hints=fix_hints, as_json=as_json, exact=exact)
 
 
+def look_at(root, ids, out, size, num_frames, follow_links=False):
+    """`data.py view`: up to num_frames frames of each sample, evenly spread over it."""
+
+    def load(sample):
+        frames = files.count_frames(sample["video"]) if sample["video"] else 5
+        count = max(5, (min(num_frames, frames) - 1) // 4 * 4 + 1)  # 4k + 1
+        h, w = size or files.read_video(sample["video"], 1)[0].shape[1:3]
+        shape = size or [max(16, round(x * (1e5 / h / w) ** 0.5 / 16) * 16) for x in (h, w)]
+        return load_clip(sample, *shape, count, stride=max(1, (frames - 1) // (count - 1)))
+
+    samples = load_samples(root, bad=[], inside="/" if follow_links else root)
+    view(samples, load, out or Path(root, "view"), ids)
+
+
 def import_recordings(form, src, root, **wishes):
     """Import, let the doctor look at what has depth -> how many failed."""
     names, failed = importers.run(src, root, form, **wishes)
-    samples = load_samples(root) if names else []
-    samples = [s for s in samples if s["id"] in names and s["depth"]]
-    return failed + (check(root, samples, [], root, fix_hints=True) if samples else 0)
+    made = [s for s in (load_samples(root) if names else ()) if s["id"] in names and s["depth"]]
+    failed += check(root, made, [], root, fix_hints=True) if made else 0
+    return importers.last_words(root, names, failed)
 
 
 def flag(command, name, text):
@@ -672,6 +662,15 @@ def make_parser():
     flag(p, "fix_hints", "name cures")
     flag(p, "exact", "for exact renderings")
     flag(p, "follow_links", "links may lead out of the dataset")
+    p = commands.add_parser("view", help="pictures of the ground truth, as the model gets it")
+    p.add_argument("root")
+    p.add_argument("ids", metavar="ID", nargs="*", help="samples that get a page of their own")
+    p.add_argument("--out")
+    p.add_argument(
+        "--size", type=camera_files.size_of, metavar="HxW", help="default: the video's shape"
+    )
+    p.add_argument("--num_frames", type=int, default=21)
+    flag(p, "follow_links", "links may lead out of the dataset")
     camera_files.add_arguments(commands.add_parser("cameras", help="convert a camera file"))
     return parser
 
@@ -688,8 +687,8 @@ def command():
         failed = encode(*size, Encoding(**args))
     elif name == "verify":
         failed = verify(args.pop("root"), as_json=args.pop("json"), **args)
-    elif name == "import":
-        failed = import_recordings(**args)
+    elif name in ("view", "import"):
+        failed = dict(view=look_at, **{"import": import_recordings})[name](**args)
     else:
         camera_files.convert(SimpleNamespace(**args))
     if failed:

@@ -5,7 +5,6 @@ regular files are opened (a pipe would hang), at most MAX_BYTES of one; ffmpeg o
 FORMATS alone; arrays of objects are refused.  Depth: z-depth, metres, 0 = unknown."""
 
 import functools
-import hashlib
 import json
 import math
 import os
@@ -90,110 +89,6 @@ def read_json(path):
         return json.loads(Path(path).read_bytes().decode(), object_pairs_hook=unique_keys)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not valid JSON: {error}. Write it again") from None
-
-
-# --- Checksums ------------------------------------------------------------------------------------
-@functools.lru_cache(maxsize=1)
-def sums_at(path, changed):
-    check_file(path, MAX_TEXT)
-    found = re.findall(r"^([0-9a-f]{64}) [ *](?:\./)?(.+)$", path.read_text(errors="replace"), re.M)
-    return {name: digest for digest, name in found}
-
-
-def sums_of(root):
-    """{name: digest} of DIR/SHA256SUMS, None where there is no such file."""
-    path = Path(root, "SHA256SUMS")
-    return sums_at(path, path.stat().st_mtime_ns) if path.exists() else None
-
-
-def check_sums(root, paths):
-    """Files must be what DIR/SHA256SUMS says, where there is one (docs/data.md makes it)."""
-    sums, known = Path(root, "SHA256SUMS"), sums_of(root)
-    for path in paths if known is not None else ():
-        name, digest = path.relative_to(root).as_posix(), hashlib.sha256()
-        check_file(path)
-        with open(path, "rb") as file:
-            for block in iter(lambda: file.read(2**20), b""):
-                digest.update(block)
-        if known.get(name) != digest.hexdigest():
-            both = f"{digest.hexdigest()[:12]}, listed: {known.get(name, 'nothing')[:12]}"
-            cure = "Restore it; if it was meant, write SHA256SUMS again"
-            raise ValueError(f"{path}: not the file that {sums} lists ({both}). {cure}")
-
-
-def check_inside(root, path):
-    """The path, links followed, must lie in the folder root; "/": they may lead anywhere."""
-    try:
-        if Path(path).resolve().is_relative_to(Path(root).resolve()):
-            return
-    except (OSError, RuntimeError) as error:  # a link that leads to itself
-        cure = "Put the file or folder itself there"
-        raise ValueError(f"{path}: cannot be followed: {error}. {cure}") from None
-    raise ValueError(
-        f"{path}: a link that leads out of {root}. Put the file or folder itself there, or "
-        "allow such links with --follow_links=True"
-    )
-
-
-# --- What a dataset lists -------------------------------------------------------------------------
-def read_entries(root, inside):
-    """Entries and splits of metadata.json, which must lie in the folder `inside`; without that
-    file, of the folders that hold parts of a sample."""
-    path, splits = root / "metadata.json", {}
-    try:
-        os.listdir(root)
-    except OSError as error:
-        wanted = "Wanted a dataset; the layout is at the top of data.py"
-        said = f"not a folder that can be opened: {error.strerror}"
-        raise ValueError(f"{root}: {said}. {wanted}") from None
-    if not os.path.lexists(path):
-        check_sums(root, [path] if "metadata.json" in (sums_of(root) or ()) else [])
-        return scan_folders(root), splits
-    check_inside(inside, path)
-    check_sums(root, [path])
-    entries = read_json(path)
-    if isinstance(entries, dict):
-        entries, splits = entries.get("samples"), entries.get("splits") or {}
-    if not isinstance(entries, list) or not all(isinstance(e, dict) for e in entries):
-        wanted = "wanted a list of samples, or an object with a list called samples"
-        raise ValueError(f"{path}: {wanted}")
-    if not isinstance(splits, dict) or not all(isinstance(ids, list) for ids in splits.values()):
-        example = '{"train": ["a"], "val": ["b"]}'
-        raise ValueError(f"{path}: splits must be lists of ids, for instance {example}")
-    return entries, splits
-
-
-def scan_folders(root):
-    """Entries of a dataset without metadata.json: its folders that hold parts of a sample."""
-    folders = {}
-    for f in sorted(root.glob("*/*")):
-        if f.stem in ("video", "depth", "points", "moving", "camera_params"):
-            parts = folders.setdefault(f.parent.name, {})
-            parts.setdefault(f.stem, []).append(f"{f.parent.name}/{f.name}")
-    entries = []
-    for name, parts in folders.items():
-        # One that is there twice stays a list, which read_entry refuses.
-        single = {k: v if len(v) > 1 else v[0] for k, v in parts.items()}
-        entries.append(dict(single, id=name))
-    return entries
-
-
-def check_sample(inside, sample):
-    """Files of a sample: there, regular, readable, in the folder `inside` -> all, listed."""
-    files = []
-    for path in (p for p in sample.values() if isinstance(p, Path)):
-        check_inside(inside, path)
-        try:
-            files += array_files(path) if path.is_dir() else [path]
-        except OSError as error:
-            cure = "Make it readable or remove it"
-            raise ValueError(f"{path}: cannot be opened: {error.strerror}. {cure}") from None
-    if sample["camera"]:
-        check_lines(sample["camera"])
-    for path in files:
-        check_inside(inside, path)
-        check_file(path)
-    return files
 
 
 # --- Videos and pictures --------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from tqdm import tqdm
 
 from lib.pictures import write_png
 
@@ -190,3 +191,29 @@ class Records:
     def close(self):
         if self.board:
             self.attempt("tensorboard", self.board.close)
+
+
+class Passes:
+    """Work over many clips; a clip that fails is reported once and left out from there on."""
+
+    def __init__(self, quiet):
+        self.quiet, self.failed = quiet, []
+
+    def fail(self, name, problem):
+        self.failed.append(name)
+        tqdm.write(f"skipped {name}: {problem}")
+
+    def each(self, items, what, work):
+        """(item, work(item)) of those that did not fail; items are samples, or have one."""
+        done = []
+        for item in tqdm(items, desc=f"encode: {what}", unit="clip", disable=self.quiet):
+            name = getattr(item, "sample", item)["id"]
+            try:
+                if name not in self.failed:
+                    done.append((item, work(item)))  # a later pass sees only these
+            except ValueError as error:
+                self.fail(name, error)
+        return done
+
+    def jobs(self, items, what, work):
+        return [job for job, _ in self.each(items, what, work)]

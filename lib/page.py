@@ -59,6 +59,8 @@ def page_numbers(report, word):
     for heading, label, value, explanation in ROWS:
         if label == "Depth and point heads" and "heads" not in report["consistency"]:
             continue
+        if report.get("truth") and heading != "Agrees with itself":
+            continue  # nothing was predicted
         text = value and value.format(**report, word=word, fitted=fitted)
         sections.setdefault(heading, []).append([label, text, explanation])
     return [[heading, rows] for heading, rows in sections.items()]

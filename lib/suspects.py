@@ -156,11 +156,15 @@ def mean_log(errors):
     return (errors.nan_to_num(1.0) + NOISE[1]).log().mean().item()
 
 
-def best_scale(views, w2c):
-    """Factor on translations that makes the views agree best, 1/3000 to 3000; its cost."""
-    g = gather(views, 400)
-    cost = lambda x: mean_log(per_pair(disagreement(g, scaled(w2c, math.exp(x)))))  # noqa: E731
-    x, value = search(cost, 0.0, math.log(3000), (161, 13, 13, 13))
+def best_scale(views, w2c, width=8.0, counts=(161, 13, 13, 13), count=400):
+    """Factor on translations that makes the views agree best, exp(-width) to exp(width); its
+    cost."""
+    g = gather(views, count)
+
+    def cost(x):
+        return mean_log(per_pair(disagreement(g, scaled(w2c, math.exp(x)))))
+
+    x, value = search(cost, 0.0, width, counts)
     return math.exp(x), value
 
 
@@ -210,10 +214,7 @@ def best_shift(views, inverse):
 
 def best_scale_near(views, width=3.4, counts=(25, 7)):
     """best_scale in a narrower range, quicker."""
-    g = gather(views, 200)
-    cost = lambda x: mean_log(per_pair(disagreement(g, scaled(views.w2c, math.exp(x)))))  # noqa: E731
-    x, value = search(cost, 0.0, width, counts)
-    return math.exp(x), value
+    return best_scale(views, views.w2c, width, counts, 200)
 
 
 def frame_scales(views):

@@ -18,14 +18,14 @@ from lib.crop import pixel_matrix
 from lib.depth import METRES, relative_depth, unknown, why_relative
 from lib.files import (
     FAR,
-    check_sample,
-    check_sums,
     count_arrays,
     count_frames,
     iterate_video,
     read_arrays,
 )
-from lib.suspects import HINTS, find_suspect
+from lib.listing import check_sample, check_sums
+from lib.report import Report, print_report
+from lib.suspects import find_suspect
 from lib.views import (
     Views,
     agreement,
@@ -47,37 +47,8 @@ PHOTO = dict(data=0.8, exact=0.3)
 # Metres: a median depth beyond this is in millimetres, if cameras do not tell otherwise.
 LARGE = 200
 
-STATES = ["ok", "skip", "warn", "fail"]
-
 
 # --- One sample -----------------------------------------------------------------------------------
-class Report:
-    """Checks of one sample: status ok, warn (worth a look), skip (cannot be checked) or fail, and a
-    sentence."""
-
-    def __init__(self, name):
-        self.id, self.checks, self.numbers, self.suspects = name, {}, {}, []
-
-    def add(self, check, status, text):
-        before, said = self.checks.get(check, ("ok", ""))
-        worst = max(before, status, key=STATES.index)
-        self.checks[check] = (worst, "; ".join(filter(None, (said, text))))
-
-    def suspect(self, check, name, text, status="fail"):
-        self.suspects.append(name)
-        self.add(check, status, f"{name}: {text}")
-
-    def as_dict(self):
-        checks = {k: dict(status=s, text=t) for k, (s, t) in self.checks.items()}
-        hints = [HINTS[s] for s in self.suspects]
-        told = dict(id=self.id, status=self.status, suspects=self.suspects, hints=hints)
-        return dict(told, **self.numbers, checks=checks)
-
-    @property
-    def status(self):
-        return max((s for s, _ in self.checks.values()), key=STATES.index, default="ok")
-
-
 def check_cameras(report, table, size):
     """Orthonormal rotations and sensible intrinsics -> w2c (T, 3, 4), K (T, 3, 3) at `size`,
     repaired to go on."""
@@ -233,6 +204,12 @@ def check_views(report, views, level):
         report.add("views", "ok", text)
         if not timing_matters(views):
             report.add("views", "skip", "the motion is too even to check timing by a frame")
+    for t in views.ids if not bad else ():
+        mine = [b for pair, b in zip(views.pairs, B.tolist()) if t in pair and not math.isnan(b)]
+        if len(mine) > 1 and min(mine) > 10 * was + 0.01:
+            report.worst = next(pair for pair in views.pairs if t in pair)
+            said = f"frame {t} disagrees with all others by {min(mine):.1e} or more"
+            report.add("views", "fail", f"{said}: is its pose or depth of another frame?")
     most = B[:-2].nan_to_num(0).max()
     for (t, _), b in zip(views.pairs[-2:], B[-2:].tolist()):
         if b > 10 * most + 1e-3 and not bad:
@@ -447,34 +424,7 @@ def verify(root, samples, bad, inside, *, fix_hints=False, as_json=False, exact=
     named = ", ".join(f"{n} x {s}" for s, n in counts.items())
     more = f"; suspects: {named}" if named else ""
     print(f"{root}: {len(reports)} samples, {failed} failed{more}")
+    bad = [r.id for r in reports if r.status == "fail" and r.worst]
+    if bad:
+        print(f"look at the frames that disagree: python data.py view {root} {bad[0]}")
     return failed
-
-
-# name of a number: width, format
-COLUMNS = dict(
-    frames=(6, "d"),
-    depth_low=(8, ".3g"),
-    depth_high=(8, ".3g"),
-    valid=(6, ".0%"),
-    shared=(7, ".0%"),
-    relative=(9, ".1e"),
-    photo=(6, ".2f"),
-)
-
-
-def print_report(report, fix_hints, header):
-    if header:
-        names = ((k.replace("depth_", ""), width) for k, (width, _) in COLUMNS.items())
-        titles = "".join(f" {name:>{width}s}" for name, width in names)
-        print(f"{'sample':24s}{titles}  verdict")
-    cells = []
-    for key, (width, form) in COLUMNS.items():
-        value = report.numbers.get(key)
-        cells.append("-".rjust(width) if value is None else format(value, f"{width}{form}"))
-    verdict = ", ".join([report.status, *report.suspects])
-    print(f"{report.id[:24]:24s} {' '.join(cells)}  {verdict}", flush=True)
-    for check, (status, text) in report.checks.items():
-        if status != "ok":
-            print(f"    {status} {check}: {text}")
-    for name in dict.fromkeys(report.suspects) if fix_hints else ():
-        print(f"    cure of {name}: {HINTS[name]}")

@@ -10,7 +10,7 @@ import pytest
 from test_train import SIZES, run
 
 import data
-from lib import files, rooms
+from lib import listing, rooms
 
 SIZE = (32, 48, 5)
 
@@ -118,7 +118,7 @@ def test_with_links_followed_everything_else_stays_refused(root, monkeypatch):
         sample["video"].unlink()
         sample["video"].symlink_to(target)
         with pytest.raises(ValueError, match=message):
-            files.check_sample("/", sample)
+            listing.check_sample("/", sample)
 
 
 def test_a_dataset_that_is_itself_a_link_needs_no_option(rendered, tmp_path):

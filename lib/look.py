@@ -1,0 +1,131 @@
+"""Pictures of a dataset: `python data.py view DIR [ID ...]`.
+
+sheet.png shows the first frame, its depth and the path from above of every sample, with the
+doctor's verdict; ID/scene.html is the page of a sampled world, made from the ground truth as the
+model gets it: cut, resized, the first camera as the world, lengths in scene units."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from geometry import normalize_scene
+from lib.export import Scene, fractions_of, measure, off_edges
+from lib.page import write_page
+from lib.pictures import (
+    COMMANDED,
+    DARK,
+    depth_to_rgb,
+    number,
+    paste,
+    tile,
+    top_view,
+    words,
+    write_png,
+)
+from lib.verify import inspect, load_raw
+
+MOST = 64  # samples on a sheet
+HIGH = 160  # pixels of a picture on it
+
+
+def true_scene(clip):
+    """Scene of a clip of load_clip."""
+    rgb = ((clip["video"].permute(1, 2, 3, 0) + 1) * 127.5).round().to(torch.uint8).numpy()
+    size, mask = rgb.shape[1:3], clip["depth"] > 1e-3
+    maps = (clip["depth"].double()[None], clip["w2c"][None], clip["intrinsics"][None], mask[None])
+    depth, w2c, scale = normalize_scene(*maps)
+    depth, w2c = depth[0].float().numpy(), w2c[0].double().numpy()
+    depth[~mask.numpy()] = 0
+    k = fractions_of(clip["intrinsics"], size)
+    known = off_edges(depth) & mask.numpy()
+    flat = np.ones_like(depth)
+    scene = Scene(rgb, depth, flat, known, w2c, k, w2c, k, clip["fps"], "scene units", drop=0.0)
+    report = measure(scene) | dict(unit=dict(scale=1.0, fitted=True, residual=0.0))
+    length = "units of its depth" if clip["relative"] else "m"
+    facts = f"ground truth of {clip['id']}; 1 scene unit = {float(scale[0]):.4g} {length}"
+    scene.report = dict(report, truth=True, prompt=clip["prompt"] or clip["id"], facts=facts)
+    return scene
+
+
+def fitted(picture, height=HIGH):
+    """Resized to a height, nearest."""
+    h, w = picture.shape[:2]
+    rows = (np.arange(height) * h / height).astype(int)
+    cols = (np.arange(round(w * height / h)) * h / height).astype(int)
+    return picture[rows][:, cols.clip(0, w - 1)]
+
+
+def row_of(scene, said):
+    """One sample of the sheet: words over first frame, depth, path."""
+    first = scene.depth[0]
+    known = first[first > 0] if (first > 0).any() else np.ones(1)
+    low, high = np.quantile(known, (0.01, 0.99))
+    parts = [fitted(scene.rgb[0]), fitted(depth_to_rgb(first[None], low, high)[0])]
+    parts.append(top_view([(scene.w2c, COMMANDED)], (HIGH, HIGH)))
+    wide = sum(p.shape[1] + 4 for p in parts)
+    canvas = np.full((HIGH + 20, wide, 3), DARK, np.uint8)
+    paste(canvas, words(said)[:, :wide], 2, 2)
+    left = 0
+    for part in parts:
+        paste(canvas, part, 20, left)
+        left += part.shape[1] + 4
+    return canvas
+
+
+def worst_pair(raw, pair, folder):
+    """The two frames whose depth disagrees most, colours above depth."""
+    t, s = pair
+    rows = [[raw["rgb"][i] for i in (t, s) if i in raw["rgb"]]]
+    if len(rows[0]) == 2:
+        write_png(folder / "worst_pair.png", tile(rows, zoom=1))
+        return f"{folder}/worst_pair.png (frames {t} and {s})"
+
+
+def verdict(sample):
+    """(report of the doctor, raw) or the reason why there is none."""
+    try:
+        raw = load_raw(sample)
+        return inspect(raw), raw
+    except ValueError as error:
+        return str(error), None
+
+
+def view(samples, load, out, wanted=()):
+    """Write the sheet and the pages of the wanted ids; prints where they lie.
+
+    load(sample) -> the clip as load_clip gives it"""
+    out, cards = Path(out), []
+    unknown = sorted(set(wanted) - {s["id"] for s in samples})
+    if unknown:
+        raise ValueError(f"no sample {unknown[0]!r}; the first is {samples[0]['id']!r}")
+    shown = [s for s in samples if s["id"] in wanted] or samples
+    out.mkdir(parents=True, exist_ok=True)
+    for sample in tqdm(shown[:MOST], desc="view", unit="clip", disable=None):
+        report, raw = verdict(sample)
+        status = report if raw is None else ", ".join([report.status, *report.suspects])
+        try:
+            scene = true_scene(load(sample))
+        except ValueError as error:
+            tqdm.write(f"skipped {sample['id']}: {error}")
+            continue
+        near, far = (number(x) for x in np.quantile(scene.depth[scene.depth > 0], (0.02, 0.98)))
+        said = f"{sample['id']}: {status}; depth {near} to {far}; {sample['prompt']}"
+        cards.append(row_of(scene, said[:90]))
+        if sample["id"] in wanted:
+            folder = out / sample["id"]
+            folder.mkdir(exist_ok=True)
+            write_page(scene, folder / "scene.html")
+            tqdm.write(f"{folder}/scene.html")
+            if raw is not None and report.status == "fail" and report.worst:
+                tqdm.write(worst_pair(raw, report.worst, folder) or "")
+    if not cards:
+        raise ValueError(f"{out}: no sample could be shown")
+    wide = max(c.shape[1] for c in cards)
+    cards = [np.pad(c, ((0, 0), (0, wide - c.shape[1]), (0, 0))) for c in cards]
+    columns = 1 if len(cards) < 4 else 2
+    rows = [cards[i : i + columns] for i in range(0, len(cards), columns)]
+    write_png(out / "sheet.png", tile(rows))
+    more = f", the first {MOST} of {len(shown)}" if len(shown) > MOST else ""
+    print(f"{out}/sheet.png: {len(cards)} samples{more}")
