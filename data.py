@@ -22,7 +22,6 @@ The corridor: metadata -> sample (load_samples) -> clip (load_clip) -> cache (en
 import argparse
 import os
 import re
-import zlib
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -46,6 +45,7 @@ from lib.look import view
 from lib.rooms import VARIETY, Recipe, synth
 from lib.standin import cache_prefix, make_encoders
 from lib.verify import verify as check
+from lib.windows import Encoding
 from wan import LATENT, start_condition
 
 # --- Samples --------------------------------------------------------------------------------------
@@ -291,37 +291,6 @@ def load_clip(sample, height, width, num_frames, start=0, stride=1):
 
 # --- Encoding -----------------------------------------------------------------------------------
 @dataclass(frozen=True)
-class Encoding:
-    """What `data.py encode` is asked for beside the size."""
-
-    codec: str = "transform"  # the demo's stand-in, unless there is a Wan folder
-    wan_dir: str = ""
-    device: str = ""  # empty: a GPU where there is one
-    split: str | None = None
-    start: int = 0  # first frame of a clip's first window
-    stride: int = 1  # frames from one to the next
-    windows: int = 1  # of each clip: evenly spread, or
-    window_seed: int = -1  # drawn at random when this is 0 or more
-    skip_bad: bool = False
-    follow_links: bool = False
-
-    def starts(self, sample, num_frames):
-        """First frames of a clip's windows."""
-        if self.whole():
-            return [self.start]
-        count = len(read_cameras(sample["camera"])[0]) if sample["camera"] else 0
-        last = max(self.start, count - self.stride * (num_frames - 1) - 1)
-        if self.window_seed < 0:
-            return sorted({round(s) for s in np.linspace(self.start, last, self.windows)})
-        # By name: other clips do not move the windows of this one.
-        random = np.random.default_rng([self.window_seed, zlib.crc32(sample["id"].encode())])
-        return sorted({int(s) for s in random.integers(self.start, last + 1, self.windows)})
-
-    def whole(self):
-        return self.windows == 1 and self.window_seed < 0
-
-
-@dataclass(frozen=True)
 class Job:
     """One window to encode."""
 
@@ -350,9 +319,10 @@ def plan_clip(sample, folder, same, how, inside):
     shared = dict(same, sample=sample["id"], prompt=sample["prompt"])
     shared["stamp"] = " ".join(map(str, stamp))
     jobs = []
-    for start in how.starts(sample, same["num_frames"]):
+    for start, stride in how.places(sample, same["num_frames"]):
+        # A clip with one window keeps its name.
         name = sample["id"] if how.whole() else f"{sample['id']}.{start:04d}"
-        key = dict(shared, id=name, start=start)
+        key = dict(shared, id=name, start=start, stride=stride)
         jobs.append(Job(sample, key, folder / f"{name}.safetensors"))
     return jobs
 
@@ -390,13 +360,13 @@ def encode_video(job, vae, pad):
         path.unlink()
 
 
-def encode(root, height, width, num_frames, how=Encoding()):
+def encode(root, height, width, num_frames, how=None):
     """Encode windows of every clip, one pass per encoder.
 
     returns  how many clips failed on any rank; 0 with skip_bad as long as one is left
     Under torchrun every rank takes its share of the clips.  Finished files whose key still fits are
     kept."""
-    size = num_frames, height, width
+    size, how = (num_frames, height, width), how or Encoding()
     if size != LATENT.nearest(*size):
         found = "{} frames of {}x{}".format(*size)
         raise ValueError(f"{found}; wanted 4k + 1 and multiples of 16")
@@ -405,7 +375,7 @@ def encode(root, height, width, num_frames, how=Encoding()):
     gpu = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     encoders = make_encoders(how.codec, how.wan_dir, how.device or gpu)
     folder = Path(root, "cache", f"{num_frames}x{height}x{width}-{encoders.fingerprint}")
-    same = dict(num_frames=num_frames, height=height, width=width, stride=how.stride)
+    same = dict(num_frames=num_frames, height=height, width=width)
     same["fingerprint"] = encoders.fingerprint  # other encoder files, other latents
     inside, bad, passes = "/" if how.follow_links else root, [], Passes(rank > 0)
     for path in (folder, folder / ".parts"):
@@ -602,17 +572,19 @@ def look_at(root, ids, out, size, num_frames, follow_links=False):
     def load(sample):
         frames = files.count_frames(sample["video"]) if sample["video"] else 5
         count = max(5, (min(num_frames, frames) - 1) // 4 * 4 + 1)  # 4k + 1
+        # About 100,000 pixels of the video's shape, in whole latents of the DiT.
         h, w = size or files.read_video(sample["video"], 1)[0].shape[1:3]
         shape = size or [max(16, round(x * (1e5 / h / w) ** 0.5 / 16) * 16) for x in (h, w)]
         return load_clip(sample, *shape, count, stride=max(1, (frames - 1) // (count - 1)))
 
-    samples = load_samples(root, bad=[], inside="/" if follow_links else root)
+    samples = load_samples(root, bad=[], inside="/" if follow_links else root)  # the good ones
     view(samples, load, out or Path(root, "view"), ids)
 
 
 def import_recordings(form, src, root, **wishes):
     """Import, let the doctor look at what has depth -> how many failed."""
     names, failed = importers.run(src, root, form, **wishes)
+    # What has no depth yet cannot be checked.
     made = [s for s in (load_samples(root) if names else ()) if s["id"] in names and s["depth"]]
     failed += check(root, made, [], root, fix_hints=True) if made else 0
     return importers.last_words(root, names, failed)
@@ -651,8 +623,9 @@ def make_parser():
     p.add_argument("--wan_dir", default="", help="folder of a Wan2.1 release, in place of --codec")
     p.add_argument("--device", default="", help="default: a GPU where there is one")
     size_options(p)
-    for name, default in dict(start=0, stride=1, windows=1, window_seed=-1).items():
+    for name, default in dict(start=0, windows=1, window_seed=-1).items():
         p.add_argument(f"--{name}", type=int, default=default)
+    p.add_argument("--stride", default="1", help="frames; of 1,2,4 each window draws one")
     flag(p, "skip_bad", "exit with 0 although clips failed")
     flag(p, "follow_links", "links may lead out of the dataset")
     p = commands.add_parser("verify", help="check every clip before any GPU hour is spent")
@@ -678,7 +651,7 @@ def make_parser():
 def command():
     args = vars(make_parser().parse_args())
     name = args.pop("command")
-    failed = 0
+    failed = 0  # clips, of those commands that go on without them
     if name == "synth":
         out, workers = args.pop("out"), args.pop("workers")
         synth(out, Recipe(**args), workers)

@@ -36,6 +36,7 @@ from lib.distributed import Ranks, end_processes, from_first, gather_full, shard
 from lib.evaluate import How, evaluate, evaluate_only
 from lib.guards import BadSteps, Stop, Watch, ignore_signals, run_command
 from lib.log import Records, Tally, by_sigma, changed_options, clock, memory_gb, provenance
+from lib.mix import Mix, parts_of, pick
 from lib.optimizer import make_optimizer, take_step
 from lib.plan import HARDWARE, flops_of_step, peak_flops, report
 from lib.weights import load_weights, metadata_of, open_model, read_tensors
@@ -47,7 +48,7 @@ section_1 = section("what")
 preset = option("1.3b", "widths of the model, in model.PRESETS", choices=tuple(PRESETS))
 model_overrides = option({}, "single fields of model.Config, such as {'num_pcb': 10}")
 stage = option(1, "what trains, see the top of this file", choices=(0, 1, 2))
-data_dir = option("data/train", "has metadata.json and the caches that data.py encode wrote")
+data_dir = option("data/train", "an encoded dataset; or several: FOLDER:WEIGHT,FOLDER:WEIGHT")
 skip_bad = option(False, "leave out clips whose caches are missing or damaged")
 follow_links = option(False, "the dataset's files may be links that lead out of data_dir")
 out_dir = option("outputs/stage1", "the run folder")
@@ -134,10 +135,11 @@ def global_batch(options, world):
 class Batches:
     """Index lists of this rank's micro-batches: a pure function of (seed, step), without state."""
 
-    clips: int
+    sizes: list  # clips of each dataset
     options: config.Options
     ranks: Ranks
     first_step: int = 0
+    weights: tuple = (1.0,)
 
     def positions(self, micro):
         """Positions of this rank's micro-batch in the global batch."""
@@ -146,9 +148,11 @@ class Batches:
         return range(start, start + size)
 
     def clip_at(self, n):
-        """The clip at a place in the sequence of epochs."""
-        epoch, place = divmod(n, self.clips)
-        return order_of_epoch(self.clips, self.options.seed, epoch)[place]
+        """The clip at a place of the run's sequence."""
+        dataset, k = pick(n, self.weights, self.options.seed)
+        epoch, place = divmod(k, self.sizes[dataset])
+        order = order_of_epoch(self.sizes[dataset], self.options.seed, epoch)
+        return sum(self.sizes[:dataset]) + order[place]
 
     def __iter__(self):
         total = global_batch(self.options, self.ranks.world)
@@ -222,7 +226,7 @@ def compute_loss(model, b, noise, *, sigma, keep, options):
 class Examples:
     """Clips as evaluation reads them: prepared batches of one; the noise is equal in all runs."""
 
-    clips: CachedClips
+    clips: Mix
     model: torch.nn.Module
     device: torch.device
     seed: int
@@ -397,15 +401,22 @@ def least_seconds(model, options):
 
 # -------------------------------------------------------------------------------------------- main
 def open_clips(options):
-    """split -> CachedClips; the validation split only where something evaluates, and has clips."""
+    """split -> Mix of CachedClips; the validation split only where something evaluates, and has
+    clips."""
     size = (options.height, options.width, options.num_frames)
     clips, how = {}, (options.wan_dir, options.skip_bad, options.follow_links)
     for split in ("train", "val") if options.eval_every or options.eval_only else ("train",):
-        try:
-            clips[split] = CachedClips(options.data_dir, split, size, *how)
-        except EmptySplit:
-            if split == "train" or options.eval_only:
-                raise
+        parts, weights = [], []
+        for folder, weight in parts_of(options.data_dir):
+            try:
+                parts.append(CachedClips(folder, split, size, *how))
+                weights.append(weight)
+            except EmptySplit as error:
+                empty = error
+        if not parts and (split == "train" or options.eval_only):
+            raise empty
+        if parts:
+            clips[split] = Mix(parts, [weight / sum(weights) for weight in weights])
     return clips
 
 
@@ -579,7 +590,7 @@ def main(options):
         return not error
 
     # ---- loop
-    batches = Batches(len(clips["train"]), options, ranks, first_step)
+    batches = Batches(clips["train"].sizes, options, ranks, first_step, clips["train"].weights)
     data = load_batches(clips["train"], batches, device, options.num_workers)
     empty_text = read_tensors(clips["train"].empty_text)[0]["text"].float().to(device)
     job = Job(model, wrapped, autocast, options, empty_text, total)

@@ -287,12 +287,12 @@ def test_the_batch_of_a_step_does_not_depend_on_the_number_of_ranks():
     import train
 
     options = options_of(train, batch_size=2, grad_accum=2, max_steps=3, seed=5)
-    one = list(train.Batches(7, options, Ranks()))
+    one = list(train.Batches([7], options, Ranks()))
     options = options.replaced(grad_accum=1)
-    two = [list(train.Batches(7, options, Ranks(rank, 2))) for rank in (0, 1)]
+    two = [list(train.Batches([7], options, Ranks(rank, 2))) for rank in (0, 1)]
     for step in range(3):
         assert one[2 * step] + one[2 * step + 1] == two[0][step] + two[1][step]
-    assert list(train.Batches(7, options, Ranks(0, 2), first_step=1)) == two[0][1:]
+    assert list(train.Batches([7], options, Ranks(0, 2), first_step=1)) == two[0][1:]
 
 
 def test_values_are_summed_and_counted_in_four_bins_of_the_noise_level():

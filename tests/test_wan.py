@@ -347,12 +347,16 @@ def test_a_missing_cache_or_encoder_file_is_named_with_the_cure(clips, wan, tmp_
 def test_random_windows_repeat_themselves_and_stay_inside_the_clip(clips):
     sample = data.load_samples(clips)[0]
     how = data.Encoding(stride=2, start=1, windows=6)
-    starts = [replace(how, window_seed=seed).starts(sample, 5) for seed in (3, 3, 4)]
-    assert starts[0] == starts[1] != starts[2] and all(
-        1 <= s <= 13 - 9 for s in starts[0] + starts[2]
-    )
-    assert data.Encoding(windows=3).starts(sample, 5) == [0, 4, 8]
-    assert data.Encoding(start=2).starts(sample, 5) == [2]
+    found = [replace(how, window_seed=seed).places(sample, 5) for seed in (3, 3, 4)]
+    assert found[0] == found[1] != found[2]
+    assert all(1 <= start <= 13 - 9 and stride == 2 for start, stride in found[0] + found[2])
+    several = data.Encoding(stride="1,2,4", windows=8, window_seed=1).places(sample, 5)
+    assert {stride for _, stride in several} == {1, 2}  # 13 frames have no room for 4 x 4 + 1
+    assert all(start + 4 * stride < 13 for start, stride in several)
+    with pytest.raises(ValueError, match="--stride 1,x: wanted a whole number"):
+        data.Encoding(stride="1,x").places(sample, 5)
+    assert data.Encoding(windows=3).places(sample, 5) == [(0, 1), (4, 1), (8, 1)]
+    assert data.Encoding(start=2).places(sample, 5) == [(2, 1)]
 
 
 def test_a_dropped_start_image_takes_its_clip_tokens_with_it():

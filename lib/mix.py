@@ -1,0 +1,96 @@
+"""Several datasets in one run: data_dir = "rooms:0.7,walks:0.3".
+
+Which dataset and which of its clips stands at a place of the run's sequence is a pure function of
+(seed, place): of every BLOCK places each dataset gets its share, rounded to whole clips, in an
+order that the seed and the block decide; within a dataset the clips come epoch by epoch."""
+
+import functools
+from bisect import bisect_right
+from itertools import accumulate
+
+import numpy as np
+
+BLOCK = 1000
+
+
+def parts_of(text):
+    """ "a:0.7,b:0.3" or a single folder -> [(folder, weight)], weights of sum 1."""
+    parts = []
+    for part in text.split(","):
+        folder, colon, weight = part.strip().rpartition(":")
+        try:
+            parts.append((folder, float(weight)) if colon else (weight, 1.0))
+        except ValueError:  # a colon in a path
+            parts.append((part.strip(), 1.0))
+    if not all(folder and 0 < weight < float("inf") for folder, weight in parts):
+        wanted = "wanted FOLDER, or FOLDER:WEIGHT,FOLDER:WEIGHT with weights above 0"
+        raise ValueError(f"data_dir = {text!r}; {wanted}")
+    if len({folder for folder, _ in parts}) < len(parts):
+        raise ValueError(f"data_dir = {text!r}: a folder is there twice; raise its weight instead")
+    total = sum(weight for _, weight in parts)
+    return [(folder, weight / total) for folder, weight in parts]
+
+
+@functools.lru_cache(maxsize=4)
+def counts_of(weights):
+    """Places of a block that each dataset gets: whole numbers of sum BLOCK, 1 at least."""
+    exact = np.array(weights) * BLOCK
+    counts = np.maximum(np.floor(exact).astype(int), 1)
+    for n in np.argsort(counts - exact)[: max(0, BLOCK - counts.sum())]:
+        counts[n] += 1
+    counts[np.argmax(counts)] += BLOCK - counts.sum()
+    return counts
+
+
+@functools.lru_cache(maxsize=4)
+def block(weights, seed, number):
+    """(BLOCK,) dataset at each place of a block, and how often it came before in the block."""
+    order = np.repeat(np.arange(len(weights)), counts_of(weights))
+    np.random.default_rng([seed, 4, number]).shuffle(order)
+    before = np.zeros(BLOCK, int)
+    for n in range(len(weights)):
+        before[order == n] = np.arange((order == n).sum())
+    return order, before
+
+
+def pick(place, weights, seed):
+    """(dataset, k): the clip at a place of the sequence is the k-th that its dataset gives."""
+    if len(weights) == 1:
+        return 0, place
+    number, within = divmod(place, BLOCK)
+    order, before = block(weights, seed, number)
+    dataset = int(order[within])
+    return dataset, int(number * counts_of(weights)[dataset] + before[within])
+
+
+class Mix:
+    """Cached clips of several datasets, one after another; a torch Dataset like each of them."""
+
+    def __init__(self, parts, weights):
+        self.parts, self.weights = parts, tuple(weights)
+        self.sizes = [len(part) for part in parts]
+        self.ends = list(accumulate(self.sizes))
+        kinds = {part.empty_text.parent.name: part for part in parts}
+        if len(kinds) > 1:
+            found = " and ".join(str(part.empty_text.parent) for part in kinds.values())
+            raise ValueError(f"{found}: encoded by other encoder files or at other sizes")
+        self.empty_text = parts[0].empty_text
+
+    def __len__(self):
+        return self.ends[-1]
+
+    def of(self, i):
+        """(dataset, its clip) of clip i."""
+        n = bisect_right(self.ends, i)
+        return self.parts[n], i - (self.ends[n] - self.sizes[n])
+
+    def __getitem__(self, i):
+        part, k = self.of(i)
+        return part[k]
+
+    def frames(self, i):
+        part, k = self.of(i)
+        return part.frames(k)
+
+    def count_relative(self):
+        return sum(part.count_relative() for part in self.parts)
