@@ -5,6 +5,7 @@ regular files are opened (a pipe would hang), at most MAX_BYTES of one; ffmpeg o
 FORMATS alone; arrays of objects are refused.  Depth: z-depth, metres, 0 = unknown."""
 
 import functools
+import itertools
 import json
 import math
 import os
@@ -40,6 +41,7 @@ STRICT = [
 # The usual way from HDR to the colours that every other video has.
 SDR = "zscale=t=linear:npl=100,tonemap=hable,zscale=p=bt709:t=bt709:m=bt709:r=tv,format=yuv420p"
 PNG = b"\x89PNG\r\n\x1a\n"
+STILLS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 RASTERS = (".exr", ".pfm", ".pgm")
 ARRAYS = (".npy", ".npz", ".png", *RASTERS)
 
@@ -184,14 +186,37 @@ def still(path):
     return read_video(path, 1)[0][0]
 
 
+def picture_files(folder):
+    """Pictures of a folder that stands for a video, in order."""
+    found = [f for f in Path(folder).glob("[!.]*") if f.suffix.lower() in STILLS]
+    if not found:
+        raise ValueError(
+            f"{folder}: no pictures in it; wanted {', '.join(STILLS)}, or a video file"
+        )
+    return sorted(found, key=lambda f: natural(f.name))
+
+
 def iterate_video(path):
-    """Frames uint8 (H, W, 3) of a video, one at a time."""
+    """Frames uint8 (H, W, 3) of a video, or of a folder of pictures, one at a time."""
+    if Path(path).is_dir():
+        names, first = picture_files(path), None
+        for name, frame in zip(names, read_stills(names)):
+            first = frame.shape if first is None else first
+            if frame.shape != first:
+                found = f"{frame.shape[0]}x{frame.shape[1]}, where {names[0].name} is"
+                raise ValueError(f"{name}: {found} {first[0]}x{first[1]}. Make all alike")
+            yield frame
+        return
     with ffmpeg(path, "-pix_fmt", "rgb24", "-c:v", "ppm", "-f", "image2pipe") as (stream, _):
         yield from pictures(stream, math.inf)
 
 
 def read_video(path, max_frames=None):
-    """The first max_frames frames (default all), uint8 (T, H, W, 3), and frames a second or 0."""
+    """The first max_frames frames (default all), uint8 (T, H, W, 3), and frames a second or 0.
+
+    A folder of pictures has no rate: the sample's entry gives its fps."""
+    if Path(path).is_dir():
+        return np.stack(list(itertools.islice(iterate_video(path), max_frames))), 0.0
     some = [] if max_frames is None else ["-frames:v", str(max_frames)]
     some += ["-vf", OVER_WHITE] if has_alpha(head_of(path)) else []
     output = [*some, "-pix_fmt", "rgb24", "-c:v", "ppm", "-f", "image2pipe"]
@@ -212,12 +237,14 @@ def read_video(path, max_frames=None):
 
 def count_frames(path):
     """Number of frames of a video; decodes all of it, so that damage anywhere is seen."""
-    info = os.stat(path) if os.path.exists(path) else None
-    return count_frames_at(path, info and (info.st_size, info.st_mtime_ns))
+    files = [Path(path), *Path(path).glob("*")] if os.path.exists(path) else []
+    return count_frames_at(path, tuple((f.stat().st_size, f.stat().st_mtime_ns) for f in files))
 
 
 @functools.lru_cache(maxsize=1)  # the windows of a clip ask in a row
 def count_frames_at(path, changed):
+    if Path(path).is_dir():
+        return sum(1 for _ in iterate_video(path))
     try:
         with ffmpeg(path, "-nostats", "-progress", "pipe:1", "-f", "null") as (stream, _):
             counts = [0, *map(int, re.findall(rb"^frame=(\d+)", stream.read(), re.M))]

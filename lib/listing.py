@@ -6,7 +6,7 @@ import os
 import re
 from pathlib import Path
 
-from lib.files import MAX_TEXT, array_files, check_file, check_lines, read_json
+from lib.files import MAX_TEXT, array_files, check_file, check_lines, picture_files, read_json
 
 
 # --- Checksums ------------------------------------------------------------------------------------
@@ -101,7 +101,8 @@ def check_sample(inside, sample):
     for path in (p for p in sample.values() if isinstance(p, Path)):
         check_inside(inside, path)
         try:
-            files += array_files(path) if path.is_dir() else [path]
+            parts = picture_files if path == sample["video"] else array_files
+            files += parts(path) if path.is_dir() else [path]
         except OSError as error:
             cure = "Make it readable or remove it"
             raise ValueError(f"{path}: cannot be opened: {error.strerror}. {cure}") from None

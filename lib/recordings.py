@@ -13,7 +13,7 @@ from lib.camera_files import FORMATS
 from lib.crop import fractions
 from lib.native import Cameras
 
-PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+PICTURES = files.STILLS
 COUNTS = (".png", ".pgm")  # depth in whole numbers
 
 

@@ -1,13 +1,19 @@
 """Videos of phones and music players: HDR is refused with a cure that works, covers are none."""
 
 import errno
+import json
 import os
+import shutil
 import subprocess
 
 import imageio_ffmpeg
+import numpy as np
 import pytest
+from recordings import WRITERS, clip
 
-from lib import files
+import data
+from lib import files, importers
+from lib.pictures import write_png
 
 FFMPEG = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-y"]
 CLIP = ["-f", "lavfi", "-i", "testsrc2=size=160x96:rate=15:duration=0.4"]
@@ -57,3 +63,53 @@ def test_a_disk_that_cannot_flush_a_folder_keeps_the_file(tmp_path, monkeypatch)
     monkeypatch.setattr(os, "fsync", fsync)
     files.write_aside(tmp_path / "a.txt", lambda path: path.write_text("whole"))
     assert (tmp_path / "a.txt").read_text() == "whole"
+
+
+def folder_clip(root, kind):
+    """A sample whose video is a folder of pictures, 8 .. 16: text order is another."""
+    c = clip()
+    WRITERS["kitti"](root / "src", c)
+    importers.run(root / "src", root / "set")
+    folder = root / "set" / "src" / "video"
+    folder.mkdir()
+    for path in (root / "src" / "images").iterdir():
+        target = folder / f"{path.stem}.{kind}"
+        if kind == "png":
+            shutil.copyfile(path, target)
+        else:
+            line = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-i", path, "-q:v", "1", target]
+            subprocess.run(line, check=True)
+    (folder / "._8.png").write_bytes(b"macOS")
+    (folder.parent / "video.mp4").unlink()
+    said = json.loads((root / "set" / "metadata.json").read_text())
+    said["samples"][0]["video_path"] = "src/video"
+    (root / "set" / "metadata.json").write_text(json.dumps(said))
+    return c, data.load_samples(root / "set")[0]
+
+
+@pytest.mark.parametrize("kind", ["png", "jpg"])
+def test_a_folder_of_pictures_is_a_video(tmp_path, kind, capsys):
+    (tmp_path / "src").mkdir()
+    c, sample = folder_clip(tmp_path, kind)
+    found = data.load_clip(sample, 48, 64, 9)
+    rgb = (found["video"].permute(1, 2, 3, 0).numpy() + 1) * 127.5
+    off = np.abs(rgb - c["rgb"]).mean()
+    assert off < 1e-3 if kind == "png" else off < 4
+    assert found["fps"] == 30  # of the sample's entry
+    assert data.verify(tmp_path / "set") == 0
+    assert data.encode(tmp_path / "set", 48, 64, 9) == 0
+    first = sorted((tmp_path / "set" / "src" / "video").glob("[!.]*"))[0]
+    first.write_bytes(first.read_bytes()[:100])
+    with pytest.raises(ValueError, match=first.name):
+        data.load_clip(sample, 48, 64, 9)
+
+
+def test_pictures_of_two_sizes_and_an_empty_folder_are_named(tmp_path):
+    for n, size in enumerate([(32, 48), (32, 48), (32, 64)]):
+        write_png(tmp_path / f"{n}.png", np.zeros((*size, 3), np.uint8))
+    with pytest.raises(ValueError, match="2.png: 32x64, where 0.png is 32x48"):
+        files.read_video(tmp_path)
+    assert len(files.read_video(tmp_path, 2)[0]) == 2
+    (tmp_path / "no").mkdir()
+    with pytest.raises(ValueError, match="no: no pictures in it"):
+        files.read_video(tmp_path / "no")
