@@ -72,7 +72,7 @@ def thinned(rec, wishes):
         lost = [n for n in range(len(m)) if n not in set(good)]
         which = ", ".join(map(str, lost[:6])) + (" ..." if len(lost) > 6 else "")
         rec.notes.append(f"{len(lost)} frames whose pose was lost left out: {which}")
-    return good[:: wishes.stride][: wishes.max_frames]
+    return good[wishes.start :: wishes.stride][: wishes.max_frames]
 
 
 @lru_cache(maxsize=8)
@@ -194,13 +194,19 @@ def run(src, out, form=None, **wishes):
     """Import every recording of SRC that DIR does not hold yet -> ids, and how many failed."""
     src, out, wishes = Path(src), Path(out), Wishes(**wishes)
     found, names, failed = find(src, form), [], 0
+    if wishes.name and len(found) > 1:
+        raise ValueError(f"--name {wishes.name}: {src} holds {len(found)} recordings; leave it out")
+    if wishes.start < 0 or wishes.stride < 1 or (wishes.max_frames or 5) < 5:
+        raise ValueError(
+            "wanted --start of 0 or more, --stride of 1 or more, --max_frames of 5 or more"
+        )
     if out.resolve().is_relative_to(src.resolve()):
         raise ValueError(f"{out}: lies in {src}, which is not changed; choose another folder")
     out.mkdir(parents=True, exist_ok=True)
     for form, key in found:
-        name, said = name_of(src, key), read_list(out)
+        name, said = wishes.name or name_of(src, key), read_list(out)
         # What changes the result; another import under the same name is refused.
-        made = {k: v for k, v in asdict(wishes).items() if v not in (None, "")}
+        made = {k: v for k, v in asdict(wishes).items() if v not in (None, "", 0)}
         made = json.loads(json.dumps([form, str(key.resolve()), made]))
         before = next((e for e in said["samples"] if str(e.get("id")) == name), None)
         if before and before.get("imported") != made:

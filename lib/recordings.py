@@ -57,6 +57,8 @@ class Video:
 class Wishes:
     """Options of the command."""
 
+    name: str | None = None  # id of the only recording
+    start: int = 0  # first frame
     stride: int = 1
     max_frames: int | None = None
     size: tuple | None = None  # (H, W) of the result
@@ -162,6 +164,8 @@ def asked(wishes):
 def wish_arguments(parser):
     """The options of Wishes."""
     whole = dict(type=int, metavar="N")
+    parser.add_argument("--name", metavar="ID", help="of the sample, where SRC is one recording")
+    parser.add_argument("--start", **whole, default=0, help="first frame")
     parser.add_argument("--stride", **whole, default=1, help="every N-th frame")
     parser.add_argument("--max_frames", **whole, help="at most N of them")
     parser.add_argument("--size", type=camera_files.size_of, metavar="HxW", help="cut and resize")

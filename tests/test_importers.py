@@ -103,6 +103,19 @@ def test_several_recordings_go_on_where_a_kill_left_them(tmp_path, capsys):
         importers.run(src, out)
 
 
+def test_two_parts_of_one_recording(tmp_path):
+    (tmp_path / "src").mkdir()
+    WRITERS["kitti"](tmp_path / "src", clip())
+    for name, start in (("first", 0), ("rest", 4)):
+        importers.run(tmp_path / "src", tmp_path / "out", name=name, start=start, max_frames=5)
+    one, two = load_samples(tmp_path / "out")
+    assert (one["id"], one["split"], two["id"], two["split"]) == ("first", "train", "rest", "val")
+    want = relative_to_first(torch.from_numpy(clip()["w2c"][4:]))
+    torch.testing.assert_close(load_clip(two, H, W, 5)["w2c"], want, rtol=0, atol=1e-6)
+    with pytest.raises(ValueError, match="--max_frames of 5"):
+        importers.run(tmp_path / "src", tmp_path / "out", max_frames=4)
+
+
 def test_cut_to_another_size_frames_depth_and_intrinsics_go_together(tmp_path):
     sample, c = imported(tmp_path, WRITERS["kitti"], size=(40, 40))
     out = load_clip(sample, 40, 40, 5)
