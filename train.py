@@ -376,7 +376,8 @@ def resume_from(path, model, optimizer, *, options, world):
         raise ValueError(f"resume = {path} {found}; {cure}")
     load_weights(model, path)
     step = int(meta["step"])
-    load_optimizer(pathlib.Path(path).with_name(f"step-{step}.optim.safetensors"), model, optimizer)
+    beside = pathlib.Path(path).with_name(f"step-{step}.optim.safetensors")
+    load_optimizer(beside, model, optimizer, of=(pathlib.Path(path), meta))
     before = json.loads(meta["train_config"])
     remarks = [f"changed since step {step}: {c}" for c in changed_options(before, vars(options))]
     known = {key: value for key, value in before.items() if key in vars(options)}

@@ -3,6 +3,7 @@
 It holds step-N.safetensors (the trainable tensors; config, git hash and command as metadata),
 step-N.optim.safetensors (AdamW's moments) and latest.safetensors, a hard link to the newest."""
 
+import json
 import os
 import pathlib
 import re
@@ -11,10 +12,9 @@ from functools import partial
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import save_file
 
 from lib.distributed import DTensor, copy_into, gather_full, gathered
-from lib.files import write_aside
+from lib.files import write_aside, write_tensors
 from lib.weights import config_from_metadata, digest, metadata_of, read_checked, read_tensors
 from model import FantasyWorld
 
@@ -76,12 +76,17 @@ def save_checkpoint(out, step, state, metadata, *, keep_last, keep_every=0):
     Raises OSError or SafetensorError when the disk is full or gone; what was saved before is then
     untouched."""
     weights, moments = state
-    for end, tensors in ((".optim", moments), ("", weights)):  # the weights make a checkpoint: last
-        content = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-        facts = {**metadata, "step": str(step), "sha256": digest(content)}
-        write = partial(save_file, content, metadata=facts)
-        write_aside(out / f"step-{step}{end}.safetensors", write)
-        del content, write  # one of the two copies at a time
+    facts = {**metadata, "step": str(step), "digest": "2"}
+    content = {name: value.detach().cpu().contiguous() for name, value in weights.items()}
+    whole = dict(facts, sha256=digest(content, facts))
+    # The weights make a checkpoint: last.  The moments name the weights that they are of.
+    for end, tensors, of in ((".optim", moments, whole["sha256"]), ("", content, None)):
+        tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+        told = whole if of is None else dict(facts, weights=of)
+        told = told if of is None else dict(told, sha256=digest(tensors, told))
+        path = out / f"step-{step}{end}.safetensors"
+        write_aside(path, partial(write_tensors, tensors, told))
+        del tensors  # one of the two copies at a time
     link_latest(out, step)
     prune(out, step, keep_last, keep_every)
 
@@ -89,7 +94,7 @@ def save_checkpoint(out, step, state, metadata, *, keep_last, keep_every=0):
 def link_latest(out, step):
     """latest.safetensors becomes a hard link to a checkpoint; it is replaced, never missing."""
     path, latest = out / f"step-{step}.safetensors", out / "latest.safetensors"
-    link = out / "latest.tmp"
+    link = out / ".latest.tmp"
     link.unlink(missing_ok=True)
     if latest.exists() and path.samefile(latest):
         return
@@ -118,23 +123,43 @@ def saved_steps(out):
     return sorted(int(match[1]) for match in found if match)
 
 
+def check_step(out, step):
+    """ValueError unless a step's files are whole, of one save, and say all that a resume needs."""
+    path = out / f"step-{step}.safetensors"
+    meta = read_checked(path)[1]
+    config_from_metadata(meta)
+    config, stage = json.loads(meta["train_config"]), meta["stage"]
+    if not isinstance(config, dict) or stage not in "012" or int(meta["step"]) != step:
+        raise ValueError(f"{path}: its metadata is of step {meta['step']}, or without options")
+    beside = out / f"step-{step}.optim.safetensors"
+    check_pair(path, meta, beside, read_checked(beside)[1])
+
+
+def check_pair(path, meta, beside, of):
+    """The optimizer state of a checkpoint must be that of its weights."""
+    if of.get("weights", meta.get("sha256")) != meta.get("sha256"):
+        cure = "copy both files of one save"
+        raise ValueError(f"{beside}: not the optimizer state of {path.name}; {cure}")
+
+
 def newest_valid(out):
-    """The newest step whose weights and optimizer state are undamaged, else None; damaged ones are
-    named and stay."""
+    """The newest step from which a run can go on, else None; others are named and stay."""
     for step in reversed(saved_steps(out)):
         try:
-            for end in ("", ".optim"):
-                read_checked(out / f"step-{step}{end}.safetensors")
+            check_step(out, step)
             return step
-        except ValueError as error:
-            print(f"warning: checkpoint passed over: {error}", flush=True)
+        except (ValueError, KeyError, TypeError) as error:
+            said = error if isinstance(error, ValueError) else f"{out}/step-{step}: no {error}"
+            print(f"warning: checkpoint passed over: {said}", flush=True)
 
 
 def remove_leftovers(out):
-    """Remove what a killed save left: unfinished files, and optimizer states without weights."""
-    for path in [*out.glob("*.tmp"), *out.glob("step-*.optim.safetensors")]:
+    """Remove what a killed save left, by the names that this program writes: unfinished files, and
+    optimizer states without weights."""
+    for path in [*out.glob(".*.tmp"), *out.glob("step-*.optim.safetensors")]:
+        ours = re.fullmatch(r"\.(step-\d+(\.optim)?\.safetensors\.\d+|latest)\.tmp", path.name)
         weights = path.with_name(path.name.replace(".optim", ""))
-        if path.suffix == ".tmp" or not weights.exists():
+        if ours or path.suffix != ".tmp" and not weights.exists():
             path.unlink()
 
 
@@ -157,9 +182,13 @@ def choose_start(out, asked):
     return asked
 
 
-def load_optimizer(path, model, optimizer):
-    """Copy saved AdamW moments into an optimizer of the same parameters."""
-    params, tensors = dict(model.named_parameters()), read_tensors(path)[0]
+def load_optimizer(path, model, optimizer, of=None):
+    """Copy saved moments into an optimizer of the same parameters.
+
+    of   (path, metadata) of the weights that they must belong to"""
+    params, (tensors, meta) = dict(model.named_parameters()), read_tensors(path)
+    if of is not None:
+        check_pair(*of, path, meta)
     wanted = {name for name, p in params.items() if p.requires_grad}
     if differ := wanted ^ {name.split("|")[0] for name in tensors}:
         found = f"{len(differ)} parameters differ from this model's, first {min(differ)}"

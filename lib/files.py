@@ -20,6 +20,7 @@ from pathlib import Path
 
 import imageio_ffmpeg
 import numpy as np
+import torch
 
 from lib.rasters import OVER_WHITE, has_alpha, read_raster, reader_of
 
@@ -386,6 +387,32 @@ def read_arrays(path, frames=None, mask=False):
             other = f"{source[frames[0]].name} is {first[1]} {first[0]}"
             raise ValueError(f"{source[t]}: {found}, where {other}. Make all frames alike")
     return np.stack(arrays)
+
+
+# The names of safetensors' types.  Source: its format page.
+# fmt: off
+TYPES = {
+    "float32": "F32", "bfloat16": "BF16", "float16": "F16", "float64": "F64", "bool": "BOOL",
+    "int64": "I64", "int32": "I32", "int16": "I16", "int8": "I8", "uint8": "U8",
+}
+# fmt: on
+
+
+def write_tensors(tensors, metadata, path):
+    """A safetensors file.  The library's writer leaves a copy under a name of its own when it is
+    killed, and asks for no permissions but the owner's."""
+    header, end = {"__metadata__": metadata} if metadata else {}, 0
+    for name, value in tensors.items():
+        size = value.numel() * value.element_size()
+        kind = TYPES[str(value.dtype).removeprefix("torch.")]
+        header[name] = dict(dtype=kind, shape=list(value.shape), data_offsets=[end, end + size])
+        end += size
+    head = json.dumps(header, separators=(",", ":")).encode()
+    head += b" " * (-len(head) % 8)
+    with open(path, "wb") as file:
+        file.write(len(head).to_bytes(8, "little") + head)
+        for value in tensors.values():
+            file.write(value.contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
 def write_aside(path, write, durable=True):

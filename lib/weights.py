@@ -12,16 +12,16 @@ import pathlib
 import re
 import sys
 from dataclasses import replace
+from functools import partial
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import nn
 
 import released
 from encoders import lazy_tensors, wan_files
 from lib.distributed import copy_into
-from lib.files import write_aside
+from lib.files import write_aside, write_tensors
 from lib.guards import run_command
 from model import Config, FantasyWorld, half_geometry
 from wan import WanDiT, check_names, half_precision, shapes_of
@@ -69,23 +69,30 @@ def read_metadata(path):
 
 
 def read_checked(path):
-    """read_tensors of one of our checkpoints; ValueError when its bytes are not those that were
-    saved."""
+    """read_tensors of one of our checkpoints; ValueError when it is not what was saved: metadata,
+    names, types, shapes and values, bit for bit."""
     tensors, meta = read_tensors(path)
-    if "sha256" in meta and meta["sha256"] != digest(tensors):
-        raise ValueError(
-            f"{path}: its sha256 is not the one that it was saved with; the file is damaged. "
-            f"Use an older step, or copy it again"
-        )
+    damaged = f"{path}: the file is damaged. Use an older step, or copy it again"
+    if "sha256" not in meta and meta.get("format") == "fantasyworld":
+        raise ValueError(f"{damaged}: its sha256 is gone")
+    if "sha256" in meta and meta["sha256"] != digest(tensors, meta):
+        raise ValueError(f"{damaged}: its sha256 is not the one that it was saved with")
     return tensors, meta
 
 
-def digest(tensors):
-    """sha256 over the names and bytes of tensors, in the order of their names."""
-    total = hashlib.sha256()
+def digest(tensors, meta):
+    """sha256 of a checkpoint's metadata (but for this digest) and of its tensors, by name.
+
+    Files without "digest" in their metadata are older: names and bytes alone."""
+    total, whole = hashlib.sha256(), "digest" in meta
+    if whole:
+        facts = sorted((k, v) for k, v in meta.items() if k != "sha256")
+        total.update(json.dumps(facts).encode())
     for name in sorted(tensors):
-        total.update(name.encode())
-        total.update(tensors[name].contiguous().reshape(-1).view(torch.uint8).numpy())
+        value = tensors[name].contiguous()
+        said = f"{name} {value.dtype} {tuple(value.shape)}" if whole else name
+        total.update(said.encode())
+        total.update(value.reshape(-1).view(torch.uint8).numpy())
     return total.hexdigest()
 
 
@@ -369,8 +376,10 @@ def export_release(checkpoint, out):
     rest = {
         k: read() for k, (_, read) in release_tensors(meta["release"]).items() if k not in named
     }
-    save = save_file if str(out).endswith(".safetensors") else torch.save
-    write_aside(pathlib.Path(out), lambda path: save({**rest, **named}, path))
+    tensors = {**rest, **named}
+    plain = not str(out).endswith(".safetensors")
+    save = partial(torch.save, tensors) if plain else partial(write_tensors, tensors, {})
+    write_aside(pathlib.Path(out), save)
     return f"{out}: {len(named)} tensors of {checkpoint}, {len(rest)} of {meta['release']}"
 
 

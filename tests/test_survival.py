@@ -2,8 +2,11 @@
 silent."""
 
 import json
+import os
+import random
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,10 +22,11 @@ from test_train import run
 
 import data
 import train
-from lib import checkpoints, weights
+from lib import checkpoints, files, weights
 from lib.log import changed_options
 
 STEPS = 5
+FLIPS = int(os.environ.get("FLIPS", 300))
 
 
 @pytest.fixture(scope="session")
@@ -292,13 +296,77 @@ def test_a_flipped_byte_is_found_and_the_checkpoint_before_is_used(survivor):
     content = bytearray(path.read_bytes())
     content[-5] ^= 1
     path.write_bytes(content)
-    (out / "step-9.safetensors.tmp").write_bytes(b"half")
+    (out / ".step-9.safetensors.123.tmp").write_bytes(b"half")
+    (out / "mine.tmp").write_bytes(b"a user's own")
     (out / "step-9.optim.safetensors").write_bytes(b"half")
     with pytest.raises(ValueError, match="sha256"):
         checkpoints.describe(path)
     code, text = train_here(*arguments, f"--out_dir={out}")
-    assert "passed over" in text and "steps 4 .. 5" in text and not list(out.glob("step-9*"))
+    assert "passed over" in text and "steps 4 .. 5" in text and not list(out.glob("*step-9*"))
+    assert (out / "mine.tmp").exists()
     compare(root / "whole", out, STEPS)
+
+
+def test_every_flipped_bit_of_a_checkpoint_is_noticed(survivor, tmp_path):
+    """Half of the flips hit the header; 2,000 of them are in docs/survival.md."""
+    whole, rng = (survivor[0] / "whole" / "step-5.safetensors").read_bytes(), random.Random(0)
+    path, header = tmp_path / "step-5.safetensors", 8 + int.from_bytes(whole[:8], "little")
+    beside = tmp_path / "step-5.optim.safetensors"
+    beside.write_bytes((survivor[0] / "whole" / "step-5.optim.safetensors").read_bytes())
+    path.write_bytes(whole)
+    checkpoints.check_step(tmp_path, 5)
+    blank = len(whole[:header].rstrip(b" "))
+    for trial in range(FLIPS):
+        at = rng.randrange(blank if trial % 2 else len(whole))
+        path.write_bytes(flipped(whole, at, rng.randrange(8)))
+        if blank <= at < header:
+            continue  # spaces between header and values hold nothing
+        with pytest.raises((ValueError, KeyError)):
+            checkpoints.check_step(tmp_path, 5)
+
+
+def flipped(content, at, bit):
+    changed = bytearray(content)
+    changed[at] ^= 1 << bit
+    return bytes(changed)
+
+
+def test_moments_of_other_weights_are_refused(survivor, tmp_path, capsys):
+    for name in ("step-5.safetensors", "step-4.safetensors"):
+        shutil.copyfile(survivor[0] / "whole" / name, tmp_path / name)
+    for step, of in ((4, 4), (5, 4)):
+        source = survivor[0] / "whole" / f"step-{of}.optim.safetensors"
+        shutil.copyfile(source, tmp_path / f"step-{step}.optim.safetensors")
+    assert checkpoints.newest_valid(tmp_path) == 4
+    assert "not the optimizer state of step-5.safetensors" in capsys.readouterr().out
+    code, text = train_here(*survivor[1], f"--out_dir={tmp_path}", "--max_steps=5")
+    assert code == 0 and "steps 4 .. 5" in text
+
+
+@pytest.mark.parametrize("key", ["train_config", "model_config", "step", "stage"])
+def test_a_checkpoint_without_what_resume_needs_is_passed_over(survivor, tmp_path, key, capsys):
+    for step in (4, 5):
+        for end in ("", ".optim"):
+            name = f"step-{step}{end}.safetensors"
+            shutil.copyfile(survivor[0] / "whole" / name, tmp_path / name)
+    path = tmp_path / "step-5.safetensors"
+    tensors, meta = weights.read_tensors(path)
+    kept = {k: v for k, v in meta.items() if k not in (key, "sha256")}
+    whole = dict(kept, sha256=weights.digest(tensors, kept))
+    # Aside: the tensors are mapped from the file.
+    files.write_aside(path, lambda aside: files.write_tensors(tensors, whole, aside))
+    assert checkpoints.newest_valid(tmp_path) == 4 and "passed over" in capsys.readouterr().out
+
+
+def test_files_have_the_permissions_that_the_user_asks_for(survivor, tmp_path):
+    before = os.umask(0o027)
+    try:
+        files.write_tensors({"a": torch.ones(3)}, {"b": "c"}, tmp_path / "x.safetensors")
+        assert (tmp_path / "x.safetensors").stat().st_mode & 0o777 == 0o640
+    finally:
+        os.umask(before)
+    assert load_file(tmp_path / "x.safetensors")["a"].tolist() == [1, 1, 1]
+    assert (survivor[0] / "whole" / "step-5.safetensors").stat().st_mode & 0o777 == 0o644
 
 
 def test_pruning_keeps_the_newest_the_multiples_and_what_latest_points_to(survivor, tmp_path):
@@ -323,7 +391,7 @@ def test_check_prints_what_a_checkpoint_holds_and_refuses_others(survivor, tmp_p
         and f"{len(tensors)} tensors, {sum(v.numel() for v in tensors.values()):,}" in text
     )
     assert (
-        weights.digest(tensors) in text
+        weights.read_metadata(latest)["sha256"] in text
         and min(tensors) in text
         and "optimizer state beside it" in text
     )
@@ -331,7 +399,7 @@ def test_check_prints_what_a_checkpoint_holds_and_refuses_others(survivor, tmp_p
     save_file(
         {k: v for k, v in tensors.items() if k != min(tensors)},
         tmp_path / "less.safetensors",
-        {k: v for k, v in meta.items() if k != "sha256"},
+        {k: v for k, v in meta.items() if k not in ("sha256", "format")},
     )
     assert "1 tensors are not those of its model" in run(
         "train.py", "--check", tmp_path / "less.safetensors", ok=False
