@@ -31,6 +31,7 @@ import config
 from config import option, section
 from data import CachedClips, EmptySplit, collate, prepare
 from geometry import clip_mean, geometry_losses
+from lib import lock
 from lib.checkpoints import choose_start, describe, load_optimizer, save_checkpoint, training_state
 from lib.distributed import Ranks, end_processes, from_first, gather_full, shard, start_processes
 from lib.evaluate import How, evaluate, evaluate_only
@@ -509,6 +510,12 @@ class Progress:
         return clock((max_steps - self.done) * spent / (self.done - self.first))
 
 
+def own(out):
+    """Lock the run folder -> remarks for the log."""
+    out.mkdir(parents=True, exist_ok=True)
+    return list(filter(None, [lock.acquire(out, " ".join(sys.argv))]))
+
+
 def main(options):
     check_options(options)
     if options.plan:
@@ -519,6 +526,7 @@ def main(options):
     device, master = ranks.device, ranks.rank == 0
     out = pathlib.Path(options.out_dir)
     torch.manual_seed(options.seed)  # of the fresh weights: equal on all ranks
+    remarks = from_first(own(out) if master and not options.eval_only else [])
 
     # ---- model and data
     half = options.precision == "bf16" or options.precision == "auto" and device.type == "cuda"
@@ -544,11 +552,12 @@ def main(options):
 
     # ---- optimizer, resume
     optimizer = make_optimizer(model, options, ranks)  # after sharding: it holds the shares
-    asked, meta, remarks = options, {}, []
+    asked, meta = options, {}
     start_from = from_first(choose_start(out, options.resume) if master else None)
     if start_from:
         how_many = dict(options=options, world=ranks.world)
-        meta, options, remarks = resume_from(start_from, model, optimizer, **how_many)
+        meta, options, more = resume_from(start_from, model, optimizer, **how_many)
+        remarks += more
     elif sources and origin.get("foreign") != "release":  # a release's weights are in it already
         load_weights(model, sources[0])
     first_step = int(meta.get("step", 0))  # 0 for a fresh start
@@ -650,6 +659,7 @@ def main(options):
     else:
         log(f"# done: {out / 'latest.safetensors'}, {clock(time.perf_counter() - at.since)}")
     records.close()  # TensorBoard writes in a thread
+    lock.release()
     if ranks.world > 1:
         end_processes()  # waits for the others first
     if at.stopped:

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 
+from lib import lock
 from lib.distributed import gathered
 
 # The guide's figures: a mean loss above them in the last fifth of a run earns a warning.
@@ -56,6 +57,7 @@ def end_children():
 def ignore_signals(_worker):
     """For loader workers: a terminal or torchrun signals the whole process group, and the trainer
     still needs them."""
+    lock.let_go()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
 
@@ -70,6 +72,7 @@ class Stop:
         self.group = group
         self.number = 0
         self.since = 0.0
+        self.parent = os.getppid()
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self.handle)
 
@@ -83,7 +86,11 @@ class Stop:
             os.write(2, f"{name}: saving, then leaving; once more exits at once\n".encode())
 
     def agreed(self):
-        """The signal that any rank has received, 0 = none: the same answer on every rank."""
+        """The signal that any rank has received, 0 = none: the same answer on every rank.
+
+        A rank whose torchrun is gone ends as if it had been asked to: nobody else will end it."""
+        if os.getppid() != self.parent and dist.is_torchelastic_launched():
+            self.number = self.number or signal.SIGTERM
         if self.group is None:
             return self.number
         flag = torch.tensor(self.number)
