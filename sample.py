@@ -30,7 +30,8 @@ from lib.camera_files import FORMATS, size_of
 from lib.camera_paths import View, load_camera, mean_distance
 from lib.crop import Crop
 from lib.export import EXPORTS, USUAL, check_out, describe, export_names, make_scene, write_exports
-from lib.files import read_video
+from lib.files import read_prompts, read_video
+from lib.frozen import check_frozen, frozen_digest
 from lib.guards import run_command
 from lib.pictures import depth_to_rgb, tile, write_png
 from lib.standin import cache_prefix, make_encoders
@@ -104,6 +105,7 @@ CORRECTIONS = {
 section_1 = section("what to sample")
 ckpt = option("", "checkpoint of stage 1 or 2, or a release's model.pth; needed")
 wan_dir = option("", "folder of the video branch; empty: the one it was trained with")
+other_wan = option(False, "go on although it holds other weights than those trained with")
 prompt = option("a room", "words, or a .txt file with one prompt a line")
 negative_prompt = option(None, "None: Wan's official one, in Chinese; the demo has none")
 image = option("", "picture or video file whose first frame starts the video")
@@ -347,20 +349,6 @@ def plan_jobs(options, meta, names):
     return left
 
 
-def read_prompts(text):
-    """The prompt itself, or the lines of a text file; empty lines and # comments are skipped."""
-    path = pathlib.Path(text)
-    if path.suffix != ".txt":
-        return [text]
-    if not path.is_file():
-        raise ValueError(f"--prompt {text}: no such file")
-    lines = map(str.strip, path.read_text(encoding="utf-8-sig").splitlines())
-    lines = [line for line in lines if line and not line.startswith("#")]
-    if not lines:
-        raise ValueError(f"--prompt {text}: no prompt in it; wanted one a line")
-    return lines
-
-
 @dataclass(frozen=True)
 class Resources:
     """What all jobs of a command share."""
@@ -399,6 +387,8 @@ def load(options, meta, jobs, camera):
     weights = torch.bfloat16 if half else None
     for path in bar("load", (options.ckpt,), "model"):
         how = (weights, options.offload, "rays" in corrections(options), options.release)
+        if options.wan_dir and not options.other_wan:
+            check_frozen(meta, frozen_digest(options.wan_dir), path)
         model = open_checkpoint(path, options.wan_dir, device, *how)
     if options.low_memory:
         model.depth_head.chunk = model.point_head.chunk = 4  # frames that a head sees at a time

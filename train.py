@@ -35,10 +35,11 @@ from lib import lock
 from lib.checkpoints import choose_start, describe, load_optimizer, save_checkpoint, training_state
 from lib.distributed import Ranks, end_processes, from_first, gather_full, shard, start_processes
 from lib.evaluate import How, evaluate, evaluate_only
+from lib.frozen import check_frozen, frozen_digest
 from lib.guards import BadSteps, Stop, Watch, ignore_signals, run_command
 from lib.log import Records, Tally, by_sigma, changed_options, clock, memory_gb, provenance
 from lib.mix import Mix, parts_of, pick
-from lib.optimizer import make_optimizer, take_step
+from lib.optimizer import learning_rate_at, make_optimizer, take_step
 from lib.plan import HARDWARE, flops_of_step, peak_flops, report
 from lib.weights import load_weights, metadata_of, open_model, read_tensors
 from model import CHECKPOINTING, PRESETS, flow_matching_loss, shift_sigma
@@ -54,6 +55,7 @@ skip_bad = option(False, "leave out clips whose caches are missing or damaged")
 follow_links = option(False, "the dataset's files may be links that lead out of data_dir")
 out_dir = option("outputs/stage1", "the run folder")
 wan_dir = option("", "folder of the Wan weights, or of a stage 0 run; empty: random, for stage 0")
+other_wan = option(False, "go on although the frozen weights are not those of the checkpoint")
 random_wan = option(False, "allow stages 1 and 2 on a random video branch (tests)")
 init_from = option("", "stage 2: a stage 1 checkpoint or a release; eval_only: one or more, commas")
 resume = option("auto", "auto: newest valid checkpoint of out_dir; empty: afresh; or a file")
@@ -337,16 +339,6 @@ def compile_blocks(model):
         block.feed_forward = torch.compile(block.feed_forward)
 
 
-def learning_rate_at(step, options):
-    """Linear rise, then the schedule down to min_lr at max_steps."""
-    if step < options.warmup_steps:
-        return options.learning_rate * (step + 1) / options.warmup_steps
-    done = (step - options.warmup_steps) / max(1, options.max_steps - options.warmup_steps)
-    down = dict(constant=1.0, linear=1 - done, cosine=0.5 + 0.5 * math.cos(math.pi * done))
-    share = down[options.lr_schedule]
-    return options.min_lr + (options.learning_rate - options.min_lr) * share
-
-
 # ------------------------------------------------------------------------------------------ resume
 def keep_global_batch(meta, options, world):
     """On another number of GPUs: options whose global batch is that of the run, and a remark."""
@@ -366,7 +358,7 @@ def keep_global_batch(meta, options, world):
     return options.replaced(batch_size=size, grad_accum=accum), [remark]
 
 
-def resume_from(path, model, optimizer, *, options, world):
+def resume_from(path, model, optimizer, *, options, world, frozen):
     """Load a checkpoint of this stage and its optimizer state.
 
     returns  its metadata, options with its global batch, remarks for the log"""
@@ -375,10 +367,11 @@ def resume_from(path, model, optimizer, *, options, world):
         found = f"is of stage {meta.get('stage')}, this run is stage {options.stage}"
         cure = "use --init_from to start a stage from another one, or another --out_dir"
         raise ValueError(f"resume = {path} {found}; {cure}")
+    check_frozen(meta, "" if options.other_wan else frozen, path)
     load_weights(model, path)
-    step = int(meta["step"])
-    beside = pathlib.Path(path).with_name(f"step-{step}.optim.safetensors")
-    load_optimizer(beside, model, optimizer, of=(pathlib.Path(path), meta))
+    step, path = int(meta["step"]), pathlib.Path(path)
+    beside = path.with_name(f"step-{step}.optim.safetensors")
+    load_optimizer(beside, model, optimizer, of=(path, meta))
     before = json.loads(meta["train_config"])
     remarks = [f"changed since step {step}: {c}" for c in changed_options(before, vars(options))]
     known = {key: value for key, value in before.items() if key in vars(options)}
@@ -510,10 +503,13 @@ class Progress:
         return clock((max_steps - self.done) * spent / (self.done - self.first))
 
 
-def own(out):
-    """Lock the run folder -> remarks for the log."""
-    out.mkdir(parents=True, exist_ok=True)
-    return list(filter(None, [lock.acquire(out, " ".join(sys.argv))]))
+def identify_frozen(options, sources, master):
+    """Digest of the frozen branch, "" for none; ValueError where a source had another one."""
+    named = options.wan_dir if options.stage and master else ""
+    frozen = from_first(named and frozen_digest(named))  # rank 0 alone reads gigabytes for it
+    for path in sources if not options.other_wan else ():
+        check_frozen(metadata_of(path), frozen, path)
+    return frozen
 
 
 def main(options):
@@ -526,7 +522,7 @@ def main(options):
     device, master = ranks.device, ranks.rank == 0
     out = pathlib.Path(options.out_dir)
     torch.manual_seed(options.seed)  # of the fresh weights: equal on all ranks
-    remarks = from_first(own(out) if master and not options.eval_only else [])
+    remarks = from_first(lock.acquire(out) if master and not options.eval_only else [])
 
     # ---- model and data
     half = options.precision == "bf16" or options.precision == "auto" and device.type == "cuda"
@@ -537,9 +533,10 @@ def main(options):
     sources = list(filter(None, options.init_from.split(",")))
     origin = metadata_of(sources[0]) if sources else {}  # ours, a release, or VGGT
     where = "cpu" if spread else device
-    frozen = torch.bfloat16 if half and options.stage else None
-    model = open_model(origin, model_config(options), options.wan_dir, where, frozen)
+    kind = torch.bfloat16 if half and options.stage else None
+    model = open_model(origin, model_config(options), options.wan_dir, where, kind)
     model.set_stage(options.stage).checkpoint_activations = options.checkpoint_activations
+    frozen = identify_frozen(options, sources, master)
     if spread:
         shard(model, ranks)
     clips = open_clips(options)
@@ -555,7 +552,7 @@ def main(options):
     asked, meta = options, {}
     start_from = from_first(choose_start(out, options.resume) if master else None)
     if start_from:
-        how_many = dict(options=options, world=ranks.world)
+        how_many = dict(options=options, world=ranks.world, frozen=frozen)
         meta, options, more = resume_from(start_from, model, optimizer, **how_many)
         remarks += more
     elif sources and origin.get("foreign") != "release":  # a release's weights are in it already
@@ -571,7 +568,9 @@ def main(options):
     # ---- records
     facts = dict(format="fantasyworld", stage=str(options.stage), release=origin.get("release", ""))
     facts |= dict(global_batch=str(total), world=str(ranks.world))
-    facts["model_config"] = json.dumps(asdict(model.cfg))
+    facts |= dict(
+        model_config=json.dumps(asdict(model.cfg)), frozen=frozen if options.stage else ""
+    )
     metadata = provenance(vars(asked)) | facts
     records = Records(out if master else None, metadata, first_step)
     log = records.line
@@ -648,8 +647,7 @@ def main(options):
             records.rows(at.done, rows)
             tally.steps, tally.since = 0, time.perf_counter()
 
-    # ---- end
-    # What was done since the last save is kept.
+    # ---- end: what was done since the last save is kept
     if at.stopped and at.done > at.saved and save(at.done):
         at.saved = at.done
     if at.stopped:

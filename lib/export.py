@@ -7,6 +7,7 @@ forward), pixel centres at +0.5.  T frames of H x W pixels, N points.  Files kee
 points.glb (y up, as glTF wants) and camera formats with axes of their own."""
 
 import json
+import os
 import shutil
 import struct
 from dataclasses import dataclass, field
@@ -397,7 +398,7 @@ def write_nerfstudio_folder(scene, folder):
 def write_cameras(scene, path):
     """The commanded cameras, and beside them the predicted ones."""
     camera_files.write(path, "re10k", scene.w2c, scene.intrinsics)
-    beside = path.with_name("cameras_predicted.txt")
+    beside = path.with_name(BESIDE)
     camera_files.write(beside, "re10k", scene.predicted, scene.predicted_intrinsics)
 
 
@@ -421,6 +422,7 @@ EXPORTS = dict(
     html=("scene.html", write_page),
 )
 
+BESIDE = "cameras_predicted.txt"  # the export cameras writes it too
 USUAL = "video,depth,npz,ply,cameras,sheet,html"
 
 
@@ -434,25 +436,40 @@ def export_names(text):
     return names
 
 
+def made_before(out):
+    """Names in a folder that an earlier export wrote there, of those that one can write."""
+    try:
+        said = json.loads((out / ".sample").read_text())
+    except (OSError, ValueError):
+        return set()
+    known = {target for target, _ in EXPORTS.values()} | {BESIDE}
+    return known & set(said if isinstance(said, list) else ())
+
+
 def check_out(out, names):
-    """An export replaces folders that it has made before, and no others."""
-    if (out / ".sample").exists():
-        return
-    for folder in (out / EXPORTS[name][0] for name in names):
-        if folder.is_dir():
-            theirs = f"{folder} is there and is not of an earlier sample, which would be replaced"
+    """An export replaces what an earlier one has made, and nothing else."""
+    for target in {EXPORTS[name][0] for name in names} - made_before(out):
+        if os.path.lexists(out / target):
+            theirs = f"{out / target} is there and was not made by sample.py"
             raise ValueError(f"--out {out}: {theirs}. Choose another --out")
 
 
 def write_exports(scene, out, names, progress=iter):
-    """Write the named files and, last, report.json: where it lies, the sample is complete."""
+    """Write the named files and, last, report.json: where it lies, the sample is complete.
+
+    What an earlier sample left in the folder goes: it holds one sample's files."""
     check_out(out, names)
     out.mkdir(parents=True, exist_ok=True)
-    (out / ".sample").touch()
     (out / "report.json").unlink(missing_ok=True)
-    for name in progress(names):
-        target = out / EXPORTS[name][0]
-        if target.is_dir():  # of an earlier run: no stale frames
+    for target in (out / name for name in made_before(out)):
+        if target.is_dir() and not target.is_symlink():
             shutil.rmtree(target)
-        EXPORTS[name][1](scene, target)
+        else:
+            target.unlink(missing_ok=True)
+    # Before they are there: a killed export's files are known too.
+    targets = [EXPORTS[name][0] for name in names] + [BESIDE] * ("cameras" in names)
+    (out / ".sample").write_text(json.dumps(targets))
+    for name in progress(names):
+        target, write = EXPORTS[name]
+        write(scene, out / target)
     (out / "report.json").write_text(json.dumps(scene.report, indent=1))

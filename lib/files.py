@@ -94,6 +94,20 @@ def read_json(path):
         raise ValueError(f"{path}: not valid JSON: {error}. Write it again") from None
 
 
+def read_prompts(text):
+    """The prompt itself, or the lines of a text file; empty lines and # comments are skipped."""
+    path = Path(text)
+    if path.suffix != ".txt":
+        return [text]
+    if not path.is_file():
+        raise ValueError(f"--prompt {text}: no such file")
+    lines = map(str.strip, path.read_text(encoding="utf-8-sig").splitlines())
+    lines = [line for line in lines if line and not line.startswith("#")]
+    if not lines:
+        raise ValueError(f"--prompt {text}: no prompt in it; wanted one a line")
+    return lines
+
+
 # --- Videos and pictures --------------------------------------------------------------------------
 def head_of(path):
     check_file(path)

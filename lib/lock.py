@@ -5,6 +5,7 @@ OUT/.lock says host, process and start of the run that holds it.  Source: flock(
 import json
 import os
 import socket
+import sys
 import time
 from pathlib import Path
 
@@ -25,14 +26,15 @@ def told(path):
         return "an unknown process"
 
 
-def acquire(folder, command, patience=5.0):
-    """Own a run folder until this process ends -> what there was to take over, or "".
+def acquire(folder, patience=5.0):
+    """Own a run folder until this process ends -> remarks for the log.
 
     patience   seconds to wait for a run that is just ending
     Raises ValueError that names the owner when another run has the folder."""
     path = Path(folder, ".lock")
+    path.parent.mkdir(parents=True, exist_ok=True)
     if fcntl is None or str(path) in HELD:
-        return ""
+        return []
     file = open(path, "a+", encoding="utf-8")  # noqa: SIM115  (open as long as the process)
     deadline, before = time.monotonic() + patience, path.read_text() and told(path)
     while True:
@@ -45,13 +47,13 @@ def acquire(folder, command, patience=5.0):
                 raise ValueError(f"{folder}: another run is in it ({told(path)}); {cure}") from None
             time.sleep(0.5)
         except OSError as error:  # a file system without locks
-            return f"no lock on {folder} ({error.strerror}): two runs in it would mix"
-    facts = dict(pid=os.getpid(), host=socket.gethostname(), command=command)
+            return [f"no lock on {folder} ({error.strerror}): two runs in it would mix"]
+    facts = dict(pid=os.getpid(), host=socket.gethostname(), command=" ".join(sys.argv))
     file.truncate(0)
     file.write(json.dumps(dict(facts, since=time.strftime("%Y-%m-%d %H:%M:%S"))))
     file.flush()
     HELD[str(path)] = file
-    return f"taken over from a run that was cut off ({before})" if before else ""
+    return [f"taken over from a run that was cut off ({before})"] if before else []
 
 
 def release():

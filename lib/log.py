@@ -8,7 +8,6 @@ the later line holds.  On a full disk lines are lost, not the run."""
 import importlib.metadata
 import json
 import platform
-import resource
 import subprocess
 import sys
 import time
@@ -89,6 +88,10 @@ def memory_gb(device):
     """The most that this process has held."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
+    try:
+        import resource  # not on Windows
+    except ImportError:
+        return 0.0
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
@@ -106,6 +109,8 @@ class Records:
         self.board = None
         self.purge = first_step + 1
         if out:
+            import torch.utils.tensorboard  # noqa: F401  (a missing one is named now, not later)
+
             (out / "eval").mkdir(parents=True, exist_ok=True)
             start = dict(metadata, first_step=first_step, time=time.strftime("%Y-%m-%d %H:%M:%S"))
             self.attempt(

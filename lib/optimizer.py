@@ -5,6 +5,8 @@ Muon is momentum whose update is orthogonalised.
 Sources: Jordan et al. 2024 (the quintic Newton-Schulz iteration and its coefficients); Liu et al.
 2025 (an update of size 0.2 sqrt(larger side), so that one learning rate suits both kinds)."""
 
+import math
+
 import torch
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -112,3 +114,13 @@ def take_step(optimizer, bad):
     getattr(optimizer, "optim", optimizer).found_inf = bad  # a sharded one steps its own part
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)  # frees the gradients until the next backward
+
+
+def learning_rate_at(step, options):
+    """Linear rise, then the schedule down to min_lr at max_steps."""
+    if step < options.warmup_steps:
+        return options.learning_rate * (step + 1) / options.warmup_steps
+    done = (step - options.warmup_steps) / max(1, options.max_steps - options.warmup_steps)
+    down = dict(constant=1.0, linear=1 - done, cosine=0.5 + 0.5 * math.cos(math.pi * done))
+    share = down[options.lr_schedule]
+    return options.min_lr + (options.learning_rate - options.min_lr) * share

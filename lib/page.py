@@ -111,6 +111,11 @@ def pack_maps(scene, stride):
     return code, colour, near, far
 
 
+def cut(text, most=500):
+    """Text of a page, at most so long."""
+    return text if len(text) <= most else f"{text[:most]} ..."
+
+
 def page_video(scene, folder):
     """The video's bytes, compressed harder until PAGE_VIDEO holds them or it gets no harder."""
     temporary = folder / "page.tmp.mp4"
@@ -130,8 +135,8 @@ def write_page(scene, path):
     video = page_video(scene, path.parent)
     blobs = dict(depth=depth.tobytes(), colour=colour.tobytes(), video=video)
     data = dict(
-        title=report.get("prompt") or "A sampled scene",
-        facts=report.get("facts", ""),
+        title=cut(report.get("prompt") or "A sampled scene"),
+        facts=cut(report.get("facts", "")),
         unit=scene.unit,
         fps=scene.fps,
         size=list(scene.size),
@@ -150,7 +155,7 @@ def write_page(scene, path):
         errors=[[frame["rot_deg"], frame["trans"]] for frame in report["control"]["frames"]],
         map=COLOUR_MAP.astype(int).tolist(),
         numbers=page_numbers(report, scene.unit),
-        warnings=report.get("warnings", []),
+        warnings=[cut(text) for text in report.get("warnings", [])],
     )
     data |= {name: base64.b64encode(blob).decode() for name, blob in blobs.items()}
     template = Path(__file__).with_name("viewer.html").read_text()

@@ -96,16 +96,21 @@ def digest(tensors, meta):
     return total.hexdigest()
 
 
-def wan_tensors(folder):
-    """name -> (shape, read) of the DiT in a Wan2.1 hub folder (one file or shards) or of a stage 0
-    demo run."""
+def wan_sources(folder):
+    """Files of the DiT in a Wan folder or a stage 0 run."""
     files = wan_files(folder) or [str(p) for p in pathlib.Path(folder).glob("latest.safetensors")]
     if not files:
         raise ValueError(
             f"wan_dir = {folder}: no diffusion_pytorch_model*.safetensors (a Wan2.1 folder) and no "
             f"latest.safetensors (a stage 0 run) in it; train stage 0 first or download the weights"
         )
-    tensors = {}
+    return files
+
+
+def wan_tensors(folder):
+    """name -> (shape, read) of the DiT in a Wan2.1 hub folder (one file or shards) or of a stage 0
+    demo run."""
+    tensors, files = {}, wan_sources(folder)
     for file in files:
         found = lazy_tensors(file)
         if twice := set(found) & set(tensors):

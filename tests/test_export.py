@@ -328,10 +328,20 @@ def test_points_are_thinned_evenly_to_the_number_asked_for(scene):
     assert (np.linalg.norm(xyz - centre, axis=1) >= scene.depth.reshape(-1)[index] - 1e-4).all()
 
 
-def test_an_export_replaces_no_folder_that_it_has_not_made(tmp_path):
+def test_an_export_replaces_nothing_that_it_has_not_made(scene, tmp_path):
     (tmp_path / "colmap").mkdir()
     (tmp_path / "colmap" / "mine.txt").write_text("precious")
-    with pytest.raises(ValueError, match="is not of an earlier sample"):
+    with pytest.raises(ValueError, match="colmap/* is there and was not made by sample.py"):
         E.check_out(tmp_path, ["video", "colmap"])
-    E.check_out(tmp_path, ["video", "cameras"])
+    E.write_exports(scene, tmp_path, ["cameras", "png"])  # the others go
+    with pytest.raises(ValueError, match="was not made by sample.py"):
+        E.write_exports(scene, tmp_path, ["colmap"])
     assert (tmp_path / "colmap" / "mine.txt").read_text() == "precious"
+
+
+def test_a_folder_holds_one_samples_files(scene, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    E.write_exports(scene, tmp_path, ["cameras", "png", "video"])
+    E.write_exports(scene, tmp_path, ["video"])
+    left = sorted(path.name for path in tmp_path.iterdir())
+    assert left == [".sample", "notes.txt", "report.json", "video.mp4"]

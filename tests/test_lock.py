@@ -81,14 +81,14 @@ def test_ranks_without_their_torchrun_end_and_save(long_run):
 
 def test_locks_of_this_process(tmp_path):
     (tmp_path / "a").mkdir()
-    assert lock.acquire(tmp_path / "a", "train.py") == ""
-    assert lock.acquire(tmp_path / "a", "train.py") == ""  # it has it already
+    assert lock.acquire(tmp_path / "a") == []
+    assert lock.acquire(tmp_path / "a") == []  # it has it already
     code = "import sys; sys.path.insert(0, '.'); from lib import lock\n"
-    code += f"lock.acquire({str(tmp_path / 'a')!r}, 'x', patience=0.1)"
+    code += f"lock.acquire({str(tmp_path / 'a')!r}, patience=0.1)"
     other = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert "another run is in it" in other.stderr and f"process {os.getpid()}" in other.stderr
     lock.release()
     assert not subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode
     (tmp_path / "a" / ".lock").write_text("half of")
-    assert "taken over" in lock.acquire(tmp_path / "a", "train.py")
+    assert "taken over" in lock.acquire(tmp_path / "a")[0]
     lock.release()

@@ -199,3 +199,12 @@ def test_the_video_plays_and_without_its_codec_the_points_own_colours_do(made, t
             "document.getElementById('video').hidden && !document.getElementById('frame').hidden"
         )
         assert browser.run(ended) == T - 1
+
+
+def test_the_page_forbids_what_it_does_not_need_and_cuts_long_text(made, tmp_path):
+    policy = re.search('Content-Security-Policy" content="([^"]*)"', made[1].read_text())[1]
+    assert policy.startswith("default-src 'none'") and "connect" not in policy
+    scene = replace(made[0], report=dict(made[0].report, prompt="x" * 2_000_000))
+    write_page(scene, tmp_path / "scene.html")
+    assert len(contents(tmp_path / "scene.html")["title"]) < 600
+    assert (tmp_path / "scene.html").stat().st_size < made[1].stat().st_size + 1000

@@ -22,7 +22,7 @@ from test_train import run
 
 import data
 import train
-from lib import checkpoints, files, weights
+from lib import checkpoints, files, frozen, weights
 from lib.log import changed_options
 
 STEPS = 5
@@ -443,3 +443,35 @@ def test_killed_runs_end_bitwise_like_an_undisturbed_one(killer):
         and "2 kills" in told
         and "bitwise that of the undisturbed run" in told
     ), told
+
+
+def test_other_frozen_weights_are_refused_by_name(survivor, tmp_path):
+    """A base of the same shapes: depth would be half as wrong again, without a word."""
+    base, other = tmp_path / "base", tmp_path / "other"
+    stage0 = ["--stage=0", "--max_steps=1", "--wan_dir=", "--random_wan=False"]
+    for folder, seed in ((base, 0), (other, 1)):
+        code, _ = train_here(*survivor[1], *stage0, f"--out_dir={folder}", f"--seed={seed}")
+        assert code == 0
+    on = ["--random_wan=False", "--max_steps=1", f"--out_dir={tmp_path}/one"]
+    assert train_here(*survivor[1], *on, f"--wan_dir={base}")[0] == 0
+    meta = weights.read_metadata(tmp_path / "one" / "latest.safetensors")
+    assert meta["frozen"] == frozen.frozen_digest(base) != frozen.frozen_digest(other)
+    assert (base / ".fantasyworld.json").exists()  # hashed once
+    on[1] = "--max_steps=2"
+    code, text = train_here(*survivor[1], *on, f"--wan_dir={other}")
+    assert "was trained on other frozen weights" in f"{code}{text}" and "--other_wan" in f"{code}"
+    assert train_here(*survivor[1], *on, f"--wan_dir={other}", "--other_wan=True")[0] == 0
+
+
+def test_the_digest_of_frozen_weights_is_of_tensors_not_of_files(tmp_path):
+    a = {"blocks.0.x": torch.randn(3, 4), "head.head.weight": torch.randn(2)}
+    (tmp_path / "one").mkdir()
+    (tmp_path / "two").mkdir()
+    save_file(a, tmp_path / "one" / "diffusion_pytorch_model.safetensors")
+    for n, (key, value) in enumerate(a.items()):
+        name = f"diffusion_pytorch_model-0000{n + 1}-of-00002.safetensors"
+        save_file({f"model.{key}": value}, tmp_path / "two" / name)
+    assert frozen.frozen_digest(tmp_path / "one") == frozen.frozen_digest(tmp_path / "two")
+    a["blocks.0.x"][0, 0] += 1e-6
+    save_file(a, tmp_path / "one" / "diffusion_pytorch_model.safetensors")
+    assert frozen.frozen_digest(tmp_path / "one") != frozen.frozen_digest(tmp_path / "two")

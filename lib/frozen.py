@@ -1,0 +1,54 @@
+"""The identity of a frozen video branch: a checkpoint goes with the one that it was trained on."""
+
+import hashlib
+import json
+import os
+import pathlib
+from contextlib import suppress
+
+import torch
+
+from lib.files import write_aside
+from lib.weights import wan_sources, wan_tensors
+
+
+def frozen_digest(folder):
+    """sha256 of the DiT in a Wan folder, however it is cut into files and named.
+
+    16 GB take a minute, so the digest is kept beside the weights, or where that cannot be written
+    in the user's cache, with the sizes and times of the files that it is of."""
+    files = [pathlib.Path(file).resolve() for file in wan_sources(folder)]
+    stamp = [f"{f.name} {f.stat().st_size} {f.stat().st_mtime_ns}" for f in files]
+    name = hashlib.sha256(str(files).encode()).hexdigest()[:16]
+    home = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+    places = [files[0].parent / ".fantasyworld.json"]
+    places.append(pathlib.Path(home, "fantasyworld", f"{name}.json"))
+    for place in places:
+        with suppress(OSError, ValueError, AttributeError):
+            said = json.loads(place.read_text())
+            if said.get("files") == stamp:
+                return said["sha256"]
+    total = hashlib.sha256()
+    for key, (shape, read) in sorted(wan_tensors(folder).items()):
+        value = read()
+        total.update(f"{key} {value.dtype} {shape}".encode())
+        total.update(value.contiguous().reshape(-1).view(torch.uint8).numpy())
+    text = json.dumps(dict(files=stamp, sha256=total.hexdigest()))
+    for place in places:
+        with suppress(OSError):
+            place.parent.mkdir(parents=True, exist_ok=True)
+            write_aside(place, lambda path: path.write_text(text))
+            break
+    return total.hexdigest()
+
+
+def check_frozen(meta, frozen, where):
+    """A checkpoint goes with the video branch that it was trained on, bit for bit.
+
+    frozen   frozen_digest of the branch at hand, "" for a random one"""
+    before = meta.get("frozen")
+    if not before or not frozen or before == frozen:
+        return
+    found = "was trained on other frozen weights than those of wan_dir"
+    cure = "give the folder that it was trained on, or --other_wan=True to go on"
+    raise ValueError(f"{where}: {found} (sha256 {before[:12]}); {cure}")
