@@ -12,6 +12,7 @@ loader workers changes what is trained on.
 SIGTERM or Ctrl-C saves and leaves with 128 + the signal's number.
 `python train.py --check CKPT` examines a checkpoint; --help lists every option."""
 
+import atexit
 import json
 import math
 import pathlib
@@ -36,7 +37,7 @@ from lib.checkpoints import choose_start, describe, load_optimizer, save_checkpo
 from lib.distributed import Ranks, end_processes, from_first, gather_full, shard, start_processes
 from lib.evaluate import How, evaluate, evaluate_only
 from lib.frozen import check_frozen, frozen_digest
-from lib.guards import BadSteps, Stop, Watch, ignore_signals, run_command
+from lib.guards import BadSteps, Stop, Watch, end_children, ignore_signals, run_command
 from lib.log import Records, Tally, by_sigma, changed_options, clock, memory_gb, provenance
 from lib.mix import Mix, parts_of, pick
 from lib.optimizer import learning_rate_at, make_optimizer, take_step
@@ -417,6 +418,8 @@ def open_clips(options):
 
 def load_batches(clips, batches, device, workers):
     """Iterator over this rank's micro-batches, read ahead by worker processes."""
+    # Last registered, first called: before Python waits for workers that ignore its signal.
+    atexit.register(end_children)
     how = dict(pin_memory=device.type == "cuda", worker_init_fn=ignore_signals)
     how |= dict(batch_sampler=batches, collate_fn=collate, num_workers=workers)
     return iter(torch.utils.data.DataLoader(clips, **how))
