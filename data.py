@@ -447,7 +447,7 @@ class CachedClips(torch.utils.data.Dataset):
         if folders:
             listing.check_inside(inside, folders[0])
             # reads what is new
-            good, stamps, wrong = caches.check_folder(folders[0], self.samples, shape)
+            good, stamps, wrong = caches.check_folder(folders[0], self.samples, shape, inside)
             bad += wrong
         if not good and (not folders or all("not encoded" in problem for _, problem in bad)):
             there = ", ".join(sorted(f.name for f in Path(root).glob("cache/*"))) or "none"

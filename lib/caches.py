@@ -27,6 +27,7 @@ from tqdm import tqdm
 from encoders import encode_start
 from lib.distributed import gathered
 from lib.files import FAR, check_file, read_json, write_aside
+from lib.listing import check_inside
 from wan import CLIP_SHAPE, LATENT
 
 
@@ -284,9 +285,11 @@ def check_values(folder, names):
     return found, stamps
 
 
-def check_folder(folder, samples, size):
+def check_folder(folder, samples, size, inside="/"):
     """Look at every window of the samples {id: sample} -> {name: metadata} of those to train on,
-    {name: stamp}, [(clip, problem)]."""
+    {name: stamp}, [(clip, problem)].
+
+    inside   the folder that no link may leave"""
     kinds, metadata, windows, bad = {}, {}, {}, []
     for path in sorted(folder.glob("*.safetensors")):
         owner = next((i for i in (path.stem, path.stem.rpartition(".")[0]) if i in samples), None)
@@ -297,6 +300,8 @@ def check_folder(folder, samples, size):
     for name, owner in windows.items():
         try:
             path = folder / f"{name}.safetensors"
+            if path.is_symlink():
+                check_inside(inside, path)
             found = check_header(path, name, samples[owner], size, fingerprint)
             metadata[name], kinds[name] = found
         except ValueError as error:

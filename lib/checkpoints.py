@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from lib.distributed import DTensor, copy_into, gather_full, gathered
 from lib.files import write_aside, write_tensors
+from lib.guards import printable
 from lib.weights import config_from_metadata, digest, metadata_of, read_checked, read_tensors
 from model import FantasyWorld
 
@@ -229,14 +230,14 @@ def describe(path):
     size = sum(v.nbytes for v in tensors.values())
     lines = [
         f"{path}: whole, and fits its model",
-        f"stage {meta['stage']}, step {meta['step']}, git {meta.get('git')}",
-        f"command {meta.get('command')}",
-        f"versions {meta.get('versions')}",
+        printable(f"stage {meta['stage']}, step {meta['step']}, git {meta.get('git')}"),
+        printable(f"command {meta.get('command')}"),
+        printable(f"versions {meta.get('versions')}"),
         f"{len(tensors)} tensors, {numbers:,} parameters, {size:,} bytes, sha256 "
         f"{meta.get('sha256', 'not recorded')}",
     ]
     for name, value in list(tensors.items())[:8]:
         dtype = str(value.dtype).removeprefix("torch.")
-        lines.append(f"  {name:60s} {str(tuple(value.shape)):20s} {dtype}")
+        lines.append(f"  {printable(name):60s} {str(tuple(value.shape)):20s} {dtype}")
     beside = "beside it" if optimizer.exists() else "absent"
     return "\n".join([*lines, f"optimizer state {beside}: {optimizer.name}"])

@@ -41,9 +41,13 @@ def run_command(program, command, advice=""):
         said = f"{error} Fix: --num_workers=0, or more room in /dev/shm"
     finally:
         end_children()
-    line = " ".join("".join(c if c.isprintable() else " " for c in said).split())
-    print(f"{program}: {line}", file=sys.stderr)
+    print(f"{program}: {printable(said)}", file=sys.stderr)
     sys.exit(2)
+
+
+def printable(text):
+    """A stranger's text as one line that no terminal obeys."""
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
 
 
 def end_children():

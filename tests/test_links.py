@@ -126,3 +126,16 @@ def test_a_dataset_that_is_itself_a_link_needs_no_option(rendered, tmp_path):
     assert data.encode(tmp_path / "link", *SIZE) == 0
     assert len(data.CachedClips(tmp_path / "link", "train", SIZE)) == 2
     assert os.path.islink(tmp_path / "link")
+
+
+def test_a_cache_file_that_leads_out_of_the_dataset_is_refused(rendered, tmp_path):
+    inside, outside = tmp_path / "set", tmp_path / "elsewhere"
+    shutil.copytree(rendered, inside)
+    assert data.encode(inside, *SIZE) == 0
+    path = sorted((inside / "cache").glob("*/train*.safetensors"))[0]
+    outside.mkdir()
+    shutil.move(path, outside / path.name)
+    path.symlink_to(outside / path.name)
+    with pytest.raises(ValueError, match=f"{path.name}: a link that leads out of"):
+        data.CachedClips(inside, "train", SIZE)
+    assert len(data.CachedClips(inside, "train", SIZE, follow_links=True)) == 2

@@ -475,3 +475,12 @@ def test_the_digest_of_frozen_weights_is_of_tensors_not_of_files(tmp_path):
     a["blocks.0.x"][0, 0] += 1e-6
     save_file(a, tmp_path / "one" / "diffusion_pytorch_model.safetensors")
     assert frozen.frozen_digest(tmp_path / "one") != frozen.frozen_digest(tmp_path / "two")
+
+
+def test_what_a_stranger_wrote_into_a_checkpoint_commands_no_terminal(survivor, tmp_path):
+    tensors, meta = weights.read_tensors(survivor[0] / "whole" / "latest.safetensors")
+    facts = dict(meta, command="x\x1b]0;title\x07\ny", git="\x1b[2J")
+    facts["sha256"] = weights.digest(tensors, facts)
+    files.write_tensors(tensors, facts, tmp_path / "latest.safetensors")
+    text = checkpoints.describe(tmp_path / "latest.safetensors")
+    assert "\x1b" not in text and "\x07" not in text and "command x ]0;title y" in text
