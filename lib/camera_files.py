@@ -19,7 +19,7 @@ import torch
 from geometry import inv_se3, mat_to_quat, quat_to_mat
 from lib.colmap import colmap_binary, colmap_text
 from lib.crop import fractions
-from lib.files import natural
+from lib.files import FAR, MAX_BYTES, MAX_CAMERAS, check_file, natural
 from lib.lens import MODELS, make_lens
 from lib.native import (
     Cameras,
@@ -311,13 +311,18 @@ def read(path, form=None, size=None, *, axes=None, matrices=None, intrinsics=Non
               its format
     matrices    w2c or c2w, for files that do not say
     intrinsics  fx fy cx cy in pixels, for files without"""
-    form = form or guess(path)
-    if form not in FORMATS:
-        raise ValueError(f"format {form!r}; known: {', '.join(FORMATS)}")
+    check_door(path)
     try:
+        form = form or guess(path)
+        if form not in FORMATS:
+            raise ValueError(f"format {form!r}; known: {', '.join(FORMATS)}")
         found = FORMATS[form].read(path, Hints(size, matrices))
-    except (OSError, KeyError, json.JSONDecodeError, struct.error) as error:
-        raise ValueError(f"{path}: not a readable {form} file: {error!r}") from None
+        found = replace(found, matrices=as_matrices(found.matrices))
+    except Exception as error:  # flipped bytes make the readers raise almost any class of error
+        if isinstance(error, ValueError) and str(path) in str(error):
+            raise
+        said = str(error) if isinstance(error, ValueError) else repr(error)
+        raise ValueError(f"{path}: not a readable {form or 'camera'} file: {said}") from None
     if found.intrinsics is None and intrinsics:
         k = fractions(intrinsics, need_size(found.size, path, "--intrinsics"))
         found = replace(found, intrinsics=np.tile(k, (len(found.matrices), 1)))
@@ -332,8 +337,28 @@ def read(path, form=None, size=None, *, axes=None, matrices=None, intrinsics=Non
     return w2c, found.intrinsics, found.size
 
 
+def check_door(path):
+    """A stranger's camera file, or folder of them, must be of regular files of a possible size."""
+    path = Path(path)
+    inside = [f for f in path.iterdir() if f.name[0] != "."] if path.is_dir() else [path]
+    for file in inside:
+        if not file.is_dir() and (file == path or file.suffix in (".txt", ".bin")):
+            check_file(file, MAX_BYTES if file.suffix in (".npz", ".npy", ".bin") else MAX_CAMERAS)
+
+
+def as_matrices(matrices):
+    """(T, 3 or 4, 4) float64 of at least one camera."""
+    m = np.asarray(matrices, float)
+    if m.ndim != 3 or m.shape[1:] not in ((3, 4), (4, 4)) or not len(m):
+        raise ValueError(f"matrices of shape {m.shape}; wanted (T, 3, 4) or (T, 4, 4)")
+    return m
+
+
 def check_plausible(path, found):
     """Every way in passes here: finite poses, a focal length and a centre that a lens can have."""
+    far = np.abs(np.nan_to_num(np.asarray(found.matrices, float)[:, :3, 3], posinf=0, neginf=0))
+    if not far.max() <= FAR:
+        raise ValueError(f"{path}: translations up to {far.max():.3g}; wanted at most {FAR:.0e}")
     lost = np.flatnonzero(~np.isfinite(np.asarray(found.matrices, float)).all((1, 2)))
     if len(lost):
         which = ", ".join(map(str, lost[:8])) + (" ..." if len(lost) > 8 else "")

@@ -288,7 +288,7 @@ def array_header(file, size, mask):
     if dtype.kind not in ("fiub" if mask else "fiu") or dtype.hasobject:
         raise ValueError(f"values of type {dtype}; wanted numbers")
     want = file.tell() + dtype.itemsize * math.prod(shape)
-    if min(shape, default=0) < 1 or want != size or size > MAX_BYTES:
+    if min(shape, default=1) < 1 or want != size or size > MAX_BYTES:
         told = f"its header speaks of {shape} values, that is {want:,}"
         raise ValueError(f"{size:,} bytes; {told}, and at most {MAX_BYTES:,} are read")
     return shape, dtype

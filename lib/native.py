@@ -4,6 +4,7 @@ npz of ViPE, MegaSaM, Depth-Anything-3, VGGT, Lyra; poses.npy of LingBot and Spa
 one text file a frame (7-Scenes, ScanNet); Open3D's trajectory.log; 12 or 16 numbers a line (KITTI).
 Shapes: T frames.  Source: the writers of each, read in November 2026."""
 
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import torch
 
 from geometry import quat_to_mat
 from lib.crop import fractions
-from lib.files import natural, read_video
+from lib.files import array_header, natural, read_video
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,22 @@ LENSES = ("intrinsics", "intrinsic", "K", "Ks", "ixts")
 PICTURES = ("images", "image", "depths", "depth")
 
 
+def small_arrays(path, most=2**26):
+    """name -> array of an .npz; of what is larger, as pictures and depth, the shape alone."""
+    arrays = {}
+    with zipfile.ZipFile(path) as archive:
+        for info in archive.infolist():
+            with archive.open(info) as file:
+                shape, dtype = array_header(file, info.file_size, mask=True)
+            if info.file_size > most:
+                array = np.broadcast_to(np.zeros((), dtype), shape)  # of no size
+            else:
+                with archive.open(info) as file:
+                    array = np.lib.format.read_array(file, allow_pickle=False)
+            arrays[info.filename.removesuffix(".npy")] = array
+    return arrays
+
+
 def size_in(data):
     """(H, W) that the arrays of a file are of, or None."""
     if "size" in data:
@@ -85,8 +102,7 @@ def lens_of(k, frames, size, path):
 
 def read_npz(path, hints):
     """Matrices (T, 3 or 4, 4) under a known name, intrinsics and a size where there are any."""
-    with np.load(path, allow_pickle=False) as f:
-        data = {name: f[name] for name in f.files}
+    data = small_arrays(path)
     if set(data) == {"data", "inds"}:
         return read_vipe(Path(path), data, hints)
     named = [name for name in POSES if name in data]

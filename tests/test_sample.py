@@ -210,7 +210,7 @@ def test_key_frames_stand_where_they_say_and_look_at_their_targets():
     "arguments, words",
     [
         (["--camera=orbitt"], ["unknown camera move 'orbitt'", "nearest: orbit"]),
-        (["--camera=nowhere.txt"], ["nowhere.txt", "missing"]),
+        (["--camera=nowhere.txt"], ["nowhere.txt", "no such file"]),
         (
             ["--camera=0,0 -> 0,0,1 | 1,0,0 -> 0,0,1"],
             ["key frame '0,0 -> 0,0,1'", "wanted x,y,z -> x,y,z"],
