@@ -113,6 +113,7 @@ section_2 = section("camera")
 camera = option("orbit", "a move (forward, pan_left ...), a file, or 'x,y,z -> x,y,z | ...'")
 camera_format = option(None, "of a camera file that does not show it", choices=(None, *FORMATS))
 camera_size = option("", "HxW of a camera file's pictures, where it does not say")
+camera_stride = option(1, "of a camera file: every so many cameras are used", low=1)
 amount = option(1.0, "strength of a named move: 1 travels 0.3 scene units or turns by 30 degrees")
 fov = option(65.0, "horizontal field of view where the camera has no intrinsics", low=1, high=170)
 scene_scale = option("1", "your units per scene unit, or a depth map of the start image")
@@ -516,7 +517,8 @@ def scene_scale_of(options):
 
 def view_of(options, scene_scale):
     pictures = size_of(options.camera_size) if options.camera_size else None
-    return View(options.fov, options.amount, scene_scale, options.camera_format, pictures)
+    form, stride = options.camera_format, options.camera_stride
+    return View(options.fov, options.amount, scene_scale, form, pictures, stride)
 
 
 def main(options):

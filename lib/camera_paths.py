@@ -2,6 +2,7 @@
 
 import difflib
 import math
+import os
 import pathlib
 import re
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ class View:
     scene_scale: float = 1.0  # units of a file or of key frames per scene unit
     form: str | None = None  # format of a camera file that does not show it
     pictures: tuple | None = None  # (H, W) of a camera file's pictures, where it does not say
+    stride: int = 1  # of a camera file, every so many cameras are used
 
 
 def load_camera(text, num_frames, size, view=View()):
@@ -55,9 +57,17 @@ def from_file(path, num_frames, size, view):
     except ValueError as error:
         words = str(error).replace("--from", "--camera_format")
         raise ValueError(words.replace("--size HxW", "--camera_size HxW")) from None
-    if len(w2c) < num_frames:
-        wanted = f"--frames {num_frames} wants at least that many"
+    last = view.stride * (num_frames - 1)
+    if len(w2c) <= last:
+        by = f" and --camera_stride {view.stride}" if view.stride > 1 else ""
+        wanted = f"--frames {num_frames}{by} wants {last + 1} or more"
         raise ValueError(f"{path}: {len(w2c)} cameras; {wanted}")
+    if len(w2c) > last + view.stride and os.environ.get("RANK", "0") == "0":
+        most = (len(w2c) - 1) // max(1, num_frames - 1)
+        whole = f"--camera_stride {most} spans the path" if most > view.stride else "the rest waits"
+        print(f"{path}: {len(w2c)} cameras, 0 .. {last} are used; {whole}", flush=True)
+    w2c = w2c[:: view.stride]
+    intrinsics = None if intrinsics is None else intrinsics[:: view.stride]
     if intrinsics is not None:  # files without a size: of square pixels
         aspect = source[1] / source[0] if source else intrinsics[0, 1] / intrinsics[0, 0]
         intrinsics = crop_intrinsics(intrinsics[:num_frames], aspect, size)

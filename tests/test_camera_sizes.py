@@ -56,7 +56,7 @@ def test_re10k_of_16_to_9_at_592_x_336_by_hand(tmp_path):
     w2c, _ = camera_paths.camera_move("orbit", 5, 1.0)
     K = np.tile([0.4752, 0.4752 * 1280 / 720, 0.5, 0.5], (5, 1))
     camera_files.write(tmp_path / "a.txt", "re10k", w2c.double().numpy(), K, None)
-    _, got = camera_paths.load_camera(str(tmp_path / "a.txt"), 5, (592, 336))
+    _, got = camera_paths.camera_paths.load_camera(str(tmp_path / "a.txt"), 5, (592, 336))
     want = 0.4752 * 1280 * 592 / 720
     torch.testing.assert_close(got[0, 0, 0, 0].item(), want, rtol=1e-5, atol=0)
     torch.testing.assert_close(got[0, 0, 1, 1].item(), want, rtol=1e-5, atol=0)
@@ -73,3 +73,21 @@ def test_pixels_without_a_size_are_asked_for(tmp_path):
 def test_a_size_that_is_none_is_refused_by_name(text):
     with pytest.raises(ValueError, match="wanted HxW"):
         camera_files.size_of(text)
+
+
+def test_a_longer_camera_file_says_which_part_is_used_and_can_be_spanned(tmp_path, capsys):
+    w2c = np.tile(np.eye(4)[:3], (21, 1, 1))
+    w2c[:, 0, 3] = -np.arange(21)
+    lens = np.tile([1.0, 1.5, 0.5, 0.5], (21, 1))
+    camera_files.write(tmp_path / "a.txt", "re10k", w2c, lens)
+    first, _ = camera_paths.load_camera(str(tmp_path / "a.txt"), 5, (32, 48))
+    assert first[0, :, 0, 3].tolist() == [0, -1, -2, -3, -4]
+    said = capsys.readouterr().out
+    assert "a.txt: 21 cameras, 0 .. 4 are used; --camera_stride 5 spans the path" in said
+    spanned, K = camera_paths.load_camera(
+        str(tmp_path / "a.txt"), 5, (32, 48), camera_paths.View(stride=5)
+    )
+    assert spanned[0, :, 0, 3].tolist() == [0, -5, -10, -15, -20] and len(K[0]) == 5
+    assert not capsys.readouterr().out
+    with pytest.raises(ValueError, match="--camera_stride 6 wants 25 or more"):
+        camera_paths.load_camera(str(tmp_path / "a.txt"), 5, (32, 48), camera_paths.View(stride=6))
