@@ -56,7 +56,7 @@ def test_re10k_of_16_to_9_at_592_x_336_by_hand(tmp_path):
     w2c, _ = camera_paths.camera_move("orbit", 5, 1.0)
     K = np.tile([0.4752, 0.4752 * 1280 / 720, 0.5, 0.5], (5, 1))
     camera_files.write(tmp_path / "a.txt", "re10k", w2c.double().numpy(), K, None)
-    _, got = camera_paths.camera_paths.load_camera(str(tmp_path / "a.txt"), 5, (592, 336))
+    _, got = camera_paths.load_camera(str(tmp_path / "a.txt"), 5, (592, 336))
     want = 0.4752 * 1280 * 592 / 720
     torch.testing.assert_close(got[0, 0, 0, 0].item(), want, rtol=1e-5, atol=0)
     torch.testing.assert_close(got[0, 0, 1, 1].item(), want, rtol=1e-5, atol=0)
