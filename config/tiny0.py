@@ -8,7 +8,7 @@ wan_dir = "data/tiny/wan"
 
 height, width, num_frames = 64, 96, 9
 batch_size, num_workers = 16, 0
-max_steps, save_every, log_every, eval_every = 6000, 250, 50, 0
+max_steps, save_every, log_every, eval_every = 3000, 250, 50, 0
 
 optimizer, learning_rate, min_lr, lr_schedule = "muon", 3e-3, 3e-5, "linear"
 warmup_steps, beta2, shift = 50, 0.95, 3.0

@@ -362,8 +362,11 @@ def array_files(path):
 
 
 def count_arrays(path, mask=False):
-    """How many frames of arrays there are."""
-    return len(array_files(path)) if path.is_dir() else read_array(path, False, mask)[0][0]
+    """How many frames of arrays there are; a map of two sides is one."""
+    if path.is_dir():
+        return len(array_files(path))
+    shape = read_array(path, False, mask)[0]
+    return shape[0] if len(shape) > 2 else 1
 
 
 def iterate_arrays(path, chunk=16):
@@ -381,6 +384,7 @@ def read_arrays(path, frames=None, mask=False):
     mask as in read_array."""
     path = Path(path)
     source = array_files(path) if path.is_dir() else read_array(path, mask=mask)
+    source = source[None] if not path.is_dir() and source.ndim == 2 else source
     frames = range(len(source)) if frames is None else frames
     if len(source) <= max(frames, default=0):
         raise ValueError(f"{path}: {len(source)} frames found, {max(frames, default=0) + 1} wanted")

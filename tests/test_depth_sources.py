@@ -9,8 +9,8 @@ import pytest
 from test_train import SIZES, run
 
 import data
-from lib import pictures
-from lib.depth import read_depth
+from lib import files, pictures
+from lib.depth import DepthUnit, read_depth
 from lib.rooms import Recipe, synth
 
 SHAPE = dict(num_frames=5, height=32, width=48)
@@ -152,3 +152,20 @@ def test_training_on_depth_without_a_unit_warns_and_moves_the_depth_head_alone(
             values["loss/depth"], rel=1e-3
         )  # four digits are printed
     assert len(lines) == 2
+
+
+@pytest.mark.parametrize("kind", ["npy", "png", "pfm"])
+def test_a_single_map_is_one_frame(tmp_path, kind):
+    """--scene_scale takes the depth of the start image, as a labeler writes it."""
+    depth = np.full((24, 32), 2.0, np.float32)
+    depth[:, 16:] = 4.0
+    path = tmp_path / f"depth.{kind}"
+    if kind == "npy":
+        np.save(path, depth)
+    elif kind == "png":
+        pictures.write_png(path, (depth * 1000).astype(np.uint16))
+    else:
+        path.write_bytes(b"Pf\n32 24\n-1.0\n" + depth[::-1].tobytes())
+    found = read_depth(path, DepthUnit(0.001 if kind == "png" else None), [0])
+    assert found.shape == (1, 24, 32) and np.abs(found[0] - depth).max() < 1e-6
+    assert files.count_arrays(path) == 1
