@@ -396,7 +396,7 @@ def least_seconds(model, options):
 
 
 # -------------------------------------------------------------------------------------------- main
-def open_clips(options):
+def open_clips(options, text_dim):
     """split -> Mix of CachedClips; the validation split only where something evaluates, and has
     clips."""
     size = (options.height, options.width, options.num_frames)
@@ -412,7 +412,7 @@ def open_clips(options):
         if not parts and (split == "train" or options.eval_only):
             raise empty
         if parts:
-            clips[split] = Mix(parts, [weight / sum(weights) for weight in weights])
+            clips[split] = Mix(parts, weights, text_dim)
     return clips
 
 
@@ -542,7 +542,7 @@ def main(options):
     frozen = identify_frozen(options, sources, master)
     if spread:
         shard(model, ranks)
-    clips = open_clips(options)
+    clips = open_clips(options, model.cfg.text_dim)
     check_depth_kinds(clips, options, master)
     examples = {split: Examples(c, model, device, options.seed) for split, c in clips.items()}
     numbers = (options.eval_clips, options.eval_sigma, ranks.rank, ranks.world)

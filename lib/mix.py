@@ -66,8 +66,14 @@ def pick(place, weights, seed):
 class Mix:
     """Cached clips of several datasets, one after another; a torch Dataset like each of them."""
 
-    def __init__(self, parts, weights):
-        self.parts, self.weights = parts, tuple(weights)
+    def __init__(self, parts, weights, text_dim=None):
+        """text_dim: width of the model's text, which all parts must have."""
+        for part in parts if text_dim else ():
+            if (found := part[0]["text"].shape[-1]) != text_dim:
+                where = f"{part.empty_text.parent}: text of width {found}"
+                cure = "encode it with this model's --wan_dir, or train its preset"
+                raise ValueError(f"{where}; the model takes {text_dim}. {cure}")
+        self.parts, self.weights = parts, tuple(weight / sum(weights) for weight in weights)
         self.sizes = [len(part) for part in parts]
         self.ends = list(accumulate(self.sizes))
         kinds = {part.empty_text.parent.name: part for part in parts}

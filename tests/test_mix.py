@@ -89,3 +89,10 @@ def test_a_mix_is_one_dataset_of_one_kind_of_caches():
     assert len(mix) == 5 and "".join(mix[i] for i in range(5)) == "abcde" and mix.sizes == [2, 3]
     with pytest.raises(ValueError, match="x/cache/k and y/cache/m: encoded by other encoder"):
         Mix([Part("ab", "x/cache/k"), Part("c", "y/cache/m")], [0.5, 0.5])
+
+
+def test_text_of_another_width_is_named_before_the_first_step(two_sets, tmp_path):
+    start = ["config/demo0.py", f"--data_dir={two_sets}/a", *SMALL, f"--out_dir={tmp_path}/o"]
+    code, text = train_here(*start, "--model_overrides={'text_dim': 32}")
+    said = f"{code}{text}"
+    assert "text of width 64; the model takes 32" in said and "Traceback" not in said
