@@ -27,7 +27,7 @@ from einops import rearrange
 from safetensors import safe_open
 from torch import nn
 
-from wan import LATENT, load_strict, shapes_of
+from wan import LATENT, WanDiT, check_names, load_strict, shapes_of
 
 VAE_FILE = "Wan 2.1 VAE (Wan2.1_VAE.pth)"
 
@@ -551,6 +551,33 @@ def lazy_tensors(path):
         ) from None
 
 
+# What trainers, compilers and other programs put before the names of a DiT's tensors.
+WRAPPINGS = ("pipe.", "model.", "dit.", "diffusion_model.", "module.", "_orig_mod.", "ema.")
+
+
+def unwrapped(tensors):
+    """Tensors of a DiT under their own names.  ValueError for matrices that lack their scales."""
+    scaled = [n for n in tensors if n.endswith((".scale_weight", ".weight_scale", "scaled_fp8"))]
+    if scaled:
+        cure = "take the bf16 or fp16 file"
+        raise ValueError(f"fp8 with scales of its own ({scaled[0]}) is not read; {cure}")
+    stripped = True
+    while stripped and tensors:
+        stripped = next((p for p in WRAPPINGS if all(n.startswith(p) for n in tensors)), "")
+        tensors = {name.removeprefix(stripped): value for name, value in tensors.items()}
+    return tensors
+
+
+def nested(loaded):
+    """The tensors of a .pth file, which a trainer may have put into a dict of its own."""
+    while isinstance(loaded, dict) and not any(map(torch.is_tensor, loaded.values())):
+        inner = [k for k in ("state_dict", "model", "module", "model_state", "ema") if k in loaded]
+        if not inner:
+            break
+        loaded = loaded[inner[0]]
+    return {k: v for k, v in loaded.items() if torch.is_tensor(v)}
+
+
 def lazy_pth(path):
     """lazy_tensors of a .pth file.  It is mapped anew after every 64th part of it (2 MB at least:
     each time unpickles the names): the pages of a mapping that were touched count against this
@@ -558,7 +585,12 @@ def lazy_pth(path):
     mapped, part = {}, max(os.path.getsize(path) / 64, 2e6)
 
     def load():
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        try:
+            return nested(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
+        except RuntimeError as error:  # the format before torch 1.6 cannot be mapped
+            if "mmap" not in str(error):
+                raise
+            return nested(torch.load(path, map_location="cpu", weights_only=True))
 
     def read(name):
         if not mapped or mapped["read"] > part:
@@ -572,14 +604,18 @@ def lazy_pth(path):
 
 def wan_family(folder):
     """What the DiT of a Wan folder takes, as "wan32clip" (inputs, CLIP tokens); "" for none."""
-    shapes = {}
+    tensors = {}
     for path in wan_files(folder):
-        shapes.update({name: shape for name, (shape, _) in lazy_tensors(path).items()})
-    inputs = [shape[1] for name, shape in shapes.items() if name.endswith("patch_embedding.weight")]
-    if not inputs:
+        tensors.update(lazy_tensors(path))
+    shapes = {name: shape for name, (shape, _) in unwrapped(tensors).items()}
+    if not shapes:
         return ""
-    clip = any(name.endswith("img_emb.proj.1.weight") for name in shapes)
-    return f"wan{inputs[0]}{'clip' if clip else ''}"
+    dim = shapes.get("patch_embedding.weight", (128,))[0]
+    with torch.device("meta"):  # the reader of training: what it would refuse is refused here
+        # No name or shape depends on the heads: any divisor of the width will do.
+        dit = WanDiT.from_shapes(shapes, 128 if dim % 128 == 0 else dim & -dim, where=folder)
+    check_names(shapes_of(dit.state_dict()), shapes, f"{folder}: Wan2.1 DiT")
+    return f"wan{dit.sizes.in_dim}{'clip' if dit.sizes.has_clip else ''}"
 
 
 class WanFolder:
@@ -620,6 +656,8 @@ class WanFolder:
         """umT5 in the file's bf16: f(prompts) -> list of (L, 4096), L a prompt's own length."""
         tokenizer = PromptTokenizer(self.files["tokenizer"].parent)
         encoder = UMT5Encoder.from_state_dict(load_state_dict(self.files["text"])).to(self.device)
+        if encoder.token_embedding.weight.element_size() == 1:  # fp8 holds, but does not compute
+            encoder = encoder.to(torch.bfloat16)
 
         def encode(prompts):
             ids, mask = (x.to(self.device) for x in tokenizer(prompts))

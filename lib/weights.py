@@ -19,7 +19,7 @@ from safetensors import safe_open
 from torch import nn
 
 import released
-from encoders import lazy_tensors, wan_files
+from encoders import lazy_tensors, unwrapped, wan_files
 from lib.distributed import copy_into
 from lib.files import write_aside, write_tensors
 from lib.guards import run_command
@@ -119,10 +119,7 @@ def wan_tensors(folder):
                 "copies"
             )
         tensors.update(found)
-    for prefix in ("pipe.", "model.", "dit."):
-        if all(name.startswith(prefix) for name in tensors):
-            tensors = {name.removeprefix(prefix): value for name, value in tensors.items()}
-    return tensors
+    return unwrapped(tensors)
 
 
 def load_wan(folder, cfg, device="cpu", dtype=None):

@@ -425,3 +425,32 @@ def test_encode_stage_1_stage_2_and_sample_run_on_a_complete_folder(clips, wan, 
         "cpu",
     )
     assert read_video(tmp_path / "out" / "video.mp4")[0].shape == (5, 32, 48, 3)
+
+
+@pytest.mark.parametrize("prefix", ["model.diffusion_model.", "module._orig_mod.", "ema.model."])
+@pytest.mark.parametrize("suffix", ["safetensors", "pth", "old.pth", "nested.pth"])
+def test_other_programs_wrappings_are_taken_off(wan, tmp_path, prefix, suffix):
+    whole = weights.wan_tensors(wan)
+    sd = {f"{prefix}{name}": read().contiguous() for name, (_, read) in whole.items()}
+    path = tmp_path / f"diffusion_pytorch_model.{suffix.split('.')[-1]}"
+    if suffix == "safetensors":
+        save_file(sd, path)
+    elif suffix == "old.pth":
+        torch.save(sd, path, _use_new_zipfile_serialization=False)
+    else:
+        torch.save({"epoch": 3, "state_dict": sd} if "nested" in suffix else sd, path)
+    found = weights.wan_tensors(tmp_path)
+    assert {k: s for k, (s, _) in found.items()} == {k: s for k, (s, _) in whole.items()}
+    assert wan_family(tmp_path) == wan_family(wan) != ""
+
+
+def test_fp8_with_scales_and_a_missing_shard_are_named_by_every_reader(wan, tmp_path):
+    whole = {name: read().contiguous() for name, (_, read) in weights.wan_tensors(wan).items()}
+    path = tmp_path / "diffusion_pytorch_model.safetensors"
+    save_file({**whole, "blocks.0.ffn.0.scale_weight": torch.ones(1)}, path)
+    for reader in (wan_family, weights.wan_tensors):
+        with pytest.raises(ValueError, match="fp8 with scales.*bf16"):
+            reader(tmp_path)
+    save_file({k: v for k, v in whole.items() if "blocks.0." not in k and "head" not in k}, path)
+    with pytest.raises(ValueError, match="Wan2.1 DiT|sizes cannot be read|missing"):
+        wan_family(tmp_path)
