@@ -240,15 +240,17 @@ def test_every_stage_resumes_by_the_same_command(stages):
         (2, [f"--wan_dir={root}/s0", f"--init_from={root}/s1/latest.safetensors"]),
         (0, []),
     ):
+        # A copy: what was trained on stage 0 as it is refuses one that went on.
+        shutil.copytree(root / f"s{stage}", root / f"on{stage}")
         text = run(
             "train.py",
             f"config/demo{stage}.py",
             *options,
             *more,
             "--max_steps=3",
-            f"--out_dir={root}/s{stage}",
+            f"--out_dir={root}/on{stage}",
         )
-        assert "steps 2 .. 3" in text and (root / f"s{stage}" / "step-3.safetensors").is_file()
+        assert "steps 2 .. 3" in text and (root / f"on{stage}" / "step-3.safetensors").is_file()
 
 
 @pytest.mark.parametrize("stage", [1, 2])
