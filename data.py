@@ -42,6 +42,7 @@ from lib.distributed import gathered
 from lib.guards import run_command
 from lib.log import Passes
 from lib.look import view
+from lib.pictures import as_pixels
 from lib.rooms import VARIETY, Recipe, synth
 from lib.standin import cache_prefix, make_encoders
 from lib.verify import verify as check
@@ -510,8 +511,7 @@ class CachedClips(torch.utils.data.Dataset):
             video = make_encoders().load_vae().decode(self[i]["latents"][None].float())[0]
         else:
             return None
-        pixels = ((video.permute(1, 2, 3, 0) + 1) * 127.5).round().clamp(0, 255)  # (T, H, W, 3)
-        return pixels.to(torch.uint8).numpy()
+        return as_pixels(video)
 
     def count_relative(self):
         """How many of the clips have depth without a unit."""
@@ -587,7 +587,9 @@ def import_recordings(form, src, root, **wishes):
     # What has no depth yet cannot be checked.
     made = [s for s in (load_samples(root) if names else ()) if s["id"] in names and s["depth"]]
     failed += check(root, made, [], root, fix_hints=True) if made else 0
-    return importers.last_words(root, names, failed)
+    if names:
+        print(f"look at them: python data.py view {root} {' '.join(names[:3])}")
+    return failed
 
 
 def flag(command, name, text):

@@ -388,8 +388,6 @@ def load(options, meta, jobs, camera):
     weights = torch.bfloat16 if half else None
     for path in bar("load", (options.ckpt,), "model"):
         how = (weights, options.offload, "rays" in corrections(options), options.release)
-        if options.wan_dir and not options.other_wan:
-            check_frozen(meta, frozen_digest(options.wan_dir), path)
         model = open_checkpoint(path, options.wan_dir, device, *how)
     if options.low_memory:
         model.depth_head.chunk = model.point_head.chunk = 4  # frames that a head sees at a time
@@ -529,6 +527,8 @@ def main(options):
         found = f"{options.ckpt}: stage {meta.get('stage')}"
         raise ValueError(f"{found}; wanted a stage 1 or stage 2 checkpoint")
     options = settled(options, meta)
+    if options.wan_dir and "frozen" in meta and not options.other_wan:  # before anything slow
+        check_frozen(meta, frozen_digest(options.wan_dir), options.ckpt)
     names = export_names(options.export)
     options = options.replaced(scene_scale=scene_scale_of(options))
     view, size = view_of(options, options.scene_scale), (options.height, options.width)

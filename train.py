@@ -571,9 +571,7 @@ def main(options):
     # ---- records
     facts = dict(format="fantasyworld", stage=str(options.stage), release=origin.get("release", ""))
     facts |= dict(global_batch=str(total), world=str(ranks.world))
-    facts |= dict(
-        model_config=json.dumps(asdict(model.cfg)), frozen=frozen if options.stage else ""
-    )
+    facts |= dict(model_config=json.dumps(asdict(model.cfg)), frozen=frozen)
     metadata = provenance(vars(asked)) | facts
     records = Records(out if master else None, metadata, first_step)
     log = records.line

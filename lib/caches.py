@@ -28,6 +28,7 @@ from encoders import encode_start
 from lib.distributed import gathered
 from lib.files import FAR, check_file, read_json, write_aside
 from lib.listing import check_inside
+from lib.tensors import bytes_of
 from wan import CLIP_SHAPE, LATENT
 
 
@@ -68,7 +69,7 @@ def save_tensors(path, tensors, metadata):
         if not torch.isfinite(x).all():
             why = "damaged encoder weights, or values that overflow?"
             raise ValueError(f"{path}: {name} is not finite; {why}")
-        crc = zlib.crc32(x.flatten().view(torch.uint8).numpy(), crc)
+        crc = zlib.crc32(bytes_of(x), crc)
     specs = [(k, names[x.dtype], list(x.shape)) for k, x in tensors.items()]
     metadata["crc"] = f"{crc:08x}" + header_crc(metadata, specs)
     path.parent.mkdir(parents=True, exist_ok=True)

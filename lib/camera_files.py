@@ -92,9 +92,7 @@ FLIP = np.array([[1.0], [-1], [-1]])  # OpenGL <-> OpenCV camera axes
 
 def inverse(matrices):
     """Rigid (T, 3 or 4, 4) -> (T, 3, 4) the other way round; refuses what is no rotation."""
-    m = np.asarray(matrices, float)
-    if m.ndim != 3 or m.shape[1:] not in ((3, 4), (4, 4)):
-        raise ValueError(f"matrices of shape {m.shape}; wanted (T, 3, 4) or (T, 4, 4)")
+    m = as_matrices(matrices)
     R = m[:, :3, :3]
     off = np.abs(R @ R.transpose(0, 2, 1) - np.eye(3)).max() + np.abs(np.linalg.det(R) - 1).max()
     if not off < 1e-3:

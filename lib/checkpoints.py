@@ -14,8 +14,9 @@ import torch
 import torch.distributed as dist
 
 from lib.distributed import DTensor, copy_into, gather_full, gathered
-from lib.files import write_aside, write_tensors
+from lib.files import write_aside
 from lib.guards import printable
+from lib.tensors import write_tensors
 from lib.weights import config_from_metadata, digest, metadata_of, read_checked, read_tensors
 from model import FantasyWorld
 
@@ -74,20 +75,16 @@ def save_checkpoint(out, step, state, metadata, *, keep_last, keep_every=0):
 
     state   weights and moments, of training_state
 
-    Raises OSError or SafetensorError when the disk is full or gone; what was saved before is then
-    untouched."""
+    Raises OSError when the disk is full or gone; what was saved before is then untouched."""
     weights, moments = state
     facts = {**metadata, "step": str(step), "digest": "2"}
-    content = {name: value.detach().cpu().contiguous() for name, value in weights.items()}
-    whole = dict(facts, sha256=digest(content, facts))
-    # The weights make a checkpoint: last.  The moments name the weights that they are of.
-    for end, tensors, of in ((".optim", moments, whole["sha256"]), ("", content, None)):
-        tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-        told = whole if of is None else dict(facts, weights=of)
-        told = told if of is None else dict(told, sha256=digest(tensors, told))
+    whole = dict(facts, sha256=digest(weights, facts))
+    facts["weights"] = whole["sha256"]  # the moments name the weights that they are of
+    beside = dict(facts, sha256=digest(moments, facts))
+    # The weights make a checkpoint: last.  No more than a tensor of either is copied at a time.
+    for end, tensors, told in ((".optim", moments, beside), ("", weights, whole)):
         path = out / f"step-{step}{end}.safetensors"
         write_aside(path, partial(write_tensors, tensors, told))
-        del tensors  # one of the two copies at a time
     link_latest(out, step)
     prune(out, step, keep_last, keep_every)
 
@@ -130,7 +127,7 @@ def check_step(out, step):
     meta = read_checked(path)[1]
     config_from_metadata(meta)
     config, stage = json.loads(meta["train_config"]), meta["stage"]
-    if not isinstance(config, dict) or stage not in "012" or int(meta["step"]) != step:
+    if not isinstance(config, dict) or stage not in ("0", "1", "2") or int(meta["step"]) != step:
         raise ValueError(f"{path}: its metadata is of step {meta['step']}, or without options")
     beside = out / f"step-{step}.optim.safetensors"
     check_pair(path, meta, beside, read_checked(beside)[1])

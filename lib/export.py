@@ -25,6 +25,7 @@ from lib.page import write_page
 from lib.pictures import (
     COMMANDED,
     PREDICTED,
+    as_pixels,
     confidence_to_rgb,
     depth_legend,
     depth_to_rgb,
@@ -132,7 +133,7 @@ def make_scene(video, geometry, w2c, K, *, scene_scale=1.0, drop=20.0, lift="com
     w2c, K       (1, T, 3, 4), (1, T, 3, 3)   commanded, scene units, pixels
     scene_scale  user units per scene unit;   drop, lift  as in Scene
     Raises ValueError for geometry that is not finite."""
-    rgb = ((video.permute(1, 2, 3, 0) + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).numpy()
+    rgb = as_pixels(video)
     size = rgb.shape[1:3]
     if not all(torch.isfinite(geometry[k]).all() for k in ("depth", "depth_conf", "pose_enc")):
         cure = "try --dtype fp32, or another checkpoint"

@@ -20,7 +20,6 @@ from pathlib import Path
 
 import imageio_ffmpeg
 import numpy as np
-import torch
 
 from lib.rasters import OVER_WHITE, has_alpha, read_raster, reader_of
 
@@ -177,10 +176,9 @@ def read_pngs(paths, read, *output):
 
     A file that is cut or holds several pictures would shift the others: such lists, and all after
     a fault, are read one by one."""
-    done, end = 0, b"IEND\xaeB`\x82"
+    done = 0
     with suppress(ValueError):
-        data = (Path(path).read_bytes() for path in paths)
-        if all(d[:8] == PNG and d.endswith(end) and b"acTL" not in d[:200] for d in data):
+        if all(map(is_one_png, paths)):
             how = [*output, "-autoscale", "0", "-f", "image2pipe"]
             with ffmpeg(list(paths), *how) as (stream, _):
                 for frame in pictures(stream, math.inf):
@@ -188,6 +186,15 @@ def read_pngs(paths, read, *output):
                     done += 1
     for path in paths[done:]:
         yield read(path)
+
+
+def is_one_png(path):
+    """Whether a file begins and ends as a PNG and holds no animation."""
+    head = head_of(path)
+    with open(path, "rb") as file:
+        file.seek(-min(12, os.path.getsize(path)), os.SEEK_END)
+        end = file.read()
+    return head[:8] == PNG and end.endswith(b"IEND\xaeB`\x82") and b"acTL" not in head[:200]
 
 
 def read_stills(paths):
@@ -203,12 +210,12 @@ def still(path):
 
 def picture_files(folder):
     """Pictures of a folder that stands for a video, in order."""
-    found = [f for f in Path(folder).glob("[!.]*") if f.suffix.lower() in STILLS]
+    found = listed(folder, STILLS)
     if not found:
         raise ValueError(
             f"{folder}: no pictures in it; wanted {', '.join(STILLS)}, or a video file"
         )
-    return sorted(found, key=lambda f: natural(f.name))
+    return found
 
 
 def iterate_video(path):
@@ -222,8 +229,18 @@ def iterate_video(path):
                 raise ValueError(f"{name}: {found} {first[0]}x{first[1]}. Make all alike")
             yield frame
         return
-    with ffmpeg(path, "-pix_fmt", "rgb24", "-c:v", "ppm", "-f", "image2pipe") as (stream, _):
-        yield from pictures(stream, math.inf)
+    read_video(path, 1)  # HDR, and what is no video, are named
+    try:
+        with ffmpeg(path, *as_rgb(path)) as (stream, _):
+            yield from pictures(stream, math.inf)
+    except ValueError as error:
+        raise unreadable(path, error) from None
+
+
+def as_rgb(path):
+    """ffmpeg's options for frames (H, W, 3) of a file; what is transparent lies over white."""
+    white = ["-vf", OVER_WHITE] if has_alpha(head_of(path)) else []
+    return [*white, "-pix_fmt", "rgb24", "-c:v", "ppm", "-f", "image2pipe"]
 
 
 def read_video(path, max_frames=None):
@@ -233,10 +250,8 @@ def read_video(path, max_frames=None):
     if Path(path).is_dir():
         return np.stack(list(itertools.islice(iterate_video(path), max_frames))), 0.0
     some = [] if max_frames is None else ["-frames:v", str(max_frames)]
-    some += ["-vf", OVER_WHITE] if has_alpha(head_of(path)) else []
-    output = [*some, "-pix_fmt", "rgb24", "-c:v", "ppm", "-f", "image2pipe"]
     try:
-        with ffmpeg(path, *output) as (stream, log):
+        with ffmpeg(path, *some, *as_rgb(path)) as (stream, log):
             frames = list(pictures(stream))
             log.seek(0)
             said = log.read(2**16)
@@ -355,10 +370,15 @@ def natural(name):
     return [int(p) if i % 2 else p for i, p in enumerate(re.split("([0-9]+)", name))]
 
 
+def listed(folder, kinds, pattern="*"):
+    """Files of some endings in a folder, in order; hidden ones aside."""
+    found = [f for f in Path(folder).glob(pattern) if f.suffix.lower() in kinds]
+    return sorted((f for f in found if f.name[0] != "."), key=lambda f: natural(f.name))
+
+
 def array_files(path):
     """Files of a clip's arrays in order: one for all frames, or a folder with one per frame."""
-    files = [f for f in path.glob("[!.]*") if f.suffix in ARRAYS] if path.is_dir() else []
-    return sorted(files, key=lambda f: natural(f.name))
+    return [f for f in listed(path, ARRAYS) if f.suffix in ARRAYS] if path.is_dir() else []
 
 
 def count_arrays(path, mask=False):
@@ -405,32 +425,6 @@ def read_arrays(path, frames=None, mask=False):
             other = f"{source[frames[0]].name} is {first[1]} {first[0]}"
             raise ValueError(f"{source[t]}: {found}, where {other}. Make all frames alike")
     return np.stack(arrays)
-
-
-# The names of safetensors' types.  Source: its format page.
-# fmt: off
-TYPES = {
-    "float32": "F32", "bfloat16": "BF16", "float16": "F16", "float64": "F64", "bool": "BOOL",
-    "int64": "I64", "int32": "I32", "int16": "I16", "int8": "I8", "uint8": "U8",
-}
-# fmt: on
-
-
-def write_tensors(tensors, metadata, path):
-    """A safetensors file.  The library's writer leaves a copy under a name of its own when it is
-    killed, and asks for no permissions but the owner's."""
-    header, end = {"__metadata__": metadata} if metadata else {}, 0
-    for name, value in tensors.items():
-        size = value.numel() * value.element_size()
-        kind = TYPES[str(value.dtype).removeprefix("torch.")]
-        header[name] = dict(dtype=kind, shape=list(value.shape), data_offsets=[end, end + size])
-        end += size
-    head = json.dumps(header, separators=(",", ":")).encode()
-    head += b" " * (-len(head) % 8)
-    with open(path, "wb") as file:
-        file.write(len(head).to_bytes(8, "little") + head)
-        for value in tensors.values():
-            file.write(value.contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
 def write_aside(path, write, durable=True):

@@ -6,9 +6,8 @@ import os
 import pathlib
 from contextlib import suppress
 
-import torch
-
 from lib.files import write_aside
+from lib.tensors import bytes_of
 from lib.weights import wan_sources, wan_tensors
 
 
@@ -32,7 +31,7 @@ def frozen_digest(folder):
     for key, (shape, read) in sorted(wan_tensors(folder).items()):
         value = read()
         total.update(f"{key} {value.dtype} {shape}".encode())
-        total.update(value.contiguous().reshape(-1).view(torch.uint8).numpy())
+        total.update(bytes_of(value))
     text = json.dumps(dict(files=stamp, sha256=total.hexdigest()))
     for place in places:
         with suppress(OSError):

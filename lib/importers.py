@@ -23,7 +23,7 @@ from lib.crop import Crop, crop_intrinsics, pixel_matrix
 from lib.layouts import LAYOUTS
 from lib.lens import Undistortion
 from lib.pictures import write_video
-from lib.recordings import Video, Wishes, wish_arguments
+from lib.recordings import Video, Wishes, pick, some, wish_arguments
 
 
 def folders(src, depth=5):
@@ -65,14 +65,20 @@ def name_of(src, key):
 
 # --- One recording --------------------------------------------------------------------------------
 def thinned(rec, wishes):
-    """Without lost poses; every stride-th frame, at most max_frames of them."""
-    m = [np.asarray(x, float)[:3] for x in rec.cameras.matrices]
-    good = [n for n, x in enumerate(m) if np.isfinite(x).all()]
-    if len(good) < len(m):
-        lost = [n for n in range(len(m)) if n not in set(good)]
-        which = ", ".join(map(str, lost[:6])) + (" ..." if len(lost) > 6 else "")
-        rec.notes.append(f"{len(lost)} frames whose pose was lost left out: {which}")
-    return good[wishes.start :: wishes.stride][: wishes.max_frames]
+    """Without lost poses; from start every stride-th frame, at most max_frames of them."""
+    finite = [np.isfinite(np.asarray(m, float)).all() for m in rec.cameras.matrices]
+    if lost := [n for n, good in enumerate(finite) if not good]:
+        rec.notes.append(f"{len(lost)} frames whose pose was lost left out: {some(lost)}")
+    places = np.flatnonzero(finite)[wishes.start :: wishes.stride][: wishes.max_frames].tolist()
+    if len(places) < 5:
+        raise ValueError(f"{len(places)} frames with picture, depth and pose; wanted at least 5")
+    many = isinstance(rec.frames, Video)
+    return replace(
+        rec,
+        frames=rec.frames.chosen(places) if many else [rec.frames[p] for p in places],
+        cameras=pick(rec.cameras, places),
+        depth=[rec.depth[p] for p in places] if rec.depth else None,
+    )
 
 
 @lru_cache(maxsize=8)
@@ -87,21 +93,16 @@ def even(size):
 class Writer:
     """Makes the files of one sample, frame by frame."""
 
-    def __init__(self, rec, places, wishes):
-        self.rec, self.places = rec, places
-        self.frames = (
-            rec.frames.chosen(places)
-            if isinstance(rec.frames, Video)
-            else [rec.frames[p] for p in places]
-        )
-        self.lenses = [rec.cameras.lenses[p] if rec.cameras.lenses else None for p in places]
-        self.k = [tuple(map(float, rec.cameras.intrinsics[p])) for p in places]
-        self.target, self.sizes = wishes.size, []
+    def __init__(self, rec, size):
+        self.rec, self.target, self.sizes = rec, size, []
+        self.k = [tuple(map(float, k)) for k in rec.cameras.intrinsics]
+        self.lenses = rec.cameras.lenses or [None] * len(self.k)
 
     def pictures(self):
         """uint8 (H, W, 3) of every frame, as the video gets them."""
-        stills = not isinstance(self.frames, Video)
-        for n, frame in enumerate(files.read_stills(self.frames) if stills else self.frames):
+        frames = self.rec.frames
+        frames = frames if isinstance(frames, Video) else files.read_stills(frames)
+        for n, frame in enumerate(frames):
             if self.lenses[n]:
                 frame = undistortion(self.k[n], self.lenses[n]).picture(frame)
             self.sizes.append(frame.shape[:2])
@@ -121,7 +122,7 @@ class Writer:
 
     def depth(self, n, folder):
         """Write the depth of a frame: the file itself where nothing changes."""
-        source, own = self.rec.depth[self.places[n]], self.rec.depth_lens
+        source, own = self.rec.depth[n], self.rec.depth_lens
         lens, cut = self.lenses[n], self.sizes[n] != self.target
         path = folder / f"frame_{n:04d}.npy"
         if isinstance(source, Path) and not lens and not cut and own is None:
@@ -147,33 +148,24 @@ def under(raw, own, k):
     return np.where(seen, out, out.dtype.type(0))
 
 
-def write_sample(rec, folder, name, wishes, quiet=False):
+def write_sample(rec, folder, name, wishes):
     """Files of one recording in `folder` -> its entry of metadata.json."""
-    places = thinned(rec, wishes)
-    if len(places) < 5:
-        raise ValueError(f"{len(places)} frames with picture, depth and pose; wanted at least 5")
-    check_plausible(name, keep(rec.cameras, places))
-    matrices = np.stack([np.asarray(rec.cameras.matrices[p], float)[:3] for p in places])
-    w2c = oriented(matrices, rec.cameras.kind, wishes.axes or rec.axes)
-    writer, fps = Writer(rec, places, wishes), (wishes.fps or rec.fps) / wishes.stride
-    show = dict(desc=name[:30], total=len(places), unit="frame", disable=quiet)
-    write_video(folder / "video.mp4", tqdm(writer.pictures(), **show), fps, crf=10)
+    rec = thinned(rec, wishes)
+    check_plausible(name, rec.cameras)
+    w2c = oriented(rec.cameras.matrices, rec.cameras.kind, wishes.axes or rec.axes)
+    writer, fps = Writer(rec, wishes.size), (wishes.fps or rec.fps) / wishes.stride
+    show = tqdm(writer.pictures(), desc=name[:30], total=len(w2c), unit="frame")
+    write_video(folder / "video.mp4", show, fps, crf=10)
     entry = dict(id=name, video_path=f"{name}/video.mp4", fps=round(fps, 4))
     if rec.depth:
         (folder / "depth").mkdir()
-        for n in tqdm(range(len(places)), desc="depth", unit="frame", disable=quiet, leave=False):
+        for n in tqdm(range(len(w2c)), desc="depth", unit="frame", leave=False):
             writer.depth(n, folder / "depth")
         entry.update(depth_dir=f"{name}/depth", **rec.unit)
     K = pixel_matrix(writer.intrinsics(), writer.target)
     w2c = relative_to_first(torch.from_numpy(w2c)).numpy()
     write_cameras(folder / "camera_params.txt", w2c, K, writer.target)
     return dict(entry, camera_file=f"{name}/camera_params.txt")
-
-
-def keep(cameras, places):
-    """Cameras of the frames that are used."""
-    chosen = [np.asarray(cameras.matrices[p], float)[:3] for p in places]
-    return replace(cameras, matrices=np.stack(chosen), intrinsics=cameras.intrinsics[places])
 
 
 # --- Many -----------------------------------------------------------------------------------------
@@ -203,11 +195,11 @@ def run(src, out, form=None, **wishes):
     if out.resolve().is_relative_to(src.resolve()):
         raise ValueError(f"{out}: lies in {src}, which is not changed; choose another folder")
     out.mkdir(parents=True, exist_ok=True)
-    for form, key in found:
+    for kind, key in found:
         name, said = wishes.name or name_of(src, key), read_list(out)
         # What changes the result; another import under the same name is refused.
         made = {k: v for k, v in asdict(wishes).items() if v not in (None, "", 0)}
-        made = json.loads(json.dumps([form, str(key.resolve()), made]))
+        made = json.loads(json.dumps([kind, str(key.resolve()), made]))
         before = next((e for e in said["samples"] if str(e.get("id")) == name), None)
         if before and before.get("imported") != made:
             cure = "choose another DIR, or delete it there"
@@ -220,11 +212,11 @@ def run(src, out, form=None, **wishes):
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir()
         try:
-            rec = LAYOUTS[form].open(key, wishes)
+            rec = LAYOUTS[kind].open(key, wishes)
             entry = write_sample(rec, part, name, wishes)
-        except (ValueError, KeyError, OSError) as error:
+        except Exception as error:  # a stranger's files make readers raise almost any class
             problem = error if isinstance(error, ValueError) else repr(error)
-            tqdm.write(f"skipped {name} ({form}): {problem}")
+            tqdm.write(f"skipped {name} ({kind}): {problem}")
             shutil.rmtree(part)
             names.pop()
             failed += 1
@@ -236,14 +228,8 @@ def run(src, out, form=None, **wishes):
             said["splits"].setdefault("train", []).append(name)
         write_list(out, said)
         without = [] if rec.depth else ["no depth: label the video before it can be trained on"]
-        tqdm.write("; ".join([f"{name} ({form})", *rec.notes, *without]))
+        tqdm.write("; ".join([f"{name} ({kind})", *rec.notes, *without]))
     return names, failed
-
-
-def last_words(out, names, failed):
-    if names:
-        print(f"look at them: python data.py view {out} {' '.join(names[:3])}")
-    return failed
 
 
 def add_arguments(parser):

@@ -11,25 +11,22 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-import torch
 
-from geometry import quat_to_mat
 from lib import camera_files, files
 from lib.camera_files import FORMATS
 from lib.crop import fractions
-from lib.native import Cameras, Hints, lens_of, pose_files, quaternions
+from lib.native import Cameras, Hints, check_pinhole, lens_of, pose_files, quaternions
 from lib.rasters import read_raster
 from lib.recordings import (
     COUNTS,
-    PICTURES,
     Recording,
     Video,
     asked,
+    by_number,
     first_of,
     joined,
     known_lens,
     lens_file,
-    listed,
     matrix_of,
     number_of,
     pick,
@@ -63,8 +60,8 @@ class Folder:
 
     def open(self, src, wishes):
         notes, (path, form) = [], self.path(src)
-        pictures = {number_of(f): f for f in first_of(src, self.pictures)}
-        depth = {number_of(f): f for f in first_of(src, self.depth)}
+        pictures = by_number(first_of(src, self.pictures))
+        depth = by_number(first_of(src, self.depth))
         form = wishes.cameras or form or camera_files.guess(path)
         cameras = FORMATS[form].read(path, Hints(None, wishes.matrices or "c2w"))
         rows = self.rows(path, form, cameras, pictures)
@@ -86,9 +83,8 @@ class Folder:
     def rows(self, path, form, cameras, pictures):
         """Number of a frame -> row of its pose."""
         if form == "folder":
-            return {
-                number_of(f.stem.removesuffix(".pose")): n for n, f in enumerate(pose_files(path))
-            }
+            names = (f.stem.removesuffix(".pose") for f in pose_files(path))
+            return {number_of(name): n for n, name in enumerate(names)}
         if form == "matrices" and (table := np.loadtxt(path, ndmin=2)).shape[1] % 4 == 1:
             return {int(n): row for row, n in enumerate(table[:, 0])}
         if len(cameras.matrices) != len(pictures):
@@ -97,11 +93,10 @@ class Folder:
         return dict(zip(pictures, range(len(pictures))))
 
     def find_lens(self, src, wishes, picture):
-        for path in (
-            [] if wishes.intrinsics else [f / n for n in self.lens for f in (src, src.parent)]
-        ):
-            if path.is_file():
-                return lens_file(path, picture)
+        paths = (folder / name for name in self.lens for folder in (src, src.parent))
+        found = None if wishes.intrinsics else next(filter(Path.is_file, paths), None)
+        if found:
+            return lens_file(found, picture)
         try:
             return known_lens(wishes, picture, self.known), {}
         except ValueError as error:
@@ -175,6 +170,11 @@ FOLDERS = dict(
 
 
 # --- Others ---------------------------------------------------------------------------------------
+def numbered(folder):
+    """Number -> picture, or depth that is a picture."""
+    return by_number(files.listed(folder, files.STILLS))
+
+
 def stamps(path):
     """Lines "time name" of TUM's rgb.txt and depth.txt -> times (N,), names."""
     rows = [x.split() for x in path.read_text().splitlines() if x.strip() and x[0] != "#"]
@@ -220,7 +220,7 @@ def open_vkitti2(src, wishes):
     poses = {int(r[0]): r[2:].reshape(4, 4) for r in rows if r[1] == 0}
     lens = {int(r[0]): r[2:6] for r in k if r[1] == 0}
     kinds, notes = [src / "frames" / n / "Camera_0" for n in ("rgb", "depth")], []
-    pictures, depth = ({number_of(f): f for f in listed(kind, "*")} for kind in kinds)
+    pictures, depth = (numbered(kind) for kind in kinds)
     ids = joined(notes, picture=pictures, depth=depth, pose=poses, intrinsics=lens)
     size = size_of(pictures[ids[0]])
     shared = fractions([lens[i] for i in ids], size)
@@ -245,11 +245,11 @@ def open_omniworld(path, wishes):
     src, said = path.parent.parent, json.loads(path.read_text())
     splits = json.loads((src / "split_info.json").read_text())["split"]
     poses = dict(zip(splits[number_of(path)], range(len(said["quats"]))))
-    pictures, depth = ({number_of(f): f for f in listed(src / n, "*")} for n in ("color", "depth"))
+    pictures, depth = (numbered(src / n) for n in ("color", "depth"))
     notes = []
     ids = joined(notes, pose=poses, picture=pictures, depth=depth)
-    turn = quat_to_mat(torch.tensor(said["quats"], dtype=torch.float64)[:, [1, 2, 3, 0]]).numpy()
-    w2c = np.concatenate([turn, np.array(said["trans"], float)[..., None]], -1)
+    wxyz = np.array(said["quats"], float)
+    w2c = quaternions(np.concatenate([said["trans"], wxyz[:, [1, 2, 3, 0]]], 1))
     f = np.broadcast_to(said["focals"], (len(w2c),))
     centre = [np.broadcast_to(said[c], (len(w2c),)) for c in ("cx", "cy")]
     k = fractions(np.stack([f, f, *centre], -1), size_of(pictures[ids[0]]))
@@ -259,7 +259,8 @@ def open_omniworld(path, wishes):
 
 
 def find_omniworld(src):
-    return listed(src, "camera/split_*.json", (".json",)) * (src / "split_info.json").is_file()
+    splits = files.listed(src, (".json",), "camera/split_*")
+    return splits * (src / "split_info.json").is_file()
 
 
 def beside(folder, names):
@@ -329,7 +330,7 @@ def open_re10k(path, wishes):
     table = camera_files.read_table(path)
     rows = {int(t): n for n, t in enumerate(table[:, 0])}
     folder = Path(wishes.pictures) if wishes.pictures else path.with_suffix("")
-    pictures, notes = {number_of(f): f for f in listed(folder, "*", PICTURES)}, []
+    pictures, notes = numbered(folder), []
     ids = joined(notes, pose=rows, picture=pictures)
     cameras = Cameras(table[:, 7:].reshape(-1, 3, 4), "w2c", table[:, 1:5], None)
     fps = 1e6 / np.median(np.diff(table[:, 0])) if len(table) > 1 and table[1, 0] > 1000 else 30.0
@@ -340,7 +341,8 @@ def open_re10k(path, wishes):
 def find_re10k(src):
     """Texts of 19 columns with a folder of pictures of the same name beside them."""
     texts = [f for f in sorted(src.glob("*.txt")) if f.with_suffix("").is_dir()]
-    return [f for f in texts if len(f.read_text(errors="replace").splitlines()[-1].split()) == 19]
+    lines = {f: f.read_text(errors="replace").splitlines() for f in texts}
+    return [f for f in texts if lines[f] and len(lines[f][-1].split()) == 19]
 
 
 def exr_in(archive, name):
@@ -351,14 +353,13 @@ def exr_in(archive, name):
 def open_vipe(path, wishes):
     """pose/N.npz, whose inds say which frames have a pose; rgb/N.mp4, intrinsics/, depth/N.zip."""
     src, notes = path.parent.parent, []
+    check_pinhole(src, path.stem)
+    video = src / "rgb" / f"{path.stem}.mp4"
+    first, fps = files.read_video(video, 1)
     with np.load(path, allow_pickle=False) as f:
         poses = dict(zip(f["inds"].tolist(), f["data"]))
-    model = src / "intrinsics" / f"{path.stem}_camera.txt"
-    if model.is_file() and set(model.read_text().split()[1::2]) - {"PINHOLE"}:
-        raise ValueError(f"{model}: wanted PINHOLE; let ViPE assume it, or undistort the video")
-    video = src / "rgb" / f"{path.stem}.mp4"
     with np.load(src / "intrinsics" / path.name, allow_pickle=False) as f:
-        k = dict(zip(f["inds"].tolist(), fractions(f["data"][:, :4], size_of(video))))
+        k = dict(zip(f["inds"].tolist(), fractions(f["data"][:, :4], first.shape[1:3])))
     archive = src / "depth" / f"{path.stem}.zip"
     names = zipfile.ZipFile(archive).namelist() if archive.is_file() else []
     depth = {number_of(n): partial(exr_in, archive, n) for n in names if n.endswith(".exr")}
@@ -367,12 +368,11 @@ def open_vipe(path, wishes):
     ids = joined(notes, **kinds)
     cameras = Cameras([poses[i] for i in ids], "c2w", np.array([k[i] for i in ids]), None)
     maps = [depth[i] for i in ids] if names else None
-    fps = files.read_video(video, 1)[1] or 30.0
-    return Recording(Video(video, ids), cameras, maps, fps=fps, notes=notes)
+    return Recording(Video(video, ids), cameras, maps, fps=fps or 30.0, notes=notes)
 
 
 def find_vipe(src):
-    poses = listed(src, "pose/*.npz", (".npz",))
+    poses = files.listed(src, (".npz",), "pose/*")
     return [f for f in poses if (src / "rgb" / f"{f.stem}.mp4").is_file()]
 
 
@@ -382,7 +382,7 @@ def open_npz(path, wishes, *, pictures, depth, poses, kind, lens):
         data = {name: f[name] for name in f.files}
     if wishes.pictures:
         frames = Path(wishes.pictures)
-        frames = listed(frames, "*", PICTURES) if frames.is_dir() else frames
+        frames = files.listed(frames, files.STILLS) if frames.is_dir() else frames
     elif pictures not in data:
         raise ValueError(f"{path}: holds no {pictures}; give --pictures VIDEO or FOLDER")
     else:
@@ -397,6 +397,8 @@ def open_npz(path, wishes, *, pictures, depth, poses, kind, lens):
 
 
 def holds(path, *names):
+    if not zipfile.is_zipfile(path):
+        return False
     with zipfile.ZipFile(path) as file:
         return set(file.namelist()) >= {f"{n}.npy" for n in names}
 
@@ -407,7 +409,7 @@ MEGASAM = dict(pictures="images", depth="depths", poses="cam_c2w", kind="c2w", l
 
 def find_npz(keys, src):
     wanted = [keys[part] for part in ("depth", "poses", "lens")]
-    return [f for f in listed(src, "*.npz", (".npz",)) if holds(f, *wanted)]
+    return [f for f in files.listed(src, (".npz",)) if holds(f, *wanted)]
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ model gets it: cut, resized, the first camera as the world, lengths in scene uni
 from pathlib import Path
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 from geometry import normalize_scene
@@ -16,6 +15,7 @@ from lib.page import write_page
 from lib.pictures import (
     COMMANDED,
     DARK,
+    as_pixels,
     depth_to_rgb,
     number,
     paste,
@@ -32,7 +32,7 @@ HIGH = 160  # pixels of a picture on it
 
 def true_scene(clip):
     """Scene of a clip of load_clip."""
-    rgb = ((clip["video"].permute(1, 2, 3, 0) + 1) * 127.5).round().to(torch.uint8).numpy()
+    rgb = as_pixels(clip["video"])
     size, mask = rgb.shape[1:3], clip["depth"] > 1e-3
     maps = (clip["depth"].double()[None], clip["w2c"][None], clip["intrinsics"][None], mask[None])
     depth, w2c, scale = normalize_scene(*maps)

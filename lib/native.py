@@ -125,6 +125,13 @@ def read_npz(path, hints):
     return Cameras(m, kind, None if k is None else lens_of(k, len(m), size, path), size)
 
 
+def check_pinhole(folder, name):
+    """The camera models of a video of ViPE's, one a frame."""
+    model = folder / "intrinsics" / f"{name}_camera.txt"
+    if model.is_file() and set(model.read_text().split()[1::2]) - {"PINHOLE"}:
+        raise ValueError(f"{model}: wanted PINHOLE; undistort the video first")
+
+
 def read_vipe(path, data, hints):
     """ViPE's pose/NAME.npz, with intrinsics/NAME.npz and rgb/NAME.mp4 beside that folder."""
     gaps = set(range(data["inds"].max() + 1)) - set(data["inds"].tolist())
@@ -133,9 +140,7 @@ def read_vipe(path, data, hints):
         raise ValueError(f"{path}: no pose for frames {sorted(gaps)[:8]}; {cure}")
     folder, size = path.parent.parent, hints.size
     lens, video = folder / "intrinsics" / path.name, folder / "rgb" / f"{path.stem}.mp4"
-    model = folder / "intrinsics" / f"{path.stem}_camera.txt"
-    if model.is_file() and set(model.read_text().split()[1::2]) - {"PINHOLE"}:
-        raise ValueError(f"{model}: wanted PINHOLE; undistort the video first")
+    check_pinhole(folder, path.stem)
     if size is None and video.is_file():
         size = read_video(video, 1)[0].shape[1:3]
     if not lens.is_file():

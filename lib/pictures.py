@@ -22,6 +22,11 @@ COLOUR_MAP = np.array([  # near: bright and warm; far: dark
 # fmt: on
 
 
+def as_pixels(video):
+    """A video tensor (3, T, H, W) in [-1, 1] -> uint8 (T, H, W, 3)."""
+    return ((video.permute(1, 2, 3, 0) + 1) * 127.5).round().clamp(0, 255).byte().numpy()
+
+
 # ---- files ---------------------------------------------------------------------------------------
 def write_video(path, frames, fps, crf=14):
     """Write uint8 frames (T, H, W, 3), or one after another, as H.264; crf 0 is best, 51 worst."""

@@ -13,7 +13,6 @@ from lib.camera_files import FORMATS
 from lib.crop import fractions
 from lib.native import Cameras
 
-PICTURES = files.STILLS
 COUNTS = (".png", ".pgm")  # depth in whole numbers
 
 
@@ -73,21 +72,21 @@ class Wishes:
 
 
 # --- Pieces ---------------------------------------------------------------------------------------
-def listed(folder, pattern, kinds=(*PICTURES, *files.ARRAYS)):
-    """Files of a folder in natural order."""
-    found = [f for f in Path(folder).glob(pattern) if f.suffix.lower() in kinds]
-    return sorted((f for f in found if f.name[0] != "."), key=lambda f: files.natural(f.name))
-
-
 def first_of(folder, patterns):
     """Files of the first pattern that finds any, or []."""
-    return next(filter(None, (listed(folder, p) for p in patterns)), [])
+    kinds = (*files.STILLS, *files.ARRAYS)
+    return next(filter(None, (files.listed(folder, kinds, p) for p in patterns)), [])
 
 
 def number_of(path):
     """The last number in a name: its frame."""
     digits = re.findall(r"\d+", Path(path).stem)
     return int(digits[-1]) if digits else Path(path).stem
+
+
+def by_number(paths):
+    """Number of a frame -> its file."""
+    return {number_of(path): path for path in paths}
 
 
 def size_of(picture):
@@ -129,8 +128,9 @@ def pick(cameras, rows, lens=None):
     k = take(cameras.intrinsics) if lens is None else [lens] * len(rows)
     if k is None:
         raise ValueError("no intrinsics; give --intrinsics fx,fy,cx,cy in pixels of the pictures")
+    matrices = np.stack([np.asarray(cameras.matrices[r], float)[:3] for r in rows])
     parts = dict(names=take(cameras.names), lenses=take(cameras.lenses))
-    return replace(cameras, matrices=take(cameras.matrices), intrinsics=np.array(k), **parts)
+    return replace(cameras, matrices=matrices, intrinsics=np.array(k), **parts)
 
 
 def some(items, count=6):

@@ -217,16 +217,18 @@ def best_scale_near(views, width=3.4, counts=(25, 7)):
     return best_scale(views, views.w2c, width, counts, 200)
 
 
+def rescaled(views, factor):
+    """Each frame's depth times its factor (n,)."""
+    return replace(views, depth=views.depth * factor[:, None, None])
+
+
 def frame_scales(views):
     """(n,) factors that make the frames' depth agree, from each pair's median ratio."""
-    g = gather(views)
-    (t, s), logs = g["places"], torch.zeros(len(views.ids), dtype=torch.float64)
+    (t, s), logs = views.places(), torch.zeros(len(views.ids), dtype=torch.float64)
     for _ in range(3):  # the ratio is measured at the place that the scale before leads to
-        factor = logs.exp()
-        now = replace(views, depth=views.depth * factor[:, None, None])
-        h = gather(now)
-        uv, z, ok = reproject(h, views.w2c)
-        seen, whole = sample_maps(h["maps"], uv, h["size"]).unbind(1)
+        g = gather(rescaled(views, logs.exp()))
+        uv, z, ok = reproject(g, views.w2c)
+        seen, whole = sample_maps(g["maps"], uv, g["size"]).unbind(1)
         ratio = torch.where(ok & (whole > 0.999), (seen.clamp(min=1e-9) * z).log(), math.nan)
         ratio = ratio.flatten(1).nanmedian(1).values  # log of z here over z there
         use = ~ratio.isnan()
@@ -278,18 +280,16 @@ def undo_fitted(views):
         yield judged("focal length off", f"factor {k:.3g}", views.w2c, g)
     factor = frame_scales(views)
     if factor.log().std() > 0.02:
-        fixed = replace(views, depth=views.depth * factor[:, None, None])
-        k, _ = best_scale_near(
-            fixed.coarse(), 0.5, (25, 9, 9)
-        )  # their mean is the translations' matter
+        fixed = rescaled(views, factor)
+        # Their mean is the translations' matter.
+        k, _ = best_scale_near(fixed.coarse(), 0.5, (25, 9, 9))
         spread = f"factors {factor.min():.3g} to {factor.max():.3g}"
         name = "depth scaled frame by frame"
         yield judged(name, spread, scaled(views.w2c, k), gather(fixed), True)
     for name, inverse in (("affine depth", False), ("relative inverse depth", True)):
         b, k = best_shift(coarse, inverse)
-        one = judged(
-            name, f"b {b:.4g}", scaled(views.w2c, k), gather(less(views, b, inverse)), True
-        )
+        g = gather(less(views, b, inverse))
+        one = judged(name, f"b {b:.4g}", scaled(views.w2c, k), g, True)
         yield replace(one, errors=one.errors * dilution(views, b))
 
 
@@ -326,19 +326,15 @@ def valley(ratios, n):
 def cures(views, before, suspicions):
     """(ratio, rank, name, detail, true ratio, errors left) of those that cure."""
     was, found = typical(views.pairs, before), []
-    noise = min([was, *(typical(views.pairs, s.errors) for s in suspicions)])
-    noise = min(max(noise, NOISE[0]), NOISE[1])
-    ratios = {
-        SHIFTS[s.name, s.detail]: error_ratio(s.errors, before, noise)
-        for s in suspicions
-        if (s.name, s.detail) in SHIFTS
-    }
-    ratios[0] = 1.0
-    for rank, s in enumerate(suspicions):
-        shift = SHIFTS.get((s.name, s.detail), 0)
-        now, ratio = typical(views.pairs, s.errors), error_ratio(s.errors, before, noise)
+    left = [typical(views.pairs, s.errors) for s in suspicions]
+    noise = min(max(min([was, *left]), NOISE[0]), NOISE[1])
+    ratios = [error_ratio(s.errors, before, noise) for s in suspicions]
+    shifts = [SHIFTS.get((s.name, s.detail), 0) for s in suspicions]
+    by_shift = {**dict(zip(shifts, ratios)), 0: 1.0}
+    rows = zip(suspicions, left, ratios, shifts)
+    for rank, (s, now, ratio, shift) in enumerate(rows):
         cured = now < CURED[0] and s.agree > CURED[1]
-        plain = ratio < 0.2 or was - now > 0.002 or valley(ratios, shift)
+        plain = ratio < 0.2 or was - now > 0.002 or valley(by_shift, shift)
         if cured and ratio < BETTER and plain:
             penalty = 1.5 if s.free else 1.0
             found.append((ratio * penalty, rank, s.name, s.detail, ratio, now))

@@ -379,7 +379,7 @@ def load_raw(sample):
     n = min(counts.values())
     _, ids, photo = looked_at(n) if n >= 5 else ([], list(range(n)), list(range(n)))
     rgb = {t: frame for t, frame in enumerate(iterate_video(sample["video"])) if t in set(photo)}
-    found = {k: read_arrays(sample[k], ids) for k in ("points",) if sample[k]}
+    found = dict(points=read_arrays(sample["points"], ids)) if sample["points"] else {}
     if sample["moving"]:
         found["moving"] = read_arrays(sample["moving"], ids, mask=True)
     if sample["depth"]:

@@ -21,8 +21,9 @@ from torch import nn
 import released
 from encoders import lazy_tensors, unwrapped, wan_files
 from lib.distributed import copy_into
-from lib.files import write_aside, write_tensors
+from lib.files import write_aside
 from lib.guards import run_command
+from lib.tensors import bytes_of, write_tensors
 from model import Config, FantasyWorld, half_geometry
 from wan import WanDiT, check_names, half_precision, shapes_of
 
@@ -89,10 +90,10 @@ def digest(tensors, meta):
         facts = sorted((k, v) for k, v in meta.items() if k != "sha256")
         total.update(json.dumps(facts).encode())
     for name in sorted(tensors):
-        value = tensors[name].contiguous()
+        value = tensors[name]
         said = f"{name} {value.dtype} {tuple(value.shape)}" if whole else name
         total.update(said.encode())
-        total.update(value.reshape(-1).view(torch.uint8).numpy())
+        total.update(bytes_of(value))
     return total.hexdigest()
 
 

@@ -24,6 +24,7 @@ import data
 import train
 from lib import checkpoints, files, frozen, weights
 from lib.log import changed_options
+from lib.tensors import write_tensors
 
 STEPS = 5
 FLIPS = int(os.environ.get("FLIPS", 300))
@@ -354,14 +355,14 @@ def test_a_checkpoint_without_what_resume_needs_is_passed_over(survivor, tmp_pat
     kept = {k: v for k, v in meta.items() if k not in (key, "sha256")}
     whole = dict(kept, sha256=weights.digest(tensors, kept))
     # Aside: the tensors are mapped from the file.
-    files.write_aside(path, lambda aside: files.write_tensors(tensors, whole, aside))
+    files.write_aside(path, lambda aside: write_tensors(tensors, whole, aside))
     assert checkpoints.newest_valid(tmp_path) == 4 and "passed over" in capsys.readouterr().out
 
 
 def test_files_have_the_permissions_that_the_user_asks_for(survivor, tmp_path):
     before = os.umask(0o027)
     try:
-        files.write_tensors({"a": torch.ones(3)}, {"b": "c"}, tmp_path / "x.safetensors")
+        write_tensors({"a": torch.ones(3)}, {"b": "c"}, tmp_path / "x.safetensors")
         assert (tmp_path / "x.safetensors").stat().st_mode & 0o777 == 0o640
     finally:
         os.umask(before)
@@ -481,6 +482,6 @@ def test_what_a_stranger_wrote_into_a_checkpoint_commands_no_terminal(survivor, 
     tensors, meta = weights.read_tensors(survivor[0] / "whole" / "latest.safetensors")
     facts = dict(meta, command="x\x1b]0;title\x07\ny", git="\x1b[2J")
     facts["sha256"] = weights.digest(tensors, facts)
-    files.write_tensors(tensors, facts, tmp_path / "latest.safetensors")
+    write_tensors(tensors, facts, tmp_path / "latest.safetensors")
     text = checkpoints.describe(tmp_path / "latest.safetensors")
     assert "\x1b" not in text and "\x07" not in text and "command x ]0;title y" in text

@@ -33,6 +33,8 @@ def test_hdr_is_refused_with_a_command_that_converts_it(tmp_path, transfer, endi
     run(*CLIP, *ten, *colours, hdr)
     with pytest.raises(ValueError, match=f"phone.{ending}: HDR colours") as refusal:
         files.read_video(hdr)
+    with pytest.raises(ValueError, match=f"phone.{ending}: HDR colours"):  # frame by frame too
+        list(files.iterate_video(hdr))
     filters = str(refusal.value).split("-vf ")[1].split()[0]
     run("-i", hdr, "-vf", filters, sdr)
     assert files.read_video(sdr)[0].shape == (6, 96, 160, 3)

@@ -5,7 +5,8 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from lib.files import write_aside, write_tensors  # noqa: E402
+from lib.files import write_aside  # noqa: E402
+from lib.tensors import write_tensors  # noqa: E402
 from lib.weights import read_checked  # noqa: E402
 
 
