@@ -60,7 +60,7 @@ class Case:
 
 TRUE = Case(PRESETS["1.3b"], {1: (8, 21, 336, 592), 2: (1, 81, 592, 336)})  # of the guide's configs
 SMALL = Case(
-    PRESETS["demo"],
+    PRESETS["tiny"],
     {1: (2, 21, 64, 112), 2: (2, 21, 64, 112)},
     vae_dim=12,
     text=dict(vocab=64, dim=64, attn_dim=64, ffn_dim=160, heads=8, layers=8),

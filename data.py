@@ -33,6 +33,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+from encoders import MINIATURE, WanFolder, wan_family
 from geometry import encode_pose, normalize_scene, plucker_rays, relative_to_first, unproject
 from lib import caches, camera_files, files, importers, listing
 from lib.camera_files import inverse, read_cameras
@@ -44,7 +45,6 @@ from lib.log import Passes
 from lib.look import view
 from lib.pictures import as_pixels
 from lib.rooms import VARIETY, Recipe, synth
-from lib.standin import cache_prefix, make_encoders
 from lib.verify import verify as check
 from lib.windows import Encoding
 from wan import LATENT, start_condition
@@ -374,7 +374,7 @@ def encode(root, height, width, num_frames, how=None):
     # by torchrun
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     gpu = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
-    encoders = make_encoders(how.codec, how.wan_dir, how.device or gpu)
+    encoders = WanFolder(how.wan_dir, how.device or gpu)
     folder = Path(root, "cache", f"{num_frames}x{height}x{width}-{encoders.fingerprint}")
     same = dict(num_frames=num_frames, height=height, width=width)
     same["fingerprint"] = encoders.fingerprint  # other encoder files, other latents
@@ -432,18 +432,19 @@ class CachedClips(torch.utils.data.Dataset):
     def __init__(self, root, split, size, wan_dir="", skip_bad=False, follow_links=False):
         """size: (height, width, num_frames)."""
         bad, inside = [], "/" if follow_links else root
-        self.skip_bad, self.prefix = skip_bad, cache_prefix(wan_dir)
+        # Without a Wan folder, for a random video branch, any family's caches will do.
+        family = wan_family(wan_dir) if wan_dir else ""
+        self.skip_bad, self.wan_dir = skip_bad, wan_dir
         self.samples = {s["id"]: s for s in load_samples(root, split, bad, inside)}  # id -> sample
         shape = (size[2], *size[:2])  # T, H, W: as the folder is called
         name = "x".join(map(str, shape))
-        folders = sorted(Path(root).glob(f"cache/{name}-{self.prefix}*"))
+        folders = sorted(Path(root).glob(f"cache/{name}-{family}{'-' * bool(family)}*"))
         if len(folders) > 1:
             names, cure = ", ".join(f.name for f in folders), "delete all but one"
-            who = f"{wan_dir or 'the demo'}; they are of other encoder files"
+            who = f"{wan_dir or 'no Wan folder'}; they are of other encoder files"
             raise ValueError(f"{root}: {names} all fit {who}: {cure}")
-        option = "--codec transform" if self.prefix == "transform" else f"--wan_dir {wan_dir}"
-        cure = f"python data.py encode {root} {option} --height {size[0]} --width {size[1]} "
-        cure += f"--num_frames {size[2]}"
+        cure = f"python data.py encode {root} --wan_dir {wan_dir or 'FOLDER'} "
+        cure += f"--height {size[0]} --width {size[1]} --num_frames {size[2]}"
         good, stamps = {}, {}
         if folders:
             listing.check_inside(inside, folders[0])
@@ -452,7 +453,7 @@ class CachedClips(torch.utils.data.Dataset):
             bad += wrong
         if not good and (not folders or all("not encoded" in problem for _, problem in bad)):
             there = ", ".join(sorted(f.name for f in Path(root).glob("cache/*"))) or "none"
-            lacks = f"split {split} is not encoded at {name} for {self.prefix}"
+            lacks = f"split {split} is not encoded at {name} for {family or 'any model'}"
             raise ValueError(f"{root}: {lacks} (caches there: {there}). Run\n  {cure}")
         if not any(s["video"] for s in self.samples.values()):
             cure = f"rm -r {root}, and render it again"
@@ -496,20 +497,19 @@ class CachedClips(torch.utils.data.Dataset):
                 print(f"{said}, the next one in its place: {error!r}", flush=True)
 
     def frames(self, i):
-        """Pictures of a clip, uint8 (T, H, W, 3): its video cropped and resized, or what the demo's
-        codec holds; None where a Wan cache has outlived the video."""
+        """Pictures of a clip, uint8 (T, H, W, 3): its video cropped and resized, or its latents
+        decoded; None where the cache has outlived the video."""
         meta = self.metadata[self.files[i].stem]
         sample = self.samples[meta["sample"]]
-        if sample["video"] and sample["video"].is_file():
-            size = (int(meta[k]) for k in ("height", "width", "num_frames", "start", "stride"))
-            try:
+        size = (int(meta[k]) for k in ("height", "width", "num_frames", "start", "stride"))
+        try:
+            if sample["video"]:
                 video = load_clip(sample, *size)["video"]
-            except (ValueError, OSError) as error:  # training needs the caches alone
-                print(f"warning: a picture without its frames: {error}", flush=True)
-                return None
-        elif self.prefix == "transform":
-            video = make_encoders().load_vae().decode(self[i]["latents"][None].float())[0]
-        else:
+            else:
+                vae = WanFolder(self.wan_dir, "cpu").load_vae()
+                video = vae.decode(self[i]["latents"][None].float())[0]
+        except (ValueError, OSError) as error:  # training needs the caches alone
+            print(f"warning: a picture without its frames: {error}", flush=True)
             return None
         return as_pixels(video)
 
@@ -615,14 +615,13 @@ def make_parser():
     p.add_argument("--workers", type=int, default=2)
     size_options(p)
     flag(p, "cache_only", "no videos")
-    p.add_argument("--wan_dir", default="", help="of the encoders of --cache_only")
+    p.add_argument("--wan_dir", default=MINIATURE, help="of the encoders of --cache_only")
     flag(p, "moving", "one object moves by itself, with its mask")
     importers.add_arguments(commands.add_parser("import", help="recordings of other layouts"))
     p = commands.add_parser("encode", help="encode every clip once: training loads no encoder")
     p.add_argument("root")
     p.add_argument("--split")
-    p.add_argument("--codec", default="transform")
-    p.add_argument("--wan_dir", default="", help="folder of a Wan2.1 release, in place of --codec")
+    p.add_argument("--wan_dir", required=True, help="folder of a Wan2.1 release, or tiny/wan")
     p.add_argument("--device", default="", help="default: a GPU where there is one")
     size_options(p)
     for name, default in dict(start=0, windows=1, window_seed=-1).items():

@@ -515,8 +515,10 @@ PARTS = dict(
 
 
 def wan_files(folder):
-    """Weight files of a Wan folder's DiT, complete as its index says; [] for another folder."""
-    found = sorted(Path(folder).glob("diffusion_pytorch_model*")) if folder else []
+    """Weight files of a Wan folder's DiT, complete as its index says, or of a stage 0 run."""
+    if not folder:
+        return []
+    found = sorted(Path(folder).glob("diffusion_pytorch_model*"))
     files = [str(path) for path in found if path.suffix in (".safetensors", ".pth")]
     for index in (path for path in found if path.name.endswith(".index.json")):
         names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
@@ -527,7 +529,7 @@ def wan_files(folder):
                 f"{index}: {len(absent)} of {len(wanted)} shards are missing, first {absent[0]}; "
                 f"download them too"
             )
-    return files
+    return files or [str(path) for path in Path(folder).glob("latest.safetensors")]
 
 
 def lazy_tensors(path):
@@ -618,9 +620,24 @@ def wan_family(folder):
     return f"wan{dit.sizes.in_dim}{'clip' if dit.sizes.has_clip else ''}"
 
 
+MINIATURE = str(Path(__file__).resolve().parent / "tiny" / "wan")  # the one in this repository
+
+
+def encoder_folder(folder):
+    """Where the encoders of a video branch lie: those of a stage 0 run where it started from."""
+    run = Path(folder, "latest.safetensors")
+    if wan_files(folder) != [str(run)]:
+        return Path(folder)
+    with safe_open(run, "pt") as file:
+        options = json.loads((file.metadata() or {}).get("train_config", "{}"))
+    if not options.get("wan_dir"):
+        raise ValueError(f"{run}: it started without a Wan folder, so it has no encoders")
+    return Path(options["wan_dir"])
+
+
 class WanFolder:
     """Encoders of a Wan2.1 folder on a device.  load_* read a part from disk; dropping the result
-    frees it.
+    frees it.  Those of a stage 0 run are the encoders of the folder that it started from.
 
     fingerprint   family and a hash of the encoder files' names and sizes: caches are named by it
     start_pad     how this family's start image is followed when it is encoded: by grey frames
@@ -629,11 +646,11 @@ class WanFolder:
     Raises ValueError that names the absent file."""
 
     def __init__(self, folder, device):
-        folder, self.device = Path(folder), torch.device(device)
-        family = wan_family(folder)
+        family, self.device = wan_family(folder), torch.device(device)
         if not family:
-            found = "no diffusion_pytorch_model*.safetensors in it"
-            raise ValueError(f"{folder}: {found}; wanted a Wan2.1 folder")
+            found = f"{folder or '--wan_dir'}: no diffusion_pytorch_model*.safetensors in it"
+            raise ValueError(f"{found}; wanted a Wan2.1 folder, or tiny/wan")
+        folder = encoder_folder(folder)
         self.start_pad = "constant" if family.startswith("wan36") else None
         self.load_image = self.load_clip if family.endswith("clip") else None
         self.files = dict(tokenizer=folder / "google" / "umt5-xxl" / "tokenizer.json")
@@ -643,11 +660,8 @@ class WanFolder:
                 self.files[part] = next((path for path in found if path.is_file()), found[1])
         for part, path in self.files.items():
             if not path.is_file():
-                raise ValueError(
-                    f"{path}: no such file, wanted for the {part} encoder; it is part of the "
-                    "download "
-                    f"of a Wan2.1 release (a link to another release's copy will do)"
-                )
+                cure = "it is part of a Wan2.1 download (a link to another's copy will do)"
+                raise ValueError(f"{path}: no such file, wanted for the {part} encoder; {cure}")
         stamp = "".join(f"{path.name} {path.stat().st_size} " for path in self.files.values())
         self.fingerprint = f"{family}-{hashlib.md5(stamp.encode()).hexdigest()[:8]}"
         self.half = torch.bfloat16 if self.device.type == "cuda" else torch.float32
@@ -680,7 +694,6 @@ class WanFolder:
 
 
 def encode_start(vae, image, frames, pad):
-    """Start image (1, 3, 1, H, W) -> latents (1, 16, 1, h, w); or (1, 16, f, h, w) of it and what
-    follows: grey frames (pad "constant") or the image held still ("replicate": the demo, whose DiT
-    need not learn first to look back)."""
+    """Start image (1, 3, 1, H, W) -> latents (1, 16, 1, h, w); or (1, 16, f, h, w) of it and the
+    grey frames that follow (pad "constant")."""
     return vae.encode(F.pad(image, (0, 0, 0, 0, 0, frames - 1), mode=pad) if pad else image)

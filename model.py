@@ -18,13 +18,13 @@ P = 5 + h*w geometry tokens of one latent frame, D video width, C geometry width
 Latents (B, 16, f, 2h, 2w); video (B, 3, T, 16h, 16w).
 Flow matching: sigma in [0, 1], 1 = noise; x_sigma = (1 - sigma) x0 + sigma noise;
 velocity = noise - x0; t = 1000 sigma.
-Stages: 0 trains the video branch alone (it made the demo's), 1 trains bridge and geometry branch,
+Stages: 0 trains the video branch alone (it made tiny/wan), 1 trains bridge and geometry branch,
 2 adds camera adapters and exchange.  Sources: Wan 2.1 (video branch), VGGT 2025 (geometry blocks,
 heads), FantasyWorld 2025 (arXiv 2509.21657)."""
 
 import argparse
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -114,16 +114,15 @@ PRESETS = {
         taps=(23, 17, 11, 7), dpt_channels=(256, 512, 1024, 1024), dpt_features=256,
         camera_dim=2048, camera_heads=16,
     ),
-    # The demo's widths: both stages learn in minutes on two CPU cores.
-    "demo": Config(
-        dim=128, ffn_dim=384, num_layers=8, in_dim=32, head_dim=32, text_dim=64, text_len=16,
-        freq_dim=64, has_clip=False, num_pcb=4, geo_dim=128, geo_heads=4, bridge_layers=2,
+    # The miniature in tiny/: both stages learn in minutes on two CPU cores.
+    "tiny": Config(
+        dim=144, ffn_dim=432, num_layers=8, in_dim=32, head_dim=24, text_dim=64, text_len=64,
+        freq_dim=64, has_clip=False, num_pcb=4, geo_dim=96, geo_heads=4, bridge_layers=2,
         bridge_width=64, pose_hidden=128, irg_dim=96, irg_heads=3, taps=(0, 1, 2, 3),
-        dpt_channels=(16, 24, 32, 48), dpt_features=24, dpt_tail=8, camera_dim=96, camera_heads=3,
+        dpt_channels=(16, 24, 32, 32), dpt_features=24, dpt_tail=8, camera_dim=72, camera_heads=3,
         camera_layers=2,
     ),
 }
-PRESETS["tiny"] = replace(PRESETS["demo"], dim=144, ffn_dim=432, head_dim=24, text_len=64)
 # fmt: on
 
 

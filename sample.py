@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 import config
 from config import option, section
-from encoders import encode_start
+from encoders import WanFolder, encode_start
 from geometry import encode_pose
 from lib.camera_files import FORMATS, size_of
 from lib.camera_paths import View, load_camera, mean_distance
@@ -34,8 +34,7 @@ from lib.files import read_prompts, read_video
 from lib.frozen import check_frozen, frozen_digest
 from lib.guards import run_command
 from lib.pictures import depth_to_rgb, tile, write_png
-from lib.standin import cache_prefix, make_encoders
-from lib.weights import metadata_of, open_checkpoint
+from lib.weights import find_wan, metadata_of, open_checkpoint
 from model import shift_sigma
 from wan import LATENT, start_condition
 
@@ -107,7 +106,7 @@ ckpt = option("", "checkpoint of stage 1 or 2, or a release's model.pth; needed"
 wan_dir = option("", "folder of the video branch; empty: the one it was trained with")
 other_wan = option(False, "go on although it holds other weights than those trained with")
 prompt = option("a room", "words, or a .txt file with one prompt a line")
-negative_prompt = option(None, "None: Wan's official one, in Chinese; the demo has none")
+negative_prompt = option(None, "words to stay away from; Wan: its official ones, in Chinese")
 image = option("", "picture or video file whose first frame starts the video")
 section_2 = section("camera")
 camera = option("orbit", "a move (forward, pan_left ...), a file, or 'x,y,z -> x,y,z | ...'")
@@ -123,10 +122,11 @@ height = option(0, "pixels, a multiple of 16; 0: as in training", low=0)
 width = option(0, "pixels, a multiple of 16; 0: as in training", low=0)
 fps = option(16.0, "frames a second of the written videos", low=0.1, high=1000)
 section_4 = section("sampling")
-steps = option(50, "steps of the sampler", low=1, high=1000)
-sampler = option("euler", "unipc is Wan's own", choices=tuple(SAMPLERS))
-guidance = option(5.0, "1: no guidance, half the work")
-shift = option(5.0, "more of the steps at high noise", above=0)
+# None: as the checkpoint asks for, or else Wan's own.
+steps = option(None, "steps of the sampler; Wan: 50", low=1, high=1000, kind=int)
+sampler = option(None, "unipc is Wan's own; usual: euler", choices=(None, *SAMPLERS))
+guidance = option(None, "1: no guidance, half the work; Wan: 5", kind=float)
+shift = option(None, "more of the steps at high noise; Wan: 5", above=0, kind=float)
 seed = option(0, "of the first sample", low=0)
 num_samples = option(1, "samples of every prompt, of seeds seed, seed + 1 ...", low=1, high=10**6)
 section_5 = section("the released weights and what was fine-tuned from them")
@@ -153,6 +153,7 @@ NEGATIVE = (
     "形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走"
 )
 
+WANS = dict(steps=50, sampler="euler", guidance=5.0, shift=5.0, negative_prompt=NEGATIVE)
 READOUT_SIGMA = 0.1  # where geometry is read; the release's last step has 0.0926
 
 
@@ -372,12 +373,8 @@ def load(options, meta, jobs, camera):
     if options.image:
         squeeze = "image" in quirks_of(options, meta)
         image = load_image(options.image, options.height, options.width, squeeze=squeeze)
-    real = cache_prefix(options.wan_dir) != "transform"
     negative = options.negative_prompt
-    if negative is None:
-        negative = NEGATIVE if real else ""  # the demo's words are a hash: it knows no Chinese
-    place = "cpu" if options.low_memory else device
-    encoders = make_encoders(wan_dir=options.wan_dir if real else "", device=place)
+    encoders = WanFolder(options.wan_dir, "cpu" if options.low_memory else device)
     prompts = list(dict.fromkeys([*(job.prompt for job in jobs), negative]))  # each once
     show = partial(bar, "text", unit="prompt")
     made = conditions(encoders, prompts, image, frames=options.frames, progress=show)
@@ -469,6 +466,15 @@ def check_size(size):
         raise ValueError(f"{shape.format(*size)}: {wanted}, such as {shape.format(*near)}")
 
 
+def sampling_of(options, trained):
+    """How to sample: as asked for, or as the checkpoint's run wrote down, or as Wan does."""
+    own, known = trained.get("sampling", {}), {key: globals()[key] for key in WANS}
+    where = f"{options.ckpt}: sampling"
+    own = {k: config.check(k, v, config.look_up(k, known, where), where) for k, v in own.items()}
+    given = {key: getattr(options, key) for key in WANS if getattr(options, key) is not None}
+    return {**WANS, **own, **given}
+
+
 def settled(options, meta):
     """Options with what the checkpoint says filled in; ValueError for what cannot work."""
     trained, foreign = json.loads(meta["train_config"]), bool(meta.get("release"))
@@ -476,7 +482,7 @@ def settled(options, meta):
     frames = options.frames or trained["num_frames"]
     height, width = options.height or trained["height"], options.width or trained["width"]
     check_size((frames, height, width))
-    folder = options.wan_dir or trained["wan_dir"]
+    folder = options.wan_dir or find_wan(trained["wan_dir"], options.ckpt)
     if foreign and not folder:  # such a file does not say where its base lies
         wanted = "the folder of Wan2.1-I2V-14B-480P, for its encoders"
         raise ValueError(f"{options.ckpt}: a release needs --wan_dir, {wanted}")
@@ -495,6 +501,7 @@ def settled(options, meta):
         # Points of a release are lifted as its own script lifts them.
         lift=options.lift or ("predicted" if foreign else "commanded"),
         device=auto if options.device == "auto" else options.device,
+        **sampling_of(options, trained),
     )
 
 

@@ -1,6 +1,6 @@
 """Train one stage of FantasyWorld: `python train.py CONFIG.py [--key=value ...]`, also by torchrun.
 
-    stage 0  video branch from scratch (it made the demo's)
+    stage 0  video branch from scratch (it made the miniature's)
     stage 1  geometry branch on the frozen video branch
     stage 2  + camera adapters + exchange
 
@@ -76,6 +76,7 @@ eval_clips = option(16, "clips of an evaluation", low=1)
 eval_only = option(False, "print the table of the checkpoints in init_from, and stop")
 eval_sigma = option(0.1, "noise level of the geometry read-out", above=0, high=1)
 eval_more_sigmas = option((0.5, 0.9), "further noise levels of eval_only", above=0, high=1)
+sampling = option({}, "defaults of sample.py for its checkpoints, such as {'steps': 8}")
 section_3 = section("optimisation")
 optimizer = option("adamw", "muon: for matrices and kernels", choices=("adamw", "muon"))
 learning_rate = option(1e-5, "of either; 5e-6 is the guide's fallback", above=0)

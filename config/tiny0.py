@@ -4,7 +4,6 @@ preset = "tiny"
 stage = 0
 data_dir = "data/tiny/rooms"
 out_dir = "outputs/tiny/stage0"
-wan_dir = "data/tiny/wan"
 
 height, width, num_frames = 64, 96, 9
 batch_size, num_workers = 16, 0

@@ -15,11 +15,11 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from encoders import MINIATURE, WanFolder
 from geometry import inv_se3, relative_to_first
 from lib.caches import EMPTY_TEXT, save_clip, save_tensors
 from lib.camera_files import write_cameras
 from lib.pictures import write_video
-from lib.standin import make_encoders
 from wan import LATENT
 
 # Metres and radians (fov: degrees): low, high; turn: mean, sd; aim, pitch, roll: sd.
@@ -373,15 +373,16 @@ class Recipe:
     width: int
     seed: int = 0  # of the first training clip; validation clips begin 10,000,000 later
     variety: str = "full"
-    cache_only: bool = False  # encoded by the demo's stand-ins, without videos
+    cache_only: bool = False  # encoded by wan_dir's encoders, without videos
     val: int = 0  # validation clips
     moving: bool = False  # one sphere moves by itself; moving.npz has its mask, track and radius
-    wan_dir: str = ""  # whose encoders cache_only uses; empty: the stand-ins
+    wan_dir: str = MINIATURE
 
     def listed(self):
         size = [self.num, self.num_frames, self.height, self.width]
         values = [*size, self.seed, self.variety, self.cache_only, self.val]
-        return values + (["moving"] if self.moving else []) + [self.wan_dir] * bool(self.wan_dir)
+        other = self.cache_only and self.wan_dir != MINIATURE
+        return values + ["moving"] * self.moving + [self.wan_dir] * other
 
     def clips(self):
         """(id, seed, split) of every clip."""
@@ -418,7 +419,7 @@ def synth_one(job):
 
 @functools.lru_cache(maxsize=1)
 def encoders_of(wan_dir):
-    encoders = make_encoders(wan_dir=wan_dir)
+    encoders = WanFolder(wan_dir, "cpu")
     return encoders, encoders.load_text(), encoders.load_vae()
 
 

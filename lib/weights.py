@@ -97,9 +97,16 @@ def digest(tensors, meta):
     return total.hexdigest()
 
 
+def find_wan(folder, ckpt):
+    """The folder of the video branch that a checkpoint names, or its namesake beside the file."""
+    beside = pathlib.Path(ckpt).parent / pathlib.Path(folder).name
+    there = not folder or pathlib.Path(folder).is_dir()
+    return str(beside) if beside.is_dir() and not there else folder
+
+
 def wan_sources(folder):
     """Files of the DiT in a Wan folder or a stage 0 run."""
-    files = wan_files(folder) or [str(p) for p in pathlib.Path(folder).glob("latest.safetensors")]
+    files = wan_files(folder)
     if not files:
         raise ValueError(
             f"wan_dir = {folder}: no diffusion_pytorch_model*.safetensors (a Wan2.1 folder) and no "
@@ -110,7 +117,7 @@ def wan_sources(folder):
 
 def wan_tensors(folder):
     """name -> (shape, read) of the DiT in a Wan2.1 hub folder (one file or shards) or of a stage 0
-    demo run."""
+    run."""
     tensors, files = {}, wan_sources(folder)
     for file in files:
         found = lazy_tensors(file)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from encoders import MINIATURE
 from lib.camera_files import read_cameras
 
 
@@ -12,8 +13,7 @@ from lib.camera_files import read_cameras
 class Encoding:
     """What `data.py encode` is asked for beside the size."""
 
-    codec: str = "transform"  # the demo's stand-in, unless there is a Wan folder
-    wan_dir: str = ""
+    wan_dir: str = MINIATURE  # whose encoders are used
     device: str = ""  # empty: a GPU where there is one
     split: str | None = None
     start: int = 0  # first frame of a clip's first window

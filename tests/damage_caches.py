@@ -69,7 +69,7 @@ def header_text(text, size=None):
 def renamed_folder(place, rng):
     os.rename(
         place.folder,
-        place.folder.with_name(place.folder.name.replace("transform-v2", "wan32clip-1234")),
+        place.folder.with_name(place.folder.name.replace("wan32", "wan36clip")),
     )
 
 

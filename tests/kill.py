@@ -53,7 +53,7 @@ def tiny_run(root, steps, ranks=1):
         )
     return [
         "train.py",
-        "config/demo1.py",
+        "config/tiny1.py",
         f"--data_dir={root}/clips",
         "--wan_dir=",
         "--random_wan=True",

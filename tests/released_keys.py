@@ -266,7 +266,7 @@ from lib.weights import load_release
 from model import PRESETS, FantasyWorld
 peak = lambda: 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
 with torch.device("meta"):
-    FantasyWorld(PRESETS["demo"])
+    FantasyWorld(PRESETS["tiny"])
 before = peak()
 model = load_release(sys.argv[1] + "/model.pth", sys.argv[1], "cpu", torch.bfloat16)
 weights = sum(p.nbytes for p in model.parameters())

@@ -21,8 +21,11 @@ from safetensors.torch import load_file
 from test_train import SIZES, run
 
 import data
+from encoders import MINIATURE, WanVAE
 from lib import caches, files, rooms
 from lib.camera_files import read
+
+SMALL = f"--wan_dir {MINIATURE} --height 32 --width 48 --num_frames 5"
 
 SIZE = (32, 48, 5)
 
@@ -195,7 +198,7 @@ def test_an_id_that_stands_twice_means_neither_clip(tmp_path):
 def test_encode_fails_by_default_skips_when_told_and_leaves_no_halves(place, capsys, monkeypatch):
     place.cache.unlink()
     place.video.write_bytes(place.video.read_bytes()[:700])
-    command = f"data.py encode {place.root} --height 32 --width 48 --num_frames 5 --split train"
+    command = f"data.py encode {place.root} {SMALL} --split train"
     for more, code in (("", 1), (" --skip_bad True", 0)):
         monkeypatch.setattr(sys, "argv", (command + more).split())
         try:
@@ -244,11 +247,9 @@ def test_encode_writes_through_no_link(place):
 
 
 def test_encoders_that_give_nan_are_refused_by_clip(place, monkeypatch, capsys):
-    from lib.standin import TransformCodec
-
     place.cache.unlink()
     monkeypatch.setattr(
-        TransformCodec, "encode", lambda self, video: torch.full((1, 16, 2, 4, 6), torch.nan)
+        WanVAE, "encode", lambda self, video: torch.full((1, 16, 2, 4, 6), torch.nan)
     )
     assert data.encode(place.root, *SIZE, how=data.Encoding(split="train")) == 1
     assert (
@@ -382,7 +383,7 @@ def test_train_refuses_in_one_message_and_goes_on_without_the_clip_when_told(tmp
     )
     spoil(next(tmp_path.glob("clips/cache/*/train_000002.safetensors")), "depth", torch.inf)
     options = [
-        "config/demo0.py",
+        "config/tiny0.py",
         f"--data_dir={tmp_path}/clips",
         "--height=32",
         "--width=48",

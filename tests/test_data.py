@@ -242,7 +242,7 @@ def test_windows_are_relative_to_their_first_frame_and_depth_comes_from_points_t
 def test_the_cache_is_kept_refreshed_when_stale_and_repaired_when_cut(rendered, tmp_path, capsys):
     root = copy_of(rendered, tmp_path)
     with pytest.raises(
-        ValueError, match="python data.py encode .* --codec transform --height 64 --width"
+        ValueError, match="python data.py encode .* --wan_dir FOLDER --height 64 --width"
     ):
         data.CachedClips(root, "train", (64, 96, 9))
     assert data.encode(root, 64, 96, 9) == 0
@@ -255,13 +255,8 @@ def test_the_cache_is_kept_refreshed_when_stale_and_repaired_when_cut(rendered, 
     assert [f.stat().st_mtime_ns > t for f, t in zip(files, before)] == [True, True, False]
     clips = data.CachedClips(root, "train", (64, 96, 9))
     batch = data.collate([clips[0], clips[1]])
-    assert batch["latents"].shape == (2, 16, 3, 8, 12) and batch["start_latents"].shape == (
-        2,
-        16,
-        3,
-        8,
-        12,
-    )
+    assert batch["latents"].shape == (2, 16, 3, 8, 12)
+    assert batch["start_latents"].shape == (2, 16, 1, 8, 12)
     assert batch["depth"].shape == (2, 9, 64, 96) and batch["w2c"].shape == (2, 9, 3, 4)
     assert [t.shape[1] for t in batch["text"]] == [64, 64] and clips.empty_text.is_file()
     torch.testing.assert_close(batch["latents"][:, :, :1], batch["start_latents"][:, :, :1])

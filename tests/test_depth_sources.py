@@ -124,7 +124,7 @@ def test_training_on_depth_without_a_unit_warns_and_moves_the_depth_head_alone(
         assert line in text
     text = run(
         "train.py",
-        "config/demo1.py",
+        "config/tiny1.py",
         f"--data_dir={root}",
         "--height=32",
         "--width=48",

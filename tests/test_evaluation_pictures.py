@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 
+from encoders import MINIATURE
 from geometry import encode_pose
 from lib import pictures
 from lib.evaluate import comparison
@@ -94,18 +95,17 @@ def test_the_frames_of_a_cached_clip_are_its_video_or_the_codecs(tmp_path):
         Recipe(num=1, num_frames=5, height=32, width=48, seed=3, variety="simple", cache_only=True),
     )
     video, coded = (
-        data.CachedClips(folder, "train", (32, 48, 5)).frames(0)
+        data.CachedClips(folder, "train", (32, 48, 5), MINIATURE).frames(0)
         for folder in (root, tmp_path / "cache")
     )
     assert video.shape == coded.shape == (5, 32, 48, 3) and video.dtype == np.uint8
     assert np.abs(video.astype(int) - read_video(root / "train_000000" / "video.mp4")[0]).max() <= 1
-    assert np.abs(video.astype(int) - coded).mean() < 25  # the codec blurs
+    assert np.abs(video.astype(int) - coded).mean() < 12  # the codec blurs
     clips = data.CachedClips(root, "train", (32, 48, 5))
     (root / "train_000000" / "camera_params.txt").write_text("damaged since")
     assert clips.frames(0) is None  # training goes on without them
     (root / "train_000000" / "video.mp4").unlink()
-    clips = data.CachedClips(root, "train", (32, 48, 5))
-    assert np.abs(clips.frames(0).astype(int) - coded).mean() < 5
+    assert clips.frames(0) is None
 
 
 @pytest.mark.parametrize("unit", ["", "m"])

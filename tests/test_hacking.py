@@ -55,8 +55,8 @@ def test_another_bridge_is_one_line_and_trains(tmp_path, monkeypatch):
             return super().forward(x)
 
     changed.Plain = Plain
-    cfg = replace(changed.PRESETS["demo"], num_layers=3, num_pcb=2, taps=(0, 0, 0, 0))
-    assert PRESETS["demo"].num_pcb != 2, "the copy alone is changed"
+    cfg = replace(changed.PRESETS["tiny"], num_layers=3, num_pcb=2, taps=(0, 0, 0, 0))
+    assert PRESETS["tiny"].num_pcb != 2, "the copy alone is changed"
     model = changed.FantasyWorld(cfg)
     model.set_stage(1)
     assert model.bridge.weight.requires_grad

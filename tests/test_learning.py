@@ -12,9 +12,9 @@ import data
 import geometry
 import train
 from data import collate
+from encoders import MINIATURE, WanFolder
 from lib.metrics import depth_metrics, point_metrics
 from lib.rooms import render_clip
-from lib.standin import HashedText, TransformCodec
 from model import FantasyWorld, flow_matching_loss
 
 
@@ -22,11 +22,12 @@ from model import FantasyWorld, flow_matching_loss
 def batch():
     clip = render_clip(3, 5, 32, 48, "simple")
     video = torch.from_numpy(clip["rgb"]).permute(3, 0, 1, 2).float()[None] / 127.5 - 1
-    codec = TransformCodec()
+    encoders = WanFolder(MINIATURE, "cpu")
+    codec = encoders.load_vae()
     item = dict(
-        latents=codec.encode(video)[0],
-        start_latents=codec.encode(video[:, :, :1])[0],
-        text=HashedText()([clip["prompt"]])[0],
+        latents=2 * codec.encode(video)[0],  # of unit variance: one clip's is a quarter
+        start_latents=2 * codec.encode(video[:, :, :1])[0],
+        text=encoders.load_text()([clip["prompt"]])[0],
         depth=torch.from_numpy(clip["depth"]),
         w2c=torch.from_numpy(clip["w2c"]).float(),
         intrinsics=torch.from_numpy(clip["intrinsics"]).float().expand(5, 3, 3),

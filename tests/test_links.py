@@ -10,7 +10,10 @@ import pytest
 from test_train import SIZES, run
 
 import data
+from encoders import MINIATURE
 from lib import listing, rooms
+
+SMALL = f"--wan_dir {MINIATURE} --height 32 --width 48 --num_frames 5"
 
 SIZE = (32, 48, 5)
 
@@ -53,7 +56,10 @@ def test_links_out_of_a_dataset_are_refused_with_the_name_of_the_option(root, mo
     refused = "a link that leads out of .*--follow_links=True"
     with pytest.raises(ValueError, match=refused):
         data.load_samples(root)
-    for what in (f"encode {root} --height 32 --width 48 --num_frames 5", f"verify {root}"):
+    for what in (
+        f"encode {root} {SMALL}",
+        f"verify {root}",
+    ):
         assert "--follow_links=True" in command(monkeypatch, what)
     text = (root / "metadata.json").read_text()
     (root / "metadata.json").unlink()
@@ -61,7 +67,13 @@ def test_links_out_of_a_dataset_are_refused_with_the_name_of_the_option(root, mo
     (root / "cache").unlink()
     assert command(monkeypatch, f"verify {root}") == 1
     assert "train_000000/video.mp4: a link that leads out" in capsys.readouterr().out
-    assert command(monkeypatch, f"encode {root} --height 32 --width 48 --num_frames 5") == 1
+    assert (
+        command(
+            monkeypatch,
+            f"encode {root} {SMALL}",
+        )
+        == 1
+    )
     assert "--follow_links=True" in "".join(capsys.readouterr())
 
 
@@ -71,7 +83,11 @@ def test_links_are_followed_by_verify_encode_and_training_when_told(
     option = "--follow_links=True"  # as the message says it
     assert command(monkeypatch, f"verify {root} {option}") == 0
     assert (
-        command(monkeypatch, f"encode {root} --height 32 --width 48 --num_frames 5 {option}") == 0
+        command(
+            monkeypatch,
+            f"encode {root} {SMALL} {option}",
+        )
+        == 0
     )
     assert len(list(tmp_path.glob("scratch/*/train_*.safetensors"))) == 2, (
         "written where the link leads"
@@ -83,7 +99,7 @@ def test_links_are_followed_by_verify_encode_and_training_when_told(
     plain = data.CachedClips(rendered, "train", SIZE)
     assert (clips[1]["depth"] == plain[1]["depth"]).all() and clips.frames(1) is not None
     options = [
-        "config/demo0.py",
+        "config/tiny0.py",
         f"--data_dir={root}",
         "--height=32",
         "--width=48",

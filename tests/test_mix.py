@@ -68,7 +68,7 @@ SMALL = """--height=32 --width=48 --num_frames=5 --batch_size=2 --num_workers=0 
 
 def test_a_run_on_two_sets_resumes_bitwise_and_evaluates_on_both(two_sets, tmp_path):
     folders = f"--data_dir={two_sets}/a:0.5,{two_sets}/b:0.5"
-    start = ["config/demo0.py", folders, *SMALL]
+    start = ["config/tiny0.py", folders, *SMALL]
     code, text = train_here(*start, f"--out_dir={tmp_path}/whole")
     assert code == 0 and "clips 8 + 2 val" in text
     train_here(*start[:2], *SMALL[:-1], "--max_steps=2", f"--out_dir={tmp_path}/cut")
@@ -92,7 +92,7 @@ def test_a_mix_is_one_dataset_of_one_kind_of_caches():
 
 
 def test_text_of_another_width_is_named_before_the_first_step(two_sets, tmp_path):
-    start = ["config/demo0.py", f"--data_dir={two_sets}/a", *SMALL, f"--out_dir={tmp_path}/o"]
+    start = ["config/tiny0.py", f"--data_dir={two_sets}/a", *SMALL, f"--out_dir={tmp_path}/o"]
     code, text = train_here(*start, "--model_overrides={'text_dim': 32}")
     said = f"{code}{text}"
     assert "text of width 64; the model takes 32" in said and "Traceback" not in said

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import data
+from encoders import MINIATURE
 from geometry import normalize_scene, unproject
 from lib import pictures, rooms, verify
 from lib.evaluate import geometry_row
@@ -81,7 +82,7 @@ def test_command_writes_the_mask_verify_is_content_and_every_reader_sees_it(
         )
     again = data.load_clip(dict(sample, moving=tmp_path / "masks"), 64, 96, 5)
     np.testing.assert_array_equal(again["moving"], stored["mask"])
-    run("encode", tmp_path, "--codec", "transform", *size)
+    run("encode", tmp_path, "--wan_dir", MINIATURE, *size)
     item = data.CachedClips(tmp_path, "val", (64, 96, 5))[0]
     assert item["moving"].dtype == torch.bool and item["moving"].any()
     rooms.synth(

@@ -15,6 +15,7 @@ from small import tiny_inputs, tiny_model
 
 import config
 import sample
+from encoders import MINIATURE
 from lib import camera_files, camera_paths
 from lib.crop import crop_intrinsics
 from lib.files import read_video
@@ -33,7 +34,8 @@ def ckpt(tmp_path_factory):
         step="3",
         train_config=json.dumps(dict(num_frames=5, height=32, width=48, wan_dir=str(root / "s0"))),
     )
-    save_file(dit, root / "s0" / "latest.safetensors", dict(meta, stage="0"))
+    began = dict(meta, stage="0", train_config=json.dumps(dict(wan_dir=MINIATURE)))
+    save_file(dit, root / "s0" / "latest.safetensors", began)
     own = {k: v.contiguous() for k, v in model.trainable_state_dict().items()}
     save_file(own, root / "two.safetensors", dict(meta, stage="2"))
     return root / "two.safetensors"
@@ -223,7 +225,7 @@ def test_key_frames_stand_where_they_say_and_look_at_their_targets():
         (["--image=missing.png"], ["missing.png", "no such file"]),
         (["--wan_dir=missing"], ["missing"]),
         (["--ckpt=missing.safetensors"], ["missing.safetensors"]),
-        (["--sampler=ddim"], ["sampler = 'ddim', wanted euler, unipc"]),
+        (["--sampler=ddim"], ["sampler = 'ddim', wanted None, euler, unipc"]),
         (["--shift=0"], ["shift = 0.0, wanted above 0"]),
         (["--shift=nan"], ["shift = 'nan' is a text, wanted a number"]),
         (["--guidance=nan"], ["guidance = 'nan' is a text, wanted a number"]),
@@ -270,7 +272,7 @@ def test_help_is_grouped_and_shows_defaults(capsys):
         "sampling:",
         "machine:",
         "files:",
-        "--steps=50",
+        "--fov=65.0",
         "--camera='orbit'",
         "--low_memory",
     ):

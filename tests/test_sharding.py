@@ -97,7 +97,7 @@ def plain_of(model):
 
 def memory(ranks):
     """What the allocator hands out in the second micro-step of a step, beside the plan."""
-    cfg, size = PRESETS["demo"], (5, 48, 64)
+    cfg, size = PRESETS["tiny"], (5, 48, 64)
 
     loss = train.loss_alone(OPTIONS.replaced(stage=2))
     model = FantasyWorld(cfg).set_stage(2)

@@ -80,7 +80,7 @@ def test_keys_of_the_prompt_are_computed_once_per_clip_although_blocks_are_recom
 
 # ---- memory plan
 def test_planned_bytes_of_the_demo_step_are_what_the_allocator_hands_out():
-    size, cfg, stage = (2, 9, 64, 96), PRESETS["demo"], 2
+    size, cfg, stage = (2, 9, 64, 96), PRESETS["tiny"], 2
     loss = geometry_and_diffusion(stage == 2)
     planned = plan.count(cfg, stage, loss, size, checkpointing="full", half=False)
     model = FantasyWorld(cfg).set_stage(stage)
@@ -140,10 +140,10 @@ def test_the_plan_prefers_no_recomputation_then_little_sharding_and_refuses_what
 
 def test_the_plan_command_needs_no_weights_and_no_data(capsys):
     size = ["--num_frames=5", "--height=32", "--width=48", f"--model_overrides={TINY.__dict__}"]
-    argv = [f"{ROOT}/config/demo0.py", *size, "--plan", "--plan_gpus=2"]
+    argv = [f"{ROOT}/config/tiny0.py", *size, "--plan", "--plan_gpus=2"]
     train.main(config.apply(vars(train), argv))
     text = capsys.readouterr().out
-    assert "global batch 64" in text and "8 x 40 GB" in text and "2 x 80 GB" in text
+    assert "global batch 128" in text and "8 x 40 GB" in text and "2 x 80 GB" in text
 
 
 # ---- what a GPU runs, as far as a CPU can show it

@@ -410,7 +410,8 @@ def test_check_prints_what_a_checkpoint_holds_and_refuses_others(survivor, tmp_p
 # ---- words about the course of a run
 def test_changed_options_are_listed_at_a_resume(survivor):
     root, arguments = survivor
-    train_here(*arguments, f"--out_dir={root}/changed", "--max_steps=2")
+    rate = "--learning_rate=1e-3"
+    train_here(*arguments, f"--out_dir={root}/changed", rate, "--max_steps=2")
     text = train_here(
         *arguments, f"--out_dir={root}/changed", "--learning_rate=2e-3", "--max_steps=3"
     )[1]

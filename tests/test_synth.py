@@ -1,4 +1,4 @@
-"""The renderer and the demo's stand-in encoders: exact, deterministic, cheap."""
+"""The renderer: exact, deterministic, cheap."""
 
 import math
 
@@ -8,7 +8,6 @@ import torch
 
 from geometry import project, unproject
 from lib import rooms
-from lib.standin import DETAIL, MOTION, SHARED, HashedText, TransformCodec, transform_rows
 
 
 def as_video(rgb):
@@ -114,47 +113,3 @@ def test_captions_name_the_direction_of_the_move():
     wanted = "a room with two boxes and a green sphere, the camera moves forward"
     assert rooms.caption(scene, seen, c2w, "free") == wanted
     assert rooms.caption(scene, ~seen, c2w, "static") == "an empty room, the camera does not move"
-
-
-def test_codec_rows_are_orthonormal_and_its_channels_distinct():
-    for indices, frames in (
-        ([(0, *i) for i in SHARED + DETAIL], 1),
-        ([(0, *i) for i in SHARED] + MOTION, 4),
-    ):
-        rows = transform_rows(indices, frames)
-        torch.testing.assert_close(rows @ rows.T, torch.eye(16).double(), atol=1e-12, rtol=0)
-
-
-def test_codec_reconstructs_rendered_rooms():
-    codec = TransformCodec()
-    for height, width, wanted in ((64, 96, 25), (96, 160, 27)):
-        psnr = []
-        for seed in range(700, 706):
-            video = as_video(rooms.render_clip(seed, 9, height, width)["rgb"])
-            psnr.append(
-                10 * torch.log10(4 / (codec.decode(codec.encode(video)) - video).square().mean())
-            )
-        assert torch.stack(psnr).mean() > wanted
-
-
-def test_codec_decodes_what_it_encodes_and_static_video_has_static_latents():
-    codec = TransformCodec()
-    torch.manual_seed(0)
-    latents = 0.05 * torch.randn(2, 16, 3, 4, 6)  # small: nothing is clamped
-    video = codec.decode(latents)
-    assert video.shape == (2, 3, 9, 32, 48)
-    torch.testing.assert_close(codec.encode(video), latents, atol=1e-4, rtol=0)  # fp32 rounding
-    still = codec.encode(video[:, :, :1].expand(-1, -1, 9, -1, -1))
-    torch.testing.assert_close(still[:, :7, 1], still[:, :7, 0], atol=1e-4, rtol=0)
-    assert still[:, 7:, 1:].abs().max() < 1e-4  # nothing moves
-    with pytest.raises(ValueError, match="4k \\+ 1"):
-        codec.encode(video[:, :, :8])
-
-
-def test_hashed_words_are_the_same_everywhere_and_have_unit_variance():
-    text = HashedText()
-    red, empty, again = text(["a Red, sphere.", "", "sphere " * 40])
-    assert red.shape == (4, 64) and empty.shape == (1, 64) and again.shape == (16, 64)
-    torch.testing.assert_close(red[3], again[1])  # case and punctuation do not matter
-    assert red.mean(1).abs().max() < 1e-6 and (red.var(1, correction=0) - 1).abs().max() < 1e-5
-    assert abs(float(text.word("sphere")[0]) - float(red[3, 0])) == 0

@@ -13,9 +13,10 @@ import sys
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
-from small import TINY, command_here, options_of, train_here
+from safetensors.torch import load_file, save_file
+from small import TINY, command_here, options_of, tiny_model, train_here
 
+from encoders import MINIATURE
 from lib.camera_files import read_cameras
 from lib.distributed import Ranks
 from lib.files import read_video
@@ -60,6 +61,7 @@ def world(tmp_path_factory):
         "--num_workers=0",
         "--batch_size=2",
         "--warmup_steps=0",
+        "--optimizer=adamw",
         "--log_every=1",
         "--eval_clips=2",
         f"--model_overrides={SIZES}",
@@ -72,10 +74,14 @@ def world(tmp_path_factory):
 def stages(world):
     """Stages 0, 1 and 2, two steps each."""
     root, options = world
-    run("train.py", "config/demo0.py", *options, "--max_steps=2", f"--out_dir={root}/s0")
+    shutil.copytree(MINIATURE, root / "wan")  # its encoders, and a random DiT of other widths
+    dit = {name: value.contiguous() for name, value in tiny_model(0).dit.state_dict().items()}
+    save_file(dit, root / "wan" / "diffusion_pytorch_model.safetensors")
+    zero = [f"--wan_dir={root}/wan", f"--out_dir={root}/s0", "--max_steps=2"]
+    run("train.py", "config/tiny0.py", *options, *zero)
     run(
         "train.py",
-        "config/demo1.py",
+        "config/tiny1.py",
         *options,
         "--max_steps=2",
         f"--out_dir={root}/s1",
@@ -84,7 +90,7 @@ def stages(world):
     )
     run(
         "train.py",
-        "config/demo2.py",
+        "config/tiny2.py",
         *options,
         "--max_steps=2",
         f"--out_dir={root}/s2",
@@ -159,7 +165,7 @@ def test_evaluation_prints_both_stages_beside_both_baselines(stages):
     root, options = stages
     text = run(
         "train.py",
-        "config/demo2.py",
+        "config/tiny2.py",
         *options,
         "--eval_only=True",
         f"--out_dir={root}/eval",
@@ -212,7 +218,7 @@ def test_evaluation_prints_both_stages_beside_both_baselines(stages):
 
 def test_resumed_run_equals_uninterrupted_run_bitwise(stages):
     root, options = stages
-    common = ["config/demo1.py", *options, f"--wan_dir={root}/s0", "--lr_schedule=constant"]
+    common = ["config/tiny1.py", *options, f"--wan_dir={root}/s0", "--lr_schedule=constant"]
     run("train.py", *common, "--max_steps=3", f"--out_dir={root}/whole")
     run("train.py", *common, "--max_steps=2", f"--out_dir={root}/parts")
     text = run("train.py", *common, "--max_steps=3", f"--out_dir={root}/parts")
@@ -244,7 +250,7 @@ def test_every_stage_resumes_by_the_same_command(stages):
         shutil.copytree(root / f"s{stage}", root / f"on{stage}")
         text = run(
             "train.py",
-            f"config/demo{stage}.py",
+            f"config/tiny{stage}.py",
             *options,
             *more,
             "--max_steps=3",
@@ -258,7 +264,7 @@ def test_two_ranks_with_whole_or_spread_weights_take_the_step_of_one_process_wit
     stages, stage
 ):
     root, options = stages
-    common = [f"config/demo{stage}.py", *options, f"--wan_dir={root}/s0", "--max_steps=1"]
+    common = [f"config/tiny{stage}.py", *options, f"--wan_dir={root}/s0", "--max_steps=1"]
     common += [f"--init_from={root}/s1/latest.safetensors"] if stage == 2 else []
     run("train.py", *common, f"--out_dir={root}/one{stage}", "--batch_size=2")
     run("train.py", *common, f"--out_dir={root}/two{stage}", "--batch_size=1", ranks=2)
@@ -344,27 +350,27 @@ def test_sampling_writes_every_file_and_repeats_itself(stages):
     "arguments, words",
     [
         (
-            ["config/demo1.py", "--learning_rat=1e-3"],
+            ["config/tiny1.py", "--learning_rat=1e-3"],
             ["learning_rat", "did you mean 'learning_rate'"],
         ),
-        (["config/demo1.py", "--batch_size=four"], ["batch_size", "'four'", "a whole number"]),
+        (["config/tiny1.py", "--batch_size=four"], ["batch_size", "'four'", "a whole number"]),
         (["config/missing.py"], ["config/missing.py", "No such file"]),
-        (["config/demo1.py", "--num_frames=10"], ["num_frames = 10", "4k + 1"]),
-        (["config/demo1.py", "--lr_schedule=cosin"], ["lr_schedule = 'cosin'", "cosine"]),
-        (["config/demo1.py", "--save_every=0"], ["save_every = 0", "at least 1"]),
+        (["config/tiny1.py", "--num_frames=10"], ["num_frames = 10", "4k + 1"]),
+        (["config/tiny1.py", "--lr_schedule=cosin"], ["lr_schedule = 'cosin'", "cosine"]),
+        (["config/tiny1.py", "--save_every=0"], ["save_every = 0", "at least 1"]),
         (
-            ["config/demo1.py", "--warmup_steps=-1"],
+            ["config/tiny1.py", "--warmup_steps=-1"],
             ["warmup_steps = -1", "at least 0"],
         ),
-        (["config/demo2.py", "--init_from="], ["stage 2 starts from a stage 1 checkpoint"]),
-        (["config/demo2.py", "--init_from=nowhere.safetensors"], ["nowhere.safetensors"]),
-        (["config/demo1.py", "--wan_dir="], ["needs --wan_dir"]),
+        (["config/tiny2.py", "--init_from="], ["stage 2 starts from a stage 1 checkpoint"]),
+        (["config/tiny2.py", "--init_from=nowhere.safetensors"], ["nowhere.safetensors"]),
+        (["config/tiny1.py", "--wan_dir="], ["needs --wan_dir"]),
         (
-            ["config/demo1.py", "--model_overrides={'num_pbc': 2}"],
+            ["config/tiny1.py", "--model_overrides={'num_pbc': 2}"],
             ["model_overrides", "'num_pbc'", "did you mean 'num_pcb'"],
         ),
         (
-            ["config/demo1.py", "--model_overrides={'num_pcb': 'two'}"],
+            ["config/tiny1.py", "--model_overrides={'num_pcb': 'two'}"],
             ["model_overrides: num_pcb = 'two'", "a whole number"],
         ),
     ],
@@ -385,16 +391,16 @@ def test_a_dataset_without_validation_clips_trains_on_and_says_so(world, tmp_pat
     (tmp_path / "clips" / "metadata.json").write_text(json.dumps(meta))
     more = [f"--data_dir={tmp_path}/clips", f"--num_workers={workers}", "--eval_every=1"]
     more += ["--max_steps=2", f"--out_dir={tmp_path}/s0"]
-    text = run("train.py", "config/demo0.py", *options, *more)
+    text = run("train.py", "config/tiny0.py", *options, *more)
     assert "8 + no val: nothing is evaluated" in text and "step 2/2" in text
     meta["splits"]["train"] = []
     (tmp_path / "clips" / "metadata.json").write_text(json.dumps(meta))
-    text = run("train.py", "config/demo0.py", *options, *more, "--resume=", ok=False)
+    text = run("train.py", "config/tiny0.py", *options, *more, "--resume=", ok=False)
     assert "no samples in split 'train'" in text
 
 
 def test_a_gpu_that_is_not_there_is_refused():
-    assert "torch finds no GPU" in run("train.py", "config/demo1.py", "--device=cuda", ok=False)
+    assert "torch finds no GPU" in run("train.py", "config/tiny1.py", "--device=cuda", ok=False)
 
 
 @pytest.mark.parametrize(
@@ -405,13 +411,13 @@ def test_compiling_is_refused_by_versions_of_torch_that_would_not(
 ):
     monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion(version))
     text = run(
-        "train.py", "config/demo1.py", "--compile=True", f"--checkpoint_activations={how}", ok=False
+        "train.py", "config/tiny1.py", "--compile=True", f"--checkpoint_activations={how}", ok=False
     )
     assert f"needs torch {needed} or newer, this is {version}" in text
 
 
 def test_stage_2_refuses_a_checkpoint_of_stage_0(stages):
     text = run(
-        "train.py", "config/demo2.py", f"--init_from={stages[0]}/s0/latest.safetensors", ok=False
+        "train.py", "config/tiny2.py", f"--init_from={stages[0]}/s0/latest.safetensors", ok=False
     )
     assert "starts from a stage 1 checkpoint" in text

@@ -178,7 +178,7 @@ from lib.weights import load_wan
 from model import PRESETS, Config, FantasyWorld
 peak = lambda: 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
 with torch.device("meta"):
-    FantasyWorld(PRESETS["demo"])
+    FantasyWorld(PRESETS["tiny"])
 before = peak()
 dtype = torch.bfloat16 if sys.argv[2] == "bf16" else None
 dit, _ = load_wan(sys.argv[1], Config(head_dim=32), "cpu", dtype)
