@@ -1,26 +1,31 @@
 #!/usr/bin/env bash
-# The whole method at toy size on a laptop: render rooms, train stages 0, 1 and 2, evaluate on unseen rooms, sample.
-# A demonstration: the frozen video branch is a tiny DiT trained here for minutes, not Wan2.1; codec and text encoder
-# are fixed transforms.  Same code and commands as the real runs.
+# A world from the miniature that is shipped in tiny/, in the first minute; then the whole method anew on a laptop: render
+# and encode rooms, train stages 1 and 2 on the miniature's video branch, evaluate on unseen rooms, sample.
+# The same code and commands as the real runs; only --wan_dir and the sizes differ.
 set -euo pipefail
 cd "$(dirname "$0")"
 started=$SECONDS
 say() { printf '\n== %s  (%d min %02d s so far)\n' "$1" $(((SECONDS - started) / 60)) $(((SECONDS - started) % 60)); }
 PYTHON=${PYTHON:-python}
+SIZE="--num_frames 9 --height 64 --width 96"
+RUN="--data_dir=data/demo --height=64 --width=96"
+# glibc keeps what it frees: a quarter of a small step would go to page faults.  Other systems ignore these.
+export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=4000000000
 
-say "1/6 render training rooms and 64 rooms of other seeds that no training sees"
-$PYTHON data.py synth data/demo --num 4000 --val 64 --num_frames 9 --height 64 --width 96 --seed 0 --variety simple --cache_only True
-say "2/6 stage 0: a tiny video DiT from scratch, in place of the Wan2.1 weights"
-$PYTHON train.py config/demo0.py
+say "1/6 a world from the shipped miniature: open outputs/demo/world/scene.html while the rest trains"
+$PYTHON sample.py --ckpt tiny/fantasyworld.safetensors --image examples/room.jpg \
+    --prompt "a room with two boxes and an orange sphere, the camera moves right" --camera orbit --out outputs/demo/world
+say "2/6 render rooms, and 64 of other seeds that no training sees; encode them with the encoders in tiny/wan"
+$PYTHON data.py synth data/demo --num 1500 --val 64 $SIZE --seed 0 --variety simple --cache_only True
 say "3/6 stage 1: the geometry branch on the frozen video branch"
-$PYTHON train.py config/demo1.py
+$PYTHON train.py config/tiny1.py $RUN --out_dir=outputs/demo/stage1 --max_steps=400
 say "4/6 stage 2: camera adapters and video <-> geometry exchange"
-$PYTHON train.py config/demo2.py
-say "5/6 evaluate on the unseen rooms"
-$PYTHON train.py config/demo2.py --eval_only=True --eval_clips=64 --eval_more_sigmas="()" --out_dir=outputs/demo \
-    --init_from=outputs/demo/stage1/latest.safetensors,outputs/demo/stage2/latest.safetensors
-say "6/6 sample a world from a start image, a prompt and a camera path"
-$PYTHON data.py synth data/demo_start --num 1 --num_frames 9 --height 64 --width 96 --seed 20000037 --variety simple --workers 0
-$PYTHON sample.py --ckpt outputs/demo/stage2/latest.safetensors --image data/demo_start/train_000000/video.mp4 \
-    --prompt "a room with a teal box, the camera moves forward" --camera forward --steps 4 --guidance 1 --out outputs/demo/sample
-say "done: open outputs/demo/sample/scene.html in a browser, look at sheet.png beside it; table in outputs/demo/eval.json"
+$PYTHON train.py config/tiny2.py $RUN --out_dir=outputs/demo/stage2 --max_steps=150 \
+    --init_from=outputs/demo/stage1/latest.safetensors
+say "5/6 evaluate on the unseen rooms, beside the shipped miniature, which has trained for hours"
+$PYTHON train.py config/tiny2.py $RUN --eval_only=True --eval_clips=64 --eval_more_sigmas="()" --out_dir=outputs/demo \
+    --init_from=outputs/demo/stage1/latest.safetensors,outputs/demo/stage2/latest.safetensors,tiny/fantasyworld.safetensors
+say "6/6 sample a world from what was just trained"
+$PYTHON sample.py --ckpt outputs/demo/stage2/latest.safetensors --image examples/room2.jpg \
+    --prompt "a room with a green box, the camera moves forward" --camera forward --out outputs/demo/sample
+say "done: open outputs/demo/world/scene.html and outputs/demo/sample/scene.html; the table is in outputs/demo/eval.json"

@@ -1,17 +1,16 @@
-"""A real recording, stage 1: the geometry branch.
+"""A real recording, stage 1 (commands: docs/evaluation.md): the miniature's geometry goes on.
 
-ICL-NUIM living room: an 81-frame clip to train on, a 21-frame clip to validate.  The commands are
-in docs/evaluation.md; no Wan weights are needed, since stage 0 trains on the clip itself.
-"""
+ICL-NUIM living room: windows of an 81-frame clip to train on, of a 21-frame clip to validate."""
 
-preset = "demo"
+preset = "tiny"
 stage = 1
 data_dir = "data/livingroom"
 out_dir = "outputs/livingroom/stage1"
-wan_dir = "outputs/livingroom/stage0"
+wan_dir = "tiny/wan"
+init_from = "tiny/fantasyworld.safetensors"
 
-height, width, num_frames = 96, 128, 21
-batch_size, num_workers = 2, 0
-max_steps, save_every, log_every, eval_every = 300, 100, 20, 100
+height, width, num_frames = 96, 128, 9
+batch_size, num_workers = 4, 0
+max_steps, save_every, log_every, eval_every = 200, 100, 20, 100
 
-learning_rate, min_lr, lr_schedule, warmup_steps = 1e-3, 1e-4, "cosine", 20
+optimizer, learning_rate, min_lr, lr_schedule, warmup_steps = "muon", 5e-4, 1e-5, "linear", 20

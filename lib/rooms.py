@@ -321,7 +321,8 @@ def caption(scene, seen, c2w, kind):
 
 def render_clip(seed, num_frames, height, width, variety="full", moving=False):
     """Render the clip of a seed: rgb (T, H, W, 3) uint8, depth (T, H, W) float32 metres, exact at
-    the pixel centres, w2c (T, 3, 4) float64 relative to frame 0, intrinsics (3, 3) pixels, prompt.
+    the pixel centres, objects (T, H, W) bool (boxes and spheres), w2c (T, 3, 4) float64 relative to
+    frame 0, intrinsics (3, 3) pixels, prompt.
 
     moving   adds one sphere that moves by itself to the same room and path, and to the result:
              moving (T, H, W) bool, True on its pixels; track (T, 3) float64, its centres in the
@@ -335,7 +336,8 @@ def render_clip(seed, num_frames, height, width, variety="full", moving=False):
         if moving and path:
             scene = add_mover(np.random.default_rng([seed, 1]), scene, path[0], k)
             path = scene and path
-    (c2w, kind), rgb, depths, masks, pixels = path, [], [], [], np.zeros(len(scene["base"]), int)
+    (c2w, kind), pixels = path, np.zeros(len(scene["base"]), int)
+    rgb, depths, masks, objects = [], [], [], []
     for t, pose in enumerate(c2w):
         now = at_frame(scene, t)
         depth, material, points, normals = trace(now, pose, k, height, width)
@@ -343,12 +345,14 @@ def render_clip(seed, num_frames, height, width, variety="full", moving=False):
         rgb.append(colour.astype(np.uint8).reshape(height, width, 3))
         depths.append(depth.astype(np.float32).reshape(height, width))
         masks.append((material == len(pixels) - 1).reshape(height, width))  # the last object
+        objects.append((material > 5).reshape(height, width))  # no wall, floor or ceiling
         pixels += np.bincount(material, minlength=len(pixels))
     seen = pixels[6:] > 0.004 * pixels.sum()
     w2c = relative_to_first(inv_se3(torch.from_numpy(c2w))).numpy()
     clip = dict(
         rgb=np.stack(rgb),
         depth=np.stack(depths),
+        objects=np.stack(objects),
         w2c=w2c,
         intrinsics=k,
         prompt=caption(scene, seen, c2w, kind),
