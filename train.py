@@ -268,8 +268,6 @@ def check_options(options):
         wanted = f"needs torch {needed[0]}.{needed[1]} or newer, this is {torch.__version__}"
         how = f"compile with checkpoint_activations = {recompute}"
         raise ValueError(f"{how} {wanted}; leave compile out")
-    if options.shard_weights and options.optimizer == "muon":
-        raise ValueError("shard_weights: muon needs whole matrices; take shard_optimizer, or adamw")
     if options.shard_weights and options.shard_optimizer:
         raise ValueError("shard_weights shards the optimizer too: leave shard_optimizer out")
     size = options.num_frames, options.height, options.width
@@ -318,9 +316,9 @@ def print_plan(options):
     hardware = dict.fromkeys((*HARDWARE, (options.plan_gpus, options.plan_gb)))
     size = (options.num_frames, options.height, options.width)
     total = 8 * options.batch_size * options.grad_accum
-    half = options.precision != "fp32"
+    kind = dict(half=options.precision != "fp32", muon=options.optimizer == "muon")
     cfg = model_config(options)
-    for line in report(cfg, options.stage, loss_alone(options), size, total, hardware, half):
+    for line in report(cfg, options.stage, loss_alone(options), size, total, hardware, **kind):
         print(line, flush=True)
 
 

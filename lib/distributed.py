@@ -118,6 +118,26 @@ def gather_full(tensor):
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def own_part(tensor):
+    """What this rank stores of a tensor: all of it, or its share."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def gather_like(part, p):
+    """The whole of what is spread as the parameter p is, from this rank's part."""
+    if not isinstance(p, DTensor):
+        return part
+    where = (p.device_mesh, p.placements)
+    return DTensor.from_local(part, *where, shape=p.shape, stride=p.stride()).full_tensor()
+
+
+def part_like(whole, p):
+    """This rank's part of a tensor that all ranks have, as p is spread; sends nothing."""
+    if not isinstance(p, DTensor):
+        return whole
+    return DTensor.from_local(whole, p.device_mesh).redistribute(placements=p.placements).to_local()
+
+
 @torch.no_grad()
 def copy_into(target, value):
     """Copy a whole value, the same on every rank, into a tensor that may be spread over them."""

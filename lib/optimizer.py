@@ -9,6 +9,8 @@ import math
 
 import torch
 
+from lib.distributed import gather_like, own_part, part_like
+
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 # Embeddings and outputs of heads: their rows are not the directions of one map.
 OTHERS = ("embedding", "embed_pose", "head.head", "output_conv2.2", "pose_branch.fc2", "_token")
@@ -58,28 +60,29 @@ class Muon(torch.optim.AdamW):
             shapes = {}
             for p in group["params"] if group["orthogonal"] else ():
                 if p.grad is not None:
-                    shapes.setdefault((p.device, len(p), p[0].numel()), []).append(p)
+                    shapes.setdefault((p.device, len(p), p.numel() // len(p)), []).append(p)
             for (_, rows, columns), same in shapes.items():
                 self.update(same, group, (rows, columns))
 
     def update(self, same, group, shape):
-        """One step of parameters that are all matrices of one shape."""
+        """One step of parameters that are all matrices of one shape; spread ones meet for it."""
         for p in same:
             if "momentum" not in self.state[p]:
                 self.state[p]["momentum"] = torch.zeros_like(p)
-        buffers = [self.state[p]["momentum"] for p in same]
-        grads, go = [p.grad for p in same], 1.0
+        weights = [own_part(p) for p in same]
+        buffers = [own_part(self.state[p]["momentum"]) for p in same]
+        grads, go = [own_part(p.grad) for p in same], 1.0
         if (bad := getattr(self, "found_inf", None)) is not None:
             # Its own momentum in place of a gradient that is not finite changes no momentum.
             grads = [torch.where(bad > 0, b, g) for b, g in zip(buffers, grads)]
             go = 1 - bad
         torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
         ahead = torch._foreach_lerp(grads, buffers, group["momentum"])
-        stacked = torch.stack([g.reshape(shape) for g in ahead])
+        stacked = torch.stack([gather_like(g, p).reshape(shape) for g, p in zip(ahead, same)])
         updates = orthogonalise(stacked).to(same[0].dtype) * (0.2 * max(shape) ** 0.5 * go)
-        decay = 1 - group["lr"] * group["weight_decay"] * go
-        torch._foreach_mul_(same, decay)
-        torch._foreach_add_(same, [u.view_as(p) for u, p in zip(updates, same)], alpha=-group["lr"])
+        parts = [part_like(u.view(p.shape), p) for u, p in zip(updates, same)]
+        torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"] * go)
+        torch._foreach_add_(weights, parts, alpha=-group["lr"])
 
 
 def make_optimizer(model, options, ranks=None):

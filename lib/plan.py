@@ -24,6 +24,7 @@ from torch.utils.flop_counter import flop_registry
 import geometry
 import wan
 from lib.distributed import sharded_units
+from lib.optimizer import is_orthogonal
 from model import CHECKPOINTING, FantasyWorld
 from wan import CLIP_SHAPE, LATENT, half_precision
 
@@ -180,7 +181,7 @@ class Cost:
     frozen: int  # weights
     trainable: int  # weights
     gradients: int
-    moments: int  # AdamW's two
+    moments: int  # AdamW's two, or Muon's one
     # Where weights are sharded, what is whole at a time: while the heads run, and after them (two
     # steps and their gradients, on the way out once more).
     gathered_heads: int
@@ -226,19 +227,22 @@ def split_bytes(module):
     return sizes[False], sizes[True]
 
 
-def count(cfg, stage, loss, size, *, checkpointing="none", half=True):
+def count(cfg, stage, loss, size, *, checkpointing="none", half=True, muon=False):
     """Cost of one micro-step, forward, losses and backward, of a model that is never allocated.
 
     cfg            model.Config; of a model that is loaded already its own, model.cfg
     loss           function(model, b, noise, sigma, keep) -> scalar, as compute_loss of train.py
     size           (batch, num_frames, height, width) of the micro-batch
     checkpointing  one of model.CHECKPOINTING; what is recomputed counts
-    half           bf16 autocast and frozen matrices in bf16; it decides what "selective" keeps"""
+    half           bf16 autocast and frozen matrices in bf16; it decides what "selective" keeps
+    muon           matrices and kernels have one moment in place of AdamW's two"""
     with fake_tensors():
         model = fake_model(cfg, stage, half)
         model.checkpoint_activations = checkpointing
         counter = step_counter(model, loss, size, half)
         frozen, trained = split_bytes(model)
+        named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+        single = sum(p.nbytes for n, p in named if muon and is_orthogonal(n, p))
         parts = [split_bytes(unit) for unit in sharded_units(model)]
     n = len(model.dit.blocks)  # as many steps; they come first
     steps, others = parts[:n], parts[n:]
@@ -248,7 +252,7 @@ def count(cfg, stage, loss, size, *, checkpointing="none", half=True):
         frozen=frozen,
         trainable=trained,
         gradients=trained,
-        moments=2 * trained,
+        moments=2 * trained - single,
         gathered_heads=rest + sum(f + t for f, t in others),
         gathered_backward=2 * rest + 2 * max(f + 2 * t for f, t in steps),
         activations=base,
@@ -262,7 +266,7 @@ def count(cfg, stage, loss, size, *, checkpointing="none", half=True):
 def flops_of_step(cfg, stage, loss, size, *, checkpointing="none", half=True):
     """FLOPs of one micro-step, an int; arguments as count's, and no real tensor is touched.
 
-    Takes one core 2 s (demo) or 11 s (1.3b, stage 2), and nothing is kept: call it where the number
+    Takes one core 2 s (tiny) or 11 s (1.3b, stage 2), and nothing is kept: call it where the number
     is printed, on one rank alone.  It clears the tables of positions; the next step makes them."""
     return count(cfg, stage, loss, size, checkpointing=checkpointing, half=half).flops
 
@@ -330,7 +334,7 @@ def cost_lines(counts):
     one = counts["none"][1]
     yield (
         f"frozen weights {one.frozen / GIB:.3g} | trainable weights {one.trainable / GIB:.3g} | "
-        f"gradients {one.gradients / GIB:.3g} | AdamW moments {one.moments / GIB:.3g}; "
+        f"gradients {one.gradients / GIB:.3g} | moments {one.moments / GIB:.3g}; "
         f"shard_optimizer divides the moments by the number of GPUs, shard_weights all four, and "
         f"gathers up to {one.gathered_backward / GIB:.3g}"
     )
@@ -347,15 +351,16 @@ def cost_lines(counts):
     )
 
 
-def report(cfg, stage, loss, size, total, hardware, half=True):
-    """The plan as lines of text; size (num_frames, height, width), total: the global batch."""
+def report(cfg, stage, loss, size, total, hardware, **kind):
+    """The plan as lines of text; size (num_frames, height, width), total: the global batch, kind:
+    half and muon of count."""
     counts = {
-        how: {b: count(cfg, stage, loss, (b, *size), checkpointing=how, half=half) for b in (1, 2)}
+        how: {b: count(cfg, stage, loss, (b, *size), checkpointing=how, **kind) for b in (1, 2)}
         for how in (CHECKPOINTING if stage else CHECKPOINTING[:1])
     }
     yield (
         f"stage {stage}, {size[0]} x {size[1]} x {size[2]}, global batch {total}.  GiB per rank, "
-        f"counted on fake tensors in {'bf16' if half else 'fp32'}; nothing was allocated."
+        f"counted on fake tensors in {'bf16' if kind['half'] else 'fp32'}; nothing was allocated."
     )
     yield from cost_lines(counts)
     yield (

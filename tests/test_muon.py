@@ -5,6 +5,7 @@ import torch
 from small import options_of, tiny_model
 
 import train
+from lib import plan
 from lib.optimizer import Muon, is_orthogonal, make_optimizer, orthogonalise, take_step
 
 
@@ -89,3 +90,17 @@ def test_what_is_a_matrix_within_the_network():
     assert not kinds["camera_token"] and not kinds["dit.patch_embedding.weight"]
     assert not kinds["dit.head.head.weight"] and not kinds["camera_head.pose_branch.fc2.weight"]
     assert not any(kind for name, kind in kinds.items() if name.endswith(("bias", "modulation")))
+
+
+def test_the_plan_counts_the_moments_that_a_step_makes():
+    options = options_of(train, stage=2, optimizer="muon")
+    model = tiny_model().set_stage(2)
+    optimizer = make_optimizer(model, options)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p) if p.requires_grad else None
+    take_step(optimizer, torch.tensor(0.0))
+    found = sum(v.nbytes for s in optimizer.state.values() for v in s.values() if v.dim())
+    how = dict(half=False, muon=True)
+    assert (
+        plan.count(model.cfg, 2, train.loss_alone(options), (1, 5, 32, 48), **how).moments == found
+    )

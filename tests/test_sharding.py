@@ -43,22 +43,21 @@ def differences(model, reference):
     }
 
 
-def equality(folder, ranks):
-    """Two AdamW steps of a spread model and of DDP; then saved by the one and resumed by both."""
-    for stage, how in ((1, "full"), (2, "selective")):
+def equality(folder, ranks, options, cases, close=1e-6):
+    """Two steps of a spread model and of DDP; then saved by the one and resumed by both."""
+    for stage, how in cases:
         plain, spread = (tiny_model(stage, awake=True) for _ in range(2))
         plain.checkpoint_activations = spread.checkpoint_activations = how
         shard(spread, ranks)
-        ours, theirs = (train.make_optimizer(m, OPTIONS) for m in (spread, plain))
+        ours, theirs = (train.make_optimizer(m, options) for m in (spread, plain))
         assert sum(p.to_local().numel() for p in spread.parameters()) < 0.51 * sum(
             p.numel() for p in plain.parameters()
         )
-        steps(plain, DistributedDataParallel(plain), theirs, range(2), stage)
-        steps(spread, spread, ours, range(2), stage)
-        assert max(differences(spread, plain).values()) < 1e-6, (
-            stage,
-            how,
-        )  # sums of gradients in another order
+        wrapped = DistributedDataParallel(plain)
+        for step, far in ((0, 1e-6), (1, close)):  # sums of gradients in another order
+            steps(plain, wrapped, theirs, [step], stage)
+            steps(spread, spread, ours, [step], stage)
+            assert max(differences(spread, plain).values()) < far, (stage, how, step)
         assert not any(
             group.is_unsharded
             for m in spread.modules()
@@ -73,7 +72,7 @@ def equality(folder, ranks):
         model = tiny_model(2)  # other weights than those saved
         if spread_again:
             shard(model, ranks)
-        optimizer = train.make_optimizer(model, OPTIONS)
+        optimizer = train.make_optimizer(model, options)
         for p, frozen in zip(model.parameters(), plain.parameters()):
             if not p.requires_grad:
                 copy_into(p, frozen)
@@ -84,7 +83,8 @@ def equality(folder, ranks):
         if not spread_again:
             steps(spread, spread, ours, range(2, 3), 2)
         assert (
-            max(differences(spread, model if not spread_again else plain_of(model)).values()) < 1e-6
+            max(differences(spread, model if not spread_again else plain_of(model)).values())
+            < close
         ), spread_again
 
 
@@ -139,7 +139,9 @@ def one_rank(rank, folder):
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     torch.set_num_threads(1)
     ranks = Ranks(rank, 2, group=dist.new_group())
-    equality(folder, ranks)
+    # From the second step on Muon's bf16 rounds what differs in the last bit of fp32.
+    equality(folder, ranks, OPTIONS.replaced(optimizer="muon"), [(2, "none")], close=1e-4)
+    equality(folder, ranks, OPTIONS, [(1, "full"), (2, "selective")])
     memory(ranks)
     compiled(ranks)
     end_processes()
