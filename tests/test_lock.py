@@ -23,7 +23,7 @@ def wait_for(condition, seconds=90):
 
 def steps_in(out):
     log = out / "training.log"
-    return log.read_text().count("step ") if log.is_file() else 0
+    return log.read_text().count("\nstep ") if log.is_file() else 0
 
 
 @pytest.fixture
