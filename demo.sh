@@ -7,23 +7,23 @@ cd "$(dirname "$0")"
 started=$SECONDS
 say() { printf '\n== %s  (%d min %02d s so far)\n' "$1" $(((SECONDS - started) / 60)) $(((SECONDS - started) % 60)); }
 PYTHON=${PYTHON:-python}
-SIZE="--num_frames 9 --height 64 --width 96"
-RUN="--data_dir=data/demo --height=64 --width=96"
+SIZE="--num_frames 9 --height 96 --width 160"
+RUN="--data_dir=data/demo --batch_size=4"
 # glibc keeps what it frees: a quarter of a small step would go to page faults.  Other systems ignore these.
 export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=4000000000
 
 say "1/6 a world from the shipped miniature: open outputs/demo/world/scene.html while the rest trains"
 $PYTHON sample.py --ckpt tiny/fantasyworld.safetensors --image examples/room.jpg \
-    --prompt "a room with two boxes and an orange sphere, the camera moves right" --camera orbit --out outputs/demo/world
-say "2/6 render rooms, and 64 of other seeds that no training sees; encode them with the encoders in tiny/wan"
-$PYTHON data.py synth data/demo --num 1500 --val 64 $SIZE --seed 0 --variety simple --cache_only True
+    --prompt "a room with two boxes and an orange sphere, the camera moves right" --camera right --out outputs/demo/world
+say "2/6 render rooms, and 32 of other seeds that no training sees; encode them with the encoders in tiny/wan"
+$PYTHON data.py synth data/demo --num 900 --val 32 $SIZE --seed 0 --variety simple --cache_only True
 say "3/6 stage 1: the geometry branch on the frozen video branch"
-$PYTHON train.py config/tiny1.py $RUN --out_dir=outputs/demo/stage1 --max_steps=400
+$PYTHON train.py config/tiny1.py $RUN --out_dir=outputs/demo/stage1 --max_steps=350
 say "4/6 stage 2: camera adapters and video <-> geometry exchange"
-$PYTHON train.py config/tiny2.py $RUN --out_dir=outputs/demo/stage2 --max_steps=150 \
+$PYTHON train.py config/tiny2.py $RUN --out_dir=outputs/demo/stage2 --max_steps=120 \
     --init_from=outputs/demo/stage1/latest.safetensors
 say "5/6 evaluate on the unseen rooms, beside the shipped miniature, which has trained for hours"
-$PYTHON train.py config/tiny2.py $RUN --eval_only=True --eval_clips=64 --eval_more_sigmas="()" --out_dir=outputs/demo \
+$PYTHON train.py config/tiny2.py $RUN --eval_only=True --eval_clips=32 --eval_more_sigmas="()" --out_dir=outputs/demo \
     --init_from=outputs/demo/stage1/latest.safetensors,outputs/demo/stage2/latest.safetensors,tiny/fantasyworld.safetensors
 say "6/6 sample a world from what was just trained"
 $PYTHON sample.py --ckpt outputs/demo/stage2/latest.safetensors --image examples/room2.jpg \

@@ -1,6 +1,6 @@
 """Sample worlds: checkpoint + prompts + start image + camera path -> video, depth, points, cameras.
 
-    python sample.py --ckpt outputs/demo/stage2/latest.safetensors --prompt "a room" --camera orbit
+    python sample.py --ckpt tiny/fantasyworld.safetensors --image examples/room.jpg --camera right
 
 writes into --out: scene.html (open it: everything in one offline page), video.mp4, depth.mp4,
 depth.npz, points.ply, cameras.txt (commanded), cameras_predicted.txt, sheet.png and report.json
@@ -140,7 +140,7 @@ offload = option(None, "GB of weights that stay on the device; others visit", ki
 section_7 = section("files")
 out = option("outputs/sample", "folder")
 export = option(USUAL, f"all, or names of {','.join(EXPORTS)}")
-drop = option(20.0, "percent of the pixels, the least sure, left out of clouds", low=0, high=99)
+drop = option(0.0, "percent of the pixels, the least sure, left out of clouds", low=0, high=99)
 lifts = (None, "commanded", "predicted")
 lift = option(None, "cameras that lift depth to points; None: as its weights want", choices=lifts)
 unit = option("units", "your unit of length, as a word")

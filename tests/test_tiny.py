@@ -1,21 +1,78 @@
-"""The miniature Wan VAE that the repository carries."""
+"""The miniature that the repository carries: whole, loaded as a download is, as good as it says."""
 
 import hashlib
 import pathlib
+import sys
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
-from encoders import WanVAE
+import sample
+from encoders import MINIATURE, WanFolder, WanVAE
+from lib.frozen import check_frozen, frozen_digest
 from lib.rooms import render_clip
+from lib.weights import metadata_of, open_checkpoint, read_checked
 
 ROOT = pathlib.Path(__file__).parents[1]
-VAE = ROOT / "tiny" / "wan" / "Wan2.1_VAE.safetensors"
+TINY = ROOT / "tiny"
+VAE = TINY / "wan" / "Wan2.1_VAE.safetensors"
+CKPT = TINY / "fantasyworld.safetensors"
 
 
-def test_the_vae_is_the_file_that_its_readme_names():
-    digest = hashlib.sha256(VAE.read_bytes()).hexdigest()
-    assert digest in (ROOT / "tiny" / "README.md").read_text()
+def test_every_weight_file_is_the_one_that_the_readme_names_and_all_are_small():
+    said = (TINY / "README.md").read_text()
+    files = [f for f in TINY.rglob("[!.]*") if f.suffix in (".safetensors", ".json")]
+    assert len(files) == 5
+    for file in files:
+        assert hashlib.sha256(file.read_bytes()).hexdigest() in said, file
+    assert sum(f.stat().st_size for f in files) < 16e6
+
+
+def test_it_loads_as_a_downloaded_folder_does():
+    """Strictly, by the readers that real weights go through."""
+    meta = read_checked(CKPT)[1]
+    assert meta["stage"] == "2" and metadata_of(CKPT)["step"] == meta["step"]
+    check_frozen(meta, frozen_digest(MINIATURE), CKPT)
+    folder = WanFolder(MINIATURE, "cpu")
+    words = folder.load_text()(["a room with a teal box", "a quite unheard-of flibbertigibbet"])
+    assert all(w.shape[1] == 64 and w.isfinite().all() for w in words)
+    assert len(words[1]) > len(words[0])  # what it does not know is spelt
+    model = open_checkpoint(CKPT, MINIATURE, torch.device("cpu"))
+    assert model.stage == 2 and sum(p.numel() for p in model.parameters()) < 7e6
+
+
+@pytest.fixture(scope="module")
+def scores():
+    """What tiny/score.py measures on 8 rooms of seeds that no training saw."""
+    sys.path.insert(0, str(TINY))
+    import score
+
+    how = sample.Sampling(steps=8, shift=3.0, guidance=1.0)
+    return score.score(str(CKPT), MINIATURE, range(60_000_000, 60_000_008), (96, 160), how)
+
+
+def test_sampled_rooms_are_nearer_to_the_truth_than_a_still_frame(scores):
+    video = scores["video"]
+    assert video["codec"] > 35 and video["sample"] > video["still"] + 5
+
+
+def test_its_depth_points_and_given_cameras_are_right(scores):
+    given, free, fair = (scores[k] for k in ("poses given", "no poses", "mean depth, still"))
+    assert given["abs_rel"] < 0.07 and given["points"] < 0.07 and given["trans"] < 0.03
+    assert free["abs_rel"] < 0.5 * fair["abs_rel"] and given["objects"] < fair["objects"]
+
+
+def test_the_same_seed_makes_the_same_world(tmp_path, monkeypatch):
+    """The README's line, without --wan_dir and sampling options: they come with the file."""
+    for name in "ab":
+        line = f"sample.py --ckpt {CKPT} --image {ROOT}/examples/room.jpg --camera right"
+        line += f" --export npz --out {tmp_path / name} --device cpu"
+        monkeypatch.setattr(sys, "argv", line.split())
+        monkeypatch.chdir(tmp_path)  # the folder is found beside the checkpoint
+        sample.command()
+    first, second = ((tmp_path / name / "depth.npz").read_bytes() for name in "ab")
+    assert first == second
 
 
 def test_the_vae_shows_a_room_that_it_has_not_seen():

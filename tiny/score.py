@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import sample  # noqa: E402
 from data import collate, prepare  # noqa: E402
 from encoders import MINIATURE, WanFolder, encode_start  # noqa: E402
-from geometry import decode_pose, unproject  # noqa: E402
+from geometry import decode_pose, normalize_scene, unproject  # noqa: E402
 from lib.camera_files import size_of  # noqa: E402
 from lib.evaluate import How, geometry_row, mean_rows, output_at  # noqa: E402
 from lib.metrics import depth_metrics  # noqa: E402
@@ -85,6 +85,17 @@ def geometry_rows(b, objects, model, mean_depth):
     return rows
 
 
+def mean_depth_of(seeds, size):
+    """Mean depth of rooms, scene units."""
+    means = []
+    for seed in seeds:
+        clip = render_clip(seed, 2, *size, "simple")
+        depth, w2c = torch.from_numpy(clip["depth"])[None], torch.from_numpy(clip["w2c"])[None]
+        K = torch.from_numpy(clip["intrinsics"]).expand(1, 2, 3, 3)
+        means.append(normalize_scene(depth.double(), w2c, K, depth > 0)[0].mean())
+    return torch.stack(means).mean().item()
+
+
 @torch.no_grad()
 def score(ckpt, wan_dir, seeds, size, sampling):
     """{name: row} of means over the rooms of some seeds."""
@@ -94,8 +105,7 @@ def score(ckpt, wan_dir, seeds, size, sampling):
         model = open_checkpoint(ckpt, wan_dir, torch.device("cpu"))
     else:
         model = open_model({}, PRESETS["tiny"], wan_dir, "cpu", None).set_stage(0)
-    others = [open_room(70_000_000 + n, size, encoders, model)[0]["depth"] for n in range(16)]
-    mean_depth, found = torch.stack(others).mean().item() if ckpt else 0.0, []
+    mean_depth, found = mean_depth_of(range(70_000_000, 70_000_032), size) if ckpt else 0.0, []
     for seed in tqdm(seeds, unit="room", disable=None):
         b, video, objects = open_room(seed, size, encoders, model)
         rows = dict(video=video_row(b, video, encoders, model, sampling))
