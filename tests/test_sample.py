@@ -278,3 +278,12 @@ def test_help_is_grouped_and_shows_defaults(capsys):
     ):
         assert words in said, words
     assert caught.value.code == 0
+
+
+def test_sampling_is_as_typed_or_as_the_checkpoint_says_or_wans():
+    options = config.apply(vars(sample), ["--steps=3", "--ckpt=x"])
+    found = sample.sampling_of(options, dict(sampling=dict(steps=8, guidance=1.0)))
+    assert found == {**sample.WANS, "steps": 3, "guidance": 1.0}
+    for own, said in ((dict(step=8), "did you mean 'steps'"), (dict(steps="8"), "wanted")):
+        with pytest.raises(ValueError, match=f"x: sampling.*{said}"):
+            sample.sampling_of(options, dict(sampling=own))
