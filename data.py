@@ -438,7 +438,7 @@ class CachedClips(torch.utils.data.Dataset):
         self.samples = {s["id"]: s for s in load_samples(root, split, bad, inside)}  # id -> sample
         shape = (size[2], *size[:2])  # T, H, W: as the folder is called
         name = "x".join(map(str, shape))
-        folders = sorted(Path(root).glob(f"cache/{name}-{family}{'-' * bool(family)}*"))
+        folders = sorted(Path(root).glob(f"cache/{name}-{family or '*'}-*"))
         if len(folders) > 1:
             names, cure = ", ".join(f.name for f in folders), "delete all but one"
             who = f"{wan_dir or 'no Wan folder'}; they are of other encoder files"

@@ -9,8 +9,6 @@ say() { printf '\n== %s  (%d min %02d s so far)\n' "$1" $(((SECONDS - started) /
 PYTHON=${PYTHON:-python}
 SIZE="--num_frames 9 --height 96 --width 160"
 RUN="--data_dir=data/demo --batch_size=4"
-# glibc keeps what it frees: a quarter of a small step would go to page faults.  Other systems ignore these.
-export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=4000000000
 
 say "1/6 a world from the shipped miniature: open outputs/demo/world/scene.html while the rest trains"
 $PYTHON sample.py --ckpt tiny/fantasyworld.safetensors --image examples/room.jpg \

@@ -25,7 +25,6 @@ from functools import lru_cache, partial
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
 from torch.nn.parallel import DistributedDataParallel
 
 import config
@@ -483,7 +482,7 @@ def write_checkpoint(out, step, state, metadata, *, options):
     keep = dict(keep_last=options.keep_last, keep_every=options.keep_every)
     try:
         save_checkpoint(out, step, state, metadata, **keep)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         found = f"step {step} is not saved ({error})"
         return f"{found}; earlier checkpoints in {out} are untouched. Free some space"
     return ""

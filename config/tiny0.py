@@ -2,7 +2,7 @@
 
 preset = "tiny"
 stage = 0
-data_dir = "data/tiny/rooms"
+data_dir = "data/tiny/small"
 out_dir = "outputs/tiny/stage0"
 
 height, width, num_frames = 64, 96, 9

@@ -35,11 +35,11 @@ def psnr(video, truth):
     return -10 * torch.log10((video.clamp(-1, 1) - truth).square().mean() / 4).item()
 
 
-def open_room(seed, size, encoders, model, variety="simple"):
+def open_room(seed, size, encoders, model):
     """A rendered room as the model gets it (batch of 1), its video (1, 3, T, H, W) and the mask of
     its objects."""
     text, vae, pad = encoders
-    clip = render_clip(seed, FRAMES, *size, variety)
+    clip = render_clip(seed, FRAMES, *size, "simple")
     video = torch.from_numpy(clip["rgb"]).permute(3, 0, 1, 2)[None] / 127.5 - 1
     item = dict(
         latents=vae.encode(video)[0],
