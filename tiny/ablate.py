@@ -103,7 +103,7 @@ def render(work, rooms):
     """Training rooms as caches, held-out rooms with their videos."""
     size = ["--height", "96", "--width", "160", "--num_frames", "9"]
     for folder, num, val, seed, more in (
-        ("rooms", 600, 0, 120_000_000, ["--cache_only", "True", "--wan_dir", "tiny/wan"]),
+        ("rooms", 600, 0, 120_000_000, ["--cache_only", "True"]),
         ("val", 16, rooms, 130_000_000, []),
     ):
         counts = ["--num", str(num), "--val", str(val), "--seed", str(seed), "--variety", "simple"]
