@@ -90,32 +90,40 @@ def refine(pose, maps, first, points, K, counts):
 
 
 @torch.no_grad()
-def align_frames(first, depth, frames, K, counts, starts):
+def align_frames(first, depth, frames, K, counts, guesses=()):
     """Poses of frames relative to the first one, from colours alone.
 
+    Every frame is tried from where the frame before was found and from the guesses; the end with
+    the smallest loss is kept, so that no guess decides what is found.
+
     first    (3, H, W) in [-1, 1];  depth (H, W) of it, 0 where unknown;  K (3, 3) of all, pixels
-    frames   (N, 3, H, W);  counts (N, H, W) pixels of `first` that may be compared with each
-    starts   list of (N, 3, 4): the best end is kept, so that no start decides what is found
-    returns  w2c (N, 3, 4) fp64 in depth's unit, RMS-like loss (N,)"""
+    frames   (N, 3, H, W), in order;  guesses  each (N, 3, 4)
+    counts   (N, H, W) pixels of `first` that may be compared with each
+    returns  w2c (N, 3, 4) fp64 in depth's unit"""
     first, depth, frames, K = (x.double() for x in (first, depth, frames, K))
-    n, size = len(frames), depth.shape
-    pose = torch.cat([s.double() for s in starts])  # (S*N, 3, 4)
     counts = counts & (depth > 0)
-    for level in LEVELS:
-        h, w = (side // level for side in size)
-        if min(h, w) < 12 and level > 1:
-            continue
-        shrunk = K / level
-        shrunk[2, 2] = 1
-        small, others = (F.avg_pool2d(x, level) for x in (first[None], frames))
-        # The depth and the mask of the pixel in the middle.
-        middle = slice(level // 2, None, level)
-        z, seen = (x[..., middle, middle][..., :h, :w] for x in (depth, counts))
-        points = (pixel_rays(shrunk, (h, w)).to(z) * z[..., None]).flatten(0, 1)
-        maps = with_slopes(others).repeat(len(starts), 1, 1, 1)
-        told = small[0].flatten(1).mT, points, shrunk, seen.flatten(1).repeat(len(starts), 1)
-        pose, loss = refine(pose, maps, *told)
-    pose, loss = pose.unflatten(0, (-1, n)), loss.unflatten(0, (-1, n))
-    best = loss.argmin(0)
-    frames_at = torch.arange(n)
-    return pose[best, frames_at], loss[best, frames_at].sqrt()
+    levels = [n for n in LEVELS if n == 1 or min(depth.shape) >= 12 * n]
+    told = [at_level(level, first, depth, K) for level in levels]
+    found = [torch.eye(4).to(depth)[:3]]
+    for t, frame in enumerate(frames):
+        pose = torch.stack([found[-1], *(g[t].double() for g in guesses)])
+        for level, (small, points, shrunk) in zip(levels, told):
+            maps = with_slopes(F.avg_pool2d(frame[None], level)).expand(len(pose), -1, -1, -1)
+            seen = in_the_middle(counts[t], level).flatten().expand(len(pose), -1)
+            pose, loss = refine(pose, maps, small, points, shrunk, seen)
+        found.append(pose[loss.argmin()])
+    return torch.stack(found[1:])
+
+
+def in_the_middle(x, level):
+    """The pixel in the middle of every square of level x level pixels of a map (H, W)."""
+    h, w = (side // level for side in x.shape)
+    return x[level // 2 :: level, level // 2 :: level][:h, :w]
+
+
+def at_level(level, first, depth, K):
+    """Colours (P, 3) and points (P, 3) of the first frame, and K, at a level of the pyramid."""
+    z = in_the_middle(depth, level)
+    shrunk = torch.cat([K[:2] / level, K[2:]])
+    points = (pixel_rays(shrunk, z.shape) * z[..., None]).flatten(0, 1)
+    return F.avg_pool2d(first[None], level)[0].flatten(1).mT, points, shrunk

@@ -65,15 +65,14 @@ def carry_first(b, first):
 
 def alignment(b, first, video):
     """Poses (T-1, 3, 4) that best explain frames 1 .. T-1 of a video (3, T, H, W), given the first
-    frame and its true depth.  Tried from the commanded cameras and from standing still."""
+    frame and its true depth.  The commanded cameras are a guess among others."""
     frames = video.movedim(0, 1)[1:]
     later = (b[name][0, 1:] for name in ("w2c", "intrinsics", "depth"))
     start = b["points"][0, :1].expand(len(frames), -1, -1, -1)
     _, seen = meet(start, *later)
-    still = torch.eye(4)[:3].to(start).expand(len(frames), -1, -1)
-    starts = [b["w2c"][0, 1:], still]
     K, depth = b["intrinsics"][0, 0], b["depth"][0, 0] * known(b)[0]
-    return align_frames(first, depth, frames, K, seen, starts)[0]
+    still = torch.eye(4)[:3].expand_as(b["w2c"][0, 1:])
+    return align_frames(first, depth, frames, K, seen, [b["w2c"][0, 1:], still])
 
 
 def video_row(b, truth, video):

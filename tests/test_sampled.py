@@ -72,7 +72,7 @@ def test_ssim_agrees_with_scikit_image():
 def test_the_scale_of_least_l1_ignores_what_least_squares_follows():
     gt = torch.rand(1, 2, 8, 8).double() + 1
     pred, mask = gt / 3, torch.ones_like(gt, dtype=torch.bool)
-    pred[0, 0, 0, :5] *= 40  # outliers
+    pred[0, 0, 0, :5] *= 10  # outliers
     found = depth_metrics(pred, gt, mask, "scale")
     assert found["delta1"] == pytest.approx(1 - 5 / 128, abs=1e-9)
     assert depth_metrics(gt / 3, gt, mask, "scale")["abs_rel"] < 1e-9
@@ -107,7 +107,7 @@ def test_the_extent_of_a_cloud_and_its_similarity():
     gt = torch.rand(1, 1, 20, 20, 3).double() * torch.tensor([2.0, 0, 0])
     turned = 0.5 * gt @ motion_of(torch.randn(1, 6).double())[0, :, :3].mT + 3
     mask = torch.ones(1, 1, 20, 20, dtype=torch.bool)
-    assert extent_metrics(turned, gt, mask)["chamfer_percent"] < 1e-9
+    assert extent_metrics(turned, gt, mask)["chamfer_percent"] < 1e-6
     lifted = gt.clone()
     lifted[..., ::2, 1] += 0.04
     lifted[..., 1::2, 1] -= 0.04
@@ -124,15 +124,14 @@ def poses_apart(found, truth):
 
 @pytest.mark.parametrize("seed", [3, 11, 12])
 def test_the_alignment_finds_the_cameras_of_a_rendered_video(seed):
-    """Started from standing still alone, and from the truth alone: the same cameras."""
+    """Without any guess, and guessing the truth: the same cameras."""
     b, video = room(seed)
     frames, truth = video[:, 1:].movedim(0, 1), b["w2c"]
     later = (b[name][0, 1:] for name in ("w2c", "intrinsics", "depth"))
     _, seen = sampled.meet(b["points"][0, :1].expand(FRAMES - 1, -1, -1, -1), *later)
-    still = torch.eye(4)[:3].expand(FRAMES - 1, -1, -1)
     given = (video[:, 0], b["depth"][0, 0], frames, b["intrinsics"][0, 0], seen)
-    for start in (truth[0, 1:], still):
-        apart = poses_apart(align_frames(*given, [start])[0], truth)
+    for guesses in ([], [truth[0, 1:]]):
+        apart = poses_apart(align_frames(*given, guesses), truth)
         assert apart["rot_deg"] < 0.25 and apart["trans"] < 0.01, apart
 
 
