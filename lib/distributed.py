@@ -85,6 +85,14 @@ def gathered(value):
     return values
 
 
+def gather_cat(tensor, group):
+    """The tensors of all ranks of a group along axis 0; they travel by way of the host, on gloo."""
+    mine = tensor.detach().float().cpu().contiguous()
+    parts = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(parts, mine, group)
+    return torch.cat(parts).to(tensor)
+
+
 # --------------------------------------------------------------------------------- spread weights
 def sharded_units(model):
     """The modules of a FantasyWorld that are gathered one at a time."""
