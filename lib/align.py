@@ -10,17 +10,11 @@ import torch
 import torch.nn.functional as F
 
 from geometry import compose, pixel_rays, rotate
+from lib.camera_paths import exp_se3
 
 HUBER = 0.1  # of colours in [-1, 1]: larger differences weigh as outliers
 LEVELS = (4, 2, 1)  # pixels that are averaged along a side
 STEPS = 15  # of a level
-
-
-def motion_of(twist):
-    """Twists (N, 6), translation first -> motions (N, 3, 4)."""
-    shift, (x, y, z), zero = twist[:, :3], twist[:, 3:].unbind(-1), torch.zeros_like(twist[:, 0])
-    cross = torch.stack([zero, -z, y, z, zero, -x, -y, x, zero], -1).view(-1, 3, 3)
-    return torch.cat([torch.linalg.matrix_exp(cross), shift[..., None]], -1)
 
 
 def with_slopes(pictures):
@@ -44,12 +38,12 @@ def look(maps, points, K, pose):
     grid = (2 * uv / size - 1)[:, None]
     met = F.grid_sample(maps, grid, align_corners=False, padding_mode="border")[:, :, 0]
     colour, along_u, along_v = met.movedim(1, -1).split(3, -1)  # (N, P, 3) each
-    # d(u, v) / dx, then dx / d(twist) = [1, -[x]x]
+    # d(u, v) / dx, then dx / d(twist) = [-[x]x, 1]: rotation first, as exp_se3 takes it
     u_x, v_y = focal[0] / z, focal[1] / z
     zero = torch.zeros_like(z)
     du = torch.stack([u_x, zero, -u_x * x[..., 0] / z], -1)
     dv = torch.stack([zero, v_y, -v_y * x[..., 1] / z], -1)
-    du, dv = (torch.cat([d, torch.linalg.cross(x, d, dim=-1)], -1) for d in (du, dv))
+    du, dv = (torch.cat([torch.linalg.cross(x, d, dim=-1), d], -1) for d in (du, dv))
     slopes = along_u[..., None] * du[..., None, :] + along_v[..., None] * dv[..., None, :]
     inside = (x[..., 2] > 1e-3) & (grid[:, 0].abs() < 1).all(-1)
     return colour, slopes, inside
@@ -77,7 +71,7 @@ def refine(pose, maps, first, points, K, counts):
         square, down = weighted.mT @ slopes, weighted.mT @ gap.flatten(1)[..., None]
         own = torch.diag_embed(square.diagonal(dim1=1, dim2=2) + 1e-9)
         twist = -torch.linalg.solve(square + damping[:, None, None] * own, down)[..., 0]
-        there = compose(motion_of(twist), pose)
+        there = compose(exp_se3(twist), pose)
         found = look(maps, points, K, there)
         then, weight_then, gap_then = cost_of(found[0], first, found[2] & counts)
         better = then < loss

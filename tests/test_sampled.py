@@ -9,7 +9,8 @@ import torch
 from data import collate, prepare
 from geometry import inv_se3, plucker_rays, relative_to_first
 from lib import sampled
-from lib.align import align_frames, motion_of
+from lib.align import align_frames
+from lib.camera_paths import exp_se3
 from lib.metrics import depth_metrics, extent_metrics, pose_metrics, psnr, ssim
 from lib.rooms import render_clip
 
@@ -90,8 +91,8 @@ def test_sums_over_frames_by_hand():
     """CameraCtrl's sums: frames 1 and 2 turn by 0.1 rad more than they should and stand 3-4-5
     aside."""
     turn = torch.zeros(3, 6, dtype=torch.float64)
-    turn[1:, 5] = 0.1
-    c2w = motion_of(turn)
+    turn[1:, 2] = 0.1
+    c2w = exp_se3(turn)
     c2w[1:, :, 3] = torch.tensor([0.3, 0.4, 0], dtype=torch.float64)
     truth = torch.eye(4, dtype=torch.float64)[:3].expand(3, 3, 4)
     found = pose_metrics(inv_se3(c2w)[None], truth[None])
@@ -105,7 +106,7 @@ def test_the_extent_of_a_cloud_and_its_similarity():
     """A cloud that is moved, turned and shrunk is the same one; noise shows in percent of 2."""
     torch.manual_seed(0)
     gt = torch.rand(1, 1, 20, 20, 3).double() * torch.tensor([2.0, 0, 0])
-    turned = 0.5 * gt @ motion_of(torch.randn(1, 6).double())[0, :, :3].mT + 3
+    turned = 0.5 * gt @ exp_se3(torch.randn(1, 6).double())[0, :, :3].mT + 3
     mask = torch.ones(1, 1, 20, 20, dtype=torch.bool)
     assert extent_metrics(turned, gt, mask)["chamfer_percent"] < 1e-6
     lifted = gt.clone()
