@@ -282,16 +282,17 @@ def keys_of(keys, n):
 
 
 @torch.no_grad()
-def generate(model, inputs, sampling, *, decode=None, on_step=None, pair=None):
+def generate(model, inputs, sampling, *, decode=None, on_step=None, progress=None, pair=None):
     """Sample latents (1, 16, f, h, w), then read the geometry once at READOUT_SIGMA.
 
     decode     latents -> video, which runs beside the read-out; None: no video
     on_step    called at every step with its number, from 1, and read_geometry=, a function that
                reads the geometry so far (one forward)
+    progress   wraps the steps; None: a bar
     pair       process group of two ranks that make one video: of lib.jobs.share
     returns    latents, geometry dict, video or None; of the second of a pair latents alone"""
     denoise = Denoiser(model, inputs, sampling, on_step, pair)
-    run, show = SAMPLERS[sampling.sampler], partial(bar, "sampling", unit="step")
+    run, show = SAMPLERS[sampling.sampler], progress or partial(bar, "sampling", unit="step")
     latents = run(denoise, inputs.noise, sampling.steps, shift=sampling.shift, progress=show)
     if pair and dist.get_rank(pair):
         return latents, None, None
@@ -319,6 +320,35 @@ def preview(folder, every, step, *, read_geometry):
     folder.mkdir(parents=True, exist_ok=True)
     pictures = depth_to_rgb(depth[pick], *np.quantile(depth, (0.01, 0.99)))
     write_png(folder / f"step-{step:04d}.png", tile([list(pictures)]))
+
+
+@dataclass(frozen=True)
+class ClipSampler:
+    """(model, prepared batch of one clip) -> what is sampled from its start image, prompt and
+    cameras: video (3, T, H, W) in [-1, 1] and the output at the read-out.  For evaluation."""
+
+    vae: object
+    negative: torch.Tensor  # (L, dim)
+    sampling: Sampling
+    autocast: object
+
+    def __call__(self, model, b):
+        start = (b["noise"], b["text"][0], self.negative, b["y"], b.get("clip"))
+        inputs = Inputs(*start, b["w2c"], b["intrinsics"])
+        with self.autocast:
+            latents, out, _ = generate(model, inputs, self.sampling, progress=iter)
+        return self.decode(latents), {k: v.float() for k, v in out.items() if v is not None}
+
+    def decode(self, latents):
+        return self.vae.decode(latents.float())[0].float()
+
+
+def clip_sampler(own, wan_dir, device, autocast):
+    """ClipSampler of a run with its `sampling` settings, which may differ from Wan's."""
+    how = {**WANS, **checked_sampling(own, "sampling")}
+    encoders = WanFolder(wan_dir, device)
+    negative = encoders.load_text()([how.pop("negative_prompt")])[0]
+    return ClipSampler(encoders.load_vae(), negative, Sampling(**how), autocast)
 
 
 # -------------------------------------------------------------------------------------------- jobs
@@ -439,11 +469,15 @@ def check_size(size):
         raise ValueError(f"{shape.format(*size)}: {wanted}, such as {shape.format(*near)}")
 
 
+def checked_sampling(own, where):
+    """A run's `sampling` with names and ranges as those of the options here."""
+    known = {key: globals()[key] for key in WANS}
+    return {k: config.check(k, v, config.look_up(k, known, where), where) for k, v in own.items()}
+
+
 def sampling_of(options, trained):
     """How to sample: as asked for, or as the checkpoint's run wrote down, or as Wan does."""
-    own, known = trained.get("sampling", {}), {key: globals()[key] for key in WANS}
-    where = f"{options.ckpt}: sampling"
-    own = {k: config.check(k, v, config.look_up(k, known, where), where) for k, v in own.items()}
+    own = checked_sampling(trained.get("sampling", {}), f"{options.ckpt}: sampling")
     given = {key: getattr(options, key) for key in WANS if getattr(options, key) is not None}
     return {**WANS, **own, **given}
 
