@@ -246,6 +246,17 @@ def read_window_depth(sample, ids, w2c):
     return np.where(known, z, 0).astype(np.float32)
 
 
+def read_window(path, ids, crop):
+    """Frames of a video, cropped (T, 3, H, W); few of the uncropped are in memory at a time."""
+    frames, pieces, wanted = [], [], set(ids)
+    for t, frame in enumerate(files.iterate_video(path, ids[-1] + 1)):
+        frames += [frame] if t in wanted else []
+        if sum(f.nbytes for f in frames) > 2**26 or frames and t == ids[-1]:
+            pieces.append(crop.video(np.stack(frames)))
+            frames = []
+    return torch.cat(pieces)
+
+
 def load_clip(sample, height, width, num_frames, start=0, stride=1):
     """Read a window of a sample; frames, depth and intrinsics are cropped and resized together.
 
@@ -266,13 +277,13 @@ def load_clip(sample, height, width, num_frames, start=0, stride=1):
     ids = range(start, start + stride * (num_frames - 1) + 1, stride)  # frames of the window
     w2c, fractions = checked_cameras(sample["camera"])  # of the whole clip
     check_counts(sample, len(w2c), ids[-1])
-    frames, fps = files.read_video(sample["video"], ids[-1] + 1)
-    # one cut for all
-    w2c, crop = torch.from_numpy(w2c[ids]), Crop(frames.shape[1:3], (height, width))
-    video = crop.video(frames[ids])  # (T, 3, H, W)
+    first, fps = files.read_video(sample["video"], 1)
+    size = first.shape[1:3]
+    w2c, crop = torch.from_numpy(w2c[ids]), Crop(size, (height, width))  # one cut for all
+    video = read_window(sample["video"], ids, crop)  # (T, 3, H, W)
     depth = read_window_depth(sample, ids, w2c)  # (T, h, w), of its own resolution
     fps = float(sample["fps"] or fps)  # metadata.json knows better than the file
-    check_window(sample, depth, frames.shape[1:3], fps)
+    check_window(sample, depth, size, fps)
     clip = {}
     if sample["moving"]:
         clip["moving"] = crop.maps(files.read_arrays(sample["moving"], ids, mask=True) > 0)

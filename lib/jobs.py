@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 import config
 from lib.distributed import Ranks, end_processes, gathered, start_processes
 from lib.export import check_out
-from lib.files import MAX_TEXT, check_file, read_prompts, unique_keys
+from lib.files import MAX_TEXT, check_file, unique_keys
 from lib.guards import printable
 
 # What a line may set beside its id: all that needs no other model and no other size.
@@ -101,6 +101,24 @@ def may_write(job, names):
     """Before anything slow."""
     check_out(job.out, names)
     return True
+
+
+def read_prompts(text):
+    """The prompt itself, or the lines of a text file; empty lines and # comments are skipped."""
+    path = Path(text)
+    if path.suffix != ".txt":
+        return [text]
+    if not path.is_file():
+        raise ValueError(f"--prompt {text}: no such file")
+    check_file(path, MAX_TEXT)
+    try:
+        lines = map(str.strip, path.read_bytes().decode("utf-8-sig").splitlines())
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--prompt {text}: not a text in UTF-8 ({error})") from None
+    lines = [line for line in lines if line and not line.startswith("#")]
+    if not lines:
+        raise ValueError(f"--prompt {text}: no prompt in it; wanted one a line")
+    return lines
 
 
 def prompted(options, prepare):
