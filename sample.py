@@ -19,7 +19,6 @@ from functools import partial
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from tqdm import tqdm
 
 import config
@@ -28,14 +27,15 @@ from encoders import WanFolder, encode_start
 from geometry import encode_pose
 from lib.camera_files import FORMATS, size_of
 from lib.camera_paths import View, load_camera, mean_distance
-from lib.crop import Crop
+from lib.crop import load_image
+from lib.experts import BOUNDARY, check_frozen_of, metadata_of_ckpt, open_models, split
 from lib.export import EXPORTS, USUAL, check_out, describe, export_names, make_scene, write_exports
-from lib.files import read_prompts, read_video
-from lib.frozen import check_frozen, frozen_digest
+from lib.files import read_prompts
 from lib.guards import run_command
 from lib.pictures import depth_to_rgb, tile, write_png
-from lib.weights import find_wan, metadata_of, open_checkpoint
+from lib.weights import find_wan
 from model import shift_sigma
+from released import BASES, Tiles
 from wan import LATENT, start_condition
 
 
@@ -99,15 +99,19 @@ CORRECTIONS = {
     "rays": "one ray per pixel; the release shows one per frame, and its weights know nothing else",
     "readout": "geometry of the finished sample; the release reads it in its last step",
     "image": "start image cropped to the aspect; the release squeezes it",
+    "tiles": "images encoded whole; the release on Wan2.2 encodes them in tiles",
+    "switch": "experts change at the exact noise level; the release on Wan2.2 rounds it to bf16",
 }
+OF_PAIRS = {"tiles", "switch"}  # of the release on Wan2.2 alone
 
 section_1 = section("what to sample")
-ckpt = option("", "checkpoint of stage 1 or 2, or a release's model.pth; needed")
+ckpt = option("", "checkpoint of stage 1 or 2, or a release's .pth; of a pair HIGH,LOW; needed")
 wan_dir = option("", "folder of the video branch; empty: the one it was trained with")
 other_wan = option(False, "go on although it holds other weights than those trained with")
 prompt = option("a room", "words, or a .txt file with one prompt a line")
 negative_prompt = option(None, "words to stay away from; Wan: its official ones, in Chinese")
 image = option("", "picture or video file whose first frame starts the video")
+end_image = option("", "picture that the video ends with; for families of 36 inputs")
 section_2 = section("camera")
 camera = option("orbit", "a move (forward, pan_left ...), a file, or 'x,y,z -> x,y,z | ...'")
 camera_format = option(None, "of a camera file that does not show it", choices=(None, *FORMATS))
@@ -131,7 +135,9 @@ seed = option(0, "of the first sample", low=0)
 num_samples = option(1, "samples of every prompt, of seeds seed, seed + 1 ...", low=1, high=10**6)
 section_5 = section("the released weights and what was fine-tuned from them")
 correct = option("", f"do not as the release does: {', '.join(CORRECTIONS)}, with commas")
-release = option(None, "model.pth of the release that ckpt was fine-tuned from, if it was moved")
+release = option("", "the release's .pth that ckpt was fine-tuned from, if it was moved")
+lora = option("", "LoRA merged at 0.55 into what comes from wan_dir; of a pair HIGH,LOW")
+boundary = option(BOUNDARY, "of a pair: 1000 sigma above which the first expert works", low=0)
 section_6 = section("machine")
 device = option("auto", "auto, cpu, cuda, cuda:1 ...")
 dtype = option("auto", "auto: bf16 on a GPU, fp32 on a CPU", choices=("auto", "bf16", "fp32"))
@@ -158,22 +164,13 @@ READOUT_SIGMA = 0.1  # where geometry is read; the release's last step has 0.092
 
 
 # -------------------------------------------------------------------------------------- conditions
-def load_image(path, height, width, *, squeeze=False):
-    """First frame of a file -> (1, 3, 1, H, W) in [-1, 1], cut as training cuts, or squeezed."""
-    frame = read_video(path, max_frames=1)[0]  # (1, h, w, 3)
-    if not squeeze:
-        return (Crop(frame.shape[1:3], (height, width)).video(frame) / 127.5 - 1)[:, :, None]
-    frame = torch.from_numpy(frame).permute(0, 3, 1, 2).float()
-    frame = F.interpolate(frame, (height, width), mode="bicubic", antialias=True).clamp(0, 255)
-    return (frame / 127.5 - 1)[:, :, None]
-
-
 @torch.no_grad()
-def conditions(encoders, prompts, image, *, frames, progress=iter):
+def conditions(encoders, prompts, image, *, frames, tiles=False, progress=iter):
     """What one encoder after another makes of prompts and image.
 
     image     (1, 3, 1, H, W) in [-1, 1], or None: then the model gets zeros, as for a clip whose
-              image training dropped
+              image training dropped; (1, 3, 2, H, W): start and end image
+    tiles     images are encoded in tiles, as by the release on Wan2.2
     returns   list of text (L, dim), y or None, clip (1, 257, 1280) or None, and the VAE"""
     text = encoders.load_text()
     texts = [text([prompt])[0] for prompt in progress(prompts)]  # (L, dim) each
@@ -183,7 +180,8 @@ def conditions(encoders, prompts, image, *, frames, progress=iter):
         clip = encoders.load_image()(image[:, :, 0])
     vae = encoders.load_vae()
     if image is not None:
-        start = encode_start(vae, image, frames, encoders.start_pad)  # (1, 16, 1 or f, h, w)
+        coder = Tiles(vae) if tiles else vae
+        start = encode_start(coder, image, frames, encoders.start_pad)  # (1, 16, 1 or f, h, w)
     return texts, start, clip, vae
 
 
@@ -216,24 +214,34 @@ class Denoiser:
     """velocity(x, t) with guidance, v_neg + g (v_pos - v_neg), as a sampler calls it.
 
     Camera and image are the same in both passes.  What does not change with the noise level is made
-    once, here: text keys, rays, pose features."""
+    once for each model: text keys, rays, pose features."""
 
-    def __init__(self, model, inputs, sampling, on_step=None):
-        self.model, self.y, self.sampling, self.on_step = model, inputs.y, sampling, on_step
+    def __init__(self, models, inputs, sampling, on_step=None):
+        """models: a FantasyWorld, or Experts."""
+        self.models, self.inputs, self.sampling, self.on_step = models, inputs, sampling, on_step
+        self.model, self.y, self.together = None, inputs.y, True
+        self.step, self.last_geometry = 0, None
+
+    def take_model(self, t):
+        """Take the model of this noise level; if it is another one, with its constants."""
+        model = self.models.at(t)
+        if model is self.model:
+            return
+        self.model, inputs = model, self.inputs
         contexts = [inputs.text, inputs.negative]
-        if sampling.guidance == 1:  # v_neg + 1 (v_pos - v_neg): half the work
+        if self.sampling.guidance == 1:  # v_neg + 1 (v_pos - v_neg): half the work
             contexts = contexts[:1]
         clip = inputs.clip if inputs.clip is None else inputs.clip.expand(len(contexts), -1, -1)
         size = tuple(LATENT.space * n for n in inputs.noise.shape[-2:])
         rays = model.rays(inputs.w2c, inputs.K, size)  # (1, 6, T, H, W)
         poses = encode_pose(inputs.w2c, inputs.K, size)  # (1, T, 9)
         both = model.constants(contexts, clip, rays, poses)  # keys of both prompts side by side
-        # One batch of both prompts while it fits, else one after the other.
-        self.passes = [both]
         self.halves = [replace(both, keys=keys_of(both.keys, n)) for n in range(len(contexts))]
-        self.step, self.last_geometry = 0, None
+        # One batch of both prompts while it fits, else one after the other.
+        self.passes = [both] if self.together else self.halves
 
     def __call__(self, x, t):
+        self.take_model(t)
         self.step += 1
         if self.on_step:
             self.on_step(self.step, read_geometry=partial(self.read_geometry, x, t))
@@ -245,7 +253,7 @@ class Denoiser:
             if len(self.passes) == len(self.halves):
                 raise
         # Out here: inside the block the exception would keep the failed pass alive.
-        self.passes = self.halves
+        self.passes, self.together = self.halves, False
         torch.cuda.empty_cache()
         return self.velocity(x, t)
 
@@ -263,6 +271,7 @@ class Denoiser:
 
     def read_geometry(self, x, t):
         """The whole output for the prompt alone: one more forward."""
+        self.take_model(t)
         video = self.model.stage == 2
         return self.model(x, t, None, self.y, constants=self.halves[0], video=video)
 
@@ -355,7 +364,7 @@ def plan_jobs(options, meta, names):
 class Resources:
     """What all jobs of a command share."""
 
-    model: torch.nn.Module
+    model: object  # FantasyWorld, or Experts
     vae: object
     texts: dict  # prompt -> (L, dim)
     negative: torch.Tensor  # (L, dim)
@@ -366,28 +375,32 @@ class Resources:
     K: torch.Tensor
 
 
+def images_of(options, quirks):
+    """Start image, or start and end image (1, 3, 1 or 2, H, W), as conditions takes them; None
+    without any."""
+    names = [name for name in (options.image, options.end_image) if name]
+    if options.end_image and not options.image:
+        raise ValueError("--end_image without --image; give both")
+    size = (options.height, options.width)
+    images = [load_image(name, *size, squeeze="image" in quirks) for name in names]
+    return torch.cat(images, 2) if images else None
+
+
 def load(options, meta, jobs, camera):
-    """Encode prompts and image, then load the model; camera: w2c, K of load_camera."""
-    device = torch.device(options.device)
-    image = None
-    if options.image:
-        squeeze = "image" in quirks_of(options, meta)
-        image = load_image(options.image, options.height, options.width, squeeze=squeeze)
+    """Encode prompts and images, then load the model; camera: w2c, K of load_camera."""
+    device, quirks = torch.device(options.device), quirks_of(options, meta)
+    image = images_of(options, quirks)
     negative = options.negative_prompt
     encoders = WanFolder(options.wan_dir, "cpu" if options.low_memory else device)
     prompts = list(dict.fromkeys([*(job.prompt for job in jobs), negative]))  # each once
+    how = dict(frames=options.frames, tiles="tiles" in quirks)
     show = partial(bar, "text", unit="prompt")
-    made = conditions(encoders, prompts, image, frames=options.frames, progress=show)
-    texts, start, clip, vae = made
+    texts, start, clip, vae = conditions(encoders, prompts, image, **how, progress=show)
     texts = dict(zip(prompts, texts))
 
     half = options.dtype == "bf16" or options.dtype == "auto" and device.type == "cuda"
-    weights = torch.bfloat16 if half else None
-    for path in bar("load", (options.ckpt,), "model"):
-        how = (weights, options.offload, "rays" in corrections(options), options.release)
-        model = open_checkpoint(path, options.wan_dir, device, *how)
-    if options.low_memory:
-        model.depth_head.chunk = model.point_head.chunk = 4  # frames that a head sees at a time
+    for _ in bar("load", (options.ckpt,), "model"):
+        model = open_models(options, quirks, device, torch.bfloat16 if half else None)
     if image is not None and model.cfg.in_dim == LATENT.channels:
         family = f"{options.wan_dir} is a text-to-video family"
         raise ValueError(f"--image {options.image}: {family}; leave the image out")
@@ -402,7 +415,8 @@ def make_inputs(options, job, resources, device):
     noise = torch.randn(1, LATENT.channels, *grid, generator=generator).to(device)
     y = None
     if resources.start is not None:
-        y = start_condition(resources.start.to(device), resources.model.cfg.in_dim, grid[0])
+        family = (resources.model.cfg.in_dim, grid[0], bool(options.end_image))
+        y = start_condition(resources.start.to(device), *family)
     camera = (resources.w2c.to(device), resources.K.to(device))
     text = resources.texts[job.prompt]
     return Inputs(noise, text, resources.negative, y, resources.clip, *camera)
@@ -454,7 +468,8 @@ def corrections(options):
 
 def quirks_of(options, meta):
     """What is done as the release does it."""
-    return set(CORRECTIONS) - corrections(options) if meta.get("release") else set()
+    known = set(CORRECTIONS) if meta.get("expert") else set(CORRECTIONS) - OF_PAIRS
+    return known - corrections(options) if meta.get("release") else set()
 
 
 def check_size(size):
@@ -482,9 +497,9 @@ def settled(options, meta):
     frames = options.frames or trained["num_frames"]
     height, width = options.height or trained["height"], options.width or trained["width"]
     check_size((frames, height, width))
-    folder = options.wan_dir or find_wan(trained["wan_dir"], options.ckpt)
+    folder = options.wan_dir or find_wan(trained["wan_dir"], split(options.ckpt)[-1])
     if foreign and not folder:  # such a file does not say where its base lies
-        wanted = "the folder of Wan2.1-I2V-14B-480P, for its encoders"
+        wanted = f"the folder of {BASES[bool(meta.get('expert'))]}, for its encoders"
         raise ValueError(f"{options.ckpt}: a release needs --wan_dir, {wanted}")
     form, pictures = options.camera_format, options.camera_size
     if foreign and options.camera.endswith(".json"):
@@ -529,13 +544,13 @@ def view_of(options, scene_scale):
 def main(options):
     if not options.ckpt:
         raise ValueError("--ckpt is needed: a checkpoint of stage 1 or 2; --help lists all options")
-    meta = metadata_of(options.ckpt)
+    meta = metadata_of_ckpt(options.ckpt)
     if meta.get("stage") not in ("1", "2"):
         found = f"{options.ckpt}: stage {meta.get('stage')}"
         raise ValueError(f"{found}; wanted a stage 1 or stage 2 checkpoint")
     options = settled(options, meta)
-    if options.wan_dir and "frozen" in meta and not options.other_wan:  # before anything slow
-        check_frozen(meta, frozen_digest(options.wan_dir), options.ckpt)
+    if options.wan_dir and not options.other_wan:  # before anything slow
+        check_frozen_of(options.ckpt, options.wan_dir)
     names = export_names(options.export)
     options = options.replaced(scene_scale=scene_scale_of(options))
     view, size = view_of(options, options.scene_scale), (options.height, options.width)
