@@ -14,6 +14,10 @@ from lib.frozen import check_frozen, frozen_digest
 from lib.weights import Origin, metadata_of, open_checkpoint
 
 BOUNDARY = 900.0  # t = 1000 sigma above which the high noise expert works.  Source: the release
+# What an expert takes, whatever the preset: no CLIP tokens, rays through the control adapter.
+INPUTS = dict(in_dim=36, has_clip=False, has_control=True)
+# Noise levels that an expert is trained on, sigma.
+WINDOWS = {"": (0.0, 1.0), "high": (BOUNDARY / 1000, 1.0), "low": (0.0, BOUNDARY / 1000)}
 
 
 class Experts:
@@ -79,17 +83,35 @@ def of_each(text, count, option):
     return files
 
 
+def window_of(options):
+    """(lowest, highest) sigma that a run of train.py draws."""
+    levels = options.sigma_range or WINDOWS[options.expert]
+    if len(levels) != 2 or levels[0] >= levels[1]:
+        raise ValueError(f"sigma_range = {levels}; wanted two levels, the lower first: 0.9,1.0")
+    return levels
+
+
+def experts_folder(wan_dir, expert):
+    """The folder of a pair's expert; wan_dir itself without one, or where it is no pair's."""
+    pair = expert_folders(wan_dir)
+    return str(pair[EXPERTS.index(expert)]) if pair and expert else wan_dir
+
+
 def check_place(path, meta, expert):
-    """A checkpoint must be the expert of its place in --ckpt."""
-    cure = "wanted --ckpt HIGH,LOW: the high noise expert first"
+    """A checkpoint must be the expert that is wanted: of its place in --ckpt, or of --expert."""
+    cure = "--ckpt is HIGH,LOW, train.py's --expert=high or --expert=low"
     found = meta.get("expert")
     if not found:
-        raise ValueError(f"{path}: it is no expert of a pair; train with --expert={expert}. {cure}")
+        raise ValueError(
+            f"{path}: it is no expert of a pair, wanted the {expert} noise one; {cure}"
+        )
+    if not expert:
+        raise ValueError(f"{path}: one expert of a pair; say which: {cure}")
     if found == "either":  # the release's: only their names differ
         other = EXPERTS[1 - EXPERTS.index(expert)]
         found = other if f"{other}_noise" in Path(path).name else expert
     if found != expert:
-        raise ValueError(f"{path}: the {found} noise expert in the place of the {expert}; {cure}")
+        raise ValueError(f"{path}: the {found} noise expert, wanted the {expert} noise one; {cure}")
 
 
 def metadata_of_ckpt(ckpt):
