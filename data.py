@@ -389,6 +389,8 @@ def encode(root, height, width, num_frames, how=None):
     folder = Path(root, "cache", f"{num_frames}x{height}x{width}-{encoders.fingerprint}")
     same = dict(num_frames=num_frames, height=height, width=width)
     same["fingerprint"] = encoders.fingerprint  # other encoder files, other latents
+    if how.end_image:  # caches that hold more than is asked for stay
+        same["end_image"] = True
     inside, bad, passes = "/" if how.follow_links else root, [], Passes(rank > 0)
     for path in (folder, folder / ".parts"):
         listing.check_inside(inside, path)  # nothing is written through a link that leads out
@@ -524,6 +526,10 @@ class CachedClips(torch.utils.data.Dataset):
             return None
         return as_pixels(video)
 
+    def have_end_images(self):
+        """Whether the end image of every clip is encoded."""
+        return all("end_image" in meta for meta in self.metadata.values())
+
     def count_relative(self):
         """How many of the clips have depth without a unit."""
         return sum(meta.get("depth") == "relative" for meta in self.metadata.values())
@@ -543,7 +549,8 @@ def prepare(batch, in_dim, dev, rays=plucker_rays):
     """Loader batch -> float32 on the device, in scene units: the last step before the model.
 
     rays     the model's own kind of ray map (FantasyWorld.rays)
-    returns  the batch with rays, pose encodings, points, mask and start condition made there"""
+    returns  the batch with rays, pose encodings, points, mask and start condition made there; y_end
+             is the condition of start and end image, None where no end image is encoded"""
 
     def send(x):  # bfloat16 is widened there: half of the bytes to move
         x = x.to(dev, non_blocking=True)  # from pinned memory: no wait
@@ -553,6 +560,7 @@ def prepare(batch, in_dim, dev, rays=plucker_rays):
     batch = {k: v for k, v in batch.items() if k != "relative" or v.any()}
     b = {k: send(v) if torch.is_tensor(v) else v for k, v in batch.items()}
     b["text"] = [send(text) for text in batch["text"]]
+    frames, ends = b["latents"].shape[2], "end_latents" in b
     K, size = b["intrinsics"], b["depth"].shape[-2:]
     mask = torch.isfinite(b["depth"]) & (b["depth"] > 1e-3)  # (B, T, H, W) known depth
     depth, w2c, scale = normalize_scene(b["depth"], b["w2c"], K, mask)  # scene units
@@ -565,7 +573,8 @@ def prepare(batch, in_dim, dev, rays=plucker_rays):
         points=unproject(depth, w2c, K),
         pose_enc=encode_pose(w2c, K, size),
         plucker=rays(w2c, K, size),
-        y=start_condition(b["start_latents"], in_dim, b["latents"].shape[2]),
+        y=start_condition(b["start_latents"], in_dim, frames),
+        y_end=start_condition(b["end_latents"], in_dim, frames, True) if ends else None,
     )
 
 
@@ -638,6 +647,7 @@ def make_parser():
     for name, default in dict(start=0, windows=1, window_seed=-1).items():
         p.add_argument(f"--{name}", type=int, default=default)
     p.add_argument("--stride", default="1", help="frames; of 1,2,4 each window draws one")
+    flag(p, "end_image", "also the last frame as an end image, of families of 36 inputs")
     flag(p, "skip_bad", "exit with 0 although clips failed")
     flag(p, "follow_links", "links may lead out of the dataset")
     p = commands.add_parser("verify", help="check every clip before any GPU hour is spent")

@@ -1,7 +1,8 @@
 """The run folder: checkpoints in and out, which are kept, from which a run goes on.
 
 It holds step-N.safetensors (the trainable tensors; config, git hash and command as metadata),
-step-N.optim.safetensors (AdamW's moments) and latest.safetensors, a hard link to the newest."""
+step-N.optim.safetensors (AdamW's moments) and latest.safetensors, a hard link to the newest (for
+one expert of a pair also high_noise_model.safetensors or low_noise_model.safetensors)."""
 
 import json
 import os
@@ -17,7 +18,14 @@ from lib.distributed import DTensor, copy_into, gather_full, gathered
 from lib.files import write_aside
 from lib.guards import printable
 from lib.tensors import write_tensors
-from lib.weights import config_from_metadata, digest, metadata_of, read_checked, read_tensors
+from lib.weights import (
+    config_from_metadata,
+    digest,
+    metadata_of,
+    read_checked,
+    read_metadata,
+    read_tensors,
+)
 from model import FantasyWorld
 
 
@@ -90,17 +98,24 @@ def save_checkpoint(out, step, state, metadata, *, keep_last, keep_every=0):
 
 
 def link_latest(out, step):
-    """latest.safetensors becomes a hard link to a checkpoint; it is replaced, never missing."""
-    path, latest = out / f"step-{step}.safetensors", out / "latest.safetensors"
-    link = out / ".latest.tmp"
+    """latest.safetensors becomes a hard link to a checkpoint; it is replaced, never missing.  That
+    of an expert is also called high_noise_model or low_noise_model."""
+    path = out / f"step-{step}.safetensors"
+    expert = read_metadata(path).get("expert")
+    for name in ("latest", *([f"{expert}_noise_model"] if expert else [])):
+        replace_link(path, out / f"{name}.safetensors", out / f".{name}.tmp")
+
+
+def replace_link(path, known, link):
+    """known becomes a hard link to path, by way of link."""
     link.unlink(missing_ok=True)
-    if latest.exists() and path.samefile(latest):
+    if known.exists() and path.samefile(known):
         return
     try:
         os.link(path, link)
     except OSError:  # a file system without hard links
         shutil.copyfile(path, link)
-    os.replace(link, latest)
+    os.replace(link, known)
 
 
 def prune(out, newest, keep_last, keep_every):
@@ -155,7 +170,9 @@ def remove_leftovers(out):
     """Remove what a killed save left, by the names that this program writes: unfinished files, and
     optimizer states without weights."""
     for path in [*out.glob(".*.tmp"), *out.glob("step-*.optim.safetensors")]:
-        ours = re.fullmatch(r"\.(step-\d+(\.optim)?\.safetensors\.\d+|latest)\.tmp", path.name)
+        ours = re.fullmatch(
+            r"\.(step-\d+(\.optim)?\.safetensors\.\d+|latest|\w+_noise_model)\.tmp", path.name
+        )
         weights = path.with_name(path.name.replace(".optim", ""))
         if ours or path.suffix != ".tmp" and not weights.exists():
             path.unlink()

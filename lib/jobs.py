@@ -26,8 +26,8 @@ from lib.guards import printable
 
 # What a line may set beside its id: all that needs no other model and no other size.
 PER_JOB = (
-    "prompt image camera camera_format camera_size camera_stride amount fov scene_scale seed steps "
-    "sampler guidance shift negative_prompt"
+    "prompt image end_image camera camera_format camera_size camera_stride amount fov scene_scale "
+    "seed steps sampler guidance shift negative_prompt"
 ).split()
 ID = r"\w[\w.-]{0,59}"  # a folder's name: no separator, no dot in front, short in any alphabet
 
@@ -190,15 +190,16 @@ def attempt(work, where, failed):
 
 
 def start_images(jobs, failed, read):
-    """Those jobs whose start image can be read, and {path: image}; read: options -> image."""
+    """Those jobs whose start and end image can be read, and {their paths: images}; read: options ->
+    images."""
     images, ready = {}, []
     for job in jobs:
-        path = job.options.image
-        if path and path not in images:
-            image = attempt(partial(read, job.options), job.out, failed)
-            if image is None:
+        paths = (job.options.image, job.options.end_image)
+        if any(paths) and paths not in images:
+            found = attempt(partial(read, job.options), job.out, failed)
+            if found is None:
                 continue
-            images[path] = image
+            images[paths] = found
         ready.append(job)
     return ready, images
 
