@@ -23,14 +23,14 @@ WINDOWS = {"": (0.0, 1.0), "high": (BOUNDARY / 1000, 1.0), "low": (0.0, BOUNDARY
 class Experts:
     """The model of every noise level, one in memory at a time.
 
-    openers    two functions without arguments that load a model, of high noise first
+    openers    two functions without arguments that load a model onto device, of high noise first
     boundary   the first one works above this t
     rounded    t is compared as the release does, in bf16: 900 to 902 count as 900
     keep       both stay in memory, where something else keeps them off the device (offload)
     Sampling asks of it what it asks of a FantasyWorld: at(t), to(device), cfg."""
 
-    def __init__(self, openers, boundary=BOUNDARY, *, rounded=False, keep=False):
-        self.openers, self.boundary = openers, boundary
+    def __init__(self, openers, boundary=BOUNDARY, *, device="cpu", rounded=False, keep=False):
+        self.openers, self.boundary, self.device = openers, boundary, torch.device(device)
         self.rounded, self.keep, self.loaded = rounded, keep, {}
 
     def choose(self, t):
@@ -56,8 +56,8 @@ class Experts:
             torch.cuda.empty_cache()
 
     def to(self, device):
-        """Leave the device where it is wanted for something else; models are loaded onto it."""
-        if str(device) == "cpu" and not self.keep:
+        """Leave memory where the device is wanted for something else."""
+        if torch.device(device) != self.device and not self.keep:
             self.clear()
         return self
 
@@ -178,5 +178,5 @@ def open_models(options, quirks, device, weights):
     openers = [partial(load_one, *each) for each in zip(paths, folders, *files)]
     if len(openers) == 1:
         return openers[0]()
-    how = dict(rounded="switch" in quirks, keep=options.offload is not None)
+    how = dict(device=device, rounded="switch" in quirks, keep=options.offload is not None)
     return Experts(openers, options.boundary, **how)
