@@ -63,14 +63,16 @@ class Experts:
 
     @property
     def cfg(self):
-        """Of whichever is there: the sizes of both are equal."""
+        """Of whichever is there: sampling asks for the inputs, which both have in common."""
         found = list(self.loaded.values()) or [self.at(torch.tensor([1000.0]))]
         return found[0].cfg
 
 
 # ------------------------------------------------------------------------------ files of a pair
 def split(text):
-    """The files of an option: one, or those of a pair."""
+    """The files of an option: one, or those of a pair.  A file's own name may hold a comma."""
+    if Path(text).exists():
+        return [text] if text else []
     return [part.strip() for part in text.split(",")] if text else []
 
 

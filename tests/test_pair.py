@@ -148,6 +148,9 @@ def test_half_a_pair_the_wrong_order_and_a_strange_one_are_refused_in_one_line(p
         f"{high},{low},{low}": "3 files; wanted one, or a pair: HIGH,LOW",
         f"{high},{ROOT}/tiny/fantasyworld.safetensors": "it is no expert of a pair",
     }
+    comma = tmp_path / "one, of a pair.pth"  # a single file, whatever its name
+    comma.symlink_to(high)
+    refused[str(comma)] = refused[high]
     for ckpt, said in refused.items():
         assert said in sampled(pair, tmp_path, ckpt, *wan, ok=False)
     text = sampled(pair, tmp_path, f"{high},{low}", *wan, "--lora=one.safetensors", ok=False)
