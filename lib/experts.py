@@ -23,14 +23,14 @@ WINDOWS = {"": (0.0, 1.0), "high": (BOUNDARY / 1000, 1.0), "low": (0.0, BOUNDARY
 class Experts:
     """The model of every noise level, one in memory at a time.
 
-    openers    two functions without arguments that load a model, of high noise first
+    openers    two functions without arguments that load a model onto device, of high noise first
     boundary   the first one works above this t
     rounded    t is compared as the release does, in bf16: 900 to 902 count as 900
     keep       both stay in memory, where something else keeps them off the device (offload)
     Sampling asks of it what it asks of a FantasyWorld: at(t), to(device), cfg."""
 
-    def __init__(self, openers, boundary=BOUNDARY, *, rounded=False, keep=False):
-        self.openers, self.boundary = openers, boundary
+    def __init__(self, openers, boundary=BOUNDARY, *, device="cpu", rounded=False, keep=False):
+        self.openers, self.boundary, self.device = openers, boundary, torch.device(device)
         self.rounded, self.keep, self.loaded = rounded, keep, {}
 
     def choose(self, t):
@@ -56,21 +56,23 @@ class Experts:
             torch.cuda.empty_cache()
 
     def to(self, device):
-        """Leave the device where it is wanted for something else; models are loaded onto it."""
-        if str(device) == "cpu" and not self.keep:
+        """Leave memory where the device is wanted for something else."""
+        if torch.device(device) != self.device and not self.keep:
             self.clear()
         return self
 
     @property
     def cfg(self):
-        """Of whichever is there: the sizes of both are equal."""
+        """Of whichever is there: sampling asks for the inputs, which both have in common."""
         found = list(self.loaded.values()) or [self.at(torch.tensor([1000.0]))]
         return found[0].cfg
 
 
 # ------------------------------------------------------------------------------ files of a pair
 def split(text):
-    """The files of an option: one, or those of a pair."""
+    """The files of an option: one, or those of a pair.  A file's own name may hold a comma."""
+    if Path(text).exists():
+        return [text] if text else []
     return [part.strip() for part in text.split(",")] if text else []
 
 
@@ -178,5 +180,5 @@ def open_models(options, quirks, device, weights):
     openers = [partial(load_one, *each) for each in zip(paths, folders, *files)]
     if len(openers) == 1:
         return openers[0]()
-    how = dict(rounded="switch" in quirks, keep=options.offload is not None)
+    how = dict(device=device, rounded="switch" in quirks, keep=options.offload is not None)
     return Experts(openers, options.boundary, **how)

@@ -314,11 +314,12 @@ def load_release(path, wan_dir="", device="cpu", dtype=None, trains=False, origi
     for head in (model.depth_head, model.point_head):
         head.scratch.to(memory_format=torch.channels_last)
     of_base = sum(not of_release for of_release, _ in plan.values())
+    family = FAMILIES.get(fingerprint(shapes[1]), "other sizes") if based else "no base"
     if os.environ.get("RANK", "0") == "0":
         print(
             f"{path}: FantasyWorld release, {len(plan) - of_base} tensors of it and "
-            f"{of_base} of {wan_dir or 'no base'}: {cfg.num_pcb} + {cfg.geo_layers} video "
-            f"blocks of width {cfg.dim}, geometry width {cfg.geo_dim}",
+            f"{of_base} of {wan_dir or 'nothing else'} ({family}): {cfg.num_pcb} + "
+            f"{cfg.geo_layers} video blocks of width {cfg.dim}, geometry width {cfg.geo_dim}",
             flush=True,
         )
         if origin.lora and not of_base:

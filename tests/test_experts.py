@@ -305,7 +305,8 @@ def test_one_expert_is_in_memory_at_a_time_and_both_where_something_else_keeps_t
     models = [one.at(t) for t in levels]
     assert models[0] is models[1] and models[2] is models[3] and models[0] is not models[2]
     assert models[0].weight.is_meta and not models[2].weight.is_meta
-    one.to("cpu")
+    assert one.to("cpu") is one and not models[2].weight.is_meta  # where it is at home
+    one.to("meta")  # any other device: the own one is wanted for something else
     assert models[2].weight.is_meta
     both = pair(True)
     models = [both.at(t) for t in (*levels, levels[0])]

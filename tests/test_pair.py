@@ -15,14 +15,16 @@ from safetensors.torch import save_file
 from small import command_here, options_of, train_here
 from wan_folder import OVERRIDES, write_pair_folder
 
+import released
 import sample
 import train
 from encoders import WanFolder, wan_family
 from lib.checkpoints import save_checkpoint
 from lib.experts import metadata_of_ckpt
 from lib.files import read_video
+from lib.plan import count
 from lib.weights import export_release, load_release, read_metadata, wan_sources
-from model import shift_sigma
+from model import Config, FantasyWorld, shift_sigma
 
 ROOT = pathlib.Path(__file__).parents[1]
 SIZE = ("--num_frames=5", "--height=32", "--width=48")
@@ -56,7 +58,7 @@ def run(script, *arguments, ok=True):
 def sampled(root, out, ckpt, *more, ok=True):
     """sample.py as its users call it -> depth (T, H, W), video, or what it said."""
     picture = root / "clips" / "train_000000" / "video.mp4"
-    size = ("--frames=5", "--height=32", "--width=48", "--steps=6", "--device=cpu", "--amount=2")
+    size = ("--frames=5", "--height=32", "--width=48", "--steps=2", "--device=cpu", "--amount=2")
     told = ("--ckpt", ckpt, "--image", picture, "--out", out, "--export=video,npz", *size)
     text = run("sample.py", *told, *more, ok=ok)
     if not ok:
@@ -146,6 +148,9 @@ def test_half_a_pair_the_wrong_order_and_a_strange_one_are_refused_in_one_line(p
         f"{high},{low},{low}": "3 files; wanted one, or a pair: HIGH,LOW",
         f"{high},{ROOT}/tiny/fantasyworld.safetensors": "it is no expert of a pair",
     }
+    comma = tmp_path / "one, of a pair.pth"  # a single file, whatever its name
+    comma.symlink_to(high)
+    refused[str(comma)] = refused[high]
     for ckpt, said in refused.items():
         assert said in sampled(pair, tmp_path, ckpt, *wan, ok=False)
     text = sampled(pair, tmp_path, f"{high},{low}", *wan, "--lora=one.safetensors", ok=False)
@@ -157,10 +162,10 @@ def test_half_a_pair_the_wrong_order_and_a_strange_one_are_refused_in_one_line(p
 
 # ---- training
 def trained(root, expert, out, *more):
-    """train.py of one expert, one step, in this process."""
+    """train.py of one expert, one step, in this process -> the checkpoint under its name."""
     told = [f"--wan_dir={root}/A14B", f"--expert={expert}", f"--data_dir={root}/clips", *SIZE]
     told += ["--num_workers=0", "--batch_size=1", "--grad_accum=1", "--max_steps=1"]
-    told += ["--log_every=1", "--eval_every=1", "--device=cpu", "--learning_rate=1e-2"]
+    told += ["--log_every=1", "--eval_every=0", "--device=cpu", "--learning_rate=1e-2"]
     code, text = train_here(*more[:1], *told, "--warmup_steps=0", f"--out_dir={out}", *more[1:])
     assert code == 0, f"{code}\n{text}"
     return out / f"{expert}_noise_model.safetensors"
@@ -207,7 +212,7 @@ def test_a_tiny_pair_of_our_own_goes_through_encode_both_stages_and_sample(pair,
     ckpts = []
     for name in ("high", "low"):
         one, two = tmp_path / f"one-{name}", tmp_path / f"two-{name}"
-        first = trained(pair, name, one, "config/stage1.py", changes)
+        first = trained(pair, name, one, "config/stage1.py", changes, "--eval_every=1")
         more = ("config/stage2.py", changes, f"--init_from={first}")
         ckpts.append(trained(pair, name, two, *more))
         said = read_metadata(ckpts[-1])
@@ -263,5 +268,14 @@ def test_end_images_are_asked_for_where_they_are_not_encoded(pair, tmp_path):
 
 
 def test_the_plan_of_an_expert_counts_its_control_adapter_and_no_clip():
-    cfg = train.model_config(options_of(train, preset="14b", expert="low"))
+    options = options_of(train, preset="14b", expert="low", stage=2)
+    cfg = train.model_config(options)
     assert (cfg.in_dim, cfg.has_clip, cfg.has_control) == (36, False, True)
+    # The release's own, at small sizes: every part that is sharded is there.
+    cfg = Config(**released.sizes(release_shapes(expert(TINY))))
+    cost = count(cfg, 2, train.loss_alone(options), (1, 5, 32, 48))
+    with torch.device("meta"):
+        model = FantasyWorld(cfg).set_stage(2)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert (cost.trainable, cost.moments) == (4 * trained, 8 * trained) and cost.flops > 0
+    assert 0 < cost.gathered_backward < cost.frozen + cost.trainable + cost.gradients
