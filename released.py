@@ -393,6 +393,15 @@ def from_vggt(vggt, own, layers):
                 fits = f"blocks and tokens fit geo_dim = {width} with heads of 64 channels: {cure}"
                 raise ValueError(f"VGGT's {name} is {vggt[name]}, ours {own.get(ours)}; {fits}")
             plan[ours] = name
+    # A file of which little fits would train from scratch without a word.
+    places = {name: re.match(VGGT_NAMES, f"aggregator.{name}") for name in own}
+    wanted = {n for n, m in places.items() if m and (m[1] is None or int(m[1]) < k)}
+    absent = sorted(n for n in wanted - plan.keys() if not n.endswith(".modulation"))
+    if absent or not k:
+        first = f"first {absent[0]}" if absent else "frame blocks"
+        raise ValueError(
+            f"VGGT's file lacks {len(absent)} tensors of its first {k} layers: {first}"
+        )
     camera = [name for name in vggt if name.startswith("camera_head.")]
     if camera and all(own.get(name) == vggt[name] for name in camera):
         plan.update({name: name for name in camera})

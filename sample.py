@@ -9,7 +9,6 @@ tools. With several prompts or seeds, or a list of --jobs, every sample gets a f
 and the same command again goes on where it stopped; torchrun shares them among its ranks.
 --help lists every option."""
 
-import json
 import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -34,6 +33,7 @@ from lib.export import EXPORTS, USUAL, describe, export_names, make_scene, write
 from lib.guards import run_command
 from lib.jobs import attempt, finish, join_ranks, plan_jobs, share, start_images
 from lib.pictures import depth_to_rgb, tile, write_png
+from lib.strangers import read_train_config
 from lib.weights import find_wan
 from model import shift_sigma
 from released import BASES, Tiles
@@ -494,7 +494,7 @@ def sampling_of(options, trained):
 
 def settled(options, meta):
     """Options with what the checkpoint says filled in; ValueError for what cannot work."""
-    trained, foreign = json.loads(meta["train_config"]), bool(meta.get("release"))
+    trained, foreign = read_train_config(meta, options.ckpt), bool(meta.get("release"))
     corrections(options)
     frames = options.frames or trained["num_frames"]
     height, width = options.height or trained["height"], options.width or trained["width"]

@@ -17,15 +17,9 @@ import torch.distributed as dist
 from lib.distributed import DTensor, copy_into, gather_full, gathered
 from lib.files import write_aside
 from lib.guards import printable
+from lib.strangers import config_from_metadata, naming
 from lib.tensors import write_tensors
-from lib.weights import (
-    config_from_metadata,
-    digest,
-    metadata_of,
-    read_checked,
-    read_metadata,
-    read_tensors,
-)
+from lib.weights import digest, metadata_of, read_checked, read_metadata, read_tensors
 from model import FantasyWorld
 
 
@@ -140,7 +134,7 @@ def check_step(out, step):
     """ValueError unless a step's files are whole, of one save, and say all that a resume needs."""
     path = out / f"step-{step}.safetensors"
     meta = read_checked(path)[1]
-    config_from_metadata(meta)
+    config_from_metadata(meta, path)
     config, stage = json.loads(meta["train_config"]), meta["stage"]
     if not isinstance(config, dict) or stage not in ("0", "1", "2") or int(meta["step"]) != step:
         raise ValueError(f"{path}: its metadata is of step {meta['step']}, or without options")
@@ -230,8 +224,11 @@ def describe(path):
     if missing := [key for key in ("stage", "step", "model_config") if key not in meta]:
         found = f"no {', '.join(missing)} in its metadata"
         raise ValueError(f"{path}: {found}: not a checkpoint of train.py")
-    with torch.device("meta"):
-        model = FantasyWorld(config_from_metadata(meta)).set_stage(int(meta["stage"]))
+    cfg = config_from_metadata(meta, path)
+    if meta["stage"] not in ("0", "1", "2"):
+        raise ValueError(f"{path}: stage {meta['stage']!r:.60}; wanted 0, 1 or 2")
+    with naming(path), torch.device("meta"):
+        model = FantasyWorld(cfg).set_stage(int(meta["stage"]))
     wanted = {k: tuple(v.shape) for k, v in model.trainable_state_dict().items()}
     found = {k: tuple(v.shape) for k, v in tensors.items()}
     if differ := [k for k in {**wanted, **found} if wanted.get(k) != found.get(k)]:

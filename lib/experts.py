@@ -11,6 +11,7 @@ import torch
 
 from encoders import EXPERTS, expert_folders
 from lib.frozen import check_frozen, frozen_digest
+from lib.strangers import read_train_config
 from lib.weights import Origin, metadata_of, open_checkpoint
 
 BOUNDARY = 900.0  # t = 1000 sigma above which the high noise expert works.  Source: the release
@@ -136,7 +137,7 @@ def metadata_of_ckpt(ckpt):
         if high.get(key) != low.get(key):
             found = f"{key} {high.get(key)} and {low.get(key)}"
             raise ValueError(f"--ckpt {ckpt}: a pair of {found}; wanted two of a kind")
-    trained = json.loads(low["train_config"])
+    trained = read_train_config(low, paths[1])
     if low.get("release"):  # its negative prompt is the empty one
         trained["sampling"] = dict(negative_prompt="") | trained.get("sampling", {})
     both = {key: f"{high.get(key, '')} {low.get(key, '')}".strip() for key in ("sha256", "step")}

@@ -24,6 +24,7 @@ from lib.distributed import copy_into
 from lib.files import write_aside
 from lib.guards import run_command
 from lib.lora import with_lora
+from lib.strangers import config_from_metadata, floats, naming
 from lib.tensors import bytes_of, write_tensors
 from model import Config, FantasyWorld, half_geometry
 from wan import WanDiT, check_names, half_precision, shapes_of
@@ -170,12 +171,6 @@ def build_model(cfg, wan_dir, device, dtype=None, lora=""):
     return model.to(device)
 
 
-def config_from_metadata(meta):
-    """Config that a checkpoint was trained with."""
-    values = json.loads(meta["model_config"])
-    return Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
-
-
 def load_trained(model, path):
     """Copy a checkpoint's tensors into the model; returns its metadata (stage, step, config as
     strings).
@@ -183,17 +178,23 @@ def load_trained(model, path):
     A checkpoint holds what its stage trains; after stage 1 the interaction keeps its zero start.
     Anything else that is missing, left over or of another shape is a ValueError."""
     sd, meta = read_checked(path)
-    own, stage = dict(model.named_parameters()), meta.get("stage")
+    own = dict(model.named_parameters())
+    check_trained(model, shapes_of(sd), meta.get("stage"), path)
+    for name, value in sd.items():
+        copy_into(own[name], value)
+    return meta
+
+
+def check_trained(model, found, stage, path):
+    """ValueError unless a checkpoint's tensors, name -> shape, are those of its stage."""
+    own = dict(model.named_parameters())
     trained_later = ("camera_adapters.", "exchange.", "ray_encoder.") if stage == "1" else ()
     unread = () if model.cfg.pose_tokens else ("pose_encoder.",)
     untrained = trained_later + unread
     absent = {k for k in own if k.startswith("dit.") != (stage == "0") or k.startswith(untrained)}
     what = f"{path} (stage {stage}) does not fit this model"
     cure = "Use the preset that it was trained with."
-    check_names(shapes_of(own), shapes_of(sd), what, cure=cure, optional=absent)
-    for name, value in sd.items():
-        copy_into(own[name], value)
-    return meta
+    check_names(shapes_of(own), found, what, cure=cure, optional=absent)
 
 
 # --- Checkpoints, releases, VGGT ------------------------------------------------------------------
@@ -243,10 +244,12 @@ def load_weights(model, path):
                 "alone"
             )
         base = {k.removeprefix("dit."): shape for k, shape in own.items() if k.startswith("dit.")}
-        plan = released.match(own, tensor_shapes(file), base, model.cfg.num_pcb, path)
+        with naming(path):
+            plan = released.match(own, tensor_shapes(file), base, model.cfg.num_pcb, path)
         plan = {k: name for k, (of_release, name) in plan.items() if of_release}
     else:
-        plan, left = released.from_vggt(tensor_shapes(file), own, model.cfg.geo_layers)
+        with naming(path):
+            plan, left = released.from_vggt(tensor_shapes(file), own, model.cfg.geo_layers)
         kinds = sorted({".".join(re.sub(r"\d+", "*", name).split(".")[:3]) for name in left})
         if os.environ.get("RANK", "0") == "0":
             print(
@@ -256,7 +259,7 @@ def load_weights(model, path):
             )
     parameters = dict(model.named_parameters())
     for k, name in plan.items():
-        copy_into(parameters[k], file[name][1]().reshape(own[k]))
+        copy_into(parameters[k], floats(file[name][1](), name, path).reshape(own[k]))
     return meta
 
 
@@ -292,11 +295,12 @@ def load_release(path, wan_dir="", device="cpu", dtype=None, trains=False, origi
     based = wan_dir and (wan_files(wan_dir) or expert_folders(wan_dir))
     files = release_tensors(path), wan_tensors(wan_dir, origin.lora) if based else {}
     shapes = [tensor_shapes(file) for file in files]
-    cfg = Config(**released.sizes(*shapes), true_rays=origin.true_rays)
-    with torch.device("meta"):
-        model = FantasyWorld(cfg)
-    own = {k: tuple(v.shape) for k, v in model.state_dict().items()}
-    plan = released.match(own, *shapes, cfg.num_pcb, where=path)
+    with naming(path):
+        cfg = Config(**released.sizes(*shapes), true_rays=origin.true_rays)
+        with torch.device("meta"):
+            model = FantasyWorld(cfg)
+        own = {k: tuple(v.shape) for k, v in model.state_dict().items()}
+        plan = released.match(own, *shapes, cfg.num_pcb, where=path)
     if dtype:
         half_precision(model.dit, dtype)
         if not trains:
@@ -304,7 +308,7 @@ def load_release(path, wan_dir="", device="cpu", dtype=None, trains=False, origi
     wanted = model.state_dict()
     model.load_state_dict(
         {
-            k: files[not of_release][name][1]()
+            k: floats(files[not of_release][name][1](), name, path)
             .reshape(own[k])
             .to(device, wanted[k].dtype, copy=True)
             for k, (of_release, name) in plan.items()
@@ -348,8 +352,12 @@ def open_checkpoint(path, wan_dir, device, dtype=None, keep_gb=None, origin=Orig
     meta = metadata_of(path)
     meta["release"] = meta.get("release") and (origin.release or meta["release"])
     meta["lora"] = origin.lora or meta.get("lora", "")
-    cfg = config_from_metadata(meta) if "model_config" in meta else Config()
+    cfg = config_from_metadata(meta, path) if "model_config" in meta else Config()
     cfg = replace(cfg, true_rays=cfg.true_rays or origin.true_rays)
+    if "foreign" not in meta:
+        with naming(path), torch.device("meta"):  # sizes first, before anything is allocated
+            empty = FantasyWorld(cfg)
+        check_trained(empty, tensor_shapes(lazy_tensors(str(path))), meta["stage"], path)
     model = open_model(
         meta, cfg, wan_dir, device if keep_gb is None else "cpu", dtype, trains=False
     )
@@ -403,7 +411,7 @@ def export_release(checkpoint, out):
 
     The video branch and whatever else the release's file held are copied from it."""
     tensors, meta = read_tensors(checkpoint)
-    cfg = config_from_metadata(meta) if "model_config" in meta else Config()
+    cfg = config_from_metadata(meta, checkpoint) if "model_config" in meta else Config()
     if not cfg.released or meta["stage"] != "2":
         raise ValueError(
             f"{checkpoint}: wanted a stage 2 checkpoint of a run with --init_from=model.pth of "

@@ -245,7 +245,7 @@ def model_files(root):
 
 def text_files(root):
     """Prompts, lists of jobs, configs, start images."""
-    ckpt = root / "two.safetensors"
+    ckpt = write_checkpoint(root)
     (root / "prompts.txt").write_text("a red room\n# aside\na blue room\n")
     yield (
         "prompts",
@@ -318,6 +318,9 @@ def dataset(root, form):
 def exr_bytes(depth):
     """A float32 EXR of one channel, without compression."""
     return test_rasters.exr(depth, "Z", "<f4", 3, 16, test_rasters.deflated)
+
+
+GROUPS = (model_files, text_files, camera_kinds, dataset_kinds)
 
 
 # ---------------------------------------------------------------------------------------- one trial
@@ -431,11 +434,11 @@ def judge(kind, clean, found):
     return "unchanged" if result == clean else "other"
 
 
-def campaign(base, trials, seed, only=""):
+def campaign(base, trials, seed, only="", groups=GROUPS):
     """kind -> Counter of outcomes; prints what should not be."""
     table = {}
-    for make in (model_files, text_files, camera_kinds, dataset_kinds):
-        root = base / make.__name__ if make is not text_files else base / "model_files"
+    for make in groups:
+        root = base / ("clips" if make is dataset_kinds else make.__name__)
         root.mkdir(exist_ok=True)
         for name, kind in list(make(root)):
             if not re.search(only, name):
@@ -464,13 +467,16 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--trials", type=int, default=30, help="of each kind")
     parser.add_argument("--seed", type=int, default=0)
+    names = [make.__name__ for make in GROUPS]
+    parser.add_argument("--groups", nargs="*", choices=names, default=names)
     parser.add_argument("--only", default="", help="a pattern for the names of kinds")
     args = parser.parse_args()
     torch.set_num_threads(1)
     began = time.time()
     with tempfile.TemporaryDirectory() as base:
         print(f"{'':26s}" + "".join(f"{c:>10s}" for c in COLUMNS))
-        table = campaign(Path(base), args.trials, args.seed, args.only)
+        groups = [make for make in GROUPS if make.__name__ in args.groups]
+        table = campaign(Path(base), args.trials, args.seed, args.only, groups)
     total = sum(table.values(), Counter())
     print(f"{'all':26s}" + "".join(f"{total[c]:>10d}" for c in COLUMNS))
     print(f"{total.total()} mutants of {len(table)} kinds, {time.time() - began:.0f} s")
