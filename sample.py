@@ -33,7 +33,7 @@ from lib.export import EXPORTS, USUAL, check_out, describe, export_names, make_s
 from lib.files import read_prompts, read_video
 from lib.frozen import check_frozen, frozen_digest
 from lib.guards import run_command
-from lib.pictures import depth_to_rgb, tile, write_png
+from lib.pictures import as_pixels, depth_to_rgb, tile, write_png
 from lib.weights import find_wan, metadata_of, open_checkpoint
 from model import shift_sigma
 from wan import LATENT, start_condition
@@ -235,10 +235,15 @@ class Denoiser:
 
     def __call__(self, x, t):
         self.step += 1
-        if self.on_step:
-            self.on_step(self.step, read_geometry=partial(self.read_geometry, x, t))
         if self.sampling.read_last_step and self.step == self.sampling.steps:
             self.last_geometry = self.read_geometry(x, t)
+        v = self.velocity_that_fits(x, t)
+        if self.on_step:
+            foreseen = x - t / 1000 * v.float()
+            self.on_step(self.step, foreseen, read_geometry=partial(self.read_geometry, x, t))
+        return v
+
+    def velocity_that_fits(self, x, t):
         try:
             return self.velocity(x, t)
         except torch.cuda.OutOfMemoryError:
@@ -272,13 +277,18 @@ def keys_of(keys, n):
     return [[(k[n : n + 1], v[n : n + 1]) for k, v in block] for block in keys]
 
 
+def bar(phase, items, unit):
+    """Progress with the time left; one bar for each phase."""
+    return tqdm(items, desc=f"{phase:8s}", unit=unit, dynamic_ncols=True)
+
+
 @torch.no_grad()
-def generate(model, inputs, sampling, *, decode=None, on_step=None):
+def generate(model, inputs, sampling, *, decode=None, on_step=None, bar=bar):
     """Sample latents (1, 16, f, h, w), then read the geometry once at READOUT_SIGMA.
 
     decode     latents -> video, which runs beside the read-out; None: no video
-    on_step    called at every step with its number, from 1, and read_geometry=, a function that
-               reads the geometry so far (one forward)
+    on_step    called after every step with its number, from 1, the latents that it foresees, and
+               read_geometry=, a function that reads the geometry so far (one forward)
     returns    latents, geometry dict, video or None"""
     denoise = Denoiser(model, inputs, sampling, on_step)
     run, show = SAMPLERS[sampling.sampler], partial(bar, "sampling", unit="step")
@@ -292,20 +302,17 @@ def generate(model, inputs, sampling, *, decode=None, on_step=None):
         return latents, geometry, video.result() if video else None
 
 
-def bar(phase, items, unit):
-    """Progress with the time left; one bar for each phase."""
-    return tqdm(items, desc=f"{phase:8s}", unit=unit, dynamic_ncols=True)
-
-
-def preview(folder, every, step, *, read_geometry):
-    """Every so many steps the depth of up to 5 frames as folder/step-0008.png, bright is near."""
+def preview(folder, every, decode, step, latents, *, read_geometry):
+    """Every so many steps the first frame and the depth of up to 5, bright is near, as
+    folder/step-0008.png."""
     if not every or step % every:
         return
+    first = as_pixels(decode(latents[:, :, :1]))  # latent 0 is frame 0 alone
     depth = read_geometry()["depth"][0].float().cpu().numpy()
     pick = np.linspace(0, len(depth) - 1, min(5, len(depth))).round().astype(int)
     folder.mkdir(parents=True, exist_ok=True)
     pictures = depth_to_rgb(depth[pick], *np.quantile(depth, (0.01, 0.99)))
-    write_png(folder / f"step-{step:04d}.png", tile([list(pictures)]))
+    write_png(folder / f"step-{step:04d}.png", tile([[*first, *pictures]]))
 
 
 # -------------------------------------------------------------------------------------------- jobs
@@ -366,13 +373,16 @@ class Resources:
     K: torch.Tensor
 
 
-def load(options, meta, jobs, camera):
-    """Encode prompts and image, then load the model; camera: w2c, K of load_camera."""
+def image_of(options, meta):
+    """The start image (1, 3, 1, H, W) in [-1, 1]."""
+    squeeze = "image" in quirks_of(options, meta)
+    return load_image(options.image, options.height, options.width, squeeze=squeeze)
+
+
+def load(options, meta, jobs, camera, *, model=None, bar=bar):
+    """Encode prompts and image, then load the model, if it is not at hand; camera: w2c, K."""
     device = torch.device(options.device)
-    image = None
-    if options.image:
-        squeeze = "image" in quirks_of(options, meta)
-        image = load_image(options.image, options.height, options.width, squeeze=squeeze)
+    image = image_of(options, meta) if options.image else None
     negative = options.negative_prompt
     encoders = WanFolder(options.wan_dir, "cpu" if options.low_memory else device)
     prompts = list(dict.fromkeys([*(job.prompt for job in jobs), negative]))  # each once
@@ -383,7 +393,7 @@ def load(options, meta, jobs, camera):
 
     half = options.dtype == "bf16" or options.dtype == "auto" and device.type == "cuda"
     weights = torch.bfloat16 if half else None
-    for path in bar("load", (options.ckpt,), "model"):
+    for path in bar("load", (options.ckpt,), "model") if model is None else ():
         how = (weights, options.offload, "rays" in corrections(options), options.release)
         model = open_checkpoint(path, options.wan_dir, device, *how)
     if options.low_memory:
@@ -408,23 +418,24 @@ def make_inputs(options, job, resources, device):
     return Inputs(noise, text, resources.negative, y, resources.clip, *camera)
 
 
-def decode_video(vae, latents):
+def decode_video(vae, latents, progress=iter):
     """Latents (1, 16, f, h, w) -> video (3, T, H, W) in [-1, 1] on the CPU."""
-    return vae.decode(latents.float().cpu(), progress=partial(bar, "decode", unit="step"))[0].cpu()
+    return vae.decode(latents.float().cpu(), progress=progress)[0].cpu()
 
 
-def sample_one(options, job, meta, resources):
+def sample_one(options, job, meta, resources, bar=bar):
     """Run one job -> Scene with its report."""
     device = torch.device(options.device)
     model = resources.model.to(device)
     inputs = make_inputs(options, job, resources, device)
     numbers = (options.sampler, options.steps, options.shift, options.guidance)
     sampling = Sampling(*numbers, read_last_step="readout" in quirks_of(options, meta))
-    decode = partial(decode_video, resources.vae)
-    on_step = partial(preview, job.out / "preview", options.preview_every)
-    beside = None if options.low_memory else decode
+    glimpse = partial(decode_video, resources.vae)
+    decode = partial(glimpse, progress=partial(bar, "decode", unit="step"))
+    on_step = partial(preview, job.out / "preview", options.preview_every, glimpse)
+    how = dict(decode=None if options.low_memory else decode, on_step=on_step, bar=bar)
     with torch.autocast(device.type, torch.bfloat16, enabled=resources.half):
-        latents, geometry, video = generate(model, inputs, sampling, decode=beside, on_step=on_step)
+        latents, geometry, video = generate(model, inputs, sampling, **how)
     if options.low_memory:
         model.to("cpu")  # the decoder gets the device for itself; the next job brings it back
         video = decode(latents)
@@ -526,29 +537,50 @@ def view_of(options, scene_scale):
     return View(options.fov, options.amount, scene_scale, form, pictures, stride)
 
 
-def main(options):
+def prepared(options, meta):
+    """Options of a job with everything filled in, and its camera (w2c, K)."""
+    options = settled(options, meta)
+    options = options.replaced(scene_scale=scene_scale_of(options))
+    view, size = view_of(options, options.scene_scale), (options.height, options.width)
+    return options, load_camera(options.camera, options.frames, size, view)
+
+
+def checkpoint_of(options):
+    """What the checkpoint says of itself."""
     if not options.ckpt:
         raise ValueError("--ckpt is needed: a checkpoint of stage 1 or 2; --help lists all options")
     meta = metadata_of(options.ckpt)
     if meta.get("stage") not in ("1", "2"):
         found = f"{options.ckpt}: stage {meta.get('stage')}"
         raise ValueError(f"{found}; wanted a stage 1 or stage 2 checkpoint")
-    options = settled(options, meta)
-    if options.wan_dir and "frozen" in meta and not options.other_wan:  # before anything slow
+    return meta
+
+
+def check_base(options, meta):
+    """A checkpoint goes with the video branch that it was trained on."""
+    if options.wan_dir and "frozen" in meta and not options.other_wan:
         check_frozen(meta, frozen_digest(options.wan_dir), options.ckpt)
+
+
+def main(options):
+    meta = checkpoint_of(options)
     names = export_names(options.export)
-    options = options.replaced(scene_scale=scene_scale_of(options))
-    view, size = view_of(options, options.scene_scale), (options.height, options.width)
-    camera = load_camera(options.camera, options.frames, size, view)  # w2c, K
+    options, camera = prepared(options, meta)
+    check_base(options, meta)  # before anything slow
     jobs = plan_jobs(options, meta, names)
     resources = load(options, meta, jobs, camera) if jobs else None
     for i, job in enumerate(jobs):
         if len(jobs) > 1:
             print(f"{i + 1} of {len(jobs)}: {job.prompt}, seed {job.seed}", flush=True)
-        scene = sample_one(options, job, meta, resources)
-        write_exports(scene, job.out, names, partial(bar, "export", unit="file"))
-        print(f"{job.out}: {' '.join(EXPORTS[n][0] for n in names)} report.json")
-        print(*describe(scene.report, options.unit), sep="\n", flush=True)
+        make_one(options, job, meta, resources, names)
+
+
+def make_one(options, job, meta, resources, names, bar=bar):
+    """Sample one job and write its files."""
+    scene = sample_one(options, job, meta, resources, bar)
+    write_exports(scene, job.out, names, partial(bar, "export", unit="file"))
+    print(f"{job.out}: {' '.join(EXPORTS[n][0] for n in names)} report.json")
+    print(*describe(scene.report, options.unit), sep="\n", flush=True)
 
 
 def command():
