@@ -25,6 +25,7 @@ from lib.camera_paths import TRAVEL, TURN_AXIS, ZOOM
 from lib.export import EXPORTS, export_names
 from lib.files import STILLS
 from lib.guards import one_line, run_command
+from lib.jobs import plan_jobs, start_images
 from lib.pictures import COMMANDED, as_pixels, top_view
 from lib.webpage import Job, alarm, figure, show_world
 
@@ -45,6 +46,7 @@ upload = option(100, "MB that a file may have", low=1)
 
 ROOT = pathlib.Path(__file__).resolve().parent
 EXAMPLES = sorted(map(str, ROOT.glob("examples/room*.jpg")))
+SEVERAL = ("num_samples", "jobs")  # options of sample.py for more than one world
 KINDS = ("named move", "key frames", "camera file")
 MOVES = [*TRAVEL, *TURN_AXIS, *ZOOM, "spiral"]
 COLUMNS = ["time", "x", "y", "z", "to x", "to y", "to z"]
@@ -56,10 +58,10 @@ POLICY = "default-src 'self' data: blob: 'unsafe-inline' 'unsafe-eval'"
 
 # ------------------------------------------------------------------------------------------- work
 def placed(files, folder):
-    """Copies of uploaded files -> the copy, or for several their folder."""
+    """Copy uploaded files into a new folder -> the copy, or else the folder."""
     folder.mkdir()
     copies = [shutil.copy(file, folder) for file in files]
-    return str(folder if len(copies) > 1 else copies[0])
+    return str(copies[0] if len(copies) == 1 else folder)
 
 
 def key_frames(table):
@@ -73,28 +75,21 @@ def key_frames(table):
     return " | ".join(parts) or "->"
 
 
-DIGIT = "[0-9]"  # of the names of worlds
-
-
 class Studio:
     """What all visitors share: what app.py was started with, and the model."""
 
     def __init__(self, options):
-        self.meta = sample.checkpoint_of(options)
+        self.asked, self.meta = options, sample.checkpoint_of(options)
         self.settled = sample.settled(options, self.meta)
         sample.check_base(self.settled, self.meta)
-        elsewhere = ("out", "num_samples", "preview_every")
-        given = {k: v for k, v in vars(options).items() if k in vars(sample) and k not in elsewhere}
-        self.given = given
-        self.previews = options.preview_every or 2
         self.worlds = pathlib.Path(options.out).resolve() / "worlds"
         self.worlds.mkdir(parents=True, exist_ok=True)
-        self.keep = options.keep
         self.model = None
         self.one = ThreadPoolExecutor(1)  # a job that was stopped ends its step before the next
 
-    def arguments(self, form, folder):
-        """The command line of a form; uploaded files are copied into the folder."""
+    def read(self, form, folder):
+        """A form -> arguments of sample.py, and what it makes of them; uploaded files are copied
+        into the folder."""
         form = {k: v for k, v in form.items() if v not in (None, "", []) or k == "prompt"}
         kind, keys, files = form.pop("kind"), form.pop("keys", ()), form.pop("files", ())
         if form["prompt"].endswith(".txt"):
@@ -102,48 +97,46 @@ class Studio:
         if kind == "key frames":
             form["camera"] = key_frames(keys)
         elif kind == "camera file":
-            if not files:
-                raise ValueError("--camera: wanted a camera file, and none is chosen")
             form["camera"] = placed(files, folder / "camera")
         if "image" in form:
             form["image"] = placed([form["image"]], folder / "start")
         form["export"] = ",".join(form.get("export", ()))
         # What stands there as at first is left to the checkpoint.
         values = {k: v for k, v in form.items() if v != getattr(self.settled, k)}
-        values = self.given | values
-        return [f"--{k}={v}" for k, v in values.items() if v != vars(sample)[k].default]
-
-    def prepared(self, arguments, folder):
-        """What sample.py makes of its arguments: options and camera."""
-        options = config.apply(vars(sample), arguments)
-        options = options.replaced(out=str(folder), preview_every=self.previews)
-        return sample.prepared(options, self.meta)
+        elsewhere = ("out", "preview_every", *SEVERAL)
+        given = {k: v for k, v in vars(self.asked).items() if k in vars(sample)}
+        values = {k: v for k, v in (given | values).items() if k not in elsewhere}
+        said = [f"--{k}={v}" for k, v in values.items() if v != vars(sample)[k].default]
+        options = config.apply(vars(sample), said)
+        previews = self.asked.preview_every or 2
+        return said, options.replaced(out=str(folder), preview_every=previews)
 
     def make(self, form, job):
         """Make a world; -> what the page shows of it.  What is not whole leaves."""
         try:
             job.folder.mkdir()
-            arguments = self.arguments(form, job.folder)
-            options, camera = self.prepared(arguments, job.folder)
-            names = export_names(options.export)
-            jobs = sample.plan_jobs(options, self.meta, names)
+            said, options = self.read(form, job.folder)
+            names, meta = export_names(options.export), self.meta
+            prepare = partial(sample.prepared, meta=meta)
+            jobs = plan_jobs(options, meta, names, prepare, {}).jobs
+            _, images = start_images(jobs, None, partial(sample.image_of, meta=meta))
             how = dict(model=self.model, bar=job.bar)
-            resources = sample.load(options, self.meta, jobs, camera, **how)
+            resources = sample.load(jobs[0].options, jobs, images, **how)
             self.model = resources.model
-            sample.make_one(options, jobs[0], self.meta, resources, names, job.bar)
+            sample.make_one(jobs[0], meta, resources, names, job.bar)
         except BaseException:
             shutil.rmtree(job.folder, ignore_errors=True)
             raise
-        for old in sorted(self.worlds.glob(f"{DIGIT * 8}-{DIGIT * 6}-*"))[: -self.keep]:
+        for old in sorted(self.worlds.glob("2???????-??????-????????"))[: -self.asked.keep]:
             shutil.rmtree(old, ignore_errors=True)
-        return show_world(job.folder, names, shlex.join(["python", "sample.py", *arguments]))
+        return show_world(job.folder, names, shlex.join(["python", "sample.py", *said]))
 
     def run(self, form):
         """make in a thread of its own -> how far it is, then the world.
 
         gradio closes this generator when Stop is pressed or the page is closed."""
-        name = time.strftime("%Y%m%d-%H%M%S-") + secrets.token_hex(4)  # nobody guesses it
-        job = Job(self.worlds / name)
+        # Its name sorts by time, and nobody guesses it.
+        job = Job(self.worlds / f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(4)}")
         made = self.one.submit(self.make, form, job)
         try:
             while not made.done():
@@ -162,7 +155,8 @@ class Studio:
         with tempfile.TemporaryDirectory(dir=self.worlds.parent) as place:
             folder = pathlib.Path(place)
             try:
-                options, (w2c, _) = self.prepared(self.arguments(form, folder), folder)
+                _, options = self.read(form, folder)
+                options, (w2c, _) = sample.prepared(options, self.meta)
                 path = top_view([(w2c[0].double().numpy(), COMMANDED)], (240, 400))
                 shown += figure(path, "camera path from above, scene units", folder)
                 if options.image:
@@ -238,27 +232,24 @@ def build(studio):
                 status = gr.HTML(elem_id="status", elem_classes="note")
                 world = gr.HTML()
 
-        def read(values):
-            return {key: values[component] for key, component in form.items()}
+        def look(*values):
+            return studio.look(dict(zip(form, values)))
 
-        def look(values):
-            return studio.look(read(values))
-
-        def run(values):
-            yield from studio.run(read(values))
+        def run(*values):
+            yield from studio.run(dict(zip(form, values)))
 
         unseen = ("prompt", "steps", "seed", "guidance", "export")
         changes = [form[key].change for key in form if key not in unseen]
         how = dict(show_progress="hidden", trigger_mode="always_last")
-        gr.on([*changes, page.load], look, set(form.values()), seen, **how)
+        gr.on([*changes, page.load], look, list(form.values()), seen, **how)
         how = dict(show_progress="minimal", show_progress_on=status, concurrency_limit=1)
-        running = go.click(run, set(form.values()), [status, world], **how)
+        running = go.click(run, list(form.values()), [status, world], **how)
         stop.click(lambda: alarm("Stopped."), None, status, cancels=[running], queue=False)
     return page
 
 
 def command():
-    known = {k: v for k, v in vars(sample).items() if k != "num_samples"}
+    known = {k: v for k, v in vars(sample).items() if k not in SEVERAL}
     options = config.apply(known | globals(), sys.argv[1:])
     studio = Studio(options)
     os.environ["GRADIO_TEMP_DIR"] = str(studio.worlds.parent / "uploads")

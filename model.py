@@ -99,6 +99,8 @@ class Config(VideoSizes):
     # ablations: what is switched off is not built, so checkpoints, counts and gradients lack it too
     exchange: str = "both"  # of the IRG steps: both, to_geometry, to_video (one way) or none
     camera_adapters: bool = True
+    pose_tokens: bool = True  # the camera token carries the embedding of the given pose
+    constant_rays: bool = False  # the release's ray map, which tells the pose alone
 
     @property
     def geo_layers(self):
@@ -465,6 +467,8 @@ class FantasyWorld(nn.Module):
         for name, members in self.groups().items():
             for member in members:
                 member.requires_grad_(name in self.TRAINED[stage])
+        if not self.cfg.pose_tokens and (stage == 1 or not self.camera_adapters):
+            self.pose_encoder.requires_grad_(False)  # nothing reads it
         for name, p in self.named_parameters() if self.cfg.released else ():
             if released.dead(name):
                 p.requires_grad_(False)
@@ -494,7 +498,7 @@ class FantasyWorld(nn.Module):
         patches = rearrange(self.bridge(x, f), "b (f n) c -> b f n c", f=f)
         later = (torch.arange(f, device=x.device) > 0).long()  # made on the device: no wait
         camera = self.camera_token[:, later].expand(len(x), -1, -1, -1)  # (B, f, 1, C)
-        if pose_embedding is not None:
+        if pose_embedding is not None and self.cfg.pose_tokens:
             camera = camera + (pose_embedding * shared.keep)[:, :, None]
         registers = self.register_token[:, later].expand(len(x), -1, -1, -1)
         tokens = [camera, registers.to(camera.dtype), patches.to(camera.dtype)]
@@ -502,7 +506,7 @@ class FantasyWorld(nn.Module):
 
     def rays(self, w2c, K, size):
         """This model's kind of ray map (B, 6, T, H, W); arguments as plucker_rays."""
-        quirk = self.cfg.released and not self.cfg.true_rays
+        quirk = self.cfg.constant_rays or self.cfg.released and not self.cfg.true_rays
         return released.constant_rays(w2c, K, size) if quirk else plucker_rays(w2c, K, size)
 
     def ropes(self, grid, device):

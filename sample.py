@@ -5,13 +5,12 @@
 writes into --out: scene.html (open it: everything in one offline page), video.mp4, depth.mp4,
 depth.npz, points.ply, cameras.txt (commanded), cameras_predicted.txt, sheet.png and report.json
 (how far the sample obeys its cameras and agrees with itself); --export=all adds the files of other
-tools. With several prompts or seeds every sample gets a folder of its own, and the same command
-again goes on where it stopped.  --help lists every option."""
+tools. With several prompts or seeds, or a list of --jobs, every sample gets a folder of its own,
+and the same command again goes on where it stopped; torchrun shares them among its ranks.
+--help lists every option."""
 
-import itertools
 import json
-import pathlib
-import re
+import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -19,6 +18,7 @@ from functools import partial
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from tqdm import tqdm
 
@@ -29,10 +29,12 @@ from geometry import encode_pose
 from lib.camera_files import FORMATS, size_of
 from lib.camera_paths import View, load_camera, mean_distance
 from lib.crop import Crop
-from lib.export import EXPORTS, USUAL, check_out, describe, export_names, make_scene, write_exports
-from lib.files import read_prompts, read_video
+from lib.distributed import from_first, gather_cat
+from lib.export import EXPORTS, USUAL, describe, export_names, make_scene, write_exports
+from lib.files import read_video
 from lib.frozen import check_frozen, frozen_digest
 from lib.guards import run_command
+from lib.jobs import attempt, finish, join_ranks, plan_jobs, share, start_images
 from lib.pictures import as_pixels, depth_to_rgb, tile, write_png
 from lib.weights import find_wan, metadata_of, open_checkpoint
 from model import shift_sigma
@@ -108,6 +110,7 @@ other_wan = option(False, "go on although it holds other weights than those trai
 prompt = option("a room", "words, or a .txt file with one prompt a line")
 negative_prompt = option(None, "words to stay away from; Wan: its official ones, in Chinese")
 image = option("", "picture or video file whose first frame starts the video")
+jobs = option("", "list of samples: a JSON object a line, see lib/jobs.py")
 section_2 = section("camera")
 camera = option("orbit", "a move (forward, pan_left ...), a file, or 'x,y,z -> x,y,z | ...'")
 camera_format = option(None, "of a camera file that does not show it", choices=(None, *FORMATS))
@@ -169,22 +172,23 @@ def load_image(path, height, width, *, squeeze=False):
 
 
 @torch.no_grad()
-def conditions(encoders, prompts, image, *, frames, progress=iter):
-    """What one encoder after another makes of prompts and image.
+def conditions(encoders, prompts, images, *, frames, progress=iter):
+    """Encode prompts and start images; each encoder is freed before the next one is loaded.
 
-    image     (1, 3, 1, H, W) in [-1, 1], or None: then the model gets zeros, as for a clip whose
+    images    {path: (1, 3, 1, H, W) in [-1, 1]}; a sample without one gets zeros, as a clip whose
               image training dropped
-    returns   list of text (L, dim), y or None, clip (1, 257, 1280) or None, and the VAE"""
+    returns   {prompt: (L, dim)}, {path: (start latents, clip (1, 257, 1280) or None)}, the VAE"""
     text = encoders.load_text()
-    texts = [text([prompt])[0] for prompt in progress(prompts)]  # (L, dim) each
-    del text  # freed before the next encoder is loaded
-    clip = start = None
-    if image is not None and encoders.load_image:
-        clip = encoders.load_image()(image[:, :, 0])
-    vae = encoders.load_vae()
-    if image is not None:
+    texts = {prompt: text([prompt])[0] for prompt in progress(prompts)}  # (L, dim) each
+    del text
+    look = encoders.load_image() if images and encoders.load_image else None
+    clips = {path: look(image[:, :, 0]) if look else None for path, image in images.items()}
+    del look
+    vae, starts = encoders.load_vae(), {}
+    for path, image in images.items():
         start = encode_start(vae, image, frames, encoders.start_pad)  # (1, 16, 1 or f, h, w)
-    return texts, start, clip, vae
+        starts[path] = start, clips[path]
+    return texts, starts, vae
 
 
 # ---------------------------------------------------------------------------------------- sampling
@@ -216,10 +220,11 @@ class Denoiser:
     """velocity(x, t) with guidance, v_neg + g (v_pos - v_neg), as a sampler calls it.
 
     Camera and image are the same in both passes.  What does not change with the noise level is made
-    once, here: text keys, rays, pose features."""
+    once, here: text keys, rays, pose features.  pair: two ranks, each of which takes one pass."""
 
-    def __init__(self, model, inputs, sampling, on_step=None):
+    def __init__(self, model, inputs, sampling, on_step=None, pair=None):
         self.model, self.y, self.sampling, self.on_step = model, inputs.y, sampling, on_step
+        self.pair = pair
         contexts = [inputs.text, inputs.negative]
         if sampling.guidance == 1:  # v_neg + 1 (v_pos - v_neg): half the work
             contexts = contexts[:1]
@@ -231,6 +236,8 @@ class Denoiser:
         # One batch of both prompts while it fits, else one after the other.
         self.passes = [both]
         self.halves = [replace(both, keys=keys_of(both.keys, n)) for n in range(len(contexts))]
+        if pair:
+            self.passes = [self.halves[dist.get_rank(pair)]]
         self.step, self.last_geometry = 0, None
 
     def __call__(self, x, t):
@@ -247,7 +254,7 @@ class Denoiser:
         try:
             return self.velocity(x, t)
         except torch.cuda.OutOfMemoryError:
-            if len(self.passes) == len(self.halves):
+            if self.pair or len(self.passes) == len(self.halves):
                 raise
         # Out here: inside the block the exception would keep the failed pass alive.
         self.passes = self.halves
@@ -256,6 +263,8 @@ class Denoiser:
 
     def velocity(self, x, t):
         v = torch.cat([self.one_pass(x, t, constants) for constants in self.passes])
+        if self.pair:  # once a step, as large as the latents
+            v = gather_cat(v, self.pair)
         return v if len(self.halves) == 1 else torch.lerp(v[1:], v[:1], self.sampling.guidance)
 
     def one_pass(self, x, t, constants):
@@ -277,22 +286,21 @@ def keys_of(keys, n):
     return [[(k[n : n + 1], v[n : n + 1]) for k, v in block] for block in keys]
 
 
-def bar(phase, items, unit):
-    """Progress with the time left; one bar for each phase."""
-    return tqdm(items, desc=f"{phase:8s}", unit=unit, dynamic_ncols=True)
-
-
 @torch.no_grad()
-def generate(model, inputs, sampling, *, decode=None, on_step=None, bar=bar):
+def generate(model, inputs, sampling, *, decode=None, on_step=None, progress=None, pair=None):
     """Sample latents (1, 16, f, h, w), then read the geometry once at READOUT_SIGMA.
 
     decode     latents -> video, which runs beside the read-out; None: no video
     on_step    called after every step with its number, from 1, the latents that it foresees, and
                read_geometry=, a function that reads the geometry so far (one forward)
-    returns    latents, geometry dict, video or None"""
-    denoise = Denoiser(model, inputs, sampling, on_step)
-    run, show = SAMPLERS[sampling.sampler], partial(bar, "sampling", unit="step")
+    progress   wraps the steps; None: a bar
+    pair       process group of two ranks that make one video: of lib.jobs.share
+    returns    latents, geometry dict, video or None; of the second of a pair latents alone"""
+    denoise = Denoiser(model, inputs, sampling, on_step, pair)
+    run, show = SAMPLERS[sampling.sampler], progress or partial(bar, "sampling", unit="step")
     latents = run(denoise, inputs.noise, sampling.steps, shift=sampling.shift, progress=show)
+    if pair and dist.get_rank(pair):
+        return latents, None, None
     t = torch.full((1,), 1000 * READOUT_SIGMA, device=latents.device)
     # Training hardly ever shows the geometry branch sigma 0: it is read a little above.
     x = (1 - READOUT_SIGMA) * latents + READOUT_SIGMA * inputs.noise
@@ -300,6 +308,12 @@ def generate(model, inputs, sampling, *, decode=None, on_step=None, bar=bar):
         video = beside.submit(decode, latents) if decode else None
         geometry = denoise.last_geometry or denoise.read_geometry(x, t)
         return latents, geometry, video.result() if video else None
+
+
+def bar(phase, items, unit):
+    """Progress with the time left; one bar for each phase, of the first rank."""
+    others = os.environ.get("RANK", "0") != "0"
+    return tqdm(items, desc=f"{phase:8s}", unit=unit, dynamic_ncols=True, disable=others)
 
 
 def preview(folder, every, decode, step, latents, *, read_geometry):
@@ -315,82 +329,64 @@ def preview(folder, every, decode, step, latents, *, read_geometry):
     write_png(folder / f"step-{step:04d}.png", tile([[*first, *pictures]]))
 
 
+@dataclass(frozen=True)
+class ClipSampler:
+    """(model, prepared batch of one clip) -> what is sampled from its start image, prompt and
+    cameras: video (3, T, H, W) in [-1, 1] and the output at the read-out.  For evaluation."""
+
+    vae: object
+    negative: torch.Tensor  # (L, dim)
+    sampling: Sampling
+    autocast: object
+
+    def __call__(self, model, b):
+        start = (b["noise"], b["text"][0], self.negative, b["y"], b.get("clip"))
+        inputs = Inputs(*start, b["w2c"], b["intrinsics"])
+        with self.autocast:
+            latents, out, _ = generate(model, inputs, self.sampling, progress=iter)
+        return self.decode(latents), {k: v.float() for k, v in out.items() if v is not None}
+
+    def decode(self, latents):
+        return self.vae.decode(latents.float())[0].float()
+
+
+def clip_sampler(own, wan_dir, device, autocast):
+    """ClipSampler of a run with its `sampling` settings, which may differ from Wan's."""
+    how = {**WANS, **checked_sampling(own, "sampling")}
+    encoders = WanFolder(wan_dir, device)
+    negative = encoders.load_text()([how.pop("negative_prompt")])[0]
+    return ClipSampler(encoders.load_vae(), negative, Sampling(**how), autocast)
+
+
 # -------------------------------------------------------------------------------------------- jobs
 @dataclass(frozen=True)
-class Job:
-    """One sample: what differs between those of a command, and the settings its report keeps."""
-
-    prompt: str
-    seed: int
-    out: pathlib.Path
-    settings: dict
-
-    def finished(self):
-        """Whether its folder holds a complete sample of the same settings."""
-        try:
-            report = json.loads((self.out / "report.json").read_text())
-            return report.get("settings") == self.settings
-        except (OSError, ValueError):
-            return False
-
-
-def plan_jobs(options, meta, names):
-    """A job for every prompt and seed; among several, those that are finished are left out."""
-    # Not in the settings: what changes no file, and what differs between the jobs.
-    unsaid = ("prompt", "seed", "num_samples", "out", "device", "low_memory", "preview_every")
-    shared = {k: str(v) for k, v in vars(options).items() if k not in unsaid}
-    shared.update(step=meta["step"], sha256=meta.get("sha256", ""))
-    seeds = range(options.seed, options.seed + options.num_samples)
-    pairs = list(itertools.product(read_prompts(options.prompt), seeds))
-    jobs, folder = [], pathlib.Path(options.out)
-    # One sample goes to --out itself, several to folders inside.
-    for i, (words, number) in enumerate(pairs):
-        slug = re.sub("[^a-z0-9]+", "-", words.lower())[:40].strip("-")
-        place = folder / f"{i:03d}-{slug}-seed{number}" if len(pairs) > 1 else folder
-        jobs.append(Job(words, number, place, dict(shared, prompt=words, seed=number)))
-    # One sample alone is always made anew.
-    left = [job for job in jobs if len(jobs) == 1 or not job.finished()]
-    if len(left) < len(jobs):
-        there = len(jobs) - len(left)
-        print(f"{folder}: {there} of {len(jobs)} samples are there already and are kept")
-    for job in left:  # before anything slow
-        check_out(job.out, names)
-    return left
-
-
-@dataclass(frozen=True)
 class Resources:
-    """What all jobs of a command share."""
+    """What all jobs of a rank share."""
 
     model: torch.nn.Module
     vae: object
-    texts: dict  # prompt -> (L, dim)
-    negative: torch.Tensor  # (L, dim)
-    start: torch.Tensor | None  # latents of the start image
-    clip: torch.Tensor | None
+    texts: dict  # prompt, also negative ones -> (L, dim)
+    starts: dict  # path of an image -> its latents and what CLIP says of it
+    device: torch.device
     half: bool  # whether to run in bf16
-    w2c: torch.Tensor
-    K: torch.Tensor
+    pair: object = None  # the group of two ranks that make each sample together
 
 
 def image_of(options, meta):
-    """The start image (1, 3, 1, H, W) in [-1, 1]."""
+    """The start image of a job (1, 3, 1, H, W)."""
     squeeze = "image" in quirks_of(options, meta)
     return load_image(options.image, options.height, options.width, squeeze=squeeze)
 
 
-def load(options, meta, jobs, camera, *, model=None, bar=bar):
-    """Encode prompts and image, then load the model, if it is not at hand; camera: w2c, K."""
+def load(options, jobs, images, pair=None, *, model=None, bar=bar):
+    """Encode the prompts and images of the jobs, then load the model, if it is not at hand."""
     device = torch.device(options.device)
-    image = image_of(options, meta) if options.image else None
-    negative = options.negative_prompt
     encoders = WanFolder(options.wan_dir, "cpu" if options.low_memory else device)
-    prompts = list(dict.fromkeys([*(job.prompt for job in jobs), negative]))  # each once
+    words = [(job.options.prompt, job.options.negative_prompt) for job in jobs]
+    prompts = list(dict.fromkeys(sum(words, ())))  # each once
     show = partial(bar, "text", unit="prompt")
-    made = conditions(encoders, prompts, image, frames=options.frames, progress=show)
-    texts, start, clip, vae = made
-    texts = dict(zip(prompts, texts))
-
+    how = dict(frames=options.frames, progress=show)
+    texts, starts, vae = conditions(encoders, prompts, images, **how)
     half = options.dtype == "bf16" or options.dtype == "auto" and device.type == "cuda"
     weights = torch.bfloat16 if half else None
     for path in bar("load", (options.ckpt,), "model") if model is None else ():
@@ -398,24 +394,25 @@ def load(options, meta, jobs, camera, *, model=None, bar=bar):
         model = open_checkpoint(path, options.wan_dir, device, *how)
     if options.low_memory:
         model.depth_head.chunk = model.point_head.chunk = 4  # frames that a head sees at a time
-    if image is not None and model.cfg.in_dim == LATENT.channels:
-        family = f"{options.wan_dir} is a text-to-video family"
-        raise ValueError(f"--image {options.image}: {family}; leave the image out")
-    return Resources(model, vae, texts, texts[negative], start, clip, half, *camera)
+    return Resources(model, vae, texts, starts, device, half, pair)
 
 
-def make_inputs(options, job, resources, device):
+def make_inputs(job, resources):
     """What one job's video is made from."""
+    options, channels = job.options, resources.model.cfg.in_dim
     grid = LATENT.grid_of(options.frames, options.height, options.width)
     # Drawn on the CPU: the same seed is the same noise on every machine.
-    generator = torch.Generator().manual_seed(job.seed)
-    noise = torch.randn(1, LATENT.channels, *grid, generator=generator).to(device)
+    generator = torch.Generator().manual_seed(options.seed)
+    noise = torch.randn(1, LATENT.channels, *grid, generator=generator).to(resources.device)
+    start, clip = resources.starts.get(options.image, (None, None))
+    if start is not None and channels == LATENT.channels:
+        family = f"{options.wan_dir} is a text-to-video family"
+        raise ValueError(f"--image {options.image}: {family}; leave the image out")
     y = None
-    if resources.start is not None:
-        y = start_condition(resources.start.to(device), resources.model.cfg.in_dim, grid[0])
-    camera = (resources.w2c.to(device), resources.K.to(device))
-    text = resources.texts[job.prompt]
-    return Inputs(noise, text, resources.negative, y, resources.clip, *camera)
+    if start is not None:
+        y = start_condition(start.to(resources.device), channels, grid[0])
+    texts = (resources.texts[words] for words in (options.prompt, options.negative_prompt))
+    return Inputs(noise, *texts, y, clip, *(x.to(resources.device) for x in job.camera))
 
 
 def decode_video(vae, latents, progress=iter):
@@ -423,32 +420,36 @@ def decode_video(vae, latents, progress=iter):
     return vae.decode(latents.float().cpu(), progress=progress)[0].cpu()
 
 
-def sample_one(options, job, meta, resources, bar=bar):
-    """Run one job -> Scene with its report."""
-    device = torch.device(options.device)
+def sample_one(job, meta, resources, bar=bar):
+    """Run one job -> Scene with its report; None on the second rank of a pair."""
+    options, device, pair = job.options, resources.device, resources.pair
     model = resources.model.to(device)
-    inputs = make_inputs(options, job, resources, device)
+    inputs = make_inputs(job, resources)
     numbers = (options.sampler, options.steps, options.shift, options.guidance)
     sampling = Sampling(*numbers, read_last_step="readout" in quirks_of(options, meta))
     glimpse = partial(decode_video, resources.vae)
     decode = partial(glimpse, progress=partial(bar, "decode", unit="step"))
     on_step = partial(preview, job.out / "preview", options.preview_every, glimpse)
-    how = dict(decode=None if options.low_memory else decode, on_step=on_step, bar=bar)
+    how = dict(on_step=on_step if not pair or dist.get_rank(pair) == 0 else None, pair=pair)
+    how["progress"] = partial(bar, "sampling", unit="step")
+    how["decode"] = None if options.low_memory else decode
     with torch.autocast(device.type, torch.bfloat16, enabled=resources.half):
         latents, geometry, video = generate(model, inputs, sampling, **how)
+    if geometry is None:
+        return None
     if options.low_memory:
         model.to("cpu")  # the decoder gets the device for itself; the next job brings it back
         video = decode(latents)
     geometry = {k: v.cpu() for k, v in geometry.items() if k != "velocity"}
     how = dict(scene_scale=options.scene_scale, drop=options.drop, lift=options.lift)
-    scene = make_scene(video, geometry, resources.w2c, resources.K, **how)
+    scene = make_scene(video, geometry, *job.camera, **how)
     warning = scene.report["unit"]["warning"]
     facts = (
         f"{options.frames} frames of {options.height} x {options.width}, camera {options.camera}, "
-        f"{options.sampler} {options.steps} steps, guidance {options.guidance:g}, seed {job.seed}; "
-        f"checkpoint stage {meta['stage']}, step {meta['step']}"
+        f"{options.sampler} {options.steps} steps, guidance {options.guidance:g}, "
+        f"seed {options.seed}; checkpoint stage {meta['stage']}, step {meta['step']}"
     )
-    said = dict(prompt=job.prompt, settings=job.settings, facts=facts)
+    said = dict(prompt=options.prompt, settings=job.settings, facts=facts)
     report = scene.report | said | dict(warnings=[warning] if warning else [])
     return replace(scene, unit=options.unit, fps=options.fps, report=report)
 
@@ -477,11 +478,15 @@ def check_size(size):
         raise ValueError(f"{shape.format(*size)}: {wanted}, such as {shape.format(*near)}")
 
 
+def checked_sampling(own, where):
+    """A run's `sampling` with names and ranges as those of the options here."""
+    known = {key: globals()[key] for key in WANS}
+    return {k: config.check(k, v, config.look_up(k, known, where), where) for k, v in own.items()}
+
+
 def sampling_of(options, trained):
     """How to sample: as asked for, or as the checkpoint's run wrote down, or as Wan does."""
-    own, known = trained.get("sampling", {}), {key: globals()[key] for key in WANS}
-    where = f"{options.ckpt}: sampling"
-    own = {k: config.check(k, v, config.look_up(k, known, where), where) for k, v in own.items()}
+    own = checked_sampling(trained.get("sampling", {}), f"{options.ckpt}: sampling")
     given = {key: getattr(options, key) for key in WANS if getattr(options, key) is not None}
     return {**WANS, **own, **given}
 
@@ -564,23 +569,36 @@ def check_base(options, meta):
 
 def main(options):
     meta = checkpoint_of(options)
-    names = export_names(options.export)
-    options, camera = prepared(options, meta)
-    check_base(options, meta)  # before anything slow
-    jobs = plan_jobs(options, meta, names)
-    resources = load(options, meta, jobs, camera) if jobs else None
-    for i, job in enumerate(jobs):
-        if len(jobs) > 1:
-            print(f"{i + 1} of {len(jobs)}: {job.prompt}, seed {job.seed}", flush=True)
-        make_one(options, job, meta, resources, names)
+    given, options, names = options, settled(options, meta), export_names(options.export)
+    ranks, plan = join_ranks(options), None
+    if ranks.rank == 0:  # before anything slow
+        check_base(options, meta)
+        known = {key: value for key, value in globals().items() if key in vars(options)}
+        plan = plan_jobs(given, meta, names, partial(prepared, meta=meta), known)
+    plan = from_first(plan)
+    if ranks.world > 1:
+        options = options.replaced(device=str(ranks.device))
+    mine, pair = share(plan.jobs, ranks)
+    failed = None if plan.failed is None else []
+    mine, images = start_images(mine, failed, partial(image_of, meta=meta))
+    resources = load(options, mine, images, pair) if mine else None
+    for i, job in enumerate(mine):
+        if len(mine) > 1:
+            print(f"{i + 1} of {len(mine)}: {job.out.name}: {job.options.prompt}", flush=True)
+        # The ranks of a pair wait for each other: an error of one has to end both.
+        work = partial(make_one, job, meta, resources, names)
+        attempt(work, job.out, None if pair else failed)
+    finish(plan, failed, ranks)
 
 
-def make_one(options, job, meta, resources, names, bar=bar):
+def make_one(job, meta, resources, names, bar=bar):
     """Sample one job and write its files."""
-    scene = sample_one(options, job, meta, resources, bar)
+    scene = sample_one(job, meta, resources, bar)
+    if scene is None:
+        return
     write_exports(scene, job.out, names, partial(bar, "export", unit="file"))
     print(f"{job.out}: {' '.join(EXPORTS[n][0] for n in names)} report.json")
-    print(*describe(scene.report, options.unit), sep="\n", flush=True)
+    print(*describe(scene.report, job.options.unit), sep="\n", flush=True)
 
 
 def command():

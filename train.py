@@ -28,6 +28,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 import config
+import sample
 from config import option, section
 from data import CachedClips, EmptySplit, collate, prepare
 from geometry import clip_mean, geometry_losses
@@ -73,6 +74,7 @@ keep_last = option(3, "newest checkpoints that are kept", low=1)
 keep_every = option(0, "also keep the weights of every multiple of this", low=1, off=0)
 eval_clips = option(16, "clips of an evaluation", low=1)
 eval_only = option(False, "print the table of the checkpoints in init_from, and stop")
+eval_samples = option(0, "of them, clips that are sampled and compared with the truth", low=0)
 eval_sigma = option(0.1, "noise level of the geometry read-out", above=0, high=1)
 eval_more_sigmas = option((0.5, 0.9), "further noise levels of eval_only", above=0, high=1)
 sampling = option({}, "defaults of sample.py for its checkpoints, such as {'steps': 8}")
@@ -247,6 +249,13 @@ class Examples:
         """uint8 (T, H, W, 3) of a clip for a picture, or None."""
         return self.clips.frames(i)
 
+    def truth(self, i):
+        """(3, T, H, W) in [-1, 1], what a sample is compared with."""
+        frames = self.frames(i)
+        if frames is None:
+            raise ValueError("eval_samples compares with the true frames; a video is missing")
+        return torch.from_numpy(frames).to(self.device).permute(3, 0, 1, 2) / 127.5 - 1
+
 
 # ------------------------------------------------------------------------------------- the options
 def model_config(options):
@@ -274,6 +283,7 @@ def check_options(options):
         found = "num_frames = {}, height x width = {} x {}".format(*size)
         raise ValueError(f"{found}; wanted 4k + 1 frames (21, 81) and multiples of 16")
     model_config(options)
+    sample.checked_sampling(options.sampling, "sampling")
     if options.plan:
         return
     if options.stage and not options.wan_dir and not options.random_wan:
@@ -544,7 +554,10 @@ def main(options):
     check_depth_kinds(clips, options, master)
     examples = {split: Examples(c, model, device, options.seed) for split, c in clips.items()}
     numbers = (options.eval_clips, options.eval_sigma, ranks.rank, ranks.world)
-    how = How(device, autocast, *numbers)
+    draw = None
+    if options.eval_samples:
+        draw = sample.clip_sampler(options.sampling, options.wan_dir, device, autocast)
+    how = How(device, autocast, *numbers, eval_samples=options.eval_samples, draw=draw)
     if options.eval_only:
         return evaluate_only(model, examples, out, sources, how, options.eval_more_sigmas)
 

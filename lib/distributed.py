@@ -9,6 +9,7 @@ Sources: Rajbhandari et al. 2020 (ZeRO stage 3); torch.distributed.fsdp.fully_sh
 
 import os
 import time
+import uuid
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -54,11 +55,31 @@ def start_processes(device, step_timeout, wait_timeout):
         return Ranks(device=place)
     wait = timedelta(seconds=wait_timeout)
     store, _, _ = next(rendezvous("env://", timeout=wait))
-    # The agent's store outlives an attempt: without a prefix a restarted rank can read a dead
-    # one's address.
-    store = dist.PrefixStore("attempt" + os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+    store = store_of_attempt(store, rank, world, wait_timeout)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=wait)
     return Ranks(rank, world, place, dist.new_group(timeout=timedelta(seconds=step_timeout)))
+
+
+def store_of_attempt(store, rank, world, patience):
+    """The part of the agents' store that belongs to this attempt.
+
+    That store outlives an attempt, and a restarted rank must not read a dead one's address.  Nobody
+    tells which attempt it is: each node counts its own deaths alone.  So rank 0 invites under a new
+    name, the others answer with a word that no dead rank knew, and it lists whom it has heard."""
+    own = uuid.uuid4().hex
+    if rank == 0:
+        store.set("invitation", own)
+        heard = [store.get(f"{own}/{other}").decode() for other in range(1, world)]
+        store.set(f"{own}/heard", " ".join(heard))
+        return dist.PrefixStore(own, store)
+    deadline = time.monotonic() + patience
+    while time.monotonic() < deadline:
+        name = store.get("invitation").decode()  # perhaps that of an attempt before
+        store.set(f"{name}/{rank}", own)
+        if store.check([f"{name}/heard"]) and own in store.get(f"{name}/heard").decode():
+            return dist.PrefixStore(name, store)
+        time.sleep(0.1)
+    raise TimeoutError(f"rank {rank}: the other ranks did not come within {patience} s")
 
 
 def end_processes():
@@ -83,6 +104,14 @@ def gathered(value):
     values = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def gather_cat(tensor, group):
+    """The tensors of all ranks of a group along axis 0; they travel by way of the host, on gloo."""
+    mine = tensor.detach().float().cpu().contiguous()
+    parts = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(parts, mine, group)
+    return torch.cat(parts).to(tensor)
 
 
 # --------------------------------------------------------------------------------- spread weights

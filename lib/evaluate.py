@@ -1,7 +1,8 @@
 """Evaluation of a model on cached clips: rows of metrics, two baselines, a table, pictures.
 
 A row is {metric: number}, a mean over clips; lengths are in scene units.  Every clip is read with
-its camera poses given and without.  Definitions and sources of the metrics: lib/metrics.py."""
+its camera poses given and without, from true latents made noisy; with How.draw some are also
+sampled, see lib/sampled.py.  Definitions and sources of the metrics: lib/metrics.py."""
 
 import json
 from collections import Counter
@@ -14,7 +15,7 @@ import numpy as np
 import torch
 
 from geometry import decode_pose, relative_to_first, unproject
-from lib import metrics, pictures
+from lib import metrics, pictures, sampled
 from lib.distributed import gathered
 from lib.weights import load_weights, metadata_of
 from model import flow_matching_loss
@@ -43,6 +44,8 @@ class How:
     eval_sigma: float  # noise level of the geometry read-out
     rank: int = 0
     world: int = 1
+    eval_samples: int = 0  # clips that are sampled too
+    draw: object = None  # samples one, see lib.sampled.sampled_row
 
 
 def geometry_row(depth, points, w2c, b, out=None):
@@ -54,13 +57,14 @@ def geometry_row(depth, points, w2c, b, out=None):
     gt, mask = b["depth"], b["mask"]
     still = mask & ~b["moving"] if "moving" in b else mask
     row = metrics.depth_metrics(depth, gt, mask)
-    for align in ("median", "scale_shift"):
+    for align in ("median", "scale", "scale_shift"):
         aligned = metrics.depth_metrics(depth, gt, mask, align)
         row |= {f"{name}_{align}": value for name, value in aligned.items()}
     distances = metrics.point_metrics(points, b["points"], mask)
     row |= dict(points=distances["dist"], points_rel=distances["rel"])
     row["tae"] = metrics.temporal_error(depth, b["w2c"], b["intrinsics"], still)
     row |= metrics.cloud_metrics(points, b["points"], mask)
+    row |= metrics.extent_metrics(points, b["points"], mask)
     if w2c is not None:
         row |= metrics.pose_metrics(w2c, b["w2c"])
     if out is not None:
@@ -123,13 +127,27 @@ def evaluate(model, examples, how, picture=None, more_sigmas=()):
     n, found = min(len(examples), how.eval_clips), []
     # As many turns on every rank: sharded weights are gathered in each.
     for turn in range(how.rank, n + -n % how.world, how.world):
-        b = examples[min(turn, n - 1)]
+        b, video = examples[min(turn, n - 1)], None
         rows, shown = rows_of_clip(model, b, how, more_sigmas)
+        if turn - how.rank < how.eval_samples:  # alike on all ranks
+            row, video, shown = sample_clip(model, b, examples.truth(min(turn, n - 1)), how)
+            rows |= {"sampled": row} if turn < how.eval_samples else {}
         if turn < n:
             found.append(rows)
         if turn == 0 and picture and shown:
-            picture(comparison(b, shown, examples.frames(0)))
+            picture(comparison(b, shown, examples.frames(0), video))
     return mean_over_ranks(found)
+
+
+def sample_clip(model, b, truth, how):
+    """Sample a clip -> its row with geometry, the video as uint8 frames, the output, None in
+    stage 0."""
+    row, video, out = sampled.sampled_row(model, b, truth, how.draw)
+    video = ((video.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 3, 0).cpu().numpy()
+    if "depth" not in out:
+        return row, video, None
+    w2c, _ = decode_pose(out["pose_enc"][-1], b["depth"].shape[-2:])
+    return row | geometry_row(out["depth"], out["points"], w2c, b, out), video, out
 
 
 def mean_over_ranks(found):
@@ -147,11 +165,11 @@ def mean_rows(found):
     return {name: {k: sum(v) / len(v) for k, v in row.items()} for name, row in values.items()}
 
 
-def comparison(b, out, frames=None):
+def comparison(b, out, frames=None, video=None):
     """One picture of a batch's first clip: a row of its frames, true depth, predicted depth and
     confidence, at five moments at most; below them the camera paths from above.
 
-    frames   (T, H, W, 3) uint8, or None"""
+    frames   (T, H, W, 3) uint8, or None;   video   the same of a sample, whose output is out"""
     maps = (b["depth"], out["depth"], out["depth_conf"])
     true, depth, conf = (x[0].float().cpu().numpy() for x in maps)
     pick = list(range(0, len(true), max(1, (len(true) - 1) // 4)))[:5]
@@ -159,6 +177,7 @@ def comparison(b, out, frames=None):
     low, high = (float(x) for x in np.quantile(known, (0.01, 0.99))) if len(known) else (1.0, 2.0)
     sure = pictures.confidence_to_rgb(conf[pick], conf.min(), conf.max())
     shown = {} if frames is None else {f"frames {', '.join(map(str, pick))}": frames[pick]}
+    shown |= {} if video is None else {"sampled": video[pick]}
     shown["true depth, bright is near"] = pictures.depth_to_rgb(true[pick], low, high)
     shown["predicted depth"] = pictures.depth_to_rgb(depth[pick], low, high)
     shown["confidence, bright is sure"] = sure
@@ -174,7 +193,7 @@ def comparison(b, out, frames=None):
 
 
 def baselines(train, val, how):
-    """Rows of two trivial predictors of depth and cameras.
+    """Rows of two trivial predictors of depth and cameras, and with How.draw those of videos.
 
     fair     mean depth of the training set (256 clips at most), cameras that stand still
     oracle   each clip's own mean depth, lifted by its true cameras; no metrics of cameras"""
@@ -191,20 +210,30 @@ def baselines(train, val, how):
             depth = torch.full_like(b["depth"], value)
             points = unproject(depth, cameras, b["intrinsics"])
             rows[name] = geometry_row(depth, points, still if name == FAIR else None, b)
+        if i < how.eval_samples:
+            rows |= sampled.baseline_rows(b, val.truth(i), how.draw.decode(b["latents"]))
         found.append(rows)
     return mean_rows(found)
 
 
 def print_table(rows, file=None):
-    """The headline metrics of each row in a line, then every other metric in a line of its own."""
+    """The headline metrics of each row in a line, those of samples in a table of their own; then
+    every other metric in a line."""
     wide = max([50, *(len(name) + 1 for name in rows)])
 
     def cells(pairs):
         return "".join(f"{row[key]:8.3f}" if key in row else f"{'-':>8s}" for row, key in pairs)
 
-    print(" " * wide + "".join(f"{title:>8s}" for title in COLUMNS.values()), file=file)
-    for name, row in rows.items():
-        print(f"{name:{wide}s}" + cells((row, key) for key in COLUMNS), file=file)
+    def table(columns, rows):
+        print(" " * wide + "".join(f"{title:>8s}" for title in columns.values()), file=file)
+        for name, row in rows.items():
+            print(f"{name:{wide}s}" + cells((row, key) for key in columns), file=file)
+
+    made = {name: row for name, row in rows.items() if "psnr" in row}
+    table(COLUMNS, {name: row for name, row in rows.items() if name not in made})
+    if made:
+        print("\nVideos, frames 1 .. T-1 (lib/sampled.py says what the columns are):", file=file)
+        table(sampled.COLUMNS, made)
     print(NOTES, file=file)
     for key in dict.fromkeys(key for row in rows.values() for key in row if key not in COLUMNS):
         print(f"{key:20s}" + cells((row, key) for row in rows.values()), file=file)

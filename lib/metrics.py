@@ -1,7 +1,9 @@
-"""Metrics: errors of depth, cameras and points, flicker, warped colours, quality of confidence.
+"""Metrics: errors of depth, cameras and points, flicker, warped colours, quality of confidence,
+likeness of pictures.
 
-Sources: Eigen et al. 2014 (depth), Sturm et al. 2012 (trajectories), VGGT 2025 (AUC), Video Depth
-Anything 2025 (TAE), Knapitsch et al. 2017 (F-score), Ilg et al. 2018 (sparsification).
+Sources: Eigen et al. 2014 (depth), Sturm et al. 2012 (trajectories), VGGT 2025 (AUC), CameraCtrl
+2024 (sums over frames), Video Depth Anything 2025 (TAE), Knapitsch et al. 2017 (F-score), Ilg et
+al. 2018 (sparsification), Wang et al. 2004 (SSIM).
 Shapes: B clips, T frames of H x W pixels; lengths in the unit of the input, scene units in
 train.py.  Results are Python floats (fp64 inside, fp32 in warp_error), averaged over clips; a clip
 without a valid pixel is left out, and NaN comes back if none is left."""
@@ -29,22 +31,39 @@ def average(has_pixels, **per_clip):
     return {name: value[has_pixels].mean().item() for name, value in per_clip.items()}
 
 
+def fit_scale(pred, gt, mask, steps=10):
+    """The factor (B,) that brings pred closest to gt in L1: least squares, reweighted `steps` times
+    by 1 / |residual|, from the least-squares factor on.   Source: CUT3R 2025's protocol."""
+    weight = mask.double()
+    for _ in range(steps + 1):
+        top, below = ((weight * pred * x).flatten(1).sum(1) for x in (gt, pred))
+        scale = top / below.clamp(min=1e-12)
+        gap = (scale[:, None, None, None] * pred - gt).abs()
+        weight = mask / gap.clamp(min=1e-6)
+    return scale
+
+
 @torch.no_grad()
-def depth_metrics(pred, gt, mask, align="none"):
+def depth_metrics(pred, gt, mask, align="none", max_depth=math.inf):
     """abs_rel = mean |p - g| / g; delta1, 2, 3 = share within a factor of 1.25 ** k; rmse.
 
     pred, gt, mask  (B, T, H, W)   gt > 0 where valid
-    align           per clip: none; median: one scale; scale_shift: least-squares scale and shift
+    align           per clip: none; median: one scale; scale: the factor of least L1; scale_shift:
+                    least-squares scale and shift
+    max_depth       pixels that are truly farther do not count, in gt's unit (70 and 80 m are usual)
     Source: Eigen et al. 2014; one alignment for all frames of a clip as in Video Depth Anything."""
+    mask = mask & (gt <= max_depth)
     pred, gt = (torch.where(mask, x.double(), 1) for x in (pred, gt))
     if align == "median":
         scale = torch.where(mask, gt / pred, math.nan).flatten(1).nanmedian(1).values
         pred = pred * scale[:, None, None, None]
+    elif align == "scale":
+        pred = pred * fit_scale(pred, gt, mask)[:, None, None, None]
     elif align == "scale_shift":
         s, b = fit_scale_shift(pred, gt, mask)
         pred = s * pred + b
     elif align != "none":
-        raise ValueError(f"align {align!r}; known: none, median, scale_shift.")
+        raise ValueError(f"align {align!r}; known: none, median, scale, scale_shift.")
     error = (pred - gt).abs() * mask
     ratio = pred.clamp(min=1e-3) / gt  # a shift can push depth below zero
     ratio = torch.maximum(ratio, 1 / ratio)
@@ -99,8 +118,11 @@ def pose_metrics(pred_w2c, gt_w2c):
              ate        RMSE of the centres after the best similarity, which undoes any scale
              rpe_trans  RMSE of motion from frame to frame at that scale
              rpe_rot    mean angle of that motion's error, degrees
-             auc30      pair accuracy averaged over 1 .. 30 degrees, in [0, 1]
-    Source: CameraCtrl (rot, trans), Sturm et al. 2012 (ATE, RPE), VGGT (AUC)."""
+             auc30      pair accuracy averaged over 1 .. 30 degrees, in [0, 1]; auc3 over 1 .. 3
+             rot_err, trans_err, cam_mc   sums over the frames, without alignment: radians, distance
+                        of the camera centres, Frobenius distance of the 3x4 camera-to-world matrix
+    Source: CameraCtrl (rot, trans, sums), CamI2V (cam_mc), Sturm et al. 2012 (ATE, RPE), VGGT
+    (AUC)."""
     assert pred_w2c.shape == gt_w2c.shape and gt_w2c.shape[1] > 1, (pred_w2c.shape, gt_w2c.shape)
     pred, gt = relative_to_first(pred_w2c.double()), relative_to_first(gt_w2c.double())
     p, g = inv_se3(pred), inv_se3(gt)  # camera-to-world
@@ -112,7 +134,11 @@ def pose_metrics(pred_w2c, gt_w2c):
     ate, rpe = (x.square().sum(-1).mean(1).sqrt() for x in (gap, drift[..., 3]))  # RMSE (B,)
     turn = rotation_angle(p[..., :3], g[..., :3])
     found = dict(ate=ate, rpe_trans=rpe, auc30=pair_accuracy(pred, gt), rot_deg=turn)
+    found["auc3"] = pair_accuracy(pred, gt, 3)
     found["trans"] = (p - g)[..., 3].norm(dim=-1)
+    found["rot_err"] = torch.deg2rad(turn).sum(1)
+    found["trans_err"] = found["trans"].sum(1)
+    found["cam_mc"] = (p - g).flatten(2).norm(dim=-1).sum(1)
     found["rpe_rot"] = rotation_angle(step_p[..., :3], step_g[..., :3])
     return average(slice(None), **found)
 
@@ -161,6 +187,54 @@ def cloud_metrics(pred, gt, mask, threshold=0.05, count=2048):
             rows.append(torch.stack([there, back, (there + back) / 2, f]))
     mean = torch.stack(rows).mean(0).tolist() if rows else [float("nan")] * 4
     return dict(zip(("accuracy", "completeness", "chamfer", "f_score"), mean))
+
+
+@torch.no_grad()
+def extent_metrics(pred, gt, mask, count=2048):
+    """Clouds after the similarity that brings each predicted point closest to its true one, in
+    percent of the true cloud's extent (the diagonal of its bounding box).
+
+    pred, gt, mask, count   as in cloud_metrics;   returns accuracy, completeness, chamfer _percent.
+    Source: Gen3R's protocol (Umeyama, then percent of the extent)."""
+    rows = []
+    for p, g, m in zip(pred.double(), gt.double(), mask):
+        if m.sum() > 2:
+            p, g = thin(p[m], count), thin(g[m], count)
+            scale, R, t = (x[0] for x in align_sim3(p[None], g[None]))
+            p, extent = scale * p @ R.mT + t, (g.amax(0) - g.amin(0)).norm().clamp(min=1e-12)
+            there, back = nearest(p, g).mean(), nearest(g, p).mean()
+            rows.append(100 * torch.stack([there, back, (there + back) / 2]) / extent)
+    mean = torch.stack(rows).mean(0).tolist() if rows else [math.nan] * 3
+    return dict(zip(("accuracy_percent", "completeness_percent", "chamfer_percent"), mean))
+
+
+def psnr(a, b, mask=None):
+    """dB between pictures (..., H, W) with values in [-1, 1] (clamped), over all pixels or those of
+    a mask that broadcasts; inf for equal ones, NaN for an empty mask."""
+    error = (a.double().clamp(-1, 1) - b.double().clamp(-1, 1)).square() / 4
+    if mask is not None:
+        error = error[mask.expand_as(error)]
+    return -10 * error.mean().log10().item()
+
+
+def ssim(a, b, sigma=1.5, radius=5):
+    """Structural similarity of pictures (N, 3, H, W) with values in [-1, 1], mean over windows that
+    lie inside, channels and pictures: a Gaussian window of 11 pixels, K1 = 0.01, K2 = 0.03, range
+    1, population variances.   Source: Wang et al. 2004."""
+    a, b = ((x.double().clamp(-1, 1).flatten(0, 1)[:, None] + 1) / 2 for x in (a, b))
+    window = torch.arange(-radius, radius + 1, device=a.device, dtype=a.dtype)
+    window = (-window.square() / (2 * sigma**2)).exp()
+    window = window / window.sum()
+
+    def blur(x):
+        return F.conv2d(F.conv2d(x, window.view(1, 1, -1, 1)), window.view(1, 1, 1, -1))
+
+    mean_a, mean_b = blur(a), blur(b)
+    var_a, var_b = blur(a * a) - mean_a**2, blur(b * b) - mean_b**2
+    both = blur(a * b) - mean_a * mean_b
+    one, two = 0.01**2, 0.03**2
+    top = (2 * mean_a * mean_b + one) * (2 * both + two)
+    return (top / ((mean_a**2 + mean_b**2 + one) * (var_a + var_b + two))).mean().item()
 
 
 def warp_depth(depth, motion, K, size):

@@ -329,6 +329,28 @@ def settings(counts, gpus, gigabytes, total):
     return None
 
 
+def network_bytes(cost, sharding, ranks, grad_accum=1):
+    """Bytes that a rank sends in a step; on several nodes, that a node sends: rings over all ranks
+    leave each node once.
+
+    A sum takes twice (ranks - 1) / ranks of its bytes, gathering and scattering once."""
+    part = (ranks - 1) / ranks
+    if sharding == "weights":  # every micro-step gathers twice and scatters the gradients
+        gathered = 2 * (cost.frozen + cost.trainable)
+        return grad_accum * part * (gathered + cost.gradients)
+    sent = 2 * part * cost.gradients  # DDP, in the last micro-step alone
+    return sent + part * cost.trainable if sharding == "optimizer" else sent
+
+
+def network_lines(cost, setting, gpus):
+    """For more GPUs than one machine has: what a Setting sends between machines."""
+    if gpus > 8:
+        sent = network_bytes(cost, setting.sharding, gpus, setting.grad_accum)
+        seconds = [f"{sent / (speed * 1e9 / 8):.3g}" for speed in (100, 200, 400)]
+        took = f"{', '.join(seconds)} s at 100, 200, 400 Gbit/s, on paper"
+        yield f"  each machine sends {sent / 1e9:.3g} GB a step: {took}"
+
+
 def cost_lines(counts):
     """What a clip takes, one line for each kind of recomputation."""
     one = counts["none"][1]
@@ -375,6 +397,7 @@ def report(cfg, stage, loss, size, total, hardware, **kind):
                 f"{line}{found.checkpointing:>23s}{found.sharding:>40s}{found.batch_size:>12d}"
                 f"{found.grad_accum:>12d}{found.bytes / GIB:>8.1f}"
             )
+            yield from network_lines(counts[found.checkpointing][1], found, gpus)
         else:
             sharding = SHARDING if gpus > 1 else SHARDING[:1]
             least = min(needs(c, 1, how, gpus) for c in counts.values() for how in sharding)

@@ -180,9 +180,9 @@ def load_trained(model, path):
     sd, meta = read_checked(path)
     own, stage = dict(model.named_parameters()), meta.get("stage")
     trained_later = ("camera_adapters.", "exchange.", "ray_encoder.") if stage == "1" else ()
-    absent = {
-        k for k in own if k.startswith("dit.") != (stage == "0") or k.startswith(trained_later)
-    }
+    unread = () if model.cfg.pose_tokens else ("pose_encoder.",)
+    untrained = trained_later + unread
+    absent = {k for k in own if k.startswith("dit.") != (stage == "0") or k.startswith(untrained)}
     what = f"{path} (stage {stage}) does not fit this model"
     cure = "Use the preset that it was trained with."
     check_names(shapes_of(own), shapes_of(sd), what, cure=cure, optional=absent)

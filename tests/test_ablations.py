@@ -17,6 +17,9 @@ SWITCHES = [
     dict(exchange="to_video"),
     dict(camera_adapters=False),
     dict(exchange="none", camera_adapters=False),
+    dict(pose_tokens=False),
+    dict(constant_rays=True),
+    dict(pose_tokens=False, camera_adapters=False),
     dict(num_pcb=1, taps=(0, 1, 1, 2)),
     dict(num_pcb=3, taps=(0, 0, 0, 0)),
 ]
@@ -52,6 +55,17 @@ def test_without_exchange_and_adapters_the_video_is_wans_and_geometry_trains_alo
     assert count["irg"] == count["camera_adapters"] == 0 and count["geodit"] > 0
     plain = {k: v for k, v in inputs.items() if k != "poses"}
     assert torch.equal(outputs(model, inputs)["velocity"], outputs(model.dit, plain))
+
+
+def test_without_pose_tokens_stage_1_does_not_see_the_pose_and_trains_no_encoder():
+    model, inputs = tiny_model(1, awake=True, pose_tokens=False), tiny_inputs()
+    moved = dict(inputs, poses=inputs["poses"] + 0.1)
+    assert torch.equal(outputs(model, inputs)["depth"], outputs(model, moved)["depth"])
+    assert not any(k.startswith("pose_encoder.") for k in model.trainable_state_dict())
+    with_tokens = tiny_model(1, awake=True)
+    assert not torch.equal(
+        outputs(with_tokens, inputs)["depth"], outputs(with_tokens, moved)["depth"]
+    )
 
 
 def test_to_geometry_leaves_the_video_alone_and_to_video_the_geometry():

@@ -133,7 +133,7 @@ def test_perfect_poses_score_perfectly_in_any_world():
     gt = random_path()
     moved = torch.cat([gt[..., :3] @ about_z(1.1), gt[..., 3:]], -1)  # a rotated world frame
     m = pose_metrics(moved, gt)
-    assert m.pop("auc30") == 1 and max(m.values()) < loose()
+    assert m.pop("auc30") == m.pop("auc3") == 1 and max(m.values()) < loose()
 
 
 def test_scale_shows_in_trans_alone():
@@ -171,7 +171,9 @@ def test_auc_takes_directions_of_travel_up_to_sign():
 def test_standing_cameras_give_finite_metrics():
     still, moving = path(torch.zeros(4, 3)), path([[0, 0, 0], [1, 0, 0], [2, 0, 0], [3, 0, 0]])
     perfect = pose_metrics(still, still)
-    assert perfect == dict(ate=0, rpe_trans=0, auc30=1, rot_deg=0, trans=0, rpe_rot=0)
+    sums = dict(rot_err=0, trans_err=0, cam_mc=0)
+    one = dict(auc30=1, auc3=1)
+    assert perfect == dict(ate=0, rpe_trans=0, rot_deg=0, trans=0, rpe_rot=0, **one, **sums)
     lazy, restless = pose_metrics(still, moving), pose_metrics(moving, still)
     assert all(math.isfinite(v) for m in (lazy, restless) for v in m.values())
     near(lazy["ate"], math.sqrt(1.25))  # spread of 0, 1, 2, 3 about 1.5

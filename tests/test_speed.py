@@ -136,6 +136,11 @@ def test_the_plan_prefers_no_recomputation_then_little_sharding_and_refuses_what
     assert plan.settings(counts, 8, 16, 112)[:4] == ("selective", "weights", 1, 14)
     assert plan.settings(counts, 8, 10, 112)[4] == (16 / 8 + 5 + 2) * plan.GIB
     assert plan.settings(counts, 1, 10, 112) is None
+    # 16 ranks, by hand: a ring sends 15/16 of what is gathered, and twice that of what is summed.
+    sent = [plan.network_bytes(counts["none"][1], how, 16, 3) / plan.GIB for how in plan.SHARDING]
+    assert sent == [15 / 16 * 8, 15 / 16 * 12, 15 / 16 * 3 * (2 * 4 + 4)]
+    line = "".join(plan.network_lines(counts["none"][1], plan.settings(counts, 16, 80, 112), 16))
+    assert "sends 8.05 GB a step: 0.644, 0.322, 0.161 s at 100" in line
 
 
 def test_the_plan_command_needs_no_weights_and_no_data(capsys):

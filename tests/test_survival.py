@@ -8,6 +8,7 @@ import re
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -172,11 +173,28 @@ def test_two_ranks_agree_on_stops_and_bad_steps_survive_a_kill_and_go_on_with_fo
     )
     assert text.count("steps 3 .. 4") == 2  # torchrun brought the run back by itself
     compare(root / "two_whole", root / "two_stopped", 4)
+    two_nodes(["tests/inject.py", "1,3,0,kill+1,3,1,nan", *short, f"--out_dir={root}/two_nodes"])
+    starts = (root / "two_nodes" / "starts.jsonl").read_text().splitlines()
+    assert [json.loads(line)["first_step"] for line in starts] == [0, 2]  # not one attempt more
+    compare(root / "two_whole", root / "two_nodes", 4)
     text = run("train.py", *two, f"--out_dir={root}/two_stopped", ranks=4)
     assert (
         "global batch kept at 4 on 4 GPUs: batch_size 1, grad_accum 1" in text
         and "steps 4 .. 5" in text
     )
+
+
+def two_nodes(arguments):
+    """A command under two agents of one rank each, as on two machines; both must end well."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        place = f"--rdzv_endpoint=127.0.0.1:{free.getsockname()[1]}"
+    agent = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1"]
+    agent += ["--rdzv_backend=c10d", place, "--local_addr=127.0.0.1", "--max_restarts=1"]
+    quiet = dict(cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    agents = [subprocess.Popen([*agent, *map(str, arguments)], **quiet) for _ in range(2)]
+    said = [process.communicate(timeout=240)[1] for process in agents]
+    assert [process.returncode for process in agents] == [0, 0], "".join(said)
 
 
 # ---- bad numbers

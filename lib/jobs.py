@@ -1,0 +1,218 @@
+"""What one command samples: every prompt with every seed, or a list of jobs; shared among ranks.
+
+    {"id": "lobby", "image": "lobby.jpg", "prompt": "a lobby", "camera": "orbit", "seed": 3}
+
+is one line of a --jobs file and one job.  What it leaves out is as on the command line; its id is
+its folder in --out.  Of several jobs, one that fails is named in the end and the others go on."""
+
+import itertools
+import json
+import os
+import re
+import sys
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError
+
+import config
+from lib.distributed import Ranks, end_processes, gathered, start_processes
+from lib.export import check_out
+from lib.files import MAX_TEXT, check_file, read_prompts, unique_keys
+from lib.guards import printable
+
+# What a line may set beside its id: all that needs no other model and no other size.
+PER_JOB = (
+    "prompt image camera camera_format camera_size camera_stride amount fov scene_scale seed steps "
+    "sampler guidance shift negative_prompt"
+).split()
+ID = r"\w[\w.-]{0,59}"  # a folder's name: no separator, no dot in front, short in any alphabet
+
+
+# -------------------------------------------------------------------------------------- planning
+@dataclass(frozen=True)
+class Job:
+    """One sample."""
+
+    options: config.Options  # with everything filled in
+    camera: tuple  # w2c (1, T, 3, 4), K (1, T, 3, 3)
+    out: Path
+    settings: dict  # what its report keeps
+
+    def finished(self):
+        """Whether its folder holds a complete sample of the same settings."""
+        try:
+            report = json.loads((self.out / "report.json").read_text())
+            return report.get("settings") == self.settings
+        except (OSError, ValueError, AttributeError):
+            return False
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The jobs of a command."""
+
+    jobs: list  # those to do
+    there: int  # so many are finished
+    failed: list | None  # a line for each that cannot be done; None: a single one, whose error ends
+
+
+def plan_jobs(options, meta, names, prepare, known):
+    """The jobs of --jobs, or one for every prompt and seed -> Plan, in which finished ones are left
+    out.
+
+    names     of the exports
+    prepare   options of a job -> the same with everything filled in, and its camera
+    known     name -> declared option"""
+
+    def make(given, camera, out):
+        # Not in the settings: what changes no file, and what stands beside in the report.
+        unsaid = ("jobs", "num_samples", "out", "device", "low_memory", "preview_every")
+        said = {k: str(v) for k, v in vars(given).items() if k not in unsaid}
+        said.update(step=meta["step"], sha256=meta.get("sha256", ""))
+        return Job(given, camera, out, dict(said, prompt=given.prompt, seed=given.seed))
+
+    if options.jobs:
+        failed, made = [], []
+        for where, read in lines_of(options, known):
+
+            def one(read=read):
+                given, out = read()
+                return make(*prepare(given), out)
+
+            made.append(attempt(one, where, failed))
+    else:
+        made = [make(*each) for each in prompted(options, prepare)]
+        failed = [] if len(made) > 1 else None
+    jobs = [job for job in made if job]
+    # One sample alone is always made anew.
+    left = [job for job in jobs if failed is None or not job.finished()]
+    free = [job for job in left if attempt(partial(may_write, job, names), job.out, failed)]
+    there = len(jobs) - len(left)
+    if there:
+        print(f"{options.out}: {there} of {len(made)} samples are there already and are kept")
+    return Plan(free, there, failed)
+
+
+def may_write(job, names):
+    """Before anything slow."""
+    check_out(job.out, names)
+    return True
+
+
+def prompted(options, prepare):
+    """(options, camera, folder) of every prompt and seed: one sample goes to --out itself, several
+    to folders inside."""
+    seeds = range(options.seed, options.seed + options.num_samples)
+    pairs = list(itertools.product(read_prompts(options.prompt), seeds))
+    given, camera = prepare(options)  # once: only words and seed differ
+    for i, (words, seed) in enumerate(pairs):
+        slug = re.sub("[^a-z0-9]+", "-", words.lower())[:40].strip("-")
+        name = f"{i:03d}-{slug}-seed{seed}" if len(pairs) > 1 else ""
+        yield given.replaced(prompt=words, seed=seed), camera, Path(options.out, name)
+
+
+def lines_of(options, known):
+    """(where, function that gives the options and the folder of a job, or raises) of every line of
+    --jobs."""
+    path, first = options.jobs, {}
+    if options.num_samples > 1:
+        raise ValueError("--num_samples: a list of jobs has a line, with its seed, for each sample")
+    check_file(path, MAX_TEXT)
+    lines = Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf").splitlines()
+    numbered = [(f"{path}:{n}", line) for n, line in enumerate(lines, 1) if line.strip()]
+    if not numbered:
+        raise ValueError(f"--jobs {path}: no job in it; wanted one JSON object a line")
+
+    def read(where, line):
+        name, changes = read_line(line, where, known)
+        # Not all file systems tell upper from lower case.
+        before = first.setdefault(name.casefold(), where)
+        if before != where:
+            raise ValueError(f"{where}: id {name} stands in {before} too; wanted one of its own")
+        return options.replaced(**changes), Path(options.out, name)
+
+    return [(where, partial(read, where, line)) for where, line in numbered]
+
+
+def read_line(line, where, known):
+    """One line of a list -> id, {option: value}."""
+    try:
+        job = json.loads(line.decode(), object_pairs_hook=unique_keys)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where}: not JSON: {error}; wanted an object a line") from None
+    if not isinstance(job, dict):
+        raise ValueError(f'{where}: wanted an object such as {{"id": "lobby", "seed": 1}}')
+    name = job.pop("id", None)
+    if not isinstance(name, str) or not re.fullmatch(ID, name):
+        wanted = "wanted up to 60 letters, digits, _ . -, as it names a folder in --out"
+        raise ValueError(f"{where}: id = {name!r:.99}; {wanted}")
+    may = {key: known[key] for key in PER_JOB}
+    return name, {
+        k: config.check(k, v, config.look_up(k, may, where), where) for k, v in job.items()
+    }
+
+
+# --------------------------------------------------------------------------------- doing and saying
+def attempt(work, where, failed):
+    """work(); of several jobs, what goes wrong in one becomes a line of `failed`, and None."""
+    if failed is None:
+        return work()
+    try:
+        return work()
+    except torch.cuda.OutOfMemoryError as error:
+        said = str(error).splitlines()[0]
+    except (ValueError, OSError, SafetensorError) as error:
+        said = str(error)
+    said = printable(said)
+    failed.append(said if said.startswith(str(where)) else f"{where}: {said}")
+
+
+def start_images(jobs, failed, read):
+    """Those jobs whose start image can be read, and {path: image}; read: options -> image."""
+    images, ready = {}, []
+    for job in jobs:
+        path = job.options.image
+        if path and path not in images:
+            image = attempt(partial(read, job.options), job.out, failed)
+            if image is None:
+                continue
+            images[path] = image
+        ready.append(job)
+    return ready, images
+
+
+# ------------------------------------------------------------------------------------------ ranks
+def join_ranks(options):
+    """This process among those of torchrun: they share jobs and wait for the slowest at the end."""
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        return Ranks()
+    long = 10**6  # seconds; torchrun ends the others when one dies
+    return start_processes("cpu" if options.device == "cpu" else "auto", long, long)
+
+
+def share(jobs, ranks):
+    """This rank's jobs, and the group of the two ranks that compute one together, or None.
+
+    A single guided job on several ranks: the first two take one pass each."""
+    if ranks.world == 1 or len(jobs) != 1 or jobs[0].options.guidance == 1:
+        return jobs[ranks.rank :: ranks.world], None
+    pair = dist.new_group([0, 1])  # to be called on all ranks
+    return (jobs, pair) if ranks.rank < 2 else ([], None)
+
+
+def finish(plan, failed, ranks):
+    """Leave the other ranks; ValueError names what failed on any of them."""
+    failed = (plan.failed or []) + sum(gathered(failed or []), [])
+    if ranks.world > 1:
+        end_processes()
+    if failed and ranks.rank:
+        raise SystemExit(2)  # the first rank says why
+    if failed:
+        print("".join(f"{line}\n" for line in failed), end="", file=sys.stderr)
+        total = plan.there + len(plan.jobs) + len(plan.failed)
+        cure = "The same command tries them again and keeps the rest"
+        raise ValueError(f"{len(failed)} of {total} jobs failed, named above. {cure}")

@@ -1,0 +1,195 @@
+"""The folders of public benchmarks: WorldScore's instances, cameras and tree; WBench's poses.
+
+WorldScore (Duan et al. 2025, github.com/haoyi-duan/WorldScore at 344983c) lists start image,
+prompts and named camera moves, one move for each scene of a chain: a scene starts with the last
+frame of the one before.  A move starts where the camera stands; frames between are interpolated,
+rotation by slerp and translation of w2c linearly.  Its axes: PyTorch3D (x left, y up, z forward)
+for the moves, Blender (x right, y up, z back) for the c2w in camera_data.json.
+
+    RUNS/worldscore_output/static/STYLE/SCENE_TYPE/CATEGORY/NAME/
+        frames/000.png ...   image_data.json   camera_data.json   input_image.png
+        videos/output.mp4    time.txt
+    RUNS/worldscore_output/dynamic/STYLE/MOTION_TYPE/NAME/    the same without camera_data.json
+
+Its camera metrics assume a focal length of 500 and a centre of 256 pixels for every picture, which
+is true of 512 x 512 alone: so frames are square here, and written at that size."""
+
+import json
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch.nn.functional as F
+
+from lib.camera_paths import interpolate
+from lib.files import read_json, write_aside
+from lib.pictures import write_png, write_video
+
+SIDE, FOCAL = 512, 500  # pixels of its frames
+SPEED = 0.3  # scene units that its camera_speed of 1 stands for: as far as our own moves go
+TURN = 30.0  # degrees of pan and orbit
+# fmt: off
+SHIFT = {  # of w2c, in units of the speed
+    "push_in": (0, 0, -1), "pull_out": (0, 0, 1),
+    "move_left": (-0.5, 0, 0), "move_right": (0.5, 0, 0),
+    "pull_left": (-0.3, 0, 0.3), "pull_right": (0.3, 0, 0.3),
+}
+ANGLE = {
+    "orbit_left": -TURN, "orbit_right": TURN, "pan_left": TURN, "pan_right": -TURN,
+    "pull_left": TURN, "pull_right": -TURN,
+}
+# fmt: on
+MOVES = (*dict.fromkeys((*SHIFT, *ANGLE)), "fixed")
+
+
+@dataclass(frozen=True)
+class Instance:
+    """One world to make."""
+
+    folder: Path
+    image: Path
+    prompts: list  # of each scene
+    moves: list  # of each scene
+    entry: dict  # as it stands in the list
+
+    def finished(self, frames):
+        """Whether the official loader would take it as complete."""
+        wanted = ["image_data.json", "input_image.png"]
+        wanted += ["camera_data.json"] * (self.entry["visual_movement"] == "static")
+        count = len(list((self.folder / "frames").glob("*.png")))
+        there = all((self.folder / name).is_file() for name in wanted)
+        return there and count == len(self.moves) * (frames - 1) + 1
+
+
+def read_list(path, runs):
+    """Instances of static.json or dynamic.json, which lies in DATASET/static/ or DATASET/dynamic/;
+    images are named relative to DATASET.
+
+    Raises ValueError that names the file and the entry."""
+    entries, root = read_json(path), Path(path).resolve().parents[1]
+    if not isinstance(entries, list) or not entries:
+        raise ValueError(f"{path}: wanted WorldScore's list of instances (static.json)")
+    found = []
+    for n, entry in enumerate(entries):
+        try:
+            found.append(read_entry(entry, root, Path(runs)))
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            said = error if isinstance(error, ValueError) else f"no {error}, or of another kind"
+            wanted = "wanted visual_movement, visual_style, scene_type, image, camera_path, "
+            wanted += "prompt_list and style"
+            raise ValueError(f"{path}: entry {n}: {said}; {wanted}") from None
+    return found
+
+
+def read_entry(entry, root, runs):
+    kind, image = entry["visual_movement"], Path(entry["image"])
+    moves = list(entry["camera_path"])
+    for move in moves:
+        if move not in MOVES:
+            raise ValueError(f"camera_path {move!r:.40}; known: {', '.join(MOVES)}")
+    if kind == "static":
+        parts = [entry["visual_style"], entry["scene_type"], image.parts[-2], image.stem]
+        words = entry["prompt_list"][1 : len(moves) + 1]
+    elif kind == "dynamic":
+        parts = [entry["visual_style"], entry["motion_type"], image.stem]
+        words = [entry["prompt"]]
+    else:
+        raise ValueError(f"visual_movement {kind!r:.40}; wanted static or dynamic")
+    if len(words) != len(moves) or not moves:
+        found = f"{len(words)} prompts for {len(moves)} scenes"
+        raise ValueError(f"{found}; wanted one more than moves in prompt_list")
+    if not all(re.fullmatch(r"\w[\w .-]*", part) for part in parts):
+        raise ValueError(f"{'/'.join(parts)!r:.99} cannot name a folder")
+    if image.is_absolute() or ".." in image.parts:
+        raise ValueError(f"image {str(image)!r:.99} leads out of the dataset")
+    # As the official loader joins them.
+    prompts = [f"{w}{'' if w.endswith('.') else '.'} {entry['style']}" for w in words]
+    folder = runs.joinpath("worldscore_output", kind, *parts)
+    return Instance(folder, root / image, prompts, moves, entry)
+
+
+# ---------------------------------------------------------------------------------------- cameras
+def move_matrix(name, speed=1.0):
+    """w2c (4, 4) after a move from the origin, PyTorch3D's axes."""
+    angle = math.radians(ANGLE.get(name, 0.0))
+    c, s = math.cos(angle), math.sin(angle)
+    turn = np.array([[c, 0, -s, 0], [0, 1, 0, 0], [s, 0, c, 0], [0, 0, 0, 1]], float)
+    if name.startswith("orbit"):  # about a point in front, at a distance of `speed`
+        there, back = np.eye(4), np.eye(4)
+        there[2, 3], back[2, 3] = speed, -speed
+        return there @ turn @ back
+    turn[:3, 3] = speed * np.array(SHIFT.get(name, (0, 0, 0)), float)
+    return turn
+
+
+def key_cameras(moves, speed=1.0):
+    """w2c (scenes + 1, 4, 4) where scenes begin and end, the first is the identity."""
+    found = [np.eye(4)]
+    for name in moves:
+        found.append(move_matrix(name, speed) @ found[-1])
+    return np.stack(found)
+
+
+def all_cameras(keys, frames):
+    """w2c of every frame (scenes * (frames - 1) + 1, 4, 4) between key cameras."""
+    found, share = [keys[:1]], np.arange(1, frames) / (frames - 1)
+    for first, last in zip(keys, keys[1:]):
+        poses = np.tile(np.eye(4), (len(share), 1, 1))
+        turns = np.stack([first, last])[:, :3].copy()
+        turns[..., 3] = 0  # of a pure rotation, a constant screw is slerp
+        poses[:, :3, :3] = interpolate([0, 1], turns, share)[..., :3]
+        poses[:, :3, 3] = first[:3, 3] + share[:, None] * (last - first)[:3, 3]
+        found.append(poses)
+    return np.concatenate(found)
+
+
+def as_opencv(w2c):
+    """PyTorch3D's w2c (N, 4, 4) -> ours (N, 3, 4): x and y of camera and world turn around."""
+    flip = np.diag([-1.0, -1, 1, 1])
+    return (flip @ w2c @ flip)[:, :3]
+
+
+def as_blender(w2c):
+    """PyTorch3D's w2c (N, 4, 4) -> camera_data.json's c2w, the world stays PyTorch3D's."""
+    return np.linalg.inv(np.diag([-1.0, 1, -1, 1]) @ w2c)
+
+
+# ------------------------------------------------------------------------------------------ writing
+def squared(video, side=SIDE):
+    """Frames (T, 3, H, H) in [-1, 1] -> uint8 (T, side, side, 3)."""
+    if video.shape[-1] != side:
+        video = F.interpolate(video, (side, side), mode="bicubic", antialias=True)
+    pixels = (video.clamp(-1, 1) + 1) * 127.5
+    return pixels.round().byte().movedim(1, -1).cpu().numpy()
+
+
+def write_instance(instance, video, first, *, speed, fps, seconds):
+    """Everything that the official tools read of one instance; image_data.json comes last.
+
+    video    (T, 3, H, H) in [-1, 1] of all scenes;  first (3, H, H) the start image as it was given
+    speed    scene units that camera_speed 1 stood for
+    seconds  that it took"""
+    folder, scenes = instance.folder, len(instance.moves)
+    frames = (len(video) - 1) // scenes + 1
+    (folder / "frames").mkdir(parents=True, exist_ok=True)
+    (folder / "videos").mkdir(exist_ok=True)
+    pixels = squared(video)
+    for n, picture in enumerate(pixels):
+        write_png(folder / "frames" / f"{n:03d}.png", picture)
+    write_png(folder / "input_image.png", squared(first[None])[0])
+    write_video(folder / "videos" / "output.mp4", pixels, fps)
+    (folder / "time.txt").write_text(f"generate_time: {seconds}\n")
+    data = dict(instance.entry, num_scenes=scenes, total_frames=len(video))
+    if instance.entry["visual_movement"] == "static":
+        keys = key_cameras(instance.moves, speed)
+        matrices = dict(
+            cameras=as_blender(keys), cameras_interp=as_blender(all_cameras(keys, frames))
+        )
+        cameras = dict(focal_length=FOCAL, scale=speed)
+        cameras |= {name: matrix.tolist() for name, matrix in matrices.items()}
+        (folder / "camera_data.json").write_text(json.dumps(cameras, indent=4))
+        data["anchor_frame_idx"] = [n * (frames - 1) for n in range(scenes + 1)]
+    text = json.dumps(data, indent=4)
+    write_aside(folder / "image_data.json", lambda aside: aside.write_text(text), durable=False)

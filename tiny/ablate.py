@@ -1,0 +1,170 @@
+"""Does the exchange between the branches help?  Ablations on the miniature's video branch:
+
+    python tiny/ablate.py [--seeds 0,1,2] [--only full,none] [--jobs 2] [--work data/ablations]
+
+Every variant trains stage 1 (shared by those that do not change it) and stage 2 with equal steps,
+data and seeds on the frozen tiny/wan, then samples held-out rooms and scores them against the true
+renderings.  A run's row goes to docs/ablations.json as soon as it is there; the same command goes
+on where it stopped, and --table prints means and spread.  Hours of two cores in all."""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Lock
+
+ROOT = Path(__file__).resolve().parents[1]
+ROWS = ROOT / "docs/ablations.json"
+STEPS, BATCH = {1: 500, 2: 400}, 4
+# Fields of model.Config that differ from the preset "tiny".
+VARIANTS = {
+    "full": {},
+    "none": {"exchange": "none"},
+    "to_geometry": {"exchange": "to_geometry"},
+    "to_video": {"exchange": "to_video"},
+    "no_adapters": {"camera_adapters": False},
+    "no_pose_tokens": {"pose_tokens": False},
+    # one seed each
+    "constant_rays": {"constant_rays": True},
+    "pcb_2": {"num_pcb": 2, "taps": (0, 2, 3, 5)},
+    "pcb_6": {"num_pcb": 6, "taps": (0, 0, 1, 1)},
+}
+THREE_SEEDS = tuple(VARIANTS)[:6]
+# What stage 1 does not have yet, so that variants share it.
+LATE = {"exchange", "camera_adapters"}
+# glibc gives small blocks back at every step otherwise: a third of the time.
+QUICK = dict(OMP_NUM_THREADS="1", MALLOC_MMAP_MAX_="0", MALLOC_TRIM_THRESHOLD_="4000000000")
+lock = Lock()
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training of a variant and a seed."""
+
+    work: Path
+    name: str
+    seed: int
+
+    def switches(self, stage):
+        own = VARIANTS[self.name]
+        return own if stage == 2 else {k: v for k, v in own.items() if k not in LATE}
+
+    def folder(self, stage):
+        name = self.name if self.switches(stage) else "full"
+        return self.work / f"stage{stage}-{name}-seed{self.seed}"
+
+    def train(self, stage):
+        out = self.folder(stage)
+        if not (out / f"step-{STEPS[stage]}.safetensors").exists():
+            seed = 100 * stage + self.seed
+            call(out, stage, self.switches(stage), seed=seed, init_from=self.start_of(stage))
+
+    def start_of(self, stage):
+        return self.folder(1) / "latest.safetensors" if stage == 2 else ""
+
+    def evaluate(self, rooms):
+        """Append the row of a finished run, unless it is there."""
+        if any((row["variant"], row["seed"]) == (self.name, self.seed) for row in read_rows()):
+            return
+        out, source = self.folder(2) / "scored", self.folder(2) / "latest.safetensors"
+        how = dict(eval_only=True, eval_samples=rooms, eval_clips=rooms, eval_more_sigmas="()")
+        call(out, 2, self.switches(2), init_from=source, data_dir=self.work / "val", **how)
+        found = json.loads((out / "eval.json").read_text())
+        rows = {k.split(", ", 1)[-1]: row for k, row in found.items()}
+        with lock:
+            told = dict(variant=self.name, seed=self.seed, steps=STEPS, batch=BATCH, rows=rows)
+            ROWS.write_text(json.dumps([*read_rows(), told], indent=0))
+        print("scored", self.name, "seed", self.seed, flush=True)
+
+
+def read_rows():
+    return json.loads(ROWS.read_text()) if ROWS.exists() else []
+
+
+def call(out, stage, switches, **options):
+    """Run train.py into a folder, with its words in a file beside it."""
+    command = [sys.executable, "train.py", f"config/tiny{stage}.py", f"--out_dir={out}"]
+    options = dict(data_dir=out.parent / "rooms", max_steps=STEPS[stage]) | options
+    usual = dict(batch_size=BATCH, precision="bf16", save_every=100, keep_last=1)
+    for key, value in (usual | dict(model_overrides=switches) | options).items():
+        command.append(f"--{key}={value}")
+    out.mkdir(parents=True, exist_ok=True)
+    with open(out / "command.log", "a") as log:
+        env = os.environ | QUICK
+        subprocess.run(command, check=True, cwd=ROOT, env=env, stdout=log, stderr=log)
+
+
+def render(work, rooms):
+    """Training rooms as caches, held-out rooms with their videos."""
+    size = ["--height", "96", "--width", "160", "--num_frames", "9"]
+    for folder, num, val, seed, more in (
+        ("rooms", 600, 0, 120_000_000, ["--cache_only", "True"]),
+        ("val", 16, rooms, 130_000_000, []),
+    ):
+        counts = ["--num", str(num), "--val", str(val), "--seed", str(seed), "--variety", "simple"]
+        command = ["data.py", "synth", str(work / folder), *size, *counts, *more]
+        subprocess.run([sys.executable, *command], check=True, cwd=ROOT)
+    command = ["data.py", "encode", str(work / "val"), *size, "--wan_dir", "tiny/wan"]
+    subprocess.run([sys.executable, *command], check=True, cwd=ROOT)
+
+
+def table(rows):
+    """Lines of a Markdown table: mean and spread of every variant's headline numbers."""
+    keys = sorted({(part, key) for row in rows for part, r in row["rows"].items() for key in r})
+    for part, key in keys:
+        print(f"{part}: {key}")
+        for name in VARIANTS:
+            values = [r["rows"][part][key] for r in rows if r["variant"] == name]
+            if values:
+                spread = statistics.stdev(values) if len(values) > 1 else 0.0
+                print(
+                    f"    {name:16s}{statistics.mean(values):9.4f} +- {spread:.4f} ({len(values)})"
+                )
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--only", default=",".join(VARIANTS), help="variants, with commas")
+    parser.add_argument("--jobs", type=int, default=2, help="trainings side by side")
+    parser.add_argument("--rooms", type=int, default=32, help="held-out rooms that are scored")
+    parser.add_argument("--work", type=Path, default=ROOT / "data/ablations")
+    parser.add_argument("--train_only", action="store_true")
+    parser.add_argument("--table", action="store_true", help="print docs/ablations.json and stop")
+    how = parser.parse_args()
+    if how.table:
+        return table(read_rows())
+    work = how.work.resolve()
+    render(work, how.rooms)
+    runs = [
+        Run(work, name, seed)
+        for seed in map(int, how.seeds.split(","))
+        for name in how.only.split(",")
+        if name in THREE_SEEDS or seed == 0
+    ]
+    # Variants of one seed come last to last: a table of three seeds is worth more.
+    runs.sort(key=lambda run: run.name not in THREE_SEEDS)
+    with ThreadPoolExecutor(how.jobs) as pool:
+        begun, waiting = {}, []
+        for run in runs:
+            first = run.folder(1)
+            begun[first] = begun.get(first) or pool.submit(run.train, 1)
+            waiting.append(pool.submit(finish, run, begun[first], how))
+        for task in waiting:
+            task.result()
+
+
+def finish(run, stage_1, how):
+    stage_1.result()
+    run.train(2)
+    if not how.train_only:
+        run.evaluate(how.rooms)
+
+
+if __name__ == "__main__":
+    main()
