@@ -32,7 +32,7 @@ from lib.experts import BOUNDARY, check_frozen_of, metadata_of_ckpt, open_models
 from lib.export import EXPORTS, USUAL, describe, export_names, make_scene, write_exports
 from lib.guards import run_command
 from lib.jobs import attempt, finish, join_ranks, plan_jobs, share, start_images
-from lib.pictures import depth_to_rgb, tile, write_png
+from lib.pictures import as_pixels, depth_to_rgb, tile, write_png
 from lib.strangers import read_train_config
 from lib.weights import find_wan
 from model import shift_sigma
@@ -248,10 +248,15 @@ class Denoiser:
     def __call__(self, x, t):
         self.take_model(t)
         self.step += 1
-        if self.on_step:
-            self.on_step(self.step, read_geometry=partial(self.read_geometry, x, t))
         if self.sampling.read_last_step and self.step == self.sampling.steps:
             self.last_geometry = self.read_geometry(x, t)
+        v = self.velocity_that_fits(x, t)
+        if self.on_step:
+            foreseen = x - t / 1000 * v.float()
+            self.on_step(self.step, foreseen, read_geometry=partial(self.read_geometry, x, t))
+        return v
+
+    def velocity_that_fits(self, x, t):
         try:
             return self.velocity(x, t)
         except torch.cuda.OutOfMemoryError:
@@ -293,8 +298,8 @@ def generate(model, inputs, sampling, *, decode=None, on_step=None, progress=Non
     """Sample latents (1, 16, f, h, w), then read the geometry once at READOUT_SIGMA.
 
     decode     latents -> video, which runs beside the read-out; None: no video
-    on_step    called at every step with its number, from 1, and read_geometry=, a function that
-               reads the geometry so far (one forward)
+    on_step    called after every step with its number, from 1, the latents that it foresees, and
+               read_geometry=, a function that reads the geometry so far (one forward)
     progress   wraps the steps; None: a bar
     pair       process group of two ranks that make one video: of lib.jobs.share
     returns    latents, geometry dict, video or None; of the second of a pair latents alone"""
@@ -318,15 +323,17 @@ def bar(phase, items, unit):
     return tqdm(items, desc=f"{phase:8s}", unit=unit, dynamic_ncols=True, disable=others)
 
 
-def preview(folder, every, step, *, read_geometry):
-    """Every so many steps the depth of up to 5 frames as folder/step-0008.png, bright is near."""
+def preview(folder, every, decode, step, latents, *, read_geometry):
+    """Every so many steps the first frame and the depth of up to 5, bright is near, as
+    folder/step-0008.png."""
     if not every or step % every:
         return
+    first = as_pixels(decode(latents[:, :, :1]))  # latent 0 is frame 0 alone
     depth = read_geometry()["depth"][0].float().cpu().numpy()
     pick = np.linspace(0, len(depth) - 1, min(5, len(depth))).round().astype(int)
     folder.mkdir(parents=True, exist_ok=True)
     pictures = depth_to_rgb(depth[pick], *np.quantile(depth, (0.01, 0.99)))
-    write_png(folder / f"step-{step:04d}.png", tile([list(pictures)]))
+    write_png(folder / f"step-{step:04d}.png", tile([[*first, *pictures]]))
 
 
 @dataclass(frozen=True)
@@ -382,8 +389,8 @@ def images_of(options, meta):
     return torch.cat([load_image(name, *size, **how) for name in names], 2)
 
 
-def load(options, meta, jobs, images, pair=None):
-    """Encode the prompts and images of the jobs, then load the model."""
+def load(options, meta, jobs, images, pair=None, *, model=None, bar=bar):
+    """Encode the prompts and images of the jobs, then load the model, if it is not at hand."""
     device, quirks = torch.device(options.device), quirks_of(options, meta)
     encoders = WanFolder(options.wan_dir, "cpu" if options.low_memory else device)
     words = [(job.options.prompt, job.options.negative_prompt) for job in jobs]
@@ -392,7 +399,7 @@ def load(options, meta, jobs, images, pair=None):
     show = partial(bar, "text", unit="prompt")
     texts, starts, vae = conditions(encoders, prompts, images, **how, progress=show)
     half = options.dtype == "bf16" or options.dtype == "auto" and device.type == "cuda"
-    for _ in bar("load", (options.ckpt,), "model"):
+    for _ in bar("load", (options.ckpt,), "model") if model is None else ():
         model = open_models(options, quirks, device, torch.bfloat16 if half else None)
     return Resources(model, vae, texts, starts, device, half, pair)
 
@@ -417,21 +424,23 @@ def make_inputs(job, resources):
     return Inputs(noise, *texts, y, clip, *(x.to(resources.device) for x in job.camera))
 
 
-def decode_video(vae, latents):
+def decode_video(vae, latents, progress=iter):
     """Latents (1, 16, f, h, w) -> video (3, T, H, W) in [-1, 1] on the CPU."""
-    return vae.decode(latents.float().cpu(), progress=partial(bar, "decode", unit="step"))[0].cpu()
+    return vae.decode(latents.float().cpu(), progress=progress)[0].cpu()
 
 
-def sample_one(job, meta, resources):
+def sample_one(job, meta, resources, bar=bar):
     """Run one job -> Scene with its report; None on the second rank of a pair."""
     options, device, pair = job.options, resources.device, resources.pair
     model = resources.model.to(device)
     inputs = make_inputs(job, resources)
     numbers = (options.sampler, options.steps, options.shift, options.guidance)
     sampling = Sampling(*numbers, read_last_step="readout" in quirks_of(options, meta))
-    decode = partial(decode_video, resources.vae)
-    on_step = partial(preview, job.out / "preview", options.preview_every)
+    glimpse = partial(decode_video, resources.vae)
+    decode = partial(glimpse, progress=partial(bar, "decode", unit="step"))
+    on_step = partial(preview, job.out / "preview", options.preview_every, glimpse)
     how = dict(on_step=on_step if not pair or dist.get_rank(pair) == 0 else None, pair=pair)
+    how["progress"] = partial(bar, "sampling", unit="step")
     how["decode"] = None if options.low_memory else decode
     with torch.autocast(device.type, torch.bfloat16, enabled=resources.half):
         latents, geometry, video = generate(model, inputs, sampling, **how)
@@ -551,18 +560,29 @@ def prepared(options, meta):
     return options, load_camera(options.camera, options.frames, size, view)
 
 
-def main(options):
+def checkpoint_of(options):
+    """What the checkpoint says of itself."""
     if not options.ckpt:
         raise ValueError("--ckpt is needed: a checkpoint of stage 1 or 2; --help lists all options")
     meta = metadata_of_ckpt(options.ckpt)
     if meta.get("stage") not in ("1", "2"):
         found = f"{options.ckpt}: stage {meta.get('stage')}"
         raise ValueError(f"{found}; wanted a stage 1 or stage 2 checkpoint")
+    return meta
+
+
+def check_base(options):
+    """A checkpoint goes with the video branch that it was trained on."""
+    if options.wan_dir and not options.other_wan:
+        check_frozen_of(options.ckpt, options.wan_dir)
+
+
+def main(options):
+    meta = checkpoint_of(options)
     given, options, names = options, settled(options, meta), export_names(options.export)
     ranks, plan = join_ranks(options), None
     if ranks.rank == 0:  # before anything slow
-        if options.wan_dir and not options.other_wan:
-            check_frozen_of(options.ckpt, options.wan_dir)
+        check_base(options)
         known = {key: value for key, value in globals().items() if key in vars(options)}
         plan = plan_jobs(given, meta, names, partial(prepared, meta=meta), known)
     plan = from_first(plan)
@@ -581,9 +601,9 @@ def main(options):
     finish(plan, failed, ranks)
 
 
-def make_one(job, meta, resources, names):
+def make_one(job, meta, resources, names, bar=bar):
     """Sample one job and write its files."""
-    scene = sample_one(job, meta, resources)
+    scene = sample_one(job, meta, resources, bar)
     if scene is None:
         return
     write_exports(scene, job.out, names, partial(bar, "export", unit="file"))

@@ -28,21 +28,28 @@ def run_command(program, command, advice=""):
     try:
         command()
         return
-    except torch.cuda.OutOfMemoryError as error:
-        said = f"{str(error).splitlines()[0]} {advice}"
-    except ModuleNotFoundError as error:
-        said = f"{error}. Fix: pip install -r requirements.txt"
-    except (ValueError, OSError, SafetensorError) as error:
-        # Out of a loader worker comes its whole traceback, with the message at the end.
-        said = str(error).rpartition(f"\n{type(error).__name__}: ")[2]
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        said = f"{error} Fix: --num_workers=0, or more room in /dev/shm"
+    except Exception as error:
+        said = one_line(error, advice)
     finally:
         end_children()
-    print(f"{program}: {printable(said)}", file=sys.stderr)
+    print(f"{program}: {said}", file=sys.stderr)
     sys.exit(2)
+
+
+def one_line(error, advice=""):
+    """A user error as its line; every other error goes on."""
+    if isinstance(error, torch.cuda.OutOfMemoryError):
+        said = f"{str(error).splitlines()[0]} {advice}"
+    elif isinstance(error, ModuleNotFoundError):
+        said = f"{error}. Fix: pip install -r requirements.txt"
+    elif isinstance(error, (ValueError, OSError, SafetensorError)):
+        # Out of a loader worker comes its whole traceback, with the message at the end.
+        said = str(error).rpartition(f"\n{type(error).__name__}: ")[2]
+    elif isinstance(error, RuntimeError) and "DataLoader worker" in str(error):
+        said = f"{error} Fix: --num_workers=0, or more room in /dev/shm"
+    else:
+        raise error
+    return printable(said)
 
 
 def printable(text):

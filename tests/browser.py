@@ -30,6 +30,7 @@ class Page:
     def __init__(self, to, back):
         self.to, self.back, self.buffer, self.count, self.session = to, back, b"", 0, None
         self.problems = []  # console errors and uncaught exceptions
+        self.requests = []  # addresses that the page asked for
 
     def receive(self, deadline):
         while b"\0" not in self.buffer:
@@ -45,6 +46,8 @@ class Page:
             )
         if what == "Runtime.consoleAPICalled" and detail["type"] in ("error", "warning"):
             self.problems.append(str([a.get("value") for a in detail["args"]]))
+        if what == "Network.requestWillBeSent":
+            self.requests.append(detail["request"]["url"])
         if what == "Log.entryAdded" and detail["entry"]["level"] == "error":
             self.problems.append(detail["entry"]["text"])
         return message
@@ -86,7 +89,8 @@ class Page:
 
 @contextlib.contextmanager
 def opened(path, width=1280, height=800):
-    """The page of a file, loaded; software WebGL, no network."""
+    """The page of a file, loaded, without network, or of an address; software WebGL."""
+    address = str(path) if str(path).startswith("http") else f"file://{os.path.abspath(path)}"
     to_read, to = os.pipe()
     back, back_write = os.pipe()
     script = 'exec 3<&"$1" 4>&"$2"; shift 2; exec "$@"'
@@ -126,13 +130,13 @@ def opened(path, width=1280, height=800):
                 page.call(f"{domain}.enable")
             page.call(
                 "Network.emulateNetworkConditions",
-                offline=True,
+                offline=address.startswith("file"),
                 latency=0,
-                downloadThroughput=0,
-                uploadThroughput=0,
+                downloadThroughput=-1,
+                uploadThroughput=-1,
             )
             page.resize(width, height)
-            page.call("Page.navigate", url=f"file://{os.path.abspath(path)}")
+            page.call("Page.navigate", url=address)
             deadline = time.monotonic() + 60
             while not page.run("document.readyState === 'complete'"):
                 assert time.monotonic() < deadline, "the page does not load"

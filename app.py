@@ -1,0 +1,271 @@
+"""Make and turn a world in the browser: a page over sample.py, which does all of the work.
+
+    pip install -r requirements-app.txt && python app.py      # then open http://127.0.0.1:7860
+
+The options of sample.py are options here too: the form starts with them. A form becomes arguments
+of sample.py, so errors are those of the command line, and the command of a world is shown with it.
+--out receives worlds/, a folder for each of the newest --keep, and uploads/."""
+
+import os
+import pathlib
+import secrets
+import shlex
+import shutil
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor, wait
+from functools import partial
+
+import config
+import sample
+from config import option, section
+from lib.camera_files import FORMATS
+from lib.camera_paths import TRAVEL, TURN_AXIS, ZOOM
+from lib.export import EXPORTS, export_names
+from lib.files import STILLS
+from lib.guards import one_line, run_command
+from lib.jobs import plan_jobs, start_images
+from lib.pictures import COMMANDED, as_pixels, top_view
+from lib.webpage import Job, alarm, figure, show_world
+
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
+try:
+    import gradio as gr
+except ModuleNotFoundError as error:
+    print(f"app.py: {error}. Fix: pip install -r requirements-app.txt", file=sys.stderr)
+    sys.exit(2)
+
+section_8 = section("this page")
+ckpt = option("tiny/fantasyworld.safetensors", "checkpoint of stage 1 or 2, or a model.pth")
+out = option("outputs/app", "folder of worlds and uploads")
+host = option("127.0.0.1", "address to listen at; 0.0.0.0: open to all who reach this machine")
+port = option(7860, "of the page", low=1, high=65535)
+keep = option(20, "worlds that are kept, the newest", low=1)
+upload = option(100, "MB that a file may have", low=1)
+
+ROOT = pathlib.Path(__file__).resolve().parent
+EXAMPLES = sorted(map(str, ROOT.glob("examples/room*.jpg")))
+SEVERAL = ("num_samples", "jobs")  # options of sample.py for more than one world
+KINDS = ("named move", "key frames", "camera file")
+MOVES = [*TRAVEL, *TURN_AXIS, *ZOOM, "spiral"]
+COLUMNS = ["time", "x", "y", "z", "to x", "to y", "to z"]
+KEYS = [["", 0, 0, 0, 0, 0, 1], ["", 0.2, 0, 0.2, 0, 0, 1]]
+ADVICE = "Try fewer frames or a smaller size, or start app.py with --low_memory"
+# The browser asks no other server, whatever a component of gradio would like to load.
+POLICY = "default-src 'self' data: blob: 'unsafe-inline' 'unsafe-eval'"
+
+
+# ------------------------------------------------------------------------------------------- work
+def placed(files, folder):
+    """Copy uploaded files into a new folder -> the copy, or else the folder."""
+    folder.mkdir()
+    copies = [shutil.copy(file, folder) for file in files]
+    return str(copies[0] if len(copies) == 1 else folder)
+
+
+def key_frames(table):
+    """Rows of COLUMNS -> the text of --camera; empty rows are left out."""
+    parts = []
+    for row in table:
+        at, *cells = (str(cell).strip() for cell in row)
+        if any(cells):
+            at = f"{at}: " if at else ""
+            parts.append(f"{at}{','.join(cells[:3])} -> {','.join(cells[3:])}")
+    return " | ".join(parts) or "->"
+
+
+class Studio:
+    """What all visitors share: what app.py was started with, and the model."""
+
+    def __init__(self, options):
+        self.asked, self.meta = options, sample.checkpoint_of(options)
+        self.settled = sample.settled(options, self.meta)
+        sample.check_base(self.settled)
+        self.worlds = pathlib.Path(options.out).resolve() / "worlds"
+        self.worlds.mkdir(parents=True, exist_ok=True)
+        self.model = None
+        self.one = ThreadPoolExecutor(1)  # a job that was stopped ends its step before the next
+
+    def read(self, form, folder):
+        """A form -> arguments of sample.py, and what it makes of them; uploaded files are copied
+        into the folder."""
+        form = {k: v for k, v in form.items() if v not in (None, "", []) or k == "prompt"}
+        kind, keys, files = form.pop("kind"), form.pop("keys", ()), form.pop("files", ())
+        if form["prompt"].endswith(".txt"):
+            raise ValueError("--prompt: wanted words; a file of prompts is for sample.py")
+        if kind == "key frames":
+            form["camera"] = key_frames(keys)
+        elif kind == "camera file":
+            form["camera"] = placed(files, folder / "camera")
+        if "image" in form:
+            form["image"] = placed([form["image"]], folder / "start")
+        form["export"] = ",".join(form.get("export", ()))
+        # What stands there as at first is left to the checkpoint.
+        values = {k: v for k, v in form.items() if v != getattr(self.settled, k)}
+        elsewhere = ("out", "preview_every", *SEVERAL)
+        given = {k: v for k, v in vars(self.asked).items() if k in vars(sample)}
+        values = {k: v for k, v in (given | values).items() if k not in elsewhere}
+        said = [f"--{k}={v}" for k, v in values.items() if v != vars(sample)[k].default]
+        options = config.apply(vars(sample), said)
+        previews = self.asked.preview_every or 2
+        return said, options.replaced(out=str(folder), preview_every=previews)
+
+    def make(self, form, job):
+        """Make a world; -> what the page shows of it.  What is not whole leaves."""
+        try:
+            job.folder.mkdir()
+            said, options = self.read(form, job.folder)
+            names, meta = export_names(options.export), self.meta
+            prepare = partial(sample.prepared, meta=meta)
+            jobs = plan_jobs(options, meta, names, prepare, {}).jobs
+            _, images = start_images(jobs, None, partial(sample.images_of, meta=meta))
+            how = dict(model=self.model, bar=job.bar)
+            resources = sample.load(jobs[0].options, meta, jobs, images, **how)
+            self.model = resources.model
+            sample.make_one(jobs[0], meta, resources, names, job.bar)
+        except BaseException:
+            shutil.rmtree(job.folder, ignore_errors=True)
+            raise
+        for old in sorted(self.worlds.glob("2???????-??????-????????"))[: -self.asked.keep]:
+            shutil.rmtree(old, ignore_errors=True)
+        return show_world(job.folder, names, shlex.join(["python", "sample.py", *said]))
+
+    def run(self, form):
+        """make in a thread of its own -> how far it is, then the world.
+
+        gradio closes this generator when Stop is pressed or the page is closed."""
+        # Its name sorts by time, and nobody guesses it.
+        job = Job(self.worlds / f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(4)}")
+        made = self.one.submit(self.make, form, job)
+        try:
+            while not made.done():
+                yield job.show(), gr.skip()
+                wait([made], 0.4)
+        finally:
+            job.stop.set()
+        try:
+            yield '<p role="status">Done: the world is below.</p>', made.result()
+        except Exception as error:
+            yield alarm(one_line(error, ADVICE).replace(f"{job.folder}{os.sep}", "")), gr.skip()
+
+    def look(self, form):
+        """Before anything runs: the camera path from above, the start image, and what is wrong."""
+        shown = ""
+        with tempfile.TemporaryDirectory(dir=self.worlds.parent) as place:
+            folder = pathlib.Path(place)
+            try:
+                _, options = self.read(form, folder)
+                options, (w2c, _) = sample.prepared(options, self.meta)
+                path = top_view([(w2c[0].double().numpy(), COMMANDED)], (240, 400))
+                shown += figure(path, "camera path from above, scene units", folder)
+                if options.image:
+                    image = as_pixels(sample.images_of(options, self.meta)[0])[0]
+                    shown += figure(image, "start image as the model sees it", folder)
+            except Exception as error:
+                shown += alarm(one_line(error, ADVICE).replace(f"{place}{os.sep}", ""))
+        return f'<div class="side">{shown}</div>'
+
+
+# ------------------------------------------------------------------------------------------- form
+def form_of(settled):
+    """The form -> its components by option."""
+    number = partial(gr.Number, min_width=90)
+    kinds = [*STILLS, ".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi"]
+    image = gr.File(label="Start image (a picture, or a video's first frame)", file_types=kinds)
+    with gr.Row():
+        for file in EXAMPLES:
+            name = f"Example {pathlib.Path(file).stem}"
+            button = gr.Button(name, icon=file, size="sm", min_width=90)
+            button.click(partial(str, file), None, image, show_progress="hidden")
+    prompt = gr.Textbox(settled.prompt, label="Prompt", lines=2, max_length=2000)
+    form = camera_form(settled) | dict(image=image, prompt=prompt)
+    with gr.Row():
+        for key in ("frames", "height", "width", "steps", "seed"):
+            form[key] = number(getattr(settled, key), label=key.title(), precision=0)
+        form["guidance"] = number(settled.guidance, label="Guidance")
+    names = export_names(settled.export)
+    form["export"] = gr.CheckboxGroup(list(EXPORTS), value=names, label="Files")
+    return form
+
+
+def camera_form(settled):
+    """A move, key frames, or a file -> components by option."""
+    form = dict(kind=gr.Radio(KINDS, value=KINDS[0], label="Camera"))
+    with gr.Group() as moves:
+        known = list(dict.fromkeys([settled.camera, *MOVES]))
+        form["camera"] = gr.Dropdown(known, value=settled.camera, label="Move")
+        label = "Strength: 1 travels 0.3 scene units, turns by 30 degrees"
+        form["amount"] = gr.Number(settled.amount, label=label)
+    with gr.Group(visible=False) as table:
+        how = dict(type="array", interactive=True)
+        form["keys"] = gr.Dataframe(
+            KEYS, headers=COLUMNS, label="Key frames: share of the time, from, to; y is down", **how
+        )
+    with gr.Group(visible=False) as file:
+        kinds = [".txt", ".json", ".npz", ".npy", ".bin", ".log", ".csv"]
+        form["files"] = gr.File(label="Camera file", file_count="multiple", file_types=kinds)
+        label = "Its format, where it does not show"
+        form["camera_format"] = gr.Dropdown(["", *FORMATS], value="", label=label)
+        form["scene_scale"] = gr.Textbox(settled.scene_scale, label="Its units per scene unit")
+    form["fov"] = gr.Number(settled.fov, label="Field of view where the camera has none, degrees")
+
+    def show(kind):
+        return [gr.update(visible=kind == name) for name in KINDS]
+
+    form["kind"].change(show, form["kind"], [moves, table, file], show_progress="hidden")
+    return form
+
+
+def build(studio):
+    """The page."""
+    with gr.Blocks(title="FantasyWorld", delete_cache=(3600, 86400)) as page:
+        gr.Markdown("# A world from a picture, a prompt and a camera")
+        with gr.Row():
+            with gr.Column(min_width=320):
+                form = form_of(studio.settled)
+            with gr.Column(min_width=320, scale=2):
+                seen = gr.HTML(elem_id="seen", elem_classes="note")
+                with gr.Row():
+                    go = gr.Button("Make the world", variant="primary")
+                    stop = gr.Button("Stop")
+                status = gr.HTML(elem_id="status", elem_classes="note")
+                world = gr.HTML()
+
+        def look(*values):
+            return studio.look(dict(zip(form, values)))
+
+        def run(*values):
+            yield from studio.run(dict(zip(form, values)))
+
+        unseen = ("prompt", "steps", "seed", "guidance", "export")
+        changes = [form[key].change for key in form if key not in unseen]
+        how = dict(show_progress="hidden", trigger_mode="always_last")
+        gr.on([*changes, page.load], look, list(form.values()), seen, **how)
+        how = dict(show_progress="minimal", show_progress_on=status, concurrency_limit=1)
+        running = go.click(run, list(form.values()), [status, world], **how)
+        stop.click(lambda: alarm("Stopped."), None, status, cancels=[running], queue=False)
+    return page
+
+
+def command():
+    known = {k: v for k, v in vars(sample).items() if k not in SEVERAL}
+    options = config.apply(known | globals(), sys.argv[1:])
+    studio = Studio(options)
+    os.environ["GRADIO_TEMP_DIR"] = str(studio.worlds.parent / "uploads")
+    build(studio).queue(max_size=32).launch(
+        server_name=options.host,
+        server_port=options.port,
+        allowed_paths=[str(studio.worlds), *EXAMPLES],
+        max_file_size=f"{options.upload}mb",
+        theme=gr.themes.Default(font="system-ui", font_mono="monospace"),
+        css_paths=ROOT / "lib" / "app.css",
+        head=f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">',
+        footer_links=[],
+        run_history=False,
+        ssr_mode=False,
+    )
+
+
+if __name__ == "__main__":
+    run_command("app.py", command, ADVICE)
