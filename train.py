@@ -520,10 +520,11 @@ def origin_of(sources, options):
 
 
 def how_to_evaluate(options, autocast, ranks):
+    """How evaluation reads and samples clips."""
     window = window_of(options)
     # An expert reads geometry where it is at home.
     numbers = (options.eval_clips, max(options.eval_sigma, window[0]), ranks.rank, ranks.world)
-    draw = None
+    draw = None  # samples a clip, by the settings that sample.py will have with the checkpoint
     if options.eval_samples:
         draw = sample.clip_sampler(options.sampling, options.wan_dir, ranks.device, autocast)
     return How(ranks.device, autocast, *numbers, window, options.eval_samples, draw)
