@@ -14,6 +14,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -24,6 +25,7 @@ import config
 from config import option, section
 from encoders import WanFolder, encode_start
 from geometry import encode_pose
+from lib import worldscore as worldscore_folders
 from lib.camera_files import FORMATS, size_of
 from lib.camera_paths import View, load_camera, mean_distance
 from lib.crop import load_image
@@ -31,7 +33,7 @@ from lib.distributed import from_first, gather_cat
 from lib.experts import BOUNDARY, check_frozen_of, metadata_of_ckpt, open_models, split
 from lib.export import EXPORTS, USUAL, describe, export_names, make_scene, write_exports
 from lib.guards import run_command
-from lib.jobs import attempt, finish, join_ranks, plan_jobs, share, start_images
+from lib.jobs import Job, Plan, attempt, finish, join_ranks, plan_jobs, share, start_images
 from lib.pictures import as_pixels, depth_to_rgb, tile, write_png
 from lib.strangers import read_train_config
 from lib.weights import find_wan
@@ -112,6 +114,7 @@ other_wan = option(False, "go on although it holds other weights than those trai
 prompt = option("a room", "words, or a .txt file with one prompt a line")
 negative_prompt = option(None, "words to stay away from; Wan: its official ones, in Chinese")
 image = option("", "picture or video file whose first frame starts the video")
+worldscore = option("", "WorldScore's static.json or dynamic.json: make its worlds under --out")
 end_image = option("", "picture that the video ends with; for families of 36 inputs")
 jobs = option("", "list of samples: a JSON object a line, see lib/jobs.py")
 section_2 = section("camera")
@@ -577,8 +580,56 @@ def check_base(options):
         check_frozen_of(options.ckpt, options.wan_dir)
 
 
+def scene_sampler(options, meta, prompts):
+    """A function that makes a video of one of the prompts, as worldscore.make calls it:
+
+    (uint8 image (H, W, 3), prompt, w2c (1, T, 3, 4), K (1, T, 3, 3)) -> frames, depth of a Scene
+    options   of `settled`"""
+    jobs = [Job(options.replaced(prompt=words), None, None, {}) for words in prompts]
+    resources = load(options, meta, jobs, {})
+    encoders = WanFolder(options.wan_dir, options.device)
+    look = encoders.load_image() if encoders.load_image else None
+
+    def scene(image, prompt, w2c, K):
+        video = torch.from_numpy(image).movedim(-1, 0)[None, :, None] / 127.5 - 1
+        start = encode_start(resources.vae, video, w2c.shape[1], encoders.start_pad)
+        resources.starts["scene", ""] = start, look(video[:, :, 0]) if look else None
+        changed = dict(prompt=prompt, image="scene", end_image="", frames=w2c.shape[1])
+        given = options.replaced(scene_scale=1.0, **changed)
+        made = sample_one(Job(given, (w2c, K), Path(options.out), {}), meta, resources)
+        return made.rgb, made.depth
+
+    return scene
+
+
+def make_worlds(options, meta):
+    """--worldscore: the worlds of a list that are not whole yet, shared among the ranks."""
+    side = worldscore_folders.square_side(options, read_train_config(meta, options.ckpt))
+    options = settled(options.replaced(height=side, width=side), meta)
+    check_base(options)
+    ranks = join_ranks(options)
+    listed = worldscore_folders.read_list(options.worldscore, options.out)
+    left = [one for one in listed if not one.finished(options.frames)]
+    mine, failed = left[ranks.rank :: ranks.world], []
+    prompts = [words for one in mine for words in one.prompts]
+    if ranks.world > 1:
+        options = options.replaced(device=str(ranks.device))
+    scene = scene_sampler(options, meta, prompts) if mine else None
+
+    def work(one):
+        image = as_pixels(load_image(one.image, side, side)[0])[0]
+        worldscore_folders.make(one, image, scene, frames=options.frames, fps=options.fps)
+
+    for n, one in enumerate(mine, 1):
+        print(f"{n} of {len(mine)}: {one.folder}", flush=True)
+        attempt(partial(work, one), one.folder, failed)
+    finish(Plan(left, len(listed) - len(left), []), failed, ranks)
+
+
 def main(options):
     meta = checkpoint_of(options)
+    if options.worldscore:
+        return make_worlds(options, meta)
     given, options, names = options, settled(options, meta), export_names(options.export)
     ranks, plan = join_ranks(options), None
     if ranks.rank == 0:  # before anything slow

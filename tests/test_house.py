@@ -18,7 +18,7 @@ METHOD = dict(
     model=690,
     data=700,
     train=700,
-    sample=640,  # pairs of experts, ranks that share, pieces that app.py and train.py call too
+    sample=680,  # experts, ranks that share, benchmarks, pieces that app.py and train.py call
     bench=400,
     app=283,
 )
