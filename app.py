@@ -207,7 +207,8 @@ def camera_form(settled):
         form["files"] = gr.File(label="Camera file", file_count="multiple", file_types=kinds)
         label = "Its format, where it does not show"
         form["camera_format"] = gr.Dropdown(["", *FORMATS], value="", label=label)
-        form["scene_scale"] = gr.Textbox(settled.scene_scale, label="Its units per scene unit")
+        # No text: it could name a file of this machine.
+        form["scene_scale"] = gr.Number(None, label="Its units per scene unit", placeholder="1")
     form["fov"] = gr.Number(settled.fov, label="Field of view where the camera has none, degrees")
 
     def show(kind):
@@ -244,7 +245,7 @@ def build(studio):
         gr.on([*changes, page.load], look, list(form.values()), seen, **how)
         how = dict(show_progress="minimal", show_progress_on=status, concurrency_limit=1)
         running = go.click(run, list(form.values()), [status, world], **how)
-        stop.click(lambda: alarm("Stopped."), None, status, cancels=[running], queue=False)
+        stop.click(partial(alarm, "Stopped."), None, status, cancels=[running], queue=False)
     return page
 
 
@@ -264,6 +265,7 @@ def command():
         footer_links=[],
         run_history=False,
         ssr_mode=False,
+        _frontend=False,  # no visit of its own first: it gives up after 3 s, on a busy machine too
     )
 
 

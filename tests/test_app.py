@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 import urllib.parse
+import urllib.request
 
 import numpy as np
 import pytest
@@ -307,6 +308,28 @@ def test_files_outside_the_worlds_are_not_served(app):
         "app.py",
     ):
         assert get(address, f"/gradio_api/file={path}") == 403, path
+
+
+def test_no_request_can_name_a_file_of_this_machine_as_its_upload_or_camera(app):
+    address, _, _ = app
+    with urllib.request.urlopen(f"{address}/config") as answer:
+        page = json.load(answer)
+    parts = {part["id"]: part["props"] for part in page["components"]}
+    (look,) = (each for each in page["dependencies"] if each["api_name"] == "look")
+    labels = [parts[i]["label"] for i in look["inputs"]]
+    usual = [parts[i].get("value") for i in look["inputs"]]
+    stolen = dict(path=str(ROOT / "docs" / "page.png"), meta={"_type": "gradio.FileData"})
+    start = next(label for label in labels if label.startswith("Start image"))
+    for label, value in ((None, None), (start, stolen), ("Move", str(ROOT / "cameras.txt"))):
+        data = [value if name == label else now for name, now in zip(labels, usual)]
+        body = json.dumps(dict(data=data)).encode()
+        where = f"{address}/gradio_api/call/look"
+        kind = {"Content-Type": "application/json"}
+        with urllib.request.urlopen(urllib.request.Request(where, body, kind)) as answer:
+            event = json.load(answer)["event_id"]
+        with urllib.request.urlopen(f"{where}/{event}") as answer:
+            said = answer.read().decode()
+        assert ("event: error" in said) == (label is not None), said
 
 
 def test_without_gradio_one_line_says_how_to_install_it(tmp_path):
