@@ -45,7 +45,8 @@ def constant_rays(w2c, K, size):
     height, width = size
     K = K.clone()
     K[..., 0, 2], K[..., 1, 2] = width / 2, height / 2
-    return plucker_rays(w2c, K * K.new_tensor([width, height, 1])[:, None], size)
+    rows = K[..., 0, :] * width, K[..., 1, :] * height, K[..., 2, :]  # numbers: no copy to wait for
+    return plucker_rays(w2c, torch.stack(rows, -2), size)
 
 
 def halve_time(x):
