@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
-from geometry import plucker_rays
+from geometry import LayerNorm, own_type, plucker_rays
 from wan import LATENT, check_names
 
 
@@ -55,6 +55,13 @@ def halve_time(x):
     return torch.cat([first, rest.unflatten(1, (-1, 2)).mean(2)], 1)
 
 
+class GroupNorm(nn.GroupNorm):
+    def forward(self, x):
+        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
+        with own_type(x):
+            return F.group_norm(x, self.num_groups, weight, bias, self.eps)
+
+
 class RayEncoder(nn.Module):
     """Ray map at pixel rate (B, 6, T, H, W) -> one feature per video token (B, N, R).  Source: AC3D
     2024.
@@ -66,22 +73,22 @@ class RayEncoder(nn.Module):
         first, second, width, hidden, out = sizes
         self.controlnet_encode_first = nn.Sequential(
             nn.Conv2d(6 * LATENT.space**2, first, 1),
-            nn.GroupNorm(2, first),
+            GroupNorm(2, first),
             nn.Conv2d(first, first, 1),
-            nn.GroupNorm(2, first),
+            GroupNorm(2, first),
             nn.ReLU(),
         )
         self.controlnet_encode_second = nn.Sequential(
-            nn.Conv2d(first, second, 1), nn.GroupNorm(2, second), nn.ReLU()
+            nn.Conv2d(first, second, 1), GroupNorm(2, second), nn.ReLU()
         )
         patch = (1, LATENT.patch, LATENT.patch)
         self.patch_embedding = nn.Conv3d(second, width, patch, patch)
         self.fc = nn.Sequential(
             nn.Linear(width, hidden),
-            nn.LayerNorm(hidden),
+            LayerNorm(hidden),
             nn.GELU(),
             nn.Linear(hidden, out),
-            nn.LayerNorm(out),
+            LayerNorm(out),
         )
 
     def forward(self, rays):

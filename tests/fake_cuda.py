@@ -271,8 +271,8 @@ def fakes():
     """Tensors made inside are fake; those on "cuda" behave as on a GPU -> what watches them."""
     plan.clear_tables()
     WATCHES.append(Watch())
-    mode = FakeTensorMode(allow_non_fake_inputs=True)  # before a GPU seems to be there
-    with on_a_gpu(), mode, WATCHES[-1] as watch:
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with mode, on_a_gpu(), WATCHES[-1] as watch:  # the mode is entered before a GPU seems there
         yield watch
     plan.clear_tables()
 

@@ -116,7 +116,6 @@ def test_flops_of_a_step_are_those_of_the_real_one(stage):
 def test_the_plan_prefers_no_recomputation_then_little_sharding_and_refuses_what_cannot_fit():
     one = dict(
         frozen=0,
-        visiting=(0, 0),
         trainable=4,
         gradients=4,
         moments=8,
@@ -129,8 +128,11 @@ def test_the_plan_prefers_no_recomputation_then_little_sharding_and_refuses_what
     def sized(peak):
         return dict(one, activations=peak, peak=peak)
 
+    def cost(peak):
+        return plan.Cost(**{k: v * plan.GIB for k, v in sized(peak).items()}, visiting=(0, 0))
+
     counts = {
-        how: {b: plan.Cost(**{k: v * plan.GIB for k, v in sized(peak * b).items()}) for b in (1, 2)}
+        how: {b: cost(peak * b) for b in (1, 2)}
         for how, peak in (("none", 40), ("selective", 10), ("full", 5))
     }
     assert plan.settings(counts, 8, 80, 112)[:4] == ("none", "-", 1, 14)
