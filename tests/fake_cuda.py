@@ -154,6 +154,7 @@ class Watch(TorchDispatchMode):
         blocking = blocking and not (packet is aten.copy_ and len(args) > 2 and args[2])
         if source.device.type == target.type:
             return
+        source.constant = None  # else its value would be copied to a device that is not there
         if target.type == "cpu" and blocking:
             self.wait("copy to the host")
         pageable = target.type == "cuda" and not getattr(source, "pinned", False)
