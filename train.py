@@ -624,8 +624,7 @@ def main(options):
         if at.stopped:  # the micro-steps of an unfinished step are repeated by the resume
             break
         norm = gather_full(torch.nn.utils.clip_grad_norm_(trained, options.grad_clip or math.inf))
-        bad = guard.judge(step, norm, losses, ids=names)
-        take_step(optimizer, bad, in_buckets=wrapped is not model)
+        take_step(optimizer, guard.judge(step, norm, losses, ids=names), wrapped is not model)
         at.done = step + 1
         tally.steps += 1
 
