@@ -137,6 +137,7 @@ class FrameAttention(nn.Module):
     def forward(self, x):
         frames = rearrange(x, "b c t h w -> (b t) c h w")
         qkv = rearrange(self.to_qkv(self.norm(frames)), "n (k c) h w -> k n 1 (h w) c", k=3)
+        qkv = qkv.contiguous() if qkv.is_cuda else qkv  # dense: else its scores are stored
         y = F.scaled_dot_product_attention(*qkv)  # (B*t, 1, h*w, c)
         y = self.proj(rearrange(y, "n 1 (h w) c -> n c h w", h=x.shape[3]))
         return x + rearrange(y, "(b t) c h w -> b c t h w", b=len(x))

@@ -89,7 +89,7 @@ class Config(VideoSizes):
     camera_heads: int = 8
     camera_layers: int = 4
     camera_iterations: int = 4
-    head_chunk: int = 16  # pixel frames that a DPT head fuses at once
+    head_chunk: int = 16  # pixel frames, of all clips, that a DPT head fuses at once
     # the released weights: their quirks and their camera module (released.py)
     released: bool = False
     true_rays: bool = False  # released: true per-pixel rays in place of the ones it was trained on
@@ -246,7 +246,8 @@ def recompute(how, function, *args):
     policy = partial(keep_costly, how == "selective")
     selective = partial(create_selective_checkpoint_contexts, policy)
     contexts = noop_context_fn if how == "full" else selective
-    return checkpoint(function, *args, use_reentrant=False, context_fn=contexts)
+    how = dict(use_reentrant=False, preserve_rng_state=False)  # there is no dropout
+    return checkpoint(function, *args, context_fn=contexts, **how)
 
 
 # --------------------------------------------------------------------------------------- the steps

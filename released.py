@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
-from geometry import plucker_rays
+from geometry import LayerNorm, own_type, plucker_rays
 from wan import LATENT, check_names
 
 
@@ -49,13 +49,21 @@ def constant_rays(w2c, K, size):
     height, width = size
     K = K.clone()
     K[..., 0, 2], K[..., 1, 2] = width / 2, height / 2
-    return plucker_rays(w2c, K * K.new_tensor([width, height, 1])[:, None], size)
+    rows = K[..., 0, :] * width, K[..., 1, :] * height, K[..., 2, :]  # numbers: no copy to wait for
+    return plucker_rays(w2c, torch.stack(rows, -2), size)
 
 
 def halve_time(x):
     """Average frames in pairs, (B, T, ...) -> (B, ceil(T/2), ...); an odd first frame stays."""
     first, rest = x[:, : x.shape[1] % 2], x[:, x.shape[1] % 2 :]
     return torch.cat([first, rest.unflatten(1, (-1, 2)).mean(2)], 1)
+
+
+class GroupNorm(nn.GroupNorm):
+    def forward(self, x):
+        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
+        with own_type(x):
+            return F.group_norm(x, self.num_groups, weight, bias, self.eps)
 
 
 class RayEncoder(nn.Module):
@@ -69,22 +77,22 @@ class RayEncoder(nn.Module):
         first, second, width, hidden, out = sizes
         self.controlnet_encode_first = nn.Sequential(
             nn.Conv2d(6 * LATENT.space**2, first, 1),
-            nn.GroupNorm(2, first),
+            GroupNorm(2, first),
             nn.Conv2d(first, first, 1),
-            nn.GroupNorm(2, first),
+            GroupNorm(2, first),
             nn.ReLU(),
         )
         self.controlnet_encode_second = nn.Sequential(
-            nn.Conv2d(first, second, 1), nn.GroupNorm(2, second), nn.ReLU()
+            nn.Conv2d(first, second, 1), GroupNorm(2, second), nn.ReLU()
         )
         patch = (1, LATENT.patch, LATENT.patch)
         self.patch_embedding = nn.Conv3d(second, width, patch, patch)
         self.fc = nn.Sequential(
             nn.Linear(width, hidden),
-            nn.LayerNorm(hidden),
+            LayerNorm(hidden),
             nn.GELU(),
             nn.Linear(hidden, out),
-            nn.LayerNorm(out),
+            LayerNorm(out),
         )
 
     def forward(self, rays):

@@ -24,8 +24,6 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache, partial
 
 import torch
-import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
 
 import config
 import sample
@@ -34,13 +32,22 @@ from data import CachedClips, EmptySplit, collate, prepare
 from geometry import clip_mean, geometry_losses
 from lib import lock
 from lib.checkpoints import choose_start, describe, load_optimizer, save_checkpoint, training_state
-from lib.distributed import Ranks, end_processes, from_first, gather_full, shard, start_processes
+from lib.distributed import (
+    Ranks,
+    end_processes,
+    from_first,
+    gather_full,
+    shard,
+    start_processes,
+    wrap,
+)
 from lib.evaluate import How, evaluate, evaluate_only
 from lib.experts import INPUTS, check_place, experts_folder, window_of
 from lib.frozen import check_frozen, identify_frozen
 from lib.guards import BadSteps, Stop, Watch, end_children, ignore_signals, run_command
 from lib.log import Records, Tally, by_sigma, changed_options, clock, memory_gb, provenance
 from lib.mix import Mix, check_clips, parts_of, pick
+from lib.offload import check_offload, offload
 from lib.optimizer import learning_rate_at, make_optimizer, take_step
 from lib.plan import HARDWARE, flops_of_step, peak_flops, report
 from lib.weights import load_weights, metadata_of, open_model, read_tensors
@@ -113,6 +120,7 @@ compile = option(False, "torch.compile the blocks")  # noqa: A001  (an old name)
 checkpoint_activations = option("none", "less memory, more recomputation", choices=CHECKPOINTING)
 shard_optimizer = option(False, "each rank keeps AdamW's moments of its share (ZeRO stage 1)")
 shard_weights = option(False, "each rank keeps its share of all weights (FSDP2, ZeRO stage 3)")
+offload_frozen = option(False, "frozen weights lie on the host; a step's visit the GPU in turn")
 plan = option(False, "print memory, work and the settings that fit, and stop")
 plan_gpus = option(8, "of the plan: GPUs", low=1)
 plan_gb = option(80, "of the plan: memory of each", low=1)
@@ -285,12 +293,14 @@ def model_config(options):
 def check_options(options):
     """What ranges alone cannot say is refused before anything slow."""
     recompute = options.checkpoint_activations
-    # Older ones skip blocks under a policy of checkpointing; 2.4 shares no graph.
-    needed = (2, 10) if recompute in ("selective", "attention") else (2, 5)
-    if options.compile and torch.__version__ < needed:
-        wanted = f"needs torch {needed[0]}.{needed[1]} or newer, this is {torch.__version__}"
+    if options.compile and torch.__version__ < (2, 5):  # 2.4 shares no graph
+        raise ValueError(f"compile needs torch 2.5 or newer, this is {torch.__version__}")
+    if options.compile and recompute in ("selective", "attention"):
         how = f"compile with checkpoint_activations = {recompute}"
-        raise ValueError(f"{how} {wanted}; leave compile out")
+        why = "compiled kernels write into the tensors that the policy has kept"
+        raise ValueError(f"{how}: {why}. Fix: use full or none, or leave compile out")
+    if options.offload_frozen:
+        check_offload(options)
     if options.shard_weights and options.shard_optimizer:
         raise ValueError("shard_weights shards the optimizer too: leave shard_optimizer out")
     size = options.num_frames, options.height, options.width
@@ -474,18 +484,6 @@ class Job:
         return loss.detach(), parts, bins, b["id"]  # all still on the device
 
 
-def wrap(model, ranks, spread):
-    """DDP around a model, or the model itself where it is alone or its weights are spread."""
-    if ranks.world == 1:
-        return model
-    dist.barrier()  # loading took each rank its own time; a step must not
-    if spread:
-        return model
-    ids = [ranks.device] if ranks.device.type == "cuda" else None
-    how = dict(gradient_as_bucket_view=True, process_group=ranks.group, device_ids=ids)
-    return DistributedDataParallel(model, **how)
-
-
 def write_checkpoint(out, step, state, metadata, *, options):
     """Save a step -> "", or why it failed: a full disk costs a checkpoint, not the run."""
     keep = dict(keep_last=options.keep_last, keep_every=options.keep_every)
@@ -551,13 +549,15 @@ def main(options):
         autocast = torch.autocast(device.type, torch.bfloat16, cache_enabled=not spread)
     sources = list(filter(None, options.init_from.split(",")))
     origin = origin_of(sources, options)
-    where = "cpu" if spread else device
+    where = "cpu" if spread or options.offload_frozen else device
     kind = torch.bfloat16 if half and options.stage else None
     model = open_model(origin, model_config(options), options.wan_dir, where, kind)
     model.set_stage(options.stage).checkpoint_activations = options.checkpoint_activations
     frozen = identify_frozen(options, sources, master)
     if spread:
         shard(model, ranks)
+    if options.offload_frozen:
+        offload(model, device)
     clips = open_clips(options, model.cfg.text_dim)
     check_clips(clips, options, master)
     examples = {split: Examples(c, model, device, options.seed) for split, c in clips.items()}
@@ -642,7 +642,7 @@ def main(options):
         if at.stopped:  # the micro-steps of an unfinished step are repeated by the resume
             break
         norm = gather_full(torch.nn.utils.clip_grad_norm_(trained, options.grad_clip or math.inf))
-        take_step(optimizer, guard.judge(step, norm, losses, ids=names))
+        take_step(optimizer, guard.judge(step, norm, losses, ids=names), wrapped is not model)
         at.done = step + 1
         tally.steps += 1
 

@@ -214,7 +214,9 @@ class ClipProjection(nn.Module):
         )
 
     def forward(self, x):
-        return self.proj(x)
+        for layer in self.proj:  # the norms in fp32, as a GPU's autocast has them
+            x = layer(x.float() if isinstance(layer, nn.LayerNorm) else x)
+        return x
 
 
 class ControlResidual(nn.Module):

@@ -16,7 +16,6 @@ from functools import partial
 
 import torch
 from safetensors import safe_open
-from torch import nn
 
 import released
 from encoders import expert_folders, lazy_tensors, unwrapped, wan_files
@@ -24,6 +23,7 @@ from lib.distributed import copy_into
 from lib.files import write_aside
 from lib.guards import run_command
 from lib.lora import with_lora
+from lib.offload import offload
 from lib.strangers import config_from_metadata, floats, naming
 from lib.tensors import bytes_of, write_tensors
 from model import Config, FantasyWorld, half_geometry
@@ -365,44 +365,6 @@ def open_checkpoint(path, wan_dir, device, dtype=None, keep_gb=None, origin=Orig
         load_trained(model, path)
     model.set_stage(int(meta["stage"])).requires_grad_(False)
     return model if keep_gb is None else offload(model, device, keep_gb)
-
-
-def offload(model, device, keep_gb=0.0):
-    """Let the model run on a device that is too small for it: the blocks' layers, but keep_gb of
-    them, stay on the host, and each visits the device for its own call.  Returns the model, for
-    sampling, requires_grad off.
-
-    Costs one copy of the layers over the bus per forward.  Everything else moves to the device for
-    good: stem, heads, norms, modulation, gates, tokens."""
-    left = keep_gb * 1e9
-    blocks = [
-        model.dit.blocks,
-        model.frame_blocks,
-        model.global_blocks,
-        model.exchange,
-        model.camera_adapters,
-    ]
-    for layer in (m for part in blocks for m in part.modules() if isinstance(m, nn.Linear)):
-        size = sum(p.nbytes for p in layer.parameters())
-        if size <= left:
-            left -= size
-            continue
-        home = dict(layer.named_parameters())
-
-        def arrive(layer, _, home=home):
-            for name, p in home.items():
-                layer.register_parameter(
-                    name, nn.Parameter(p.detach().to(device, copy=True), requires_grad=False)
-                )
-
-        def leave(layer, *_, home=home):
-            for name, p in home.items():
-                layer.register_parameter(name, p)
-
-        layer.register_forward_pre_hook(arrive)
-        layer.register_forward_hook(leave, always_call=True)
-        layer._apply = lambda *_: layer  # a later .to(device) must not bring it there after all
-    return model.to(device)
 
 
 def export_release(checkpoint, out):
