@@ -347,13 +347,14 @@ class ClipSampler:
     vae: object
     negative: torch.Tensor  # (L, dim)
     sampling: Sampling
-    autocast: object
+    autocast: object  # context of the model, not of the decoder
 
     def __call__(self, model, b):
         start = (b["noise"], b["text"][0], self.negative, b["y"], b.get("clip"))
         inputs = Inputs(*start, b["w2c"], b["intrinsics"])
         with self.autocast:
             latents, out, _ = generate(model, inputs, self.sampling, progress=iter)
+        # In stage 0 nothing but the velocity is there.
         return self.decode(latents), {k: v.float() for k, v in out.items() if v is not None}
 
     def decode(self, latents):
@@ -586,13 +587,14 @@ def scene_sampler(options, meta, prompts):
     (uint8 image (H, W, 3), prompt, w2c (1, T, 3, 4), K (1, T, 3, 3)) -> frames, depth of a Scene
     options   of `settled`"""
     jobs = [Job(options.replaced(prompt=words), None, None, {}) for words in prompts]
-    resources = load(options, meta, jobs, {})
+    resources = load(options, meta, jobs, {})  # all words at once, then their encoder is freed
     encoders = WanFolder(options.wan_dir, options.device)
     look = encoders.load_image() if encoders.load_image else None
 
     def scene(image, prompt, w2c, K):
-        video = torch.from_numpy(image).movedim(-1, 0)[None, :, None] / 127.5 - 1
+        video = torch.from_numpy(image).movedim(-1, 0)[None, :, None] / 127.5 - 1  # (1, 3, 1, H, W)
         start = encode_start(resources.vae, video, w2c.shape[1], encoders.start_pad)
+        # The one start image that is in memory: a scene of a chain is known when it is reached.
         resources.starts["scene", ""] = start, look(video[:, :, 0]) if look else None
         changed = dict(prompt=prompt, image="scene", end_image="", frames=w2c.shape[1])
         given = options.replaced(scene_scale=1.0, **changed)
@@ -609,7 +611,7 @@ def make_worlds(options, meta):
     check_base(options)
     ranks = join_ranks(options)
     listed = worldscore_folders.read_list(options.worldscore, options.out)
-    left = [one for one in listed if not one.finished(options.frames)]
+    left = [one for one in listed if not one.finished(options.frames)]  # the rest is kept
     mine, failed = left[ranks.rank :: ranks.world], []
     prompts = [words for one in mine for words in one.prompts]
     if ranks.world > 1:

@@ -323,7 +323,7 @@ def check_options(options):
             raise ValueError(f"{wanted}; init_from = {origin!r} is neither. {cure}")
     if options.eval_only and not origin:
         raise ValueError("eval_only needs --init_from=CHECKPOINT[,CHECKPOINT ...]")
-    for path in filter(None, origin.split(",")):
+    for path in filter(None, origin.split(",")):  # read now, so that a bad one costs no wait
         meta = metadata_of(path)
         if meta.get("expert"):
             check_place(path, meta, options.expert)
@@ -585,9 +585,8 @@ def main(options):
 
     # ---- records
     facts = dict(format="fantasyworld", stage=str(options.stage), release=origin.get("release", ""))
-    facts |= dict(expert=options.expert, lora=origin["lora"])
-    facts |= dict(global_batch=str(total), world=str(ranks.world))
-    facts |= dict(model_config=json.dumps(asdict(model.cfg)), frozen=frozen)
+    facts |= dict(expert=options.expert, lora=origin["lora"], frozen=frozen, world=str(ranks.world))
+    facts |= dict(global_batch=str(total), model_config=json.dumps(asdict(model.cfg)))
     metadata = provenance(vars(asked)) | facts
     records = Records(out if master else None, metadata, first_step)
     log = records.line
