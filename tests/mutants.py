@@ -10,8 +10,8 @@ clip by its name, status 1).  Columns:
     refused      as it should be
     unchanged    the result is that of the whole file
     other        another valid file of its format, which has no checksum: read as what it says
-    traceback, hang (60 s of processor time, 300 s by the clock), memory (2 GB), unnamed, silent (a result that is not finite, or that
-                 differs although a checksum covers the file)"""
+    traceback, hang (60 s of processor time, 300 s by the clock), memory (2 GB), unnamed, silent (a
+    result that is not finite, or that differs although a checksum covers the file)"""
 
 import argparse
 import hashlib
