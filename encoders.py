@@ -49,10 +49,7 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 # --- Loading.  Models are built on the meta device and given the file's own tensors: no copy.
 def load_state_dict(path):
-    """Named CPU tensors of a .safetensors or .pth file, paged in from disk only when used.
-
-    Raises FileNotFoundError, or ValueError when the file is damaged or holds anything but named
-    tensors."""
+    """Named CPU tensors of a .safetensors or .pth file, paged in from disk only when used."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
@@ -62,10 +59,9 @@ def load_state_dict(path):
         else:
             sd = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # flipped bytes make the two readers raise almost any class of error
-        raise ValueError(
-            f"{path}: cannot be read, {path.stat().st_size:,} bytes. An incomplete download, or "
-            f"no plain dict of tensors? Fetch it again. {error}"
-        ) from error
+        found = f"cannot be read, {path.stat().st_size:,} bytes"
+        cure = "An incomplete download, or no plain dict of tensors? Fetch it again"
+        raise ValueError(f"{path}: {found}. {cure}. {error}") from error
     if isinstance(sd, dict) and isinstance(sd.get("model_state"), dict):
         sd = sd["model_state"]  # DiffSynth's wrapping of the VAE
     if not isinstance(sd, dict) or not sd or not all(map(torch.is_tensor, sd.values())):
@@ -520,12 +516,14 @@ def wan_files(folder):
     found = sorted(Path(folder).glob("diffusion_pytorch_model*"))
     files = [str(path) for path in found if path.suffix in (".safetensors", ".pth")]
     for index in (path for path in found if path.name.endswith(".index.json")):
-        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-        wanted = {str(Path(folder, name)) for name in names}
-        absent = sorted(wanted - set(files))
-        if absent:
-            found = f"{len(absent)} of {len(wanted)} shards are missing, first {absent[0]}"
-            raise ValueError(f"{index}: {found}; download them too")
+        try:
+            names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+            wanted = {str(Path(folder, name)) for name in names}
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+            raise ValueError(f"{index}: no index of shards ({error!r}); fetch it again") from None
+        if absent := sorted(wanted - set(files)):
+            first = f"first {absent[0]}; download them too"
+            raise ValueError(f"{index}: {len(absent)} of {len(wanted)} shards are missing, {first}")
     return files or [str(path) for path in Path(folder).glob("latest.safetensors")]
 
 
@@ -664,10 +662,18 @@ class WanFolder:
         self.fingerprint = f"{family}-{hashlib.md5(stamp.encode()).hexdigest()[:8]}"
         self.half = torch.bfloat16 if self.device.type == "cuda" else torch.float32
 
+    def build(self, part, kind):
+        """The encoder of a part; what does not fit is named with its file."""
+        tensors = load_state_dict(self.files[part])
+        try:
+            return kind.from_state_dict(tensors)
+        except (ValueError, LookupError, TypeError, ArithmeticError, RuntimeError) as error:
+            raise ValueError(f"{self.files[part]}: {error}") from None
+
     def load_text(self):
         """umT5 in the file's bf16: f(prompts) -> list of (L, 4096), L a prompt's own length."""
         tokenizer = PromptTokenizer(self.files["tokenizer"].parent)
-        encoder = UMT5Encoder.from_state_dict(load_state_dict(self.files["text"])).to(self.device)
+        encoder = self.build("text", UMT5Encoder).to(self.device)
         if encoder.token_embedding.weight.element_size() == 1:  # fp8 holds, but does not compute
             encoder = encoder.to(torch.bfloat16)
 
@@ -681,14 +687,12 @@ class WanFolder:
 
     def load_clip(self):
         """CLIP vision tower: f(images (B, 3, H, W)) -> (B, 257, 1280); bf16 on a GPU."""
-        tower = CLIPVision.from_state_dict(load_state_dict(self.files["image"]))
-        tower = tower.to(self.device, self.half)
+        tower = self.build("image", CLIPVision).to(self.device, self.half)
         return lambda images: tower(images.to(self.device))
 
     def load_vae(self):
         """Video VAE in fp32, as the official code runs it."""
-        vae = WanVAE.from_state_dict(load_state_dict(self.files["vae"]))
-        return vae.to(self.device, torch.float32)
+        return self.build("vae", WanVAE).to(self.device, torch.float32)
 
 
 def encode_start(vae, image, frames, pad):

@@ -87,8 +87,11 @@ def save_checkpoint(out, step, state, metadata, *, keep_last, keep_every=0):
     for end, tensors, told in ((".optim", moments, beside), ("", weights, whole)):
         path = out / f"step-{step}{end}.safetensors"
         write_aside(path, partial(write_tensors, tensors, told))
-    link_latest(out, step)
-    prune(out, step, keep_last, keep_every)
+    try:
+        link_latest(out, step)
+        prune(out, step, keep_last, keep_every)
+    except OSError as error:  # the step itself is there, and a resume finds it
+        print(f"warning: step {step} is saved; what follows is not done ({error})", flush=True)
 
 
 def link_latest(out, step):
