@@ -101,6 +101,7 @@ class Studio:
         if "image" in form:
             form["image"] = placed([form["image"]], folder / "start")
         form["export"] = ",".join(form.get("export", ()))
+        form["scene_scale"] = f"{form.get('scene_scale', 1):.9g}"
         # What stands there as at first is left to the checkpoint.
         values = {k: v for k, v in form.items() if v != getattr(self.settled, k)}
         elsewhere = ("out", "preview_every", *SEVERAL)
@@ -208,7 +209,8 @@ def camera_form(settled):
         label = "Its format, where it does not show"
         form["camera_format"] = gr.Dropdown(["", *FORMATS], value="", label=label)
         # No text: it could name a file of this machine.
-        form["scene_scale"] = gr.Number(None, label="Its units per scene unit", placeholder="1")
+        scale = float(settled.scene_scale)
+        form["scene_scale"] = gr.Number(scale, label="Its units per scene unit")
     form["fov"] = gr.Number(settled.fov, label="Field of view where the camera has none, degrees")
 
     def show(kind):
