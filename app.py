@@ -81,7 +81,7 @@ class Studio:
     def __init__(self, options):
         self.asked, self.meta = options, sample.checkpoint_of(options)
         self.settled = sample.settled(options, self.meta)
-        sample.check_base(self.settled, self.meta)
+        sample.check_base(self.settled)
         self.worlds = pathlib.Path(options.out).resolve() / "worlds"
         self.worlds.mkdir(parents=True, exist_ok=True)
         self.model = None
@@ -120,9 +120,9 @@ class Studio:
             names, meta = export_names(options.export), self.meta
             prepare = partial(sample.prepared, meta=meta)
             jobs = plan_jobs(options, meta, names, prepare, {}).jobs
-            _, images = start_images(jobs, None, partial(sample.image_of, meta=meta))
+            _, images = start_images(jobs, None, partial(sample.images_of, meta=meta))
             how = dict(model=self.model, bar=job.bar)
-            resources = sample.load(jobs[0].options, jobs, images, **how)
+            resources = sample.load(jobs[0].options, meta, jobs, images, **how)
             self.model = resources.model
             sample.make_one(jobs[0], meta, resources, names, job.bar)
         except BaseException:
@@ -161,7 +161,7 @@ class Studio:
                 path = top_view([(w2c[0].double().numpy(), COMMANDED)], (240, 400))
                 shown += figure(path, "camera path from above, scene units", folder)
                 if options.image:
-                    image = as_pixels(sample.image_of(options, self.meta)[0])[0]
+                    image = as_pixels(sample.images_of(options, self.meta)[0])[0]
                     shown += figure(image, "start image as the model sees it", folder)
             except Exception as error:
                 shown += alarm(one_line(error, ADVICE).replace(f"{place}{os.sep}", ""))

@@ -246,6 +246,17 @@ def read_window_depth(sample, ids, w2c):
     return np.where(known, z, 0).astype(np.float32)
 
 
+def read_window(path, ids, crop):
+    """Frames of a video, cropped (T, 3, H, W); few of the uncropped are in memory at a time."""
+    frames, pieces, wanted = [], [], set(ids)
+    for t, frame in enumerate(files.iterate_video(path, ids[-1] + 1)):
+        frames += [frame] if t in wanted else []
+        if sum(f.nbytes for f in frames) > 2**26 or frames and t == ids[-1]:
+            pieces.append(crop.video(np.stack(frames)))
+            frames = []
+    return torch.cat(pieces)
+
+
 def load_clip(sample, height, width, num_frames, start=0, stride=1):
     """Read a window of a sample; frames, depth and intrinsics are cropped and resized together.
 
@@ -266,13 +277,13 @@ def load_clip(sample, height, width, num_frames, start=0, stride=1):
     ids = range(start, start + stride * (num_frames - 1) + 1, stride)  # frames of the window
     w2c, fractions = checked_cameras(sample["camera"])  # of the whole clip
     check_counts(sample, len(w2c), ids[-1])
-    frames, fps = files.read_video(sample["video"], ids[-1] + 1)
-    # one cut for all
-    w2c, crop = torch.from_numpy(w2c[ids]), Crop(frames.shape[1:3], (height, width))
-    video = crop.video(frames[ids])  # (T, 3, H, W)
+    first, fps = files.read_video(sample["video"], 1)
+    size = first.shape[1:3]
+    w2c, crop = torch.from_numpy(w2c[ids]), Crop(size, (height, width))  # one cut for all
+    video = read_window(sample["video"], ids, crop)  # (T, 3, H, W)
     depth = read_window_depth(sample, ids, w2c)  # (T, h, w), of its own resolution
     fps = float(sample["fps"] or fps)  # metadata.json knows better than the file
-    check_window(sample, depth, frames.shape[1:3], fps)
+    check_window(sample, depth, size, fps)
     clip = {}
     if sample["moving"]:
         clip["moving"] = crop.maps(files.read_arrays(sample["moving"], ids, mask=True) > 0)
@@ -378,6 +389,8 @@ def encode(root, height, width, num_frames, how=None):
     folder = Path(root, "cache", f"{num_frames}x{height}x{width}-{encoders.fingerprint}")
     same = dict(num_frames=num_frames, height=height, width=width)
     same["fingerprint"] = encoders.fingerprint  # other encoder files, other latents
+    if how.end_image:  # caches that hold more than is asked for stay
+        same["end_image"] = True
     inside, bad, passes = "/" if how.follow_links else root, [], Passes(rank > 0)
     for path in (folder, folder / ".parts"):
         listing.check_inside(inside, path)  # nothing is written through a link that leads out
@@ -513,6 +526,10 @@ class CachedClips(torch.utils.data.Dataset):
             return None
         return as_pixels(video)
 
+    def have_end_images(self):
+        """Whether the end image of every clip is encoded."""
+        return all("end_image" in meta for meta in self.metadata.values())
+
     def count_relative(self):
         """How many of the clips have depth without a unit."""
         return sum(meta.get("depth") == "relative" for meta in self.metadata.values())
@@ -532,7 +549,8 @@ def prepare(batch, in_dim, dev, rays=plucker_rays):
     """Loader batch -> float32 on the device, in scene units: the last step before the model.
 
     rays     the model's own kind of ray map (FantasyWorld.rays)
-    returns  the batch with rays, pose encodings, points, mask and start condition made there"""
+    returns  the batch with rays, pose encodings, points, mask and start condition made there; y_end
+             is the condition of start and end image, None where no end image is encoded"""
 
     def send(x):  # bfloat16 is widened there: half of the bytes to move
         x = x.to(dev, non_blocking=True)  # from pinned memory: no wait
@@ -542,6 +560,7 @@ def prepare(batch, in_dim, dev, rays=plucker_rays):
     batch = {k: v for k, v in batch.items() if k != "relative" or v.any()}
     b = {k: send(v) if torch.is_tensor(v) else v for k, v in batch.items()}
     b["text"] = [send(text) for text in batch["text"]]
+    frames, ends = b["latents"].shape[2], "end_latents" in b
     K, size = b["intrinsics"], b["depth"].shape[-2:]
     mask = torch.isfinite(b["depth"]) & (b["depth"] > 1e-3)  # (B, T, H, W) known depth
     depth, w2c, scale = normalize_scene(b["depth"], b["w2c"], K, mask)  # scene units
@@ -554,7 +573,8 @@ def prepare(batch, in_dim, dev, rays=plucker_rays):
         points=unproject(depth, w2c, K),
         pose_enc=encode_pose(w2c, K, size),
         plucker=rays(w2c, K, size),
-        y=start_condition(b["start_latents"], in_dim, b["latents"].shape[2]),
+        y=start_condition(b["start_latents"], in_dim, frames),
+        y_end=start_condition(b["end_latents"], in_dim, frames, True) if ends else None,
     )
 
 
@@ -627,6 +647,7 @@ def make_parser():
     for name, default in dict(start=0, windows=1, window_seed=-1).items():
         p.add_argument(f"--{name}", type=int, default=default)
     p.add_argument("--stride", default="1", help="frames; of 1,2,4 each window draws one")
+    flag(p, "end_image", "also the last frame as an end image, of families of 36 inputs")
     flag(p, "skip_bad", "exit with 0 although clips failed")
     flag(p, "follow_links", "links may lead out of the dataset")
     p = commands.add_parser("verify", help="check every clip before any GPU hour is spent")

@@ -30,9 +30,7 @@ from torch import nn
 from wan import LATENT, WanDiT, check_names, load_strict, shapes_of
 
 VAE_FILE = "Wan 2.1 VAE (Wan2.1_VAE.pth)"
-
 T5_FILE = "umT5 encoder (models_t5_umt5-xxl-enc-bf16.pth)"
-
 CLIP_FILE = "CLIP vision tower (models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth)"
 
 TEXT_LEN, PAD_ID, END_ID = 512, 0, 1
@@ -50,13 +48,8 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 # --- Loading.  Models are built on the meta device and given the file's own tensors: no copy.
-
-
 def load_state_dict(path):
-    """Named CPU tensors of a .safetensors or .pth file, paged in from disk only when used.
-
-    Raises FileNotFoundError, or ValueError when the file is damaged or holds anything but named
-    tensors."""
+    """Named CPU tensors of a .safetensors or .pth file, paged in from disk only when used."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
@@ -66,10 +59,9 @@ def load_state_dict(path):
         else:
             sd = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # flipped bytes make the two readers raise almost any class of error
-        raise ValueError(
-            f"{path}: cannot be read, {path.stat().st_size:,} bytes. An incomplete download, or "
-            f"no plain dict of tensors? Fetch it again. {error}"
-        ) from error
+        found = f"cannot be read, {path.stat().st_size:,} bytes"
+        cure = "An incomplete download, or no plain dict of tensors? Fetch it again"
+        raise ValueError(f"{path}: {found}. {cure}. {error}") from error
     if isinstance(sd, dict) and isinstance(sd.get("model_state"), dict):
         sd = sd["model_state"]  # DiffSynth's wrapping of the VAE
     if not isinstance(sd, dict) or not sd or not all(map(torch.is_tensor, sd.values())):
@@ -97,17 +89,13 @@ def _load(sd, family, build):
             model = build(have)
     except (KeyError, IndexError, ValueError) as error:
         first = ", ".join(itertools.islice(sd, 4))
-        raise ValueError(
-            f"not a {family}: its sizes cannot be read, {error!r}. Found {len(sd)} tensors: "
-            f"{first} ..."
-        ) from error
+        found = f"its sizes cannot be read, {error!r}. Found {len(sd)} tensors: {first} ..."
+        raise ValueError(f"not a {family}: {found}") from error
     return load_strict(model, sd, f"not a {family}").requires_grad_(False).eval()
 
 
 # --- Video VAE.  `state` maps a layer to what it keeps between steps.  It lives in a call, not in
 # --- the modules: nothing leaks into the next clip, not even after an exception.
-
-
 class CausalConv3d(nn.Conv3d):
     """Conv3d over the present frame and the two before it, zero before the clip's first."""
 
@@ -145,6 +133,7 @@ class FrameAttention(nn.Module):
     def forward(self, x):
         frames = rearrange(x, "b c t h w -> (b t) c h w")
         qkv = rearrange(self.to_qkv(self.norm(frames)), "n (k c) h w -> k n 1 (h w) c", k=3)
+        qkv = qkv.contiguous() if qkv.is_cuda else qkv  # dense: else its scores are stored
         y = F.scaled_dot_product_attention(*qkv)  # (B*t, 1, h*w, c)
         y = self.proj(rearrange(y, "n 1 (h w) c -> n c h w", h=x.shape[3]))
         return x + rearrange(y, "(b t) c h w -> b c t h w", b=len(x))
@@ -281,10 +270,8 @@ class WanVAE(nn.Module):
         B, c, T, H, W = video.shape
         steps_fit = chunk is None or (chunk >= 4 and chunk % 4 == 0)
         if c != 3 or T % 4 != 1 or H % 8 or W % 8 or not steps_fit:
-            raise ValueError(
-                f"video {tuple(video.shape)}, chunk={chunk}; wanted (B, 3, 4k + 1, 8h, 8w), "
-                f"chunk 4, 8, 12 ... or None. Trim or resize the clip."
-            )
+            wanted = "(B, 3, 4k + 1, 8h, 8w), chunk 4, 8, 12 ... or None. Trim or resize the clip."
+            raise ValueError(f"video {tuple(video.shape)}, chunk={chunk}; wanted {wanted}")
         state, mu = {}, []
         for start, end in itertools.pairwise([0, *range(1, T, chunk), T] if chunk else [0, T]):
             moments = self.conv1(self.encoder(video[:, :, start:end].to(self.conv1.weight), state))
@@ -315,8 +302,6 @@ class WanVAE(nn.Module):
 
 
 # --- Text.
-
-
 def relative_buckets(length, buckets, max_distance=128):
     """(L, L) bucket of key - query: half for keys to the right; logarithmic beyond the near."""
     position = torch.arange(length)  # on the CPU: the last bit of a GPU's log could move a border
@@ -447,8 +432,6 @@ class PromptTokenizer:
 
 
 # --- CLIP vision.
-
-
 class CLIPBlock(nn.Module):
     def __init__(self, dim, num_heads):
         super().__init__()
@@ -508,10 +491,22 @@ class CLIPVision(nn.Module):
 
 # --- A downloaded folder.  Parts are loaded one after another: peak memory is the largest one's.
 PARTS = dict(
-    text="models_t5_umt5-xxl-enc-bf16",
-    vae="Wan2.1_VAE",
-    image="models_clip_open-clip-xlm-roberta-large-vit-huge-14",
+    tokenizer="google/umt5-xxl/tokenizer.json",
+    text="models_t5_umt5-xxl-enc-bf16.pth",
+    vae="Wan2.1_VAE.pth",
+    image="models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth",
 )
+EXPERTS = ("high", "low")  # of a Wan2.2 pair: of high and of low noise
+
+
+def expert_folders(folder):
+    """Folders of both experts of a Wan2.2 pair, high noise first, here or where the release of
+    FantasyWorld keeps them; [] for a folder of one DiT."""
+    for home in (Path(folder), Path(folder, "PAI", "Wan2.2-Fun-A14B-Control-Camera")):
+        found = [home / f"{expert}_noise_model" for expert in EXPERTS]
+        if all(path.is_dir() for path in found):
+            return found
+    return []
 
 
 def wan_files(folder):
@@ -521,14 +516,14 @@ def wan_files(folder):
     found = sorted(Path(folder).glob("diffusion_pytorch_model*"))
     files = [str(path) for path in found if path.suffix in (".safetensors", ".pth")]
     for index in (path for path in found if path.name.endswith(".index.json")):
-        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-        wanted = {str(Path(folder, name)) for name in names}
-        absent = sorted(wanted - set(files))
-        if absent:
-            raise ValueError(
-                f"{index}: {len(absent)} of {len(wanted)} shards are missing, first {absent[0]}; "
-                f"download them too"
-            )
+        try:
+            names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+            wanted = {str(Path(folder, name)) for name in names}
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+            raise ValueError(f"{index}: no index of shards ({error!r}); fetch it again") from None
+        if absent := sorted(wanted - set(files)):
+            first = f"first {absent[0]}; download them too"
+            raise ValueError(f"{index}: {len(absent)} of {len(wanted)} shards are missing, {first}")
     return files or [str(path) for path in Path(folder).glob("latest.safetensors")]
 
 
@@ -547,10 +542,8 @@ def lazy_tensors(path):
                 }
         return lazy_pth(path)
     except Exception as error:  # flipped bytes make the two readers raise almost any class of error
-        raise ValueError(
-            f"{path}: {os.path.getsize(path):,} bytes that cannot be read ({error}); an incomplete "
-            f"download? Fetch it again"
-        ) from None
+        found = f"{os.path.getsize(path):,} bytes that cannot be read ({error})"
+        raise ValueError(f"{path}: {found}; an incomplete download? Fetch it again") from None
 
 
 # What trainers, compilers and other programs put before the names of a DiT's tensors.
@@ -606,7 +599,7 @@ def lazy_pth(path):
 
 def wan_family(folder):
     """What the DiT of a Wan folder takes, as "wan32clip" (inputs, CLIP tokens); "" for none."""
-    tensors = {}
+    tensors, folder = {}, (expert_folders(folder) or [folder])[-1]
     for path in wan_files(folder):
         tensors.update(lazy_tensors(path))
     shapes = {name: shape for name, (shape, _) in unwrapped(tensors).items()}
@@ -623,16 +616,19 @@ def wan_family(folder):
 MINIATURE = str(Path(__file__).resolve().parent / "tiny" / "wan")  # the one in this repository
 
 
-def encoder_folder(folder):
-    """Where the encoders of a video branch lie: those of a stage 0 run where it started from."""
-    run = Path(folder, "latest.safetensors")
-    if wan_files(folder) != [str(run)]:
-        return Path(folder)
-    with safe_open(run, "pt") as file:
-        options = json.loads((file.metadata() or {}).get("train_config", "{}"))
-    if not options.get("wan_dir"):
-        raise ValueError(f"{run}: it started without a Wan folder, so it has no encoders")
-    return Path(options["wan_dir"])
+def encoder_folders(folder):
+    """Where the encoders of a video branch may lie: those of a stage 0 run where it started from,
+    those of an expert beside it or where the release of FantasyWorld has them."""
+    folder = Path((expert_folders(folder) or [folder])[-1])
+    run = folder / "latest.safetensors"
+    if wan_files(folder) == [str(run)]:
+        with safe_open(run, "pt") as file:
+            options = json.loads((file.metadata() or {}).get("train_config", "{}"))
+        if not options.get("wan_dir"):
+            raise ValueError(f"{run}: it started without a Wan folder, so it has no encoders")
+        return encoder_folders(options["wan_dir"])
+    alone = folder.name not in [f"{expert}_noise_model" for expert in EXPERTS]
+    return [folder] if alone else [folder.parent, folder.parent / "../../Wan-AI/Wan2.1-T2V-1.3B"]
 
 
 class WanFolder:
@@ -650,26 +646,34 @@ class WanFolder:
         if not family:
             found = f"{folder or '--wan_dir'}: no diffusion_pytorch_model*.safetensors in it"
             raise ValueError(f"{found}; wanted a Wan2.1 folder, or tiny/wan")
-        folder = encoder_folder(folder)
+        places = encoder_folders(folder)
         self.start_pad = "constant" if family.startswith("wan36") else None
         self.load_image = self.load_clip if family.endswith("clip") else None
-        self.files = dict(tokenizer=folder / "google" / "umt5-xxl" / "tokenizer.json")
-        for part, name in PARTS.items():
-            if part != "image" or self.load_image:
-                found = [folder / f"{name}{suffix}" for suffix in (".safetensors", ".pth")]
-                self.files[part] = next((path for path in found if path.is_file()), found[1])
-        for part, path in self.files.items():
-            if not path.is_file():
+        self.files = {}
+        for part, name in PARTS.items() if self.load_image else list(PARTS.items())[:-1]:
+            usual = [place / name for place in places]
+            found = [each for path in usual for each in (path.with_suffix(".safetensors"), path)]
+            self.files[part] = next((path for path in found if path.is_file()), usual[0])
+            if not self.files[part].is_file():
                 cure = "it is part of a Wan2.1 download (a link to another's copy will do)"
-                raise ValueError(f"{path}: no such file, wanted for the {part} encoder; {cure}")
+                missing = f"{usual[0]}: no such file, wanted for the {part} encoder"
+                raise ValueError(f"{missing}; {cure}")
         stamp = "".join(f"{path.name} {path.stat().st_size} " for path in self.files.values())
         self.fingerprint = f"{family}-{hashlib.md5(stamp.encode()).hexdigest()[:8]}"
         self.half = torch.bfloat16 if self.device.type == "cuda" else torch.float32
 
+    def build(self, part, kind):
+        """The encoder of a part; what does not fit is named with its file."""
+        tensors = load_state_dict(self.files[part])
+        try:
+            return kind.from_state_dict(tensors)
+        except (ValueError, LookupError, TypeError, ArithmeticError, RuntimeError) as error:
+            raise ValueError(f"{self.files[part]}: {error}") from None
+
     def load_text(self):
         """umT5 in the file's bf16: f(prompts) -> list of (L, 4096), L a prompt's own length."""
         tokenizer = PromptTokenizer(self.files["tokenizer"].parent)
-        encoder = UMT5Encoder.from_state_dict(load_state_dict(self.files["text"])).to(self.device)
+        encoder = self.build("text", UMT5Encoder).to(self.device)
         if encoder.token_embedding.weight.element_size() == 1:  # fp8 holds, but does not compute
             encoder = encoder.to(torch.bfloat16)
 
@@ -683,17 +687,19 @@ class WanFolder:
 
     def load_clip(self):
         """CLIP vision tower: f(images (B, 3, H, W)) -> (B, 257, 1280); bf16 on a GPU."""
-        tower = CLIPVision.from_state_dict(load_state_dict(self.files["image"]))
-        tower = tower.to(self.device, self.half)
+        tower = self.build("image", CLIPVision).to(self.device, self.half)
         return lambda images: tower(images.to(self.device))
 
     def load_vae(self):
         """Video VAE in fp32, as the official code runs it."""
-        vae = WanVAE.from_state_dict(load_state_dict(self.files["vae"]))
-        return vae.to(self.device, torch.float32)
+        return self.build("vae", WanVAE).to(self.device, torch.float32)
 
 
 def encode_start(vae, image, frames, pad):
     """Start image (1, 3, 1, H, W) -> latents (1, 16, 1, h, w); or (1, 16, f, h, w) of it and the
-    grey frames that follow (pad "constant")."""
-    return vae.encode(F.pad(image, (0, 0, 0, 0, 0, frames - 1), mode=pad) if pad else image)
+    grey frames that follow (pad "constant"); of start and end image (1, 3, 2, H, W) likewise."""
+    if not pad and image.shape[2] > 1:
+        raise ValueError("an end image is for video branches of 36 inputs; this one has fewer")
+    grey = frames - image.shape[2] if pad else 0
+    clip = F.pad(image[:, :, :1], (0, 0, 0, 0, 0, grey))
+    return vae.encode(torch.cat([clip, image[:, :, 1:]], 2))

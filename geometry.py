@@ -242,6 +242,30 @@ def rotate_half(x, cos, sin):
     return x * cos + torch.stack([-second, first], -2).flatten(-3) * sin
 
 
+# What the autocasts of a CPU and of a GPU would compute in different types (norms, interpolation)
+# runs in the type of its input, on both: in bf16 a GPU else keeps twice the bytes for backward.
+def own_type(x):
+    return torch.autocast(x.device.type, enabled=False)
+
+
+def layer_norm(x, weight=None, bias=None, eps=1e-6):
+    """F.layer_norm over the last axis, in the type of x."""
+    weight, bias = (p if p is None else p.to(x.dtype) for p in (weight, bias))
+    with own_type(x):
+        return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+
+
+class LayerNorm(nn.LayerNorm):
+    def forward(self, x):
+        return layer_norm(x, self.weight, self.bias, self.eps)
+
+
+def resize(x, size):
+    """Bilinear interpolation of (B, C, h, w) to a size, corner on corner."""
+    with own_type(x):
+        return F.interpolate(x, size=size, mode="bilinear", align_corners=True)
+
+
 class LayerScale(nn.Module):
     def __init__(self, dim, init):
         super().__init__()
@@ -265,8 +289,8 @@ class GeoAttention(nn.Module):
         super().__init__()
         self.heads = heads
         self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
-        self.q_norm = nn.LayerNorm(dim // heads) if qk_norm else nn.Identity()
-        self.k_norm = nn.LayerNorm(dim // heads) if qk_norm else nn.Identity()
+        self.q_norm = LayerNorm(dim // heads) if qk_norm else nn.Identity()
+        self.k_norm = LayerNorm(dim // heads) if qk_norm else nn.Identity()
 
     def forward(self, x, frames=1, rope=None):
         """Attention of x (B, frames*P, C) inside each of `frames` equal groups."""
@@ -289,7 +313,7 @@ class GeoBlock(nn.Module):
 
     def __init__(self, dim, heads, layer_scale, qk_norm=True, modulated=True):
         super().__init__()
-        self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.norm1, self.norm2 = LayerNorm(dim), LayerNorm(dim)
         self.attn, self.mlp = GeoAttention(dim, heads, qk_norm), Mlp(dim, 4 * dim, dim)
         self.ls1, self.ls2 = LayerScale(dim, layer_scale), LayerScale(dim, layer_scale)
         if modulated:
@@ -329,7 +353,7 @@ class LatentBridge(nn.Module):
             for _ in range(layers)
         )
         if layers:
-            self.down, self.norm = nn.Linear(dim, width), nn.LayerNorm(width)
+            self.down, self.norm = nn.Linear(dim, width), LayerNorm(width)
             self.up = nn.Linear(width, dim)
             nn.init.zeros_(self.up.weight)  # so that a bridge begins as the linear map
             nn.init.zeros_(self.up.bias)
@@ -368,7 +392,7 @@ class CameraHead(nn.Module):
         self.iterations, self.released = iterations, released
         self.proj_in = nn.Linear(in_dim, dim) if in_dim != dim else nn.Identity()
         self.camera_time_upsample = nn.ModuleDict(dict(expand_channels=nn.Conv1d(dim, 4 * dim, 1)))
-        self.token_norm, self.trunk_norm = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.token_norm, self.trunk_norm = LayerNorm(dim), LayerNorm(dim)
         self.empty_pose_tokens = nn.Parameter(torch.zeros(1, 1, POSE_DIM))
         self.embed_pose = nn.Linear(POSE_DIM, dim)
         self.poseLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 3 * dim))
@@ -387,7 +411,7 @@ class CameraHead(nn.Module):
 
     def forward(self, tokens):
         tokens = self.frame_tokens(self.proj_in(tokens))
-        plain = F.layer_norm(tokens, tokens.shape[-1:], eps=1e-6)
+        plain = layer_norm(tokens)
         # The first guess: no rotation (w = 1) and a view of 1 rad; the release's is all zeros.
         start = torch.zeros(POSE_DIM, device=tokens.device)
         start[ROTATION.stop - 1 :] = 0.0 if self.released else 1.0
@@ -443,7 +467,9 @@ class ChannelNorm(nn.Module):
         self.gamma = nn.Parameter(torch.ones(channels, 1, 1, 1))
 
     def forward(self, x):
-        return F.normalize(x, dim=1) * (x.shape[1] ** 0.5) * self.gamma
+        with own_type(x):
+            unit = F.normalize(x, dim=1)
+        return unit * (x.shape[1] ** 0.5) * self.gamma
 
 
 class CausalResidual(nn.Module):
@@ -496,7 +522,7 @@ class RefineNet(nn.Module):
             x = x + self.resConfUnit1(lateral)
         x = self.resConfUnit2(x)
         # A 1x1 convolution and an interpolation commute: first the one with fewer pixels.
-        return F.interpolate(self.out_conv(x), size=size, mode="bilinear", align_corners=True)
+        return resize(self.out_conv(x), size)
 
 
 class DPTHead(nn.Module):
@@ -507,14 +533,14 @@ class DPTHead(nn.Module):
     channels     4 widths, finest level first (token grid x4, x2, x1, x1/2)
     forward      maps: 4 x (B, f, h*w, 2C) finest first, grid (f, h, w) -> (B, T, 16h, 16w, out_dim)
                  fp32, not activated
-    chunk        pixel frames fused at once
+    chunk        pixel frames, of all clips together, that are fused at once
     recompute    where there are several chunks, backward computes each of them, and the stage
                  along time before them, once more (memory, not values)"""
 
     def __init__(self, in_dim, out_dim, channels, features, tail=32, released=False, chunk=16):
         super().__init__()
         self.chunk, self.released = chunk, released
-        self.norm = nn.LayerNorm(in_dim)
+        self.norm = LayerNorm(in_dim)
         self.projects = nn.ModuleList(nn.Conv2d(in_dim, c, 1) for c in channels)
         first, second, _, last = channels
         up4, up2 = nn.ConvTranspose2d(first, first, 4, 4), nn.ConvTranspose2d(second, second, 2, 2)
@@ -548,8 +574,8 @@ class DPTHead(nn.Module):
         x = s.refinenet3(x, l3, l2.shape[-2:])
         x = s.refinenet2(x, l2, l1.shape[-2:])
         x = s.refinenet1(x, l1, (2 * l1.shape[-2], 2 * l1.shape[-1]))  # (B*t, features, 8h, 8w)
-        x = F.interpolate(s.output_conv1(x), size=size, mode="bilinear", align_corners=True)
-        x = x + uv_embedding(x.shape[1], *size, aspect, x.device)
+        x = resize(s.output_conv1(x), size)
+        x = x + uv_embedding(x.shape[1], *size, aspect, x.device).to(x.dtype)
         x = s.output_conv2[1](s.output_conv2[0](x))  # (B*t, tail, H, W)
         # Not in bf16: the exp of such a logit moves in 0.8 % steps.
         with torch.autocast(x.device.type, enabled=False):
@@ -558,12 +584,14 @@ class DPTHead(nn.Module):
     def forward(self, maps, grid, recompute=False):
         f, h, w = grid
         aspect, size = w / h, (16 * h, 16 * w)  # 16 pixels a token
-        again = recompute and torch.is_grad_enabled() and 4 * f - 3 > self.chunk
-        run = partial(checkpoint, use_reentrant=False) if again else call
+        chunk = max(1, self.chunk // len(maps[0]))  # frames of each clip
+        again = recompute and torch.is_grad_enabled() and 4 * f - 3 > chunk
+        how = dict(use_reentrant=False, preserve_rng_state=False)  # there is no dropout
+        run = partial(checkpoint, **how) if again else call
         levels = [run(self.level, i, tokens, grid, aspect) for i, tokens in enumerate(maps)]
         out = []
-        for start in range(0, 4 * f - 3, self.chunk):
-            parts = [channels_last(x[:, :, start : start + self.chunk]) for x in levels]
+        for start in range(0, 4 * f - 3, chunk):
+            parts = [channels_last(x[:, :, start : start + chunk]) for x in levels]
             fused = run(self.fuse, size, aspect, *parts)
             out.append(rearrange(fused, "(b t) h w k -> b t h w k", b=len(maps[0])))
         return torch.cat(out, 1)

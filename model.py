@@ -89,11 +89,11 @@ class Config(VideoSizes):
     camera_heads: int = 8
     camera_layers: int = 4
     camera_iterations: int = 4
-    head_chunk: int = 16  # pixel frames that a DPT head fuses at once
+    head_chunk: int = 16  # pixel frames, of all clips, that a DPT head fuses at once
     # the released weights: their quirks and their camera module (released.py)
     released: bool = False
     true_rays: bool = False  # released: true per-pixel rays in place of the ones it was trained on
-    # released: widths of the ray encoder, features last
+    # released: widths of the ray encoder, features last; () for the Wan2.2 variant, without one
     ray_sizes: tuple = (384, 768, 5120, 2560, 2048)
     adapter_sizes: tuple = (25, 1024, 409)  # released: adapted blocks, hidden widths of an adapter
     # ablations: what is switched off is not built, so checkpoints, counts and gradients lack it too
@@ -246,7 +246,8 @@ def recompute(how, function, *args):
     policy = partial(keep_costly, how == "selective")
     selective = partial(create_selective_checkpoint_contexts, policy)
     contexts = noop_context_fn if how == "full" else selective
-    return checkpoint(function, *args, use_reentrant=False, context_fn=contexts)
+    how = dict(use_reentrant=False, preserve_rng_state=False)  # there is no dropout
+    return checkpoint(function, *args, context_fn=contexts, **how)
 
 
 # --------------------------------------------------------------------------------------- the steps
@@ -381,7 +382,7 @@ class FantasyWorld(nn.Module):
         sizes = (cfg.camera_dim, cfg.camera_heads, cfg.layer_scale, cfg.camera_layers)
         self.camera_head = CameraHead(2 * C, *sizes, cfg.camera_iterations, cfg.released)
         if cfg.released:
-            self.ray_encoder = released.RayEncoder(cfg.ray_sizes)
+            self.ray_encoder = released.make_ray_encoder(cfg.ray_sizes)
         self.camera_adapters = self.make_adapters()  # stage 2
         self.exchange = nn.ModuleList(
             BiCrossAttention(D, C, cfg.irg_dim, cfg.irg_heads, cfg.exchange)
@@ -394,7 +395,7 @@ class FantasyWorld(nn.Module):
         cfg = self.cfg
         if cfg.released:
             count, *hidden = cfg.adapter_sizes
-            sizes = (cfg.dim, cfg.ray_sizes[-1], *hidden)
+            sizes = (cfg.dim, *cfg.ray_sizes[-1:], *hidden)
             return nn.ModuleList(released.AttentionAdapter(*sizes) for _ in range(count))
         count = cfg.num_pcb if cfg.camera_adapters else 0
         return nn.ModuleList(CameraAdapter(cfg.geo_dim, cfg.dim) for _ in range(count))
@@ -422,8 +423,7 @@ class FantasyWorld(nn.Module):
         """Build from the release's tensors, used as they are; every size is read off their shapes.
 
         sd              the release's model.pth, name -> tensor
-        wan_state_dict  Wan2.1-I2V-14B-480P in its official names, for the video tensors that sd
-                        lacks
+        wan_state_dict  the base (released.base_of), for the video tensors that sd lacks
         dit_heads, irg_heads, camera_heads, taps   as in released.sizes; in the release 40, 12, 16
                         and (23, 17, 11, 7)
         Raises ValueError for missing, unexpected or misshapen tensors."""
@@ -433,10 +433,9 @@ class FantasyWorld(nn.Module):
             model = cls(Config(**sizes))
         own = shapes_of(model.state_dict())
         plan = released.match(own, shapes, base, model.cfg.num_pcb)
-        tensors = {}
-        for k, (of_release, name) in plan.items():
-            tensors[k] = (sd if of_release else wan_state_dict)[name].reshape(own[k])
-        model.load_state_dict(tensors, assign=True)
+        sources = [wan_state_dict, sd]
+        tensors = {k: sources[of_release][name] for k, (of_release, name) in plan.items()}
+        model.load_state_dict({k: v.reshape(own[k]) for k, v in tensors.items()}, assign=True)
         return model
 
     # ---- stages
@@ -504,6 +503,10 @@ class FantasyWorld(nn.Module):
         tokens = [camera, registers.to(camera.dtype), patches.to(camera.dtype)]
         return torch.cat(tokens, 2).flatten(1, 2).float()
 
+    def at(self, t):
+        """The model of a noise level, as lib.experts.Experts has it: itself."""
+        return self
+
     def rays(self, w2c, K, size):
         """This model's kind of ray map (B, 6, T, H, W); arguments as plucker_rays."""
         quirk = self.cfg.constant_rays or self.cfg.released and not self.cfg.true_rays
@@ -526,10 +529,9 @@ class FantasyWorld(nn.Module):
         with torch.no_grad():  # nothing trainable lies upstream
             video = vars(self.dit.conditions(context, clip, plucker))
         pose_embedding = rays = None
-        if self.cfg.released:
-            if self.stage == 2 and plucker is not None:
-                rays = self.ray_encoder(plucker)
-        elif poses is not None:
+        if self.cfg.released and self.stage == 2 and plucker is not None:
+            rays = self.ray_encoder(plucker)
+        if not self.cfg.released and poses is not None:
             pose_embedding = self.pose_encoder(poses)
         return Conditions(**video, pose_embedding=pose_embedding, rays=rays)
 

@@ -1,8 +1,10 @@
-"""The released FantasyWorld weights (Wan2.1 variant): camera module, tensor names, and VGGT's.
+"""The released FantasyWorld weights, both variants: camera module, tensor names, and VGGT's.
 
-The release's modules are ours under other names, but for its camera module: a Pluecker encoder, and
-one adapter inside the cross-attention of each of video blocks 0 .. 24.  Its quirks are kept, behind
-Config.released, as its weights expect them:
+The modules of the releases are ours under other names, but for the camera module of the Wan2.1
+variant: a Pluecker encoder, and one adapter inside the cross-attention of each of video blocks
+0 .. 24.  The Wan2.2 variant has neither (ray_sizes is empty): Wan-Fun's control adapter, at the
+patch embedding, tells its camera.  It is two such models, experts of high and of low noise
+(lib/experts.py).  The quirks are kept, behind Config.released, as the weights expect them:
 
     ray map          intrinsics scaled twice: one ray a frame, the top-left pixel's.
                      constant_rays, below
@@ -15,21 +17,23 @@ Config.released, as its weights expect them:
                      geometry.ResidualConvUnit
     dead tensors     CamTokenProjector, modulation of the camera trunk: kept, never used.
                      dead, below
+    start image      Wan2.2: encoded in overlapping tiles.  Tiles, below
 
-Sources: FantasyWorld 2025 (arXiv 2509.21657) and its release of 26 Feb 2026; AC3D 2024 (ray
-encoder); VGGT 2025.
+Sources: FantasyWorld 2025 (arXiv 2509.21657) and its releases of 2026; AC3D 2024 (ray encoder);
+VGGT 2025.
 Shapes: B clips, T = 4f - 3 pixel frames, (f, h, w) token grid, N = f*h*w video tokens, D video
 width, R ray width."""
 
 import re
 from functools import partial
+from itertools import product
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
-from geometry import plucker_rays
+from geometry import LayerNorm, own_type, plucker_rays
 from wan import LATENT, check_names
 
 
@@ -45,13 +49,21 @@ def constant_rays(w2c, K, size):
     height, width = size
     K = K.clone()
     K[..., 0, 2], K[..., 1, 2] = width / 2, height / 2
-    return plucker_rays(w2c, K * K.new_tensor([width, height, 1])[:, None], size)
+    rows = K[..., 0, :] * width, K[..., 1, :] * height, K[..., 2, :]  # numbers: no copy to wait for
+    return plucker_rays(w2c, torch.stack(rows, -2), size)
 
 
 def halve_time(x):
     """Average frames in pairs, (B, T, ...) -> (B, ceil(T/2), ...); an odd first frame stays."""
     first, rest = x[:, : x.shape[1] % 2], x[:, x.shape[1] % 2 :]
     return torch.cat([first, rest.unflatten(1, (-1, 2)).mean(2)], 1)
+
+
+class GroupNorm(nn.GroupNorm):
+    def forward(self, x):
+        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
+        with own_type(x):
+            return F.group_norm(x, self.num_groups, weight, bias, self.eps)
 
 
 class RayEncoder(nn.Module):
@@ -65,22 +77,22 @@ class RayEncoder(nn.Module):
         first, second, width, hidden, out = sizes
         self.controlnet_encode_first = nn.Sequential(
             nn.Conv2d(6 * LATENT.space**2, first, 1),
-            nn.GroupNorm(2, first),
+            GroupNorm(2, first),
             nn.Conv2d(first, first, 1),
-            nn.GroupNorm(2, first),
+            GroupNorm(2, first),
             nn.ReLU(),
         )
         self.controlnet_encode_second = nn.Sequential(
-            nn.Conv2d(first, second, 1), nn.GroupNorm(2, second), nn.ReLU()
+            nn.Conv2d(first, second, 1), GroupNorm(2, second), nn.ReLU()
         )
         patch = (1, LATENT.patch, LATENT.patch)
         self.patch_embedding = nn.Conv3d(second, width, patch, patch)
         self.fc = nn.Sequential(
             nn.Linear(width, hidden),
-            nn.LayerNorm(hidden),
+            LayerNorm(hidden),
             nn.GELU(),
             nn.Linear(hidden, out),
-            nn.LayerNorm(out),
+            LayerNorm(out),
         )
 
     def forward(self, rays):
@@ -90,6 +102,18 @@ class RayEncoder(nn.Module):
             x = halve_time(maps.unflatten(0, x.shape[:2]))  # T -> (T+1)/2 -> f
         x = self.patch_embedding(x.transpose(1, 2))  # (B, width, f, h, w)
         return self.fc(rearrange(x, "b d f h w -> b (f h w) d"))  # (B, N, R)
+
+
+class NoRayEncoder(nn.Module):
+    """Of the Wan2.2 variant, whose blocks read no rays."""
+
+    def forward(self, rays):
+        return None
+
+
+def make_ray_encoder(sizes):
+    """The camera module's encoder; without sizes there is none."""
+    return RayEncoder(sizes) if sizes else NoRayEncoder()
 
 
 class AttentionAdapter(nn.Module):
@@ -119,15 +143,60 @@ class AttentionAdapter(nn.Module):
         return attended + keep * self.v_proj["group2"](hidden)
 
 
+# --------------------------------------------------------------------------------- the start image
+def spans(length, tile, stride):
+    """(begin, end) of the tiles along one side; the last one ends with it."""
+    begins = range(0, max(length - tile, 0) + stride, stride)
+    return [(begin, min(begin + tile, length)) for begin in begins]
+
+
+def tile_weight(span, length, overlap):
+    """(end - begin,): 1 in the middle, falling linearly over the overlap with a neighbour."""
+    begin, end = span
+    place = torch.arange(end - begin)
+    near = [place + 1] if begin else []
+    near += [place.flip(0) + 1] if end < length else []
+    return torch.stack([torch.full_like(place, overlap), *near]).amin(0) / overlap
+
+
+class Tiles:
+    """A VAE whose encode works in overlapping tiles, as the Wan2.2 release encodes its images.
+
+    vae           with encode, as encoders.WanVAE
+    tile, stride  (rows, columns) in latents
+    Where tiles overlap the result is their mean; a place's weight in a tile is the smaller one of
+    both directions."""
+
+    def __init__(self, vae, tile=(30, 52), stride=(15, 26)):
+        self.vae, self.tile, self.stride = vae, tile, stride
+
+    def encode(self, video):
+        """(B, 3, T, H, W) in [-1, 1] -> latents (B, 16, f, h, w)."""
+        size = [side // LATENT.space for side in video.shape[-2:]]
+        total = weights = 0.0
+        for rows, columns in product(*map(spans, size, self.tile, self.stride)):
+            place = [slice(LATENT.space * a, LATENT.space * b) for a, b in (rows, columns)]
+            latents = self.vae.encode(video[..., place[0], place[1]])
+            overlaps = [a - b for a, b in zip(self.tile, self.stride)]
+            y, x = map(tile_weight, (rows, columns), size, overlaps)
+            weight = torch.minimum(y[:, None], x).to(latents)  # (rows, columns) of the tile
+            around = (columns[0], size[1] - columns[1], rows[0], size[0] - rows[1])
+            total = total + F.pad(latents * weight, around)
+            weights = weights + F.pad(weight, around)
+        return total / weights
+
+
 # -------------------------------------------------------------------------------------------- names
 def dead(name):
     """Whether one of our parameters belongs to the release but reaches no output."""
     return bool(re.match(r"pose_encoder\.|camera_head\.trunk\.\d+\.modulation$", name))
 
 
+CAMERA_MODULE = "camera_condition.pose_encoder."  # only the Wan2.1 variant has it
+
 HOME = {
     "dit.": "pipe.dit.",
-    "ray_encoder.": "camera_condition.pose_encoder.",
+    "ray_encoder.": CAMERA_MODULE,
     "bridge.proj.": "vggt.projection_head.",
     "pose_encoder.": "vggt.aggregator.CamTokenProjector.",
     "frame_blocks.": "vggt.aggregator.frame_blocks.",
@@ -166,6 +235,20 @@ def count(names, prefix):
     return max((1 + int(m[1]) for m in found if m), default=0)
 
 
+def is_expert(names):
+    """Whether a release is one of the Wan2.2 variant's pair."""
+    return is_release(names) and not any(name.startswith(CAMERA_MODULE) for name in names)
+
+
+# The video branches that the releases were trained on: of the one model, of an expert.
+BASES = {False: "Wan2.1-I2V-14B-480P", True: "Wan2.2-Fun-A14B-Control-Camera"}
+
+
+def base_of(release):
+    """The name of the video branch that a release was trained on."""
+    return BASES[is_expert(release)]
+
+
 def shape_reader(release, base, num_pcb):
     """name -> shape in the release, or else in the base; ValueError where both lack it."""
 
@@ -174,7 +257,7 @@ def shape_reader(release, base, num_pcb):
         found = release.get(name) or base.get(video)
         if found:
             return found
-        hint = "; without --wan_dir (the folder of Wan2.1-I2V-14B-480P) the file must hold the "
+        hint = f"; without --wan_dir (the folder of {base_of(release)}) the file must hold the "
         hint = "" if base or name.startswith("vggt") else f"{hint}video branch too"
         first = f"(its first names are {list(release)[:3]})"
         raise ValueError(f"not a whole FantasyWorld release: {name} is missing{hint} {first}")
@@ -200,13 +283,11 @@ def sizes(release, base=None, dit_heads=None, irg_heads=None, camera_heads=None,
     """Fields of model.Config that these tensors have.
 
     release  name -> shape  the release's model.pth, whole or without the frozen video tensors
-    base     name -> shape  the Wan2.1 DiT it was trained on, for what release lacks
+    base     name -> shape  the Wan DiT it was trained on, for what release lacks
     heads                   numbers of attention heads; None: the release's head widths 128, 96 and
                             128 (40, 12 and 16 heads there)
     taps                    geometry layers that the DPT heads read; None: usual_taps
     Raises ValueError when it is another model's file."""
-    if any(name.startswith("pipe.dit.control_adapter.") for name in release):
-        raise ValueError("this is the release's Wan2.2 variant; only the Wan2.1 one is supported")
     base, steps = base or {}, count(release, "IRGBlock.")
     num_pcb = count(base, "blocks.") - steps if base else count(release, "pipe.dit.blocks.")
     shape = shape_reader(release, base, num_pcb)
@@ -225,7 +306,7 @@ def sizes(release, base=None, dit_heads=None, irg_heads=None, camera_heads=None,
         text_dim=shape("pipe.dit.text_embedding.0.weight")[1],
         freq_dim=shape("pipe.dit.time_embedding.0.weight")[1],
         has_clip=clip[0] in release or clip[1] in base,
-        has_control=False,
+        has_control=is_expert(release),
     )
     geometry = dict(
         released=True,
@@ -239,24 +320,35 @@ def sizes(release, base=None, dit_heads=None, irg_heads=None, camera_heads=None,
         camera_heads=heads_of("camera_heads", camera_heads, camera_dim, 128),
         taps=tuple(taps or usual_taps(steps)),
     )
-    return {**video, **geometry, **head_sizes(release, shape)}
+    if not is_expert(release):
+        camera = camera_sizes(release, shape)
+    else:
+        camera = dict(ray_sizes=(), adapter_sizes=(0, 0, 0))
+        shape("pipe.dit.control_adapter.conv.weight")  # there, or the base is another one
+    return {**video, **geometry, **camera, **head_sizes(release, shape)}
 
 
-def head_sizes(release, shape):
-    """Fields of the heads and of the camera module."""
-    encoder, adapter = "camera_condition.pose_encoder.", "pipe.dit.blocks.0.cross_attn.processor."
+def camera_sizes(release, shape):
+    """Fields of the camera module."""
+    adapter = "pipe.dit.blocks.0.cross_attn.processor."
     first, second = "controlnet_encode_first.0", "controlnet_encode_second.0"
     layers = (first, second, "patch_embedding", "fc.0", "fc.3")
     adapted = sum(name.endswith(".processor.k_proj.group1.bias") for name in release)
     hidden = [shape(f"{adapter}{kind}_proj.group2.0.bias")[0] for kind in "kv"]
+    return dict(
+        ray_sizes=tuple(shape(f"{CAMERA_MODULE}{layer}.bias")[0] for layer in layers),
+        adapter_sizes=(adapted, *hidden),
+    )
+
+
+def head_sizes(release, shape):
+    """Fields of the heads."""
     return dict(
         pose_hidden=shape("vggt.aggregator.CamTokenProjector.mlp.0.weight")[0],
         dpt_channels=tuple(shape(f"vggt.depth_head.projects.{i}.bias")[0] for i in range(4)),
         dpt_features=shape("vggt.depth_head.scratch.output_conv1.weight")[1],
         dpt_tail=shape("vggt.depth_head.scratch.output_conv2.0.weight")[0],
         camera_layers=count(release, "vggt.camera_head.trunk."),
-        ray_sizes=tuple(shape(f"{encoder}{layer}.bias")[0] for layer in layers),
-        adapter_sizes=(adapted, *hidden),
     )
 
 
@@ -279,7 +371,7 @@ def match(own, release, base, num_pcb, where="this release"):
         found[bridge] = found[bridge][:2]
     found |= {k: v for k, v in release.items() if k not in found and not k.startswith(ENCODERS)}
     found |= {f"{k} (of the Wan folder)": base[k] for k in base if f"dit.{k}" not in own}
-    cure = "A truncated file, another model, or another base than Wan2.1-I2V-14B-480P?"
+    cure = f"A truncated file, another model, or another base than {base_of(release)}?"
     check_names({names[k]: shape for k, shape in own.items()}, found, where, cure=cure)
     return plan
 
@@ -309,6 +401,15 @@ def from_vggt(vggt, own, layers):
                 fits = f"blocks and tokens fit geo_dim = {width} with heads of 64 channels: {cure}"
                 raise ValueError(f"VGGT's {name} is {vggt[name]}, ours {own.get(ours)}; {fits}")
             plan[ours] = name
+    # A file of which little fits would train from scratch without a word.
+    places = {name: re.match(VGGT_NAMES, f"aggregator.{name}") for name in own}
+    wanted = {n for n, m in places.items() if m and (m[1] is None or int(m[1]) < k)}
+    absent = sorted(n for n in wanted - plan.keys() if not n.endswith(".modulation"))
+    if absent or not k:
+        first = f"first {absent[0]}" if absent else "frame blocks"
+        raise ValueError(
+            f"VGGT's file lacks {len(absent)} tensors of its first {k} layers: {first}"
+        )
     camera = [name for name in vggt if name.startswith("camera_head.")]
     if camera and all(own.get(name) == vggt[name] for name in camera):
         plan.update({name: name for name in camera})

@@ -9,35 +9,36 @@ tools. With several prompts or seeds, or a list of --jobs, every sample gets a f
 and the same command again goes on where it stopped; torchrun shares them among its ranks.
 --help lists every option."""
 
-import json
 import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from tqdm import tqdm
 
 import config
 from config import option, section
 from encoders import WanFolder, encode_start
 from geometry import encode_pose
+from lib import worldscore as worldscore_folders
 from lib.camera_files import FORMATS, size_of
 from lib.camera_paths import View, load_camera, mean_distance
-from lib.crop import Crop
+from lib.crop import load_image
 from lib.distributed import from_first, gather_cat
+from lib.experts import BOUNDARY, check_frozen_of, metadata_of_ckpt, open_models, split
 from lib.export import EXPORTS, USUAL, describe, export_names, make_scene, write_exports
-from lib.files import read_video
-from lib.frozen import check_frozen, frozen_digest
 from lib.guards import run_command
-from lib.jobs import attempt, finish, join_ranks, plan_jobs, share, start_images
+from lib.jobs import Job, Plan, attempt, finish, join_ranks, plan_jobs, share, start_images
 from lib.pictures import as_pixels, depth_to_rgb, tile, write_png
-from lib.weights import find_wan, metadata_of, open_checkpoint
+from lib.strangers import read_train_config
+from lib.weights import find_wan
 from model import shift_sigma
+from released import BASES, Tiles
 from wan import LATENT, start_condition
 
 
@@ -101,15 +102,20 @@ CORRECTIONS = {
     "rays": "one ray per pixel; the release shows one per frame, and its weights know nothing else",
     "readout": "geometry of the finished sample; the release reads it in its last step",
     "image": "start image cropped to the aspect; the release squeezes it",
+    "tiles": "images encoded whole; the release on Wan2.2 encodes them in tiles",
+    "switch": "experts change at the exact noise level; the release on Wan2.2 rounds it to bf16",
 }
+OF_PAIRS = {"tiles", "switch"}  # of the release on Wan2.2 alone
 
 section_1 = section("what to sample")
-ckpt = option("", "checkpoint of stage 1 or 2, or a release's model.pth; needed")
+ckpt = option("", "checkpoint of stage 1 or 2, or a release's .pth; of a pair HIGH,LOW; needed")
 wan_dir = option("", "folder of the video branch; empty: the one it was trained with")
 other_wan = option(False, "go on although it holds other weights than those trained with")
 prompt = option("a room", "words, or a .txt file with one prompt a line")
 negative_prompt = option(None, "words to stay away from; Wan: its official ones, in Chinese")
 image = option("", "picture or video file whose first frame starts the video")
+worldscore = option("", "WorldScore's static.json or dynamic.json: make its worlds under --out")
+end_image = option("", "picture that the video ends with; for families of 36 inputs")
 jobs = option("", "list of samples: a JSON object a line, see lib/jobs.py")
 section_2 = section("camera")
 camera = option("orbit", "a move (forward, pan_left ...), a file, or 'x,y,z -> x,y,z | ...'")
@@ -134,7 +140,9 @@ seed = option(0, "of the first sample", low=0)
 num_samples = option(1, "samples of every prompt, of seeds seed, seed + 1 ...", low=1, high=10**6)
 section_5 = section("the released weights and what was fine-tuned from them")
 correct = option("", f"do not as the release does: {', '.join(CORRECTIONS)}, with commas")
-release = option(None, "model.pth of the release that ckpt was fine-tuned from, if it was moved")
+release = option("", "the release's .pth that ckpt was fine-tuned from, if it was moved")
+lora = option("", "LoRA merged at 0.55 into what comes from wan_dir; of a pair HIGH,LOW")
+boundary = option(BOUNDARY, "of a pair: 1000 sigma where the experts change", low=0, high=1000)
 section_6 = section("machine")
 device = option("auto", "auto, cpu, cuda, cuda:1 ...")
 dtype = option("auto", "auto: bf16 on a GPU, fp32 on a CPU", choices=("auto", "bf16", "fp32"))
@@ -161,33 +169,25 @@ READOUT_SIGMA = 0.1  # where geometry is read; the release's last step has 0.092
 
 
 # -------------------------------------------------------------------------------------- conditions
-def load_image(path, height, width, *, squeeze=False):
-    """First frame of a file -> (1, 3, 1, H, W) in [-1, 1], cut as training cuts, or squeezed."""
-    frame = read_video(path, max_frames=1)[0]  # (1, h, w, 3)
-    if not squeeze:
-        return (Crop(frame.shape[1:3], (height, width)).video(frame) / 127.5 - 1)[:, :, None]
-    frame = torch.from_numpy(frame).permute(0, 3, 1, 2).float()
-    frame = F.interpolate(frame, (height, width), mode="bicubic", antialias=True).clamp(0, 255)
-    return (frame / 127.5 - 1)[:, :, None]
-
-
 @torch.no_grad()
-def conditions(encoders, prompts, images, *, frames, progress=iter):
-    """Encode prompts and start images; each encoder is freed before the next one is loaded.
+def conditions(encoders, prompts, images, *, frames, tiles=False, progress=iter):
+    """Encode prompts and images; each encoder is freed before the next one is loaded.
 
-    images    {path: (1, 3, 1, H, W) in [-1, 1]}; a sample without one gets zeros, as a clip whose
-              image training dropped
-    returns   {prompt: (L, dim)}, {path: (start latents, clip (1, 257, 1280) or None)}, the VAE"""
+    images    {(path of the start image, of the end image or ""): (1, 3, 1 or 2, H, W) in [-1, 1]};
+              a sample without one gets zeros, as a clip whose image training dropped
+    tiles     images are encoded in tiles, as by the release on Wan2.2
+    returns   {prompt: (L, dim)}, {paths: (start latents, clip (1, 257, 1280) or None)}, the VAE"""
     text = encoders.load_text()
     texts = {prompt: text([prompt])[0] for prompt in progress(prompts)}  # (L, dim) each
     del text
     look = encoders.load_image() if images and encoders.load_image else None
-    clips = {path: look(image[:, :, 0]) if look else None for path, image in images.items()}
+    clips = {paths: look(image[:, :, 0]) if look else None for paths, image in images.items()}
     del look
     vae, starts = encoders.load_vae(), {}
-    for path, image in images.items():
-        start = encode_start(vae, image, frames, encoders.start_pad)  # (1, 16, 1 or f, h, w)
-        starts[path] = start, clips[path]
+    coder = Tiles(vae) if tiles else vae
+    for paths, image in images.items():
+        start = encode_start(coder, image, frames, encoders.start_pad)  # (1, 16, 1 or f, h, w)
+        starts[paths] = start, clips[paths]
     return texts, starts, vae
 
 
@@ -220,27 +220,36 @@ class Denoiser:
     """velocity(x, t) with guidance, v_neg + g (v_pos - v_neg), as a sampler calls it.
 
     Camera and image are the same in both passes.  What does not change with the noise level is made
-    once, here: text keys, rays, pose features.  pair: two ranks, each of which takes one pass."""
+    once for each model: text keys, rays, pose features.  pair: two ranks, each takes one pass."""
 
-    def __init__(self, model, inputs, sampling, on_step=None, pair=None):
-        self.model, self.y, self.sampling, self.on_step = model, inputs.y, sampling, on_step
-        self.pair = pair
+    def __init__(self, models, inputs, sampling, on_step=None, pair=None):
+        """models: a FantasyWorld, or Experts."""
+        self.models, self.inputs, self.sampling, self.on_step = models, inputs, sampling, on_step
+        self.model, self.y, self.together, self.pair = None, inputs.y, True, pair
+        self.step, self.last_geometry = 0, None
+
+    def take_model(self, t):
+        """Take the model of this noise level; if it is another one, with its constants."""
+        model = self.models.at(t)
+        if model is self.model:
+            return
+        self.model, inputs = model, self.inputs
         contexts = [inputs.text, inputs.negative]
-        if sampling.guidance == 1:  # v_neg + 1 (v_pos - v_neg): half the work
+        if self.sampling.guidance == 1:  # v_neg + 1 (v_pos - v_neg): half the work
             contexts = contexts[:1]
         clip = inputs.clip if inputs.clip is None else inputs.clip.expand(len(contexts), -1, -1)
         size = tuple(LATENT.space * n for n in inputs.noise.shape[-2:])
         rays = model.rays(inputs.w2c, inputs.K, size)  # (1, 6, T, H, W)
         poses = encode_pose(inputs.w2c, inputs.K, size)  # (1, T, 9)
         both = model.constants(contexts, clip, rays, poses)  # keys of both prompts side by side
-        # One batch of both prompts while it fits, else one after the other.
-        self.passes = [both]
         self.halves = [replace(both, keys=keys_of(both.keys, n)) for n in range(len(contexts))]
-        if pair:
-            self.passes = [self.halves[dist.get_rank(pair)]]
-        self.step, self.last_geometry = 0, None
+        # One batch of both prompts while it fits, else one after the other.
+        self.passes = [both] if self.together else self.halves
+        if self.pair:
+            self.passes = [self.halves[dist.get_rank(self.pair)]]
 
     def __call__(self, x, t):
+        self.take_model(t)
         self.step += 1
         if self.sampling.read_last_step and self.step == self.sampling.steps:
             self.last_geometry = self.read_geometry(x, t)
@@ -257,7 +266,7 @@ class Denoiser:
             if self.pair or len(self.passes) == len(self.halves):
                 raise
         # Out here: inside the block the exception would keep the failed pass alive.
-        self.passes = self.halves
+        self.passes, self.together = self.halves, False
         torch.cuda.empty_cache()
         return self.velocity(x, t)
 
@@ -277,6 +286,7 @@ class Denoiser:
 
     def read_geometry(self, x, t):
         """The whole output for the prompt alone: one more forward."""
+        self.take_model(t)
         video = self.model.stage == 2
         return self.model(x, t, None, self.y, constants=self.halves[0], video=video)
 
@@ -337,13 +347,14 @@ class ClipSampler:
     vae: object
     negative: torch.Tensor  # (L, dim)
     sampling: Sampling
-    autocast: object
+    autocast: object  # context of the model, not of the decoder
 
     def __call__(self, model, b):
         start = (b["noise"], b["text"][0], self.negative, b["y"], b.get("clip"))
         inputs = Inputs(*start, b["w2c"], b["intrinsics"])
         with self.autocast:
             latents, out, _ = generate(model, inputs, self.sampling, progress=iter)
+        # In stage 0 nothing but the velocity is there.
         return self.decode(latents), {k: v.float() for k, v in out.items() if v is not None}
 
     def decode(self, latents):
@@ -363,37 +374,37 @@ def clip_sampler(own, wan_dir, device, autocast):
 class Resources:
     """What all jobs of a rank share."""
 
-    model: torch.nn.Module
+    model: object  # FantasyWorld, or Experts
     vae: object
     texts: dict  # prompt, also negative ones -> (L, dim)
-    starts: dict  # path of an image -> its latents and what CLIP says of it
+    starts: dict  # paths of start and end image -> latents and what CLIP says of the first
     device: torch.device
     half: bool  # whether to run in bf16
     pair: object = None  # the group of two ranks that make each sample together
 
 
-def image_of(options, meta):
-    """The start image of a job (1, 3, 1, H, W)."""
-    squeeze = "image" in quirks_of(options, meta)
-    return load_image(options.image, options.height, options.width, squeeze=squeeze)
+def images_of(options, meta):
+    """Start image, or start and end image of a job (1, 3, 1 or 2, H, W)."""
+    if options.end_image and not options.image:
+        raise ValueError("--end_image without --image; give both")
+    how = dict(squeeze="image" in quirks_of(options, meta))
+    names = filter(None, (options.image, options.end_image))
+    size = (options.height, options.width)
+    return torch.cat([load_image(name, *size, **how) for name in names], 2)
 
 
-def load(options, jobs, images, pair=None, *, model=None, bar=bar):
+def load(options, meta, jobs, images, pair=None, *, model=None, bar=bar):
     """Encode the prompts and images of the jobs, then load the model, if it is not at hand."""
-    device = torch.device(options.device)
+    device, quirks = torch.device(options.device), quirks_of(options, meta)
     encoders = WanFolder(options.wan_dir, "cpu" if options.low_memory else device)
     words = [(job.options.prompt, job.options.negative_prompt) for job in jobs]
     prompts = list(dict.fromkeys(sum(words, ())))  # each once
+    how = dict(frames=options.frames, tiles="tiles" in quirks)
     show = partial(bar, "text", unit="prompt")
-    how = dict(frames=options.frames, progress=show)
-    texts, starts, vae = conditions(encoders, prompts, images, **how)
+    texts, starts, vae = conditions(encoders, prompts, images, **how, progress=show)
     half = options.dtype == "bf16" or options.dtype == "auto" and device.type == "cuda"
-    weights = torch.bfloat16 if half else None
-    for path in bar("load", (options.ckpt,), "model") if model is None else ():
-        how = (weights, options.offload, "rays" in corrections(options), options.release)
-        model = open_checkpoint(path, options.wan_dir, device, *how)
-    if options.low_memory:
-        model.depth_head.chunk = model.point_head.chunk = 4  # frames that a head sees at a time
+    for _ in bar("load", (options.ckpt,), "model") if model is None else ():
+        model = open_models(options, quirks, device, torch.bfloat16 if half else None)
     return Resources(model, vae, texts, starts, device, half, pair)
 
 
@@ -404,13 +415,15 @@ def make_inputs(job, resources):
     # Drawn on the CPU: the same seed is the same noise on every machine.
     generator = torch.Generator().manual_seed(options.seed)
     noise = torch.randn(1, LATENT.channels, *grid, generator=generator).to(resources.device)
-    start, clip = resources.starts.get(options.image, (None, None))
+    paths = (options.image, options.end_image)
+    start, clip = resources.starts.get(paths, (None, None))
     if start is not None and channels == LATENT.channels:
         family = f"{options.wan_dir} is a text-to-video family"
         raise ValueError(f"--image {options.image}: {family}; leave the image out")
     y = None
     if start is not None:
-        y = start_condition(start.to(resources.device), channels, grid[0])
+        family = (channels, grid[0], bool(options.end_image))
+        y = start_condition(start.to(resources.device), *family)
     texts = (resources.texts[words] for words in (options.prompt, options.negative_prompt))
     return Inputs(noise, *texts, y, clip, *(x.to(resources.device) for x in job.camera))
 
@@ -466,7 +479,8 @@ def corrections(options):
 
 def quirks_of(options, meta):
     """What is done as the release does it."""
-    return set(CORRECTIONS) - corrections(options) if meta.get("release") else set()
+    known = set(CORRECTIONS) if meta.get("expert") else set(CORRECTIONS) - OF_PAIRS
+    return known - corrections(options) if meta.get("release") else set()
 
 
 def check_size(size):
@@ -493,14 +507,14 @@ def sampling_of(options, trained):
 
 def settled(options, meta):
     """Options with what the checkpoint says filled in; ValueError for what cannot work."""
-    trained, foreign = json.loads(meta["train_config"]), bool(meta.get("release"))
+    trained, foreign = read_train_config(meta, options.ckpt), bool(meta.get("release"))
     corrections(options)
     frames = options.frames or trained["num_frames"]
     height, width = options.height or trained["height"], options.width or trained["width"]
     check_size((frames, height, width))
-    folder = options.wan_dir or find_wan(trained["wan_dir"], options.ckpt)
+    folder = options.wan_dir or find_wan(trained["wan_dir"], split(options.ckpt)[-1])
     if foreign and not folder:  # such a file does not say where its base lies
-        wanted = "the folder of Wan2.1-I2V-14B-480P, for its encoders"
+        wanted = f"the folder of {BASES[bool(meta.get('expert'))]}, for its encoders"
         raise ValueError(f"{options.ckpt}: a release needs --wan_dir, {wanted}")
     form, pictures = options.camera_format, options.camera_size
     if foreign and options.camera.endswith(".json"):
@@ -554,25 +568,74 @@ def checkpoint_of(options):
     """What the checkpoint says of itself."""
     if not options.ckpt:
         raise ValueError("--ckpt is needed: a checkpoint of stage 1 or 2; --help lists all options")
-    meta = metadata_of(options.ckpt)
+    meta = metadata_of_ckpt(options.ckpt)
     if meta.get("stage") not in ("1", "2"):
         found = f"{options.ckpt}: stage {meta.get('stage')}"
         raise ValueError(f"{found}; wanted a stage 1 or stage 2 checkpoint")
     return meta
 
 
-def check_base(options, meta):
+def check_base(options):
     """A checkpoint goes with the video branch that it was trained on."""
-    if options.wan_dir and "frozen" in meta and not options.other_wan:
-        check_frozen(meta, frozen_digest(options.wan_dir), options.ckpt)
+    if options.wan_dir and not options.other_wan:
+        check_frozen_of(options.ckpt, options.wan_dir)
+
+
+def scene_sampler(options, meta, prompts):
+    """A function that makes a video of one of the prompts, as worldscore.make calls it:
+
+    (uint8 image (H, W, 3), prompt, w2c (1, T, 3, 4), K (1, T, 3, 3)) -> frames, depth of a Scene
+    options   of `settled`"""
+    jobs = [Job(options.replaced(prompt=words), None, None, {}) for words in prompts]
+    resources = load(options, meta, jobs, {})  # all words at once, then their encoder is freed
+    encoders = WanFolder(options.wan_dir, options.device)
+    look = encoders.load_image() if encoders.load_image else None
+
+    def scene(image, prompt, w2c, K):
+        video = torch.from_numpy(image).movedim(-1, 0)[None, :, None] / 127.5 - 1  # (1, 3, 1, H, W)
+        start = encode_start(resources.vae, video, w2c.shape[1], encoders.start_pad)
+        # The one start image that is in memory: a scene of a chain is known when it is reached.
+        resources.starts["scene", ""] = start, look(video[:, :, 0]) if look else None
+        changed = dict(prompt=prompt, image="scene", end_image="", frames=w2c.shape[1])
+        given = options.replaced(scene_scale=1.0, **changed)
+        made = sample_one(Job(given, (w2c, K), Path(options.out), {}), meta, resources)
+        return made.rgb, made.depth
+
+    return scene
+
+
+def make_worlds(options, meta):
+    """--worldscore: the worlds of a list that are not whole yet, shared among the ranks."""
+    side = worldscore_folders.square_side(options, read_train_config(meta, options.ckpt))
+    options = settled(options.replaced(height=side, width=side), meta)
+    check_base(options)
+    ranks = join_ranks(options)
+    listed = worldscore_folders.read_list(options.worldscore, options.out)
+    left = [one for one in listed if not one.finished(options.frames)]  # the rest is kept
+    mine, failed = left[ranks.rank :: ranks.world], []
+    prompts = [words for one in mine for words in one.prompts]
+    if ranks.world > 1:
+        options = options.replaced(device=str(ranks.device))
+    scene = scene_sampler(options, meta, prompts) if mine else None
+
+    def work(one):
+        image = as_pixels(load_image(one.image, side, side)[0])[0]
+        worldscore_folders.make(one, image, scene, frames=options.frames, fps=options.fps)
+
+    for n, one in enumerate(mine, 1):
+        print(f"{n} of {len(mine)}: {one.folder}", flush=True)
+        attempt(partial(work, one), one.folder, failed)
+    finish(Plan(left, len(listed) - len(left), []), failed, ranks)
 
 
 def main(options):
     meta = checkpoint_of(options)
+    if options.worldscore:
+        return make_worlds(options, meta)
     given, options, names = options, settled(options, meta), export_names(options.export)
     ranks, plan = join_ranks(options), None
     if ranks.rank == 0:  # before anything slow
-        check_base(options, meta)
+        check_base(options)
         known = {key: value for key, value in globals().items() if key in vars(options)}
         plan = plan_jobs(given, meta, names, partial(prepared, meta=meta), known)
     plan = from_first(plan)
@@ -580,8 +643,8 @@ def main(options):
         options = options.replaced(device=str(ranks.device))
     mine, pair = share(plan.jobs, ranks)
     failed = None if plan.failed is None else []
-    mine, images = start_images(mine, failed, partial(image_of, meta=meta))
-    resources = load(options, mine, images, pair) if mine else None
+    mine, images = start_images(mine, failed, partial(images_of, meta=meta))
+    resources = load(options, meta, mine, images, pair) if mine else None
     for i, job in enumerate(mine):
         if len(mine) > 1:
             print(f"{i + 1} of {len(mine)}: {job.out.name}: {job.options.prompt}", flush=True)

@@ -24,8 +24,6 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache, partial
 
 import torch
-import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
 
 import config
 import sample
@@ -34,12 +32,22 @@ from data import CachedClips, EmptySplit, collate, prepare
 from geometry import clip_mean, geometry_losses
 from lib import lock
 from lib.checkpoints import choose_start, describe, load_optimizer, save_checkpoint, training_state
-from lib.distributed import Ranks, end_processes, from_first, gather_full, shard, start_processes
+from lib.distributed import (
+    Ranks,
+    end_processes,
+    from_first,
+    gather_full,
+    shard,
+    start_processes,
+    wrap,
+)
 from lib.evaluate import How, evaluate, evaluate_only
-from lib.frozen import check_frozen, frozen_digest
+from lib.experts import INPUTS, check_place, experts_folder, window_of
+from lib.frozen import check_frozen, identify_frozen
 from lib.guards import BadSteps, Stop, Watch, end_children, ignore_signals, run_command
 from lib.log import Records, Tally, by_sigma, changed_options, clock, memory_gb, provenance
-from lib.mix import Mix, parts_of, pick
+from lib.mix import Mix, check_clips, parts_of, pick
+from lib.offload import check_offload, offload
 from lib.optimizer import learning_rate_at, make_optimizer, take_step
 from lib.plan import HARDWARE, flops_of_step, peak_flops, report
 from lib.weights import load_weights, metadata_of, open_model, read_tensors
@@ -56,6 +64,8 @@ skip_bad = option(False, "leave out clips whose caches are missing or damaged")
 follow_links = option(False, "the dataset's files may be links that lead out of data_dir")
 out_dir = option("outputs/stage1", "the run folder")
 wan_dir = option("", "folder of the Wan weights, or of a stage 0 run; empty: random, for stage 0")
+expert = option("", "of a Wan2.2 pair in wan_dir: the one that trains", choices=("", "high", "low"))
+lora = option("", "LoRA file merged at 0.55 into what comes from wan_dir")
 other_wan = option(False, "go on although the frozen weights are not those of the checkpoint")
 random_wan = option(False, "allow stages 1 and 2 on a random video branch (tests)")
 init_from = option("", "stage 2: a stage 1 checkpoint or a release; eval_only: one or more, commas")
@@ -91,6 +101,8 @@ shift = option(5.0, "of the noise levels: more of them near 1", above=0)
 pose_dropout = option(0.1, "share of clips that lose their camera", low=0, high=1)
 prompt_dropout = option(0.1, "share of clips that lose their prompt", low=0, high=1)
 image_dropout = option(0.1, "share of clips that lose their start image", low=0, high=1)
+end_dropout = option(1.0, "share of clips that lose their end image", low=0, high=1)
+sigma_range = option((), "noise levels, as 0.9,1.0; empty: all, or the expert's", low=0, high=1)
 lambda_geo = option(1.0, "weight of the geometry losses together", low=0)
 depth_mode = option("metric", "ssi: scale and shift are fitted first", choices=("metric", "ssi"))
 alpha_tgm = option(10.0, "weight of the temporal gradient loss of depth", low=0)
@@ -108,6 +120,7 @@ compile = option(False, "torch.compile the blocks")  # noqa: A001  (an old name)
 checkpoint_activations = option("none", "less memory, more recomputation", choices=CHECKPOINTING)
 shard_optimizer = option(False, "each rank keeps AdamW's moments of its share (ZeRO stage 1)")
 shard_weights = option(False, "each rank keeps its share of all weights (FSDP2, ZeRO stage 3)")
+offload_frozen = option(False, "frozen weights lie on the host; a step's visit the GPU in turn")
 plan = option(False, "print memory, work and the settings that fit, and stop")
 plan_gpus = option(8, "of the plan: GPUs", low=1)
 plan_gb = option(80, "of the plan: memory of each", low=1)
@@ -195,11 +208,21 @@ def draw(b, step, positions, *, total, empty_text, options):
     text = [text if stays else empty_text for text, stays in zip(b["text"], prompt_keep)]
     changed = dict(text=text, y=None)
     if b["y"] is not None:
-        changed["y"] = b["y"] * image_keep.view(-1, 1, 1, 1, 1)
+        y = with_some_ends(b, step, positions, options) if options.end_dropout < 1 else b["y"]
+        changed["y"] = y * image_keep.view(-1, 1, 1, 1, 1)
     if "clip" in b:
         changed["clip"] = b["clip"] * image_keep.view(-1, 1, 1)
-    sigma = send(shift_sigma(u[:, 0], options.shift))  # (B,)
+    # The schedule's share of the window: shift_sigma of 1 / shift is its inverse.
+    low, high = (shift_sigma(level, 1 / options.shift) for level in window_of(options))
+    sigma = send(shift_sigma(low + (high - low) * u[:, 0], options.shift))  # (B,)
     return send(torch.stack(noise)), sigma, keep, {**b, **changed}
+
+
+def with_some_ends(b, step, positions, options):
+    """y (B, 20, f, h, w) of a batch: of start and end image, where the end is not dropped."""
+    u = [torch.rand(1, generator=generator(options.seed, 5, step, n)) for n in positions]
+    keep = (torch.stack(u) >= options.end_dropout).view(-1, 1, 1, 1, 1)
+    return torch.where(keep.to(b["y"].device), b["y_end"], b["y"])
 
 
 def compute_loss(model, b, noise, *, sigma, keep, options):
@@ -259,8 +282,8 @@ class Examples:
 
 # ------------------------------------------------------------------------------------- the options
 def model_config(options):
-    """The preset with model_overrides, whose names and types are checked."""
-    preset, changes = PRESETS[options.preset], {}
+    """The preset, its inputs those of the expert, with model_overrides, which are checked."""
+    preset, changes = PRESETS[options.preset], dict(INPUTS if options.expert else {})
     for key, value in options.model_overrides.items():
         default = config.look_up(key, vars(preset), "model_overrides")
         changes[key] = config.check(key, value, option(default, ""), "model_overrides")
@@ -270,12 +293,14 @@ def model_config(options):
 def check_options(options):
     """What ranges alone cannot say is refused before anything slow."""
     recompute = options.checkpoint_activations
-    # Older ones skip blocks under a policy of checkpointing; 2.4 shares no graph.
-    needed = (2, 10) if recompute in ("selective", "attention") else (2, 5)
-    if options.compile and torch.__version__ < needed:
-        wanted = f"needs torch {needed[0]}.{needed[1]} or newer, this is {torch.__version__}"
+    if options.compile and torch.__version__ < (2, 5):  # 2.4 shares no graph
+        raise ValueError(f"compile needs torch 2.5 or newer, this is {torch.__version__}")
+    if options.compile and recompute in ("selective", "attention"):
         how = f"compile with checkpoint_activations = {recompute}"
-        raise ValueError(f"{how} {wanted}; leave compile out")
+        why = "compiled kernels write into the tensors that the policy has kept"
+        raise ValueError(f"{how}: {why}. Fix: use full or none, or leave compile out")
+    if options.offload_frozen:
+        check_offload(options)
     if options.shard_weights and options.shard_optimizer:
         raise ValueError("shard_weights shards the optimizer too: leave shard_optimizer out")
     size = options.num_frames, options.height, options.width
@@ -284,6 +309,7 @@ def check_options(options):
         raise ValueError(f"{found}; wanted 4k + 1 frames (21, 81) and multiples of 16")
     model_config(options)
     sample.checked_sampling(options.sampling, "sampling")
+    window_of(options)
     if options.plan:
         return
     if options.stage and not options.wan_dir and not options.random_wan:
@@ -297,27 +323,10 @@ def check_options(options):
             raise ValueError(f"{wanted}; init_from = {origin!r} is neither. {cure}")
     if options.eval_only and not origin:
         raise ValueError("eval_only needs --init_from=CHECKPOINT[,CHECKPOINT ...]")
-    for path in filter(None, origin.split(",")):
-        metadata_of(path)
-
-
-def check_depth_kinds(clips, options, master):
-    """Clips whose depth has no unit train the depth head alone; what needs a unit refuses them."""
-    count = {split: c.count_relative() for split, c in clips.items()}
-    if not options.stage:
-        return
-    if count.get("val"):
-        found = f"{count['val']} validation clips have depth without a unit"
-        cure = "Give depth_scale in metadata.json, or choose other clips for the split val"
-        raise ValueError(f"{options.data_dir}: {found}; their errors would mean nothing. {cure}")
-    found = f"{count['train']} of {len(clips['train'])} clips have depth without a unit"
-    if count["train"] and options.stage == 2:
-        why = "stage 2 conditions on cameras in units of the scene"
-        cure = "Train them in stage 1, or leave them out"
-        raise ValueError(f"{options.data_dir}: {found}; {why}. {cure}")
-    if count["train"] and master:
-        what = "they train the depth head alone, with depth_mode ssi"
-        print(f"warning: {found} (8-bit or min-max normalised); {what}", flush=True)
+    for path in filter(None, origin.split(",")):  # read now, so that a bad one costs no wait
+        meta = metadata_of(path)
+        if meta.get("expert"):
+            check_place(path, meta, options.expert)
 
 
 def print_plan(options):
@@ -475,18 +484,6 @@ class Job:
         return loss.detach(), parts, bins, b["id"]  # all still on the device
 
 
-def wrap(model, ranks, spread):
-    """DDP around a model, or the model itself where it is alone or its weights are spread."""
-    if ranks.world == 1:
-        return model
-    dist.barrier()  # loading took each rank its own time; a step must not
-    if spread:
-        return model
-    ids = [ranks.device] if ranks.device.type == "cuda" else None
-    how = dict(gradient_as_bucket_view=True, process_group=ranks.group, device_ids=ids)
-    return DistributedDataParallel(model, **how)
-
-
 def write_checkpoint(out, step, state, metadata, *, options):
     """Save a step -> "", or why it failed: a full disk costs a checkpoint, not the run."""
     keep = dict(keep_last=options.keep_last, keep_every=options.keep_every)
@@ -514,19 +511,28 @@ class Progress:
         return clock((max_steps - self.done) * spent / (self.done - self.first))
 
 
-def identify_frozen(options, sources, master):
-    """Digest of the frozen branch, "" for none; ValueError where a source had another one."""
-    named = options.wan_dir if options.stage and master else ""
-    frozen = from_first(named and frozen_digest(named))  # rank 0 alone reads gigabytes for it
-    for path in sources if not options.other_wan else ():
-        check_frozen(metadata_of(path), frozen, path)
-    return frozen
+def origin_of(sources, options):
+    """Metadata of the checkpoint that a run starts from: ours, a release, VGGT, or {}."""
+    meta = metadata_of(sources[0]) if sources else {}
+    return dict(meta, lora=options.lora or meta.get("lora", ""))
+
+
+def how_to_evaluate(options, autocast, ranks):
+    """How evaluation reads and samples clips."""
+    window = window_of(options)
+    # An expert reads geometry where it is at home.
+    numbers = (options.eval_clips, max(options.eval_sigma, window[0]), ranks.rank, ranks.world)
+    draw = None  # samples a clip, by the settings that sample.py will have with the checkpoint
+    if options.eval_samples:
+        draw = sample.clip_sampler(options.sampling, options.wan_dir, ranks.device, autocast)
+    return How(ranks.device, autocast, *numbers, window, options.eval_samples, draw)
 
 
 def main(options):
     check_options(options)
     if options.plan:
         return print_plan(options)  # nothing is allocated
+    options = options.replaced(wan_dir=experts_folder(options.wan_dir, options.expert))
 
     # ---- device, ranks
     ranks = start_processes(options.device, options.step_timeout, options.wait_timeout)
@@ -542,22 +548,20 @@ def main(options):
     if half:  # its cache would keep a bf16 copy of every weight that was gathered
         autocast = torch.autocast(device.type, torch.bfloat16, cache_enabled=not spread)
     sources = list(filter(None, options.init_from.split(",")))
-    origin = metadata_of(sources[0]) if sources else {}  # ours, a release, or VGGT
-    where = "cpu" if spread else device
+    origin = origin_of(sources, options)
+    where = "cpu" if spread or options.offload_frozen else device
     kind = torch.bfloat16 if half and options.stage else None
     model = open_model(origin, model_config(options), options.wan_dir, where, kind)
     model.set_stage(options.stage).checkpoint_activations = options.checkpoint_activations
     frozen = identify_frozen(options, sources, master)
     if spread:
         shard(model, ranks)
+    if options.offload_frozen:
+        offload(model, device)
     clips = open_clips(options, model.cfg.text_dim)
-    check_depth_kinds(clips, options, master)
+    check_clips(clips, options, master)
     examples = {split: Examples(c, model, device, options.seed) for split, c in clips.items()}
-    numbers = (options.eval_clips, options.eval_sigma, ranks.rank, ranks.world)
-    draw = None
-    if options.eval_samples:
-        draw = sample.clip_sampler(options.sampling, options.wan_dir, device, autocast)
-    how = How(device, autocast, *numbers, eval_samples=options.eval_samples, draw=draw)
+    how = how_to_evaluate(options, autocast, ranks)
     if options.eval_only:
         return evaluate_only(model, examples, out, sources, how, options.eval_more_sigmas)
 
@@ -581,8 +585,8 @@ def main(options):
 
     # ---- records
     facts = dict(format="fantasyworld", stage=str(options.stage), release=origin.get("release", ""))
-    facts |= dict(global_batch=str(total), world=str(ranks.world))
-    facts |= dict(model_config=json.dumps(asdict(model.cfg)), frozen=frozen)
+    facts |= dict(expert=options.expert, lora=origin["lora"], frozen=frozen, world=str(ranks.world))
+    facts |= dict(global_batch=str(total), model_config=json.dumps(asdict(model.cfg)))
     metadata = provenance(vars(asked)) | facts
     records = Records(out if master else None, metadata, first_step)
     log = records.line
@@ -637,7 +641,7 @@ def main(options):
         if at.stopped:  # the micro-steps of an unfinished step are repeated by the resume
             break
         norm = gather_full(torch.nn.utils.clip_grad_norm_(trained, options.grad_clip or math.inf))
-        take_step(optimizer, guard.judge(step, norm, losses, ids=names))
+        take_step(optimizer, guard.judge(step, norm, losses, ids=names), wrapped is not model)
         at.done = step + 1
         tally.steps += 1
 

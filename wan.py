@@ -214,7 +214,9 @@ class ClipProjection(nn.Module):
         )
 
     def forward(self, x):
-        return self.proj(x)
+        for layer in self.proj:  # the norms in fp32, as a GPU's autocast has them
+            x = layer(x.float() if isinstance(layer, nn.LayerNorm) else x)
+        return x
 
 
 class ControlResidual(nn.Module):
@@ -431,13 +433,13 @@ class WanDiT(nn.Module):
         return self.unpatchify(self.head(x, e), grid)
 
 
-def start_condition(start_latents, in_dim, frames):
+def start_condition(start_latents, in_dim, frames, end=False):
     """Latents of the start image (B, 16, 1 or f, h, w) -> y (B, in_dim-16, f, h, w) of the family,
     or None.
 
     32 inputs (Control-Camera): the image's latent in frame 0, zeros after.  36 (InP, I2V): 4 mask
     channels, 1 = known, before the latents of the image followed by grey frames (all f latent
-    frames are then wanted)."""
+    frames are then wanted).  end: the last pixel frame is known too, one of its latent's four."""
     extra = in_dim - start_latents.shape[1]
     if not extra:
         return None
@@ -445,6 +447,8 @@ def start_condition(start_latents, in_dim, frames):
     if extra > LATENT.channels:
         mask = torch.zeros_like(y[:, : extra - LATENT.channels])
         mask[:, :, 0] = 1  # frame 0 is known
+        if end:
+            mask[:, -1, -1] = 1
         y = torch.cat([mask, y], 1)
     return y
 

@@ -36,14 +36,17 @@ from wan import CLIP_SHAPE, LATENT
 def save_clip(path, clip, vae, pad, conditions, metadata):
     """Encode and write a clip of load_clip.
 
-    bfloat16: latents (16, f, h, w), start_latents (16, 1 or f, h, w) of frame 0, and the
-    conditions, which are
+    bfloat16: latents (16, f, h, w), start_latents (16, 1 or f, h, w) of frame 0, where metadata
+              asks for it end_latents (16, f, h, w) of the first and the last frame, and the
+              conditions, which are
               text (L, dim) and, where the family has CLIP, clip (257, 1280)
     float32:  depth (T, H, W), w2c (T, 3, 4), intrinsics (T, 3, 3);   bool: moving (T, H, W), if the
                                                                       clip has it"""
     video = clip["video"][None]
     start = encode_start(vae, video[:, :, :1], video.shape[2], pad)
     half = dict(conditions, latents=vae.encode(video)[0], start_latents=start[0])
+    if metadata.get("end_image"):
+        half["end_latents"] = encode_start(vae, video[:, :, [0, -1]], video.shape[2], pad)[0]
     tensors = {name: x.bfloat16().cpu() for name, x in half.items()}
     tensors |= {name: clip[name].float() for name in ("depth", "w2c", "intrinsics")}
     save_tensors(path, tensors | ({"moving": clip["moving"]} if "moving" in clip else {}), metadata)
@@ -145,6 +148,7 @@ def check_header(path, name, sample, size, fingerprint):
         w2c=("F32", [T, 3, 4]),
         intrinsics=("F32", [T, 3, 3]),
     )
+    shapes |= dict(end_latents=("BF16", [16, f, h, w])) if "end_latents" in specs else {}
     shapes |= dict(clip=("BF16", [*CLIP_SHAPE])) if "clip" in specs else {}
     shapes |= dict(moving=("BOOL", [T, H, W])) if "moving" in specs else {}
     found = {k: (v[0], v[1]) for k, v in specs.items()}

@@ -1,7 +1,8 @@
 """The run folder: checkpoints in and out, which are kept, from which a run goes on.
 
 It holds step-N.safetensors (the trainable tensors; config, git hash and command as metadata),
-step-N.optim.safetensors (AdamW's moments) and latest.safetensors, a hard link to the newest."""
+step-N.optim.safetensors (AdamW's moments) and latest.safetensors, a hard link to the newest (for
+one expert of a pair also high_noise_model.safetensors or low_noise_model.safetensors)."""
 
 import json
 import os
@@ -16,8 +17,9 @@ import torch.distributed as dist
 from lib.distributed import DTensor, copy_into, gather_full, gathered
 from lib.files import write_aside
 from lib.guards import printable
+from lib.strangers import config_from_metadata, naming
 from lib.tensors import write_tensors
-from lib.weights import config_from_metadata, digest, metadata_of, read_checked, read_tensors
+from lib.weights import digest, metadata_of, read_checked, read_metadata, read_tensors
 from model import FantasyWorld
 
 
@@ -85,22 +87,32 @@ def save_checkpoint(out, step, state, metadata, *, keep_last, keep_every=0):
     for end, tensors, told in ((".optim", moments, beside), ("", weights, whole)):
         path = out / f"step-{step}{end}.safetensors"
         write_aside(path, partial(write_tensors, tensors, told))
-    link_latest(out, step)
-    prune(out, step, keep_last, keep_every)
+    try:
+        link_latest(out, step)
+        prune(out, step, keep_last, keep_every)
+    except OSError as error:  # the step itself is there, and a resume finds it
+        print(f"warning: step {step} is saved; what follows is not done ({error})", flush=True)
 
 
 def link_latest(out, step):
-    """latest.safetensors becomes a hard link to a checkpoint; it is replaced, never missing."""
-    path, latest = out / f"step-{step}.safetensors", out / "latest.safetensors"
-    link = out / ".latest.tmp"
+    """latest.safetensors becomes a hard link to a checkpoint; it is replaced, never missing.  That
+    of an expert is also called high_noise_model or low_noise_model."""
+    path = out / f"step-{step}.safetensors"
+    expert = read_metadata(path).get("expert")
+    for name in ("latest", *([f"{expert}_noise_model"] if expert else [])):
+        replace_link(path, out / f"{name}.safetensors", out / f".{name}.tmp")
+
+
+def replace_link(path, known, link):
+    """known becomes a hard link to path, by way of link."""
     link.unlink(missing_ok=True)
-    if latest.exists() and path.samefile(latest):
+    if known.exists() and path.samefile(known):
         return
     try:
         os.link(path, link)
     except OSError:  # a file system without hard links
         shutil.copyfile(path, link)
-    os.replace(link, latest)
+    os.replace(link, known)
 
 
 def prune(out, newest, keep_last, keep_every):
@@ -125,7 +137,7 @@ def check_step(out, step):
     """ValueError unless a step's files are whole, of one save, and say all that a resume needs."""
     path = out / f"step-{step}.safetensors"
     meta = read_checked(path)[1]
-    config_from_metadata(meta)
+    config_from_metadata(meta, path)
     config, stage = json.loads(meta["train_config"]), meta["stage"]
     if not isinstance(config, dict) or stage not in ("0", "1", "2") or int(meta["step"]) != step:
         raise ValueError(f"{path}: its metadata is of step {meta['step']}, or without options")
@@ -155,7 +167,9 @@ def remove_leftovers(out):
     """Remove what a killed save left, by the names that this program writes: unfinished files, and
     optimizer states without weights."""
     for path in [*out.glob(".*.tmp"), *out.glob("step-*.optim.safetensors")]:
-        ours = re.fullmatch(r"\.(step-\d+(\.optim)?\.safetensors\.\d+|latest)\.tmp", path.name)
+        ours = re.fullmatch(
+            r"\.(step-\d+(\.optim)?\.safetensors\.\d+|latest|\w+_noise_model)\.tmp", path.name
+        )
         weights = path.with_name(path.name.replace(".optim", ""))
         if ours or path.suffix != ".tmp" and not weights.exists():
             path.unlink()
@@ -213,8 +227,11 @@ def describe(path):
     if missing := [key for key in ("stage", "step", "model_config") if key not in meta]:
         found = f"no {', '.join(missing)} in its metadata"
         raise ValueError(f"{path}: {found}: not a checkpoint of train.py")
-    with torch.device("meta"):
-        model = FantasyWorld(config_from_metadata(meta)).set_stage(int(meta["stage"]))
+    cfg = config_from_metadata(meta, path)
+    if meta["stage"] not in ("0", "1", "2"):
+        raise ValueError(f"{path}: stage {meta['stage']!r:.60}; wanted 0, 1 or 2")
+    with naming(path), torch.device("meta"):
+        model = FantasyWorld(cfg).set_stage(int(meta["stage"]))
     wanted = {k: tuple(v.shape) for k, v in model.trainable_state_dict().items()}
     found = {k: tuple(v.shape) for k, v in tensors.items()}
     if differ := [k for k in {**wanted, **found} if wanted.get(k) != found.get(k)]:

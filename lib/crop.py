@@ -6,6 +6,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from lib.files import read_video
+
 
 @dataclass(frozen=True)
 class Crop:
@@ -64,3 +66,14 @@ def pixel_matrix(fractions, size):
 def fractions(pixels, size):
     """fx fy cx cy in pixels (T, 4) <-> fractions: divide; multiply with 1 / size."""
     return np.asarray(pixels, float) / np.array([size[1], size[0]] * 2, float)
+
+
+def load_image(path, height, width, *, squeeze=False):
+    """First frame of a file -> (1, 3, 1, H, W) in [-1, 1], cut as training cuts, or squeezed."""
+    frame = read_video(path, max_frames=1)[0]  # (1, h, w, 3)
+    if not squeeze:
+        return (Crop(frame.shape[1:3], (height, width)).video(frame) / 127.5 - 1)[:, :, None]
+    # Of bytes, as Pillow's: rounded and cut to 0 .. 255 after each direction.
+    frame = torch.from_numpy(frame).permute(0, 3, 1, 2)
+    frame = F.interpolate(frame, (height, width), mode="bicubic", antialias=True)
+    return (frame / 127.5 - 1)[:, :, None]

@@ -16,6 +16,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
+from torch.nn.parallel import DistributedDataParallel
 
 try:
     from torch.distributed.tensor import DTensor, distribute_tensor
@@ -49,6 +50,7 @@ def start_processes(device, step_timeout, wait_timeout):
         place = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
         backend = "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(place)
+        check_gpu(torch.cuda.get_device_name(place), torch.cuda.get_device_capability(place))
     elif device == "cuda":
         raise ValueError("device = cuda: torch finds no GPU. Fix: use --device=cpu or auto")
     if world == 1:
@@ -80,6 +82,14 @@ def store_of_attempt(store, rank, world, patience):
             return dist.PrefixStore(name, store)
         time.sleep(0.1)
     raise TimeoutError(f"rank {rank}: the other ranks did not come within {patience} s")
+
+
+def check_gpu(name, capability):
+    """ValueError for a GPU whose attention would store its scores: 16,317 tokens squared."""
+    if capability < (8, 0):
+        found = f"{name} has compute capability {capability[0]}.{capability[1]}"
+        wanted = "wanted 8.0 (Ampere) or newer, for attention in bf16"
+        raise ValueError(f"device = cuda: {found}, {wanted}. Fix: use another GPU or --device=cpu")
 
 
 def end_processes():
@@ -114,11 +124,51 @@ def gather_cat(tensor, group):
     return torch.cat(parts).to(tensor)
 
 
-# --------------------------------------------------------------------------------- spread weights
-def sharded_units(model):
-    """The modules of a FantasyWorld that are gathered one at a time."""
+# ------------------------------------------------------------------------------------- gradients
+def units(model):
+    """The modules of a FantasyWorld in the order that they run; spread weights are gathered by
+    them."""
     heads = (model.depth_head, model.point_head, model.camera_head)
-    return [*model.pcb, *model.irg, model.bridge, *heads]
+    return [*model.pcb, model.bridge, *model.irg, *heads]
+
+
+@torch.enable_grad()
+def link_gradients(ddp):
+    """Make the gradients of a DDP views of its buckets, all zero; returns it.
+
+    They are that only after a first backward that sends, and once more after the second forward,
+    which orders the buckets anew.  Accumulation would meanwhile keep gradients twice.  So two
+    backwards of 0 * weights go first; they arrive as a real one's will: last unit first."""
+    inner = [p for unit in units(ddp.module) for p in unit.parameters()]
+    outer = set(ddp.module.parameters()) - set(inner)
+    named = [p for p in ddp.module.parameters() if p in outer]
+    order = [p for p in dict.fromkeys([*named, *inner]) if p.requires_grad]
+    for _ in range(2):
+        ddp.reducer._rebuild_buckets()  # does nothing the first time
+        ddp.reducer.prepare_for_backward([])
+        total = 0.0
+        for p in order:
+            total = total + 0 * p.sum()
+        total.backward()
+    return ddp
+
+
+def wrap(model, ranks, spread):
+    """DDP around a model, or the model itself where it is alone or its weights are spread."""
+    if ranks.world == 1:
+        return model
+    dist.barrier()  # loading took each rank its own time; a step must not
+    if spread:
+        return model
+    away = [n for n, p in model.named_parameters() if p.device.type != ranks.device.type]
+    # What is offloaded stays on the host; DDP would refuse a model on two devices.
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, away)
+    ids = [ranks.device] if ranks.device.type == "cuda" else None
+    how = dict(gradient_as_bucket_view=True, process_group=ranks.group, device_ids=ids)
+    return link_gradients(DistributedDataParallel(model, **how))
+
+
+# --------------------------------------------------------------------------------- spread weights
 
 
 def shard(model, ranks):
@@ -136,7 +186,7 @@ def shard(model, ranks):
     model.to(memory_format=torch.contiguous_format)  # all that fully_shard takes
     model.adopt_steps()  # a root gathers for the modules below it
     done = set()
-    for unit in sharded_units(model):
+    for unit in units(model):
         fully_shard(unit, mesh=mesh)
         done.update(unit.parameters())
     fully_shard(model, mesh=mesh, ignored_params=done)

@@ -44,8 +44,14 @@ class How:
     eval_sigma: float  # noise level of the geometry read-out
     rank: int = 0
     world: int = 1
+    window: tuple = (0.0, 1.0)  # noise levels that the model knows: an expert, a part
     eval_samples: int = 0  # clips that are sampled too
     draw: object = None  # samples one, see lib.sampled.sampled_row
+
+    def levels(self, sigmas):
+        """Those of sigmas inside the window, or its lower end."""
+        low, high = self.window
+        return [sigma for sigma in sigmas if low <= sigma <= high] or [low]
 
 
 def geometry_row(depth, points, w2c, b, out=None):
@@ -89,11 +95,11 @@ def output_at(model, b, sigma, how, *, given, heads=True, video=True):
 
 def diffusion_error(model, b, how, given):
     """Mean flow matching loss of a clip over DIFFUSION_SIGMAS."""
-    mean = 0.0
-    for sigma in DIFFUSION_SIGMAS:
+    mean, sigmas = 0.0, how.levels(DIFFUSION_SIGMAS)
+    for sigma in sigmas:
         velocity = output_at(model, b, sigma, how, given=given, heads=False)["velocity"]
         loss = flow_matching_loss(velocity, b["latents"], b["noise"]).item()
-        mean += loss / len(DIFFUSION_SIGMAS)
+        mean += loss / len(sigmas)
     return mean
 
 

@@ -5,7 +5,6 @@ regular files are opened (a pipe would hang), at most MAX_BYTES of one; ffmpeg o
 FORMATS alone; arrays of objects are refused.  Depth: z-depth, metres, 0 = unknown."""
 
 import functools
-import itertools
 import json
 import math
 import os
@@ -91,20 +90,6 @@ def read_json(path):
         return json.loads(Path(path).read_bytes().decode(), object_pairs_hook=unique_keys)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not valid JSON: {error}. Write it again") from None
-
-
-def read_prompts(text):
-    """The prompt itself, or the lines of a text file; empty lines and # comments are skipped."""
-    path = Path(text)
-    if path.suffix != ".txt":
-        return [text]
-    if not path.is_file():
-        raise ValueError(f"--prompt {text}: no such file")
-    lines = map(str.strip, path.read_text(encoding="utf-8-sig").splitlines())
-    lines = [line for line in lines if line and not line.startswith("#")]
-    if not lines:
-        raise ValueError(f"--prompt {text}: no prompt in it; wanted one a line")
-    return lines
 
 
 # --- Videos and pictures --------------------------------------------------------------------------
@@ -218,10 +203,10 @@ def picture_files(folder):
     return found
 
 
-def iterate_video(path):
+def iterate_video(path, max_frames=None):
     """Frames uint8 (H, W, 3) of a video, or of a folder of pictures, one at a time."""
     if Path(path).is_dir():
-        names, first = picture_files(path), None
+        names, first = picture_files(path)[:max_frames], None
         for name, frame in zip(names, read_stills(names)):
             first = frame.shape if first is None else first
             if frame.shape != first:
@@ -230,8 +215,9 @@ def iterate_video(path):
             yield frame
         return
     read_video(path, 1)  # HDR, and what is no video, are named
+    some = [] if max_frames is None else ["-frames:v", str(max_frames)]
     try:
-        with ffmpeg(path, *as_rgb(path)) as (stream, _):
+        with ffmpeg(path, *some, *as_rgb(path)) as (stream, _):
             yield from pictures(stream, math.inf)
     except ValueError as error:
         raise unreadable(path, error) from None
@@ -248,7 +234,7 @@ def read_video(path, max_frames=None):
 
     A folder of pictures has no rate: the sample's entry gives its fps."""
     if Path(path).is_dir():
-        return np.stack(list(itertools.islice(iterate_video(path), max_frames))), 0.0
+        return np.stack(list(iterate_video(path, max_frames))), 0.0
     some = [] if max_frames is None else ["-frames:v", str(max_frames)]
     try:
         with ffmpeg(path, *some, *as_rgb(path)) as (stream, log):
@@ -299,14 +285,14 @@ def array_header(file, size, mask):
         raise ValueError(f".npy version {version}")
     formats = np.lib.format
     read = formats.read_array_header_1_0 if version == (1, 0) else formats.read_array_header_2_0
-    shape, _, dtype = read(file)
+    shape, fortran, dtype = read(file)
     if dtype.kind not in ("fiub" if mask else "fiu") or dtype.hasobject:
         raise ValueError(f"values of type {dtype}; wanted numbers")
     want = file.tell() + dtype.itemsize * math.prod(shape)
     if min(shape, default=1) < 1 or want != size or size > MAX_BYTES:
         told = f"its header speaks of {shape} values, that is {want:,}"
         raise ValueError(f"{size:,} bytes; {told}, and at most {MAX_BYTES:,} are read")
-    return shape, dtype
+    return shape, dtype, fortran
 
 
 def png_header(path, mask):
@@ -323,7 +309,7 @@ def png_header(path, mask):
 
 def open_array(path, read, mask):
     """(shape, dtype) or, with read, the array of one file; of an .npz depth, or the first."""
-    size = check_file(path)
+    check_file(path)
     if path.suffix == ".png":
         shape = png_header(path, mask)
         if not read:
@@ -337,21 +323,48 @@ def open_array(path, read, mask):
     if path.suffix in RASTERS:
         image = read_raster(path.read_bytes())
         return image if read else (image.shape, image.dtype)
+    with array_stream(path) as (file, size):
+        header = array_header(file, size, mask)[:2]
+    if not read:
+        return header
+    with array_stream(path) as (file, _):
+        return np.lib.format.read_array(file, allow_pickle=False)
+
+
+@contextmanager
+def array_stream(path):
+    """The .npy of a file and its bytes; of an .npz that of depth, or the first."""
+    size = check_file(path)
     if path.suffix == ".npy":
         with open(path, "rb") as file:
-            header = array_header(file, size, mask)
-            file.seek(0)
-            return np.lib.format.read_array(file, allow_pickle=False) if read else header
+            yield file, size
+        return
     with zipfile.ZipFile(path) as archive:
         names = archive.namelist()
         name = "depth.npy" if "depth.npy" in names else names[0]
         if names.count(name) > 1:
             raise ValueError(f"the array {name} is there twice")
-        info = archive.getinfo(name)
-        with archive.open(info) as file:
-            header = array_header(file, info.file_size, mask)
-        with archive.open(info) as file:
-            return np.lib.format.read_array(file, allow_pickle=False) if read else header
+        with archive.open(name) as file:
+            yield file, archive.getinfo(name).file_size
+
+
+def stacked(path, mask=False):
+    """Frames of one file with all of a clip, one at a time; what does not lie frame after frame is
+    read whole."""
+    try:
+        if path.suffix in (".npy", ".npz"):
+            with array_stream(path) as (file, size):
+                shape, dtype, fortran = array_header(file, size, mask)
+                if len(shape) > 2 and not fortran:
+                    for _ in range(shape[0]):
+                        frame = file.read(dtype.itemsize * math.prod(shape[1:]))
+                        yield np.frombuffer(frame, dtype).reshape(shape[1:])
+                    file.read(1)  # an archive compares its checksum at the end
+                    return
+        array = open_array(path, True, mask)
+    except Exception as error:
+        raise damaged(path, error) from None
+    yield from array if array.ndim > 2 else array[None]
 
 
 def read_array(path, read=True, mask=False):
@@ -360,9 +373,12 @@ def read_array(path, read=True, mask=False):
     try:
         return open_array(Path(path), read, mask)
     except Exception as error:  # flipped bytes make numpy and zipfile raise almost any class
-        said = str(error).removeprefix(f"{path}: ") or repr(error)
-        cure = "Make it again or remove the clip"
-        raise ValueError(f"{path}: cannot be read: {said}. {cure}") from None
+        raise damaged(path, error) from None
+
+
+def damaged(path, error):
+    said = str(error).removeprefix(f"{path}: ") or repr(error)
+    return ValueError(f"{path}: cannot be read: {said}. Make it again or remove the clip")
 
 
 def natural(name):
@@ -392,28 +408,33 @@ def count_arrays(path, mask=False):
 def iterate_arrays(path, chunk=16):
     """Frames of read_arrays one at a time; a folder is never in memory as a whole."""
     if not Path(path).is_dir():
-        yield from read_arrays(path)
+        yield from stacked(Path(path))
         return
     count = count_arrays(Path(path))
     for start in range(0, count, chunk):
         yield from read_arrays(path, range(start, min(start + chunk, count)))
 
 
-def read_arrays(path, frames=None, mask=False):
+def read_arrays(path, frames=None, mask=False, limit=MAX_BYTES):
     """Chosen frames (default all) of one file (T, ...), or of a folder with one file per frame;
-    mask as in read_array."""
+    mask as in read_array.  limit: bytes of them all."""
     path = Path(path)
-    source = array_files(path) if path.is_dir() else read_array(path, mask=mask)
-    source = source[None] if not path.is_dir() and source.ndim == 2 else source
-    frames = range(len(source)) if frames is None else frames
-    if len(source) <= max(frames, default=0):
-        raise ValueError(f"{path}: {len(source)} frames found, {max(frames, default=0) + 1} wanted")
+    source = array_files(path) if path.is_dir() else [path]
+    count = len(source) if path.is_dir() else count_arrays(path, mask)
+    frames = range(count) if frames is None else frames
+    if count <= max(frames, default=0):
+        raise ValueError(f"{path}: {count} frames found, {max(frames, default=0) + 1} wanted")
+    first = read_array(source[frames[0] if path.is_dir() else 0], False, mask)
+    shape = first[0] if path.is_dir() or len(first[0]) < 3 else first[0][1:]
+    if math.prod(shape) * first[1].itemsize * len(frames) > limit:
+        found = f"{len(frames)} frames of {shape} values"
+        raise ValueError(
+            f"{path}: {found}; at most {limit:,} bytes are read at once. Scale it down"
+        )
     if not path.is_dir():
-        return source[list(frames)]
-    first = read_array(source[frames[0]], False, mask)
-    if math.prod(first[0]) * first[1].itemsize * len(frames) > MAX_BYTES:
-        found = f"{len(frames)} frames of {first[0]} values"
-        raise ValueError(f"{path}: {found}; at most {MAX_BYTES:,} bytes are read")
+        wanted = set(frames)
+        kept = {t: frame for t, frame in enumerate(stacked(path, mask)) if t in wanted}
+        return np.stack([kept[t] for t in frames])
     arrays, read = [], functools.partial(read_array, mask=mask)
     chosen = [source[t] for t in frames]
     deep = not mask and all(p.suffix == ".png" and read_array(p, False) == first for p in chosen)

@@ -6,9 +6,10 @@ import os
 import pathlib
 from contextlib import suppress
 
+from lib.distributed import from_first
 from lib.files import write_aside
 from lib.tensors import bytes_of
-from lib.weights import wan_sources, wan_tensors
+from lib.weights import metadata_of, wan_sources, wan_tensors
 
 
 def frozen_digest(folder):
@@ -51,3 +52,12 @@ def check_frozen(meta, frozen, where):
     found = "was trained on other frozen weights than those of wan_dir"
     cure = "give the folder that it was trained on, or --other_wan=True to go on"
     raise ValueError(f"{where}: {found} (sha256 {before[:12]}); {cure}")
+
+
+def identify_frozen(options, sources, master):
+    """Digest of the frozen branch, "" for none; ValueError where a source had another one."""
+    named = options.wan_dir if options.stage and master else ""
+    frozen = from_first(named and frozen_digest(named))  # rank 0 alone reads gigabytes for it
+    for path in sources if not options.other_wan else ():
+        check_frozen(metadata_of(path), frozen, path)
+    return frozen

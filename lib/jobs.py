@@ -21,13 +21,13 @@ from safetensors import SafetensorError
 import config
 from lib.distributed import Ranks, end_processes, gathered, start_processes
 from lib.export import check_out
-from lib.files import MAX_TEXT, check_file, read_prompts, unique_keys
+from lib.files import MAX_TEXT, check_file, unique_keys
 from lib.guards import printable
 
 # What a line may set beside its id: all that needs no other model and no other size.
 PER_JOB = (
-    "prompt image camera camera_format camera_size camera_stride amount fov scene_scale seed steps "
-    "sampler guidance shift negative_prompt"
+    "prompt image end_image camera camera_format camera_size camera_stride amount fov scene_scale "
+    "seed steps sampler guidance shift negative_prompt"
 ).split()
 ID = r"\w[\w.-]{0,59}"  # a folder's name: no separator, no dot in front, short in any alphabet
 
@@ -103,6 +103,24 @@ def may_write(job, names):
     return True
 
 
+def read_prompts(text):
+    """The prompt itself, or the lines of a text file; empty lines and # comments are skipped."""
+    path = Path(text)
+    if path.suffix != ".txt":
+        return [text]
+    if not path.is_file():
+        raise ValueError(f"--prompt {text}: no such file")
+    check_file(path, MAX_TEXT)
+    try:
+        lines = map(str.strip, path.read_bytes().decode("utf-8-sig").splitlines())
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--prompt {text}: not a text in UTF-8 ({error})") from None
+    lines = [line for line in lines if line and not line.startswith("#")]
+    if not lines:
+        raise ValueError(f"--prompt {text}: no prompt in it; wanted one a line")
+    return lines
+
+
 def prompted(options, prepare):
     """(options, camera, folder) of every prompt and seed: one sample goes to --out itself, several
     to folders inside."""
@@ -172,15 +190,16 @@ def attempt(work, where, failed):
 
 
 def start_images(jobs, failed, read):
-    """Those jobs whose start image can be read, and {path: image}; read: options -> image."""
+    """Those jobs whose start and end image can be read, and {their paths: images}; read: options ->
+    images."""
     images, ready = {}, []
     for job in jobs:
-        path = job.options.image
-        if path and path not in images:
-            image = attempt(partial(read, job.options), job.out, failed)
-            if image is None:
+        paths = (job.options.image, job.options.end_image)
+        if any(paths) and paths not in images:
+            found = attempt(partial(read, job.options), job.out, failed)
+            if found is None:
                 continue
-            images[path] = image
+            images[paths] = found
         ready.append(job)
     return ready, images
 

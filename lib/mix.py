@@ -100,3 +100,38 @@ class Mix:
 
     def count_relative(self):
         return sum(part.count_relative() for part in self.parts)
+
+
+# What the recipe asks of the clips, before the first step.
+def check_clips(clips, options, master):
+    """split -> Mix; ValueError for what cannot be trained on."""
+    check_depth_kinds(clips, options, master)
+    check_end_images(clips, options)
+
+
+def check_depth_kinds(clips, options, master):
+    """Clips whose depth has no unit train the depth head alone; what needs a unit refuses them."""
+    count = {split: c.count_relative() for split, c in clips.items()}
+    if not options.stage:
+        return
+    if count.get("val"):
+        found = f"{count['val']} validation clips have depth without a unit"
+        cure = "Give depth_scale in metadata.json, or choose other clips for the split val"
+        raise ValueError(f"{options.data_dir}: {found}; their errors would mean nothing. {cure}")
+    found = f"{count['train']} of {len(clips['train'])} clips have depth without a unit"
+    if count["train"] and options.stage == 2:
+        why = "stage 2 conditions on cameras in units of the scene"
+        cure = "Train them in stage 1, or leave them out"
+        raise ValueError(f"{options.data_dir}: {found}; {why}. {cure}")
+    if count["train"] and master:
+        what = "they train the depth head alone, with depth_mode ssi"
+        print(f"warning: {found} (8-bit or min-max normalised); {what}", flush=True)
+
+
+def check_end_images(clips, options):
+    """Training on end images needs them encoded."""
+    lacking = [part for part in clips["train"].parts if not part.have_end_images()]
+    if options.end_dropout < 1 and lacking:
+        where = f"{lacking[0].empty_text.parent}: clips without an encoded end image"
+        cure = "python data.py encode ... --end_image (families of 36 inputs), or --end_dropout=1"
+        raise ValueError(f"end_dropout = {options.end_dropout}, {where}. Run {cure}")

@@ -67,7 +67,7 @@ def small_arrays(path, most=2**26):
     with zipfile.ZipFile(path) as archive:
         for info in archive.infolist():
             with archive.open(info) as file:
-                shape, dtype = array_header(file, info.file_size, mask=True)
+                shape, dtype, _ = array_header(file, info.file_size, mask=True)
             if info.file_size > most:
                 array = np.broadcast_to(np.zeros((), dtype), shape)  # of no size
             else:

@@ -112,11 +112,13 @@ def make_optimizer(model, options, ranks=None):
     return kind(groups, **how)
 
 
-def take_step(optimizer, bad):
-    """A step, which leaves weights and moments as they are where bad () is 1."""
+def take_step(optimizer, bad, in_buckets=False):
+    """A step, which leaves weights and moments as they are where bad () is 1.
+
+    in_buckets   gradients are views of DDP's buckets, and stay so: see link_gradients"""
     getattr(optimizer, "optim", optimizer).found_inf = bad  # a sharded one steps its own part
     optimizer.step()
-    optimizer.zero_grad(set_to_none=True)  # frees the gradients until the next backward
+    optimizer.zero_grad(set_to_none=not in_buckets)  # None: no bytes until the next backward
 
 
 def learning_rate_at(step, options):

@@ -23,19 +23,23 @@ from torch.utils.flop_counter import flop_registry
 
 import geometry
 import wan
-from lib.distributed import sharded_units
+from lib.distributed import units
+from lib.offload import visiting_bytes
 from lib.optimizer import is_orthogonal
 from model import CHECKPOINTING, FantasyWorld
 from wan import CLIP_SHAPE, LATENT, half_precision
 
 GIB = 2**30
 
-# Of a GPU's memory; the rest is for its context, for workspaces and for what fragments.
+# Beside the tensors: CUDA's context, workspaces of cuBLAS and cuDNN, buffers of NCCL.  Of the whole
+# up to GPU_SHARE is planned with; the rest is for what fragments.  Both are assumptions.
+CONTEXT = int(1.5 * GIB)
 GPU_SHARE = 0.92
 
-HARDWARE = ((8, 40), (8, 80), (1, 140))  # (GPUs, GB): the guide's stage 2 must fit each
+HARDWARE = ((8, 40), (8, 80), (1, 80), (1, 140))  # (GPUs, GB): the guide's runs must fit each
 
 SHARDING = ("-", "optimizer", "weights")  # in order of what they send
+OFFLOADED = "offload_frozen"  # where none of them fits
 
 # Dense bf16 FLOP/s by a part of torch.cuda.get_device_name(); the first that fits counts, so the
 # longer names come first.  Source: NVIDIA's public data sheets, without sparsity (they print twice
@@ -179,6 +183,7 @@ class Cost:
     """Bytes of a rank, and FLOPs of one micro-batch."""
 
     frozen: int  # weights
+    visiting: tuple  # of these those of all steps, and the two buffers of offload_frozen
     trainable: int  # weights
     gradients: int
     moments: int  # AdamW's two, or Muon's one
@@ -212,7 +217,7 @@ def step_counter(model, loss, size, half):
     hook = model.depth_head.register_forward_pre_hook(heads_begin)
     with counter:
         batch = example_batch(model.cfg, *size)
-        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+        with torch.autocast(batch[1].device.type, torch.bfloat16, enabled=half):
             value = loss(model, *batch)
         value.backward()
     hook.remove()
@@ -243,17 +248,19 @@ def count(cfg, stage, loss, size, *, checkpointing="none", half=True, muon=False
         frozen, trained = split_bytes(model)
         named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
         single = sum(p.nbytes for n, p in named if muon and is_orthogonal(n, p))
-        parts = [split_bytes(unit) for unit in sharded_units(model)]
-    n = len(model.dit.blocks)  # as many steps; they come first
-    steps, others = parts[:n], parts[n:]
-    rest = frozen + trained - sum(f + t for f, t in parts)
+        steps = [split_bytes(step) for step in (*model.pcb, *model.irg)]
+        visiting = visiting_bytes(model)
+        whole = sum(sum(split_bytes(unit)) for unit in units(model))
+    rest = frozen + trained - whole
+    others = whole - sum(f + t for f, t in steps)
     base = counter.start.get("heads", counter.peak[""])  # stage 0 has no heads
     return Cost(
         frozen=frozen,
+        visiting=visiting,
         trainable=trained,
         gradients=trained,
         moments=2 * trained - single,
-        gathered_heads=rest + sum(f + t for f, t in others),
+        gathered_heads=rest + others,
         gathered_backward=2 * rest + 2 * max(f + 2 * t for f, t in steps),
         activations=base,
         heads=max(0, counter.peak.get("heads", 0) - base),
@@ -291,14 +298,17 @@ def peak_flops(device):
 # ---------------------------------------------------------------------------------------- the plan
 class Setting(NamedTuple):
     checkpointing: str
-    sharding: str  # one of SHARDING
+    sharding: str  # one of SHARDING, or OFFLOADED
     batch_size: int
     grad_accum: int
-    bytes: float  # of a rank at its fullest
+    bytes: float  # of a rank at its fullest, CONTEXT included
 
 
 def needs(counts, batch, sharding="-", ranks=1):
-    """Bytes of a rank at its fullest; counts is {1: Cost of one clip, 2: Cost of two}."""
+    """Bytes of a rank at its fullest, CONTEXT included; counts is {1: Cost of a clip, 2: of two}.
+
+    Gradients are there once: lib.distributed.link_gradients sees to it that DDP's buckets are they.
+    """
     one, two = counts[1], counts[2]
 
     def grown(*fields):
@@ -309,23 +319,23 @@ def needs(counts, batch, sharding="-", ranks=1):
     if sharding == "weights":
         heads = grown("activations", "heads") + one.gathered_heads
         backward = grown("activations", "backward") + one.gathered_backward
-        return (weights + one.moments) / ranks + max(heads, backward)
+        return CONTEXT + (weights + one.moments) / ranks + max(heads, backward)
     moments = one.moments / (ranks if sharding == "optimizer" else 1)
-    return weights + moments + grown("peak")
+    away, buffers = one.visiting if sharding == OFFLOADED else (0, 0)
+    return CONTEXT + weights - away + buffers + moments + grown("peak")
 
 
-def settings(counts, gpus, gigabytes, total):
+def settings(counts, gpus, gigabytes, total, stage=1):
     """Cheapest Setting that fits: the least recomputation, then the least sharding, then the
-    largest micro-batch; None when nothing fits.
+    largest micro-batch; frozen weights are offloaded where nothing else fits.  None: not even then.
 
     counts  {checkpointing: {1: Cost, 2: Cost}};  total: the global batch"""
     batches = [b for b in range(total // gpus, 0, -1) if total % (b * gpus) == 0]
-    for how in (how for how in CHECKPOINTING if how in counts):
-        for sharding in SHARDING if gpus > 1 else SHARDING[:1]:
-            for batch in batches:
-                size = needs(counts[how], batch, sharding, gpus)
-                if size <= GPU_SHARE * gigabytes * GIB:
-                    return Setting(how, sharding, batch, total // (batch * gpus), size)
+    for how, sharding in ways(counts, gpus, stage):
+        for batch in batches:
+            size = needs(counts[how], batch, sharding, gpus)
+            if size <= GPU_SHARE * gigabytes * GIB:
+                return Setting(how, sharding, batch, total // (batch * gpus), size)
     return None
 
 
@@ -351,6 +361,14 @@ def network_lines(cost, setting, gpus):
         yield f"  each machine sends {sent / 1e9:.3g} GB a step: {took}"
 
 
+def ways(counts, gpus, stage):
+    """(checkpointing, sharding) in order of what they cost."""
+    known = [how for how in CHECKPOINTING if how in counts]
+    yield from ((how, s) for how in known for s in (SHARDING if gpus > 1 else SHARDING[:1]))
+    # In stage 2 what is not recomputed would keep the weights that have left.
+    yield from ((how, OFFLOADED) for how in known if stage == 1 or stage and how != "none")
+
+
 def cost_lines(counts):
     """What a clip takes, one line for each kind of recomputation."""
     one = counts["none"][1]
@@ -358,7 +376,9 @@ def cost_lines(counts):
         f"frozen weights {one.frozen / GIB:.3g} | trainable weights {one.trainable / GIB:.3g} | "
         f"gradients {one.gradients / GIB:.3g} | moments {one.moments / GIB:.3g}; "
         f"shard_optimizer divides the moments by the number of GPUs, shard_weights all four, and "
-        f"gathers up to {one.gathered_backward / GIB:.3g}"
+        f"gathers up to {one.gathered_backward / GIB:.3g}; offload_frozen takes "
+        f"{one.visiting[0] / GIB:.3g} of the frozen ones away and makes buffers of "
+        f"{one.visiting[1] / GIB:.3g}"
     )
     yield f"{'one clip':<17s} blocks    heads  backward     peak  each more  TFLOP/clip"
     for how, costs in counts.items():
@@ -369,7 +389,8 @@ def cost_lines(counts):
         )
     yield (
         "blocks: kept from forward to backward; on top of them heads and losses, later backward.  "
-        f"Up to {GPU_SHARE:.0%} of a GPU is planned with."
+        f"GiB below: {CONTEXT / GIB:.1f} for CUDA's context and workspaces included; up to "
+        f"{GPU_SHARE:.0%} of a GPU is planned with."
     )
 
 
@@ -387,10 +408,10 @@ def report(cfg, stage, loss, size, total, hardware, **kind):
     yield from cost_lines(counts)
     yield (
         f"{'GPUs':<14s} checkpoint_activations  shard (shard_optimizer, shard_weights)  "
-        "batch_size  grad_accum     GiB"
+        "batch_size  grad_accum     GiB  planned, not measured"
     )
     for gpus, gigabytes in hardware:
-        found = settings(counts, gpus, gigabytes, total)
+        found = settings(counts, gpus, gigabytes, total, stage)
         line = f"{f'{gpus} x {gigabytes:g} GB':<14s}"
         if found:
             yield (
@@ -399,6 +420,6 @@ def report(cfg, stage, loss, size, total, hardware, **kind):
             )
             yield from network_lines(counts[found.checkpointing][1], found, gpus)
         else:
-            sharding = SHARDING if gpus > 1 else SHARDING[:1]
-            least = min(needs(c, 1, how, gpus) for c in counts.values() for how in sharding)
-            yield f"{line}does not fit: one clip needs {least / GIB:.1f} GiB, sharded or not"
+            tried = ways(counts, gpus, stage)
+            least = min(needs(counts[how], 1, sharding, gpus) for how, sharding in tried)
+            yield f"{line}does not fit: one clip needs {least / GIB:.1f} GiB in every way"

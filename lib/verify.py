@@ -44,6 +44,9 @@ from lib.views import (
 RELATIVE, AGREE = dict(data=0.03, exact=1e-4), dict(data=0.6, exact=0.8)
 PHOTO = dict(data=0.8, exact=0.3)
 
+LOOKED_AT = 2**29  # bytes of a clip's depth, points or masks
+MAX_LOOK = 2**22  # pixels of a frame whose colours are compared: 2048 x 2048
+
 # Metres: a median depth beyond this is in millimetres, if cameras do not tell otherwise.
 LARGE = 200
 
@@ -378,12 +381,17 @@ def load_raw(sample):
     counts |= {k: count_arrays(sample[k], k == "moving") for k in arrays if sample[k]}
     n = min(counts.values())
     _, ids, photo = looked_at(n) if n >= 5 else ([], list(range(n)), list(range(n)))
-    rgb = {t: frame for t, frame in enumerate(iterate_video(sample["video"])) if t in set(photo)}
-    found = dict(points=read_arrays(sample["points"], ids)) if sample["points"] else {}
+    rgb, size, wanted = {}, None, set(photo)
+    for t, frame in enumerate(iterate_video(sample["video"], n)):
+        size = size or frame.shape[:2]
+        if t in wanted:
+            rgb[t] = smaller(frame)
+    few = dict(limit=LOOKED_AT)
+    found = dict(points=read_arrays(sample["points"], ids, **few)) if sample["points"] else {}
     if sample["moving"]:
-        found["moving"] = read_arrays(sample["moving"], ids, mask=True)
+        found["moving"] = read_arrays(sample["moving"], ids, mask=True, **few)
     if sample["depth"]:
-        found["depth"] = read_arrays(sample["depth"], ids)
+        found["depth"] = read_arrays(sample["depth"], ids, **few)
     else:
         points, w2c = found["points"], table[ids, 7:].reshape(-1, 3, 4)
         z = w2c[:, 2, 3, None, None] * (points != 0).any(-1)  # a point at the origin is unknown
@@ -394,7 +402,18 @@ def load_raw(sample):
         raise ValueError(f"{sample['depth']}: {what}; wanted z-depth (T, H, W)")
     told = dict(id=sample["id"], unit=sample["unit"], counts=counts, table=table, rgb=rgb)
     told["relative"] = why_relative(sample["depth"]) if sample["depth"] else None
-    return dict(told, **found, size=next(iter(rgb.values())).shape[:2])
+    return dict(told, **found, size=size)
+
+
+def smaller(frame):
+    """A frame (H, W, 3) of at most MAX_LOOK pixels: every so many of its pixels averaged."""
+    h, w = frame.shape[:2]
+    step = math.ceil(math.sqrt(h * w / MAX_LOOK))
+    if step == 1:
+        return frame
+    blocks = frame[: h // step * step, : w // step * step]
+    blocks = blocks.reshape(h // step, step, w // step, step, 3)
+    return blocks.mean((1, 3), dtype=np.float32).round().astype(np.uint8)
 
 
 def verify(root, samples, bad, inside, *, fix_hints=False, as_json=False, exact=False):

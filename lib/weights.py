@@ -11,18 +11,20 @@ import os
 import pathlib
 import re
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 from safetensors import safe_open
-from torch import nn
 
 import released
-from encoders import lazy_tensors, unwrapped, wan_files
+from encoders import expert_folders, lazy_tensors, unwrapped, wan_files
 from lib.distributed import copy_into
 from lib.files import write_aside
 from lib.guards import run_command
+from lib.lora import with_lora
+from lib.offload import offload
+from lib.strangers import config_from_metadata, floats, naming
 from lib.tensors import bytes_of, write_tensors
 from model import Config, FantasyWorld, half_geometry
 from wan import WanDiT, check_names, half_precision, shapes_of
@@ -36,6 +38,7 @@ FAMILIES = {
     "ac6a5aa74f4a0aab6f64eb9a72f19901": "Wan2.1-Fun-V1.1-1.3B-Control-Camera",
     "b61c605c2adbd23124d152ed28e049ae": "Wan2.1-Fun-V1.1-14B-Control-Camera",
     "6bfcfb3b342cb286ce886889d519a77e": "Wan2.1-I2V-14B-480P (or 720P, Fun-14B-InP)",
+    "47dbeab5e560db3180adf51dc0232fb1": "an expert of Wan2.2-Fun-A14B-Control-Camera",
 }
 
 
@@ -107,6 +110,9 @@ def find_wan(folder, ckpt):
 def wan_sources(folder):
     """Files of the DiT in a Wan folder or a stage 0 run."""
     files = wan_files(folder)
+    if expert_folders(folder):
+        cure = "name one of them, high_noise_model or low_noise_model; train.py: --expert"
+        raise ValueError(f"wan_dir = {folder}: a pair of experts; {cure}")
     if not files:
         raise ValueError(
             f"wan_dir = {folder}: no diffusion_pytorch_model*.safetensors (a Wan2.1 folder) and no "
@@ -115,9 +121,9 @@ def wan_sources(folder):
     return files
 
 
-def wan_tensors(folder):
-    """name -> (shape, read) of the DiT in a Wan2.1 hub folder (one file or shards) or of a stage 0
-    run."""
+def wan_tensors(folder, lora=""):
+    """name -> (shape, read) of the DiT in a Wan hub folder (one file or shards) or of a stage 0
+    run, with a LoRA file merged."""
     tensors, files = {}, wan_sources(folder)
     for file in files:
         found = lazy_tensors(file)
@@ -127,17 +133,17 @@ def wan_tensors(folder):
                 "copies"
             )
         tensors.update(found)
-    return unwrapped(tensors)
+    return with_lora(unwrapped(tensors), lora)
 
 
-def load_wan(folder, cfg, device="cpu", dtype=None):
-    """Frozen WanDiT from the folder of a Wan2.1 release or of a stage 0 run.
+def load_wan(folder, cfg, device="cpu", dtype=None, lora=""):
+    """Frozen WanDiT from the folder of a Wan release or of a stage 0 run, with a LoRA file merged.
 
     Tensors go to device one by one, the big matrices in dtype (default fp32), so the host holds one
     copy at most.
     returns  the model, and cfg with the video sizes of what was found"""
-    tensors = wan_tensors(folder)
-    shapes = {name: shape for name, (shape, _) in tensors.items()}
+    tensors = wan_tensors(folder, lora)
+    shapes = tensor_shapes(tensors)
     dit = WanDiT.from_shapes(shapes, cfg.head_dim, cfg.text_len, where=folder)
     check_names(shapes_of(dit.state_dict()), shapes, f"{folder}: Wan2.1 DiT")
     wanted = (half_precision(dit, dtype) if dtype else dit).state_dict()
@@ -155,20 +161,14 @@ def load_wan(folder, cfg, device="cpu", dtype=None):
     return dit, replace(cfg, **found)
 
 
-def build_model(cfg, wan_dir, device, dtype=None):
-    """FantasyWorld on the device; frozen branch from wan_dir ("" = random), its big matrices in
-    dtype (None = fp32)."""
-    dit, cfg = load_wan(wan_dir, cfg, device, dtype) if wan_dir else (None, cfg)
+def build_model(cfg, wan_dir, device, dtype=None, lora=""):
+    """FantasyWorld on the device; frozen branch from wan_dir ("" = random) with a LoRA file merged,
+    its big matrices in dtype (None = fp32)."""
+    dit, cfg = load_wan(wan_dir, cfg, device, dtype, lora) if wan_dir else (None, cfg)
     model = FantasyWorld(cfg, dit)
     if dtype and not wan_dir:
         half_precision(model.dit, dtype)
     return model.to(device)
-
-
-def config_from_metadata(meta):
-    """Config that a checkpoint was trained with."""
-    values = json.loads(meta["model_config"])
-    return Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 
 def load_trained(model, path):
@@ -178,20 +178,30 @@ def load_trained(model, path):
     A checkpoint holds what its stage trains; after stage 1 the interaction keeps its zero start.
     Anything else that is missing, left over or of another shape is a ValueError."""
     sd, meta = read_checked(path)
-    own, stage = dict(model.named_parameters()), meta.get("stage")
+    own = dict(model.named_parameters())
+    check_trained(model, shapes_of(sd), meta.get("stage"), path)
+    for name, value in sd.items():
+        copy_into(own[name], value)
+    return meta
+
+
+def check_trained(model, found, stage, path):
+    """ValueError unless a checkpoint's tensors, name -> shape, are those of its stage."""
+    own = dict(model.named_parameters())
     trained_later = ("camera_adapters.", "exchange.", "ray_encoder.") if stage == "1" else ()
     unread = () if model.cfg.pose_tokens else ("pose_encoder.",)
     untrained = trained_later + unread
     absent = {k for k in own if k.startswith("dit.") != (stage == "0") or k.startswith(untrained)}
     what = f"{path} (stage {stage}) does not fit this model"
     cure = "Use the preset that it was trained with."
-    check_names(shapes_of(own), shapes_of(sd), what, cure=cure, optional=absent)
-    for name, value in sd.items():
-        copy_into(own[name], value)
-    return meta
+    check_names(shapes_of(own), found, what, cure=cure, optional=absent)
 
 
 # --- Checkpoints, releases, VGGT ------------------------------------------------------------------
+# Frames, height, width that a release samples: the Wan2.1 variant, and an expert of Wan2.2's.
+RELEASE_SIZES = {False: (81, 336, 592), True: (81, 480, 832)}
+
+
 def metadata_of(path):
     """Metadata of a checkpoint without its tensors; what ours would say for a release's model.pth
     or VGGT-1B."""
@@ -202,12 +212,16 @@ def metadata_of(path):
         return meta
     names = lazy_tensors(str(path))
     if released.is_release(names):
+        pair = released.is_expert(names)
+        trained = dict(zip(("num_frames", "height", "width"), RELEASE_SIZES[pair]), wan_dir="")
+        trained |= dict(sampling=dict(negative_prompt="")) if pair else {}
         return dict(
             foreign="release",
             stage="2",
             step="0",
             release=os.path.abspath(path),
-            train_config=json.dumps(dict(num_frames=81, height=336, width=592, wan_dir="")),
+            expert="either" if pair else "",  # which of the two, only its name says
+            train_config=json.dumps(trained),
         )
     return dict(foreign="vggt", stage="vggt", step="0") if released.is_vggt(names) else meta
 
@@ -230,10 +244,12 @@ def load_weights(model, path):
                 "alone"
             )
         base = {k.removeprefix("dit."): shape for k, shape in own.items() if k.startswith("dit.")}
-        plan = released.match(own, tensor_shapes(file), base, model.cfg.num_pcb, path)
+        with naming(path):
+            plan = released.match(own, tensor_shapes(file), base, model.cfg.num_pcb, path)
         plan = {k: name for k, (of_release, name) in plan.items() if of_release}
     else:
-        plan, left = released.from_vggt(tensor_shapes(file), own, model.cfg.geo_layers)
+        with naming(path):
+            plan, left = released.from_vggt(tensor_shapes(file), own, model.cfg.geo_layers)
         kinds = sorted({".".join(re.sub(r"\d+", "*", name).split(".")[:3]) for name in left})
         if os.environ.get("RANK", "0") == "0":
             print(
@@ -243,7 +259,7 @@ def load_weights(model, path):
             )
     parameters = dict(model.named_parameters())
     for k, name in plan.items():
-        copy_into(parameters[k], file[name][1]().reshape(own[k]))
+        copy_into(parameters[k], floats(file[name][1](), name, path).reshape(own[k]))
     return meta
 
 
@@ -257,20 +273,34 @@ def release_tensors(path):
     return lazy_tensors(path)
 
 
-def load_release(path, wan_dir="", device="cpu", dtype=None, trains=False, true_rays=False):
-    """FantasyWorld from a release's model.pth, what it lacks from the Wan2.1 folder wan_dir.
+@dataclass(frozen=True)
+class Origin:
+    """Where the frozen weights come from, beside a checkpoint and a Wan folder.
+
+    release     where the model.pth is now that a checkpoint was fine-tuned from; "": where it was
+    lora        a LoRA file for the tensors of the Wan folder (lib/lora.py); "": as in training
+    true_rays   a release is shown true per-pixel rays in place of those that it was trained on"""
+
+    release: str = ""
+    lora: str = ""
+    true_rays: bool = False
+
+
+def load_release(path, wan_dir="", device="cpu", dtype=None, trains=False, origin=Origin()):
+    """FantasyWorld from a release's .pth, what it lacks from the Wan folder wan_dir.
 
     Tensors go to device one by one, the big matrices in dtype (None = fp32; trains=True keeps the
-    trainable ones in
-    fp32), so the host holds one copy at most.   Errors: ValueError for missing, unexpected,
-                                                 misshapen tensors."""
-    files = release_tensors(path), wan_tensors(wan_dir) if wan_dir and wan_files(wan_dir) else {}
+    trainable ones in fp32), so the host holds one copy at most.
+    Raises ValueError for missing, unexpected, misshapen tensors."""
+    based = wan_dir and (wan_files(wan_dir) or expert_folders(wan_dir))
+    files = release_tensors(path), wan_tensors(wan_dir, origin.lora) if based else {}
     shapes = [tensor_shapes(file) for file in files]
-    cfg = Config(**released.sizes(*shapes), true_rays=true_rays)
-    with torch.device("meta"):
-        model = FantasyWorld(cfg)
-    own = {k: tuple(v.shape) for k, v in model.state_dict().items()}
-    plan = released.match(own, *shapes, cfg.num_pcb, where=path)
+    with naming(path):
+        cfg = Config(**released.sizes(*shapes), true_rays=origin.true_rays)
+        with torch.device("meta"):
+            model = FantasyWorld(cfg)
+        own = {k: tuple(v.shape) for k, v in model.state_dict().items()}
+        plan = released.match(own, *shapes, cfg.num_pcb, where=path)
     if dtype:
         half_precision(model.dit, dtype)
         if not trains:
@@ -278,7 +308,7 @@ def load_release(path, wan_dir="", device="cpu", dtype=None, trains=False, true_
     wanted = model.state_dict()
     model.load_state_dict(
         {
-            k: files[not of_release][name][1]()
+            k: floats(files[not of_release][name][1](), name, path)
             .reshape(own[k])
             .to(device, wanted[k].dtype, copy=True)
             for k, (of_release, name) in plan.items()
@@ -287,14 +317,17 @@ def load_release(path, wan_dir="", device="cpu", dtype=None, trains=False, true_
     )
     for head in (model.depth_head, model.point_head):
         head.scratch.to(memory_format=torch.channels_last)
+    of_base = sum(not of_release for of_release, _ in plan.values())
+    family = FAMILIES.get(fingerprint(shapes[1]), "other sizes") if based else "no base"
     if os.environ.get("RANK", "0") == "0":
         print(
-            f"{path}: FantasyWorld release, {sum(r for r, _ in plan.values())} tensors of it and "
-            f"{sum(not r for r, _ in plan.values())} of {wan_dir or 'no base'}: {cfg.num_pcb} + "
-            f"{cfg.geo_layers} video "
-            f"blocks of width {cfg.dim}, geometry width {cfg.geo_dim}",
+            f"{path}: FantasyWorld release, {len(plan) - of_base} tensors of it and "
+            f"{of_base} of {wan_dir or 'nothing else'} ({family}): {cfg.num_pcb} + "
+            f"{cfg.geo_layers} video blocks of width {cfg.dim}, geometry width {cfg.geo_dim}",
             flush=True,
         )
+        if origin.lora and not of_base:
+            print(f"{origin.lora}: without effect, the release holds the whole video branch")
     return model
 
 
@@ -304,22 +337,27 @@ def open_model(meta, cfg, wan_dir, device, dtype=None, trains=True):
 
     cfg is that of the run; a release, and what was fine-tuned from one, brings its own sizes.
     Weights that belong to a checkpoint of ours are not read: load_trained does that."""
+    lora = meta.get("lora", "")
     if meta.get("release"):
-        return load_release(meta["release"], wan_dir, device, dtype, trains, cfg.true_rays)
-    return build_model(cfg, wan_dir, device, dtype)
+        origin = Origin(lora=lora, true_rays=cfg.true_rays)
+        return load_release(meta["release"], wan_dir, device, dtype, trains, origin)
+    return build_model(cfg, wan_dir, device, dtype, lora)
 
 
-def open_checkpoint(path, wan_dir, device, dtype=None, keep_gb=None, true_rays=False, release=None):
+def open_checkpoint(path, wan_dir, device, dtype=None, keep_gb=None, origin=Origin()):
     """Any checkpoint with its video branch, ready for sampling: the matrices of a release in dtype
     (None = fp32).
 
-    keep_gb    None, or how many GB of weights stay on the device: see offload
-    true_rays  a release is shown true per-pixel rays in place of the ones that it was trained on
-    release    where the model.pth is now that the checkpoint was fine-tuned from"""
+    keep_gb    None, or how many GB of weights stay on the device: see offload"""
     meta = metadata_of(path)
-    meta["release"] = meta.get("release") and (release or meta["release"])
-    cfg = config_from_metadata(meta) if "model_config" in meta else Config()
-    cfg = replace(cfg, true_rays=cfg.true_rays or true_rays)
+    meta["release"] = meta.get("release") and (origin.release or meta["release"])
+    meta["lora"] = origin.lora or meta.get("lora", "")
+    cfg = config_from_metadata(meta, path) if "model_config" in meta else Config()
+    cfg = replace(cfg, true_rays=cfg.true_rays or origin.true_rays)
+    if "foreign" not in meta:
+        with naming(path), torch.device("meta"):  # sizes first, before anything is allocated
+            empty = FantasyWorld(cfg)
+        check_trained(empty, tensor_shapes(lazy_tensors(str(path))), meta["stage"], path)
     model = open_model(
         meta, cfg, wan_dir, device if keep_gb is None else "cpu", dtype, trains=False
     )
@@ -329,51 +367,13 @@ def open_checkpoint(path, wan_dir, device, dtype=None, keep_gb=None, true_rays=F
     return model if keep_gb is None else offload(model, device, keep_gb)
 
 
-def offload(model, device, keep_gb=0.0):
-    """Let the model run on a device that is too small for it: the blocks' layers, but keep_gb of
-    them, stay on the host, and each visits the device for its own call.  Returns the model, for
-    sampling, requires_grad off.
-
-    Costs one copy of the layers over the bus per forward.  Everything else moves to the device for
-    good: stem, heads, norms, modulation, gates, tokens."""
-    left = keep_gb * 1e9
-    blocks = [
-        model.dit.blocks,
-        model.frame_blocks,
-        model.global_blocks,
-        model.exchange,
-        model.camera_adapters,
-    ]
-    for layer in (m for part in blocks for m in part.modules() if isinstance(m, nn.Linear)):
-        size = sum(p.nbytes for p in layer.parameters())
-        if size <= left:
-            left -= size
-            continue
-        home = dict(layer.named_parameters())
-
-        def arrive(layer, _, home=home):
-            for name, p in home.items():
-                layer.register_parameter(
-                    name, nn.Parameter(p.detach().to(device, copy=True), requires_grad=False)
-                )
-
-        def leave(layer, *_, home=home):
-            for name, p in home.items():
-                layer.register_parameter(name, p)
-
-        layer.register_forward_pre_hook(arrive)
-        layer.register_forward_hook(leave, always_call=True)
-        layer._apply = lambda *_: layer  # a later .to(device) must not bring it there after all
-    return model.to(device)
-
-
 def export_release(checkpoint, out):
     """Write a stage 2 checkpoint that was fine-tuned from a release under the release's names (.pth
     or .safetensors).
 
     The video branch and whatever else the release's file held are copied from it."""
     tensors, meta = read_tensors(checkpoint)
-    cfg = config_from_metadata(meta) if "model_config" in meta else Config()
+    cfg = config_from_metadata(meta, checkpoint) if "model_config" in meta else Config()
     if not cfg.released or meta["stage"] != "2":
         raise ValueError(
             f"{checkpoint}: wanted a stage 2 checkpoint of a run with --init_from=model.pth of "

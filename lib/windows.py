@@ -20,6 +20,7 @@ class Encoding:
     stride: str | int = 1  # frames from one to the next; "1,2,4": each window draws one
     windows: int = 1  # of each clip: evenly spread, or
     window_seed: int = -1  # drawn at random when this is 0 or more
+    end_image: bool = False  # also the condition of start and end image
     skip_bad: bool = False
     follow_links: bool = False
 

@@ -11,19 +11,25 @@ for the moves, Blender (x right, y up, z back) for the c2w in camera_data.json.
         videos/output.mp4    time.txt
     RUNS/worldscore_output/dynamic/STYLE/MOTION_TYPE/NAME/    the same without camera_data.json
 
-Its camera metrics assume a focal length of 500 and a centre of 256 pixels for every picture, which
-is true of 512 x 512 alone: so frames are square here, and written at that size."""
+WBench commands one camera for every latent; its pictures are 1920 x 1080 and run at 24 a second.
+
+WorldScore's camera metrics assume a focal length of 500 and a centre of 256 pixels for every
+picture, which is true of 512 x 512 alone: so frames are square here, and written at that size."""
 
 import json
 import math
 import re
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 import torch.nn.functional as F
 
+from geometry import normalize_scene, relative_to_first
 from lib.camera_paths import interpolate
+from lib.crop import crop_intrinsics, pixel_matrix
 from lib.files import read_json, write_aside
 from lib.pictures import write_png, write_video
 
@@ -156,40 +162,119 @@ def as_blender(w2c):
     return np.linalg.inv(np.diag([-1.0, 1, -1, 1]) @ w2c)
 
 
-# ------------------------------------------------------------------------------------------ writing
-def squared(video, side=SIDE):
-    """Frames (T, 3, H, H) in [-1, 1] -> uint8 (T, side, side, 3)."""
-    if video.shape[-1] != side:
-        video = F.interpolate(video, (side, side), mode="bicubic", antialias=True)
-    pixels = (video.clamp(-1, 1) + 1) * 127.5
-    return pixels.round().byte().movedim(1, -1).cpu().numpy()
+# ---------------------------------------------------------------------------------- making, writing
+def square_side(options, trained):
+    """Side of the frames; ValueError for a size that is not square."""
+    area = trained["height"] * trained["width"]
+    near = max(16, round(math.sqrt(area) / 16) * 16)  # as many pixels as in training
+    h, w = options.height or options.width or near, options.width or options.height or near
+    if h != w:
+        why = "its camera metrics take the centre of every picture as that of a square one"
+        raise ValueError(f"--worldscore with {h} x {w} pixels: {why}; leave out --height, --width")
+    return h
 
 
-def write_instance(instance, video, first, *, speed, fps, seconds):
+def make(instance, image, scene, *, frames, fps):
+    """Make the scenes of an instance one after another and write its folder.
+
+    image    uint8 (H, H, 3) start image
+    scene    (image, prompt, w2c (1, T, 3, 4), K (1, T, 3, 3)) -> uint8 frames (T, H, H, 3) and
+             depth (T, H, H) in the unit of the scene's own first frame"""
+    began, cameras = time.time(), as_opencv(all_cameras(key_cameras(instance.moves, SPEED), frames))
+    side = len(image)
+    focal = FOCAL / SIDE * side
+    K = torch.tensor([[focal, 0, side / 2], [0, focal, side / 2], [0, 0, 1]]).expand(
+        1, frames, 3, 3
+    )
+    shown, unit = [image[None]], 1.0  # of this scene, in units of the first one
+    for n, prompt in enumerate(instance.prompts):
+        part = torch.from_numpy(cameras[n * (frames - 1) :][:frames])[None]
+        w2c = relative_to_first(part).float()
+        w2c = torch.cat([w2c[..., :3], w2c[..., 3:] / unit], -1)
+        rgb, depth = scene(shown[-1][-1], prompt, w2c, K)
+        shown.append(rgb[1:] if n else rgb)
+        last = torch.from_numpy(depth[None, -1:]).float()
+        unit *= normalize_scene(last, torch.eye(4)[None, None, :3], K[:, :1], last > 0)[2].item()
+    seconds = time.time() - began
+    write_instance(instance, np.concatenate(shown[1:]), image, fps=fps, seconds=seconds)
+
+
+def squared(frames, side=SIDE):
+    """uint8 (T, H, H, 3) -> (T, side, side, 3)."""
+    if frames.shape[1] == side:
+        return frames
+    frames = torch.from_numpy(frames).movedim(-1, 1).float()
+    frames = F.interpolate(frames, (side, side), mode="bicubic", antialias=True)
+    return frames.clamp(0, 255).round().byte().movedim(1, -1).numpy()
+
+
+def write_instance(instance, frames, first, *, fps, seconds):
     """Everything that the official tools read of one instance; image_data.json comes last.
 
-    video    (T, 3, H, H) in [-1, 1] of all scenes;  first (3, H, H) the start image as it was given
-    speed    scene units that camera_speed 1 stood for
+    frames   uint8 (T, H, H, 3) of all scenes;  first (H, H, 3) the start image as it was given
     seconds  that it took"""
-    folder, scenes = instance.folder, len(instance.moves)
-    frames = (len(video) - 1) // scenes + 1
+    folder, scenes, count = instance.folder, len(instance.moves), len(frames)
+    each = (count - 1) // scenes + 1
     (folder / "frames").mkdir(parents=True, exist_ok=True)
     (folder / "videos").mkdir(exist_ok=True)
-    pixels = squared(video)
-    for n, picture in enumerate(pixels):
+    frames = squared(frames)
+    for n, picture in enumerate(frames):
         write_png(folder / "frames" / f"{n:03d}.png", picture)
     write_png(folder / "input_image.png", squared(first[None])[0])
-    write_video(folder / "videos" / "output.mp4", pixels, fps)
+    write_video(folder / "videos" / "output.mp4", frames, fps)
     (folder / "time.txt").write_text(f"generate_time: {seconds}\n")
-    data = dict(instance.entry, num_scenes=scenes, total_frames=len(video))
+    data = dict(instance.entry, num_scenes=scenes, total_frames=count)
     if instance.entry["visual_movement"] == "static":
-        keys = key_cameras(instance.moves, speed)
-        matrices = dict(
-            cameras=as_blender(keys), cameras_interp=as_blender(all_cameras(keys, frames))
-        )
-        cameras = dict(focal_length=FOCAL, scale=speed)
-        cameras |= {name: matrix.tolist() for name, matrix in matrices.items()}
+        keys = key_cameras(instance.moves, SPEED)
+        cameras = dict(focal_length=FOCAL, scale=SPEED, cameras=as_blender(keys).tolist())
+        cameras["cameras_interp"] = as_blender(all_cameras(keys, each)).tolist()
         (folder / "camera_data.json").write_text(json.dumps(cameras, indent=4))
-        data["anchor_frame_idx"] = [n * (frames - 1) for n in range(scenes + 1)]
+        data["anchor_frame_idx"] = [n * (each - 1) for n in range(scenes + 1)]
     text = json.dumps(data, indent=4)
     write_aside(folder / "image_data.json", lambda aside: aside.write_text(text), durable=False)
+
+
+# ------------------------------------------------------------------------------------------ WBench
+def from_wbench(poses, frames, size):
+    """Cameras of WBench's generate_with_poses(image, poses, video_length), for `frames` pictures.
+
+    poses    {latent index: {"extrinsic": c2w (4, 4) OpenCV, "K": (3, 3) of 1920 x 1080 pixels}},
+             one for every latent: latent l ends with frame 4 l; frames between are interpolated
+    size     (H, W) of the pictures; the intrinsics are cropped to its aspect as pictures are
+    returns  w2c (1, T, 3, 4) relative to frame 0, in its unit; K (1, T, 3, 3) pixels"""
+    order = sorted(poses, key=int)
+    if [int(k) for k in order] != list(range((frames - 1) // 4 + 1)) or frames % 4 != 1:
+        found = f"poses of {len(order)} latents for {frames} frames"
+        raise ValueError(f"{found}; wanted one for each of (frames - 1) / 4 + 1, from 0 on")
+    c2w = np.stack([np.asarray(poses[k]["extrinsic"], float) for k in order])
+    w2c = np.linalg.inv(c2w)[:, :3]
+    times = 4 * np.arange(len(order))
+    w2c = interpolate(times, w2c, np.arange(frames)) if len(order) > 1 else w2c
+    K = np.stack([np.asarray(poses[k]["K"], float) for k in order])
+    lens = np.stack(
+        [K[:, 0, 0] / 1920, K[:, 1, 1] / 1080, K[:, 0, 2] / 1920, K[:, 1, 2] / 1080], -1
+    )
+    lens = np.stack([np.interp(np.arange(frames), times, column) for column in lens.T], -1)
+    K = pixel_matrix(crop_intrinsics(lens, 1920 / 1080, size), size)
+    return relative_to_first(torch.from_numpy(w2c)[None]).float(), torch.from_numpy(K).float()[None]
+
+
+class WBenchModel:
+    """WBench's CameraConditionedModel: one pose for every latent in, frames at 24 a second out."""
+
+    fps = 24
+
+    def __init__(self, scene, size, prompt=""):
+        """scene, of sample.scene_sampler, as in `make`; size (H, W) of its pictures."""
+        self.scene, self.size, self.prompt = scene, size, prompt
+
+    def generate_with_poses(self, image, poses, video_length):
+        """image uint8 (H, W, 3) of `size`, poses as in from_wbench -> uint8 frames (N, H, W, 3).
+
+        The model makes 4 (latents - 1) + 1 frames, of which the first video_length are given."""
+        frames = 4 * (len(poses) - 1) + 1
+        if video_length > frames:
+            found = f"{video_length} frames of {len(poses)} poses"
+            raise ValueError(f"{found}; a pose for every latent gives {frames} at most")
+        camera = from_wbench(poses, frames, self.size)
+        return self.scene(image, self.prompt, *camera)[0][:video_length]

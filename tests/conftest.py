@@ -22,7 +22,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 LONGEST = (
     "test_survival.py test_bad_data.py test_train.py test_wan.py test_speed.py test_foreign.py "
-    "test_sharding.py"
+    "test_sharding.py test_fake_cuda.py"
 ).split()
 
 

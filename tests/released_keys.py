@@ -1,8 +1,9 @@
-"""Name -> shape of every tensor of the released FantasyWorld model (Wan2.1 variant), for any sizes.
+"""Name -> shape of every tensor of the released FantasyWorld models, for any sizes.
 
 Written from the list in the specification, not from our modules: at the release's sizes it has 3132
 names and 18,542,823,881 parameters, at the golden file's sizes exactly the 814 names and shapes of
-that file (tests).
+that file (tests).  An expert of the Wan2.2 variant (no encoder, nothing adapted): 2658 names,
+16,543,568,600 parameters.
 
     python tests/released_keys.py DIR [--pcb 1 --irg 1]
 
@@ -75,6 +76,11 @@ TINY = dict(
     tail=8,
     trunk=2,
 )
+
+
+def expert(sizes):
+    """An expert of the Wan2.2 variant at the same sizes."""
+    return dict(sizes, adapted=0, encoder=0)
 
 
 def linear(name, n_in, n_out, *kernel):
@@ -157,14 +163,14 @@ def camera_head(name, c, trunk):
 
 
 def wan_shapes(s):
-    """The base: Wan2.1-I2V in its official names."""
+    """The base in its official names: Wan2.1-I2V, or an expert of Wan2.2-Fun-Control-Camera."""
     return keys.dit(
         dim=s["dim"],
         ffn=s["ffn"],
         layers=s["pcb"] + s["irg"],
         in_dim=36,
-        clip=True,
-        camera=False,
+        clip=s["encoder"] > 0,
+        camera=s["encoder"] == 0,
         text=s["text"],
         freq=s["freq"],
     )
@@ -215,7 +221,11 @@ def release_shapes(s, video=True):
         ),
     ):
         out.update(part)
-    e = "camera_condition.pose_encoder"
+    return {**out, **ray_encoder(s)} if s["encoder"] else out
+
+
+def ray_encoder(s):
+    out, e = {}, "camera_condition.pose_encoder"
     for i, (first, second) in enumerate(((384, 384), (384, 384))):
         out.update(
             {

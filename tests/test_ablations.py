@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import save_file
 from small import loss_of, tiny_inputs, tiny_model
 
-from lib.weights import config_from_metadata, load_trained
+from lib.strangers import config_from_metadata
+from lib.weights import load_trained
 from model import FantasyWorld
 
 SWITCHES = [
@@ -101,7 +102,7 @@ def test_an_ablations_checkpoint_loads_into_its_own_config_only(tmp_path):
         tmp_path / "x.safetensors",
         meta,
     )
-    again = FantasyWorld(config_from_metadata(meta))
+    again = FantasyWorld(config_from_metadata(meta, "x"))
     load_trained(again, tmp_path / "x.safetensors")
     loaded = again.state_dict()
     assert all(torch.equal(loaded[k], v) for k, v in model.trainable_state_dict().items())

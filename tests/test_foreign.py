@@ -23,13 +23,14 @@ from data import Encoding, encode
 from geometry import GeoBlock, rope_2d
 from lib.checkpoints import save_checkpoint
 from lib.files import read_video
+from lib.offload import Visits, offload, visitors
 from lib.rooms import Recipe, synth
 from lib.weights import (
+    Origin,
     export_release,
     load_release,
     load_weights,
     metadata_of,
-    offload,
     open_checkpoint,
 )
 from model import FantasyWorld
@@ -97,44 +98,31 @@ class LiveBytes(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("share", [0, 0.25])
-def test_offload_keeps_one_layer_on_the_device_beside_its_share_and_changes_no_value(share):
+def test_offload_keeps_two_steps_on_the_device_beside_its_share_and_changes_no_value(
+    share, monkeypatch
+):
     sizes = dict(WIDE, dim=256, ffn=1024, geo=128, plucker=100, dpt=(16, 16, 16, 16), features=16)
     model, inputs = FantasyWorld.from_released(release_tensors(sizes)), inputs_of(sizes, frames=5)
     model.set_stage(2).requires_grad_(False)
     want = model(**inputs, heads=False)  # also fills the cache of RoPE tables
     with LiveBytes(model) as plain:
         model(**inputs, heads=False)
-    weights = sum(p.nbytes for p in model.parameters())
-    blocks = [
-        model.dit.blocks,
-        model.frame_blocks,
-        model.global_blocks,
-        model.exchange,
-        model.camera_adapters,
-    ]
-    layers = [
-        [p.nbytes for p in m.parameters()]
-        for part in blocks
-        for m in part.modules()
-        if isinstance(m, torch.nn.Linear)
-    ]
-    homes = {
-        n: p.data_ptr() for n, p in offload(model, "cpu", share * weights / 1e9).named_parameters()
-    }
+    steps = [visitors(step)[1] for step in (*model.pcb, *model.irg)]
+    values = {n: p.clone() for n, p in model.named_parameters()}
+    total, largest, sent = sum(steps), max(steps), []
+    offload(model, "cpu", share * total / 1e9)
+    send = Visits.send
+    monkeypatch.setattr(Visits, "send", lambda self, n: sent.append(n) or send(self, n))
     with LiveBytes(model) as counted:
         got = model(**inputs, heads=False)
     assert torch.equal(got["velocity"], want["velocity"])
-    assert homes == {n: p.data_ptr() for n, p in model.named_parameters()}
-    assert counted.peak <= plain.peak + max(map(sum, layers))  # one layer beside the activations
-    visits = counted.total - plain.total
-    total, largest = sum(map(sum, layers)), max(map(sum, layers))
-    assert total - share * weights <= visits < total - share * weights + largest + 1
-    print(
-        f"weights {weights:,}: {total - visits:,} of the blocks' {total:,} stay on the device, "
-        "one layer of at most "
-        f"{largest:,} visits it at a time; peak with activations {counted.peak:,}, activations "
-        f"alone {plain.peak:,}"
-    )
+    model.visits.go_home()
+    assert all(torch.equal(values[n], p) for n, p in model.named_parameters())
+    assert counted.peak <= plain.peak + 2 * largest  # two steps beside the activations
+    away = [len(home) for _, home, _ in model.visits.steps]
+    assert total - share * total <= sum(away) < total - share * total + largest + 1
+    assert sum(map(len, model.visits.buffers)) == 2 * max(away)
+    assert sent == list(range(len(away))), "a forward copies every step once"
 
 
 def test_offloaded_layers_compute_on_the_device(monkeypatch):
@@ -267,7 +255,7 @@ def test_a_release_is_fine_tuned_loaded_back_sampled_and_written_again(folder, c
     with pytest.raises(
         ValueError, match="elsewhere.pth: no such file"
     ):  # where it is said to be now
-        open_checkpoint(str(tuned), str(wan), "cpu", release="elsewhere.pth")
+        open_checkpoint(str(tuned), str(wan), "cpu", origin=Origin(release="elsewhere.pth"))
     run("-m", "lib.weights", "export", tuned, tmp_path / "tuned.safetensors", alone=True)
     by_file, by_export, before = (load_release(str(release), str(wan)) for _ in range(3))
     load_weights(by_file, tuned)

@@ -11,24 +11,27 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1]
 METHOD = dict(
     geometry=900,
-    wan=500,
-    encoders=700,
-    released=330,
-    model=680,
+    wan=505,
+    encoders=708,
+    # The Wan2.2 release: 70 more, of which 45 are its tiles.  Its pair of experts is in lib/.
+    released=420,
+    model=690,
     data=700,
-    train=680,
-    sample=610,  # job lists, and pieces that app.py calls too
+    train=700,
+    sample=680,  # experts, ranks that share, benchmarks, pieces that app.py and train.py call
     bench=400,
     app=283,
 )
-LIB = 5_900 + 3_320  # all of lib/ together; see WHOLE
+LIB = 5_900 + 4_330  # all of lib/ together; see WHOLE
 LIB_FILE = 480
-# The design's 11,500 is exceeded by 3,720.  It had not counted 15 layouts to import (layouts,
+# The design's 11,500 is exceeded by 4,800.  It had not counted 15 layouts to import (layouts,
 # recordings, importers, lens: 980), 27 mistakes that the doctor names instead of 12 (suspects: 160
 # more), the readers of lib/native.py (180), pictures of the ground truth (look: 130), Muon (115),
-# EXR, PFM and PGM (200), mixes of datasets (100), lists of samples and their ranks (230),
-# several machines (50), the page in the browser (app, webpage: 375).
-WHOLE = 11_500 + 3_720
+# EXR, PFM and PGM (200), mixes of datasets (100), lists of samples and their ranks (230), several
+# machines (50), the release on Wan2.2 (490: experts, lora, its part of released, end images),
+# sampled worlds (sampled, align, worldscore: 500), the page in the browser (app, webpage: 375),
+# offloading that overlaps (190), gradients in DDP's buckets (60).
+WHOLE = 11_500 + 4_800
 LONGER = {"train.main": 150}  # functions that may be longer than 60 lines: the recipe
 PROGRAM = sorted([*ROOT.glob("*.py"), *ROOT.glob("lib/*.py"), *ROOT.glob("config/*.py")])
 

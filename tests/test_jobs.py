@@ -113,7 +113,7 @@ def test_a_bad_line_is_named_and_the_others_are_planned(tmp_path, line, words):
     path = tmp_path / "list.jsonl"
     path.write_bytes(b'\xef\xbb\xbf{"id": "first"}\n' + text[1:].encode("latin-1") + b"\n\n")
     given = sample.config.apply(vars(sample), [*QUICK, f"--jobs={path}", f"--out={tmp_path}/out"])
-    meta = sample.metadata_of(given.ckpt)
+    meta = sample.metadata_of_ckpt(given.ckpt)
     prepare = sample.partial(sample.prepared, meta=meta)
     plan = jobs.plan_jobs(given, meta, ["npz"], prepare, KNOWN)
     assert [job.out.name for job in plan.jobs] == ["first"]

@@ -1,19 +1,24 @@
 """Metrics of sampled videos and the photometric alignment, on cases with known answers."""
 
+import json
 import math
+import pathlib
 
 import numpy as np
 import pytest
 import torch
+from small import train_here
 
-from data import collate, prepare
+from data import Encoding, collate, encode, prepare
+from encoders import MINIATURE
 from geometry import inv_se3, plucker_rays, relative_to_first
 from lib import sampled
 from lib.align import align_frames
 from lib.camera_paths import exp_se3
 from lib.metrics import depth_metrics, extent_metrics, pose_metrics, psnr, ssim
-from lib.rooms import render_clip
+from lib.rooms import Recipe, render_clip, synth
 
+CKPT = pathlib.Path(__file__).parents[1] / "tiny/fantasyworld.safetensors"
 SIZE, FRAMES = (96, 160), 5
 
 
@@ -179,3 +184,35 @@ def test_out_and_back_ends_where_it_began(example):
     path = sampled.out_and_back(b)["w2c"]
     assert torch.equal(path[:, 0], path[:, -1])
     assert torch.equal(path[:, 2], b["w2c"][:, 4]) and torch.equal(path[:, 1], path[:, 3])
+
+
+# ------------------------------------------------------------------------------------- the command
+def test_evaluation_samples_clips_and_compares_them_with_the_truth(tmp_path):
+    """On the miniature: its sample beats the still frame, the codec beats the sample."""
+    folder = tmp_path / "rooms"
+    synth(folder, Recipe(num=1, val=1, num_frames=5, height=96, width=160, variety="simple"))
+    encode(folder, 96, 160, 5, Encoding(wan_dir=MINIATURE))
+    size = ("--height=96", "--width=160", "--num_frames=5", f"--wan_dir={MINIATURE}")
+    where = (f"--data_dir={folder}", f"--out_dir={tmp_path / 'out'}", "--device=cpu")
+    asked = ("--eval_only=True", "--eval_samples=1", "--eval_more_sigmas=()")
+    asked += ("--sampling={'steps': 4, 'guidance': 1.0, 'shift': 3.0}",)
+    line = ("config/tiny2.py", *size, *where, *asked, f"--init_from={CKPT}")
+    code, text = train_here(*line)
+    assert code == 0, text
+    rows = json.loads((tmp_path / "out/eval.json").read_text())
+    (name,) = [name for name in rows if name.endswith("sampled")]
+    made, still, codec = (rows[n] for n in (name, sampled.STILL, sampled.CODEC))
+    assert still["psnr"] < made["psnr"] < codec["psnr"]
+    assert {*sampled.COLUMNS, "auc3", "rot_err", "chamfer_percent"} <= set(made)
+    assert made["motion"] > 0.5 * codec["motion"]
+    assert "PSNR" in text and name in text[text.index("PSNR") :]
+    for video in folder.glob("val*/video.mp4"):
+        video.unlink()
+    code, text = train_here(*line)
+    assert "eval_samples compares with the true frames" in str(code)
+
+
+def test_sampling_settings_are_checked_before_anything_slow():
+    for text, said in (("{'stps': 8}", "stps"), ("{'steps': 0}", "steps = 0")):
+        code, _ = train_here("config/tiny2.py", f"--sampling={text}")
+        assert said in str(code), code

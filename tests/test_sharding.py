@@ -119,7 +119,7 @@ def memory(ranks):
     here = sum(p.to_local().nbytes for p in model.parameters()) + 3 * trained + peak
     how = dict(checkpointing="full", half=False)
     counts = {b: plan.count(cfg, 2, loss, (b, *size), **how) for b in (1, 2)}
-    assert plan.needs(counts, 1, "weights", 2) == pytest.approx(here, rel=0.1)
+    assert plan.needs(counts, 1, "weights", 2) - plan.CONTEXT == pytest.approx(here, rel=0.1)
 
 
 def compiled(ranks):

@@ -1,6 +1,7 @@
 """The least work, what is sent and what is kept: counted FLOPs, bytes, operations; never time."""
 
 import pathlib
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -19,7 +20,8 @@ import sample
 import train
 from lib import camera_paths, plan
 from lib.checkpoints import load_optimizer, save_checkpoint, training_state
-from lib.distributed import Ranks, end_processes
+from lib.distributed import Ranks, check_gpu, end_processes, wrap
+from lib.optimizer import take_step
 from lib.weights import load_trained
 from model import PRESETS, FantasyWorld
 from wan import VideoSizes, WanCrossAttention, WanDiT
@@ -126,21 +128,39 @@ def test_the_plan_prefers_no_recomputation_then_little_sharding_and_refuses_what
     def sized(peak):
         return dict(one, activations=peak, peak=peak)
 
+    def cost(peak):
+        return plan.Cost(**{k: v * plan.GIB for k, v in sized(peak).items()}, visiting=(0, 0))
+
     counts = {
-        how: {b: plan.Cost(**{k: v * plan.GIB for k, v in sized(peak * b).items()}) for b in (1, 2)}
+        how: {b: cost(peak * b) for b in (1, 2)}
         for how, peak in (("none", 40), ("selective", 10), ("full", 5))
     }
     assert plan.settings(counts, 8, 80, 112)[:4] == ("none", "-", 1, 14)
-    assert plan.settings(counts, 8, 40, 112)[:4] == ("selective", "-", 2, 7)
-    assert plan.settings(counts, 8, 22, 112)[:4] == ("selective", "optimizer", 1, 14)
-    assert plan.settings(counts, 8, 16, 112)[:4] == ("selective", "weights", 1, 14)
-    assert plan.settings(counts, 8, 10, 112)[4] == (16 / 8 + 5 + 2) * plan.GIB
+    assert plan.settings(counts, 8, 41, 112)[:4] == ("selective", "-", 2, 7)
+    assert plan.settings(counts, 8, 23, 112)[:4] == ("selective", "optimizer", 1, 14)
+    assert plan.settings(counts, 8, 17, 112)[:4] == ("selective", "weights", 1, 14)
+    assert plan.settings(counts, 8, 12, 112)[4] == (16 / 8 + 5 + 2) * plan.GIB + plan.CONTEXT
     assert plan.settings(counts, 1, 10, 112) is None
     # 16 ranks, by hand: a ring sends 15/16 of what is gathered, and twice that of what is summed.
     sent = [plan.network_bytes(counts["none"][1], how, 16, 3) / plan.GIB for how in plan.SHARDING]
     assert sent == [15 / 16 * 8, 15 / 16 * 12, 15 / 16 * 3 * (2 * 4 + 4)]
     line = "".join(plan.network_lines(counts["none"][1], plan.settings(counts, 16, 80, 112), 16))
     assert "sends 8.05 GB a step: 0.644, 0.322, 0.161 s at 100" in line
+
+
+def test_the_plan_offloads_frozen_weights_where_nothing_else_fits():
+    """10 frozen GiB, of which 1 stays on the device and 2 are the buffers."""
+    sizes = dict(frozen=10, trainable=1, gradients=1, moments=2, heads=0, backward=0)
+    sizes = {k: v * plan.GIB for k, v in sizes.items()}
+    sizes |= dict(visiting=(9 * plan.GIB, 2 * plan.GIB), gathered_heads=0, gathered_backward=0)
+    counts = {
+        how: {b: plan.Cost(**sizes, activations=0, peak=b * peak * plan.GIB) for b in (1, 2)}
+        for how, peak in (("none", 8), ("full", 4))
+    }
+    assert plan.settings(counts, 1, 24, 8)[:2] == ("full", "-")
+    assert plan.settings(counts, 1, 18, 8, stage=1)[:2] == ("none", plan.OFFLOADED)
+    assert plan.settings(counts, 1, 18, 8, stage=2)[:2] == ("full", plan.OFFLOADED)
+    assert plan.settings(counts, 1, 18, 8)[4] == (1 + 2 + 1 + 1 + 2 + 8) * plan.GIB + plan.CONTEXT
 
 
 def test_the_plan_command_needs_no_weights_and_no_data(capsys):
@@ -234,6 +254,22 @@ def test_half_blocks_compile_without_graph_breaks_and_share_their_graphs():
     torch._dynamo.reset()
 
 
+def test_a_gpu_before_ampere_is_refused_by_name():
+    with pytest.raises(ValueError, match="V100 has compute capability 7.0"):
+        check_gpu("V100", (7, 0))
+    check_gpu("A100", (8, 0))
+
+
+def test_a_head_takes_as_many_frames_at_once_for_one_clip_as_for_many():
+    head = tiny_model(2).depth_head
+    sizes, fuse = [], head.fuse
+    head.fuse = lambda *args: sizes.append(len(args[-1])) or fuse(*args)
+    for clips in (1, 2, 5):
+        maps = [torch.randn(clips, 6, 6, 2 * TINY.geo_dim) for _ in range(4)]
+        assert head(maps, (6, 2, 3)).shape[:2] == (clips, 21)
+    assert max(sizes) == 16 and sizes[:2] == [16, 5] and sizes[-1] <= 15
+
+
 # ---- sampling
 @pytest.mark.parametrize("stage", [1, 2])
 def test_sampling_with_constants_computed_once_equals_the_literal_loop(stage):
@@ -299,6 +335,7 @@ def two_ranks(rank, folder):
         assert sent == []
     steps(wrapped, optimizer, range(2, 3))
     assert sum(sent) == sum(4 * p.numel() for p in model.parameters() if p.requires_grad)
+    gradients_stay_in_the_buckets(rank)
     sharded, wrapped, optimizer = start(True)
     steps(wrapped, optimizer, range(2))
     moments = sum(v.numel() for s in optimizer.optim.state.values() for v in s.values() if v.dim())
@@ -315,6 +352,29 @@ def two_ranks(rank, folder):
     for (name, a), b in zip(model.named_parameters(), sharded.parameters()):
         assert torch.equal(a, b), name
     end_processes()
+
+
+def gradients_stay_in_the_buckets(rank):
+    """Accumulation over three steps: one copy of the gradients, of the values that a plain mean
+    has."""
+    model, alone = tiny_model(2, awake=True), tiny_model(2, awake=True)
+    ddp = wrap(model, Ranks(rank, 2, group=dist.new_group()), False)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    places = [p.grad.data_ptr() for p in trained]
+    held = {p.grad.untyped_storage().data_ptr(): p.grad.untyped_storage() for p in trained}
+    assert sum(s.nbytes() for s in held.values()) == sum(p.nbytes for p in trained)
+    optimizer = train.make_optimizer(model, bench.OPTIONS.replaced(learning_rate=1e-9))
+    for step in range(3):
+        alone.zero_grad()
+        for micro in range(2):
+            with ddp.no_sync() if micro == 0 else nullcontext():
+                loss_of(ddp(**tiny_inputs(seed=2 * micro + rank))).backward()
+            assert places == [p.grad.data_ptr() for p in trained], (step, micro)
+            for other in range(2):
+                (loss_of(alone(**tiny_inputs(seed=2 * micro + other))) / 2).backward()
+        for p, q in zip(trained, (q for q in alone.parameters() if q.requires_grad)):
+            torch.testing.assert_close(p.grad, q.grad, rtol=1e-3, atol=1e-5)
+        take_step(optimizer, torch.zeros(()), in_buckets=True)
 
 
 def test_ranks_send_the_gradient_once_and_sharded_adamw_resumes_to_the_weights_of_the_whole_one(

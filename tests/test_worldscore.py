@@ -2,22 +2,27 @@
 
 import json
 import math
+import pathlib
 
 import numpy as np
 import pytest
-import torch
 
+import sample
 from lib import camera_files
+from lib.files import read_video
 from lib.worldscore import (
     MOVES,
+    WBenchModel,
     all_cameras,
     as_blender,
     as_opencv,
+    from_wbench,
     key_cameras,
     read_list,
     write_instance,
 )
 
+ROOT = pathlib.Path(__file__).parents[1]
 STATIC = dict(
     visual_movement="static",
     visual_style="photorealistic",
@@ -129,8 +134,8 @@ def test_a_chain_starts_each_move_where_the_camera_stands():
 
 def test_the_camera_file_reads_back_as_our_own_cameras(tmp_path):
     (one,) = read_list(listed(tmp_path, STATIC), tmp_path / "runs")
-    video = torch.rand(9, 3, 32, 32) * 2 - 1
-    write_instance(one, video, video[0], speed=0.3, fps=10, seconds=1.5)
+    video = np.random.default_rng(0).integers(0, 255, (9, 32, 32, 3), dtype=np.uint8)
+    write_instance(one, video, video[0], fps=10, seconds=1.5)
     w2c, intrinsics, _ = camera_files.read(
         one.folder / "camera_data.json", "worldscore", (512, 512)
     )
@@ -153,3 +158,60 @@ def test_blender_axes_by_hand():
     """The first c2w looks along PyTorch3D's z with x left, y up: Blender's x and z turn around."""
     np.testing.assert_allclose(as_blender(key_cameras([]))[0], np.diag([-1.0, 1, -1, 1]))
     assert set(MOVES) >= {"push_in", "pull_left", "fixed"}
+
+
+# ------------------------------------------------------------------------------------ the command
+def test_the_command_chains_scenes_and_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
+    """On the miniature, two scenes: the second starts with the last frame of the first."""
+    path = listed(tmp_path, STATIC, dict(STATIC, image="static/images/dining_spaces/2.png"))
+    image = path.parents[1] / STATIC["image"]
+    image.parent.mkdir(parents=True)
+    image.write_bytes((ROOT / "examples/room.jpg").read_bytes())
+    line = f"sample.py --ckpt {ROOT}/tiny/fantasyworld.safetensors --worldscore {path} --frames 5 "
+    line += f"--steps 2 --height 64 --width 64 --device cpu --out {tmp_path / 'runs'}"
+    monkeypatch.setattr("sys.argv", line.split())
+    with pytest.raises(ValueError, match="1 of 2 jobs failed"):  # the second has no image
+        sample.command()
+    assert "2.png" in capsys.readouterr().err
+    one, other = read_list(path, tmp_path / "runs")
+    assert one.finished(5) and not other.finished(5)
+    frames = [read_video(one.folder / "frames" / f"{n:03d}.png", 1)[0][0] for n in range(9)]
+    assert frames[0].shape == (512, 512, 3)
+    steps = [np.abs(a.astype(float) - b).mean() for a, b in zip(frames, frames[1:])]
+    assert 0 < steps[4] < 4 * np.mean(steps)  # no cut where the scenes meet
+    made = (one.folder / "time.txt").stat().st_mtime_ns
+    (path.parents[1] / other.entry["image"]).write_bytes(image.read_bytes())
+    sample.command()
+    assert other.finished(5) and (one.folder / "time.txt").stat().st_mtime_ns == made
+
+
+def test_a_wide_size_is_refused_with_the_reason(tmp_path, monkeypatch):
+    line = f"sample.py --ckpt {ROOT}/tiny/fantasyworld.safetensors --worldscore x.json --height 64"
+    monkeypatch.setattr("sys.argv", [*line.split(), "--width", "96"])
+    with pytest.raises(ValueError, match="64 x 96 pixels: its camera metrics"):
+        sample.command()
+
+
+# ----------------------------------------------------------------------------------------- WBench
+def test_wbench_commands_a_camera_for_every_latent():
+    """A walk of one unit a latent: frames between stand a quarter apart; the wide picture's focal
+    length counts for the cropped height."""
+    c2w = np.tile(np.eye(4), (3, 1, 1))
+    c2w[:, 2, 3] = [5, 6, 7]
+    K = [[1080.0, 0, 960], [0, 1080, 540], [0, 0, 1]]
+    poses = {str(n): dict(extrinsic=m.tolist(), K=K) for n, m in enumerate(c2w)}
+    w2c, k = from_wbench(poses, 9, (64, 64))
+    np.testing.assert_allclose(-w2c[0, :, 2, 3], np.arange(9) / 4, atol=1e-6)
+    np.testing.assert_allclose(k[0, 4], [[64, 0, 32], [0, 64, 32], [0, 0, 1]], atol=1e-4)
+    with pytest.raises(ValueError, match="poses of 3 latents for 13 frames"):
+        from_wbench(poses, 13, (64, 64))
+    seen = []
+
+    def scene(image, prompt, w2c, K):
+        seen.append((prompt, w2c.shape[1]))
+        return np.zeros((w2c.shape[1], 64, 64, 3), np.uint8), None
+
+    model = WBenchModel(scene, (64, 64), "a street")
+    assert len(model.generate_with_poses(None, poses, 8)) == 8 and seen == [("a street", 9)]
+    with pytest.raises(ValueError, match="gives 9 at most"):
+        model.generate_with_poses(None, poses, 10)

@@ -142,6 +142,21 @@ def write_wan_folder(folder, size="tiny", in_dim=32, clip=True, camera=True, pre
     return folder
 
 
+def write_pair_folder(folder, size="i2v", encoders="."):
+    """A Wan2.2 pair: two experts of different weights (high in one file), encoders beside them or
+    where else they should lie; returns the folder."""
+    folder, dit = pathlib.Path(folder), SIZES[size]["dit"]
+    write_wan_folder(folder / "low_noise_model", size, in_dim=36, clip=False, camera=True)
+    (folder / "high_noise_model").mkdir()
+    shapes = keys.dit(**dit, in_dim=36, clip=False, camera=True)
+    high = random_tensors(shapes, SIZES[size]["dtype"], 7)
+    save_file(high, folder / "high_noise_model" / "diffusion_pytorch_model.safetensors")
+    (folder / encoders).mkdir(parents=True, exist_ok=True)
+    for name in ("Wan2.1_VAE.pth", "models_t5_umt5-xxl-enc-bf16.pth", "google"):
+        (folder / "low_noise_model" / name).rename(folder / encoders / name)
+    return folder
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder")
