@@ -20,6 +20,7 @@ from functools import partial
 import config
 import sample
 from config import option, section
+from encoders import WanFolder
 from lib.camera_files import FORMATS
 from lib.camera_paths import TRAVEL, TURN_AXIS, ZOOM
 from lib.export import EXPORTS, export_names
@@ -27,7 +28,7 @@ from lib.files import STILLS
 from lib.guards import one_line, run_command
 from lib.jobs import plan_jobs, start_images
 from lib.pictures import COMMANDED, as_pixels, top_view
-from lib.webpage import Job, alarm, figure, show_world
+from lib.webpage import Job, Stopped, alarm, figure, show_world
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
 try:
@@ -46,7 +47,7 @@ upload = option(100, "MB that a file may have", low=1)
 
 ROOT = pathlib.Path(__file__).resolve().parent
 EXAMPLES = sorted(map(str, ROOT.glob("examples/room*.jpg")))
-SEVERAL = ("num_samples", "jobs")  # options of sample.py for more than one world
+SEVERAL = ("num_samples", "jobs", "worldscore")  # options of sample.py for more than one world
 KINDS = ("named move", "key frames", "camera file")
 MOVES = [*TRAVEL, *TURN_AXIS, *ZOOM, "spiral"]
 COLUMNS = ["time", "x", "y", "z", "to x", "to y", "to z"]
@@ -84,7 +85,7 @@ class Studio:
         sample.check_base(self.settled)
         self.worlds = pathlib.Path(options.out).resolve() / "worlds"
         self.worlds.mkdir(parents=True, exist_ok=True)
-        self.model = None
+        self.model = self.job = None
         self.one = ThreadPoolExecutor(1)  # a job that was stopped ends its step before the next
 
     def read(self, form, folder):
@@ -98,9 +99,10 @@ class Studio:
             form["camera"] = key_frames(keys)
         elif kind == "camera file":
             form["camera"] = placed(files, folder / "camera")
-        if "image" in form:
-            form["image"] = placed([form["image"]], folder / "start")
+        for key in {"image", "end_image"} & set(form):
+            form[key] = placed([form[key]], folder / key)
         form["export"] = ",".join(form.get("export", ()))
+        form["scene_scale"] = f"{form.get('scene_scale', 1):.9g}"
         # What stands there as at first is left to the checkpoint.
         values = {k: v for k, v in form.items() if v != getattr(self.settled, k)}
         elsewhere = ("out", "preview_every", *SEVERAL)
@@ -137,7 +139,7 @@ class Studio:
         gradio closes this generator when Stop is pressed or the page is closed."""
         # Its name sorts by time, and nobody guesses it.
         job = Job(self.worlds / f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(4)}")
-        made = self.one.submit(self.make, form, job)
+        made, self.job = self.one.submit(self.make, form, job), job
         try:
             while not made.done():
                 yield job.show(), gr.skip()
@@ -146,6 +148,8 @@ class Studio:
             job.stop.set()
         try:
             yield '<p role="status">Done: the world is below.</p>', made.result()
+        except Stopped:
+            yield alarm("Stopped."), gr.skip()
         except Exception as error:
             yield alarm(one_line(error, ADVICE).replace(f"{job.folder}{os.sep}", "")), gr.skip()
 
@@ -159,9 +163,10 @@ class Studio:
                 options, (w2c, _) = sample.prepared(options, self.meta)
                 path = top_view([(w2c[0].double().numpy(), COMMANDED)], (240, 400))
                 shown += figure(path, "camera path from above, scene units", folder)
-                if options.image:
-                    image = as_pixels(sample.images_of(options, self.meta)[0])[0]
-                    shown += figure(image, "start image as the model sees it", folder)
+                if options.image or options.end_image:
+                    images = as_pixels(sample.images_of(options, self.meta)[0])
+                    for image, word in zip(images, ("start", "end")):
+                        shown += figure(image, f"{word} image as the model sees it", folder)
             except Exception as error:
                 shown += alarm(one_line(error, ADVICE).replace(f"{place}{os.sep}", ""))
         return f'<div class="side">{shown}</div>'
@@ -178,8 +183,10 @@ def form_of(settled):
             name = f"Example {pathlib.Path(file).stem}"
             button = gr.Button(name, icon=file, size="sm", min_width=90)
             button.click(partial(str, file), None, image, show_progress="hidden")
+    ends = WanFolder(settled.wan_dir, "cpu").start_pad is not None  # 36 inputs
+    end = gr.File(label="End image", file_types=list(STILLS), visible=ends)
     prompt = gr.Textbox(settled.prompt, label="Prompt", lines=2, max_length=2000)
-    form = camera_form(settled) | dict(image=image, prompt=prompt)
+    form = camera_form(settled) | dict(image=image, end_image=end, prompt=prompt)
     with gr.Row():
         for key in ("frames", "height", "width", "steps", "seed"):
             form[key] = number(getattr(settled, key), label=key.title(), precision=0)
@@ -208,7 +215,8 @@ def camera_form(settled):
         label = "Its format, where it does not show"
         form["camera_format"] = gr.Dropdown(["", *FORMATS], value="", label=label)
         # No text: it could name a file of this machine.
-        form["scene_scale"] = gr.Number(None, label="Its units per scene unit", placeholder="1")
+        scale = float(settled.scene_scale)
+        form["scene_scale"] = gr.Number(scale, label="Its units per scene unit")
     form["fov"] = gr.Number(settled.fov, label="Field of view where the camera has none, degrees")
 
     def show(kind):
@@ -267,6 +275,8 @@ def command():
         ssr_mode=False,
         _frontend=False,  # no visit of its own first: it gives up after 3 s, on a busy machine too
     )
+    if studio.job:  # Ctrl-C came in the middle of it
+        studio.job.stop.set()
 
 
 if __name__ == "__main__":

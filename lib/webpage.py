@@ -37,8 +37,10 @@ def show_world(folder, names, command):
         file = folder / EXPORTS.get(name, (name,))[0]
         if file.is_dir():
             file = Path(shutil.make_archive(file, "zip", file))
-        size = file.stat().st_size / 1e6
-        files.append(f'<li><a download href="{address(file)}">{file.name}</a> ({size:.2f} MB)</li>')
+        size = file.stat().st_size / 1e3
+        files.append(
+            f'<li><a download href="{address(file)}">{file.name}</a> ({size:,.0f} kB)</li>'
+        )
         if file.suffix == ".mp4":
             how = f'controls loop muted aria-label="{name}"'
             videos.append(f'<video {how} src="{address(file)}"></video>')

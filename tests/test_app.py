@@ -112,7 +112,7 @@ def press(page, key, code):
 
 def choose(page, file):
     """Choose a file as the start image, in place of the one that is there."""
-    remove = "document.querySelector('button[aria-label=\"Remove this file\"]')?.click()"
+    remove = "document.querySelector('button[aria-label=Clear]')?.click()"
     page.run(remove)
     wait(page, "document.querySelector('input[type=file]')")
     found = page.call("Runtime.evaluate", expression="document.querySelector('input[type=file]')")
@@ -212,6 +212,11 @@ def test_stop_ends_a_job_within_a_step_and_a_fault_is_the_line_of_the_command(ap
         deadline = time.monotonic() + 5
         while len(list((out / "worlds").iterdir())) == before:  # what was not whole leaves
             assert time.monotonic() < deadline
+        label = "[...document.querySelectorAll('label')].find(x => x.innerText == '%s').click()"
+        page.run(label % "camera file")
+        wait(page, f"{NOTES}.includes('camera: missing or of no known format')")
+        page.run(label % "named move")
+        wait(page, "document.querySelectorAll('figure img').length == 1")
         fill(page, "Steps", 2)
         fill(page, "Prompt", "kept")
         fill(page, "Frames", 6)
