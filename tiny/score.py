@@ -21,18 +21,13 @@ from encoders import MINIATURE, WanFolder, encode_start  # noqa: E402
 from geometry import decode_pose, normalize_scene, unproject  # noqa: E402
 from lib.camera_files import size_of  # noqa: E402
 from lib.evaluate import How, geometry_row, mean_rows, output_at  # noqa: E402
-from lib.metrics import depth_metrics  # noqa: E402
+from lib.metrics import depth_metrics, psnr  # noqa: E402
 from lib.rooms import render_clip  # noqa: E402
 from lib.weights import open_checkpoint, open_model  # noqa: E402
 from model import PRESETS  # noqa: E402
 
 FRAMES = 9
 HOW = How(torch.device("cpu"), torch.no_grad(), 1, sample.READOUT_SIGMA)
-
-
-def psnr(video, truth):
-    """dB, of (..., H, W) in [-1, 1]."""
-    return -10 * torch.log10((video.clamp(-1, 1) - truth).square().mean() / 4).item()
 
 
 def open_room(seed, size, encoders, model):
