@@ -20,14 +20,14 @@ METHOD = dict(
     sample=560,
     bench=400,
 )
-LIB = 5_900 + 2_700  # all of lib/ together; see WHOLE
+LIB = 5_900 + 2_870  # all of lib/ together; see WHOLE
 LIB_FILE = 480
-# The design's 11,500 is exceeded by 2,740.  It had not counted 15 layouts to import (layouts,
+# The design's 11,500 is exceeded by 2,920.  It had not counted 15 layouts to import (layouts,
 # recordings, importers, lens: 980), 27 mistakes that the doctor names instead of 12 (suspects: 160
 # more), the readers of lib/native.py (180), pictures of the ground truth (look: 130), Muon (115),
 # EXR, PFM and PGM (200), mixes of datasets (100), lists of samples and their ranks (230),
-# several machines (50).
-WHOLE = 11_500 + 2_740
+# several machines (50), strangers' checkpoints and decoded sizes (180).
+WHOLE = 11_500 + 2_920
 LONGER = {"train.main": 150}  # functions that may be longer than 60 lines: the recipe
 PROGRAM = sorted([*ROOT.glob("*.py"), *ROOT.glob("lib/*.py"), *ROOT.glob("config/*.py")])
 
