@@ -8,10 +8,12 @@ import time
 import zipfile
 
 import imageio_ffmpeg
+import mutant_kinds
+import mutants
 import numpy as np
 import pytest
 import torch
-from mutants import write_checkpoint
+from mutant_kinds import write_checkpoint
 from safetensors.torch import save_file
 from small import tiny_model
 from test_foreign import vggt
@@ -171,3 +173,10 @@ def test_an_index_of_shards_and_an_encoder_that_do_not_fit_are_named(tmp_path, t
     save_file({"a": torch.zeros(2)}, folder / "Wan2.1_VAE.safetensors")
     with pytest.raises(ValueError, match="Wan2.1_VAE.safetensors: "):
         WanFolder(str(folder), "cpu").load_vae()
+
+
+def test_changed_lists_and_configs_end_in_one_line(tmp_path):
+    """A few of the 1,600 mutants of docs/survival.md, in processes of their own."""
+    table = mutants.campaign(tmp_path, 2, 5, "^(jobs|config)", [mutant_kinds.text_files])
+    total = sum(table.values(), mutants.Counter())
+    assert total.total() == 4 and not any(total[c] for c in mutants.COLUMNS[3:])
