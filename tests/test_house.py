@@ -30,8 +30,8 @@ LIB_FILE = 480
 # EXR, PFM and PGM (200), mixes of datasets (100), lists of samples and their ranks (230), several
 # machines (50), the release on Wan2.2 (490: experts, lora, its part of released, end images),
 # sampled worlds (sampled, align, worldscore: 500), the page in the browser (app, webpage: 375),
-# offloading that overlaps (190), gradients in DDP's buckets (60), strangers' checkpoints and decoded
-# sizes (180).
+# offloading that overlaps (190), gradients in DDP's buckets (60), strangers' checkpoints and
+# decoded sizes (180).
 WHOLE = 11_500 + 4_800
 LONGER = {"train.main": 150}  # functions that may be longer than 60 lines: the recipe
 PROGRAM = sorted([*ROOT.glob("*.py"), *ROOT.glob("lib/*.py"), *ROOT.glob("config/*.py")])
