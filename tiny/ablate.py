@@ -77,7 +77,8 @@ class Run:
         found = json.loads((out / "eval.json").read_text())
         rows = {k.split(", ", 1)[-1]: row for k, row in found.items()}
         with lock:
-            told = dict(variant=self.name, seed=self.seed, steps=STEPS, batch=BATCH, rows=rows)
+            told = dict(variant=self.name, seed=self.seed, steps=STEPS, batch=BATCH, rooms=rooms)
+            told["rows"] = rows
             ROWS.write_text(json.dumps([*read_rows(), told], indent=0))
         print("scored", self.name, "seed", self.seed, flush=True)
 
@@ -99,12 +100,12 @@ def call(out, stage, switches, **options):
         subprocess.run(command, check=True, cwd=ROOT, env=env, stdout=log, stderr=log)
 
 
-def render(work, rooms):
+def render(work):
     """Training rooms as caches, held-out rooms with their videos."""
     size = ["--height", "96", "--width", "160", "--num_frames", "9"]
     for folder, num, val, seed, more in (
         ("rooms", 600, 0, 120_000_000, ["--cache_only", "True"]),
-        ("val", 16, rooms, 130_000_000, []),
+        ("val", 16, 32, 130_000_000, []),
     ):
         counts = ["--num", str(num), "--val", str(val), "--seed", str(seed), "--variety", "simple"]
         command = ["data.py", "synth", str(work / folder), *size, *counts, *more]
@@ -132,7 +133,7 @@ def main():
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--only", default=",".join(VARIANTS), help="variants, with commas")
     parser.add_argument("--jobs", type=int, default=2, help="trainings side by side")
-    parser.add_argument("--rooms", type=int, default=32, help="held-out rooms that are scored")
+    parser.add_argument("--rooms", type=int, default=12, help="held-out rooms that are scored")
     parser.add_argument("--work", type=Path, default=ROOT / "data/ablations")
     parser.add_argument("--train_only", action="store_true")
     parser.add_argument("--table", action="store_true", help="print docs/ablations.json and stop")
@@ -140,7 +141,7 @@ def main():
     if how.table:
         return table(read_rows())
     work = how.work.resolve()
-    render(work, how.rooms)
+    render(work)
     runs = [
         Run(work, name, seed)
         for seed in map(int, how.seeds.split(","))
