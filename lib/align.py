@@ -15,6 +15,7 @@ from lib.camera_paths import exp_se3
 HUBER = 0.1  # of colours in [-1, 1]: larger differences weigh as outliers
 LEVELS = (4, 2, 1)  # pixels that are averaged along a side
 STEPS = 15  # of a level
+OUTSIDE = HUBER * (0.5 - HUBER / 2)  # loss of a pixel that leaves the picture: as if 0.5 off
 
 
 def with_slopes(pictures):
@@ -49,22 +50,23 @@ def look(maps, points, K, pose):
     return colour, slopes, inside
 
 
-def cost_of(colour, first, count):
-    """Huber's loss (N,), mean over the pixels that count (N, P), and the weights (N, P, 3)."""
-    gap = colour - first
+def cost_of(colour, first, inside, counts):
+    """Huber's loss (N,), mean over the pixels that count (N, P), weights (N, P, 3) and differences.
+
+    A pixel that leaves the picture costs too: else the best pose would be one that sees little."""
+    gap, seen = colour - first, inside & counts
     size = gap.abs()
-    weight = (HUBER / size.clamp(min=HUBER)) * count[..., None]
-    loss = torch.where(size < HUBER, gap.square() / 2, HUBER * (size - HUBER / 2))
-    share = count.double().mean(1)
-    mean = (loss.mean(-1) * count).sum(1) / count.sum(1).clamp(min=1)
-    return torch.where(share > 0.02, mean, torch.inf), weight, gap
+    weight = (HUBER / size.clamp(min=HUBER)) * seen[..., None]
+    loss = torch.where(size < HUBER, gap.square() / 2, HUBER * (size - HUBER / 2)).mean(-1)
+    loss = torch.where(seen, loss, OUTSIDE) * counts
+    return loss.sum(1) / counts.sum(1).clamp(min=1), weight, gap
 
 
 def refine(pose, maps, first, points, K, counts):
     """The best poses (N, 3, 4) near given ones at one level, and their losses (N,)."""
     damping = pose.new_full((len(pose),), 1e-3)
     colour, slopes, inside = look(maps, points, K, pose)
-    loss, weight, gap = cost_of(colour, first, inside & counts)
+    loss, weight, gap = cost_of(colour, first, inside, counts)
     for _ in range(STEPS):
         slopes = slopes.flatten(1, 2)  # (N, 3P, 6)
         weighted = slopes * weight.flatten(1)[..., None]
@@ -73,7 +75,7 @@ def refine(pose, maps, first, points, K, counts):
         twist = -torch.linalg.solve(square + damping[:, None, None] * own, down)[..., 0]
         there = compose(exp_se3(twist), pose)
         found = look(maps, points, K, there)
-        then, weight_then, gap_then = cost_of(found[0], first, found[2] & counts)
+        then, weight_then, gap_then = cost_of(found[0], first, found[2], counts)
         better = then < loss
         damping = torch.where(better, damping / 4, damping * 8).clamp(1e-6, 1e6)
         pick = better[:, None, None]
