@@ -67,6 +67,9 @@ except ImportError:  # torch 2.4 has it under another name
     )
 
 
+EXCHANGES = ("both", "to_geometry", "to_video", "none")
+
+
 @dataclass(frozen=True)
 class Config(VideoSizes):
     """Sizes of both branches; those of the video branch are fields of VideoSizes."""
@@ -642,7 +645,7 @@ def check_config(cfg):
     if max(cfg.taps) >= cfg.geo_layers:
         last = cfg.geo_layers - 1
         raise ValueError(f"taps {cfg.taps}: this model has geometry layers 0 .. {last}")
-    if cfg.exchange not in ("both", "to_geometry", "to_video", "none"):
+    if cfg.exchange not in EXCHANGES:
         wanted = "wanted both, to_geometry, to_video or none"
         raise ValueError(f"exchange = {cfg.exchange!r}; {wanted}")
 

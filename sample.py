@@ -358,7 +358,7 @@ class ClipSampler:
         return self.decode(latents), {k: v.float() for k, v in out.items() if v is not None}
 
     def decode(self, latents):
-        return self.vae.decode(latents.float())[0].float()
+        return decode_video(self.vae, latents).to(latents.device)
 
 
 def clip_sampler(own, wan_dir, device, autocast):
@@ -393,15 +393,18 @@ def images_of(options, meta):
     return torch.cat([load_image(name, *size, **how) for name in names], 2)
 
 
+def encoders_of(options):
+    return WanFolder(options.wan_dir, "cpu" if options.low_memory else options.device)
+
+
 def load(options, meta, jobs, images, pair=None, *, model=None, bar=bar):
     """Encode the prompts and images of the jobs, then load the model, if it is not at hand."""
     device, quirks = torch.device(options.device), quirks_of(options, meta)
-    encoders = WanFolder(options.wan_dir, "cpu" if options.low_memory else device)
     words = [(job.options.prompt, job.options.negative_prompt) for job in jobs]
     prompts = list(dict.fromkeys(sum(words, ())))  # each once
     how = dict(frames=options.frames, tiles="tiles" in quirks)
     show = partial(bar, "text", unit="prompt")
-    texts, starts, vae = conditions(encoders, prompts, images, **how, progress=show)
+    texts, starts, vae = conditions(encoders_of(options), prompts, images, **how, progress=show)
     half = options.dtype == "bf16" or options.dtype == "auto" and device.type == "cuda"
     for _ in bar("load", (options.ckpt,), "model") if model is None else ():
         model = open_models(options, quirks, device, torch.bfloat16 if half else None)
@@ -588,12 +591,13 @@ def scene_sampler(options, meta, prompts):
     options   of `settled`"""
     jobs = [Job(options.replaced(prompt=words), None, None, {}) for words in prompts]
     resources = load(options, meta, jobs, {})  # all words at once, then their encoder is freed
-    encoders = WanFolder(options.wan_dir, options.device)
+    encoders = encoders_of(options)
     look = encoders.load_image() if encoders.load_image else None
+    coder = Tiles(resources.vae) if "tiles" in quirks_of(options, meta) else resources.vae
 
     def scene(image, prompt, w2c, K):
         video = torch.from_numpy(image).movedim(-1, 0)[None, :, None] / 127.5 - 1  # (1, 3, 1, H, W)
-        start = encode_start(resources.vae, video, w2c.shape[1], encoders.start_pad)
+        start = encode_start(coder, video, w2c.shape[1], encoders.start_pad)
         # The one start image that is in memory: a scene of a chain is known when it is reached.
         resources.starts["scene", ""] = start, look(video[:, :, 0]) if look else None
         changed = dict(prompt=prompt, image="scene", end_image="", frames=w2c.shape[1])
@@ -608,10 +612,12 @@ def make_worlds(options, meta):
     """--worldscore: the worlds of a list that are not whole yet, shared among the ranks."""
     side = worldscore_folders.square_side(options, read_train_config(meta, options.ckpt))
     options = settled(options.replaced(height=side, width=side), meta)
-    check_base(options)
-    ranks = join_ranks(options)
-    listed = worldscore_folders.read_list(options.worldscore, options.out)
+    ranks, listed = join_ranks(options), []
+    if ranks.rank == 0:  # once, so that all share the same list; before anything slow
+        check_base(options)
+        listed = worldscore_folders.read_list(options.worldscore, options.out)
     left = [one for one in listed if not one.finished(options.frames)]  # the rest is kept
+    left, there = from_first((left, len(listed) - len(left)))
     mine, failed = left[ranks.rank :: ranks.world], []
     prompts = [words for one in mine for words in one.prompts]
     if ranks.world > 1:
@@ -625,7 +631,7 @@ def make_worlds(options, meta):
     for n, one in enumerate(mine, 1):
         print(f"{n} of {len(mine)}: {one.folder}", flush=True)
         attempt(partial(work, one), one.folder, failed)
-    finish(Plan(left, len(listed) - len(left), []), failed, ranks)
+    finish(Plan(left, there, []), failed, ranks)
 
 
 def main(options):

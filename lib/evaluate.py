@@ -149,7 +149,7 @@ def sample_clip(model, b, truth, how):
     """Sample a clip -> its row with geometry, the video as uint8 frames, the output, None in
     stage 0."""
     row, video, out = sampled.sampled_row(model, b, truth, how.draw)
-    video = ((video.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 3, 0).cpu().numpy()
+    video = pictures.as_pixels(video.cpu())
     if "depth" not in out:
         return row, video, None
     w2c, _ = decode_pose(out["pose_enc"][-1], b["depth"].shape[-2:])

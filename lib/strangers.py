@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 import torch
 
-from model import Config
+from model import EXCHANGES, Config
 from wan import LATENT
 
 MOST = 2**17  # of a width or a count; no model of the field comes near
@@ -15,7 +15,6 @@ MOST_PIXELS = 2**29  # of a video that a checkpoint asks for: 81 frames of 720p 
 LAYERS = ("num_layers", "num_pcb", "bridge_layers", "camera_layers", "camera_iterations")
 HEADS = (("geo_dim", "geo_heads"), ("irg_dim", "irg_heads"), ("camera_dim", "camera_heads"))
 NONE_ALLOWED = ("num_pcb", "bridge_layers", "adapter_sizes", "ray_sizes", "taps")
-EXCHANGES = ("both", "to_geometry", "to_video", "none")
 
 
 @contextmanager

@@ -182,10 +182,8 @@ def make(instance, image, scene, *, frames, fps):
              depth (T, H, H) in the unit of the scene's own first frame"""
     began, cameras = time.time(), as_opencv(all_cameras(key_cameras(instance.moves, SPEED), frames))
     side = len(image)
-    focal = FOCAL / SIDE * side
-    K = torch.tensor([[focal, 0, side / 2], [0, focal, side / 2], [0, 0, 1]]).expand(
-        1, frames, 3, 3
-    )
+    lens = pixel_matrix([[FOCAL / SIDE, FOCAL / SIDE, 0.5, 0.5]], (side, side))
+    K = torch.from_numpy(lens).float()[None].expand(1, frames, 3, 3)
     shown, unit = [image[None]], 1.0  # of this scene, in units of the first one
     for n, prompt in enumerate(instance.prompts):
         part = torch.from_numpy(cameras[n * (frames - 1) :][:frames])[None]

@@ -93,7 +93,8 @@ FIELD = (
 
 
 def ready(page):
-    """Wait until the form is there and the camera path is drawn."""
+    """Wait until the form is there and the camera path is drawn; files can be chosen then."""
+    page.call("DOM.enable")
     wait(page, BUTTON % "Make" + " && document.querySelectorAll('figure img').length")
 
 
@@ -136,7 +137,6 @@ def pixels(page, path, box):
 def test_a_world_is_made_turned_and_downloaded_and_its_command_makes_it_again(app, tmp_path):
     address, out, log = app
     with opened(address, 1280, 1000) as page:
-        page.call("DOM.enable")
         ready(page)
         choose(page, ROOT / "examples" / "room.jpg")
         wait(page, "document.querySelectorAll('figure img').length == 2")  # image and path
@@ -201,7 +201,6 @@ def same_again(command, folder, out):
 def test_stop_ends_a_job_within_a_step_and_a_fault_is_the_line_of_the_command(app, tmp_path):
     address, out, _ = app
     with opened(address, 1280, 1000) as page:
-        page.call("DOM.enable")
         ready(page)
         fill(page, "Steps", 900)
         page.run(BUTTON % "Make" + ".click()")

@@ -18,7 +18,7 @@ from released_keys import (
     release_tensors,
     wan_shapes,
 )
-from test_released import inputs_of, run
+from test_released import inputs_of, run, run_alone_and_together
 from wan_folder import random_tensors
 
 import released
@@ -165,12 +165,7 @@ def test_the_outputs_of_a_synthesised_expert_stay_what_they_were_at_parity():
 def test_a_batch_of_two_equals_two_batches_of_one_and_no_camera_equals_a_hidden_one():
     model = FantasyWorld.from_released(release_tensors(expert(TINY)))
     inputs = {k: v for k, v in inputs_of(TINY, batch=2).items() if k != "clip"}
-    both = run(model, **inputs)
-    for i in range(2):
-        one = run(model, **{k: v[i : i + 1] for k, v in inputs.items()})
-        for k in both:
-            batch = 1 if k == "pose_enc" else 0
-            torch.testing.assert_close(both[k].narrow(batch, i, 1), one[k], rtol=1e-5, atol=1e-5)
+    both = run_alone_and_together(model, inputs)
     hidden = run(model, **inputs, keep=torch.zeros(2))
     none = run(model, **dict(inputs, plucker=None))
     assert all(torch.equal(hidden[k], none[k]) for k in none)

@@ -192,14 +192,19 @@ def test_other_depths_and_widths_load_whole_or_over_a_base(sizes, heads):
         )
 
 
-def test_a_batch_of_two_equals_two_batches_of_one(tiny):
-    model, inputs = FantasyWorld.from_released(tiny), inputs_of(TINY, batch=2)
+def run_alone_and_together(model, inputs):
+    """A batch of two equals two batches of one -> its output."""
     both = run(model, **inputs)
     for i in range(2):
         one = run(model, **{k: v[i : i + 1] for k, v in inputs.items()})
         for k in both:
             batch = 1 if k == "pose_enc" else 0
             torch.testing.assert_close(both[k].narrow(batch, i, 1), one[k], rtol=1e-5, atol=1e-5)
+    return both
+
+
+def test_a_batch_of_two_equals_two_batches_of_one(tiny):
+    run_alone_and_together(FantasyWorld.from_released(tiny), inputs_of(TINY, batch=2))
 
 
 # ---- the camera module and the quirks
