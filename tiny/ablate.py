@@ -133,7 +133,7 @@ def main():
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--only", default=",".join(VARIANTS), help="variants, with commas")
     parser.add_argument("--jobs", type=int, default=2, help="trainings side by side")
-    parser.add_argument("--rooms", type=int, default=12, help="held-out rooms that are scored")
+    parser.add_argument("--rooms", type=int, default=8, help="held-out rooms that are scored")
     parser.add_argument("--work", type=Path, default=ROOT / "data/ablations")
     parser.add_argument("--train_only", action="store_true")
     parser.add_argument("--table", action="store_true", help="print docs/ablations.json and stop")
