@@ -14,7 +14,7 @@ from functools import partial
 import torch
 import torch.distributed as dist
 
-from lib.distributed import DTensor, copy_into, gather_full, gathered
+from lib.distributed import copy_into, gather_full, gathered, is_spread
 from lib.files import write_aside
 from lib.guards import printable
 from lib.strangers import config_from_metadata, naming
@@ -38,7 +38,7 @@ def training_state(model, optimizer):
     names = {p: n for n, p in model.named_parameters()}
 
     def gather(tensor):
-        if not isinstance(tensor, DTensor):
+        if not is_spread(tensor):
             return tensor
         tensor = gather_full(tensor)
         return tensor.cpu() if first else None

@@ -8,6 +8,7 @@ same files as without.
 Sources: Rajbhandari et al. 2020 (ZeRO stage 3); torch.distributed.fsdp.fully_shard."""
 
 import os
+import sys
 import time
 import uuid
 from dataclasses import dataclass
@@ -17,11 +18,6 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
-
-try:
-    from torch.distributed.tensor import DTensor, distribute_tensor
-except ImportError:  # before torch 2.5: nothing is ever spread there
-    DTensor = ()
 
 
 # -------------------------------------------------------------------------------- process groups
@@ -192,35 +188,44 @@ def shard(model, ranks):
     fully_shard(model, mesh=mesh, ignored_params=done)
 
 
+def is_spread(tensor):
+    """Whether a tensor is a DTensor; importing that takes half a second, so where no weights are
+    sharded nobody does."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
 def gather_full(tensor):
     """A tensor that may be spread over the ranks, gathered; to be called on all of them."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor() if is_spread(tensor) else tensor
 
 
 def own_part(tensor):
     """What this rank stores of a tensor: all of it, or its share."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor.to_local() if is_spread(tensor) else tensor
 
 
 def gather_like(part, p):
     """The whole of what is spread as the parameter p is, from this rank's part."""
-    if not isinstance(p, DTensor):
+    if not is_spread(p):
         return part
     where = (p.device_mesh, p.placements)
-    return DTensor.from_local(part, *where, shape=p.shape, stride=p.stride()).full_tensor()
+    return type(p).from_local(part, *where, shape=p.shape, stride=p.stride()).full_tensor()
 
 
 def part_like(whole, p):
     """This rank's part of a tensor that all ranks have, as p is spread; sends nothing."""
-    if not isinstance(p, DTensor):
+    if not is_spread(p):
         return whole
-    return DTensor.from_local(whole, p.device_mesh).redistribute(placements=p.placements).to_local()
+    return type(p).from_local(whole, p.device_mesh).redistribute(placements=p.placements).to_local()
 
 
 @torch.no_grad()
 def copy_into(target, value):
     """Copy a whole value, the same on every rank, into a tensor that may be spread over them."""
-    if isinstance(target, DTensor):
+    if is_spread(target):
+        from torch.distributed.tensor import distribute_tensor
+
         value = value.to(target.device, target.dtype)
         value = distribute_tensor(value, target.device_mesh, target.placements)
     target.copy_(value)

@@ -142,18 +142,18 @@ def depth_undone(views):
     yield "inverse depth", "", replace(views, depth=inverse)
 
 
-def search(cost, centre, width, counts):
-    """The x with the least cost(x): a scan around centre +- width, then finer ones."""
+def search(costs, centre, width, counts):
+    """The x with the least of costs(x (n,)): a scan around centre +- width, then finer ones."""
     for count in counts:
-        xs = torch.linspace(centre - width, centre + width, count).tolist()
-        values = [cost(x) for x in xs]
+        xs = torch.linspace(centre - width, centre + width, count, dtype=torch.float64)
+        values, xs = costs(xs), xs.tolist()
         centre, width = xs[int(np.argmin(values))], 1.5 * 2 * width / count
     return centre, min(values)
 
 
 def mean_log(errors):
-    """Of pairs' errors; pairs that say nothing count as 1."""
-    return (errors.nan_to_num(1.0) + NOISE[1]).log().mean().item()
+    """Of pairs' errors (..., P), as numbers; pairs that say nothing count as 1."""
+    return (errors.nan_to_num(1.0) + NOISE[1]).log().mean(-1).tolist()
 
 
 def best_scale(views, w2c, width=8.0, counts=(161, 13, 13, 13), count=400):
@@ -161,10 +161,10 @@ def best_scale(views, w2c, width=8.0, counts=(161, 13, 13, 13), count=400):
     cost."""
     g = gather(views, count)
 
-    def cost(x):
-        return mean_log(per_pair(disagreement(g, scaled(w2c, math.exp(x)))))
+    def costs(x):
+        return mean_log(per_pair(disagreement(g, scaled(w2c, x.exp()[:, None, None, None]))))
 
-    x, value = search(cost, 0.0, width, counts)
+    x, value = search(costs, 0.0, width, counts)
     return math.exp(x), value
 
 
@@ -177,12 +177,12 @@ def with_focal(views, k):
 
 def best_focal(views):
     """Factor on fx and fy that makes the views agree best, 1/4 to 4."""
+    g = gather(views, 400)
 
-    def cost(x):
-        g = gather(with_focal(views, math.exp(x)), 400)
-        return mean_log(per_pair(disagreement(g, views.w2c)))
+    def costs(x):
+        return mean_log(per_pair(disagreement(g, views.w2c, x.exp())))
 
-    return math.exp(search(cost, 0.0, math.log(4), (29, 9, 9))[0])
+    return math.exp(search(costs, 0.0, math.log(4), (29, 9, 9))[0])
 
 
 def less(views, b, inverse):
@@ -192,24 +192,27 @@ def less(views, b, inverse):
     return replace(views, depth=torch.where(d > 0, 1 / d.clamp(min=1e-9), 0) if inverse else d)
 
 
-def dilution(views, b):
-    """By how much d - b is larger than d: far depth agrees better, right or wrong."""
-    d = views.depth[valid_depth(views.depth)].median().item()
+def dilution(d, b):
+    """By how much d - b is larger than the typical depth d: far depth agrees better, right or
+    wrong."""
     return max(1.0, (d - b) / d)
 
 
 def best_shift(views, inverse):
-    """b of `less` and the translations' scale that goes with it."""
+    """b of `less`, the translations' scale that goes with it, and the dilution."""
     d = views.depth[valid_depth(views.depth)]
-    low, high = d.quantile(0.02).item(), d.quantile(0.98).item()
+    low, high, middle = (d.quantile(q).item() for q in (0.02, 0.98, 0.5))
     # The nearest pixel may be anywhere between the camera and far from it.
     first, last = low - 2 * (high - low), 0.95 * low
 
     def cost(b):
-        return best_scale_near(less(views, b, inverse))[1] + math.log(dilution(views, b))
+        return best_scale_near(less(views, b, inverse))[1] + math.log(dilution(middle, b))
 
-    b, _ = search(cost, (first + last) / 2, (last - first) / 2, (17, 9, 9, 7))
-    return b, best_scale_near(less(views, b, inverse))[0]
+    def costs(bs):
+        return [cost(b) for b in bs.tolist()]
+
+    b, _ = search(costs, (first + last) / 2, (last - first) / 2, (17, 9, 9, 7))
+    return b, best_scale_near(less(views, b, inverse))[0], dilution(middle, b)
 
 
 def best_scale_near(views, width=3.4, counts=(25, 7)):
@@ -237,7 +240,9 @@ def frame_scales(views):
         A[rows, torch.tensor(t)[use]], A[rows, torch.tensor(s)[use]] = -1.0, 1.0
         A[-1] = 1.0
         b = torch.cat([ratio[use], torch.zeros(1, dtype=torch.float64)])
-        logs = logs + torch.linalg.lstsq(A, b[:, None]).solution[:, 0]
+        # The usual driver, gelsy, starts from memory that nobody cleared (pytorch issue 187411): it
+        # took the matrix for one of rank 0 every second time.
+        logs = logs + torch.linalg.lstsq(A, b[:, None], driver="gelsd").solution[:, 0]
     return logs.exp()
 
 
@@ -287,10 +292,10 @@ def undo_fitted(views):
         name = "depth scaled frame by frame"
         yield judged(name, spread, scaled(views.w2c, k), gather(fixed), True)
     for name, inverse in (("affine depth", False), ("relative inverse depth", True)):
-        b, k = best_shift(coarse, inverse)
+        b, k, diluted = best_shift(coarse, inverse)
         g = gather(less(views, b, inverse))
         one = judged(name, f"b {b:.4g}", scaled(views.w2c, k), g, True)
-        yield replace(one, errors=one.errors * dilution(views, b))
+        yield replace(one, errors=one.errors * diluted)
 
 
 def find_suspect(views):

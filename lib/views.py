@@ -13,7 +13,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from geometry import compose, inv_se3, pixel_rays, rotate, valid_depth
+from geometry import compose, inv_se3, slopes, valid_depth
 
 # Relative depth: what rounding leaves of an exact rendering, and of millimetres.
 NOISE = 1e-5, 2e-4
@@ -73,55 +73,66 @@ def gather(views, count=900):
     (t, s), depth, K = views.places(), views.depth, views.K
     size = depth.shape[1:]
     step = max(1, round(math.sqrt(depth[0].numel() / count)))
-    grid = (slice(None), slice(step // 2, None, step), slice(step // 2, None, step))
+    rows = slice(step // 2, None, step)
     valid = valid_depth(depth)
     inverse = torch.where(valid, 1 / torch.where(valid, depth, 1), 0)  # linear on planes, unlike z
+    x, y = slopes(K, size)
+    z = torch.where(valid, depth, 0)[t][:, rows, rows]
     first, second = map(list, zip(*views.pairs))
     return dict(
         t=first,
         s=second,
-        places=(t, s),
-        rays=pixel_rays(K, size)[t][grid],
-        z=depth[t][grid],
-        K=K[s][:, None, None],
-        grid=grid,
+        points=torch.stack([x[t][..., rows] * z, y[t][:, rows] * z, z], 1),  # (P, 3, h, w)
+        valid=valid[t][:, rows, rows],
+        K=K[s],
+        grid=(slice(None), rows, rows),
         maps=torch.stack([inverse[s], valid[s].to(inverse)], 1),
         size=size,
     )
 
 
-def reproject(g, w2c):
-    """Pixels of the first frames seen from the second: uv (P, h, w, 2), z (P, h, w), usable (P, h,
-    w)."""
-    motion = compose(w2c[g["s"]], inv_se3(w2c[g["t"]]))[:, None, None]
-    valid = valid_depth(g["z"])
-    here = g["rays"] * torch.where(valid, g["z"], 0)[..., None]
-    x = rotate(motion[..., :3], here) + motion[..., 3]
-    z, K = x[..., 2].clamp(min=1e-6), g["K"]
-    u = K[..., 0, 0] * x[..., 0] / z + K[..., 0, 2]
-    v = K[..., 1, 1] * x[..., 1] / z + K[..., 1, 2]
-    uv = torch.stack([u, v], -1)
-    return uv, z, valid & (x[..., 2] > 1e-6)
+def reproject(g, w2c, focal=None):
+    """Pixels of the first frames seen from the second: uv (..., P, h, w, 2), z (..., P, h, w),
+    usable (..., P, h, w).
+
+    w2c    (..., T, 3, 4)   any number of hypotheses at once
+    focal  (S,)             factors on fx and fy, in place of hypotheses about w2c"""
+    motion = compose(w2c[..., g["s"], :, :], inv_se3(w2c[..., g["t"], :, :]))
+    if focal is not None:  # the points' rays change as K does
+        one = torch.ones_like(focal)
+        k = torch.stack([focal, focal, one], -1)[:, None]  # (S, 1, 3)
+        motion = k[..., None] * motion / torch.cat([k, one[:, None, None]], -1)[..., None, :]
+    M, points = g["K"] @ motion, g["points"]
+    x = M[..., :3] @ points.flatten(2) + M[..., 3:]  # (..., P, 3, h w): u z, v z, z
+    x = x.unflatten(-1, points.shape[2:])
+    z = x[..., 2, :, :]
+    uv = x[..., :2, :, :] / z.clamp(min=1e-6)[..., None, :, :]
+    return uv.movedim(-3, -1), z, g["valid"] & (z > 1e-6)
 
 
 def sample_maps(maps, uv, size):
-    """Bilinear values (P, c, h, w) of maps (P, c, H, W) at pixels uv; 0 outside."""
+    """Bilinear values (..., P, c, h, w) of maps (P, c, H, W) at pixels uv; 0 outside."""
     grid = uv / uv.new_tensor([size[1], size[0]]) * 2 - 1
-    return F.grid_sample(maps, grid.clamp(-3, 3), align_corners=False)
+    if uv.dim() == 4:
+        return F.grid_sample(maps, grid.clamp(-3, 3), align_corners=False)
+    # Hypotheses lie below one another: they look at the same maps.
+    tall = F.grid_sample(maps, grid.clamp(-3, 3).transpose(0, 1).flatten(1, 2), align_corners=False)
+    return tall.unflatten(2, (len(uv), -1)).movedim(2, 0)
 
 
-def disagreement(g, w2c):
-    """Relative depth error of the pixels both frames see: (P, h, w), NaN elsewhere."""
-    uv, z, ok = reproject(g, w2c)
-    seen, whole = sample_maps(g["maps"], uv, g["size"]).unbind(1)
+def disagreement(g, w2c, focal=None):
+    """Relative depth error of the pixels both frames see: (..., P, h, w), NaN elsewhere; arguments
+    as reproject's."""
+    uv, z, ok = reproject(g, w2c, focal)
+    seen, whole = sample_maps(g["maps"], uv, g["size"]).unbind(-3)
     return torch.where(ok & (whole > 0.999), (1 / seen.clamp(min=1e-9) / z - 1).abs(), math.nan)
 
 
 def per_pair(error):
-    """Median error (P,), at most 1; NaN for pairs that share too few pixels to say anything."""
-    error = error.flatten(1)
-    shared = 1 - error.isnan().double().mean(1)
-    return torch.where(shared > SHARED, error.nanmedian(1).values.clamp(max=1), math.nan)
+    """Median error (..., P), at most 1; NaN for pairs that share too few pixels to say anything."""
+    error = error.flatten(-2)
+    shared = 1 - error.isnan().double().mean(-1)
+    return torch.where(shared > SHARED, error.nanmedian(-1).values.clamp(max=1), math.nan)
 
 
 def typical(pairs, errors):
@@ -148,7 +159,8 @@ def error_ratio(errors, before, noise):
 
 
 def scaled(w2c, k):
-    return torch.cat([w2c[..., :3], k * w2c[..., 3:]], -1)
+    t = k * w2c[..., 3:]
+    return torch.cat([w2c[..., :3].expand(*t.shape[:-1], 3), t], -1)
 
 
 def shifted(w2c, n):

@@ -12,7 +12,7 @@ import torch
 
 import data
 from geometry import unproject
-from lib import rooms, verify
+from lib import rooms, suspects, verify, views
 from lib.camera_files import read_table
 from lib.rooms import render_clip
 
@@ -29,6 +29,25 @@ def test_every_usual_mistake_on_rendered_rooms_is_named(kind):
     """One trial each; `python tests/corruptions.py` runs many, on recordings too."""
     found = corruptions.sweep(lambda s: corruptions.rendered(s, 17), 1, [kind], first=40)
     assert found[kind][kind] == 1, found
+
+
+def test_what_lay_in_memory_before_changes_no_verdict():
+    """LAPACK's gelsy read it: every second look at this clip found nothing."""
+    raw = corruptions.rendered(40)[0]
+    factor = torch.linspace(0.8, 1.2, 17)[:, None, None]
+    w2c, K = verify.check_cameras(verify.Report("x"), raw["table"].copy(), (64, 96))
+    pairs = views.frame_pairs(17)[:-2]
+    ids = sorted({t for pair in pairs for t in pair})
+    depth = (torch.from_numpy(raw["depth"]) * factor)[ids].double()
+    look = views.Views(depth, K[ids], w2c, pairs, ids)
+    found = []
+    for _ in range(20):
+        dirt = [torch.full((n,), 7) for n in range(1, 40)]
+        del dirt
+        found.append(suspects.frame_scales(look))
+    assert all(f.equal(found[0]) for f in found)
+    level = found[0] * factor[ids, 0, 0]
+    assert level.std() < 0.01 * level.mean()
 
 
 @pytest.mark.skipif(not corruptions.FIELD.is_dir(), reason="needs shared/field")
