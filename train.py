@@ -49,7 +49,7 @@ from lib.log import Records, Tally, by_sigma, changed_options, clock, memory_gb,
 from lib.mix import Mix, check_clips, parts_of, pick
 from lib.offload import check_offload, offload
 from lib.optimizer import learning_rate_at, make_optimizer, take_step
-from lib.plan import HARDWARE, flops_of_step, peak_flops, report
+from lib.plan import HARDWARE, Flops, flops_of_step, peak_flops, report
 from lib.weights import load_weights, metadata_of, open_model, read_tensors
 from model import CHECKPOINTING, PRESETS, flow_matching_loss, shift_sigma
 from wan import LATENT
@@ -401,15 +401,17 @@ def resume_from(path, model, optimizer, *, options, world, frozen):
     return meta, options, remarks + kept
 
 
-def least_seconds(model, options):
-    """FLOPs of a micro-step over the device's FLOP/s: the MFU column's 100 %.
-
-    Counted on fake tensors, so that it costs no step and changes no bit of the run."""
-    size = (options.batch_size, options.num_frames, options.height, options.width)
-    half = next(model.dit.blocks.parameters()).dtype == torch.bfloat16
-    how = dict(checkpointing=options.checkpoint_activations, half=half)
-    flops = flops_of_step(model.cfg, options.stage, loss_alone(options), size, **how)
-    return flops / peak_flops(model.dit.patch_embedding.weight.device)
+def flops_counter(model, options):
+    """The counter of a micro-step's FLOPs, the MFU column's work: it looks at the run's first one,
+    whose bits do not change.  Compiled blocks show it nothing, so there fake tensors come first."""
+    counter = Flops()
+    if options.compile:
+        size = (options.batch_size, options.num_frames, options.height, options.width)
+        half = next(model.dit.blocks.parameters()).dtype == torch.bfloat16
+        how = dict(checkpointing=options.checkpoint_activations, half=half)
+        loss = loss_alone(options)
+        counter.flops = flops_of_step(model.cfg, options.stage, loss, size, **how)
+    return counter
 
 
 # -------------------------------------------------------------------------------------------- main
@@ -577,7 +579,7 @@ def main(options):
         load_weights(model, sources[0])
     first_step = int(meta.get("step", 0))  # 0 for a fresh start
     total = global_batch(options, ranks.world)
-    full_speed = least_seconds(model, options) if master else 0.0  # before compiling
+    counter, peak = flops_counter(model, options), peak_flops(device) if master else math.inf
     if options.compile:
         compile_blocks(model)
     wrapped = wrap(model, ranks, spread)
@@ -634,7 +636,8 @@ def main(options):
                 break
             last = micro == options.grad_accum - 1
             positions = batches.positions(micro)
-            loss, parts, bins, ids = job.micro_step(next(data), step, positions, last=last)
+            with nullcontext() if counter.flops else counter:
+                loss, parts, bins, ids = job.micro_step(next(data), step, positions, last=last)
             tally.add(parts, bins, options.grad_accum)
             losses.append(loss)
             names.append(ids)
@@ -650,7 +653,7 @@ def main(options):
             spent = (time.perf_counter() - tally.since) / tally.steps
             scalars = tally.scalars(ranks.group) | dict(learning_rate=lr, gradient_norm=float(norm))
             scalars |= dict(samples_per_second=total / spent, gpu_memory=memory_gb(device))
-            scalars["mfu"] = full_speed * options.grad_accum / spent
+            scalars["mfu"] = counter.flops * options.grad_accum / (peak * spent)
             words = (f"{spent:.3f} s/step", f"{at.left(options.max_steps)} left")
             records.step(at.done, scalars, (options.max_steps, *words))
             watch.update(at.done, scalars)  # the guide's warnings

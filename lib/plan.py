@@ -67,11 +67,30 @@ for way in ("", "_backward"):  # torch's table lacks the attention that CPU tens
     FORMULAS[on_cpu] = flop_registry[flash]
 
 
-class Count(TorchDispatchMode):
+class Flops(TorchDispatchMode):
+    """FLOPs of what runs inside, recomputation too; attention: its part of them.
+
+    A fused attention's backward is 2.5 times its forward, for it recomputes the scores that were
+    never stored.  What torch.compile has made is not seen."""
+
+    def __init__(self):
+        super().__init__()
+        self.flops = 0
+        self.attention = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        formula = FORMULAS.get(func.overloadpacket)
+        if formula:
+            flops = formula(*args, **(kwargs or {}), out_val=out)
+            self.flops += flops
+            self.attention += flops if "attention" in func.__name__ else 0
+        return out
+
+
+class Count(Flops):
     """FLOPs of what runs inside, and bytes of the tensors made inside that are alive.
 
-    flops      recomputation counts; a fused attention's backward is 2.5 times its forward, for it
-               recomputes the scores that were never stored.  attention: its part of the flops
     now, peak  bytes alive, {phase: most of them}; scratch memory inside a kernel is not seen
     start      {phase: bytes alive when it was entered}
 
@@ -79,8 +98,6 @@ class Count(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.flops = 0
-        self.attention = 0
         self.now = 0
         self.peak = {}
         self.start = {}
@@ -98,12 +115,7 @@ class Count(TorchDispatchMode):
         for x in tree_iter((args, kwargs)):  # what comes from outside, weights say, is not ours
             if torch.is_tensor(x):
                 self.seen.setdefault(x.untyped_storage())
-        out = func(*args, **(kwargs or {}))
-        formula = FORMULAS.get(func.overloadpacket)
-        if formula:
-            flops = formula(*args, **(kwargs or {}), out_val=out)
-            self.flops += flops
-            self.attention += flops if "attention" in func.__name__ else 0
+        out = super().__torch_dispatch__(func, types, args, kwargs)
         for x in tree_iter(out):
             if torch.is_tensor(x) and x.untyped_storage() not in self.seen:
                 storage = x.untyped_storage()

@@ -146,7 +146,7 @@ def recipe(stage, **more):
         load_batches=lambda *_: iter(lambda: loader_batch(MINI, 2, SMALL), None),
         read_tensors=lambda _: ({"text": torch.randn(1, MINI.text_dim)}, {}),
         open_model=lambda *_: make_model(MINI, stage),
-        least_seconds=lambda *_: 1.0,
+        peak_flops=lambda _: 1.0,
     )
 
     def take_step(*args, **how):

@@ -52,9 +52,9 @@ def test_geometry_branch_overfits_one_clip(batch):
     optimizer = torch.optim.AdamW(trainable, 1e-2, fused=True)
     noise, sigma, keep = torch.randn_like(batch["latents"]), torch.tensor([0.1]), torch.ones(1)
     errors = []
-    for step in range(251):
+    for step in range(161):
         for group in optimizer.param_groups:
-            group["lr"] = 1e-2 * (1 - step / 270)
+            group["lr"] = 1e-2 * (1 - step / 172)
         x = (1 - sigma) * batch["latents"] + sigma * noise
         out = model(
             x,
@@ -66,7 +66,7 @@ def test_geometry_branch_overfits_one_clip(batch):
             keep=keep,
             video=False,
         )
-        if step in (0, 250):
+        if step in (0, 160):
             errors.append(
                 (
                     point_metrics(out["points"].detach(), batch["points"], batch["mask"])["dist"],

@@ -75,7 +75,7 @@ def stuck(survivor):
 def killer():
     """The stress script with two kills, one of them while saving, on the other core meanwhile."""
     process = subprocess.Popen(
-        [sys.executable, "tests/kill.py", "--kills", "2", "--steps", "24"],
+        [sys.executable, "tests/kill.py", "--kills", "2", "--steps", "16"],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -163,20 +163,11 @@ def test_two_ranks_agree_on_stops_and_bad_steps_survive_a_kill_and_go_on_with_fo
         "tests/inject.py", "1,3,0,term", *two, f"--out_dir={root}/two_stopped", ranks=2, ok=False
     )
     assert "stopped by SIGTERM after step 3;" in text and "exitcode  : 143" in text
-    text = run(
-        "tests/inject.py",
-        "1,3,0,kill+1,3,1,nan",
-        *short,
-        f"--out_dir={root}/two_stopped",
-        ranks=2,
-        restarts=1,
-    )
-    assert text.count("steps 3 .. 4") == 2  # torchrun brought the run back by itself
+    # Two agents of one rank each, as on two machines, bring the run back from there by themselves.
+    two_nodes(["tests/inject.py", "1,3,0,kill+1,3,1,nan", *short, f"--out_dir={root}/two_stopped"])
+    starts = (root / "two_stopped" / "starts.jsonl").read_text().splitlines()
+    assert [json.loads(line)["first_step"] for line in starts] == [0, 3, 3]  # not one attempt more
     compare(root / "two_whole", root / "two_stopped", 4)
-    two_nodes(["tests/inject.py", "1,3,0,kill+1,3,1,nan", *short, f"--out_dir={root}/two_nodes"])
-    starts = (root / "two_nodes" / "starts.jsonl").read_text().splitlines()
-    assert [json.loads(line)["first_step"] for line in starts] == [0, 2]  # not one attempt more
-    compare(root / "two_whole", root / "two_nodes", 4)
     text = run("train.py", *two, f"--out_dir={root}/two_stopped", ranks=4)
     assert (
         "global batch kept at 4 on 4 GPUs: batch_size 1, grad_accum 1" in text

@@ -47,9 +47,9 @@ def test_it_loads_as_a_downloaded_folder_does():
 
 @pytest.fixture(scope="module")
 def scores():
-    """What tiny/score.py measures on 8 rooms of seeds that no training saw."""
+    """What tiny/score.py measures on 4 rooms of seeds that no training saw."""
     how = sample.Sampling(steps=8, shift=3.0, guidance=1.0)
-    return score.score(str(CKPT), MINIATURE, range(60_000_000, 60_000_008), (96, 160), how)
+    return score.score(str(CKPT), MINIATURE, range(60_000_000, 60_000_004), (96, 160), how)
 
 
 def test_sampled_rooms_are_nearer_to_the_truth_than_a_still_frame(scores):
