@@ -142,8 +142,13 @@ class FrameAttention(nn.Module):
 class Chain(nn.Sequential):
     """nn.Sequential that passes `state` to layers that keep some; indices are official names."""
 
-    def forward(self, x, state):
+    def flat(self):
+        """Layers of nested chains too: a call of a chain would hold its input until it ends."""
         for layer in self:
+            yield from layer.flat() if isinstance(layer, Chain) else [layer]
+
+    def forward(self, x, state):
+        for layer in self.flat():
             stateless = isinstance(layer, (ChannelNorm, FrameAttention, nn.SiLU, nn.Identity))
             x = layer(x) if stateless else layer(x, state)
         return x
@@ -327,13 +332,16 @@ class UMT5Block(nn.Module):
         )
         self.pos_embedding = nn.ModuleDict({"embedding": nn.Embedding(buckets, heads)})
 
-    def forward(self, x, bucket):
-        bias = rearrange(self.pos_embedding["embedding"](bucket), "l m n -> 1 n l m")
-        y, split = self.norm1(x), "b l (n d) -> b n l d"
-        q, k, v = (rearrange(self.attn[name](y), split, n=bias.shape[1]) for name in "qkv")
+    def attend(self, y, bucket):
+        bias, split = self.pos_embedding["embedding"](bucket), "b l (n d) -> b n l d"  # (L, L, n)
+        q, k, v = (rearrange(self.attn[name](y), split, n=bias.shape[2]) for name in "qkv")
+        bias = rearrange(bias, "l m n -> 1 n l m")
         # T5 omits the 1 / sqrt(d).
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=1.0)
-        x = x + self.attn["o"](rearrange(y, "b n l d -> b l (n d)"))
+        return self.attn["o"](rearrange(y, "b n l d -> b l (n d)"))
+
+    def forward(self, x, bucket):
+        x = x + self.attend(self.norm1(x), bucket)  # whose tensors, the bias above all, are gone
         y = self.norm2(x)
         return x + self.ffn["fc2"](self.ffn["fc1"](y) * self.ffn["gate"](y))
 

@@ -89,7 +89,7 @@ def test_a_call_that_fails_half_way_leaves_no_trace_in_the_next(vae_golden):
         if len(calls) == 2:
             raise RuntimeError("out of memory")
 
-    hook = vae.encoder.middle.register_forward_pre_hook(fail_on_second_step)
+    hook = vae.encoder.middle[0].register_forward_pre_hook(fail_on_second_step)
     with pytest.raises(RuntimeError, match="out of memory"):
         vae.encode(data["videos"][9])
     hook.remove()
