@@ -153,7 +153,7 @@ def encode(encoders, video, ids):
     vae, text, *tower = encoders
     start = vae.encode(video[:, :, :1]).bfloat16().float()
     latents = vae.encode(video).bfloat16().float()
-    found = dict(latents=latents, text=list(text(ids, torch.ones_like(ids)).float()))
+    found = dict(latents=latents, text=list(text(ids).float()))
     found["y"] = start_condition(start, 32, latents.shape[2])
     return dict(found, clip=tower[0](video[:, :, 0]).float()) if tower else found
 

@@ -142,8 +142,13 @@ class FrameAttention(nn.Module):
 class Chain(nn.Sequential):
     """nn.Sequential that passes `state` to layers that keep some; indices are official names."""
 
-    def forward(self, x, state):
+    def flat(self):
+        """Layers of nested chains too: a call of a chain would hold its input until it ends."""
         for layer in self:
+            yield from layer.flat() if isinstance(layer, Chain) else [layer]
+
+    def forward(self, x, state):
+        for layer in self.flat():
             stateless = isinstance(layer, (ChannelNorm, FrameAttention, nn.SiLU, nn.Identity))
             x = layer(x) if stateless else layer(x, state)
         return x
@@ -302,9 +307,9 @@ class WanVAE(nn.Module):
 
 
 # --- Text.
-def relative_buckets(length, buckets, max_distance=128):
-    """(L, L) bucket of key - query: half for keys to the right; logarithmic beyond the near."""
-    position = torch.arange(length)  # on the CPU: the last bit of a GPU's log could move a border
+def relative_buckets(position, buckets, max_distance=128):
+    """(L,) -> (L, L) bucket of key - query: half for keys to the right; logarithmic when far."""
+    position = position.cpu()  # the last bit of a GPU's log could move a border
     offset = position[None, :] - position[:, None]
     half, near, distance = buckets // 2, buckets // 4, offset.abs()
     far = torch.log(distance.clamp(min=1) / near) / math.log(max_distance / near) * (half - near)
@@ -327,15 +332,16 @@ class UMT5Block(nn.Module):
         )
         self.pos_embedding = nn.ModuleDict({"embedding": nn.Embedding(buckets, heads)})
 
-    def forward(self, x, bucket, padding):
-        bias = rearrange(self.pos_embedding["embedding"](bucket), "l m n -> 1 n l m")
-        lowest = torch.finfo(x.dtype).min
-        bias = bias.masked_fill(padding[:, None, None, :], lowest)  # (B, heads, L, L)
-        y, split = self.norm1(x), "b l (n d) -> b n l d"
-        q, k, v = (rearrange(self.attn[name](y), split, n=bias.shape[1]) for name in "qkv")
+    def attend(self, y, bucket):
+        bias, split = self.pos_embedding["embedding"](bucket), "b l (n d) -> b n l d"  # (L, L, n)
+        q, k, v = (rearrange(self.attn[name](y), split, n=bias.shape[2]) for name in "qkv")
+        bias = rearrange(bias, "l m n -> 1 n l m")
         # T5 omits the 1 / sqrt(d).
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=1.0)
-        x = x + self.attn["o"](rearrange(y, "b n l d -> b l (n d)"))
+        return self.attn["o"](rearrange(y, "b n l d -> b l (n d)"))
+
+    def forward(self, x, bucket):
+        x = x + self.attend(self.norm1(x), bucket)  # whose tensors, the bias above all, are gone
         y = self.norm2(x)
         return x + self.ffn["fc2"](self.ffn["fc1"](y) * self.ffn["gate"](y))
 
@@ -368,19 +374,28 @@ class UMT5Encoder(nn.Module):
         return _load(_strip_prefix(sd, "model."), T5_FILE, build)
 
     @torch.no_grad()
-    def forward(self, ids, mask):
+    def forward(self, ids, mask=None):
         """Text embedding, zero at padding (the DiT attends to all 512 positions and expects zeros
-        there).
+        there).  Nobody attends to padding: only tokens are computed, at their own positions.
 
         ids       (B, L)       int64, L = 512 in Wan
-        mask      (B, L)       1 at tokens, 0 at padding
+        mask      (B, L)       1 at tokens, 0 at padding; None: all are tokens
         returns   (B, L, D)    the weights' dtype"""
-        x = self.token_embedding(ids)  # (B, L, D)
-        table, padding = self.blocks[0].pos_embedding["embedding"], mask == 0
-        bucket = relative_buckets(ids.shape[1], table.num_embeddings).to(ids.device)
+        if mask is None:
+            return self.encode(ids, torch.arange(ids.shape[1]))
+        out = self.norm.weight.new_zeros(*ids.shape, len(self.norm.weight))
+        for kept in mask.bool().unique(dim=0):  # prompts of one length run together
+            rows, position = (mask.bool() == kept).all(1).nonzero(), kept.nonzero()[:, 0]
+            out[rows, position] = self.encode(ids[rows, position], position)
+        return out
+
+    def encode(self, ids, position):
+        """Tokens (B, L) at positions (L,) -> (B, L, D)."""
+        table, x = self.blocks[0].pos_embedding["embedding"], self.token_embedding(ids)
+        bucket = relative_buckets(position, table.num_embeddings).to(ids.device)
         for block in self.blocks:
-            x = block(x, bucket, padding)
-        return self.norm(x).masked_fill(padding[..., None], 0)
+            x = block(x, bucket)
+        return self.norm(x)
 
 
 def clean_prompt(text):
@@ -418,8 +433,7 @@ class PromptTokenizer:
         self.tokenizer.no_truncation()  # the file's own might drop </s>
 
     def __call__(self, prompts):
-        """List of n prompts -> ids, mask, both (n, 512) int64: cleaned, cut to 511 tokens, </s>,
-        padding."""
+        """Prompts -> ids, mask (n, 512) int64: cleaned, cut to 511 tokens, </s>, padding."""
         ids = torch.full((len(prompts), TEXT_LEN), PAD_ID)
         mask = torch.zeros_like(ids)
         for row, prompt in enumerate(prompts):
@@ -461,9 +475,8 @@ class CLIPVision(nn.Module):
 
     @classmethod
     def from_state_dict(cls, sd, num_heads=16):
-        """Tensors of the CLIP file (shared, not copied), with or without `visual.` -> tower. Text
-        tower and output head are skipped by name; ValueError on other missing or unexpected
-        tensors."""
+        """Tensors of the CLIP file, shared, with or without `visual.` -> tower.  Text tower and
+        output head are skipped by name; ValueError on other missing or unexpected tensors."""
         named = _strip_prefix(sd, "model.").items()
         sd = {k: v for k, v in named if not k.startswith("textual.") and k != "log_scale"}
         unused = ("post_norm.weight", "post_norm.bias", "head")
@@ -475,8 +488,7 @@ class CLIPVision(nn.Module):
     def forward(self, images):
         """Image tokens, class token first.
 
-        images    (B, 3, H, W)     [-1, 1]; squeezed to 224 x 224, no crop and no anti-aliasing, as
-                                   Wan does
+        images    (B, 3, H, W)     [-1, 1]; squeezed to 224 x 224 as by Wan, without anti-aliasing
         returns   (B, 257, D)      the weights' dtype"""
         x = F.interpolate(images.float(), size=(224, 224), mode="bicubic", align_corners=False)
         mean, std = torch.tensor([CLIP_MEAN, CLIP_STD], device=x.device).view(2, 1, 3, 1, 1)
@@ -679,9 +691,7 @@ class WanFolder:
 
         def encode(prompts):
             ids, mask = (x.to(self.device) for x in tokenizer(prompts))
-            # Padding is masked: a prompt's own tokens are all that must be computed.
-            lengths = mask.sum(1).tolist()
-            return [encoder(i[None, :n], m[None, :n])[0] for i, m, n in zip(ids, mask, lengths)]
+            return [row[kept] for row, kept in zip(encoder(ids, mask), mask.bool())]
 
         return encode
 

@@ -31,7 +31,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
-from torch.utils.checkpoint import checkpoint, noop_context_fn
+from torch.utils.checkpoint import checkpoint
 
 import released
 from geometry import (
@@ -246,11 +246,11 @@ def recompute(how, function, *args):
     """function(*args); backward computes its activations again, in part or (full) all of them."""
     if how == "none" or not torch.is_grad_enabled():
         return function(*args)
-    policy = partial(keep_costly, how == "selective")
-    selective = partial(create_selective_checkpoint_contexts, policy)
-    contexts = noop_context_fn if how == "full" else selective
-    how = dict(use_reentrant=False, preserve_rng_state=False)  # there is no dropout
-    return checkpoint(function, *args, context_fn=contexts, **how)
+    options = dict(use_reentrant=False, preserve_rng_state=False)  # there is no dropout
+    if how != "full":
+        policy = partial(keep_costly, how == "selective")
+        options["context_fn"] = partial(create_selective_checkpoint_contexts, policy)
+    return checkpoint(function, *args, **options)
 
 
 # --------------------------------------------------------------------------------------- the steps
@@ -304,6 +304,9 @@ class PCBStep(nn.Module):
         """Video tokens x (B, N, D) -> the same shape."""
         with torch.no_grad():  # out here: recomputation would compute them twice
             keys = shared.conditions.keys_of(self.i, self.block)
+        return self.step(x, keys, shared)
+
+    def step(self, x, keys, shared):  # what train.py compiles: the checkpoint lies inside
         return recompute(shared.recompute, self.run, x, keys, shared)
 
     def run(self, x, keys, shared):
@@ -328,6 +331,9 @@ class IRGStep(nn.Module):
         returns  x, z, and the layer's output for the heads (B, f*P, 2C): frame and global block"""
         with torch.no_grad():
             keys = None if x is None else shared.conditions.keys_of(self.i, self.block)
+        return self.step(x, z, keys, shared)
+
+    def step(self, x, z, keys, shared):
         return recompute(shared.recompute, self.run, x, z, keys, shared)
 
     def run(self, x, z, keys, shared):

@@ -292,13 +292,8 @@ def model_config(options):
 
 def check_options(options):
     """What ranges alone cannot say is refused before anything slow."""
-    recompute = options.checkpoint_activations
     if options.compile and torch.__version__ < (2, 5):  # 2.4 shares no graph
         raise ValueError(f"compile needs torch 2.5 or newer, this is {torch.__version__}")
-    if options.compile and recompute in ("selective", "attention"):
-        how = f"compile with checkpoint_activations = {recompute}"
-        why = "compiled kernels write into the tensors that the policy has kept"
-        raise ValueError(f"{how}: {why}. Fix: use full or none, or leave compile out")
     if options.offload_frozen:
         check_offload(options)
     if options.shard_weights and options.shard_optimizer:
@@ -350,11 +345,10 @@ def loss_alone(options):
 
 
 # ------------------------------------------------------------------------------------ before steps
-def compile_blocks(model):
-    """Half blocks, which the exchange lies between; equal ones share their graphs."""
-    for block in [*model.dit.blocks, *model.frame_blocks, *model.global_blocks]:
-        block.attend = torch.compile(block.attend)
-        block.feed_forward = torch.compile(block.feed_forward)
+def compile_steps(model, backend="inductor"):
+    """Steps, with the checkpoint inside what is compiled; equal ones share their graph."""
+    for step in (*model.pcb, *model.irg):
+        step.step = torch.compile(step.step, backend=backend, fullgraph=True)
 
 
 # ------------------------------------------------------------------------------------------ resume
@@ -581,7 +575,7 @@ def main(options):
     total = global_batch(options, ranks.world)
     counter, peak = flops_counter(model, options), peak_flops(device) if master else math.inf
     if options.compile:
-        compile_blocks(model)
+        compile_steps(model)
     wrapped = wrap(model, ranks, spread)
     trained = [p for p in model.parameters() if p.requires_grad]
 

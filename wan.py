@@ -84,7 +84,8 @@ def rope_3d(f, h, w, head_dim, num_special, device):
 def rotate_pairs(x, cos, sin):
     """Rotate the interleaved pairs (2j, 2j+1) of x (B, heads, N, d) in real numbers, fp32 out."""
     a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)  # (B, heads, N, d/2) each
-    return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2)
+    rotated = torch.addcmul(a * cos, b, sin, value=-1), torch.addcmul(a * sin, b, cos)
+    return torch.stack(rotated, -1).flatten(-2)
 
 
 def split_heads(x, heads):
@@ -176,13 +177,14 @@ class WanBlock(nn.Module):
         output (released camera module)."""
         m = (self.modulation + modulation)[:, :3].unsqueeze(2)  # learned plus the timestep's
         shift, scale, gate = m.unbind(1)  # (B, 1, D) each
-        x = x + gate * self.self_attn(self.norm1(x) * (1 + scale) + shift, rope)
+        y = torch.addcmul(shift, self.norm1(x), 1 + scale)  # one pass in place of two
+        x = x + gate * self.self_attn(y, rope)
         return x + self.cross_attn(self.norm3(x), keys, adapter)  # neither gated nor modulated
 
     def feed_forward(self, x, modulation):
         m = (self.modulation + modulation)[:, 3:].unsqueeze(2)
         shift, scale, gate = m.unbind(1)  # (B, 1, D) each
-        return x + gate * self.ffn(self.norm2(x) * (1 + scale) + shift)
+        return x + gate * self.ffn(torch.addcmul(shift, self.norm2(x), 1 + scale))
 
     def forward(self, x, modulation, keys, rope, adapter=None):
         return self.feed_forward(self.attend(x, modulation, keys, rope, adapter), modulation)
@@ -404,7 +406,8 @@ class WanDiT(nn.Module):
         if control is not None:
             tokens = tokens + (control if keep is None else control * keep.view(-1, 1, 1, 1, 1))
         grid = tuple(tokens.shape[2:])
-        return rearrange(tokens, "b d f h w -> b (f h w) d"), grid
+        # Dense here, or every tensor of the residual stream to the end would be transposed.
+        return rearrange(tokens, "b d f h w -> b (f h w) d").contiguous(), grid
 
     def unpatchify(self, x, grid):
         """(B, N, 64), channel fastest -> (B, 16, f, 2h, 2w)."""
@@ -425,11 +428,11 @@ class WanDiT(nn.Module):
         constants                         of the method of that name: then context, clip, plucker
                                           are not read"""
         e, modulation = self.modulation(t)
-        constants = constants or self.constants(context, clip, plucker)
+        constants = constants or self.conditions(context, clip, plucker)
         x, grid = self.embed(x, y, constants.control, keep)
         rope = rope_3d(*grid, self.sizes.head_dim, 0, x.device)
-        for block, keys in zip(self.blocks, constants.keys):
-            x = block(x, modulation, keys, rope)  # (B, N, D)
+        for i, block in enumerate(self.blocks):
+            x = block(x, modulation, constants.keys_of(i, block), rope)  # (B, N, D)
         return self.unpatchify(self.head(x, e), grid)
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 import encoders
 from encoders import CLIPVision, PromptTokenizer, UMT5Encoder, WanVAE, clean_prompt, load_state_dict
@@ -88,7 +89,7 @@ def test_a_call_that_fails_half_way_leaves_no_trace_in_the_next(vae_golden):
         if len(calls) == 2:
             raise RuntimeError("out of memory")
 
-    hook = vae.encoder.middle.register_forward_pre_hook(fail_on_second_step)
+    hook = vae.encoder.middle[0].register_forward_pre_hook(fail_on_second_step)
     with pytest.raises(RuntimeError, match="out of memory"):
         vae.encode(data["videos"][9])
     hook.remove()
@@ -162,6 +163,48 @@ def test_umt5_equals_the_official_encoder_and_is_zero_at_padding():
         assert (row[len(want) :] == 0).all()
 
 
+def full_length_umt5(sd, ids, mask, heads):
+    """All positions computed, padding hidden by a mask: the T5 paper's formulas, in sd's type."""
+    x, L = sd["token_embedding.weight"][ids], ids.shape[1]
+    bucket, norm = encoders.relative_buckets(torch.arange(L), 32), torch.nn.functional.rms_norm
+    for i in range(sum(name.endswith("norm1.weight") for name in sd)):
+        w = {k.removeprefix(f"blocks.{i}."): v for k, v in sd.items()}
+        bias = w["pos_embedding.embedding.weight"][bucket].permute(2, 0, 1)
+        y = norm(x, x.shape[-1:], w["norm1.weight"], 1e-6)
+        q, k, v = (
+            (y @ w[f"attn.{n}.weight"].T).unflatten(-1, (heads, -1)).transpose(1, 2) for n in "qkv"
+        )
+        scores = q @ k.transpose(-1, -2) + bias
+        scores = scores.masked_fill(~mask.bool()[:, None, None], -torch.inf)
+        y = (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
+        x = x + y @ w["attn.o.weight"].T
+        y = norm(x, x.shape[-1:], w["norm2.weight"], 1e-6)
+        gate = torch.nn.functional.gelu(y @ w["ffn.gate.0.weight"].T, approximate="tanh")
+        x = x + (gate * (y @ w["ffn.fc1.weight"].T)) @ w["ffn.fc2.weight"].T
+    return norm(x, x.shape[-1:], sd["norm.weight"], 1e-6) * mask[..., None]
+
+
+def test_umt5_computes_tokens_alone_and_gives_what_the_full_length_gives():
+    torch.manual_seed(0)
+    sizes = dict(vocab=64, dim=32, attn_dim=32, ffn_dim=64, heads=4, layers=2)
+    model = UMT5Encoder(**sizes).double()
+    ids, mask = torch.randint(64, (7, 512)), torch.zeros(7, 512)
+    for row, length in zip(mask, [1, 40, 511, 512, 40]):
+        row[:length] = 1
+    mask[5] = torch.rand(512) < 0.2  # with holes: positions stay those of the whole row
+    out, want = model(ids, mask), full_length_umt5(model.state_dict(), ids, mask, 4)
+    torch.testing.assert_close(out[:6], want[:6], rtol=1e-12, atol=1e-12)
+    assert out.shape == (7, 512, 32) and (out[6] == 0).all()  # a row without any token
+    torch.testing.assert_close(model(ids), full_length_umt5(model.state_dict(), ids, mask >= 0, 4))
+
+    def flops(length):
+        with FlopCounterMode(display=False) as counter:
+            model(ids[:1], (torch.arange(512) < length).int()[None])
+        return counter.get_total_flops()
+
+    assert flops(512) == 12.8 * flops(40)  # the CPU's attention, saved 164 times, is not counted
+
+
 def test_umt5_in_bf16_is_as_near_to_fp32_as_the_official_bf16():
     data = golden("t5_tiny.pt")
     sd = {name: value.bfloat16() for name, value in data["state_dict"].items()}
@@ -174,7 +217,7 @@ def test_umt5_in_bf16_is_as_near_to_fp32_as_the_official_bf16():
 
 
 def test_relative_buckets_by_hand():
-    row = encoders.relative_buckets(200, 32)[100]  # key - query from -100 to 99
+    row = encoders.relative_buckets(torch.arange(200), 32)[100]  # key - query from -100 to 99
     distance = [0, 1, 7, 8, 11, 12, 16, 32, 64, 90, 91, 99]  # 8 * 2 ** (k / 2) starts bucket 8 + k
     bucket = [0, 1, 7, 8, 8, 9, 10, 12, 14, 14, 15, 15]
     assert [row[100 - d].item() for d in distance] == bucket

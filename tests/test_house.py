@@ -12,12 +12,12 @@ ROOT = pathlib.Path(__file__).parents[1]
 METHOD = dict(
     geometry=900,
     wan=505,
-    encoders=708,
+    encoders=715,
     # The Wan2.2 release: 70 more, of which 45 are its tiles.  Its pair of experts is in lib/.
     released=420,
-    model=690,
+    model=694,
     data=700,
-    train=700,
+    train=696,
     sample=680,  # experts, ranks that share, benchmarks, pieces that app.py and train.py call
     bench=400,
     app=283,

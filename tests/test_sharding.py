@@ -1,6 +1,7 @@
 """Weights spread over two gloo ranks: the same numbers, the same files, a share of the memory."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch.distributed as dist
@@ -127,12 +128,10 @@ def memory(ranks):
 
 
 def compiled(ranks):
-    """Blocks compile inside what is gathered: every graph whole, values as without."""
+    """Steps compile inside what is gathered: every graph whole, values as without."""
     plain, spread = (tiny_model(2, awake=True) for _ in range(2))
     shard(spread, ranks)
-    for block in (spread.dit.blocks[-1], spread.global_blocks[-1]):
-        block.attend = torch.compile(block.attend, backend="eager", fullgraph=True)
-        block.feed_forward = torch.compile(block.feed_forward, backend="eager", fullgraph=True)
+    train.compile_steps(SimpleNamespace(pcb=spread.pcb[-1:], irg=spread.irg[-1:]), "eager")
     spread.checkpoint_activations = "selective"
     a, b = spread(**tiny_inputs()), plain(**tiny_inputs())
     torch.testing.assert_close(a["velocity"], b["velocity"])
