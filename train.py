@@ -49,7 +49,7 @@ from lib.log import Records, Tally, by_sigma, changed_options, clock, memory_gb,
 from lib.mix import Mix, check_clips, parts_of, pick
 from lib.offload import check_offload, offload
 from lib.optimizer import learning_rate_at, make_optimizer, take_step
-from lib.plan import HARDWARE, Flops, flops_of_step, peak_flops, report
+from lib.plan import HARDWARE, Flops, peak_flops, report
 from lib.weights import load_weights, metadata_of, open_model, read_tensors
 from model import CHECKPOINTING, PRESETS, flow_matching_loss, shift_sigma
 from wan import LATENT
@@ -395,19 +395,6 @@ def resume_from(path, model, optimizer, *, options, world, frozen):
     return meta, options, remarks + kept
 
 
-def flops_counter(model, options):
-    """The counter of a micro-step's FLOPs, the MFU column's work: it looks at the run's first one,
-    whose bits do not change.  Compiled blocks show it nothing, so there fake tensors come first."""
-    counter = Flops()
-    if options.compile:
-        size = (options.batch_size, options.num_frames, options.height, options.width)
-        half = next(model.dit.blocks.parameters()).dtype == torch.bfloat16
-        how = dict(checkpointing=options.checkpoint_activations, half=half)
-        loss = loss_alone(options)
-        counter.flops = flops_of_step(model.cfg, options.stage, loss, size, **how)
-    return counter
-
-
 # -------------------------------------------------------------------------------------------- main
 def open_clips(options, text_dim):
     """split -> Mix of CachedClips; the validation split only where something evaluates, and has
@@ -460,6 +447,7 @@ class Job:
     options: config.Options
     empty_text: torch.Tensor  # (L, D) text of clips that lose their prompt
     total: int  # clips of the global batch
+    counter: Flops
 
     def micro_step(self, b, step, positions, *, last):
         """Forward and backward of a loaded batch -> its loss, parts, bins and clip ids.
@@ -472,7 +460,9 @@ class Job:
         noise, sigma, keep, b = draw(b, step, positions, **drops)
         how = dict(sigma=sigma, keep=keep, options=options)
         waits = not last and self.wrapped is not model
-        with self.wrapped.no_sync() if waits else nullcontext():
+        # The run's first micro-step shows its FLOPs, not yet compiled; no bit changes.
+        counting = nullcontext() if self.counter.flops else self.counter
+        with self.wrapped.no_sync() if waits else nullcontext(), counting:
             with self.autocast:
                 loss, parts, bins = compute_loss(self.wrapped, b, noise, **how)
             # The sum over micro-steps is the mean over clips.
@@ -573,9 +563,7 @@ def main(options):
         load_weights(model, sources[0])
     first_step = int(meta.get("step", 0))  # 0 for a fresh start
     total = global_batch(options, ranks.world)
-    counter, peak = flops_counter(model, options), peak_flops(device) if master else math.inf
-    if options.compile:
-        compile_steps(model)
+    counter, peak = Flops(), peak_flops(device) if master else math.inf
     wrapped = wrap(model, ranks, spread)
     trained = [p for p in model.parameters() if p.requires_grad]
 
@@ -614,7 +602,7 @@ def main(options):
     batches = Batches(clips["train"].sizes, options, ranks, first_step, clips["train"].weights)
     data = load_batches(clips["train"], batches, device, options.num_workers)
     empty_text = read_tensors(clips["train"].empty_text)[0]["text"].float().to(device)
-    job = Job(model, wrapped, autocast, options, empty_text, total)
+    job = Job(model, wrapped, autocast, options, empty_text, total, counter)
     stop = Stop(ranks.group)  # signals wait from here
     tally, at = Tally(), Progress(first_step, done=first_step, saved=first_step)
     for step in range(first_step, options.max_steps):
@@ -630,8 +618,9 @@ def main(options):
                 break
             last = micro == options.grad_accum - 1
             positions = batches.positions(micro)
-            with nullcontext() if counter.flops else counter:
-                loss, parts, bins, ids = job.micro_step(next(data), step, positions, last=last)
+            loss, parts, bins, ids = job.micro_step(next(data), step, positions, last=last)
+            if options.compile and not losses and step == first_step:
+                compile_steps(model)
             tally.add(parts, bins, options.grad_accum)
             losses.append(loss)
             names.append(ids)

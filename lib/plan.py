@@ -282,14 +282,6 @@ def count(cfg, stage, loss, size, *, checkpointing="none", half=True, muon=False
     )
 
 
-def flops_of_step(cfg, stage, loss, size, *, checkpointing="none", half=True):
-    """FLOPs of one micro-step, an int; arguments as count's, and no real tensor is touched.
-
-    Takes one core 2 s (tiny) or 11 s (1.3b, stage 2), and nothing is kept: call it where the number
-    is printed, on one rank alone.  It clears the tables of positions; the next step makes them."""
-    return count(cfg, stage, loss, size, checkpointing=checkpointing, half=half).flops
-
-
 def peak_flops(device):
     """FLOP/s that are 100 %: PEAK_FLOPS where it knows the GPU, else those of a large product."""
     if device.type == "cuda":

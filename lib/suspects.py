@@ -205,11 +205,9 @@ def best_shift(views, inverse):
     # The nearest pixel may be anywhere between the camera and far from it.
     first, last = low - 2 * (high - low), 0.95 * low
 
-    def cost(b):
-        return best_scale_near(less(views, b, inverse))[1] + math.log(dilution(middle, b))
-
-    def costs(bs):
-        return [cost(b) for b in bs.tolist()]
+    def costs(shifts):
+        near = (best_scale_near(less(views, b, inverse))[1] for b in shifts.tolist())
+        return [n + math.log(dilution(middle, b)) for n, b in zip(near, shifts.tolist())]
 
     b, _ = search(costs, (first + last) / 2, (last - first) / 2, (17, 9, 9, 7))
     return b, best_scale_near(less(views, b, inverse))[0], dilution(middle, b)

@@ -103,8 +103,7 @@ def reproject(g, w2c, focal=None):
         k = torch.stack([focal, focal, one], -1)[:, None]  # (S, 1, 3)
         motion = k[..., None] * motion / torch.cat([k, one[:, None, None]], -1)[..., None, :]
     M, points = g["K"] @ motion, g["points"]
-    x = M[..., :3] @ points.flatten(2) + M[..., 3:]  # (..., P, 3, h w): u z, v z, z
-    x = x.unflatten(-1, points.shape[2:])
+    x = (M[..., :3] @ points.flatten(2) + M[..., 3:]).unflatten(-1, points.shape[2:])  # uz, vz, z
     z = x[..., 2, :, :]
     uv = x[..., :2, :, :] / z.clamp(min=1e-6)[..., None, :, :]
     return uv.movedim(-3, -1), z, g["valid"] & (z > 1e-6)

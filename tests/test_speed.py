@@ -108,10 +108,10 @@ def test_planned_bytes_of_the_demo_step_are_what_the_allocator_hands_out():
 @pytest.mark.parametrize("stage", [0, 1, 2])
 def test_flops_of_a_step_are_those_of_the_real_one(stage):
     loss, size = geometry_and_diffusion(stage != 1), (2, 5, 32, 48)
-    planned = plan.flops_of_step(TINY, stage, loss, size, checkpointing="full", half=False)
+    planned = plan.count(TINY, stage, loss, size, checkpointing="full", half=False).flops
     model = tiny_model(stage)
     model.checkpoint_activations = "full"
-    with plan.Count() as counter:
+    with plan.Flops() as counter:  # as train.py counts the first micro-step
         loss(model, *plan.example_batch(TINY, *size)).backward()
     assert counter.flops == planned
 
