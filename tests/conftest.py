@@ -25,8 +25,8 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ |= dict(MALLOC_MMAP_MAX_="0", MALLOC_TRIM_THRESHOLD_="4000000000")
 
 LONGEST = (
-    "test_survival.py test_bad_data.py test_train.py test_wan.py test_speed.py test_foreign.py "
-    "test_sharding.py test_fake_cuda.py"
+    "test_survival.py test_speed.py test_sharding.py test_train.py test_fake_cuda.py test_pair.py "
+    "test_verify.py test_sampled.py test_tiny.py test_wan.py test_learning.py test_lock.py"
 ).split()
 
 
