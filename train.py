@@ -447,7 +447,7 @@ class Job:
     options: config.Options
     empty_text: torch.Tensor  # (L, D) text of clips that lose their prompt
     total: int  # clips of the global batch
-    counter: Flops
+    counter: Flops = field(default_factory=Flops)
 
     def micro_step(self, b, step, positions, *, last):
         """Forward and backward of a loaded batch -> its loss, parts, bins and clip ids.
@@ -563,7 +563,7 @@ def main(options):
         load_weights(model, sources[0])
     first_step = int(meta.get("step", 0))  # 0 for a fresh start
     total = global_batch(options, ranks.world)
-    counter, peak = Flops(), peak_flops(device) if master else math.inf
+    peak = peak_flops(device) if master else math.inf
     wrapped = wrap(model, ranks, spread)
     trained = [p for p in model.parameters() if p.requires_grad]
 
@@ -602,7 +602,7 @@ def main(options):
     batches = Batches(clips["train"].sizes, options, ranks, first_step, clips["train"].weights)
     data = load_batches(clips["train"], batches, device, options.num_workers)
     empty_text = read_tensors(clips["train"].empty_text)[0]["text"].float().to(device)
-    job = Job(model, wrapped, autocast, options, empty_text, total, counter)
+    job = Job(model, wrapped, autocast, options, empty_text, total)
     stop = Stop(ranks.group)  # signals wait from here
     tally, at = Tally(), Progress(first_step, done=first_step, saved=first_step)
     for step in range(first_step, options.max_steps):
@@ -636,7 +636,7 @@ def main(options):
             spent = (time.perf_counter() - tally.since) / tally.steps
             scalars = tally.scalars(ranks.group) | dict(learning_rate=lr, gradient_norm=float(norm))
             scalars |= dict(samples_per_second=total / spent, gpu_memory=memory_gb(device))
-            scalars["mfu"] = counter.flops * options.grad_accum / (peak * spent)
+            scalars["mfu"] = job.counter.flops * options.grad_accum / (peak * spent)
             words = (f"{spent:.3f} s/step", f"{at.left(options.max_steps)} left")
             records.step(at.done, scalars, (options.max_steps, *words))
             watch.update(at.done, scalars)  # the guide's warnings

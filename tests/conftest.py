@@ -20,9 +20,13 @@ torch.set_num_threads(1)
 
 os.environ["OMP_NUM_THREADS"] = "1"
 
-# glibc gives large blocks back to the system at every step and asks for them anew: a tenth of the
-# time of small trainings, in the workers and processes that inherit this.
-os.environ |= dict(MALLOC_MMAP_MAX_="0", MALLOC_TRIM_THRESHOLD_="4000000000")
+# glibc gives large blocks back to the system at every step and asks for them anew: a tenth of a
+# small training's time.  For the workers alone, which have read this when they get here: what they
+# start has what users have.
+ARENA = dict(MALLOC_MMAP_MAX_="0", MALLOC_TRIM_THRESHOLD_="4000000000")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    for name in ARENA:
+        os.environ.pop(name, None)
 
 LONGEST = (
     "test_survival.py test_speed.py test_sharding.py test_train.py test_fake_cuda.py test_pair.py "
@@ -33,7 +37,10 @@ LONGEST = (
 def pytest_xdist_auto_num_workers(config):
     """-n auto of pytest.ini: two workers for a folder; none for single files and tests, which end
     before they start."""
-    return 2 if all(Path(arg).is_dir() for arg in config.args) else 0
+    if not all(Path(arg).is_dir() for arg in config.args):
+        return 0
+    os.environ |= ARENA
+    return 2
 
 
 def pytest_collection_modifyitems(items):
