@@ -384,8 +384,8 @@ class UMT5Encoder(nn.Module):
         if mask is None:
             return self.encode(ids, torch.arange(ids.shape[1]))
         out = self.norm.weight.new_zeros(*ids.shape, len(self.norm.weight))
-        for kept in mask.bool().unique(dim=0):  # prompts of one length run together
-            rows, position = (mask.bool() == kept).all(1).nonzero(), kept.nonzero()[:, 0]
+        for kept in (mask := mask.bool()).unique(dim=0):  # prompts of one length run together
+            rows, position = (mask == kept).all(1).nonzero(), kept.nonzero()[:, 0]
             out[rows, position] = self.encode(ids[rows, position], position)
         return out
 

@@ -111,11 +111,11 @@ def reproject(g, w2c, focal=None):
 
 def sample_maps(maps, uv, size):
     """Bilinear values (..., P, c, h, w) of maps (P, c, H, W) at pixels uv; 0 outside."""
-    grid = uv / uv.new_tensor([size[1], size[0]]) * 2 - 1
+    grid = (uv / uv.new_tensor([size[1], size[0]]) * 2 - 1).clamp(-3, 3)
     if uv.dim() == 4:
-        return F.grid_sample(maps, grid.clamp(-3, 3), align_corners=False)
+        return F.grid_sample(maps, grid, align_corners=False)
     # Hypotheses lie below one another: they look at the same maps.
-    tall = F.grid_sample(maps, grid.clamp(-3, 3).transpose(0, 1).flatten(1, 2), align_corners=False)
+    tall = F.grid_sample(maps, grid.transpose(0, 1).flatten(1, 2), align_corners=False)
     return tall.unflatten(2, (len(uv), -1)).movedim(2, 0)
 
 
