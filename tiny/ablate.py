@@ -68,9 +68,7 @@ class Run:
         return self.folder(1) / "latest.safetensors" if stage == 2 else ""
 
     def evaluate(self, rooms):
-        """Append the row of a finished run, unless it is there."""
-        if any((row["variant"], row["seed"]) == (self.name, self.seed) for row in read_rows()):
-            return
+        """Append the row of a finished run."""
         out, source = self.folder(2) / "scored", self.folder(2) / "latest.safetensors"
         how = dict(eval_only=True, eval_samples=rooms, eval_clips=rooms, eval_more_sigmas="()")
         call(out, 2, self.switches(2), init_from=source, data_dir=self.work / "val", **how)
@@ -84,6 +82,7 @@ class Run:
 
 
 def read_rows():
+    """Rows of finished runs: those are not begun again."""
     return json.loads(ROWS.read_text()) if ROWS.exists() else []
 
 
@@ -142,11 +141,12 @@ def main():
         return table(read_rows())
     work = how.work.resolve()
     render(work)
+    done = {(row["variant"], row["seed"]) for row in read_rows()}
     runs = [
         Run(work, name, seed)
         for seed in map(int, how.seeds.split(","))
         for name in how.only.split(",")
-        if name in THREE_SEEDS or seed == 0
+        if (name in THREE_SEEDS or seed == 0) and (name, seed) not in done
     ]
     # Variants of one seed come last to last: a table of three seeds is worth more.
     runs.sort(key=lambda run: run.name not in THREE_SEEDS)
