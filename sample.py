@@ -49,7 +49,7 @@ from wan import LATENT, start_condition
 #   progress         wraps what is iterated over
 def sample_euler(velocity, noise, steps=50, *, shift=5.0, progress=iter):
     """Integrate dx/dsigma = velocity from sigma 1 to 0 on the shifted grid."""
-    sigmas = shift_sigma(torch.linspace(1, 0, steps + 1, dtype=torch.float64), shift).tolist()
+    sigmas = shift_sigma(torch.linspace(1, 0, steps + 1), shift).tolist()  # fp32, as the releases
     x = noise
     for now, then in progress(list(zip(sigmas, sigmas[1:]))):
         t = torch.full((len(x),), 1000 * now, device=x.device)
