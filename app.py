@@ -14,7 +14,7 @@ import shutil
 import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import config
@@ -28,7 +28,7 @@ from lib.files import STILLS
 from lib.guards import one_line, run_command
 from lib.jobs import plan_jobs, start_images
 from lib.pictures import COMMANDED, as_pixels, top_view
-from lib.webpage import Job, Stopped, alarm, figure, show_world
+from lib.webpage import KINDS, Job, Stopped, alarm, figure, show_world, typed
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
 try:
@@ -48,7 +48,6 @@ upload = option(100, "MB that a file may have", low=1)
 ROOT = pathlib.Path(__file__).resolve().parent
 EXAMPLES = sorted(map(str, ROOT.glob("examples/room*.jpg")))
 SEVERAL = ("num_samples", "jobs", "worldscore")  # options of sample.py for more than one world
-KINDS = ("named move", "key frames", "camera file")
 MOVES = [*TRAVEL, *TURN_AXIS, *ZOOM, "spiral"]
 COLUMNS = ["time", "x", "y", "z", "to x", "to y", "to z"]
 KEYS = [["", 0, 0, 0, 0, 0, 1], ["", 0.2, 0, 0.2, 0, 0, 1]]
@@ -58,24 +57,6 @@ POLICY = "default-src 'self' data: blob: 'unsafe-inline' 'unsafe-eval'"
 
 
 # ------------------------------------------------------------------------------------------- work
-def placed(files, folder):
-    """Copy uploaded files into a new folder -> the copy, or else the folder."""
-    folder.mkdir()
-    copies = [shutil.copy(file, folder) for file in files]
-    return str(copies[0] if len(copies) == 1 else folder)
-
-
-def key_frames(table):
-    """Rows of COLUMNS -> the text of --camera; empty rows are left out."""
-    parts = []
-    for row in table:
-        at, *cells = (str(cell).strip() for cell in row)
-        if any(cells):
-            at = f"{at}: " if at else ""
-            parts.append(f"{at}{','.join(cells[:3])} -> {','.join(cells[3:])}")
-    return " | ".join(parts) or "->"
-
-
 class Studio:
     """What all visitors share: what app.py was started with, and the model."""
 
@@ -91,20 +72,7 @@ class Studio:
     def read(self, form, folder):
         """A form -> arguments of sample.py, and what it makes of them; uploaded files are copied
         into the folder."""
-        form = {k: v for k, v in form.items() if v not in (None, "", []) or k == "prompt"}
-        kind, keys, files = form.pop("kind"), form.pop("keys", ()), form.pop("files", ())
-        if form["prompt"].endswith(".txt"):
-            raise ValueError("--prompt: wanted words; a file of prompts is for sample.py")
-        if kind == "key frames":
-            form["camera"] = key_frames(keys)
-        elif kind == "camera file":
-            form["camera"] = placed(files, folder / "camera")
-        for key in {"image", "end_image"} & set(form):
-            form[key] = placed([form[key]], folder / key)
-        form["export"] = ",".join(form.get("export", ()))
-        form["scene_scale"] = f"{form.get('scene_scale', 1):.9g}"
-        # What stands there as at first is left to the checkpoint.
-        values = {k: v for k, v in form.items() if v != getattr(self.settled, k)}
+        values = typed(form, self.settled, folder)
         elsewhere = ("out", "preview_every", *SEVERAL)
         given = {k: v for k, v in vars(self.asked).items() if k in vars(sample)}
         values = {k: v for k, v in (given | values).items() if k not in elsewhere}
@@ -140,12 +108,8 @@ class Studio:
         # Its name sorts by time, and nobody guesses it.
         job = Job(self.worlds / f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(4)}")
         made, self.job = self.one.submit(self.make, form, job), job
-        try:
-            while not made.done():
-                yield job.show(), gr.skip()
-                wait([made], 0.4)
-        finally:
-            job.stop.set()
+        for text in job.follow(made):
+            yield text, gr.skip()
         try:
             yield '<p role="status">Done: the world is below.</p>', made.result()
         except Stopped:

@@ -1,5 +1,5 @@
-"""What app.py shows, as HTML: pictures, errors, how far a world is, and a finished one; app.css is
-its style."""
+"""What app.py is told, as options of sample.py, and what it shows, as HTML: pictures, errors, how
+far a world is, and a finished one; app.css is its style."""
 
 import base64
 import html
@@ -7,13 +7,54 @@ import shutil
 import threading
 import time
 import urllib.parse
+from concurrent.futures import wait
 from pathlib import Path
 
 from lib.export import EXPORTS, describe
 from lib.files import read_json
 from lib.pictures import write_png
 
+KINDS = ("named move", "key frames", "camera file")  # of a camera
 
+
+# ------------------------------------------------------------------------------------ what is told
+def typed(form, settled, folder):
+    """A form -> the options of sample.py that differ from the settled ones, which are left to the
+    checkpoint; uploaded files are copied into the folder."""
+    form = {k: v for k, v in form.items() if v not in (None, "", []) or k == "prompt"}
+    kind, keys, files = form.pop("kind"), form.pop("keys", ()), form.pop("files", ())
+    if form["prompt"].endswith(".txt"):
+        raise ValueError("--prompt: wanted words; a file of prompts is for sample.py")
+    if kind == "key frames":
+        form["camera"] = key_frames(keys)
+    elif kind == "camera file":
+        form["camera"] = placed(files, folder / "camera")
+    for key in {"image", "end_image"} & set(form):
+        form[key] = placed([form[key]], folder / key)
+    form["export"] = ",".join(form.get("export", ()))
+    form["scene_scale"] = f"{form.get('scene_scale', 1):.9g}"
+    return {k: v for k, v in form.items() if v != getattr(settled, k)}
+
+
+def placed(files, folder):
+    """Copy uploaded files into a new folder -> the copy, or else the folder."""
+    folder.mkdir()
+    copies = [shutil.copy(file, folder) for file in files]
+    return str(copies[0] if len(copies) == 1 else folder)
+
+
+def key_frames(table):
+    """Rows of time, from and to -> the text of --camera; empty rows are left out."""
+    parts = []
+    for row in table:
+        at, *cells = (str(cell).strip() for cell in row)
+        if any(cells):
+            at = f"{at}: " if at else ""
+            parts.append(f"{at}{','.join(cells[:3])} -> {','.join(cells[3:])}")
+    return " | ".join(parts) or "->"
+
+
+# ----------------------------------------------------------------------------------- what is shown
 def address(path):
     """Where the page serves a file."""
     return "gradio_api/file=" + urllib.parse.quote(str(path))
@@ -78,6 +119,15 @@ class Job:
                 raise Stopped
             self.preview = max(self.folder.glob("preview/*.png"), default=None)
             yield item
+
+    def follow(self, made):
+        """How far it is, again and again until the future is done; leaving earlier ends the job."""
+        try:
+            while not made.done():
+                yield self.show()
+                wait([made], 0.4)
+        finally:
+            self.stop.set()
 
     def show(self):
         """How far it is."""

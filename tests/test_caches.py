@@ -1,7 +1,10 @@
 """A cache file in training: mapped while it is the one that was checked, else read whole, refused
 by name."""
 
+import json
 import os
+import pathlib
+import subprocess
 import sys
 
 import pytest
@@ -9,6 +12,9 @@ import torch
 
 import data
 from lib import caches, rooms
+from lib.files import read_json
+
+ROOT = pathlib.Path(__file__).parents[1]
 
 SIZE = (32, 48, 5)
 
@@ -131,3 +137,65 @@ def test_training_gets_the_float32_that_the_stored_bits_mean(place):
     for name in ("latents", "text", "start_latents"):
         assert torch.equal(b[name][1], whole[name].float())
     assert b["moving"].dtype == torch.bool
+
+
+def many(place, count):
+    """`count` clips, all copies of the first one under names of their own."""
+    found, folder = read_json(place / "metadata.json"), next(place.glob("cache/*"))
+    entry = found["samples"][0]
+    tensors, metadata = caches.read_values(folder / f"{entry['id']}.safetensors")
+    names = [f"clip{n:06d}" for n in range(count)]
+    for name in names:
+        path = folder / f"{name}.safetensors"
+        caches.save_tensors(path, tensors, metadata | dict(id=name, sample=name))
+    found["samples"] = [entry | dict(id=name) for name in names]
+    found["splits"]["train"] = names
+    (place / "metadata.json").write_text(json.dumps(found))
+
+
+def lines_run(work):
+    """Lines of the program that run in this thread, each turn of a loop counted."""
+    count = 0
+
+    def trace(frame, event, arg):
+        nonlocal count
+        count += event == "line"
+        return trace if str(ROOT) in frame.f_code.co_filename else None
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        work()
+    finally:
+        sys.settrace(before)
+    return count
+
+
+def test_the_work_of_a_start_grows_with_the_number_of_clips_and_not_faster(place):
+    def start():
+        assert len(data.CachedClips(place, "train", SIZE)) == count
+
+    first, later = {}, {}
+    for count in (40, 80, 120):
+        many(place, count)
+        first[count], later[count] = lines_run(start), lines_run(start)
+    for lines in (first, later):
+        # Equal steps: each clip costs what the clip before it did.
+        assert lines[120] - lines[80] == pytest.approx(lines[80] - lines[40], rel=0.05)
+
+
+@pytest.mark.skipif(not os.environ.get("SLOW"), reason="SLOW=1: writes and reads 20,000 clips")
+def test_twenty_thousand_clips_start_within_ten_seconds_and_600_mb(place):
+    many(place, 20_000)
+    code = (
+        "import time, torch, data; before = time.process_time()\n"
+        "def held(): return int(open('/proc/self/status').read().split('VmHWM:')[1].split()[0])\n"
+        f"empty = held(); clips = data.CachedClips({str(place)!r}, 'train', {SIZE})\n"
+        "assert len(clips) == 20_000\n"
+        "print(time.process_time() - before, (held() - empty) / 1024)"
+    )
+    for limit in (60, 10):  # the first start reads the values too
+        run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+        seconds, megabytes = map(float, run.stdout.split())
+        assert seconds < limit and megabytes < 600
+        print(f"{seconds:.1f} s, {megabytes:.0f} MB", file=sys.stderr)

@@ -148,14 +148,13 @@ def main():
         for name in how.only.split(",")
         if (name in THREE_SEEDS or seed == 0) and (name, seed) not in done
     ]
-    # Variants of one seed come last to last: a table of three seeds is worth more.
-    runs.sort(key=lambda run: run.name not in THREE_SEEDS)
     with ThreadPoolExecutor(how.jobs) as pool:
-        begun, waiting = {}, []
-        for run in runs:
-            first = run.folder(1)
-            begun[first] = begun.get(first) or pool.submit(run.train, 1)
-            waiting.append(pool.submit(finish, run, begun[first], how))
+        waiting = []
+        for name in VARIANTS:  # the first stages before what waits for them
+            group = [run for run in runs if run.folder(1).name.startswith(f"stage1-{name}-")]
+            begun = {run.folder(1): run for run in group}
+            begun = {folder: pool.submit(run.train, 1) for folder, run in begun.items()}
+            waiting += [pool.submit(finish, run, begun[run.folder(1)], how) for run in group]
         for task in waiting:
             task.result()
 
