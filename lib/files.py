@@ -119,10 +119,7 @@ def ffmpeg(path, *output):
     command = [imageio_ffmpeg.get_ffmpeg_exe(), *STRICT, *source, *output, "pipe:1"]
     end, start = os.pipe() if several else (subprocess.DEVNULL, None)
     pipes = dict(stdin=end, stdout=subprocess.PIPE)
-    with (
-        tempfile.TemporaryFile() as log,
-        subprocess.Popen(command, stderr=log, **pipes) as process,
-    ):
+    with tempfile.TemporaryFile() as log, subprocess.Popen(command, stderr=log, **pipes) as process:
         if several:
             os.close(end)  # the process has it: when it ends, writing fails instead of waiting
             threading.Thread(target=feed, args=(start, path), daemon=True).start()

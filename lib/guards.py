@@ -4,6 +4,7 @@ steps that are skipped, warnings about its course."""
 import math
 import multiprocessing
 import os
+import re
 import signal
 import statistics
 import sys
@@ -19,6 +20,9 @@ from lib.distributed import gathered
 
 # The guide's figures: a mean loss above them in the last fifth of a run earns a warning.
 LATE_LIMITS = {"loss/depth": 0.2, "loss/point": 0.5, "loss/camera": 0.1}
+
+# A loader worker that was killed, or that found no shared memory for its batch.
+LOST_WORKER = re.compile(r"DataLoader worker|unable to .*(shared memory|torch_)")
 
 
 def run_command(program, command, advice=""):
@@ -38,16 +42,15 @@ def run_command(program, command, advice=""):
 
 def one_line(error, advice=""):
     """A user error as its line; every other error goes on."""
+    # Out of a loader worker comes its whole traceback, with the message at the end.
+    said = str(error).rpartition(f"\n{type(error).__name__}: ")[2]
     if isinstance(error, torch.cuda.OutOfMemoryError):
         said = f"{str(error).splitlines()[0]} {advice}"
     elif isinstance(error, ModuleNotFoundError):
         said = f"{error}. Fix: pip install -r requirements.txt"
-    elif isinstance(error, (ValueError, OSError, SafetensorError)):
-        # Out of a loader worker comes its whole traceback, with the message at the end.
-        said = str(error).rpartition(f"\n{type(error).__name__}: ")[2]
-    elif isinstance(error, RuntimeError) and "DataLoader worker" in str(error):
-        said = f"{error} Fix: --num_workers=0, or more room in /dev/shm"
-    else:
+    elif isinstance(error, RuntimeError) and LOST_WORKER.match(said):
+        said += " Fix: --num_workers=0, or more room in /dev/shm"
+    elif not isinstance(error, (ValueError, OSError, SafetensorError)):
         raise error
     return printable(said)
 

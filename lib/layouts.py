@@ -209,10 +209,6 @@ def open_tum(src, wishes):
     return Recording([src / n for n in names], cameras, depth, unit, fps=fps, notes=notes)
 
 
-def find_tum(src):
-    return [src] * all((src / f"{n}.txt").is_file() for n in ("rgb", "depth", "groundtruth"))
-
-
 def open_vkitti2(src, wishes):
     """extrinsic.txt: frame, camera, 16 numbers w2c; intrinsic.txt: frame, camera, fx fy cx cy."""
     rows = np.loadtxt(src / "extrinsic.txt", skiprows=1, ndmin=2)
@@ -228,10 +224,6 @@ def open_vkitti2(src, wishes):
     unit = dict(depth_scale=0.01, depth_invalid=65535)  # sky
     frames, depth = ([kind[i] for i in ids] for kind in (pictures, depth))
     return Recording(frames, cameras, depth, unit, fps=10.0, notes=notes)
-
-
-def find_vkitti2(src):
-    return [src] * all((src / f"{n}.txt").is_file() for n in ("extrinsic", "intrinsic"))
 
 
 def omniworld_depth(path):
@@ -293,10 +285,6 @@ def open_nerfstudio(src, wishes):
     counts = any(d.suffix in COUNTS for d in depth.values())
     how = dict(pictures=src, depth=depth, unit=MILLIMETRES if counts else {})
     return open_named(src, cameras, wishes, axes=wishes.axes or "opengl", **how)
-
-
-def find_nerfstudio(src):
-    return [src] * (src / "transforms.json").is_file()
 
 
 def models(src):
@@ -403,8 +391,13 @@ def holds(path, *names):
         return set(file.namelist()) >= {f"{n}.npy" for n in names}
 
 
+TUM, VKITTI2 = ("rgb.txt", "depth.txt", "groundtruth.txt"), ("extrinsic.txt", "intrinsic.txt")
 DA3 = dict(pictures="image", depth="depth", poses="extrinsics", kind="w2c", lens="intrinsics")
 MEGASAM = dict(pictures="images", depth="depths", poses="cam_c2w", kind="c2w", lens="intrinsic")
+
+
+def find_texts(names, src):
+    return [src] * all((src / name).is_file() for name in names)
 
 
 def find_npz(keys, src):
@@ -419,10 +412,10 @@ class Layout:
 
 
 LAYOUTS = dict(
-    tum=Layout(find_tum, open_tum),
-    vkitti2=Layout(find_vkitti2, open_vkitti2),
+    tum=Layout(partial(find_texts, TUM), open_tum),
+    vkitti2=Layout(partial(find_texts, VKITTI2), open_vkitti2),
     omniworld=Layout(find_omniworld, open_omniworld),
-    nerfstudio=Layout(find_nerfstudio, open_nerfstudio),
+    nerfstudio=Layout(partial(find_texts, ["transforms.json"]), open_nerfstudio),
     colmap=Layout(find_colmap, open_colmap),
     vipe=Layout(find_vipe, open_vipe),
     da3=Layout(partial(find_npz, DA3), partial(open_npz, **DA3)),

@@ -16,13 +16,7 @@ from geometry import compose, inv_se3, unproject, valid_depth
 from lib.camera_files import read_table
 from lib.crop import pixel_matrix
 from lib.depth import METRES, relative_depth, unknown, why_relative
-from lib.files import (
-    FAR,
-    count_arrays,
-    count_frames,
-    iterate_video,
-    read_arrays,
-)
+from lib.files import FAR, count_arrays, count_frames, iterate_video, read_arrays
 from lib.listing import check_sample, check_sums
 from lib.report import Report, print_report
 from lib.suspects import find_suspect

@@ -17,7 +17,6 @@ from lib.pictures import write_png
 KINDS = ("named move", "key frames", "camera file")  # of a camera
 
 
-# ------------------------------------------------------------------------------------ what is told
 def typed(form, settled, folder):
     """A form -> the options of sample.py that differ from the settled ones, which are left to the
     checkpoint; uploaded files are copied into the folder."""
@@ -54,7 +53,6 @@ def key_frames(table):
     return " | ".join(parts) or "->"
 
 
-# ----------------------------------------------------------------------------------- what is shown
 def address(path):
     """Where the page serves a file."""
     return "gradio_api/file=" + urllib.parse.quote(str(path))
@@ -135,9 +133,7 @@ class Job:
         if self.done:
             left = (time.monotonic() - self.since) * (self.total - self.done) / self.done
             text += f", about {left:.0f} s left"
-        bar = (
-            f'<progress max="{self.total or 1}" value="{self.done}" aria-label="{text}"></progress>'
-        )
+        bar = f'<progress max={self.total or 1} value={self.done} aria-label="{text}"></progress>'
         alt = "the first frame so far, and the depth of five frames"
         picture = f'<img alt="{alt}" src="{address(self.preview)}">' if self.preview else ""
         return f'<p role="status">{text}</p>{bar}{picture}'

@@ -313,6 +313,19 @@ def test_export_all_writes_every_name_and_unknown_names_are_refused(out):
         E.export_names("video,obj")
 
 
+def test_a_strangers_words_do_not_reach_files_in_which_they_could_mean_something(out, tmp_path):
+    hostile, _ = sampled()
+    words = "m\nend_header\nelement vertex 9\n# Camera list\n</script>\x1b[2J"
+    hostile = replace(hostile, unit=words)
+    hostile.report.update(prompt=words, facts=words)
+    E.write_exports(hostile, tmp_path, E.export_names("ply,glb,splat,colmap,cameras"))
+    files = [path for path in tmp_path.rglob("*") if path.is_file() and path.name[0] != "."]
+    files = [path for path in files if path.suffix != ".json"]  # JSON quotes them
+    assert {path.suffix for path in files} >= {".ply", ".glb", ".bin", ".txt"}
+    for path in files:
+        assert path.read_bytes() == (out / path.relative_to(tmp_path)).read_bytes(), path
+
+
 def test_a_rerun_with_fewer_frames_leaves_no_stale_picture(scene, tmp_path):
     E.write_exports(scene, tmp_path, ["png"])
     short = replace(scene, depth=scene.depth[:3])

@@ -1,5 +1,6 @@
 """What guards a run, piece by piece: signals, loader workers, records, pruning, warnings."""
 
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,12 +13,16 @@ from lib.guards import Watch
 from lib.log import Records
 
 BROKEN = """
+import sys
+import torch
 from torch.utils.data import DataLoader
 from lib import guards
 
 class Clips(list):
     def __getitem__(self, i):
-        raise ValueError(f"clip {i}: damaged")
+        if "damaged" in sys.argv:
+            raise ValueError(f"clip {i}: damaged")
+        return torch.zeros(1000, 1000)
 
 def command():
     how = dict(num_workers=2, worker_init_fn=guards.ignore_signals)
@@ -47,9 +52,23 @@ def test_a_second_signal_exits_at_once():
 def test_an_error_out_of_a_loader_worker_is_one_line_and_ends_the_process(tmp_path):
     (tmp_path / "broken.py").write_text(BROKEN)
     env = dict(ENV, PYTHONPATH=str(ROOT))
-    command = [sys.executable, tmp_path / "broken.py"]
+    command = [sys.executable, tmp_path / "broken.py", "damaged"]
     ended = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
     assert (ended.returncode, ended.stderr) == (2, "train.py: clip 3: damaged\n")
+
+
+def test_shared_memory_as_small_as_a_containers_is_told_in_a_line_with_the_cure(tmp_path):
+    mount = 'mount -t tmpfs -o size=1m tmpfs /dev/shm && exec "$@"'
+    small = ["unshare", "-m", "sh", "-c", mount, "sh"]
+    if not shutil.which("unshare") or subprocess.run([*small, "true"]).returncode:
+        pytest.skip("needs unshare -m and the right to mount")
+    (tmp_path / "broken.py").write_text(BROKEN)
+    command = [*small, sys.executable, tmp_path / "broken.py", "whole"]
+    env = dict(ENV, PYTHONPATH=str(ROOT))
+    ended = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 2 and ended.stderr.count("\n") == 1 and len(ended.stderr) < 250
+    assert "shared memory" in ended.stderr
+    assert ended.stderr.endswith("Fix: --num_workers=0, or more room in /dev/shm\n")
 
 
 def test_a_record_that_cannot_be_written_is_announced_and_lost(tmp_path, capsys):

@@ -18,7 +18,7 @@ METHOD = dict(
     model=694,
     data=700,
     train=696,
-    sample=680,  # experts, ranks that share, benchmarks, pieces that app.py and train.py call
+    sample=678,  # experts, ranks that share, benchmarks, pieces that app.py and train.py call
     bench=400,
     app=250,
 )
