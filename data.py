@@ -661,9 +661,7 @@ def make_parser():
     p.add_argument("root")
     p.add_argument("ids", metavar="ID", nargs="*", help="samples that get a page of their own")
     p.add_argument("--out")
-    p.add_argument(
-        "--size", type=camera_files.size_of, metavar="HxW", help="default: the video's shape"
-    )
+    p.add_argument("--size", type=camera_files.size_of, metavar="HxW", help="of the pictures")
     p.add_argument("--num_frames", type=int, default=21)
     flag(p, "follow_links", "links may lead out of the dataset")
     camera_files.add_arguments(commands.add_parser("cameras", help="convert a camera file"))

@@ -113,17 +113,13 @@ def read_header(path):
         raise ValueError(f"{path}: not a whole cache file: {said}") from None
 
 
-def cached_metadata(path):
-    """Metadata of a cache file, {} where there is no readable one."""
-    try:
-        return read_header(path)[0]
-    except ValueError:
-        return {}
-
-
 def fits(path, key):
     """Whether a cache file is there, whole, and was made from this key."""
-    return {k: str(v) for k, v in key.items()}.items() <= cached_metadata(path).items()
+    try:
+        found = read_header(path)[0]
+    except ValueError:
+        return False
+    return {k: str(v) for k, v in key.items()}.items() <= found.items()
 
 
 def check_header(path, name, sample, size, fingerprint):

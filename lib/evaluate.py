@@ -142,7 +142,7 @@ def evaluate(model, examples, how, picture=None, more_sigmas=()):
             found.append(rows)
         if turn == 0 and picture and shown:
             picture(comparison(b, shown, examples.frames(0), video))
-    return mean_over_ranks(found)
+    return mean_rows(sum(gathered(found), []))  # of the clips of all ranks
 
 
 def sample_clip(model, b, truth, how):
@@ -154,11 +154,6 @@ def sample_clip(model, b, truth, how):
         return row, video, None
     w2c, _ = decode_pose(out["pose_enc"][-1], b["depth"].shape[-2:])
     return row | geometry_row(out["depth"], out["points"], w2c, b, out), video, out
-
-
-def mean_over_ranks(found):
-    """mean_rows of the clips of all ranks."""
-    return mean_rows(sum(gathered(found), []))
 
 
 def mean_rows(found):

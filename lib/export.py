@@ -453,6 +453,7 @@ def check_out(out, names):
         if os.path.lexists(out / target):
             theirs = f"{out / target} is there and was not made by sample.py"
             raise ValueError(f"--out {out}: {theirs}. Choose another --out")
+    return out
 
 
 def write_exports(scene, out, names, progress=iter):

@@ -44,7 +44,7 @@ def find(src, form=None):
         if any(folder.is_relative_to(f) for f in within):
             continue  # the parts of a recording
         names = [form] if form else list(LAYOUTS)
-        kinds = {name: keys for name in names if (keys := LAYOUTS[name].find(folder))}
+        kinds = {name: keys for name in names if (keys := LAYOUTS[name].keys(folder))}
         if len(kinds) > 1:
             cure = f"write import {next(iter(kinds))} or another of them"
             raise ValueError(f"{folder}: looks like {' and '.join(kinds)}; {cure}")
@@ -53,8 +53,20 @@ def find(src, form=None):
             within.append(folder)
     if not found:
         wanted = f"recordings of the layout {form}" if form else "a recording of a known layout"
-        raise ValueError(f"{src}: wanted {wanted}; known are {', '.join(LAYOUTS)} (docs/data.md)")
+        said = f"wanted {wanted}; known are {', '.join(LAYOUTS)} (docs/data.md)"
+        raise ValueError(nearest(src, names) or f"{src}: {said}")
     return found
+
+
+def nearest(src, names):
+    """What a folder lacks to be of the layout that it is most like; "" where most is missing."""
+    known = [(name, LAYOUTS[name].parts) for name in names if LAYOUTS[name].parts]
+    seen = [(folder, name, parts(folder)) for folder in folders(src) for name, parts in known]
+    there = lambda one: sum(map(bool, one[2].values()))  # noqa: E731
+    folder, name, parts = max(seen, key=there, default=(src, "", {}))
+    absent = [part for part, found in parts.items() if not found]
+    said = f"{folder}: most like {name}, but without {' and '.join(absent)} (docs/data.md)"
+    return said if len(absent) < len(parts) / 2 else ""
 
 
 def name_of(src, key):

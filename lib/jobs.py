@@ -90,17 +90,11 @@ def plan_jobs(options, meta, names, prepare, known):
     jobs = [job for job in made if job]
     # One sample alone is always made anew.
     left = [job for job in jobs if failed is None or not job.finished()]
-    free = [job for job in left if attempt(partial(may_write, job, names), job.out, failed)]
+    free = [job for job in left if attempt(partial(check_out, job.out, names), job.out, failed)]
     there = len(jobs) - len(left)
     if there:
         print(f"{options.out}: {there} of {len(made)} samples are there already and are kept")
     return Plan(free, there, failed)
-
-
-def may_write(job, names):
-    """Before anything slow."""
-    check_out(job.out, names)
-    return True
 
 
 def read_prompts(text):

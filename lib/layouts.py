@@ -1,7 +1,7 @@
 """Where other people's recordings keep their pictures, depth and cameras.
 
-Each layout has two functions in LAYOUTS: find(folder) -> keys of the recordings that lie in it, []
-for none; open(key, wishes) -> Recording.  Nothing big is read here.
+LAYOUTS has for each how it is recognised and open(key, wishes) -> Recording.  Nothing big is read
+here.
 Sources: each dataset's or tool's own loader or writer, read in November 2026."""
 
 import json
@@ -49,9 +49,13 @@ class Folder:
     fps: float = 30.0
     read_depth: object = None  # path -> (h, w), where files.read_array will not do
 
-    def find(self, src):
-        whole = first_of(src, self.pictures) and first_of(src, self.depth) and self.path(src)
-        return [src] if whole else []
+    def parts(self, src):
+        texts = " or ".join(p if form != "folder" else f"texts in {p}/" for p, form in self.poses)
+        return {
+            f"pictures ({' or '.join(self.pictures)})": first_of(src, self.pictures),
+            f"depth ({' or '.join(self.depth)})": first_of(src, self.depth),
+            f"poses ({texts})": self.path(src),
+        }
 
     def path(self, src):
         """(path, format) of the poses, or None."""
@@ -391,13 +395,12 @@ def holds(path, *names):
         return set(file.namelist()) >= {f"{n}.npy" for n in names}
 
 
-TUM, VKITTI2 = ("rgb.txt", "depth.txt", "groundtruth.txt"), ("extrinsic.txt", "intrinsic.txt")
 DA3 = dict(pictures="image", depth="depth", poses="extrinsics", kind="w2c", lens="intrinsics")
 MEGASAM = dict(pictures="images", depth="depths", poses="cam_c2w", kind="c2w", lens="intrinsic")
 
 
-def find_texts(names, src):
-    return [src] * all((src / name).is_file() for name in names)
+def marked(*names):
+    return lambda src: {name: (src / name).is_file() for name in names}
 
 
 def find_npz(keys, src):
@@ -407,19 +410,23 @@ def find_npz(keys, src):
 
 @dataclass(frozen=True)
 class Layout:
-    find: object  # folder -> keys of the recordings in it
     open: object  # key, wishes -> Recording
+    find: object = None  # folder -> keys of the recordings in it; None: by its parts
+    parts: object = None  # folder -> {part of a recording: whether it is there}
+
+    def keys(self, src):
+        return self.find(src) if self.find else [src] * all(self.parts(src).values())
 
 
 LAYOUTS = dict(
-    tum=Layout(partial(find_texts, TUM), open_tum),
-    vkitti2=Layout(partial(find_texts, VKITTI2), open_vkitti2),
-    omniworld=Layout(find_omniworld, open_omniworld),
-    nerfstudio=Layout(partial(find_texts, ["transforms.json"]), open_nerfstudio),
-    colmap=Layout(find_colmap, open_colmap),
-    vipe=Layout(find_vipe, open_vipe),
-    da3=Layout(partial(find_npz, DA3), partial(open_npz, **DA3)),
-    megasam=Layout(partial(find_npz, MEGASAM), partial(open_npz, **MEGASAM)),
-    re10k=Layout(find_re10k, open_re10k),
-    **{name: Layout(kind.find, kind.open) for name, kind in FOLDERS.items()},
+    tum=Layout(open_tum, parts=marked("rgb.txt", "depth.txt", "groundtruth.txt")),
+    vkitti2=Layout(open_vkitti2, parts=marked("extrinsic.txt", "intrinsic.txt")),
+    omniworld=Layout(open_omniworld, find_omniworld),
+    nerfstudio=Layout(open_nerfstudio, parts=marked("transforms.json")),
+    colmap=Layout(open_colmap, find_colmap),
+    vipe=Layout(open_vipe, find_vipe),
+    da3=Layout(partial(open_npz, **DA3), partial(find_npz, DA3)),
+    megasam=Layout(partial(open_npz, **MEGASAM), partial(find_npz, MEGASAM)),
+    re10k=Layout(open_re10k, find_re10k),
+    **{name: Layout(kind.open, parts=kind.parts) for name, kind in FOLDERS.items()},
 )

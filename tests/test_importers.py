@@ -202,6 +202,26 @@ def test_without_depth_the_sample_says_so(tmp_path, capsys):
     assert round(sample["fps"], 1) == 30.0
 
 
+def test_a_recording_that_lacks_a_part_is_told_which(tmp_path):
+    """Seen: a RealSense and a Kinect recording without a trajectory, "wanted a known layout"."""
+    for name in ("rgb.txt", "depth.txt"):
+        (tmp_path / "slam" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "slam" / name).write_text("# timestamp filename\n")
+    for part, word in (("color", "jpg"), ("depth", "png")):
+        for n in range(3):
+            path = tmp_path / "deep" / "kinect" / f"frame-{n:06d}.{part}.{word}"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
+    with pytest.raises(ValueError, match="slam: most like tum, but without groundtruth.txt"):
+        importers.find(tmp_path / "slam")
+    for form in ("sevenscenes", None):
+        with pytest.raises(ValueError, match="kinect: most like sevenscenes, but without poses"):
+            importers.find(tmp_path / "deep", form)
+    for form in ("colmap", "scannet"):  # nothing of it is there
+        with pytest.raises(ValueError, match=f"wanted recordings of the layout {form}"):
+            importers.find(tmp_path / "slam", form)
+
+
 def test_what_cannot_be_imported_is_named(tmp_path, capsys):
     src = tmp_path / "src"
     src.mkdir()

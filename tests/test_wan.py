@@ -22,7 +22,7 @@ from wan_folder import OVERRIDES, keys, write_wan_folder
 import data
 from encoders import WanFolder, wan_family
 from lib import caches, weights
-from lib.caches import cached_metadata, save_tensors
+from lib.caches import read_header, save_tensors
 from lib.files import read_video
 from lib.rooms import Recipe, synth
 from lib.weights import FAMILIES, fingerprint, load_wan
@@ -302,7 +302,7 @@ def test_a_killed_run_goes_on_where_it_was_and_ranks_share_the_clips(
     ]
     monkeypatch.setattr(caches, "save_clip", save)
     for path in parts:  # a mark that only reading, not computing again, leaves
-        save_tensors(path, {k: v + 1 for k, v in load_file(path).items()}, cached_metadata(path))
+        save_tensors(path, {k: v + 1 for k, v in load_file(path).items()}, read_header(path)[0])
     for rank in "01":
         monkeypatch.setenv("RANK", rank)
         data.encode(root, 32, 48, 5, how=data.Encoding(wan_dir=wan))
