@@ -36,7 +36,7 @@ from tqdm import tqdm
 from encoders import MINIATURE, WanFolder, wan_family
 from geometry import encode_pose, normalize_scene, plucker_rays, relative_to_first, unproject
 from lib import caches, camera_files, files, importers, listing
-from lib.camera_files import inverse, read_cameras
+from lib.camera_files import read_cameras, rigid
 from lib.crop import Crop
 from lib.depth import check_positive, read_depth, unit_of, why_relative
 from lib.distributed import gathered
@@ -184,7 +184,7 @@ def checked_cameras(path):
     files.check_lines(path)
     w2c, fractions = read_cameras(path)  # (T, 3, 4), (T, 4)
     try:
-        inverse(w2c)
+        w2c = rigid(w2c)
     except ValueError as error:
         hint = "`python data.py verify` names the usual mistakes"
         raise ValueError(f"{path}: {error} {hint}") from None
@@ -638,8 +638,11 @@ def make_parser():
     p.add_argument("--wan_dir", default=MINIATURE, help="of the encoders of --cache_only")
     flag(p, "moving", "one object moves by itself, with its mask")
     importers.add_arguments(commands.add_parser("import", help="recordings of other layouts"))
-    p = commands.add_parser("encode", help="encode every clip once: training loads no encoder")
-    p.add_argument("root")
+    shared = argparse.ArgumentParser(add_help=False)
+    shared.add_argument("root")
+    flag(shared, "follow_links", "links may lead out of the dataset")
+    how = dict(parents=[shared], help="encode every clip once: training loads no encoder")
+    p = commands.add_parser("encode", **how)
     p.add_argument("--split")
     p.add_argument("--wan_dir", required=True, help="folder of a Wan2.1 release, or tiny/wan")
     p.add_argument("--device", default="", help="default: a GPU where there is one")
@@ -649,21 +652,18 @@ def make_parser():
     p.add_argument("--stride", default="1", help="frames; of 1,2,4 each window draws one")
     flag(p, "end_image", "also the last frame as an end image, of families of 36 inputs")
     flag(p, "skip_bad", "exit with 0 although clips failed")
-    flag(p, "follow_links", "links may lead out of the dataset")
-    p = commands.add_parser("verify", help="check every clip before any GPU hour is spent")
-    p.add_argument("root")
+    how["help"] = "check every clip before any GPU hour is spent"
+    p = commands.add_parser("verify", **how)
     p.add_argument("--split")
     flag(p, "json", "print the report as JSON")
     flag(p, "fix_hints", "name cures")
     flag(p, "exact", "for exact renderings")
-    flag(p, "follow_links", "links may lead out of the dataset")
-    p = commands.add_parser("view", help="pictures of the ground truth, as the model gets it")
-    p.add_argument("root")
+    how["help"] = "pictures of the ground truth, as the model gets it"
+    p = commands.add_parser("view", **how)
     p.add_argument("ids", metavar="ID", nargs="*", help="samples that get a page of their own")
     p.add_argument("--out")
     p.add_argument("--size", type=camera_files.size_of, metavar="HxW", help="of the pictures")
     p.add_argument("--num_frames", type=int, default=21)
-    flag(p, "follow_links", "links may lead out of the dataset")
     camera_files.add_arguments(commands.add_parser("cameras", help="convert a camera file"))
     return parser
 

@@ -25,6 +25,7 @@ from safetensors.torch import save
 from tqdm import tqdm
 
 from encoders import encode_start
+from lib.camera_files import off_rotation
 from lib.distributed import gathered
 from lib.files import FAR, check_file, read_json, write_aside
 from lib.listing import check_inside
@@ -203,8 +204,7 @@ def read_clip(path):
     """read_values of a clip; its depth, cameras and intrinsics must be such."""
     tensors, metadata = read_values(path)
     depth, w2c, K = (tensors[name].numpy() for name in ("depth", "w2c", "intrinsics"))
-    R, focal, share = w2c[:, :, :3], K[:, (0, 1), (0, 1)].min(), (depth[0] > 1e-3).mean()
-    off = np.abs(R @ R.swapaxes(1, 2) - np.eye(3)).max() + np.abs(np.linalg.det(R) - 1).max()
+    off, focal, share = off_rotation(w2c), K[:, (0, 1), (0, 1)].min(), (depth[0] > 1e-3).mean()
     if depth.min() < 0 or depth.max() > FAR or not share:
         found = f"depth from {depth.min():.3g} to {depth.max():.3g}, {share:.0%} of frame 0 has any"
         raise ValueError(f"{path}: {found}; wanted 0 to {FAR:.0e} m")
@@ -310,9 +310,7 @@ def check_folder(folder, samples, size, inside="/"):
     usual = Counter(kinds.values()).most_common(1)[0][0] if kinds else None
     for name, kind in kinds.items():
         if kind != usual:
-            said = (
-                f"width of text, start latents, CLIP are {kind}; wanted {usual}, as the others have"
-            )
+            said = f"widths of text, start latents, CLIP: {kind}; wanted {usual}, as others have"
             bad.append((name, f"{folder / name}.safetensors: {said}"))
     bad = sorted(set(sum(gathered(bad), [])))  # every rank leaves out the same
     wrong = {name for name, _ in bad}

@@ -87,24 +87,37 @@ def write_cameras(path, w2c, intrinsics, size):
 
 # --- Shared pieces --------------------------------------------------------------------------------
 NUMBERS = ("k1", "k2", "k3", "k4", "k5", "k6", "p1", "p2")  # of lens distortion
+NO_ROTATION = 0.02  # distance from orthonormal, and of the determinant from 1
 FLIP = np.array([[1.0], [-1], [-1]])  # OpenGL <-> OpenCV camera axes
 
 
-def inverse(matrices):
-    """Rigid (T, 3 or 4, 4) -> (T, 3, 4) the other way round; refuses what is no rotation."""
-    m = as_matrices(matrices)
-    R = m[:, :3, :3]
-    off = np.abs(R @ R.transpose(0, 2, 1) - np.eye(3)).max() + np.abs(np.linalg.det(R) - 1).max()
-    if not off < 1e-3:
+def off_rotation(matrices):
+    """Largest distance of (T, 3, 4) from rotations with determinant +1; of NaN 9."""
+    R = np.asarray(matrices)[..., :3]
+    square = np.abs(R @ R.swapaxes(1, 2) - np.eye(3)).max((1, 2))
+    return np.nan_to_num(square + np.abs(np.linalg.det(R) - 1), nan=9).max().item()
+
+
+def rigid(matrices):
+    """(T, 3 or 4, 4) -> (T, 3, 4) with the rotations next to those, which a tracker's drift or few
+    digits put a little off; refuses what is no rotation."""
+    m = as_matrices(matrices)[:, :3]
+    off = off_rotation(m)
+    if off > NO_ROTATION:
         found = f"rotations are not orthonormal with determinant +1 (off by {off:.2g})"
         raise ValueError(f"{found}; transposed, scaled or mirrored matrices?")
-    return inv_se3(torch.from_numpy(m[:, :3])).numpy()
+    U, _, Vt = np.linalg.svd(m[..., :3])
+    return m if off < 1e-5 else np.concatenate([U @ Vt, m[..., 3:]], 2)
+
+
+def inverse(matrices):
+    """rigid, the other way round."""
+    return inv_se3(torch.from_numpy(rigid(matrices))).numpy()
 
 
 def oriented(matrices, kind, axes):
     """w2c (T, 3, 4) in OpenCV axes from matrices that are w2c or c2w in opencv or opengl axes."""
-    other = inverse(matrices)  # refuses what is no rotation
-    w2c = other if kind == "c2w" else np.asarray(matrices, float)[:, :3]
+    w2c = inverse(matrices) if kind == "c2w" else rigid(matrices)
     return w2c * FLIP if axes == "opengl" else w2c
 
 

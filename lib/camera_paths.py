@@ -180,9 +180,7 @@ def look_at(centre, target, down=(0, 1, 0)):
     x = np.cross(down, z)
     if np.linalg.norm(z) < 1e-12 or np.linalg.norm(x) < 1e-9 * np.linalg.norm(z):
         seen = f"seen from {centre} towards {target}"
-        raise ValueError(
-            f"look_at: {seen}, down = {down} is no side of the picture; choose another"
-        )
+        raise ValueError(f"look_at: {seen}, down = {down} is no side of the picture; take another")
     x, z = x / np.linalg.norm(x), z / np.linalg.norm(z)
     R = np.stack([x, np.cross(z, x), z])  # rows: the camera's axes in the world
     return np.concatenate([R, -R @ centre[:, None]], 1)

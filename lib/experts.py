@@ -105,9 +105,7 @@ def check_place(path, meta, expert):
     cure = "--ckpt is HIGH,LOW, train.py's --expert=high or --expert=low"
     found = meta.get("expert")
     if not found:
-        raise ValueError(
-            f"{path}: it is no expert of a pair, wanted the {expert} noise one; {cure}"
-        )
+        raise ValueError(f"{path}: no expert of a pair, wanted the {expert} noise one; {cure}")
     if not expert:
         raise ValueError(f"{path}: one expert of a pair; say which: {cure}")
     if found == "either":  # the release's: only their names differ

@@ -194,9 +194,7 @@ def picture_files(folder):
     """Pictures of a folder that stands for a video, in order."""
     found = listed(folder, STILLS)
     if not found:
-        raise ValueError(
-            f"{folder}: no pictures in it; wanted {', '.join(STILLS)}, or a video file"
-        )
+        raise ValueError(f"{folder}: no pictures; wanted {', '.join(STILLS)}, or a video file")
     return found
 
 
@@ -425,9 +423,7 @@ def read_arrays(path, frames=None, mask=False, limit=MAX_BYTES):
     shape = first[0] if path.is_dir() or len(first[0]) < 3 else first[0][1:]
     if math.prod(shape) * first[1].itemsize * len(frames) > limit:
         found = f"{len(frames)} frames of {shape} values"
-        raise ValueError(
-            f"{path}: {found}; at most {limit:,} bytes are read at once. Scale it down"
-        )
+        raise ValueError(f"{path}: {found}; at most {limit:,} bytes are read at once: scale it")
     if not path.is_dir():
         wanted = set(frames)
         kept = {t: frame for t, frame in enumerate(stacked(path, mask)) if t in wanted}

@@ -146,7 +146,7 @@ def test_half_a_pair_the_wrong_order_and_a_strange_one_are_refused_in_one_line(p
         high: "one expert of a pair, which knows half of the noise; give both: --ckpt HIGH,LOW",
         f"{low},{high}": "the low noise expert, wanted the high noise one",
         f"{high},{low},{low}": "3 files; wanted one, or a pair: HIGH,LOW",
-        f"{high},{ROOT}/tiny/fantasyworld.safetensors": "it is no expert of a pair",
+        f"{high},{ROOT}/tiny/fantasyworld.safetensors": "no expert of a pair",
     }
     comma = tmp_path / "one, of a pair.pth"  # a single file, whatever its name
     comma.symlink_to(high)

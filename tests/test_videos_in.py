@@ -113,5 +113,5 @@ def test_pictures_of_two_sizes_and_an_empty_folder_are_named(tmp_path):
         files.read_video(tmp_path)
     assert len(files.read_video(tmp_path, 2)[0]) == 2
     (tmp_path / "no").mkdir()
-    with pytest.raises(ValueError, match="no: no pictures in it"):
+    with pytest.raises(ValueError, match="no: no pictures; wanted"):
         files.read_video(tmp_path / "no")
