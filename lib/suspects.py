@@ -74,7 +74,7 @@ HINTS = {
 
 BETTER = 0.65  # a suspect must cut the typical disagreement of a pair to this share
 CURED = 0.03, 0.6  # and leave views that agree: typical disagreement, share within 2 %
-RECORDED = 1e-3  # disagreement of a good recording: what leaves no more explains it all
+EXPLAINED = 0.02  # share of the disagreement: what leaves no more explains it all
 
 
 FLIP = torch.tensor([[1.0, -1, -1]], dtype=torch.float64).T
@@ -303,7 +303,7 @@ def find_suspect(views):
     before = per_pair(disagreement(gather(inner), inner.w2c))
     was, suspicions = typical(inner.pairs, before), list(undo(inner))
     found = cures(inner, before, suspicions)
-    if was > 0.002 and not (found and min(found)[5] < RECORDED):
+    if was > 0.002 and not (found and min(found)[0] < EXPLAINED):
         suspicions += undo_fitted(inner)
         found = cures(inner, before, suspicions)
     if not found:
