@@ -19,6 +19,11 @@ from pathlib import Path
 from threading import Lock
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from lib import pictures  # noqa: E402
+from lib.files import read_stills  # noqa: E402
+
 ROWS = ROOT / "docs/ablations.json"
 STEPS, BATCH = {1: 500, 2: 400}, 4
 # Fields of model.Config that differ from the preset "tiny".
@@ -113,6 +118,29 @@ def render(work):
     subprocess.run([sys.executable, *command], check=True, cwd=ROOT)
 
 
+def draw(work, seed):
+    """docs/ablations.png: the first held-out room as it is and as the variants sample it."""
+    rows = {}
+    for row, kind in enumerate(("video", "depth")):
+        for name in VARIANTS:
+            scored = Run(work, name, seed).folder(2) / "scored"
+            if (file := scored / f"eval-stage2-step{STEPS[2]}.png").exists():
+                sheet = next(read_stills([file]))
+                rows.setdefault(f"true {kind}", cut(sheet, 2 * row))
+                rows[f"{kind}, {name}"] = cut(sheet, 2 * row + 1)
+    if rows:
+        pictures.write_png(
+            ROOT / "docs/ablations.png", pictures.sheet(list(rows.values()), list(rows))
+        )
+
+
+def cut(sheet, row, height=192, width=320, count=5, gap=4):
+    """A row of pictures out of lib.pictures.sheet, at the size that they had before."""
+    top = gap + row * (height + 16 + gap) + 16
+    lefts = [gap + n * (width + gap) for n in range(count)]
+    return [sheet[top : top + height : 2, left : left + width : 2] for left in lefts]
+
+
 def table(rows):
     """Lines of a Markdown table: mean and spread of every variant's headline numbers."""
     keys = sorted({(part, key) for row in rows for part, r in row["rows"].items() for key in r})
@@ -136,10 +164,13 @@ def main():
     parser.add_argument("--work", type=Path, default=ROOT / "data/ablations")
     parser.add_argument("--train_only", action="store_true")
     parser.add_argument("--table", action="store_true", help="print docs/ablations.json and stop")
+    parser.add_argument("--draw", type=int, metavar="SEED", help="only docs/ablations.png")
     how = parser.parse_args()
     if how.table:
         return table(read_rows())
     work = how.work.resolve()
+    if how.draw is not None:
+        return draw(work, how.draw)
     render(work)
     done = {(row["variant"], row["seed"]) for row in read_rows()}
     runs = [
@@ -157,6 +188,7 @@ def main():
             waiting += [pool.submit(finish, run, begun[run.folder(1)], how) for run in group]
         for task in waiting:
             task.result()
+    draw(work, int(how.seeds.split(",")[-1]))
 
 
 def finish(run, stage_1, how):
