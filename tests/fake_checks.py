@@ -9,6 +9,7 @@ file:line.  --slow adds true sizes (minutes)."""
 # ruff: noqa: E402, I001
 import fake_cuda
 from fake_cuda import CUDA, build, fakes, move, on_a_gpu, pinned
+from fake_ranks import first_of_two, parallel
 
 import contextlib
 import io
@@ -83,15 +84,20 @@ def make_model(cfg, stage, half=True, trains=True, device=CUDA):
 
 
 # ---- training
-def two_steps(cfg, stage, how, size, n=2, half=True, device=CUDA, count=2, **more):
-    """Two steps by the recipe's own parts -> what was watched, without what waits only once."""
+def two_steps(cfg, stage, how, size, n=2, half=True, device=CUDA, count=2, ranks=None, **more):
+    """Two steps by the recipe's own parts -> what was watched, without what waits only once.
+
+    ranks  None: alone; "ddp" or "spread": the first of two"""
+    if ranks:
+        first_of_two()
     with fakes() as watch:
         model = make_model(cfg, stage, half, device=device)
         model.checkpoint_activations = how
         options = options_of(train, stage=stage, **more.get("options", {}))
         autocast = torch.autocast(device.type, torch.bfloat16, enabled=half)
         empty = torch.randn(1, cfg.text_dim, device=device)
-        job = train.Job(model, model, autocast, options, empty, n)
+        wrapped = parallel(model, ranks == "spread") if ranks else model
+        job = train.Job(model, wrapped, autocast, options, empty, n)
         optimizer = train.make_optimizer(model, options)
         guard = train.BadSteps(None, options, torch.zeros((), device=device))
         trained = [p for p in model.parameters() if p.requires_grad]
@@ -103,6 +109,8 @@ def two_steps(cfg, stage, how, size, n=2, half=True, device=CUDA, count=2, **mor
             assert not without, f"no gradient: {without[:3]}"
             wrong = [p for p in trained if (p.grad.dtype, p.grad.device) != (p.dtype, p.device)]
             assert not wrong, f"{len(wrong)} gradients of another type or device"
+            copied = [p for p in trained if ranks == "ddp" and p.grad._base is None]
+            assert not copied, f"{len(copied)} gradients are there beside DDP's buckets"
             norm = torch.nn.utils.clip_grad_norm_(trained, 1.0)
             train.take_step(optimizer, guard.judge(step, norm, [loss], ids=[ids]))
     return watch
@@ -243,8 +251,9 @@ def checks():
     """What CI runs, in less than a minute on an idle core."""
     for stage in (0, 2):
         yield f"train stage {stage} none", partial(training, MINI, stage)
-    yield "train stage 2 selective", partial(training, MINI, 2, "selective")
     yield "train release", partial(training, RELEASE, 2)
+    for ranks in ("ddp", "spread"):
+        yield f"train {ranks}", partial(training, MINI, 2, "selective", ranks=ranks)
     yield "recipe", partial(recipe, 2, optimizer="muon", spike_guard=20.0, eval_every=0)
     yield "sample", partial(sampling, MINI, 2, "unipc")
     yield "sample one pass after the other", partial(sampling, MINI, 2, one_by_one=True)
@@ -259,7 +268,7 @@ def slow_checks():
     for stage in (0, 1, 2):
         yield f"recipe stage {stage}, evaluation", partial(recipe, stage)
     yield "train stage 1 none", partial(training, MINI, 1)
-    for stage, how in itertools.product((1, 2), ("attention", "full")):
+    for stage, how in itertools.product((1, 2), ("attention", "selective", "full")):
         yield f"train stage {stage} {how}", partial(training, MINI, stage, how)
     yield "train stage 2 cudnn", lambda: hopper(partial(training, MINI, 2, "selective"))
     yield "train stage 2 fp32", partial(training, MINI, 2, half=False)

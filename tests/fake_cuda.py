@@ -5,7 +5,8 @@ Import this before torch; fake_checks.py is what runs on it.  An operation fails
 meets a CUDA one and where types do not fit under CUDA's autocast.  A Watch notes by file:line where
 the host would wait for the device, the type of every forward line, and tensors of 2^31 elements.
 Attention goes to the kernel that a GPU from Ampere on chooses.  Values do not exist: a number that
-is read is 1.  Not shown: values, speed, scratch memory inside kernels, NCCL, Triton.
+is read is 1.  fake_ranks.py adds a second rank.
+Not shown: values, speed, scratch memory inside kernels, NCCL, Triton.
 
 How: autograd and autocast of a CPU build refuse "cuda" for want of a device guard and CUDAHooks; a
 few lines of C++, loaded before torch, give them idle ones.  FakeTensorMode does the rest.
@@ -246,6 +247,10 @@ CUDA_API = dict(
     Event=Stream,
     stream=lambda stream: stream or Stream(),
     current_stream=lambda *_: Stream(),
+    default_stream=lambda *_: Stream(),
+    current_device=lambda: 0,
+    set_device=lambda *_: None,
+    synchronize=lambda *_: None,
     empty_cache=lambda: None,
     get_device_name=lambda *_: "NVIDIA H200",
     get_device_capability=lambda *_: (9, 0),

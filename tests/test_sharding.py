@@ -124,7 +124,9 @@ def memory(ranks):
     here = sum(p.to_local().nbytes for p in model.parameters()) + 3 * trained + peak
     how = dict(checkpointing="full", half=False)
     one = plan.count(cfg, 2, loss, (1, *size), **how)  # two clips are not asked for
-    assert plan.needs({1: one, 2: one}, 1, "weights", 2) - plan.CONTEXT == pytest.approx(here, rel=0.1)
+    assert plan.needs({1: one, 2: one}, 1, "weights", 2) - plan.CONTEXT == pytest.approx(
+        here, rel=0.1
+    )
 
 
 def compiled(ranks):
