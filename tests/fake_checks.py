@@ -33,6 +33,7 @@ import sample
 import train
 from lib import plan
 from lib.distributed import Ranks
+from lib.offload import offload
 from model import PRESETS, FantasyWorld, half_geometry
 from wan import CLIP_SHAPE, LATENT, half_precision, start_condition
 
@@ -83,6 +84,13 @@ def make_model(cfg, stage, half=True, trains=True, device=CUDA):
     return build(make, device)
 
 
+def on_the_host(cfg, stage, **how):
+    """A model whose frozen matrices only visit the GPU."""
+    model = make_model(cfg, stage, device="cpu", **how)
+    with patch.object(torch.nn.Module, "to", move):
+        return offload(model, CUDA)
+
+
 # ---- training
 def two_steps(cfg, stage, how, size, n=2, half=True, device=CUDA, count=2, ranks=None, **more):
     """Two steps by the recipe's own parts -> what was watched, without what waits only once.
@@ -91,7 +99,8 @@ def two_steps(cfg, stage, how, size, n=2, half=True, device=CUDA, count=2, ranks
     if ranks:
         first_of_two()
     with fakes() as watch:
-        model = make_model(cfg, stage, half, device=device)
+        here = on_the_host if more.get("offloaded") else partial(make_model, device=device)
+        model = here(cfg, stage, half=half)
         model.checkpoint_activations = how
         options = options_of(train, stage=stage, **more.get("options", {}))
         autocast = torch.autocast(device.type, torch.bfloat16, enabled=half)
@@ -192,15 +201,10 @@ def planned(cfg, stage, how, size, most=0.02):
 def sampling(
     cfg, stage, sampler="euler", size=SMALL, offloaded=False, one_by_one=False, last=False
 ):
-    model = None
     grid = LATENT.grid_of(*size)
     with fakes() as watch, torch.no_grad():
-        model = make_model(cfg, stage, trains=False, device="cpu" if offloaded else CUDA)
-        if offloaded:
-            from lib.offload import offload
-
-            with patch.object(torch.nn.Module, "to", move):
-                model = offload(model, CUDA)
+        how = dict(trains=False)
+        model = on_the_host(cfg, stage, **how) if offloaded else make_model(cfg, stage, **how)
         noise = torch.randn(1, 16, *grid, device=CUDA)
         start = torch.randn(1, 16, grid[0] if cfg.in_dim == 36 else 1, *grid[1:], device=CUDA)
         text = torch.randn(5, cfg.text_dim, device=CUDA, dtype=torch.bfloat16)
@@ -272,6 +276,9 @@ def slow_checks():
         yield f"train stage {stage} {how}", partial(training, MINI, stage, how)
     yield "train stage 2 cudnn", lambda: hopper(partial(training, MINI, 2, "selective"))
     yield "train stage 2 fp32", partial(training, MINI, 2, half=False)
+    how = dict(offloaded=True)
+    yield "train offloaded", partial(training, MINI, 2, "full", **how)
+    yield "train ddp offloaded", partial(training, MINI, 2, "full", ranks="ddp", **how)
     losses = dict(depth_mode="ssi")
     yield "train without units", partial(training, MINI, 1, relative=True, options=losses)
     for ways in ("none", "to_geometry", "to_video"):
