@@ -9,7 +9,7 @@ file:line.  --slow adds true sizes (minutes)."""
 # ruff: noqa: E402, I001
 import fake_cuda
 from fake_cuda import CUDA, build, fakes, move, on_a_gpu, pinned
-from fake_ranks import first_of_two, parallel
+from fake_ranks import first_of_two, parallel, two_ranks
 
 import contextlib
 import io
@@ -144,7 +144,7 @@ def same_types(ours, theirs):
     assert not differ, f"types differ on a GPU and on a CPU at {differ}"
 
 
-def recipe(stage, **more):
+def recipe(stage, ranks=None, **more):
     """train.main, four steps with an evaluation and a checkpoint; only the data is made up."""
 
     class Clips:
@@ -158,7 +158,7 @@ def recipe(stage, **more):
     saved, loop, original = [], [], train.take_step
     written = dict(write_checkpoint=lambda *a, **_: saved.append(a[1]) or "")
     known = dict(
-        start_processes=lambda *_: Ranks(device=CUDA),
+        start_processes=lambda *_: ranks or Ranks(device=CUDA),
         open_clips=lambda *_: dict(train=Clips(), val=Clips()),
         load_batches=lambda *_: iter(lambda: loader_batch(MINI, 2, SMALL), None),
         read_tensors=lambda _: ({"text": torch.randn(1, MINI.text_dim)}, {}),
@@ -184,6 +184,12 @@ def recipe(stage, **more):
     watch.waits = sum(map(Counter, loop[1:]), Counter())  # the first step makes the tables
     assert not watch.waits, f"the loop waits for the device at {dict(watch.waits)}"
     return watch
+
+
+def recipe_of_two():
+    first_of_two()
+    with two_ranks() as ranks:
+        return recipe(2, ranks, optimizer="muon", spike_guard=20.0, eval_every=0)
 
 
 def planned(cfg, stage, how, size, most=0.02):
@@ -256,9 +262,8 @@ def checks():
     for stage in (0, 2):
         yield f"train stage {stage} none", partial(training, MINI, stage)
     yield "train release", partial(training, RELEASE, 2)
-    for ranks in ("ddp", "spread"):
-        yield f"train {ranks}", partial(training, MINI, 2, "selective", ranks=ranks)
-    yield "recipe", partial(recipe, 2, optimizer="muon", spike_guard=20.0, eval_every=0)
+    yield "train spread", partial(training, MINI, 2, "selective", ranks="spread")
+    yield "recipe of two", recipe_of_two
     yield "sample", partial(sampling, MINI, 2, "unipc")
     yield "sample one pass after the other", partial(sampling, MINI, 2, one_by_one=True)
     yield "sample release", partial(sampling, RELEASE, 2, last=True)
@@ -269,6 +274,7 @@ def checks():
 
 def slow_checks():
     """Every way of small sizes, then true sizes."""
+    yield "train ddp", partial(training, MINI, 2, "selective", ranks="ddp")
     for stage in (0, 1, 2):
         yield f"recipe stage {stage}, evaluation", partial(recipe, stage)
     yield "train stage 1 none", partial(training, MINI, 1)

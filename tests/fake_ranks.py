@@ -7,6 +7,7 @@ DDP measures of itself: those want true tensors or a true clock."""
 # ruff: noqa: E402, I001
 from fake_cuda import CUDA, on_a_gpu
 
+from contextlib import ExitStack, contextmanager
 from functools import lru_cache
 from unittest.mock import MagicMock, patch
 
@@ -17,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import lib.distributed
+import lib.guards
 from lib.distributed import Ranks
 
 
@@ -69,12 +71,30 @@ def first_of_two():
         return Ranks(0, 2, CUDA, group), DeviceMesh.from_group(group, "cuda")
 
 
+def agree(values, value):
+    """all_gather_object where the other rank says the same."""
+    values[:] = [value] * len(values)
+
+
+@contextmanager
+def two_ranks():
+    """What sends meets the other rank -> the Ranks of this one."""
+    ranks, mesh = first_of_two()
+    with ExitStack() as stack:
+        for where, name, value in (
+            (lib.distributed, "DistributedDataParallel", Parallel),
+            (dist, "all_gather_object", agree),
+            (DeviceMesh, "from_group", lambda *_: mesh),
+            (lib.guards.Stop, "agreed", lambda _: 0),  # a fake number would read as 1
+        ):
+            stack.enter_context(patch.object(where, name, value))
+        yield ranks
+
+
 def parallel(model, spread):
     """What trains a model of fake tensors on the first of two ranks: DDP, or itself, spread."""
-    ranks, mesh = first_of_two()
-    whole = patch.object(lib.distributed, "DistributedDataParallel", Parallel)
-    with whole, patch.object(torch.nn.Module, "to", dense):
-        with patch.object(DeviceMesh, "from_group", lambda *_: mesh):
-            if spread:
+    with two_ranks() as ranks:
+        if spread:
+            with patch.object(torch.nn.Module, "to", dense):
                 lib.distributed.shard(model, ranks)
         return lib.distributed.wrap(model, ranks, spread)
