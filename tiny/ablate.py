@@ -5,7 +5,7 @@
 Every variant trains stage 1 (shared by those that do not change it) and stage 2 with equal steps,
 data and seeds on the frozen tiny/wan, then samples held-out rooms and scores them against the true
 renderings.  A run's row goes to docs/ablations.json as soon as it is there; the same command goes
-on where it stopped, and --table prints means and spread.  Hours of two cores in all."""
+on where it stopped, --table prints means and spread, and docs/ablations.png is drawn.  Hours of two cores in all."""
 
 import argparse
 import json
@@ -44,6 +44,19 @@ THREE_SEEDS = tuple(VARIANTS)[:6]
 LATE = {"exchange", "camera_adapters"}
 # glibc gives small blocks back at every step otherwise: a third of the time.
 QUICK = dict(OMP_NUM_THREADS="1", MALLOC_MMAP_MAX_="0", MALLOC_TRIM_THRESHOLD_="4000000000")
+# Columns of the table: the row and number of an evaluation.
+HEAD = {
+    "PSNR": ("sampled", "psnr"),
+    "warp": ("sampled", "warp_psnr"),
+    "revisit": ("sampled", "revisit"),
+    "al. deg": ("sampled", "align_rot"),
+    "AbsRel": ("sampled", "abs_rel"),
+    "points": ("sampled", "points"),
+    "head, deg": ("sampled", "rot_deg"),
+    "true: AbsRel": ("poses given", "abs_rel"),
+    "no poses: AbsRel": ("no poses", "abs_rel"),
+    "no poses: deg": ("no poses", "rot_deg"),
+}
 lock = Lock()
 
 
@@ -142,17 +155,31 @@ def cut(sheet, row, height=192, width=320, count=5, gap=4):
 
 
 def table(rows):
-    """Lines of a Markdown table: mean and spread of every variant's headline numbers."""
-    keys = sorted({(part, key) for row in rows for part, r in row["rows"].items() for key in r})
-    for part, key in keys:
-        print(f"{part}: {key}")
+    """Markdown: mean and spread of the headline numbers, then each seed's difference to full."""
+    values = {
+        (row["variant"], row["seed"]): {
+            k: row["rows"][part][key] for k, (part, key) in HEAD.items()
+        }
+        for row in rows
+    }
+    print(f"| variant | seeds | {' | '.join(HEAD)} |\n|---|---|{'---|' * len(HEAD)}")
+    for less in (False, True):
         for name in VARIANTS:
-            values = [r["rows"][part][key] for r in rows if r["variant"] == name]
-            if values:
-                spread = statistics.stdev(values) if len(values) > 1 else 0.0
-                print(
-                    f"    {name:16s}{statistics.mean(values):9.4f} +- {spread:.4f} ({len(values)})"
-                )
+            seeds = sorted(s for n, s in values if n == name)
+            own = [values[name, seed] for seed in seeds]
+            if less:
+                name, full = f"{name} - full", [values["full", seed] for seed in seeds]
+                own = [{k: x[k] - y[k] for k in HEAD} for x, y in zip(own, full)]
+            if own and not (less and name.startswith("full")):
+                cells = [spread([x[k] for x in own], less) for k in HEAD]
+                print(f"| {name} | {len(own)} | {' | '.join(cells)} |")
+
+
+def spread(x, signed):
+    """Mean +- standard deviation."""
+    sign = "+" if signed else ""
+    said = f"{statistics.mean(x):{sign}.3f}"
+    return f"{said} ± {statistics.stdev(x):.3f}" if len(x) > 1 else said
 
 
 def main():
@@ -163,7 +190,7 @@ def main():
     parser.add_argument("--rooms", type=int, default=8, help="held-out rooms that are scored")
     parser.add_argument("--work", type=Path, default=ROOT / "data/ablations")
     parser.add_argument("--train_only", action="store_true")
-    parser.add_argument("--table", action="store_true", help="print docs/ablations.json and stop")
+    parser.add_argument("--table", action="store_true", help="of docs/ablations.json, and stop")
     parser.add_argument("--draw", type=int, metavar="SEED", help="only docs/ablations.png")
     how = parser.parse_args()
     if how.table:
