@@ -5,7 +5,8 @@
 Every variant trains stage 1 (shared by those that do not change it) and stage 2 with equal steps,
 data and seeds on the frozen tiny/wan, then samples held-out rooms and scores them against the true
 renderings.  A run's row goes to docs/ablations.json as soon as it is there; the same command goes
-on where it stopped, --table prints means and spread, and docs/ablations.png is drawn.  Hours of two cores in all."""
+on where it stopped, and --table prints means and spread.  At the end docs/ablations.png is drawn.
+Hours of two cores in all."""
 
 import argparse
 import json
