@@ -106,7 +106,8 @@ class Studio:
 
         gradio closes this generator when Stop is pressed or the page is closed."""
         # Its name sorts by time, and nobody guesses it.
-        job = Job(self.worlds / f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(4)}")
+        name = f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(4)}"
+        job = Job(self.worlds / name, self.job and self.job.spent)
         made, self.job = self.one.submit(self.make, form, job), job
         for text in job.follow(made):
             yield text, gr.skip()

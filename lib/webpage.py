@@ -102,8 +102,9 @@ class Stopped(Exception):
 class Job:
     """One world in the making: noted by the thread that makes it, read by the page."""
 
-    def __init__(self, folder):
+    def __init__(self, folder, before=None):
         self.folder = folder
+        self.spent, self.before = {}, before or {}  # seconds of each phase; of the world before
         self.stop = threading.Event()
         self.phase, self.done, self.total = "waiting for the world before", 0, 0
         self.since = time.monotonic()
@@ -117,6 +118,7 @@ class Job:
                 raise Stopped
             self.preview = max(self.folder.glob("preview/*.png"), default=None)
             yield item
+        self.spent[self.phase] = time.monotonic() - self.since
 
     def follow(self, made):
         """How far it is, again and again until the future is done; leaving earlier ends the job."""
@@ -132,7 +134,8 @@ class Job:
         text = f"{self.phase} {self.done + 1} of {self.total}" if self.total else self.phase
         if self.done:
             left = (time.monotonic() - self.since) * (self.total - self.done) / self.done
-            text += f", about {left:.0f} s left"
+            ahead = self.before.keys() - self.spent.keys() - {self.phase}
+            text += f", about {left + sum(self.before[p] for p in ahead):.0f} s left"
         bar = f'<progress max={self.total or 1} value={self.done} aria-label="{text}"></progress>'
         alt = "the first frame so far, and the depth of five frames"
         picture = f'<img alt="{alt}" src="{address(self.preview)}">' if self.preview else ""
