@@ -124,7 +124,7 @@ camera_size = option("", "HxW of a camera file's pictures, where it does not say
 camera_stride = option(1, "of a camera file: every so many cameras are used", low=1)
 amount = option(1.0, "strength of a named move: 1 travels 0.3 scene units or turns by 30 degrees")
 fov = option(65.0, "horizontal field of view where the camera has no intrinsics", low=1, high=170)
-scene_scale = option("1", "your units per scene unit, or a depth map of the start image")
+scene_scale = option("1", "your units per scene unit; or its depth: FILE, or FILE*0.001 of mm")
 section_3 = section("size")
 frames = option(0, "4k + 1; 0: as in training", low=0)
 height = option(0, "pixels, a multiple of 16; 0: as in training", low=0)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from geometry import compose, inv_se3, mat_to_quat, normalize_scene, quat_to_mat, relative_to_first
 from lib import camera_files
 from lib.crop import crop_intrinsics, pixel_matrix
-from lib.depth import read_depth
+from lib.depth import METRES, DepthUnit, read_depth
 
 
 @dataclass(frozen=True)
@@ -66,17 +66,17 @@ def from_file(path, num_frames, size, view):
         most = (len(w2c) - 1) // max(1, num_frames - 1)
         whole = f"--camera_stride {most} spans the path" if most > view.stride else "the rest waits"
         print(f"{path}: {len(w2c)} cameras, 0 .. {last} are used; {whole}", flush=True)
-    w2c = w2c[:: view.stride]
-    intrinsics = None if intrinsics is None else intrinsics[:: view.stride]
     if intrinsics is not None:  # files without a size: of square pixels
         aspect = source[1] / source[0] if source else intrinsics[0, 1] / intrinsics[0, 0]
-        intrinsics = crop_intrinsics(intrinsics[:num_frames], aspect, size)
-    return w2c, intrinsics
+        intrinsics = crop_intrinsics(intrinsics[:: view.stride][:num_frames], aspect, size)
+    return w2c[:: view.stride], intrinsics
 
 
-def mean_distance(path, K, size):
-    """Mean distance of a depth map of the start image, in its unit, as seen with the cameras' K."""
-    depth = torch.from_numpy(read_depth(path, frames=[0]))[None]
+def mean_distance(text, K, size):
+    """Mean distance of a depth map seen with the cameras' K; FILE, or FILE*0.001: units a count."""
+    found = re.fullmatch(r"(.+)\*(\d*\.?\d+(?:e-?\d+)?)", text)
+    path, unit = (found[1], DepthUnit(float(found[2]))) if found else (text, METRES)
+    depth = torch.from_numpy(read_depth(path, unit, frames=[0]))[None]
     depth = F.interpolate(depth, size, mode="nearest-exact")
     return normalize_scene(depth, torch.eye(4)[None, None, :3], K[:, :1], depth > 0)[2].item()
 

@@ -140,8 +140,8 @@ def read_depth(path, unit=METRES, frames=None):
         depth = raw.astype(np.float32)
         return np.where(np.isfinite(depth) & (depth > 0), depth, np.float32(0))
     if raw.dtype.kind != "f" and unit.scale is None:
-        cure = "add depth_scale (metres per count, 0.001 for millimetres) to the sample's entry"
-        raise ValueError(f"{path}: {raw.dtype} depth without a unit; {cure} in metadata.json")
+        cure = "add depth_scale (metres per count) in metadata.json, or --scene_scale FILE*0.001"
+        raise ValueError(f"{path}: {raw.dtype} depth without a unit; {cure}")
     known = raw[~unknown(raw, unit)]
     far = float(known.max(initial=0)) * float(unit.scale or 1)
     if not unit.inverse and unit.most is None and far > FAR:

@@ -6,10 +6,11 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
 from test_train import SIZES, run
 
 import data
-from lib import files, pictures
+from lib import camera_paths, files, pictures
 from lib.depth import DepthUnit, read_depth
 from lib.rooms import Recipe, synth
 
@@ -168,4 +169,11 @@ def test_a_single_map_is_one_frame(tmp_path, kind):
         path.write_bytes(b"Pf\n32 24\n-1.0\n" + depth[::-1].tobytes())
     found = read_depth(path, DepthUnit(0.001 if kind == "png" else None), [0])
     assert found.shape == (1, 24, 32) and np.abs(found[0] - depth).max() < 1e-6
+    K = torch.tensor([[[[40.0, 0, 16], [0, 40, 12], [0, 0, 1]]]])
+    want = camera_paths.mean_distance(f"{path}*2", K, (24, 32))
+    one = camera_paths.mean_distance(f"{path}*{0.001 if kind == 'png' else 1}", K, (24, 32))
+    assert 2.5 < one < 3.5 and want == pytest.approx(one * (2000 if kind == "png" else 2))
+    if kind == "png":
+        with pytest.raises(ValueError, match=r"without a unit.*--scene_scale FILE\*0.001"):
+            camera_paths.mean_distance(str(path), K, (24, 32))
     assert files.count_arrays(path) == 1
