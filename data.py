@@ -607,8 +607,8 @@ def import_recordings(form, src, root, **wishes):
     # What has no depth yet cannot be checked.
     made = [s for s in (load_samples(root) if names else ()) if s["id"] in names and s["depth"]]
     failed += check(root, made, [], root, fix_hints=True) if made else 0
-    if names:
-        print(f"look at them: python data.py view {root} {' '.join(names[:3])}")
+    if made:
+        print(f"look at them: python data.py view {root} {' '.join(s['id'] for s in made[:3])}")
     return failed
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from recordings import WRITERS, H, T, W, clip, colmap, re10k
 
-from data import load_clip, load_samples
+from data import import_recordings, load_clip, load_samples
 from geometry import relative_to_first
 from lib import camera_files, importers
 from lib.layouts import LAYOUTS
@@ -200,6 +200,8 @@ def test_without_depth_the_sample_says_so(tmp_path, capsys):
     sample, c = imported(tmp_path, re10k)
     assert sample["depth"] is None and "no depth: label the video" in capsys.readouterr().out
     assert round(sample["fps"], 1) == 30.0
+    assert import_recordings("re10k", tmp_path / "src", tmp_path / "again") == 0
+    assert "data.py view" not in capsys.readouterr().out  # which shows depth
 
 
 def test_a_recording_that_lacks_a_part_is_told_which(tmp_path):
