@@ -148,10 +148,10 @@ def draw(work, seed):
         )
 
 
-def cut(sheet, row, height=192, width=320, count=5, gap=4):
-    """A row of pictures out of lib.pictures.sheet, at the size that they had before."""
+def cut(sheet, row, height=192, width=320, gap=4):
+    """Three of the five pictures in a row of lib.pictures.sheet, at the size that they had."""
     top = gap + row * (height + 16 + gap) + 16
-    lefts = [gap + n * (width + gap) for n in range(count)]
+    lefts = [gap + n * (width + gap) for n in (0, 2, 4)]
     return [sheet[top : top + height : 2, left : left + width : 2] for left in lefts]
 
 
