@@ -25,6 +25,7 @@ import re
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -641,8 +642,8 @@ def make_parser():
     shared = argparse.ArgumentParser(add_help=False)
     shared.add_argument("root")
     flag(shared, "follow_links", "links may lead out of the dataset")
-    how = dict(parents=[shared], help="encode every clip once: training loads no encoder")
-    p = commands.add_parser("encode", **how)
+    with_root = partial(commands.add_parser, parents=[shared])
+    p = with_root("encode", help="encode every clip once: training loads no encoder")
     p.add_argument("--split")
     p.add_argument("--wan_dir", required=True, help="folder of a Wan2.1 release, or tiny/wan")
     p.add_argument("--device", default="", help="default: a GPU where there is one")
@@ -652,17 +653,15 @@ def make_parser():
     p.add_argument("--stride", default="1", help="frames; of 1,2,4 each window draws one")
     flag(p, "end_image", "also the last frame as an end image, of families of 36 inputs")
     flag(p, "skip_bad", "exit with 0 although clips failed")
-    how["help"] = "check every clip before any GPU hour is spent"
-    p = commands.add_parser("verify", **how)
+    p = with_root("verify", help="check every clip before any GPU hour is spent")
     p.add_argument("--split")
     flag(p, "json", "print the report as JSON")
     flag(p, "fix_hints", "name cures")
     flag(p, "exact", "for exact renderings")
-    how["help"] = "pictures of the ground truth, as the model gets it"
-    p = commands.add_parser("view", **how)
+    p = with_root("view", help="pictures of the ground truth, as the model gets it")
     p.add_argument("ids", metavar="ID", nargs="*", help="samples that get a page of their own")
     p.add_argument("--out")
-    p.add_argument("--size", type=camera_files.size_of, metavar="HxW", help="of the pictures")
+    p.add_argument("--size", type=camera_files.size_of, metavar="HxW", help="else the video's")
     p.add_argument("--num_frames", type=int, default=21)
     camera_files.add_arguments(commands.add_parser("cameras", help="convert a camera file"))
     return parser

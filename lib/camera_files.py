@@ -102,12 +102,13 @@ def rigid(matrices):
     """(T, 3 or 4, 4) -> (T, 3, 4) with the rotations next to those, which a tracker's drift or few
     digits put a little off; refuses what is no rotation."""
     m = as_matrices(matrices)[:, :3]
-    off = off_rotation(m)
-    if off > NO_ROTATION:
+    if (off := off_rotation(m)) > NO_ROTATION:
         found = f"rotations are not orthonormal with determinant +1 (off by {off:.2g})"
         raise ValueError(f"{found}; transposed, scaled or mirrored matrices?")
+    if off < 1e-5:
+        return m
     U, _, Vt = np.linalg.svd(m[..., :3])
-    return m if off < 1e-5 else np.concatenate([U @ Vt, m[..., 3:]], 2)
+    return np.concatenate([U @ Vt, m[..., 3:]], 2)
 
 
 def inverse(matrices):

@@ -423,7 +423,7 @@ def read_arrays(path, frames=None, mask=False, limit=MAX_BYTES):
     shape = first[0] if path.is_dir() or len(first[0]) < 3 else first[0][1:]
     if math.prod(shape) * first[1].itemsize * len(frames) > limit:
         found = f"{len(frames)} frames of {shape} values"
-        raise ValueError(f"{path}: {found}; at most {limit:,} bytes are read at once: scale it")
+        raise ValueError(f"{path}: {found}; at most {limit:,} bytes are read. Scale it down")
     if not path.is_dir():
         wanted = set(frames)
         kept = {t: frame for t, frame in enumerate(stacked(path, mask)) if t in wanted}
