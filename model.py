@@ -104,6 +104,7 @@ class Config(VideoSizes):
     camera_adapters: bool = True
     pose_tokens: bool = True  # the camera token carries the embedding of the given pose
     constant_rays: bool = False  # the release's ray map, which tells the pose alone
+    video_rays: bool = True  # False: the video branch sees no camera, as a base without control
 
     @property
     def geo_layers(self):
@@ -151,14 +152,9 @@ class CameraAdapter(nn.Module):
 
 def exchange_layers(video_dim, geo_dim, dim, ways):
     """The exchange's linear layers under the release's names: m1 is the video, m2 the geometry."""
-    sizes = {
-        "m1_proj": (video_dim, dim),
-        "values_m1_proj": (video_dim, dim),
-        "m2_proj": (geo_dim, dim),
-        "values_m2_proj": (geo_dim, dim),
-        "out_m1_proj": (dim, video_dim),
-        "out_m2_proj": (dim, geo_dim),
-    }
+    video, geometry = (video_dim, dim), (geo_dim, dim)
+    sizes = dict(m1_proj=video, values_m1_proj=video, m2_proj=geometry, values_m2_proj=geometry)
+    sizes |= dict(out_m1_proj=video[::-1], out_m2_proj=geometry[::-1])
     unused = {
         "to_geometry": ("values_m2_proj", "out_m1_proj"),
         "to_video": ("values_m1_proj", "out_m2_proj"),
@@ -393,10 +389,8 @@ class FantasyWorld(nn.Module):
         if cfg.released:
             self.ray_encoder = released.make_ray_encoder(cfg.ray_sizes)
         self.camera_adapters = self.make_adapters()  # stage 2
-        self.exchange = nn.ModuleList(
-            BiCrossAttention(D, C, cfg.irg_dim, cfg.irg_heads, cfg.exchange)
-            for _ in range(n if cfg.exchange != "none" else 0)
-        )
+        meet = partial(BiCrossAttention, D, C, cfg.irg_dim, cfg.irg_heads, cfg.exchange)
+        self.exchange = nn.ModuleList(meet() for _ in range(n if cfg.exchange != "none" else 0))
         self.pcb, self.irg = self.make_steps()  # plain lists: no names in checkpoints
         self.set_stage(2)
 
@@ -517,7 +511,9 @@ class FantasyWorld(nn.Module):
         return self
 
     def rays(self, w2c, K, size):
-        """This model's kind of ray map (B, 6, T, H, W); arguments as plucker_rays."""
+        """This model's kind of ray map (B, 6, T, H, W) or None; arguments as plucker_rays."""
+        if not self.cfg.video_rays:
+            return None
         quirk = self.cfg.constant_rays or self.cfg.released and not self.cfg.true_rays
         return released.constant_rays(w2c, K, size) if quirk else plucker_rays(w2c, K, size)
 
@@ -637,13 +633,8 @@ class FantasyWorld(nn.Module):
         again = self.checkpoint_activations != "none"
         depth, depth_conf = activate_depth(self.depth_head(maps, grid, again))
         points, points_conf = activate_points(self.point_head(maps, grid, again))
-        return dict(
-            depth=depth,
-            depth_conf=depth_conf,
-            points=points,
-            points_conf=points_conf,
-            pose_enc=self.camera_head(camera),
-        )
+        found = dict(depth=depth, depth_conf=depth_conf, points=points, points_conf=points_conf)
+        return dict(found, pose_enc=self.camera_head(camera))
 
 
 def check_config(cfg):

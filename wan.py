@@ -343,9 +343,7 @@ class WanDiT(nn.Module):
                 f"first names are {list(shapes)[:3]}). A shard is missing, or it is a *-Diffusers "
                 f"copy in place of the official files"
             ) from None
-        odd = [
-            what for start, what in UNSUPPORTED.items() if any(k.startswith(start) for k in shapes)
-        ]
+        odd = [UNSUPPORTED[k] for k in UNSUPPORTED if any(name.startswith(k) for name in shapes)]
         odd += [] if sizes.in_dim in INPUTS else [f"a family of {sizes.in_dim} input channels"]
         if odd:
             known = ", ".join(f"{name} ({inputs} inputs)" for inputs, name in INPUTS.items())
@@ -473,9 +471,7 @@ def check_names(wanted, found, what, *, cure=TRUNCATED, optional=()):
         "missing": [k for k in wanted if k not in found and k not in optional],
         "unexpected": [k for k in found if k not in wanted],
         "of another shape": [
-            f"{k} is {found[k]}, wanted {shape}"
-            for k, shape in wanted.items()
-            if found.get(k, shape) != shape
+            f"{k} is {found[k]}, wanted {v}" for k, v in wanted.items() if found.get(k, v) != v
         ],
     }
     faults = [f"{len(names)} {kind} {names[:3]}" for kind, names in kinds.items() if names]

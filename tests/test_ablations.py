@@ -69,6 +69,15 @@ def test_without_pose_tokens_stage_1_does_not_see_the_pose_and_trains_no_encoder
     )
 
 
+def test_a_video_branch_without_rays_gets_none_and_the_geometry_its_poses():
+    model, inputs = tiny_model(2, video_rays=False), tiny_inputs()
+    assert model.rays(*[None] * 3) is None
+    blind = dict(inputs, plucker=None)
+    moved = dict(blind, poses=inputs["poses"] + 0.1)
+    assert torch.equal(outputs(model, blind)["velocity"], outputs(model, moved)["velocity"])
+    assert not torch.equal(outputs(model, blind)["depth"], outputs(model, moved)["depth"])
+
+
 def test_to_geometry_leaves_the_video_alone_and_to_video_the_geometry():
     inputs = tiny_inputs()
     for ways, kept, moved in (

@@ -39,6 +39,11 @@ VARIANTS = {
     "constant_rays": {"constant_rays": True},
     "pcb_2": {"num_pcb": 2, "taps": (0, 2, 3, 5)},
     "pcb_6": {"num_pcb": 6, "taps": (0, 0, 1, 1)},
+    # The frozen branch sees no rays, as the base of the release: who tells it the camera?
+    "hidden_rays": {"video_rays": False},
+    "hidden_no_adapters": {"video_rays": False, "camera_adapters": False},
+    "hidden_none": {"video_rays": False, "exchange": "none"},
+    "hidden_neither": {"video_rays": False, "camera_adapters": False, "exchange": "none"},
 }
 THREE_SEEDS = tuple(VARIANTS)[:6]
 # What stage 1 does not have yet, so that variants share it.
@@ -61,6 +66,11 @@ HEAD = {
 lock = Lock()
 
 
+def switches_of(name, stage):
+    own = VARIANTS[name]
+    return own if stage == 2 else {k: v for k, v in own.items() if k not in LATE}
+
+
 @dataclass(frozen=True)
 class Run:
     """One training of a variant and a seed."""
@@ -70,12 +80,13 @@ class Run:
     seed: int
 
     def switches(self, stage):
-        own = VARIANTS[self.name]
-        return own if stage == 2 else {k: v for k, v in own.items() if k not in LATE}
+        return switches_of(self.name, stage)
 
     def folder(self, stage):
-        name = self.name if self.switches(stage) else "full"
-        return self.work / f"stage{stage}-{name}-seed{self.seed}"
+        """That of the first variant which is the same up to this stage."""
+        own = self.switches(stage)
+        first = next(name for name in VARIANTS if switches_of(name, stage) == own)
+        return self.work / f"stage{stage}-{first}-seed{self.seed}"
 
     def train(self, stage):
         out = self.folder(stage)
@@ -132,20 +143,18 @@ def render(work):
     subprocess.run([sys.executable, *command], check=True, cwd=ROOT)
 
 
-def draw(work, seed):
-    """docs/ablations.png: the first held-out room as it is and as the variants sample it."""
+def draw(work, names, seed, file):
+    """A picture of the first held-out room as it is and as these variants sample it."""
     rows = {}
     for row, kind in enumerate(("video", "depth")):
-        for name in VARIANTS:
+        for name in names:
             scored = Run(work, name, seed).folder(2) / "scored"
-            if (file := scored / f"eval-stage2-step{STEPS[2]}.png").exists():
-                sheet = next(read_stills([file]))
+            if (found := scored / f"eval-stage2-step{STEPS[2]}.png").exists():
+                sheet = next(read_stills([found]))
                 rows.setdefault(f"true {kind}", cut(sheet, 2 * row))
                 rows[f"{kind}, {name}"] = cut(sheet, 2 * row + 1)
     if rows:
-        pictures.write_png(
-            ROOT / "docs/ablations.png", pictures.sheet(list(rows.values()), list(rows))
-        )
+        pictures.write_png(file, pictures.sheet(list(rows.values()), list(rows)))
 
 
 def cut(sheet, row, height=192, width=320, gap=4):
@@ -192,19 +201,19 @@ def main():
     parser.add_argument("--work", type=Path, default=ROOT / "data/ablations")
     parser.add_argument("--train_only", action="store_true")
     parser.add_argument("--table", action="store_true", help="of docs/ablations.json, and stop")
-    parser.add_argument("--draw", type=int, metavar="SEED", help="only docs/ablations.png")
+    parser.add_argument("--draw", type=Path, metavar="FILE", help="only the last seed's picture")
     how = parser.parse_args()
     if how.table:
         return table(read_rows())
-    work = how.work.resolve()
-    if how.draw is not None:
-        return draw(work, how.draw)
+    work, names, last = how.work.resolve(), how.only.split(","), int(how.seeds.split(",")[-1])
+    if how.draw:
+        return draw(work, names, last, how.draw)
     render(work)
     done = {(row["variant"], row["seed"]) for row in read_rows()}
     runs = [
         Run(work, name, seed)
         for seed in map(int, how.seeds.split(","))
-        for name in how.only.split(",")
+        for name in names
         if (name in THREE_SEEDS or seed == 0) and (name, seed) not in done
     ]
     with ThreadPoolExecutor(how.jobs) as pool:
@@ -216,7 +225,7 @@ def main():
             waiting += [pool.submit(finish, run, begun[run.folder(1)], how) for run in group]
         for task in waiting:
             task.result()
-    draw(work, int(how.seeds.split(",")[-1]))
+    draw(work, names, last, ROOT / "docs/ablations.png")
 
 
 def finish(run, stage_1, how):
