@@ -272,29 +272,46 @@ def folder_in(src, *names):
 def open_named(src, cameras, wishes, *, axes, pictures, depth, unit):
     """Cameras that name their pictures; depth: name -> file, {} for none."""
     notes, rows = [], {name: n for n, name in enumerate(cameras.names)}
-    there = {n: pictures / n for n in cameras.names if (pictures / n).is_file()}
+    there = {n: path for n in cameras.names if (path := pictures / n).is_file()}
+    # A Blender scene leaves the ending out.
+    there |= {n: path for n in cameras.names if (path := pictures / f"{n}.png").is_file()}
     ids = joined(notes, pose=rows, picture=there, **(dict(depth=depth) if depth else {}))
     made, frames = pick(cameras, [rows[n] for n in ids]), [there[n] for n in ids]
     maps = [depth[n] for n in ids] if depth else None
     return Recording(frames, made, maps, unit | asked(wishes), axes=axes, notes=notes)
 
 
-def open_nerfstudio(src, wishes):
-    path = src / "transforms.json"
-    cameras = FORMATS["nerfstudio"].read(path, Hints())
-    with_depth = {
-        f["file_path"]: f.get("depth_file_path") for f in json.loads(path.read_text())["frames"]
-    }
+def find_nerfstudio(src):
+    """transforms.json, or the splits of a Blender scene."""
+    alone = (src / "transforms.json").is_file()
+    return [src] if alone else files.listed(src, (".json",), "transforms_*")
+
+
+def open_nerfstudio(key, wishes):
+    path = key / "transforms.json" if key.is_dir() else key
+    src, said = path.parent, json.loads(path.read_text())
+    with_depth = {f["file_path"]: f.get("depth_file_path") for f in said["frames"]}
+    size = None
+    if "w" not in said:  # a Blender scene says the field of view alone
+        tried = (src / f"{name}{end}" for name in with_depth for end in ("", ".png"))
+        size = next((size_of(f) for f in tried if f.is_file()), None)
+    cameras = FORMATS["nerfstudio"].read(path, Hints(size))
     depth = {n: src / d for n, d in with_depth.items() if d and (src / d).is_file()}
     counts = any(d.suffix in COUNTS for d in depth.values())
     how = dict(pictures=src, depth=depth, unit=MILLIMETRES if counts else {})
     return open_named(src, cameras, wishes, axes=wishes.axes or "opengl", **how)
 
 
+ENDS = ("bin", "txt")
+
+
+def places_of_models(src):
+    return [src, *sorted(src.glob("sparse/[0-9]*")), src / "sparse", src / "colmap/sparse/0"]
+
+
 def models(src):
     """COLMAP models of a project folder."""
-    folders = [src, *sorted(src.glob("sparse/[0-9]*")), src / "sparse", src / "colmap/sparse/0"]
-    return [f for f in folders if any((f / f"images.{e}").is_file() for e in ("bin", "txt"))]
+    return [f for f in places_of_models(src) if any((f / f"images.{e}").is_file() for e in ENDS)]
 
 
 def open_colmap(src, wishes):
@@ -312,6 +329,14 @@ def open_colmap(src, wishes):
     if len(found) > 1:
         made.notes.append(f"{model.name} is the largest of {len(found)} models")
     return made
+
+
+def colmap_parts(src):
+    folders = places_of_models(src)
+    names = ("cameras", "images", "points3D")
+    return {
+        f"{n}.bin": any((f / f"{n}.{e}").is_file() for f in folders for e in ENDS) for n in names
+    }
 
 
 def find_colmap(src):
@@ -422,8 +447,8 @@ LAYOUTS = dict(
     tum=Layout(open_tum, parts=marked("rgb.txt", "depth.txt", "groundtruth.txt")),
     vkitti2=Layout(open_vkitti2, parts=marked("extrinsic.txt", "intrinsic.txt")),
     omniworld=Layout(open_omniworld, find_omniworld),
-    nerfstudio=Layout(open_nerfstudio, parts=marked("transforms.json")),
-    colmap=Layout(open_colmap, find_colmap),
+    nerfstudio=Layout(open_nerfstudio, find_nerfstudio),
+    colmap=Layout(open_colmap, find_colmap, colmap_parts),
     vipe=Layout(open_vipe, find_vipe),
     da3=Layout(partial(open_npz, **DA3), partial(find_npz, DA3)),
     megasam=Layout(partial(open_npz, **MEGASAM), partial(find_npz, MEGASAM)),

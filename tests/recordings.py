@@ -183,6 +183,20 @@ def nerfstudio(src, c):
     (src / "transforms.json").write_text(json.dumps(said))
 
 
+def blender(src, c):
+    """A split of a scene: the field of view is all that is said, and pictures lack their ending."""
+    nerfstudio(src, c)
+    said = json.loads((src / "transforms.json").read_text())
+    kept = ("transform_matrix", "file_path", "depth_file_path")
+    frames = [{key: frame[key] for key in kept} for frame in said["frames"]]
+    for frame in frames:
+        frame["file_path"] = f"./{frame['file_path'].removesuffix('.png')}"
+    angle = 2 * np.arctan(W / 2 / c["k"][0])
+    (src / "transforms.json").unlink()
+    text = json.dumps(dict(camera_angle_x=angle, frames=frames))
+    (src / "transforms_test.json").write_text(text)
+
+
 def colmap(src, c):
     pictures(src / "images", c, "frame_{:05d}.png")
     write_png(src / "images" / "frame_00099.png", c["rgb"][0])  # not registered
@@ -266,6 +280,7 @@ WRITERS = dict(
     kitti=kitti,
     redwood=redwood,
     nerfstudio=nerfstudio,
+    blender=blender,
     colmap=colmap,
     vipe=vipe,
     da3=da3,

@@ -57,7 +57,7 @@ def test_a_layout_is_recognised_and_comes_out_as_it_was(tmp_path, form, capsys):
     rgb = torch.from_numpy(c["rgb"][ids]).permute(3, 0, 1, 2) / 127.5 - 1
     assert (out["video"] - rgb).abs().mean() < 0.03
     said = capsys.readouterr().out
-    assert f"({form.replace('replica', 'kitti')})" in said
+    assert f"({dict(replica='kitti', blender='nerfstudio').get(form, form)})" in said
     assert ("1 frames" in said) == (form in ("scannet", "vipe", "tum"))
 
 
@@ -219,6 +219,12 @@ def test_a_recording_that_lacks_a_part_is_told_which(tmp_path):
     for form in ("sevenscenes", None):
         with pytest.raises(ValueError, match="kinect: most like sevenscenes, but without poses"):
             importers.find(tmp_path / "deep", form)
+    for name in ("cameras", "points3D"):  # seen: the largest file of a COLMAP model left out
+        path = tmp_path / "splat" / "sparse/0" / f"{name}.bin"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    with pytest.raises(ValueError, match="splat: most like colmap, but without images.bin"):
+        importers.find(tmp_path / "splat")
     for form in ("colmap", "scannet"):  # nothing of it is there
         with pytest.raises(ValueError, match=f"wanted recordings of the layout {form}"):
             importers.find(tmp_path / "slam", form)
@@ -258,4 +264,4 @@ def test_the_recording_of_this_repository(tmp_path):
     line += ["--max_frames", "21"]
     made = subprocess.run(line, cwd=ROOT, capture_output=True, text=True)
     assert made.returncode == 0 and "1 samples, 0 failed" in made.stdout, made.stderr
-    assert set(WRITERS) - {"replica"} < set(LAYOUTS)
+    assert set(WRITERS) - {"replica", "blender"} < set(LAYOUTS)

@@ -217,13 +217,11 @@ def main():
         if (name in THREE_SEEDS or seed == 0) and (name, seed) not in done
     ]
     with ThreadPoolExecutor(how.jobs) as pool:
-        waiting = []
-        for name in VARIANTS:  # the first stages before what waits for them
-            group = [run for run in runs if run.folder(1).name.startswith(f"stage1-{name}-")]
-            begun = {run.folder(1): run for run in group}
-            begun = {folder: pool.submit(run.train, 1) for folder, run in begun.items()}
-            waiting += [pool.submit(finish, run, begun[run.folder(1)], how) for run in group]
-        for task in waiting:
+        first = {run.folder(1): run for run in runs}
+        first = {folder: pool.submit(run.train, 1) for folder, run in first.items()}
+        # All first stages are begun by now: none of these waits for one that waits for its thread.
+        rest = [pool.submit(finish, run, first[run.folder(1)], how) for run in runs]
+        for task in rest:
             task.result()
     draw(work, names, last, ROOT / "docs/ablations.png")
 
