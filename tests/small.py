@@ -3,12 +3,17 @@ on it in-process."""
 
 import contextlib
 import io
+import os
 import pathlib
 import runpy
 import signal
 import sys
+import tempfile
 
 import torch
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 import config
 from model import Config, FantasyWorld
@@ -124,3 +129,45 @@ def command_here(script, *arguments):
     finally:
         sys.argv = argv
     return code, text.getvalue()
+
+
+def ranks_here(count, script, *arguments, restarts=0):
+    """A command under torchrun's own agent, in this process, which forks the ranks: importing torch
+    in agent and ranks is most of what a small one costs.
+
+    returns  exit code (0 or 1) and all that agent and ranks said"""
+    handlers = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
+    with tempfile.TemporaryDirectory() as logs:
+        how = LaunchConfig(
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=count,
+            max_restarts=restarts,
+            rdzv_backend="c10d",
+            rdzv_endpoint="localhost:0",
+            run_id=pathlib.Path(logs).name,
+            monitor_interval=0.1,
+            start_method="fork",
+            logs_specs=DefaultLogsSpecs(log_dir=logs, redirects=Std.ALL),
+        )
+        code, said = 0, ""
+        try:
+            elastic_launch(how, as_rank)(script, *map(str, arguments))
+        except ChildFailedError as error:
+            code, said = 1, str(error)
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+        files = sorted(pathlib.Path(logs).rglob("std*.log"))
+        return code, said + "".join(path.read_text() for path in files)
+
+
+def as_rank(script, *arguments):
+    """The command as a process of its own would run it."""
+    os.chdir(ROOT)
+    sys.argv, code = [script, *arguments], 0
+    try:
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+    except SystemExit as left:
+        code = left.code
+    sys.exit(code)  # out here: the exception would keep the loader's workers alive

@@ -1,13 +1,11 @@
-"""Lists of samples, and samples shared among ranks: real torchrun on the shipped miniature."""
+"""Lists of samples, and samples shared among ranks: torchrun's agent on the shipped miniature."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from small import command_here
+from small import command_here, ranks_here
 
 import sample
 from lib import jobs
@@ -17,12 +15,6 @@ ROOT = Path(__file__).parents[1]
 QUICK = f"--ckpt={ROOT}/tiny/fantasyworld.safetensors --device=cpu --steps=2 --export=npz".split()
 QUICK += "--frames=5 --height=48 --width=80".split()
 KNOWN = {key: value for key, value in vars(sample).items() if isinstance(value, sample.option)}
-
-
-def ranks(count, *arguments):
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    line = [*launcher, f"--nproc_per_node={count}", "sample.py", *QUICK, *map(str, arguments)]
-    return subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=240)
 
 
 def depth(folder):
@@ -48,15 +40,15 @@ def test_two_ranks_share_a_list_skip_what_is_done_and_name_what_is_bad(tmp_path)
     out = tmp_path / "out"
     code, text = command_here("sample.py", *QUICK, f"--out={tmp_path}/one", "--seed=1")
     assert code == 0, text
-    found = ranks(2, jobs_of, f"--out={out}")
-    assert found.returncode == 1 and 'sample.py", line' not in found.stderr  # no traceback of ours
-    assert "3 of 6 jobs failed" in found.stderr
+    code, text = ranks_here(2, "sample.py", *QUICK, jobs_of, f"--out={out}")
+    assert code == 1 and 'sample.py", line' not in text  # no traceback of ours
+    assert "3 of 6 jobs failed" in text
     for words in (
         "list.jsonl:4: id = '../outside'",
         "list.jsonl:5: amount = 'very'",
         "nowhere.jpg",
     ):
-        assert words in found.stderr
+        assert words in text
     assert sorted(p.name for p in out.iterdir()) == ["last", "plain", "turn"]
     np.testing.assert_array_equal(depth(out / "plain"), depth(tmp_path / "one"))
     report = json.loads((out / "turn" / "report.json").read_text())
@@ -72,9 +64,10 @@ def test_two_ranks_share_a_list_skip_what_is_done_and_name_what_is_bad(tmp_path)
 def test_two_ranks_take_one_guidance_pass_each_of_a_single_job(tmp_path):
     code, text = command_here("sample.py", *QUICK, f"--out={tmp_path}/one", "--guidance=3")
     assert code == 0, text
-    found = ranks(2, f"--out={tmp_path}/two", "--guidance=3", "--preview_every=2")
-    assert found.returncode == 0, found.stderr
-    assert found.stdout.count("depth.npz report.json") == 1  # the second rank writes nothing
+    more = (f"--out={tmp_path}/two", "--guidance=3", "--preview_every=2")
+    code, text = ranks_here(2, "sample.py", *QUICK, *more)
+    assert code == 0, text
+    assert text.count("depth.npz report.json") == 1  # the second rank writes nothing
     one, two = (depth(tmp_path / name) for name in ("one", "two"))
     np.testing.assert_allclose(two, one, rtol=1e-4)
     assert not np.array_equal(one, depth_without_guidance(tmp_path))

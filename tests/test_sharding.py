@@ -23,6 +23,7 @@ pytestmark = pytest.mark.skipif(
     torch.__version__ < (2, 7), reason="fully_shard with ignored_params: torch 2.7"
 )
 
+FEW = dict(num_layers=3, taps=(0, 0, 0, 0))  # two steps of the PCB, one of the IRG
 OPTIONS = config.apply(vars(train), ["--weight_decay=0.1", "--learning_rate=1e-3"])
 
 
@@ -51,7 +52,7 @@ def differences(model, reference):
 def equality(folder, ranks, options, cases, close=1e-6):
     """Two steps of a spread model and of DDP; then saved by the one and resumed by both."""
     for stage, how in cases:
-        plain, spread = (tiny_model(stage, awake=True) for _ in range(2))
+        plain, spread = (tiny_model(stage, awake=True, **FEW) for _ in range(2))
         plain.checkpoint_activations = spread.checkpoint_activations = how
         shard(spread, ranks)
         ours, theirs = (train.make_optimizer(m, options) for m in (spread, plain))
@@ -74,7 +75,7 @@ def equality(folder, ranks, options, cases, close=1e-6):
         save_checkpoint(folder, 2, state, dict(stage="2"), keep_last=1)
     dist.barrier()
     for spread_again in (False, True):
-        model = tiny_model(2)  # other weights than those saved
+        model = tiny_model(2, **FEW)  # other weights than those saved
         if spread_again:
             shard(model, ranks)
         optimizer = train.make_optimizer(model, options)
@@ -94,7 +95,7 @@ def equality(folder, ranks, options, cases, close=1e-6):
 
 
 def plain_of(model):
-    copy = tiny_model(2)
+    copy = tiny_model(2, **FEW)
     for p, q in zip(copy.parameters(), model.parameters()):
         copy_into(p, gather_full(q))
     return copy
@@ -131,7 +132,7 @@ def memory(ranks):
 
 def compiled(ranks):
     """Steps compile inside what is gathered: every graph whole, values as without."""
-    plain, spread = (tiny_model(2, awake=True) for _ in range(2))
+    plain, spread = (tiny_model(2, awake=True, **FEW) for _ in range(2))
     shard(spread, ranks)
     train.compile_steps(SimpleNamespace(pcb=spread.pcb[-1:], irg=spread.irg[-1:]), "eager")
     spread.checkpoint_activations = "selective"
@@ -153,7 +154,8 @@ def one_rank(rank, folder):
 
 
 def test_spread_weights_train_to_the_same_values_files_and_planned_memory(tmp_path):
-    torch.multiprocessing.spawn(one_rank, (tmp_path,), nprocs=2)
+    # Forked: importing torch and its compiler again is a fifth of the test.
+    torch.multiprocessing.start_processes(one_rank, (tmp_path,), nprocs=2, start_method="fork")
     assert all(
         v.isfinite().all() for v in load_file(tmp_path / "step-2.optim.safetensors").values()
     )

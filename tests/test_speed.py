@@ -394,7 +394,7 @@ def gradients_stay_in_the_buckets(rank):
 def test_ranks_send_the_gradient_once_and_sharded_adamw_resumes_to_the_weights_of_the_whole_one(
     tmp_path,
 ):
-    torch.multiprocessing.spawn(two_ranks, (tmp_path,), nprocs=2)
+    torch.multiprocessing.start_processes(two_ranks, (tmp_path,), nprocs=2, start_method="fork")
     names = load_file(tmp_path / "step-2.optim.safetensors")
     assert {n.split("|")[0] for n in names} == set(load_file(tmp_path / "step-2.safetensors")), (
         "every rank's share"

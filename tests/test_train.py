@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from small import TINY, command_here, options_of, tiny_model, train_here
+from small import TINY, command_here, options_of, ranks_here, tiny_model, train_here
 
 from encoders import MINIATURE
 from lib.camera_files import read_cameras
@@ -36,12 +36,12 @@ def run(*args, ranks=0, ok=True, restarts=0, alone=False):
         code, text = train_here(*args[1:]) if training else command_here(*args)
         assert (code == 0) == ok, (code, text)
         return text + str(code)
-    launcher = [sys.executable]
     if ranks:
-        launcher += ["-m", "torch.distributed.run", "--standalone"]
-        launcher += [f"--nproc_per_node={ranks}", f"--max-restarts={restarts}"]
+        code, text = ranks_here(ranks, *args, restarts=restarts)
+        assert (code == 0) == ok, text
+        return text
     result = subprocess.run(
-        launcher + [str(a) for a in args], cwd=ROOT, capture_output=True, text=True, timeout=240
+        [sys.executable, *map(str, args)], cwd=ROOT, capture_output=True, text=True, timeout=240
     )
     assert (result.returncode == 0) == ok, result.stdout + result.stderr
     return result.stdout + result.stderr
