@@ -273,7 +273,6 @@ def open_named(src, cameras, wishes, *, axes, pictures, depth, unit):
     """Cameras that name their pictures; depth: name -> file, {} for none."""
     notes, rows = [], {name: n for n, name in enumerate(cameras.names)}
     there = {n: path for n in cameras.names if (path := pictures / n).is_file()}
-    # A Blender scene leaves the ending out.
     there |= {n: path for n in cameras.names if (path := pictures / f"{n}.png").is_file()}
     ids = joined(notes, pose=rows, picture=there, **(dict(depth=depth) if depth else {}))
     made, frames = pick(cameras, [rows[n] for n in ids]), [there[n] for n in ids]
@@ -291,10 +290,9 @@ def open_nerfstudio(key, wishes):
     path = key / "transforms.json" if key.is_dir() else key
     src, said = path.parent, json.loads(path.read_text())
     with_depth = {f["file_path"]: f.get("depth_file_path") for f in said["frames"]}
-    size = None
-    if "w" not in said:  # a Blender scene says the field of view alone
-        tried = (src / f"{name}{end}" for name in with_depth for end in ("", ".png"))
-        size = next((size_of(f) for f in tried if f.is_file()), None)
+    # A Blender scene says the field of view alone, and leaves the ending out.
+    tried = (src / f"{name}{end}" for name in with_depth for end in ("", ".png") if "w" not in said)
+    size = next((size_of(f) for f in tried if f.is_file()), None)
     cameras = FORMATS["nerfstudio"].read(path, Hints(size))
     depth = {n: src / d for n, d in with_depth.items() if d and (src / d).is_file()}
     counts = any(d.suffix in COUNTS for d in depth.values())
@@ -317,9 +315,8 @@ def models(src):
 def open_colmap(src, wishes):
     found = {f: FORMATS["colmap"].read(f, Hints()) for f in models(src)}
     model = max(found, key=lambda f: len(found[f].matrices))
-    pictures = (
-        Path(wishes.pictures) if wishes.pictures else folder_in(src, "images", "rgb", "input")
-    )
+    given = wishes.pictures and Path(wishes.pictures)
+    pictures = given or folder_in(src, "images", "rgb", "input")
     if pictures is None:
         raise ValueError(f"{src}: no folder images with the pictures; give --pictures FOLDER")
     depth = beside(folder_in(src, "depth", "depths"), found[model].names)

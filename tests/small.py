@@ -9,6 +9,7 @@ import runpy
 import signal
 import sys
 import tempfile
+import traceback
 
 import torch
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
@@ -170,4 +171,7 @@ def as_rank(script, *arguments):
         runpy.run_path(str(ROOT / script), run_name="__main__")
     except SystemExit as left:
         code = left.code
+    except Exception:
+        traceback.print_exc()
+        code = 1
     sys.exit(code)  # out here: the exception would keep the loader's workers alive

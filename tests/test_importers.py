@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from recordings import WRITERS, H, T, W, clip, colmap, re10k
+from small import command_here
 
 from data import import_recordings, load_clip, load_samples
 from geometry import relative_to_first
@@ -260,8 +261,7 @@ def test_real_recordings(tmp_path):
 
 
 def test_the_recording_of_this_repository(tmp_path):
-    line = [sys.executable, "data.py", "import", "examples/livingroom", str(tmp_path / "out")]
-    line += ["--max_frames", "21"]
-    made = subprocess.run(line, cwd=ROOT, capture_output=True, text=True)
-    assert made.returncode == 0 and "1 samples, 0 failed" in made.stdout, made.stderr
+    line = ["import", "examples/livingroom", tmp_path / "out", "--max_frames", "21"]
+    code, text = command_here("data.py", *line)
+    assert code == 0 and "1 samples, 0 failed" in text, text
     assert set(WRITERS) - {"replica", "blender"} < set(LAYOUTS)
