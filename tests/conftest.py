@@ -40,7 +40,7 @@ def pytest_xdist_auto_num_workers(config):
     if not all(Path(arg).is_dir() for arg in config.args):
         return 0
     os.environ |= ARENA
-    return 3
+    return 2
 
 
 def pytest_collection_modifyitems(items):
