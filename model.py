@@ -386,8 +386,8 @@ class FantasyWorld(nn.Module):
         self.point_head = DPTHead(2 * C, 4, *tail)
         sizes = (cfg.camera_dim, cfg.camera_heads, cfg.layer_scale, cfg.camera_layers)
         self.camera_head = CameraHead(2 * C, *sizes, cfg.camera_iterations, cfg.released)
-        if cfg.released:
-            self.ray_encoder = released.make_ray_encoder(cfg.ray_sizes)
+        with_rays = cfg.released and cfg.ray_sizes  # the blocks of the Wan2.2 variant read none
+        self.ray_encoder = released.RayEncoder(cfg.ray_sizes) if with_rays else None
         self.camera_adapters = self.make_adapters()  # stage 2
         meet = partial(BiCrossAttention, D, C, cfg.irg_dim, cfg.irg_heads, cfg.exchange)
         self.exchange = nn.ModuleList(meet() for _ in range(n if cfg.exchange != "none" else 0))
@@ -445,7 +445,7 @@ class FantasyWorld(nn.Module):
     def groups(self):
         """Module groups of the guide's parameter table."""
         timestep = [self.time_embedding, self.time_projection]
-        rays = [self.ray_encoder] if self.cfg.released else []
+        rays = [self.ray_encoder] if self.ray_encoder else []
         return dict(
             wan=[self.dit],
             bridge=[self.bridge],
@@ -534,7 +534,7 @@ class FantasyWorld(nn.Module):
         with torch.no_grad():  # nothing trainable lies upstream
             video = vars(self.dit.conditions(context, clip, plucker))
         pose_embedding = rays = None
-        if self.cfg.released and self.stage == 2 and plucker is not None:
+        if self.ray_encoder and self.stage == 2 and plucker is not None:
             rays = self.ray_encoder(plucker)
         if not self.cfg.released and poses is not None:
             pose_embedding = self.pose_encoder(poses)

@@ -104,18 +104,6 @@ class RayEncoder(nn.Module):
         return self.fc(rearrange(x, "b d f h w -> b (f h w) d"))  # (B, N, R)
 
 
-class NoRayEncoder(nn.Module):
-    """Of the Wan2.2 variant, whose blocks read no rays."""
-
-    def forward(self, rays):
-        return None
-
-
-def make_ray_encoder(sizes):
-    """The camera module's encoder; without sizes there is none."""
-    return RayEncoder(sizes) if sizes else NoRayEncoder()
-
-
 class AttentionAdapter(nn.Module):
     """Shift of a block's cross-attention, before its output projection; starts at zero."""
 

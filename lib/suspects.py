@@ -33,11 +33,9 @@ HINTS = {
     "c2w in OpenGL axes": "invert every matrix, then negate its rows 2 and 3 "
     "(a nerfstudio or Blender export)",
     "rotation transposed": "transpose the 3x3 part of every matrix, keep its last column",
-    "3x4 matrix transposed": "the 12 numbers are column-major: reshape to (4, 3), transpose, "
-    "write row by row",
+    "3x4 matrix transposed": "the 12 numbers are column-major: reshape to (4, 3) and transpose",
     "pixel intrinsics": "divide fx, cx by the width and fy, cy by the height of the image",
-    "depth in millimetres": "divide depth by 1000, or give the sample depth_scale 0.001 in "
-    "metadata.json",
+    "depth in millimetres": "divide by 1000, or say depth_scale 0.001 in metadata.json",
     "ray length instead of z-depth": "divide depth by the length of the pixel's ray "
     "((u-cx)/fx, (v-cy)/fy, 1)",
     "inverse depth": "store 1 / d, or give the sample inverse_depth true in metadata.json",
@@ -51,18 +49,15 @@ HINTS = {
     "frames at the start and cameras at the end as given",
     "poses in reverse": "the cameras run from the last frame to the first: reverse their order",
     "cameras in string order": "the cameras were sorted as text (1, 10, 11, 2): sort by number",
-    "frames in string order": "pictures and depth were sorted as text (1, 10, 11, 2): sort by "
-    "number",
+    "frames in string order": "pictures and depth were sorted as text (1, 10, 2): sort by number",
     "translation scale off": "multiply every translation (last column) by the factor given",
-    "relative depth": "not metric: trains with depth_mode ssi only; give depth_scale if it does "
-    "have a unit",
+    "relative depth": "not metric: trains with depth_mode ssi only, or say its depth_scale",
     "camera axes permuted": "the camera looks along another of its axes: reorder and negate the "
     "rows of every w2c as given",
     "c2w in permuted axes": "invert every matrix, then reorder and negate its rows as given",
     "left-handed axes": "the world and the cameras are mirrored (Unity, Unreal): negate row 2 and "
     "then column 2 of every w2c",
-    "quaternion order": "the quaternion's w is first in the file and was read as last, or the "
-    "other way round",
+    "quaternion order": "the quaternion's w, first in the file, was read as last, or the reverse",
     "focal length off": "multiply fx and fy by the factor given (of which size are they pixels?)",
     "affine depth": "depth is a z + b: subtract the b given from it, then check its scale",
     "relative inverse depth": "the files hold a / z + b (a disparity): subtract the b given, store "
@@ -170,8 +165,7 @@ def best_scale(views, w2c, width=8.0, counts=(161, 13, 13, 13), count=400):
 
 def with_focal(views, k):
     K = views.K.clone()
-    K[:, 0, 0] *= k
-    K[:, 1, 1] *= k
+    K[:, [0, 1], [0, 1]] *= k
     return replace(views, K=K)
 
 
@@ -309,9 +303,28 @@ def find_suspect(views):
     if not found:
         return None, 1.0, ""
     # A tie goes to the commoner mistake: without travel, swapped and transposed are the same.
-    best = min(found)
-    best = min((f for f in found if f[0] < 1.1 * best[0]), key=lambda f: f[1])
-    return best[2], best[4], best[3]
+    best = min((f for f in found if f[0] < 1.1 * min(found)[0]), key=lambda f: f[1])
+    name, detail = best[2], best[3]
+    if name == "translation scale off" and affine_as_well(inner, best[5]):
+        detail += AFFINE_AS_WELL
+    return name, best[4], detail
+
+
+# Of a wall seen from the front, b and a scale of the translations do the same to the views.
+AFFINE_AS_WELL = "; affine depth (a z + b) would do it as well: these views cannot tell"
+
+
+def affine_as_well(views, left):
+    """Whether depth that is 0.3 of its median off explains about as much as the scale which leaves
+    this error.  Where views can tell, it leaves four times as much and more."""
+    middle = views.depth[valid_depth(views.depth)].median().item()
+    for b in (-0.3 * middle, 0.3 * middle):
+        other = less(views, b, False)
+        k, _ = best_scale_near(other.coarse())
+        errors = per_pair(disagreement(gather(other), scaled(other.w2c, k)))
+        if typical(views.pairs, errors) * dilution(middle, b) < 2 * max(left, 1e-4):
+            return True
+    return False
 
 
 # What was undone: (name, detail) -> frames that the cameras were moved by.

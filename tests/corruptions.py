@@ -268,6 +268,8 @@ def sweep(source, trials, kinds=KINDS, least=0.25, first=0):
                 name = found.suspects[0] if found.suspects else f"none ({found.status})"
                 if not seen and not found.suspects:
                     name = "nothing to find"
+                if suspects.AFFINE_AS_WELL in str(found.checks):
+                    name += " or affine depth, it says"
                 results[kind][name] += 1
             seed += 1
     return results

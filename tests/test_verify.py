@@ -31,6 +31,16 @@ def test_every_usual_mistake_on_rendered_rooms_is_named(kind):
     assert found[kind][kind] == 1, found
 
 
+def test_views_that_cannot_tell_affine_depth_from_a_scale_say_so():
+    """Seen: a room of which a wall alone shows, whose affine depth was called a scale."""
+    for kind, told in (("affine depth", 1), ("translation scale off", 0)):
+        raw, w2c = corruptions.rendered(1, variety="full")
+        rng = np.random.default_rng([1, corruptions.KINDS.index(kind)])
+        found = verify.inspect(corruptions.corrupt(raw, w2c, kind, rng)[0])
+        assert found.suspects == ["translation scale off"]
+        assert str(found.checks).count(suspects.AFFINE_AS_WELL) == told
+
+
 def test_what_lay_in_memory_before_changes_no_verdict():
     """LAPACK's gelsy read it: every second look at this clip found nothing."""
     raw = corruptions.rendered(40)[0]
