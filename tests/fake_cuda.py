@@ -99,6 +99,9 @@ from lib import plan
 
 aten, CUDA = torch.ops.aten, torch.device("cuda", 0)
 REAL_ATTENTION = F.scaled_dot_product_attention
+# A CUDA build has a kernel for it; without one it is taken apart, and its parts are counted.
+OWN_KERNELS = torch.library.Library("aten", "IMPL")
+OWN_KERNELS.impl("silu_backward", torch.library.fallthrough_kernel, "AutogradCUDA")
 
 
 @lru_cache(maxsize=None)
