@@ -16,6 +16,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import config  # noqa: E402
 import train  # noqa: E402
+from lib.guards import run_command  # noqa: E402
 
 ACTS = dict(
     term=lambda b: os.kill(os.getpid(), signal.SIGTERM),
@@ -45,4 +46,4 @@ if __name__ == "__main__":
         if os.environ.get("RANK", "0") == rank and (first or what == "nan"):
             vars(train).update(at(int(step), int(micro), ACTS[what]))
     sys.argv = ["train.py", *arguments]
-    train.main(config.apply(vars(train), arguments))
+    run_command("train.py", lambda: train.main(config.apply(vars(train), arguments)))
