@@ -20,6 +20,7 @@ from collections import OrderedDict
 from functools import partial
 from pathlib import Path
 
+import safetensors.torch
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -49,9 +50,21 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 # --- Loading.  Models are built on the meta device and given the file's own tensors: no copy.
 def load_state_dict(path):
     """Named CPU tensors of a .safetensors or .pth file, paged in from disk only when used."""
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{path}: no such file")
-    tensors = {name: read() for name, (_, read) in lazy_tensors(str(path)).items()}
+    pth = dict(map_location="cpu", weights_only=True)
+    try:
+        if str(path).endswith(".safetensors"):
+            tensors = safetensors.torch.load_file(path)
+        else:
+            try:
+                tensors = nested(torch.load(path, mmap=True, **pth))
+            except RuntimeError as error:  # the format before torch 1.6 cannot be mapped
+                if "mmap" not in str(error):
+                    raise
+                tensors = nested(torch.load(path, **pth))
+    except Exception as error:  # flipped bytes make the two readers raise almost any class of error
+        found = f"{os.path.getsize(path):,} bytes that cannot be read"
+        cure = "an incomplete download, or no dict of tensors? Fetch it again"
+        raise ValueError(f"{path}: {found}; {cure} ({error})") from None
     if not tensors:
         raise ValueError(f"{path}: wanted a dict of named tensors, found none")
     return tensors
@@ -95,7 +108,8 @@ class CausalConv3d(nn.Conv3d):
         x = torch.cat([history, x], dim=2)  # (B, c, 2 + t, ...)
         # A view would keep the whole step alive until the next one.
         state[self] = x[:, :, -2:].clone()
-        if len(x) == 1 and x.device.type == "cpu" and torch.backends.mkldnn.is_available():
+        alone = len(x) == 1 and x.device.type == "cpu" and x.dtype == torch.float32
+        if alone and torch.backends.mkldnn.is_available():
             # As F.conv3d does for batches; what it does for one small clip is four times slower.
             how = (self.padding, self.stride, self.dilation, self.groups)
             return torch.mkldnn_convolution(x, self.weight, self.bias, *how)
@@ -395,7 +409,8 @@ def clean_prompt(text):
 
         text = ftfy.fix_text(text)
     except ImportError:
-        text = unicodedata.normalize("NFKC", text).translate(str.maketrans("‘’“”", "''\"\""))
+        quotes = str.maketrans("‘’“”", "''\"\"")
+        text = unicodedata.normalize("NFKC", text).translate(quotes)
     return " ".join(html.unescape(html.unescape(text)).split())
 
 
@@ -526,22 +541,24 @@ def wan_files(folder):
 
 
 def lazy_tensors(path):
-    """name -> (shape, read) of a .safetensors or .pth file; read() alone touches the bytes."""
+    """name -> (shape, read) of a file of load_state_dict; read() alone touches the bytes.
 
-    def read(name):  # opened per tensor: pages of a closed file do not count against this process
-        with safe_open(path, "pt") as file:
-            return file.get_tensor(name)
+    The pages of a mapping that were touched count against this process until it is closed: so a
+    .safetensors file is opened for each tensor, and a .pth file mapped anew after every 64th part
+    of it (2 MB at least: each time unpickles the names)."""
+    mapped, part = {}, max(os.path.getsize(path) / 64, 2e6)
 
-    try:
+    def read(name):
         if path.endswith(".safetensors"):
             with safe_open(path, "pt") as file:
-                shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
-            return {name: (shape, partial(read, name)) for name, shape in shapes.items()}
-        return lazy_pth(path)
-    except Exception as error:  # flipped bytes make the two readers raise almost any class of error
-        found = f"{os.path.getsize(path):,} bytes that cannot be read"
-        cure = "an incomplete download, or no dict of tensors? Fetch it again"
-        raise ValueError(f"{path}: {found}; {cure} ({error})") from None
+                return file.get_tensor(name)
+        if not mapped or mapped["read"] > part:
+            mapped.clear()
+            mapped.update(tensors=load_state_dict(path), read=0)
+        mapped["read"] += mapped["tensors"][name].nbytes
+        return mapped["tensors"][name]
+
+    return {k: (tuple(v.shape), partial(read, k)) for k, v in load_state_dict(path).items()}
 
 
 # What trainers, compilers and other programs put before the names of a DiT's tensors.
@@ -569,30 +586,6 @@ def nested(loaded):
             break
         loaded = loaded[inner[0]]
     return {k: v for k, v in loaded.items() if torch.is_tensor(v)}
-
-
-def lazy_pth(path):
-    """lazy_tensors of a .pth file.  It is mapped anew after every 64th part of it (2 MB at least:
-    each time unpickles the names): the pages of a mapping that were touched count against this
-    process until it is closed."""
-    mapped, part = {}, max(os.path.getsize(path) / 64, 2e6)
-
-    def load():
-        try:
-            return nested(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
-        except RuntimeError as error:  # the format before torch 1.6 cannot be mapped
-            if "mmap" not in str(error):
-                raise
-            return nested(torch.load(path, map_location="cpu", weights_only=True))
-
-    def read(name):
-        if not mapped or mapped["read"] > part:
-            mapped.clear()
-            mapped.update(tensors=load(), read=0)
-        mapped["read"] += mapped["tensors"][name].nbytes
-        return mapped["tensors"][name]
-
-    return {k: (tuple(v.shape), partial(read, k)) for k, v in load().items()}
 
 
 def wan_family(folder):

@@ -44,10 +44,11 @@ def save_clip(path, clip, vae, pad, conditions, metadata):
     float32:  depth (T, H, W), w2c (T, 3, 4), intrinsics (T, 3, 3);   bool: moving (T, H, W), if the
                                                                       clip has it"""
     video = clip["video"][None]
-    latents = start = vae.encode(video)  # whose first frame is that of the start image alone
+    latents = vae.encode(video)
+    start = latents[:, :, :1]  # of frame 0 alone: the VAE is causal
     if pad:
         start = encode_start(vae, video[:, :, :1], video.shape[2], pad)
-    half = dict(conditions, latents=latents[0], start_latents=start[0, :, : None if pad else 1])
+    half = dict(conditions, latents=latents[0], start_latents=start[0])
     if metadata.get("end_image"):
         half["end_latents"] = encode_start(vae, video[:, :, [0, -1]], video.shape[2], pad)[0]
     tensors = {name: x.bfloat16().cpu() for name, x in half.items()}

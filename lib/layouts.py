@@ -269,11 +269,15 @@ def folder_in(src, *names):
     return next((src / n for n in names if (src / n).is_dir()), None)
 
 
+def picture_of(folder, name):
+    """The file of a name that may lack its ending (Blender), or None."""
+    return next((f for f in (folder / name, folder / f"{name}.png") if f.is_file()), None)
+
+
 def open_named(src, cameras, wishes, *, axes, pictures, depth, unit):
     """Cameras that name their pictures; depth: name -> file, {} for none."""
     notes, rows = [], {name: n for n, name in enumerate(cameras.names)}
-    there = {n: path for n in cameras.names if (path := pictures / n).is_file()}
-    there |= {n: path for n in cameras.names if (path := pictures / f"{n}.png").is_file()}
+    there = {n: path for n in cameras.names if (path := picture_of(pictures, n))}
     ids = joined(notes, pose=rows, picture=there, **(dict(depth=depth) if depth else {}))
     made, frames = pick(cameras, [rows[n] for n in ids]), [there[n] for n in ids]
     maps = [depth[n] for n in ids] if depth else None
@@ -290,26 +294,26 @@ def open_nerfstudio(key, wishes):
     path = key / "transforms.json" if key.is_dir() else key
     src, said = path.parent, json.loads(path.read_text())
     with_depth = {f["file_path"]: f.get("depth_file_path") for f in said["frames"]}
-    # A Blender scene says the field of view alone, and leaves the ending out.
-    tried = (src / f"{name}{end}" for name in with_depth for end in ("", ".png") if "w" not in said)
-    size = next((size_of(f) for f in tried if f.is_file()), None)
-    cameras = FORMATS["nerfstudio"].read(path, Hints(size))
+    # A Blender scene says the field of view alone.
+    shown = filter(None, (picture_of(src, n) for n in with_depth if "w" not in said))
+    cameras = FORMATS["nerfstudio"].read(path, Hints(next(map(size_of, shown), None)))
     depth = {n: src / d for n, d in with_depth.items() if d and (src / d).is_file()}
     counts = any(d.suffix in COUNTS for d in depth.values())
     how = dict(pictures=src, depth=depth, unit=MILLIMETRES if counts else {})
     return open_named(src, cameras, wishes, axes=wishes.axes or "opengl", **how)
 
 
-ENDS = ("bin", "txt")
-
-
 def places_of_models(src):
     return [src, *sorted(src.glob("sparse/[0-9]*")), src / "sparse", src / "colmap/sparse/0"]
 
 
+def has_table(folder, name):
+    return any((folder / f"{name}.{end}").is_file() for end in ("bin", "txt"))
+
+
 def models(src):
     """COLMAP models of a project folder."""
-    return [f for f in places_of_models(src) if any((f / f"images.{e}").is_file() for e in ENDS)]
+    return [f for f in places_of_models(src) if has_table(f, "images")]
 
 
 def open_colmap(src, wishes):
@@ -329,11 +333,8 @@ def open_colmap(src, wishes):
 
 
 def colmap_parts(src):
-    folders = places_of_models(src)
-    names = ("cameras", "images", "points3D")
-    return {
-        f"{n}.bin": any((f / f"{n}.{e}").is_file() for f in folders for e in ENDS) for n in names
-    }
+    folders, names = places_of_models(src), ("cameras", "images", "points3D")
+    return {f"{name}.bin": any(has_table(f, name) for f in folders) for name in names}
 
 
 def find_colmap(src):

@@ -12,7 +12,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 METHOD = dict(
     geometry=900,
     wan=500,
-    encoders=701,
+    encoders=700,
     # The Wan2.2 release: 70 more, of which 45 are its tiles.  Its pair of experts is in lib/.
     released=410,
     model=685,

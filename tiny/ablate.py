@@ -79,12 +79,9 @@ class Run:
     name: str
     seed: int
 
-    def switches(self, stage):
-        return switches_of(self.name, stage)
-
     def folder(self, stage):
         """That of the first variant which is the same up to this stage."""
-        own = self.switches(stage)
+        own = switches_of(self.name, stage)
         first = next(name for name in VARIANTS if switches_of(name, stage) == own)
         return self.work / f"stage{stage}-{first}-seed{self.seed}"
 
@@ -92,7 +89,9 @@ class Run:
         out = self.folder(stage)
         if not (out / f"step-{STEPS[stage]}.safetensors").exists():
             seed = 100 * stage + self.seed
-            call(out, stage, self.switches(stage), seed=seed, init_from=self.start_of(stage))
+            call(
+                out, stage, switches_of(self.name, stage), seed=seed, init_from=self.start_of(stage)
+            )
 
     def start_of(self, stage):
         return self.folder(1) / "latest.safetensors" if stage == 2 else ""
@@ -101,7 +100,7 @@ class Run:
         """Append the row of a finished run."""
         out, source = self.folder(2) / "scored", self.folder(2) / "latest.safetensors"
         how = dict(eval_only=True, eval_samples=rooms, eval_clips=rooms, eval_more_sigmas="()")
-        call(out, 2, self.switches(2), init_from=source, data_dir=self.work / "val", **how)
+        call(out, 2, switches_of(self.name, 2), init_from=source, data_dir=self.work / "val", **how)
         found = json.loads((out / "eval.json").read_text())
         rows = {k.split(", ", 1)[-1]: row for k, row in found.items()}
         with lock:
