@@ -50,17 +50,16 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 # --- Loading.  Models are built on the meta device and given the file's own tensors: no copy.
 def load_state_dict(path):
     """Named CPU tensors of a .safetensors or .pth file, paged in from disk only when used."""
-    pth = dict(map_location="cpu", weights_only=True)
     try:
         if str(path).endswith(".safetensors"):
             tensors = safetensors.torch.load_file(path)
         else:
             try:
-                tensors = nested(torch.load(path, mmap=True, **pth))
+                tensors = nested(torch.load(path, "cpu", weights_only=True, mmap=True))
             except RuntimeError as error:  # the format before torch 1.6 cannot be mapped
                 if "mmap" not in str(error):
                     raise
-                tensors = nested(torch.load(path, **pth))
+                tensors = nested(torch.load(path, "cpu", weights_only=True))
     except Exception as error:  # flipped bytes make the two readers raise almost any class of error
         found = f"{os.path.getsize(path):,} bytes that cannot be read"
         cure = "an incomplete download, or no dict of tensors? Fetch it again"
