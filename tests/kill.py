@@ -26,7 +26,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from small import TINY  # noqa: E402
+from small import TINY, Forked, as_command  # noqa: E402
 
 from lib import checkpoints  # noqa: E402
 from lib.rooms import Recipe, synth  # noqa: E402
@@ -74,26 +74,14 @@ def tiny_run(root, steps, ranks=1):
 
 
 def start(arguments, ranks=1, restarts=0):
-    launcher = (
-        []
-        if ranks == 1
-        else [
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            f"--nproc_per_node={ranks}",
-            f"--max-restarts={restarts}",
-            "--monitor-interval=0.2",
-        ]
-    )
-    return subprocess.Popen(
-        [sys.executable, *launcher, *map(str, arguments)],
-        cwd=ROOT,
-        env=ENV,
-        start_new_session=True,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    """The command in processes of its own: one, forked from this one, or torchrun's."""
+    if ranks == 1:
+        return Forked(as_command, *arguments)
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    launcher += [f"--max-restarts={restarts}", "--monitor-interval=0.2"]
+    quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    command = [sys.executable, *launcher, *map(str, arguments)]
+    return subprocess.Popen(command, cwd=ROOT, env=ENV, **quiet)
 
 
 def children(pid):
@@ -204,13 +192,13 @@ def stress(root, kills, steps, seed=0, ranks=1):
     return counts
 
 
-if __name__ == "__main__":
+def main(*given):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=30)
     parser.add_argument("--steps", type=int, help="of the run; default: 40 for every kill")
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
+    args = parser.parse_args(given)
     with tempfile.TemporaryDirectory() as folder:
         began = time.monotonic()
         found = stress(
@@ -221,3 +209,7 @@ if __name__ == "__main__":
         "undisturbed run; "
         f"{time.monotonic() - began:.0f} s"
     )
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

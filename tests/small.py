@@ -3,6 +3,7 @@ on it in-process."""
 
 import contextlib
 import io
+import multiprocessing
 import os
 import pathlib
 import runpy
@@ -132,28 +133,30 @@ def command_here(script, *arguments):
     return code, text.getvalue()
 
 
-def ranks_here(count, script, *arguments, restarts=0):
+def ranks_here(count, script, *arguments, restarts=0, nodes=1, endpoint="localhost:0"):
     """A command under torchrun's own agent, in this process, which forks the ranks: importing torch
     in agent and ranks is most of what a small one costs.
 
+    nodes    so many agents meet at the endpoint, each with `count` ranks
     returns  exit code (0 or 1) and all that agent and ranks said"""
     handlers = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
     with tempfile.TemporaryDirectory() as logs:
         how = LaunchConfig(
-            min_nodes=1,
-            max_nodes=1,
+            min_nodes=nodes,
+            max_nodes=nodes,
             nproc_per_node=count,
             max_restarts=restarts,
             rdzv_backend="c10d",
-            rdzv_endpoint="localhost:0",
-            run_id=pathlib.Path(logs).name,
+            rdzv_endpoint=endpoint,
+            run_id=pathlib.Path(logs).name if nodes == 1 else "nodes",
+            local_addr=None if nodes == 1 else "127.0.0.1",
             monitor_interval=0.1,
             start_method="fork",
             logs_specs=DefaultLogsSpecs(log_dir=logs, redirects=Std.ALL),
         )
         code, said = 0, ""
         try:
-            elastic_launch(how, as_rank)(script, *map(str, arguments))
+            elastic_launch(how, as_command)(script, *map(str, arguments))
         except ChildFailedError as error:
             code, said = 1, str(error)
         finally:
@@ -163,10 +166,10 @@ def ranks_here(count, script, *arguments, restarts=0):
         return code, said + "".join(path.read_text() for path in files)
 
 
-def as_rank(script, *arguments):
+def as_command(script, *arguments):
     """The command as a process of its own would run it."""
     os.chdir(ROOT)
-    sys.argv, code = [script, *arguments], 0
+    sys.argv, code = [script, *map(str, arguments)], 0
     try:
         runpy.run_path(str(ROOT / script), run_name="__main__")
     except SystemExit as left:
@@ -175,3 +178,37 @@ def as_rank(script, *arguments):
         traceback.print_exc()
         code = 1
     sys.exit(code)  # out here: the exception would keep the loader's workers alive
+
+
+def as_agent(*arguments, **how):
+    """ranks_here, as torchrun would run it."""
+    code, said = ranks_here(*arguments, **how)
+    print(said)
+    sys.exit(code)
+
+
+class Forked(multiprocessing.get_context("fork").Process):
+    """A process of its own, which need not import torch again; leads a group of processes, as a
+    command of a shell does, and says what it says in a file."""
+
+    def __init__(self, work, *arguments, said=os.devnull, **how):
+        super().__init__(target=work, args=arguments, kwargs=how)
+        self.said = pathlib.Path(said)
+        self.start()
+
+    def run(self):
+        os.setsid()
+        said = os.open(self.said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        for number in (1, 2):
+            os.dup2(said, number)
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        sys.stdout = sys.stderr = os.fdopen(1, "w", buffering=1, closefd=False)
+        super().run()
+
+    def poll(self):
+        return self.exitcode
+
+    def wait(self, timeout=None):
+        """Its exit code; None where it runs on."""
+        self.join(timeout)
+        return self.exitcode

@@ -1,5 +1,6 @@
 """One run a folder, with real processes and two loader workers, the default."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -42,6 +43,8 @@ def long_run(tmp_path):
 
     yield begin, arguments, tmp_path / "out"
     for process in started:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
         subprocess.run(["pkill", "-9", "-f", f"{tmp_path}/out"], check=False)
         process.wait()
 

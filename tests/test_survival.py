@@ -9,16 +9,15 @@ import resource
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 import time
 
+import kill
 import pytest
 import torch
 from inject import ACTS, at
-from kill import ROOT, compare, end_run, tiny_run
+from kill import compare, end_run, tiny_run
 from safetensors.torch import load_file, save_file
-from small import train_here
+from small import Forked, as_agent, train_here
 from test_train import run
 
 import data
@@ -51,36 +50,17 @@ def stuck(survivor):
     """A run of two ranks, one of which sleeps from step 3 on; it waits for its timeouts while the
     other tests run."""
     root, arguments = survivor
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node=2",
-        "tests/inject.py",
-        "1,2,0,hang",
-        *arguments,
-        "--batch_size=1",
-        "--step_timeout=10",
-        f"--out_dir={root}/hang",
-    ]
-    process = subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    )
+    command = ["tests/inject.py", "1,2,0,hang", *arguments, "--batch_size=1", "--step_timeout=10"]
+    process = Forked(as_agent, 2, *command, f"--out_dir={root}/hang", said=root / "hang.txt")
     yield process
     end_run(process)
 
 
 @pytest.fixture(scope="module", autouse=True)
-def killer():
+def killer(tmp_path_factory):
     """The stress script with two kills, one of them while saving, on the other core meanwhile."""
-    process = subprocess.Popen(
-        [sys.executable, "tests/kill.py", "--kills", "2", "--steps", "16"],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    said = tmp_path_factory.mktemp("killer") / "said.txt"
+    process = Forked(kill.main, "--kills=2", "--steps=16", said=said)
     yield process
     end_run(process)
 
@@ -173,7 +153,8 @@ def test_two_ranks_agree_on_stops_and_bad_steps_survive_a_kill_and_go_on_with_fo
     )
     assert text.count("steps 3 .. 4") == 2  # torchrun brought the run back by itself
     compare(root / "two_whole", root / "two_stopped", 4)
-    two_nodes(["tests/inject.py", "1,3,0,kill+1,3,1,nan", *short, f"--out_dir={root}/two_nodes"])
+    command = ["tests/inject.py", "1,3,0,kill+1,3,1,nan", *short, f"--out_dir={root}/two_nodes"]
+    two_nodes(root, command)
     starts = (root / "two_nodes" / "starts.jsonl").read_text().splitlines()
     assert [json.loads(line)["first_step"] for line in starts] == [0, 2]  # not one attempt more
     compare(root / "two_whole", root / "two_nodes", 4)
@@ -184,17 +165,15 @@ def test_two_ranks_agree_on_stops_and_bad_steps_survive_a_kill_and_go_on_with_fo
     )
 
 
-def two_nodes(arguments):
+def two_nodes(root, arguments):
     """A command under two agents of one rank each, as on two machines; both must end well."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        place = f"--rdzv_endpoint=127.0.0.1:{free.getsockname()[1]}"
-    agent = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1"]
-    agent += ["--rdzv_backend=c10d", place, "--local_addr=127.0.0.1", "--max_restarts=1"]
-    quiet = dict(cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    agents = [subprocess.Popen([*agent, *map(str, arguments)], **quiet) for _ in range(2)]
-    said = [process.communicate(timeout=240)[1] for process in agents]
-    assert [process.returncode for process in agents] == [0, 0], "".join(said)
+        place = f"127.0.0.1:{free.getsockname()[1]}"
+    how = dict(restarts=1, nodes=2, endpoint=place)
+    agents = [Forked(as_agent, 1, *arguments, said=root / f"node{n}.txt", **how) for n in range(2)]
+    ends = [process.wait(240) for process in agents]
+    assert ends == [0, 0], "".join(process.said.read_text() for process in agents)
 
 
 # ---- bad numbers
@@ -451,18 +430,13 @@ def test_changed_options_are_listed_at_a_resume(survivor):
 
 def test_a_stuck_rank_ends_the_run_instead_of_hanging_it(stuck, survivor):
     """Its last test: 10 s of step_timeout and 30 s of torchrun's grace have passed meanwhile."""
-    told = stuck.communicate(timeout=120)[1]
-    assert stuck.returncode == 1 and "Timed out waiting 10000ms" in told
+    assert stuck.wait(120) == 1 and "Timed out waiting 10000ms" in stuck.said.read_text()
     assert checkpoints.newest_valid(survivor[0] / "hang") == 2
 
 
 def test_killed_runs_end_bitwise_like_an_undisturbed_one(killer):
-    told = killer.communicate(timeout=240)[0]
-    assert (
-        killer.returncode == 0
-        and "2 kills" in told
-        and "bitwise that of the undisturbed run" in told
-    ), told
+    code, told = killer.wait(240), killer.said.read_text()
+    assert code == 0 and "2 kills" in told and "bitwise that of the undisturbed run" in told, told
 
 
 def test_other_frozen_weights_are_refused_by_name(survivor, tmp_path):
