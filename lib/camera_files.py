@@ -20,7 +20,7 @@ from geometry import inv_se3, mat_to_quat, quat_to_mat
 from lib.colmap import colmap_binary, colmap_text
 from lib.crop import fractions
 from lib.files import FAR, MAX_BYTES, MAX_CAMERAS, check_file, natural
-from lib.lens import MODELS, make_lens
+from lib.lens import MODELS, make_lens, pinhole_of
 from lib.native import (
     Cameras,
     Hints,
@@ -315,14 +315,15 @@ def guess(path):
     raise ValueError(f"{path}: missing or of no known format; {wanted}")
 
 
-def read(path, form=None, size=None, *, axes=None, matrices=None, intrinsics=None):
+def read(path, form=None, size=None, *, axes=None, matrices=None, intrinsics=None, pinhole=False):
     """Any camera file -> w2c (T, 3, 4), intrinsics (T, 4) or None, size (H, W) or None.
 
     size      (H, W) in pixels, for files with pixel intrinsics and no size
     axes      opencv or opengl: what the file's cameras really look along, where that differs from
               its format
     matrices    w2c or c2w, for files that do not say
-    intrinsics  fx fy cx cy in pixels, for files without"""
+    intrinsics  fx fy cx cy in pixels, for files without
+    pinhole     instead of refusing lens distortion: the pinhole that an import makes of it"""
     check_door(path)
     try:
         form = form or guess(path)
@@ -330,6 +331,9 @@ def read(path, form=None, size=None, *, axes=None, matrices=None, intrinsics=Non
             raise ValueError(f"format {form!r}; known: {', '.join(FORMATS)}")
         found = FORMATS[form].read(path, Hints(size, matrices))
         found = replace(found, matrices=as_matrices(found.matrices))
+        if any(found.lenses or ()) and pinhole:
+            k = np.array(list(map(pinhole_of, map(tuple, found.intrinsics), found.lenses)))
+            found = replace(found, intrinsics=k, lenses=None)
     except Exception as error:  # flipped bytes make the readers raise almost any class of error
         if isinstance(error, ValueError) and str(path) in str(error):
             raise

@@ -53,7 +53,7 @@ def from_file(path, num_frames, size, view):
     """A camera file's w2c, and intrinsics as fractions, cropped to the aspect of size as pictures
     are; its own pictures may be of any size."""
     try:
-        w2c, intrinsics, source = camera_files.read(path, view.form, view.pictures)
+        w2c, intrinsics, source = camera_files.read(path, view.form, view.pictures, pinhole=True)
     except ValueError as error:
         words = str(error).replace("--from", "--camera_format")
         raise ValueError(words.replace("--size HxW", "--camera_size HxW")) from None

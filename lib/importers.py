@@ -9,7 +9,6 @@ import os
 import re
 import shutil
 from dataclasses import asdict, replace
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +20,7 @@ from lib import files
 from lib.camera_files import check_plausible, oriented, write_cameras
 from lib.crop import Crop, crop_intrinsics, pixel_matrix
 from lib.layouts import LAYOUTS
-from lib.lens import Undistortion
+from lib.lens import pinhole_of, undistortion
 from lib.pictures import write_video
 from lib.recordings import Video, Wishes, pick, some, wish_arguments
 
@@ -93,11 +92,6 @@ def thinned(rec, wishes):
     )
 
 
-@lru_cache(maxsize=8)
-def undistortion(k, lens):
-    return Undistortion(k, lens)
-
-
 def even(size):
     return tuple(n - n % 2 for n in size)  # H.264 wants that
 
@@ -128,8 +122,8 @@ class Writer:
         """(T, 4) fractions of the video; after pictures()."""
         rows = []
         for k, lens, (h, w) in zip(self.k, self.lenses, self.sizes):
-            k = undistortion(k, lens).pinhole if lens else k
-            rows.append(crop_intrinsics(np.array(k)[None], w / h, self.target)[0])
+            k = np.array(pinhole_of(k, lens))
+            rows.append(crop_intrinsics(k[None], w / h, self.target)[0])
         return np.array(rows)
 
     def depth(self, n, folder):

@@ -120,3 +120,11 @@ class Undistortion:
         at = self.grid((h, w)) * [w, h]
         cols, rows = (np.clip(at[..., i].astype(int), 0, n - 1) for i, n in enumerate((w, h)))
         return depth[rows, cols]
+
+
+undistortion = functools.lru_cache(maxsize=8)(Undistortion)  # its pinhole is searched for once
+
+
+def pinhole_of(k, lens):
+    """(4,) fractions of a camera's pictures without its distortion, if it has one."""
+    return undistortion(k, lens).pinhole if lens else k

@@ -152,6 +152,13 @@ def test_colmap_text_and_binary_by_hand(tmp_path):
     (text / "cameras.txt").write_text("3 OPENCV 160 120 80 80 80 60 .1 0 0 0\n")
     with pytest.raises(ValueError, match="import SRC DIR undistorts"):
         camera_files.read(text)
+    # A video that is sampled has no lens: it gets the pinhole that an import would make, whose
+    # corner meets that of the picture: zoom = 1 + 0.1 (1 + 0.75^2) / zoom^2.
+    _, K = camera_paths.load_camera(str(text), 2, SIZE)
+    assert K[0, :, 0, 0].tolist() == pytest.approx([80 * 1.12367] * 2, rel=1e-4)
+    (text / "cameras.txt").write_text("3 OPENCV 160 120 80 80 80 60 1e5 0 0 0\n")
+    with pytest.raises(ValueError, match="text: .* that no pinhole can replace"):
+        camera_paths.load_camera(str(text), 2, SIZE)
 
 
 def test_tum_and_npz_by_hand(tmp_path):
