@@ -40,6 +40,7 @@ SHALLOW = replace(
     dpt_channels=(8, 16, 32, 32),
     dpt_features=16,
     dpt_tail=8,
+    head_chunk=48,
     camera_layers=1,
     camera_iterations=1,
 )

@@ -4,6 +4,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 WORK=${WORK:-data/tiny}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=4000000000  # fewer page faults
+P=--precision=${PRECISION:-bf16}  # fp32 on a CPU without AVX-512: bf16 takes it many times as long
 ROOMS="--num_frames 9 --variety simple --cache_only True --wan_dir $WORK/wan"
 
 # ---- encoders
@@ -16,14 +17,14 @@ cp -r "$WORK/wan/google" "$WORK/wan/models_t5_umt5-xxl-enc-bf16.safetensors" tin
 # ---- stage 0: the video branch, on small rooms, then on larger ones
 python data.py synth "$WORK/small" --num 5000 --val 24 --height 64 --width 96 --seed 50000000 $ROOMS
 python data.py synth "$WORK/rooms" --num 4000 --val 64 --height 96 --width 160 --seed 80000000 $ROOMS
-python train.py config/tiny0.py --data_dir="$WORK/small" --wan_dir="$WORK/wan" --precision=bf16
+python train.py config/tiny0.py --data_dir="$WORK/small" --wan_dir="$WORK/wan" $P
 python tiny/export.py outputs/tiny/stage0/latest.safetensors tiny/wan
-python train.py config/tiny0.py --data_dir="$WORK/rooms" --wan_dir=tiny/wan --precision=bf16 --out_dir=outputs/tiny/stage0_large \
+python train.py config/tiny0.py --data_dir="$WORK/rooms" --wan_dir=tiny/wan $P --out_dir=outputs/tiny/stage0_large \
     --height=96 --width=160 --batch_size=8 --learning_rate=2e-3 --max_steps=3500
 python tiny/export.py outputs/tiny/stage0_large/latest.safetensors tiny/wan
 
 # ---- stages 1 and 2: the geometry branch and the exchange
-python train.py config/tiny1.py --data_dir="$WORK/rooms" --precision=bf16
-python train.py config/tiny2.py --data_dir="$WORK/rooms" --precision=bf16
+python train.py config/tiny1.py --data_dir="$WORK/rooms" $P
+python train.py config/tiny2.py --data_dir="$WORK/rooms" $P
 python tiny/export.py outputs/tiny/stage2/latest.safetensors tiny/fantasyworld.safetensors
 python tiny/score.py --ckpt tiny/fantasyworld.safetensors
