@@ -131,9 +131,9 @@ height = option(0, "pixels, a multiple of 16; 0: as in training", low=0)
 width = option(0, "pixels, a multiple of 16; 0: as in training", low=0)
 fps = option(16.0, "frames a second of the written videos", low=0.1, high=1000)
 section_4 = section("sampling")
-# None: as the checkpoint asks for, or else Wan's own.
+# None: as the checkpoint asks for, or else WANS.
 steps = option(None, "steps of the sampler; Wan: 50", low=1, high=1000, kind=int)
-sampler = option(None, "unipc is Wan's own; usual: euler", choices=(None, *SAMPLERS))
+sampler = option(None, "usual: euler; unipc is the official code's", choices=(None, *SAMPLERS))
 guidance = option(None, "1: no guidance, half the work; Wan: 5", kind=float)
 shift = option(None, "more of the steps at high noise; Wan: 5", above=0, kind=float)
 seed = option(0, "of the first sample", low=0)

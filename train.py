@@ -4,7 +4,7 @@
     stage 1  geometry branch on the frozen video branch
     stage 2  + camera adapters + exchange
 
-OUT receives training.log, starts.jsonl, tensorboard/, eval/, step-N.safetensors,
+OUT receives training.log, starts.jsonl, config.json, tensorboard/, eval/, step-N.safetensors,
 step-N.optim.safetensors and latest.safetensors.  World size 1 is the same code.
 The batch of a step (clips, noise, sigma, drops) is a pure function of (seed, step, position in the
 global batch).  So a resumed run needs no random state, and neither the number of ranks nor of
@@ -68,7 +68,7 @@ expert = option("", "of a Wan2.2 pair in wan_dir: the one that trains", choices=
 lora = option("", "LoRA file merged at 0.55 into what comes from wan_dir")
 other_wan = option(False, "go on although the frozen weights are not those of the checkpoint")
 random_wan = option(False, "allow stages 1 and 2 on a random video branch (tests)")
-init_from = option("", "stage 2: a stage 1 checkpoint or a release; eval_only: one or more, commas")
+init_from = option("", "a checkpoint, a release or VGGT to start from; eval_only: several, commas")
 resume = option("auto", "auto: newest valid checkpoint of out_dir; empty: afresh; or a file")
 section_2 = section("how much")
 height = option(336, "pixels, a multiple of 16", low=16)

@@ -1,7 +1,6 @@
 """Camera files in and out, one convention inside (`python data.py cameras IN OUT` converts).
 
-Formats: re10k (text), fantasyworld and worldscore (JSON), nerfstudio (transforms.json), colmap
-(folder with cameras and images, .txt or .bin), tum (text), npz.  What a file leaves open is refused
+Formats: those of FORMATS; docs/data.md says what each holds.  What a file leaves open is refused
 with the option that settles it.
 Inside: w2c (T, 3, 4) float64, OpenCV axes (x right, y down, z forward), in the world and unit of
 the file; intrinsics (T, 4) float64 = fx/W, fy/H, cx/W, cy/H, pixel centres at +0.5, or None where

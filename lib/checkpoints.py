@@ -1,8 +1,8 @@
 """The run folder: checkpoints in and out, which are kept, from which a run goes on.
 
 It holds step-N.safetensors (the trainable tensors; config, git hash and command as metadata),
-step-N.optim.safetensors (AdamW's moments) and latest.safetensors, a hard link to the newest (for
-one expert of a pair also high_noise_model.safetensors or low_noise_model.safetensors)."""
+step-N.optim.safetensors (the optimizer's moments) and latest.safetensors, a hard link to the newest
+(for one expert of a pair also high_noise_model.safetensors or low_noise_model.safetensors)."""
 
 import json
 import os

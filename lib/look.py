@@ -75,7 +75,7 @@ def row_of(scene, said):
 
 
 def worst_pair(raw, pair, folder):
-    """The two frames whose depth disagrees most, colours above depth."""
+    """The two frames whose depth disagrees most, side by side."""
     t, s = pair
     rows = [[raw["rgb"][i] for i in (t, s) if i in raw["rgb"]]]
     if len(rows[0]) == 2:

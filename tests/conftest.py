@@ -35,8 +35,8 @@ LONGEST = (
 
 
 def pytest_xdist_auto_num_workers(config):
-    """-n auto of pytest.ini: two workers for a folder; none for single files and tests, which end
-    before they start."""
+    """-n auto of pyproject.toml: two workers for a folder; none for single files and tests, which
+    end before they start."""
     if not all(Path(arg).is_dir() for arg in config.args):
         return 0
     os.environ |= ARENA
