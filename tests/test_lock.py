@@ -9,7 +9,7 @@ import time
 
 import pytest
 from kill import ENV, ROOT, start, tiny_run
-from small import train_here
+from small import Forked, as_command, train_here
 
 from lib import lock
 
@@ -49,8 +49,8 @@ def long_run(tmp_path):
         process.wait()
 
 
-def again(arguments, *more):
-    line = [sys.executable, *arguments, *more]
+def again(arguments):
+    line = [sys.executable, *arguments]
     return subprocess.run(line, cwd=ROOT, env=ENV, capture_output=True, text=True, timeout=120)
 
 
@@ -68,8 +68,9 @@ def test_a_second_start_is_refused_by_name_and_a_dead_runs_lock_is_taken_over(lo
     code, text = train_here(*last[1:])
     assert code == 0, text
     assert f"taken over from a run that was cut off (process {first.pid} on " in text
-    fourth = again(last)  # another process, to which this one has given the lock back
-    assert fourth.returncode == 0 and "taken over" not in fourth.stdout
+    # Another process, to which this one has given the lock back.
+    fourth = Forked(as_command, *last, said=out.parent / "fourth.txt")
+    assert fourth.wait(120) == 0 and "taken over" not in fourth.said.read_text()
 
 
 @pytest.mark.skipif(not os.path.exists("/proc"), reason="reads /proc")
