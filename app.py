@@ -180,7 +180,7 @@ def camera_form(settled):
         label = "Its format, where it does not show"
         form["camera_format"] = gr.Dropdown(["", *FORMATS], value="", label=label)
         # No text: it could name a file of this machine.
-        scale = float(settled.scene_scale)
+        scale = sample.scene_scale_of(settled)
         form["scene_scale"] = gr.Number(scale, label="Its units per scene unit")
     form["fov"] = gr.Number(settled.fov, label="Field of view where the camera has none, degrees")
 

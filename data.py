@@ -40,7 +40,7 @@ from lib import caches, camera_files, files, importers, listing
 from lib.camera_files import read_cameras, rigid
 from lib.crop import Crop
 from lib.depth import check_positive, read_depth, unit_of, why_relative
-from lib.distributed import gathered
+from lib.distributed import check_device, gathered
 from lib.guards import run_command
 from lib.log import Passes
 from lib.look import view
@@ -158,9 +158,7 @@ def read_entry(root, entry, where):
             sample[field] = root / inside
     parts = sample["video"].relative_to(root).with_suffix("").parts if sample["video"] else ()
     sample["id"] = str(entry.get("id") or "_".join(parts).removesuffix("_video"))
-    good = re.fullmatch(r"[^./\\\x00-\x1f\x7f][^/\\\x00-\x1f\x7f]*", sample["id"])
-    good = good and sample["id"] != caches.EMPTY_TEXT and len(sample["id"].encode()) <= 200
-    if not good or re.search(r"\.\d{4,}$", sample["id"]):  # ID.0004: a window
+    if not listing.is_id(sample["id"]):  # ID.0004 would be a window of ID
         wrong = "cannot be a file name of at most 200 bytes, or ends like a window's"
         raise ValueError(f"{where}: id {sample['id'][:60]!r} {wrong}")
     sample.update(prompt=sample["prompt"] or "", split=None, fps=entry.get("fps"))
@@ -386,7 +384,7 @@ def encode(root, height, width, num_frames, how=None):
     # by torchrun
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     gpu = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
-    encoders = WanFolder(how.wan_dir, how.device or gpu)
+    encoders = WanFolder(how.wan_dir, check_device(how.device or gpu))
     folder = Path(root, "cache", f"{num_frames}x{height}x{width}-{encoders.fingerprint}")
     same = dict(num_frames=num_frames, height=height, width=width)
     same["fingerprint"] = encoders.fingerprint  # other encoder files, other latents
@@ -401,7 +399,7 @@ def encode(root, height, width, num_frames, how=None):
     plans = passes.each(samples, "plan", lambda s: plan_clip(s, folder, same, how, inside))
     jobs = [job for _, clip_jobs in plans for job in clip_jobs]  # one for each window
     left = [job for job in jobs if not caches.fits(job.path, job.key)]  # the rest is done already
-    kept, empty = len(jobs) - len(left), folder / f"{caches.EMPTY_TEXT}.safetensors"
+    kept, empty = len(jobs) - len(left), folder / f"{listing.EMPTY_TEXT}.safetensors"
     todo = {job.sample["id"]: job.sample for job in left}  # each clip's files are looked at once
 
     def check_files(sample):
@@ -475,7 +473,7 @@ class CachedClips(torch.utils.data.Dataset):
         self.refuse(what, bad, len(good), cure)
         self.files = [folders[0] / f"{name}.safetensors" for name in good]
         self.metadata, self.stamps = good, stamps
-        self.empty_text = folders[0] / f"{caches.EMPTY_TEXT}.safetensors"
+        self.empty_text = folders[0] / f"{listing.EMPTY_TEXT}.safetensors"
         if not caches.is_whole(self.empty_text):
             raise ValueError(f"{self.empty_text}: missing or damaged. Run\n  {cure}")
 

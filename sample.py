@@ -29,7 +29,7 @@ from lib import worldscore as worldscore_folders
 from lib.camera_files import FORMATS, size_of
 from lib.camera_paths import View, load_camera, mean_distance
 from lib.crop import load_image
-from lib.distributed import from_first, gather_cat
+from lib.distributed import check_device, from_first, gather_cat
 from lib.experts import BOUNDARY, check_frozen_of, metadata_of_ckpt, open_models, split
 from lib.export import EXPORTS, USUAL, describe, export_names, make_scene, write_exports
 from lib.guards import run_command
@@ -136,7 +136,7 @@ steps = option(None, "steps of the sampler; Wan: 50", low=1, high=1000, kind=int
 sampler = option(None, "usual: euler; unipc is the official code's", choices=(None, *SAMPLERS))
 guidance = option(None, "1: no guidance, half the work; Wan: 5", kind=float)
 shift = option(None, "more of the steps at high noise; Wan: 5", above=0, kind=float)
-seed = option(0, "of the first sample", low=0)
+seed = option(0, "of the first sample", low=0, high=2**62)
 num_samples = option(1, "samples of every prompt, of seeds seed, seed + 1 ...", low=1, high=10**6)
 section_5 = section("the released weights and what was fine-tuned from them")
 correct = option("", f"do not as the release does: {', '.join(CORRECTIONS)}, with commas")
@@ -533,7 +533,7 @@ def settled(options, meta):
         camera_size=pictures,
         # Points of a release are lifted as its own script lifts them.
         lift=options.lift or ("predicted" if foreign else "commanded"),
-        device=auto if options.device == "auto" else options.device,
+        device=check_device(auto if options.device == "auto" else options.device),
         **sampling_of(options, trained),
     )
 

@@ -114,7 +114,7 @@ max_bad_steps = option(10, "so many steps in a row that are not finite end the r
 spike_guard = option(0.0, "skip gradient norms over this times their mean", above=1, off=0)
 section_4 = section("machine")
 device = option("auto", "auto: the GPU if there is one", choices=("auto", "cpu", "cuda"))
-seed = option(0, "of everything random", low=0)
+seed = option(0, "of everything random", low=0, high=2**62)
 num_workers = option(2, "processes that load clips", low=0)
 compile = option(False, "torch.compile the blocks")  # noqa: A001  (an old name)
 checkpoint_activations = option("none", "less memory, more recomputation", choices=CHECKPOINTING)

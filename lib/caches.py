@@ -13,6 +13,7 @@ import json
 import math
 import mmap
 import os
+import re
 import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -56,7 +57,7 @@ def save_clip(path, clip, vae, pad, conditions, metadata):
     save_tensors(path, tensors | ({"moving": clip["moving"]} if "moving" in clip else {}), metadata)
 
 
-EMPTY_TEXT, MAX_HEADER = "text_empty", 2**20
+MAX_HEADER = 2**20
 DTYPES = dict(BF16=torch.bfloat16, F32=torch.float32, BOOL=torch.bool)
 
 
@@ -296,7 +297,8 @@ def check_folder(folder, samples, size, inside="/"):
     inside   the folder that no link may leave"""
     kinds, metadata, windows, bad = {}, {}, {}, []
     for path in sorted(folder.glob("*.safetensors")):
-        owner = next((i for i in (path.stem, path.stem.rpartition(".")[0]) if i in samples), None)
+        names = (path.stem, re.sub(r"\.\d{4,}$", "", path.stem))  # ID.0004: a window
+        owner = next((i for i in names if i in samples), None)
         if owner:
             windows[path.stem] = owner
     there, fingerprint = set(windows.values()), folder.name.split("-", 1)[1]

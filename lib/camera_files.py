@@ -397,6 +397,8 @@ def write(path, form, w2c, intrinsics=None, size=None, binary=False):
     if form not in FORMATS:
         raise ValueError(f"format {form!r}; known: {', '.join(FORMATS)}")
     kind = FORMATS[form]
+    if binary and form != "colmap":
+        raise ValueError(f"--binary is for --to colmap, not for {form}")
     if kind.write is None:
         raise ValueError(f"format {form} is read only; --to is one of {', '.join(WRITTEN)}")
     if intrinsics is None and kind.needs_intrinsics:

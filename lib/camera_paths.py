@@ -15,6 +15,7 @@ from geometry import compose, inv_se3, mat_to_quat, normalize_scene, quat_to_mat
 from lib import camera_files
 from lib.crop import crop_intrinsics, pixel_matrix
 from lib.depth import METRES, DepthUnit, read_depth
+from lib.files import FAR
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,8 @@ def load_camera(text, num_frames, size, view=View()):
         scale = 1.0  # a move is in scene units already
     w2c = relative_to_first(torch.as_tensor(w2c[:num_frames])[None].double())
     w2c = torch.cat([w2c[..., :3], w2c[..., 3:] / scale], -1).float()
+    if not w2c[..., 3].norm(dim=-1).max() < FAR:  # NaN is not
+        raise ValueError(f"--camera {text[:99]}: its camera goes too far or nowhere; see --amount")
     if intrinsics is None:
         fx = zoom.double().numpy() / 2 / np.tan(np.radians(view.fov) / 2)
         intrinsics = np.stack([fx, fx * size[1] / size[0], fx * 0 + 0.5, fx * 0 + 0.5], -1)
@@ -56,6 +59,8 @@ def from_file(path, num_frames, size, view):
         w2c, intrinsics, source = camera_files.read(path, view.form, view.pictures, pinhole=True)
     except ValueError as error:
         words = str(error).replace("--from", "--camera_format")
+        for name in ("--matrices", "--axes", "--intrinsics"):
+            words = words.replace(name, f"python data.py cameras IN OUT {name}")
         raise ValueError(words.replace("--size HxW", "--camera_size HxW")) from None
     last = view.stride * (num_frames - 1)
     if len(w2c) <= last:
@@ -158,11 +163,13 @@ def key_frames(text, num_frames):
 
     Times are shares of the clip, evenly spread when left out.  returns  w2c (T, 3, 4) float64."""
     times, poses, parts = [], [], text.split("|")
+    if len(parts) < 2:
+        raise ValueError(f"--camera {text[:99]}: one key frame; wanted two or more, with | between")
     for i, part in enumerate(parts):
         found = re.fullmatch(r"\s*(?:([\d.]+)\s*:)?(.*)->(.*)", part)
         try:
             centre, target = ([float(x) for x in found[k].split(",")] for k in (2, 3))
-            if not len(centre) == len(target) == 3:
+            if not len(centre) == len(target) == 3 or not all(map(math.isfinite, centre + target)):
                 raise TypeError
             times.append(float(found[1] or i / max(1, len(parts) - 1)))
         except (TypeError, ValueError):

@@ -11,6 +11,7 @@ import os
 import sys
 import time
 import uuid
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -78,6 +79,16 @@ def store_of_attempt(store, rank, world, patience):
             return dist.PrefixStore(name, store)
         time.sleep(0.1)
     raise TimeoutError(f"rank {rank}: the other ranks did not come within {patience} s")
+
+
+def check_device(name):
+    """The name of a device, if torch has it; ValueError for another."""
+    with suppress(RuntimeError):  # no such kind
+        device = torch.device(name)
+        there = dict(cpu=1, cuda=torch.cuda.device_count() if torch.cuda.is_available() else 0)
+        if (device.index or 0) < there.get(device.type, 0):
+            return name
+    raise ValueError(f"--device {name}: torch finds none here; wanted auto, cpu, cuda, cuda:1 ...")
 
 
 def check_gpu(name, capability):

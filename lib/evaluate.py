@@ -5,6 +5,7 @@ its camera poses given and without, from true latents made noisy; with How.draw 
 sampled, see lib/sampled.py.  Definitions and sources of the metrics: lib/metrics.py."""
 
 import json
+import math
 from collections import Counter
 from dataclasses import dataclass
 from functools import partial
@@ -157,13 +158,19 @@ def sample_clip(model, b, truth, how):
 
 
 def mean_rows(found):
-    """Mean rows by name; found: [{name: row}, ...], one for each clip."""
+    """Mean rows by name; found: [{name: row}, ...], one for each clip.  A clip whose value is not
+    known (NaN: no two frames share a pixel, say) is left out of that value."""
     values = {}
     for rows in found:
         for name, row in rows.items():
             for key, value in row.items():
                 values.setdefault(name, {}).setdefault(key, []).append(float(value))
-    return {name: {k: sum(v) / len(v) for k, v in row.items()} for name, row in values.items()}
+
+    def mean(values):
+        known = [v for v in values if not math.isnan(v)]
+        return sum(known) / len(known) if known else math.nan
+
+    return {name: {k: mean(v) for k, v in row.items()} for name, row in values.items()}
 
 
 def comparison(b, out, frames=None, video=None):

@@ -449,7 +449,9 @@ def made_before(out):
 
 def check_out(out, names):
     """An export replaces what an earlier one has made, and nothing else."""
-    for target in {EXPORTS[name][0] for name in names} - made_before(out):
+    targets = {EXPORTS[name][0] for name in names} | ({BESIDE} if "cameras" in names else set())
+    targets |= set() if (out / ".sample").exists() else {"report.json"}
+    for target in targets - made_before(out):
         if os.path.lexists(out / target):
             theirs = f"{out / target} is there and was not made by sample.py"
             raise ValueError(f"--out {out}: {theirs}. Choose another --out")

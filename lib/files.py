@@ -249,7 +249,8 @@ def read_video(path, max_frames=None):
 def count_frames(path):
     """Number of frames of a video; decodes all of it, so that damage anywhere is seen."""
     files = [Path(path), *Path(path).glob("*")] if os.path.exists(path) else []
-    return count_frames_at(path, tuple((f.stat().st_size, f.stat().st_mtime_ns) for f in files))
+    stats = [f.stat() for f in files if f.exists()]  # an editor's lock is a link to nowhere
+    return count_frames_at(path, tuple((s.st_size, s.st_mtime_ns) for s in stats))
 
 
 @functools.lru_cache(maxsize=1)  # the windows of a clip ask in a row

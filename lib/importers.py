@@ -4,6 +4,7 @@ One writer for all layouts of lib/layouts.py.  SRC is one recording, or a folder
 at any depth; nothing in it is changed.  DIR/ID appears when it is whole, so a killed import goes on
 with the recording that it was at."""
 
+import itertools
 import json
 import os
 import re
@@ -21,6 +22,7 @@ from lib.camera_files import check_plausible, oriented, write_cameras
 from lib.crop import Crop, crop_intrinsics, pixel_matrix
 from lib.layouts import LAYOUTS
 from lib.lens import pinhole_of, undistortion
+from lib.listing import is_id, read_entries
 from lib.pictures import write_video
 from lib.recordings import Video, Wishes, pick, some, wish_arguments
 
@@ -70,7 +72,8 @@ def nearest(src, names):
 
 def name_of(src, key):
     """An id of letters that every file system takes."""
-    inside = key.relative_to(src).with_suffix("") if key != src else Path(src.resolve().name)
+    inside = key.relative_to(src) if key != src else Path(src.resolve().name)
+    inside = inside.with_suffix("") if key.is_file() else inside
     return re.sub(r"[^\w-]+", "_", "_".join(inside.parts)).strip("_")[:100] or "clip"
 
 
@@ -96,6 +99,14 @@ def even(size):
     return tuple(n - n % 2 for n in size)  # H.264 wants that
 
 
+def check_upright(frame, k, n):
+    """Readers turn a photo as its EXIF says, COLMAP does not: its pixels would not be square."""
+    (h, w), (fx, fy) = frame.shape[:2], k[:2]
+    if abs(fx * w / (fy * h) - 1) > 0.2 and abs(fx * h / (fy * w) - 1) < 0.05:
+        found = f"picture {n} is {w}x{h} as its EXIF turns it, its camera {h}x{w}"
+        raise ValueError(f"{found}. Fix: save the pictures upright and label them again")
+
+
 class Writer:
     """Makes the files of one sample, frame by frame."""
 
@@ -109,6 +120,7 @@ class Writer:
         frames = self.rec.frames
         frames = frames if isinstance(frames, Video) else files.read_stills(frames)
         for n, frame in enumerate(frames):
+            check_upright(frame, self.k[n], n)
             if self.lenses[n]:
                 frame = undistortion(self.k[n], self.lenses[n]).picture(frame)
             self.sizes.append(frame.shape[:2])
@@ -176,11 +188,11 @@ def write_sample(rec, folder, name, wishes):
 
 # --- Many -----------------------------------------------------------------------------------------
 def read_list(out):
+    """metadata.json as an object; without that file, of the samples whose folders are there."""
+    entries, _ = read_entries(out, out)
     path = out / "metadata.json"
     said = files.read_json(path) if path.is_file() else {}
-    said = dict(samples=said) if isinstance(said, list) else said
-    said.setdefault("samples", [])
-    return said
+    return dict(said if isinstance(said, dict) else {}, samples=entries)
 
 
 def write_list(out, said):
@@ -188,21 +200,46 @@ def write_list(out, said):
     files.write_aside(out / "metadata.json", lambda path: path.write_text(text, encoding="utf-8"))
 
 
-def run(src, out, form=None, **wishes):
-    """Import every recording of SRC that DIR does not hold yet -> ids, and how many failed."""
-    src, out, wishes = Path(src), Path(out), Wishes(**wishes)
-    found, names, failed = find(src, form), [], 0
+MARK = ".importing"  # in a folder that is whole, until it is listed
+
+
+def check_free(folder):
+    """A folder that no import has made is somebody's: samples that are not listed, caches."""
+    if os.path.lexists(folder) and not (folder / MARK).exists():
+        cure = "choose another --name or DIR, or delete it"
+        raise ValueError(f"{folder}: is there and no import has made it; {cure}")
+
+
+def check_wishes(wishes, found, src, out):
+    """ValueError for what no import could do."""
     if wishes.name and len(found) > 1:
         raise ValueError(f"--name {wishes.name}: {src} holds {len(found)} recordings; leave it out")
+    if not is_id(wishes.name or "name"):
+        wanted = "wanted a folder's name: no separator, no dot in front, no number at its end"
+        raise ValueError(f"--name {wishes.name}: {wanted} as .2024")
+    if wishes.fps is not None and not 0.1 <= wishes.fps <= 1000:
+        raise ValueError(f"--fps {wishes.fps:g}: wanted 0.1 to 1000")
     if wishes.start < 0 or wishes.stride < 1 or (wishes.max_frames or 5) < 5:
         raise ValueError(
             "wanted --start of 0 or more, --stride of 1 or more, --max_frames of 5 or more"
         )
     if out.resolve().is_relative_to(src.resolve()):
         raise ValueError(f"{out}: lies in {src}, which is not changed; choose another folder")
+
+
+def run(src, out, form=None, **wishes):
+    """Import every recording of SRC that DIR does not hold yet -> ids, and how many failed."""
+    src, out, wishes = Path(src), Path(out), Wishes(**wishes)
+    found, names, failed = find(src, form), [], 0
+    check_wishes(wishes, found, src, out)
     out.mkdir(parents=True, exist_ok=True)
+    taken = set()  # by recordings of SRC: 2024-05 and 2024 05 would be one
     for kind, key in found:
-        name, said = wishes.name or name_of(src, key), read_list(out)
+        own, said = wishes.name or name_of(src, key), read_list(out)
+        name = next(
+            n for i in itertools.count(1) if (n := f"{own}_{i}" if i > 1 else own) not in taken
+        )
+        taken.add(name)
         # What changes the result; another import under the same name is refused.
         made = {k: v for k, v in asdict(wishes).items() if v not in (None, "", 0)}
         made = json.loads(json.dumps([kind, str(key.resolve()), made]))
@@ -214,6 +251,7 @@ def run(src, out, form=None, **wishes):
         if before:
             tqdm.write(f"{name}: already imported")
             continue
+        check_free(out / name)
         part = out / f".{name}.part"
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir()
@@ -227,12 +265,14 @@ def run(src, out, form=None, **wishes):
             names.pop()
             failed += 1
             continue
+        (part / MARK).touch()
         shutil.rmtree(out / name, ignore_errors=True)  # of an import killed before its entry
         os.replace(part, out / name)
         said["samples"].append(dict(entry, prompt=wishes.prompt, imported=made))
         if isinstance(said.get("splits"), dict):
             said["splits"].setdefault("train", []).append(name)
         write_list(out, said)
+        (out / name / MARK).unlink()
         without = [] if rec.depth else ["no depth: label the video before it can be trained on"]
         tqdm.write("; ".join([f"{name} ({kind})", *rec.notes, *without]))
     return names, failed

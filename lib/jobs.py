@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 
@@ -22,7 +21,7 @@ import config
 from lib.distributed import Ranks, end_processes, gathered, start_processes
 from lib.export import check_out
 from lib.files import MAX_TEXT, check_file, unique_keys
-from lib.guards import printable
+from lib.guards import is_out_of_memory, printable
 
 # What a line may set beside its id: all that needs no other model and no other size.
 PER_JOB = (
@@ -163,6 +162,8 @@ def read_line(line, where, known):
         wanted = "wanted up to 60 letters, digits, _ . -, as it names a folder in --out"
         raise ValueError(f"{where}: id = {name!r:.99}; {wanted}")
     may = {key: known[key] for key in PER_JOB}
+    if type(job.get("scene_scale")) in (int, float):  # a text, for it may name a file
+        job["scene_scale"] = str(job["scene_scale"])
     return name, {
         k: config.check(k, v, config.look_up(k, may, where), where) for k, v in job.items()
     }
@@ -175,10 +176,12 @@ def attempt(work, where, failed):
         return work()
     try:
         return work()
-    except torch.cuda.OutOfMemoryError as error:
-        said = str(error).splitlines()[0]
     except (ValueError, OSError, SafetensorError) as error:
         said = str(error)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        said = [*str(error).splitlines(), "out of memory"][0]
     said = printable(said)
     failed.append(said if said.startswith(str(where)) else f"{where}: {said}")
 

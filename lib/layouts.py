@@ -6,6 +6,7 @@ Sources: each dataset's or tool's own loader or writer, read in November 2026.""
 
 import json
 import zipfile
+from collections import Counter
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -260,9 +261,16 @@ def find_omniworld(src):
 
 
 def beside(folder, names):
-    """Array files of a folder (or None) by the stem of a picture's name."""
-    stems = {f.stem: f for f in folder.iterdir() if f.suffix in files.ARRAYS} if folder else {}
-    return {n: stems[Path(n).stem] for n in names if Path(n).stem in stems}
+    """Array files of a folder (or None) by a picture's name: at the same place in it, or, where
+    only one picture is called so, by its stem."""
+    there = [f for f in folder.rglob("*") if f.suffix in files.ARRAYS] if folder else []
+    whole = {f.relative_to(folder).with_suffix(""): f for f in there}
+    often = Counter(Path(n).stem for n in names)
+    found = {n: whole.get(Path(n).with_suffix("")) for n in names}
+    for n in names:
+        if found[n] is None and often[Path(n).stem] == 1:
+            found[n] = whole.get(Path(Path(n).stem))
+    return {n: f for n, f in found.items() if f}
 
 
 def folder_in(src, *names):
@@ -299,7 +307,8 @@ def open_nerfstudio(key, wishes):
     cameras = FORMATS["nerfstudio"].read(path, Hints(next(map(size_of, shown), None)))
     depth = {n: src / d for n, d in with_depth.items() if d and (src / d).is_file()}
     counts = any(d.suffix in COUNTS for d in depth.values())
-    how = dict(pictures=src, depth=depth, unit=MILLIMETRES if counts else {})
+    unit = dict(depth_scale=float(said.get("depth_unit_scale_factor", 0.001))) if counts else {}
+    how = dict(pictures=src, depth=depth, unit=unit)
     return open_named(src, cameras, wishes, axes=wishes.axes or "opengl", **how)
 
 
@@ -403,9 +412,10 @@ def open_npz(path, wishes, *, pictures, depth, poses, kind, lens):
     else:
         frames = data[pictures]
     count = len(data[depth])
+    shown = files.count_frames(frames) if isinstance(frames, Path) else len(frames)
+    if not shown == count == len(data[poses]):
+        raise ValueError(f"{path}: {shown} pictures, {count} depth maps; wanted one each")
     frames = frames if isinstance(frames, list) else Video(frames, list(range(count)))
-    if not len(frames) == count == len(data[poses]):
-        raise ValueError(f"{path}: {len(frames)} pictures, {count} depth maps; wanted one each")
     k = lens_of(data[lens], count, data[depth].shape[1:], path)
     cameras = Cameras(data[poses], kind, k, None)
     return Recording(frames, cameras, [partial(data[depth].__getitem__, n) for n in range(count)])

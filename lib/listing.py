@@ -53,6 +53,16 @@ def check_inside(root, path):
 
 
 # --- What a dataset lists -------------------------------------------------------------------------
+EMPTY_TEXT = "text_empty"  # the cache beside those of the clips
+
+
+def is_id(name):
+    """Whether a text can name a sample's folder, its caches and nothing else."""
+    good = re.fullmatch(r"[^./\\\x00-\x1f\x7f][^/\\\x00-\x1f\x7f]*", name)
+    window = re.search(r"\.\d{4,}$", name)  # ID.0004
+    return bool(good) and not window and name != EMPTY_TEXT and len(name.encode()) <= 200
+
+
 def read_entries(root, inside):
     """Entries and splits of metadata.json, which must lie in the folder `inside`; without that
     file, of the folders that hold parts of a sample."""
@@ -84,7 +94,8 @@ def scan_folders(root):
     """Entries of a dataset without metadata.json: its folders that hold parts of a sample."""
     folders = {}
     for f in sorted(root.glob("*/*")):
-        if f.stem in ("video", "depth", "points", "moving", "camera_params"):
+        part = f.stem in ("video", "depth", "points", "moving", "camera_params")
+        if part and f.parent.name[0] != ".":  # .ID.part: an import that was killed
             parts = folders.setdefault(f.parent.name, {})
             parts.setdefault(f.stem, []).append(f"{f.parent.name}/{f.name}")
     entries = []

@@ -92,7 +92,8 @@ def memory_gb(device):
         import resource  # not on Windows
     except ImportError:
         return 0.0
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    unit = 2**30 if sys.platform == "darwin" else 2**20  # bytes there, kB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
 def clock(seconds):
@@ -216,7 +217,7 @@ class Passes:
             try:
                 if name not in self.failed:
                     done.append((item, work(item)))  # a later pass sees only these
-            except ValueError as error:
+            except (ValueError, OSError) as error:
                 self.fail(name, error)
         return done
 

@@ -60,7 +60,7 @@ def reader_of(head):
 def has_alpha(head):
     """Whether a PNG or WebP file is transparent somewhere, by its header."""
     if head.startswith(b"\x89PNG"):
-        return head[25] in (4, 6) or b"tRNS" in head
+        return head[25] in (3, 4, 6) or b"tRNS" in head  # of a palette it may come later
     flags = {b"VP8X": 20, b"VP8L": 24}.get(head[12:16]) if head[:4] == b"RIFF" else None
     return flags is not None and bool(head[flags] & 0x10)
 

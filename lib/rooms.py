@@ -17,8 +17,9 @@ from tqdm import tqdm
 
 from encoders import MINIATURE, WanFolder
 from geometry import inv_se3, relative_to_first
-from lib.caches import EMPTY_TEXT, save_clip, save_tensors
+from lib.caches import save_clip, save_tensors
 from lib.camera_files import write_cameras
+from lib.listing import EMPTY_TEXT
 from lib.pictures import write_video
 from wan import LATENT
 

@@ -416,7 +416,7 @@ def verify(root, samples, bad, inside, *, fix_hints=False, as_json=False, exact=
                 raise ValueError(problem)
             check_sums(root, check_sample(inside, sample))
             reports.append(inspect(load_raw(sample), level))
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             reports.append(Report(sample["id"]))
             reports[-1].add("files", "fail", str(error))
         if not as_json:

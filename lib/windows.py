@@ -24,6 +24,10 @@ class Encoding:
     skip_bad: bool = False
     follow_links: bool = False
 
+    def __post_init__(self):
+        if self.windows < 1 or self.start < 0:
+            raise ValueError("wanted --windows of 1 or more and --start of 0 or more")
+
     def strides(self):
         try:
             strides = [int(s) for s in str(self.stride).split(",")]

@@ -1,0 +1,224 @@
+"""Folders, names and files as people have them: nothing of theirs is lost, or wrong unnoticed."""
+
+import json
+import math
+import os
+
+import numpy as np
+import pytest
+import torch
+from recordings import H, T, W, clip, colmap, da3, nerfstudio, re10k
+from small import command_here
+
+import sample
+from data import load_samples
+from lib import caches, camera_files, files, importers
+from lib.camera_paths import View, load_camera
+from lib.distributed import check_device
+from lib.evaluate import mean_rows
+from lib.export import check_out
+from lib.guards import one_line
+from lib.jobs import PER_JOB, attempt, read_line
+from lib.layouts import beside
+from lib.listing import is_id
+from lib.pictures import write_png, write_video
+from lib.windows import Encoding
+
+
+@pytest.fixture
+def source(tmp_path):
+    (tmp_path / "src").mkdir()
+    re10k(tmp_path / "src", clip())
+    return tmp_path / "src"
+
+
+# ---- import
+def test_an_import_deletes_no_folder_that_no_import_has_made(source, tmp_path):
+    out = tmp_path / "out"
+    for name in ("mine", "cache"):
+        (out / name).mkdir(parents=True)
+        (out / name / "kept.txt").write_text("a user's own")
+        with pytest.raises(ValueError, match=f"{name}: is there and no import has made it"):
+            importers.run(source, out, name=name)
+        assert (out / name / "kept.txt").read_text() == "a user's own"
+    for name in (".", "..", "./x", "a/b", "", "kitchen.2024", "x" * 201, "text_empty"):
+        assert not is_id(name)
+        if name:
+            with pytest.raises(ValueError, match="wanted a folder's name"):
+                importers.run(source, out, name=name)
+    # What was killed between its folder and its entry is made again.
+    (out / "one").mkdir()
+    (out / "one" / importers.MARK).touch()
+    assert importers.run(source, out, name="one") == (["one"], 0)
+    assert not (out / "one" / importers.MARK).exists()
+
+
+def test_samples_of_a_dataset_without_a_list_stay_in_it(source, tmp_path):
+    out = tmp_path / "out"
+    importers.run(source, out, name="first")
+    (out / "metadata.json").unlink()
+    importers.run(source, out, name="second")
+    assert [s["id"] for s in load_samples(out)] == ["first", "second"]
+    for text in ("null", '"abc"', '{"samples": null}', "[1]"):
+        (out / "metadata.json").write_text(text)
+        with pytest.raises(ValueError, match="metadata.json: wanted a list"):
+            importers.run(source, out, name="third")
+
+
+def test_recordings_of_one_name_get_one_each_and_go_on(tmp_path):
+    for name in ("2024.01.05", "2024.01.06", "a b", "a_b"):
+        (tmp_path / "src" / name).mkdir(parents=True)
+        colmap(tmp_path / "src" / name, clip())
+    for _ in range(2):  # the second time all are there
+        names, failed = importers.run(tmp_path / "src", tmp_path / "out")
+        assert failed == 0 and sorted(names) == ["2024_01_05", "2024_01_06", "a_b", "a_b_2"]
+    with pytest.raises(ValueError, match="--fps 0: wanted"):
+        importers.run(tmp_path / "src", tmp_path / "out", fps=0.0)
+
+
+def test_depth_counts_of_a_transforms_file_have_the_unit_that_it_says(tmp_path):
+    (tmp_path / "src").mkdir()
+    nerfstudio(tmp_path / "src", clip())
+    path = tmp_path / "src" / "transforms.json"
+    said = json.loads(path.read_text())
+    path.write_text(json.dumps(dict(said, depth_unit_scale_factor=0.0001)))
+    importers.run(tmp_path / "src", tmp_path / "out")
+    assert load_samples(tmp_path / "out")[0]["unit"].scale == 0.0001
+
+
+def test_pictures_that_are_turned_against_their_camera_are_refused(tmp_path, capsys):
+    """As a photo that EXIF turns, with a model of the pixels as they lie."""
+    c = clip()
+    (tmp_path / "src").mkdir()
+    colmap(tmp_path / "src", dict(c, rgb=c["rgb"].swapaxes(1, 2)))
+    assert importers.run(tmp_path / "src", tmp_path / "out") == ([], 1)
+    assert (
+        f"picture 0 is {H}x{W} as its EXIF turns it, its camera {W}x{H}" in capsys.readouterr().out
+    )
+
+
+def test_a_video_of_more_frames_than_an_archive_has_depth_is_refused(tmp_path, capsys):
+    (tmp_path / "src").mkdir()
+    c = clip()
+    da3(tmp_path / "src", c)
+    frames = np.concatenate([c["rgb"], c["rgb"]])
+    write_video(tmp_path / "long.mp4", frames, 10)
+    wishes = dict(pictures=str(tmp_path / "long.mp4"))
+    assert importers.run(tmp_path / "src", tmp_path / "out", **wishes) == ([], 1)
+    assert f"{2 * T} pictures, {T} depth maps; wanted one each" in capsys.readouterr().out
+
+
+def test_depth_of_two_cameras_of_a_rig_is_not_mixed(tmp_path):
+    for side in ("left", "right"):
+        (tmp_path / side).mkdir()
+        np.save(tmp_path / side / "0001.npy", np.zeros(1))
+    np.save(tmp_path / "0001.npy", np.zeros(1))
+    names = ["left/0001.png", "right/0001.png"]
+    assert beside(tmp_path, names) == {n: (tmp_path / n).with_suffix(".npy") for n in names}
+    (tmp_path / "left" / "0001.npy").unlink()  # 0001.npy could be of either
+    assert list(beside(tmp_path, names)) == names[1:]
+    assert beside(tmp_path, ["a/0001.jpg"]) == {"a/0001.jpg": tmp_path / "0001.npy"}
+
+
+# ---- datasets and caches
+def test_an_id_with_a_dot_is_no_window_of_another(tmp_path, monkeypatch):
+    folder = tmp_path / "5x32x48-kind"
+    folder.mkdir()
+    for name in ("walk", "walk.2", "walk.0004"):
+        (folder / f"{name}.safetensors").touch()
+    seen = []
+    monkeypatch.setattr(caches, "check_header", lambda path, name, *_: seen.append(name) or ({}, 1))
+    monkeypatch.setattr(caches, "check_values", lambda *_: ({}, {}))
+    caches.check_folder(folder, dict(walk={}), (5, 32, 48))
+    assert sorted(seen) == ["walk", "walk.0004"]
+
+
+def test_a_link_to_nowhere_beside_pictures_does_not_end_the_doctor(tmp_path):
+    write_video(tmp_path / "v.mp4", clip()["rgb"], 10)
+    (tmp_path / "frames").mkdir()
+    for t, frame in enumerate(files.read_video(tmp_path / "v.mp4")[0]):
+        write_png(tmp_path / "frames" / f"{t:03d}.png", frame)
+    os.symlink("user@host.123:456", tmp_path / "frames" / ".#notes")
+    assert files.count_frames(tmp_path / "frames") == T
+
+
+def test_windows_that_cannot_be_are_refused():
+    for wrong in (dict(windows=0), dict(windows=0, window_seed=1), dict(start=-3)):
+        with pytest.raises(ValueError, match="--windows of 1 or more"):
+            Encoding(**wrong)
+
+
+def test_a_clip_without_a_value_is_left_out_of_its_mean():
+    rows = [dict(a=dict(x=1.0, y=math.nan)), dict(a=dict(x=math.nan, y=math.nan))]
+    mean = mean_rows(rows)["a"]
+    assert mean["x"] == 1.0 and math.isnan(mean["y"])
+
+
+# ---- sampling
+def test_reports_and_cameras_of_a_user_are_not_replaced(tmp_path):
+    for name, exports in (("report.json", ["npz"]), ("cameras_predicted.txt", ["cameras"])):
+        (tmp_path / name).write_text("mine")
+        with pytest.raises(ValueError, match=f"{name} is there and was not made by sample.py"):
+            check_out(tmp_path, exports)
+        (tmp_path / name).unlink()
+    assert check_out(tmp_path, ["npz", "cameras"]) == tmp_path
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["0,0,0 -> nan,0,1 | 0,0,1 -> 0,0,2", "0,0,0 -> 0,0,inf | 0,0,1 -> 0,0,2", "0,0,0 -> 0,0,1"],
+)
+def test_a_camera_of_no_numbers_is_refused_before_the_sampling(text):
+    with pytest.raises(ValueError, match="--camera"):
+        load_camera(text, 5, (32, 48))
+
+
+def test_a_move_beyond_all_lengths_is_refused():
+    with pytest.raises(ValueError, match="--camera forward: its camera goes too far or nowhere"):
+        load_camera("forward", 5, (32, 48), View(amount=1e300))
+
+
+def test_sampling_names_the_command_that_settles_a_camera_file(tmp_path):
+    path = tmp_path / "kitti.txt"
+    np.savetxt(path, np.tile(np.eye(3, 4).reshape(1, 12), (5, 1)))
+    with pytest.raises(ValueError, match="python data.py cameras IN OUT --matrices"):
+        load_camera(str(path), 5, (32, 48))
+
+
+def test_binary_is_for_colmap(tmp_path):
+    w2c = np.tile(np.eye(3, 4), (3, 1, 1))
+    with pytest.raises(ValueError, match="--binary is for --to colmap, not for tum"):
+        camera_files.write(tmp_path / "out.txt", "tum", w2c, binary=True)
+    assert not (tmp_path / "out.txt").exists()
+
+
+@pytest.mark.parametrize("name", ["cuda:99", "foo", "meta", "mps"])
+def test_a_device_that_is_not_there_is_named(name):
+    with pytest.raises(ValueError, match=f"--device {name}: torch finds none here"):
+        check_device(name)
+    code, said = command_here(
+        "sample.py", "--ckpt", "tiny/fantasyworld.safetensors", "--device", name
+    )
+    assert code == 2 and f"--device {name}: torch finds none here" in said
+    assert check_device("cpu") == "cpu"
+
+
+def test_memory_that_a_cpu_does_not_have_is_one_line_and_one_job():
+    failed = []
+
+    def large():
+        return torch.empty(1 << 48)
+
+    assert attempt(large, "out/a", failed) is None and failed[0].startswith("out/a: ")
+    with pytest.raises(RuntimeError) as caught:
+        large()
+    assert one_line(caught.value, "Try less").endswith("Try less")
+    with pytest.raises(RuntimeError, match="a fault of ours"):
+        attempt(lambda: (_ for _ in ()).throw(RuntimeError("a fault of ours")), "out/a", failed)
+
+
+def test_a_scene_scale_of_a_job_may_be_a_number_or_a_text():
+    known = {key: value for key, value in vars(sample).items() if key in PER_JOB}
+    for value in (2.5, "2.5"):
+        line = json.dumps(dict(id="a", scene_scale=value)).encode()
+        assert read_line(line, "list:1", known) == ("a", dict(scene_scale="2.5"))
