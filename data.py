@@ -384,7 +384,8 @@ def encode(root, height, width, num_frames, how=None):
     # by torchrun
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     gpu = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
-    encoders = WanFolder(how.wan_dir, check_device(how.device or gpu))
+    chosen = gpu if how.device in ("", "auto") else how.device
+    encoders = WanFolder(how.wan_dir, check_device(chosen))
     folder = Path(root, "cache", f"{num_frames}x{height}x{width}-{encoders.fingerprint}")
     same = dict(num_frames=num_frames, height=height, width=width)
     same["fingerprint"] = encoders.fingerprint  # other encoder files, other latents

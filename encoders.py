@@ -614,7 +614,8 @@ def encoder_folders(folder):
     if wan_files(folder) == [str(run)]:
         with safe_open(run, "pt") as file:
             options = json.loads((file.metadata() or {}).get("train_config", "{}"))
-        if not options.get("wan_dir"):
+        source = options.get("wan_dir") if isinstance(options, dict) else ""
+        if not source or Path(source).resolve() == folder.resolve():
             raise ValueError(f"{run}: it started without a Wan folder, so it has no encoders")
         return encoder_folders(options["wan_dir"])
     alone = folder.name not in [f"{expert}_noise_model" for expert in EXPERTS]

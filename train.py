@@ -50,6 +50,7 @@ from lib.mix import Mix, check_clips, parts_of, pick
 from lib.offload import check_offload, offload
 from lib.optimizer import learning_rate_at, make_optimizer, take_step
 from lib.plan import HARDWARE, Flops, peak_flops, report
+from lib.strangers import config_from_metadata
 from lib.weights import load_weights, metadata_of, open_model, read_tensors
 from model import CHECKPOINTING, PRESETS, flow_matching_loss, shift_sigma
 from wan import LATENT
@@ -287,7 +288,11 @@ def model_config(options):
     for key, value in options.model_overrides.items():
         default = config.look_up(key, vars(preset), "model_overrides")
         changes[key] = config.check(key, value, option(default, ""), "model_overrides")
-    return replace(preset, **changes)
+    cfg = replace(preset, **changes)
+    config_from_metadata(dict(model_config=json.dumps(vars(cfg))), "model_overrides")
+    if len(cfg.taps) != 4:
+        raise ValueError(f"model_overrides: taps = {cfg.taps}; wanted four layers")
+    return cfg
 
 
 def check_options(options):
@@ -316,12 +321,17 @@ def check_options(options):
             wanted = "stage 2 starts from a stage 1 checkpoint or a release's model.pth"
             cure = "Train config/stage1.py, then --init_from=outputs/stage1/latest.safetensors"
             raise ValueError(f"{wanted}; init_from = {origin!r} is neither. {cure}")
+    if "," in origin and not options.eval_only and not pathlib.Path(origin).exists():
+        raise ValueError(f"init_from = {origin}: several checkpoints are for eval_only")
     if options.eval_only and not origin:
         raise ValueError("eval_only needs --init_from=CHECKPOINT[,CHECKPOINT ...]")
     for path in filter(None, origin.split(",")):  # read now, so that a bad one costs no wait
         meta = metadata_of(path)
         if meta.get("expert"):
             check_place(path, meta, options.expert)
+        if options.stage and meta.get("stage") == "0" and not options.eval_only:
+            cure = f"its folder is the --wan_dir of stage {options.stage}"
+            raise ValueError(f"init_from = {path}: a video branch, of stage 0; {cure}")
 
 
 def print_plan(options):
@@ -668,6 +678,8 @@ def main(options):
 
 def command():
     if sys.argv[1:2] == ["--check"]:
+        if not sys.argv[2:]:
+            raise ValueError("--check: wanted checkpoints: --check CKPT ...")
         for path in sys.argv[2:]:
             print(describe(path))
     else:

@@ -79,7 +79,9 @@ def save_checkpoint(out, step, state, metadata, *, keep_last, keep_every=0):
 
     Raises OSError when the disk is full or gone; what was saved before is then untouched."""
     weights, moments = state
-    facts = {**metadata, "step": str(step), "digest": "2"}
+    # A path of other bytes than UTF-8 would make the file unreadable.
+    told = {k: v.encode("utf-8", "backslashreplace").decode() for k, v in metadata.items()}
+    facts = {**told, "step": str(step), "digest": "2"}
     whole = dict(facts, sha256=digest(weights, facts))
     facts["weights"] = whole["sha256"]  # the moments name the weights that they are of
     beside = dict(facts, sha256=digest(moments, facts))
@@ -206,6 +208,11 @@ def load_optimizer(path, model, optimizer, of=None):
         found = f"{len(differ)} parameters differ from this model's, first {min(differ)}"
         raise ValueError(f"{path}: {found}; it belongs to another stage or model_overrides")
     local = local_optimizer(optimizer)
+    keys = {p: g.get("orthogonal") for g in local.param_groups for p in g["params"]}
+    for name, key in (each.split("|") for each in tensors):
+        if params[name] in keys and bool(keys[params[name]]) != (key == "momentum"):
+            cure = "keep it, or start another --out_dir with --init_from"
+            raise ValueError(f"{path}: the state of another --optimizer; {cure}")
     own = {p for group in local.param_groups for p in group["params"]}  # sharded: a part of them
     for name, value in tensors.items():
         parameter, key = name.split("|")

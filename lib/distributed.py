@@ -46,7 +46,7 @@ def start_processes(device, step_timeout, wait_timeout):
     if device != "cpu" and torch.cuda.is_available():
         place = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
         backend = "cpu:gloo,cuda:nccl"
-        torch.cuda.set_device(place)
+        torch.cuda.set_device(check_device(str(place)))
         check_gpu(torch.cuda.get_device_name(place), torch.cuda.get_device_capability(place))
     elif device == "cuda":
         raise ValueError("device = cuda: torch finds no GPU. Fix: use --device=cpu or auto")
@@ -203,7 +203,7 @@ def is_spread(tensor):
     """Whether a tensor is a DTensor; importing that takes half a second, so where no weights are
     sharded nobody does."""
     module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(tensor, module.DTensor)
+    return module is not None and isinstance(tensor, getattr(module, "DTensor", ()))
 
 
 def gather_full(tensor):

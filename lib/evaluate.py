@@ -81,6 +81,8 @@ def geometry_row(depth, points, w2c, b, out=None):
         row["ause"] = metrics.ause(error, out["depth_conf"], mask)
         error = (points - b["points"]).norm(dim=-1)
         row["ause_points"] = metrics.ause(error, out["points_conf"], mask)
+    if not all(x.isfinite().all() for x in (depth, points) if x is not None):
+        return dict.fromkeys(row, math.inf)  # the model's fault; NaN is what the clip cannot say
     return row
 
 
@@ -272,6 +274,9 @@ def evaluate_only(model, examples, out, sources, how, more_sigmas=()):
 
     examples   split -> examples, as evaluate takes them"""
     names = name_checkpoints(sources)
+    stages = {words[0] for words in names.values()}
+    if "stage 0" in stages and len(stages) > 1:
+        raise ValueError("eval_only: stage 0 brings a video branch of its own; evaluate it alone")
     rows = baselines(examples["train"], examples["val"], how) if how.rank == 0 else {}
     out.mkdir(parents=True, exist_ok=True)
     for source, words in names.items():

@@ -4,11 +4,13 @@ A refusal is a ValueError that names the file, what was found and wanted, and th
 regular files are opened (a pipe would hang), at most MAX_BYTES of one; ffmpeg opens local files of
 FORMATS alone; arrays of objects are refused.  Depth: z-depth, metres, 0 = unknown."""
 
+import errno
 import functools
 import json
 import math
 import os
 import re
+import secrets
 import stat
 import subprocess
 import tempfile
@@ -444,12 +446,18 @@ def read_arrays(path, frames=None, mask=False, limit=MAX_BYTES):
     return np.stack(arrays)
 
 
+def is_of_disk(error):
+    """Whether an error is the disk's, which ends the work: no clip or job is at fault."""
+    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+
+
 def write_aside(path, write, durable=True):
     """write(temporary path), then rename: a reader finds the whole file, or the one before.
 
     durable   flush to the disk first: for what cannot be made again
     The temporary file is new, never a link that somebody has put there."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    number = f"{os.getpid()}{secrets.randbelow(10**9):09d}"  # containers have equal ids
+    temporary = path.with_name(f".{path.name}.{number}.tmp")
     temporary.unlink(missing_ok=True)
     try:
         os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))

@@ -22,7 +22,7 @@ from lib.camera_files import check_plausible, oriented, write_cameras
 from lib.crop import Crop, crop_intrinsics, pixel_matrix
 from lib.layouts import LAYOUTS
 from lib.lens import pinhole_of, undistortion
-from lib.listing import is_id, read_entries
+from lib.listing import MARK, is_id, read_entries, sums_of
 from lib.pictures import write_video
 from lib.recordings import Video, Wishes, pick, some, wish_arguments
 
@@ -74,7 +74,9 @@ def name_of(src, key):
     """An id of letters that every file system takes."""
     inside = key.relative_to(src) if key != src else Path(src.resolve().name)
     inside = inside.with_suffix("") if key.is_file() else inside
-    return re.sub(r"[^\w-]+", "_", "_".join(inside.parts)).strip("_")[:100] or "clip"
+    name = re.sub(r"[^\w-]+", "_", "_".join(inside.parts)).strip("_")
+    name = name.encode()[:100].decode(errors="ignore") or "clip"
+    return name if is_id(name) else f"{name}_"
 
 
 # --- One recording --------------------------------------------------------------------------------
@@ -200,9 +202,6 @@ def write_list(out, said):
     files.write_aside(out / "metadata.json", lambda path: path.write_text(text, encoding="utf-8"))
 
 
-MARK = ".importing"  # in a folder that is whole, until it is listed
-
-
 def check_free(folder):
     """A folder that no import has made is somebody's: samples that are not listed, caches."""
     if os.path.lexists(folder) and not (folder / MARK).exists():
@@ -223,6 +222,9 @@ def check_wishes(wishes, found, src, out):
         raise ValueError(
             "wanted --start of 0 or more, --stride of 1 or more, --max_frames of 5 or more"
         )
+    if "metadata.json" in (sums_of(out) or ()):
+        cure = "delete SHA256SUMS, import, and write it again"
+        raise ValueError(f"{out}: its SHA256SUMS lists metadata.json; {cure}")
     if out.resolve().is_relative_to(src.resolve()):
         raise ValueError(f"{out}: lies in {src}, which is not changed; choose another folder")
 
@@ -236,10 +238,9 @@ def run(src, out, form=None, **wishes):
     taken = set()  # by recordings of SRC: 2024-05 and 2024 05 would be one
     for kind, key in found:
         own, said = wishes.name or name_of(src, key), read_list(out)
-        name = next(
-            n for i in itertools.count(1) if (n := f"{own}_{i}" if i > 1 else own) not in taken
-        )
-        taken.add(name)
+        others = (f"{own}_{i}" for i in itertools.count(2))
+        name = next(n for n in itertools.chain([own], others) if n.casefold() not in taken)
+        taken.add(name.casefold())  # not all file systems tell upper from lower case
         # What changes the result; another import under the same name is refused.
         made = {k: v for k, v in asdict(wishes).items() if v not in (None, "", 0)}
         made = json.loads(json.dumps([kind, str(key.resolve()), made]))
@@ -259,6 +260,8 @@ def run(src, out, form=None, **wishes):
             rec = LAYOUTS[kind].open(key, wishes)
             entry = write_sample(rec, part, name, wishes)
         except Exception as error:  # a stranger's files make readers raise almost any class
+            if files.is_of_disk(error):
+                raise
             problem = error if isinstance(error, ValueError) else repr(error)
             tqdm.write(f"skipped {name} ({kind}): {problem}")
             shutil.rmtree(part)

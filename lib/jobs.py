@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 import config
 from lib.distributed import Ranks, end_processes, gathered, start_processes
 from lib.export import check_out
-from lib.files import MAX_TEXT, check_file, unique_keys
+from lib.files import MAX_TEXT, check_file, is_of_disk, unique_keys
 from lib.guards import is_out_of_memory, printable
 
 # What a line may set beside its id: all that needs no other model and no other size.
@@ -177,6 +177,8 @@ def attempt(work, where, failed):
     try:
         return work()
     except (ValueError, OSError, SafetensorError) as error:
+        if is_of_disk(error):
+            raise
         said = str(error)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):

@@ -54,6 +54,7 @@ def check_inside(root, path):
 
 # --- What a dataset lists -------------------------------------------------------------------------
 EMPTY_TEXT = "text_empty"  # the cache beside those of the clips
+MARK = ".importing"  # in a folder that is whole, until it is listed
 
 
 def is_id(name):
@@ -95,7 +96,8 @@ def scan_folders(root):
     folders = {}
     for f in sorted(root.glob("*/*")):
         part = f.stem in ("video", "depth", "points", "moving", "camera_params")
-        if part and f.parent.name[0] != ".":  # .ID.part: an import that was killed
+        killed = f.parent.name[0] == "." or (f.parent / MARK).exists()  # an import, within
+        if part and not killed:
             parts = folders.setdefault(f.parent.name, {})
             parts.setdefault(f.stem, []).append(f"{f.parent.name}/{f.name}")
     entries = []

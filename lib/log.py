@@ -11,6 +11,7 @@ import platform
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,6 +19,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+from lib.files import is_of_disk
 from lib.pictures import write_png
 
 PACKAGES = ("torch", "safetensors", "numpy", "einops", "tokenizers", "tensorboard")
@@ -32,8 +34,10 @@ def provenance(options):
         except importlib.metadata.PackageNotFoundError:
             versions[name] = "none"
     ask = ["git", "-C", Path(__file__).parent, "rev-parse", "--short", "HEAD"]
-    git = subprocess.run(ask, capture_output=True, text=True).stdout.strip() or "unknown"
-    told = dict(git=git, command=" ".join(sys.argv))
+    git = ""
+    with suppress(OSError):  # not installed
+        git = subprocess.run(ask, capture_output=True, text=True).stdout.strip()
+    told = dict(git=git or "unknown", command=" ".join(sys.argv))
     return told | dict(versions=json.dumps(versions), train_config=json.dumps(options))
 
 
@@ -218,6 +222,8 @@ class Passes:
                 if name not in self.failed:
                     done.append((item, work(item)))  # a later pass sees only these
             except (ValueError, OSError) as error:
+                if is_of_disk(error):
+                    raise
                 self.fail(name, error)
         return done
 

@@ -417,7 +417,9 @@ def report(cfg, stage, loss, size, total, hardware, **kind):
     for gpus, gigabytes in hardware:
         found = settings(counts, gpus, gigabytes, total, stage)
         line = f"{f'{gpus} x {gigabytes:g} GB':<14s}"
-        if found:
+        if total % gpus:
+            yield f"{line}cannot share a global batch of {total}"
+        elif found:
             yield (
                 f"{line}{found.checkpointing:>23s}{found.sharding:>40s}{found.batch_size:>12d}"
                 f"{found.grad_accum:>12d}{found.bytes / GIB:>8.1f}"

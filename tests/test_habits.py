@@ -1,27 +1,33 @@
 """Folders, names and files as people have them: nothing of theirs is lost, or wrong unnoticed."""
 
+import errno
 import json
 import math
 import os
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from recordings import H, T, W, clip, colmap, da3, nerfstudio, re10k
-from small import command_here
+from small import TINY, command_here, loss_of, options_of, tiny_inputs, tiny_model, train_here
 
 import sample
+import train
 from data import load_samples
 from lib import caches, camera_files, files, importers
 from lib.camera_paths import View, load_camera
+from lib.checkpoints import load_optimizer, save_checkpoint, training_state
 from lib.distributed import check_device
-from lib.evaluate import mean_rows
+from lib.evaluate import geometry_row, mean_rows
 from lib.export import check_out
 from lib.guards import one_line
 from lib.jobs import PER_JOB, attempt, read_line
 from lib.layouts import beside
-from lib.listing import is_id
+from lib.listing import MARK, is_id
+from lib.log import Passes, provenance
 from lib.pictures import write_png, write_video
+from lib.weights import read_metadata
 from lib.windows import Encoding
 
 
@@ -48,9 +54,9 @@ def test_an_import_deletes_no_folder_that_no_import_has_made(source, tmp_path):
                 importers.run(source, out, name=name)
     # What was killed between its folder and its entry is made again.
     (out / "one").mkdir()
-    (out / "one" / importers.MARK).touch()
+    (out / "one" / MARK).touch()
     assert importers.run(source, out, name="one") == (["one"], 0)
-    assert not (out / "one" / importers.MARK).exists()
+    assert not (out / "one" / MARK).exists()
 
 
 def test_samples_of_a_dataset_without_a_list_stay_in_it(source, tmp_path):
@@ -222,3 +228,91 @@ def test_a_scene_scale_of_a_job_may_be_a_number_or_a_text():
     for value in (2.5, "2.5"):
         line = json.dumps(dict(id="a", scene_scale=value)).encode()
         assert read_line(line, "list:1", known) == ("a", dict(scene_scale="2.5"))
+
+
+# ---- runs
+def test_a_full_disk_ends_the_encoding_and_is_no_fault_of_a_clip():
+    def full(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def gone(_):
+        raise OSError(errno.ENOENT, "No such file")
+
+    passes = Passes(quiet=True)
+    assert passes.each([dict(id="a")], "x", gone) == [] and passes.failed == ["a"]
+    with pytest.raises(OSError, match="No space"):
+        passes.each([dict(id="b")], "x", full)
+    with pytest.raises(OSError, match="No space"):
+        attempt(partial(full, 0), "out/a", [])
+
+
+def test_an_import_killed_before_its_entry_goes_on_where_nothing_is_listed_yet(source, tmp_path):
+    out = tmp_path / "out"
+    importers.run(source, out, name="walk")
+    (out / "metadata.json").unlink()
+    (out / "walk" / MARK).touch()
+    assert importers.run(source, out, name="walk") == (["walk"], 0)
+    assert len(load_samples(out)) == 1
+    (out / "SHA256SUMS").write_text(f"{'0' * 64}  metadata.json\n")
+    with pytest.raises(ValueError, match="its SHA256SUMS lists metadata.json"):
+        importers.run(source, out, name="other")
+
+
+def test_names_of_long_and_reserved_folders_are_ids(tmp_path):
+    for name in ("\u6f22" * 60, "text_empty", "x" * 250, "...", "a.2024"):
+        assert is_id(importers.name_of(tmp_path, tmp_path / name)), name
+
+
+def test_a_model_that_gives_nan_has_no_row_that_a_mean_leaves_out():
+    shape = (1, 5, 8, 12)
+    K = torch.tensor([[10.0, 0, 6], [0, 10, 4], [0, 0, 1]]).expand(1, 5, 3, 3)
+    b = dict(depth=torch.ones(shape), mask=torch.ones(shape, dtype=torch.bool), intrinsics=K)
+    b |= dict(points=torch.ones(*shape, 3), w2c=torch.eye(4)[:3].expand(1, 5, 3, 4))
+    row = geometry_row(torch.full(shape, math.nan), b["points"], None, b)
+    assert set(row.values()) == {math.inf}
+
+
+def test_provenance_does_not_need_git(monkeypatch):
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert provenance({})["git"] == "unknown"
+
+
+def test_bytes_of_a_command_that_are_no_utf8_leave_the_checkpoint_readable(tmp_path):
+    state = ({"a": torch.ones(2)}, {"a|step": torch.ones(())})
+    save_checkpoint(tmp_path, 1, state, dict(command="x\udcff.py"), keep_last=1)
+    assert read_metadata(tmp_path / "step-1.safetensors")["command"] == "x\\udcff.py"
+
+
+def test_the_state_of_another_optimizer_is_named(tmp_path):
+    model = tiny_model(1)
+    options = options_of(train, stage=1)
+    for saved, asked in (("muon", "adamw"), ("adamw", "muon")):
+        optimizer = train.make_optimizer(model, options.replaced(optimizer=saved))
+        loss_of(model(**tiny_inputs(), video=False)).backward()
+        optimizer.step()
+        save_checkpoint(tmp_path, 1, training_state(model, optimizer), {}, keep_last=1)
+        other = train.make_optimizer(model, options.replaced(optimizer=asked))
+        with pytest.raises(ValueError, match="the state of another --optimizer"):
+            load_optimizer(tmp_path / "step-1.optim.safetensors", model, other)
+        same = train.make_optimizer(model, options.replaced(optimizer=saved))
+        load_optimizer(tmp_path / "step-1.optim.safetensors", model, same)
+
+
+@pytest.mark.parametrize("wrong", ["{'geo_heads': 0}", "{'geo_heads': 5}", "{'taps': (0, 1)}"])
+def test_overrides_that_make_no_model_are_named(wrong):
+    code, _ = train_here("config/stage1.py", f"--model_overrides={wrong}", "--plan=True")
+    assert "model_overrides" in str(code)
+
+
+def test_what_a_run_cannot_start_from_is_refused():
+    ckpt = "tiny/fantasyworld.safetensors"
+    code, _ = train_here("config/tiny1.py", f"--init_from={ckpt},{ckpt}")
+    assert "several checkpoints are for eval_only" in str(code)
+    code, text = command_here("train.py", "--check")
+    assert code == 2 and "--check: wanted checkpoints" in text
+
+
+def test_a_plan_for_gpus_that_cannot_share_the_batch_says_so():
+    size = ["--num_frames=5", "--height=32", "--width=48", f"--model_overrides={vars(TINY)}"]
+    code, text = train_here("config/tiny0.py", *size, "--plan", "--plan_gpus=3")
+    assert code == 0 and "cannot share a global batch of" in text

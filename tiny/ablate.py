@@ -174,7 +174,8 @@ def table(rows):
     print(f"| variant | seeds | {' | '.join(HEAD)} |\n|---|---|{'---|' * len(HEAD)}")
     for less in (False, True):
         for name in VARIANTS:
-            seeds = sorted(s for n, s in values if n == name)
+            beside = {s for n, s in values if n == "full" or not less}
+            seeds = sorted(s for n, s in values if n == name and s in beside)
             own = [values[name, seed] for seed in seeds]
             if less:
                 name, full = f"{name} - full", [values["full", seed] for seed in seeds]
