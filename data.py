@@ -75,7 +75,8 @@ def load_samples(root, split=None, bad=None, inside=None):
              path or None
     Without splits the last tenth (at least one of several) is "val", the rest "train"."""
     root = Path(root)
-    path, (entries, splits) = root / "metadata.json", listing.read_entries(root, inside or root)
+    path, said = root / "metadata.json", listing.read_metadata(root, inside or root)
+    entries, splits = said["samples"], said.get("splits")
     samples, places, wrong = read_samples(root, entries, path)  # one bad entry costs itself alone
     splits = splits or default_splits(places, len(entries))
     # ids may be numbers in JSON

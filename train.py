@@ -20,7 +20,7 @@ import signal
 import sys
 import time
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from functools import lru_cache, partial
 
 import torch
@@ -50,7 +50,7 @@ from lib.mix import Mix, check_clips, parts_of, pick
 from lib.offload import check_offload, offload
 from lib.optimizer import learning_rate_at, make_optimizer, take_step
 from lib.plan import HARDWARE, Flops, peak_flops, report
-from lib.strangers import config_from_metadata
+from lib.strangers import checked_config
 from lib.weights import load_weights, metadata_of, open_model, read_tensors
 from model import CHECKPOINTING, PRESETS, flow_matching_loss, shift_sigma
 from wan import LATENT
@@ -288,8 +288,7 @@ def model_config(options):
     for key, value in options.model_overrides.items():
         default = config.look_up(key, vars(preset), "model_overrides")
         changes[key] = config.check(key, value, option(default, ""), "model_overrides")
-    cfg = replace(preset, **changes)
-    config_from_metadata(dict(model_config=json.dumps(vars(cfg))), "model_overrides")
+    cfg = checked_config(vars(preset) | changes, "model_overrides")
     if len(cfg.taps) != 4:
         raise ValueError(f"model_overrides: taps = {cfg.taps}; wanted four layers")
     return cfg

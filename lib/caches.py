@@ -13,7 +13,6 @@ import json
 import math
 import mmap
 import os
-import re
 import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -29,7 +28,7 @@ from encoders import encode_start
 from lib.camera_files import off_rotation
 from lib.distributed import gathered
 from lib.files import FAR, check_file, read_json, write_aside
-from lib.listing import check_inside
+from lib.listing import WINDOW, check_inside
 from lib.tensors import bytes_of
 from wan import CLIP_SHAPE, LATENT
 
@@ -297,9 +296,8 @@ def check_folder(folder, samples, size, inside="/"):
     inside   the folder that no link may leave"""
     kinds, metadata, windows, bad = {}, {}, {}, []
     for path in sorted(folder.glob("*.safetensors")):
-        names = (path.stem, re.sub(r"\.\d{4,}$", "", path.stem))  # ID.0004: a window
-        owner = next((i for i in names if i in samples), None)
-        if owner:
+        owner = WINDOW.sub("", path.stem)
+        if owner in samples:
             windows[path.stem] = owner
     there, fingerprint = set(windows.values()), folder.name.split("-", 1)[1]
     bad += [(i, f"not encoded: nothing of it in {folder}") for i in samples if i not in there]

@@ -208,16 +208,14 @@ def load_optimizer(path, model, optimizer, of=None):
         found = f"{len(differ)} parameters differ from this model's, first {min(differ)}"
         raise ValueError(f"{path}: {found}; it belongs to another stage or model_overrides")
     local = local_optimizer(optimizer)
-    keys = {p: g.get("orthogonal") for g in local.param_groups for p in g["params"]}
-    for name, key in (each.split("|") for each in tensors):
-        if params[name] in keys and bool(keys[params[name]]) != (key == "momentum"):
-            cure = "keep it, or start another --out_dir with --init_from"
-            raise ValueError(f"{path}: the state of another --optimizer; {cure}")
-    own = {p for group in local.param_groups for p in group["params"]}  # sharded: a part of them
+    own = {p: group for group in local.param_groups for p in group["params"]}  # sharded: a part
     for name, value in tensors.items():
         parameter, key = name.split("|")
         p = params[parameter]
         if p in own:
+            if own[p].get("orthogonal", False) != (key == "momentum"):
+                cure = "keep it, or start another --out_dir with --init_from"
+                raise ValueError(f"{path}: the state of another --optimizer; {cure}")
             like = value if key == "step" else p
             moment = torch.empty_like(like, device=p.device, requires_grad=False)
             copy_into(moment, value)

@@ -81,7 +81,7 @@ def geometry_row(depth, points, w2c, b, out=None):
         row["ause"] = metrics.ause(error, out["depth_conf"], mask)
         error = (points - b["points"]).norm(dim=-1)
         row["ause_points"] = metrics.ause(error, out["points_conf"], mask)
-    if not all(x.isfinite().all() for x in (depth, points) if x is not None):
+    if not (depth.isfinite().all() and points.isfinite().all()):
         return dict.fromkeys(row, math.inf)  # the model's fault; NaN is what the clip cannot say
     return row
 

@@ -458,7 +458,6 @@ def write_aside(path, write, durable=True):
     The temporary file is new, never a link that somebody has put there."""
     number = f"{os.getpid()}{secrets.randbelow(10**9):09d}"  # containers have equal ids
     temporary = path.with_name(f".{path.name}.{number}.tmp")
-    temporary.unlink(missing_ok=True)
     try:
         os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
         write(temporary)

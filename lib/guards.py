@@ -40,18 +40,21 @@ def run_command(program, command, advice=""):
     sys.exit(2)
 
 
-def is_out_of_memory(error):
-    """Of a GPU, or of a CPU, whose allocator raises a RuntimeError."""
+def out_of_memory(error):
+    """What a GPU says when it is full, or a CPU, whose allocator raises a RuntimeError; "" for
+    every other error."""
     kinds = (torch.cuda.OutOfMemoryError, MemoryError)
-    return isinstance(error, kinds) or "DefaultCPUAllocator" in str(error)
+    if isinstance(error, kinds) or "DefaultCPUAllocator" in str(error):
+        return (str(error) or "out of memory").splitlines()[0]
+    return ""
 
 
 def one_line(error, advice=""):
     """A user error as its line; every other error goes on."""
     # Out of a loader worker comes its whole traceback, with the message at the end.
     said = str(error).rpartition(f"\n{type(error).__name__}: ")[2]
-    if is_out_of_memory(error):
-        said = f"{[*str(error).splitlines(), 'out of memory'][0]} {advice}"
+    if full := out_of_memory(error):
+        said = f"{full} {advice}"
     elif isinstance(error, ModuleNotFoundError):
         said = f"{error}. Fix: pip install -r requirements.txt"
     elif isinstance(error, RuntimeError) and LOST_WORKER.match(said):

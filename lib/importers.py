@@ -22,7 +22,7 @@ from lib.camera_files import check_plausible, oriented, write_cameras
 from lib.crop import Crop, crop_intrinsics, pixel_matrix
 from lib.layouts import LAYOUTS
 from lib.lens import pinhole_of, undistortion
-from lib.listing import MARK, is_id, read_entries, sums_of
+from lib.listing import MARK, is_id, read_metadata, sums_of
 from lib.pictures import write_video
 from lib.recordings import Video, Wishes, pick, some, wish_arguments
 
@@ -189,14 +189,6 @@ def write_sample(rec, folder, name, wishes):
 
 
 # --- Many -----------------------------------------------------------------------------------------
-def read_list(out):
-    """metadata.json as an object; without that file, of the samples whose folders are there."""
-    entries, _ = read_entries(out, out)
-    path = out / "metadata.json"
-    said = files.read_json(path) if path.is_file() else {}
-    return dict(said if isinstance(said, dict) else {}, samples=entries)
-
-
 def write_list(out, said):
     text = json.dumps(said, indent=1)
     files.write_aside(out / "metadata.json", lambda path: path.write_text(text, encoding="utf-8"))
@@ -213,7 +205,7 @@ def check_wishes(wishes, found, src, out):
     """ValueError for what no import could do."""
     if wishes.name and len(found) > 1:
         raise ValueError(f"--name {wishes.name}: {src} holds {len(found)} recordings; leave it out")
-    if not is_id(wishes.name or "name"):
+    if wishes.name and not is_id(wishes.name):
         wanted = "wanted a folder's name: no separator, no dot in front, no number at its end"
         raise ValueError(f"--name {wishes.name}: {wanted} as .2024")
     if wishes.fps is not None and not 0.1 <= wishes.fps <= 1000:
@@ -237,7 +229,7 @@ def run(src, out, form=None, **wishes):
     out.mkdir(parents=True, exist_ok=True)
     taken = set()  # by recordings of SRC: 2024-05 and 2024 05 would be one
     for kind, key in found:
-        own, said = wishes.name or name_of(src, key), read_list(out)
+        own, said = wishes.name or name_of(src, key), read_metadata(out, out)
         others = (f"{own}_{i}" for i in itertools.count(2))
         name = next(n for n in itertools.chain([own], others) if n.casefold() not in taken)
         taken.add(name.casefold())  # not all file systems tell upper from lower case

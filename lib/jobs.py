@@ -21,7 +21,7 @@ import config
 from lib.distributed import Ranks, end_processes, gathered, start_processes
 from lib.export import check_out
 from lib.files import MAX_TEXT, check_file, is_of_disk, unique_keys
-from lib.guards import is_out_of_memory, printable
+from lib.guards import out_of_memory, printable
 
 # What a line may set beside its id: all that needs no other model and no other size.
 PER_JOB = (
@@ -181,9 +181,9 @@ def attempt(work, where, failed):
             raise
         said = str(error)
     except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
+        said = out_of_memory(error)
+        if not said:
             raise
-        said = [*str(error).splitlines(), "out of memory"][0]
     said = printable(said)
     failed.append(said if said.startswith(str(where)) else f"{where}: {said}")
 

@@ -266,11 +266,12 @@ def beside(folder, names):
     there = [f for f in folder.rglob("*") if f.suffix in files.ARRAYS] if folder else []
     whole = {f.relative_to(folder).with_suffix(""): f for f in there}
     often = Counter(Path(n).stem for n in names)
-    found = {n: whole.get(Path(n).with_suffix("")) for n in names}
-    for n in names:
-        if found[n] is None and often[Path(n).stem] == 1:
-            found[n] = whole.get(Path(Path(n).stem))
-    return {n: f for n, f in found.items() if f}
+
+    def place(name):
+        own = Path(name).with_suffix("")
+        return own if own in whole or often[own.name] > 1 else Path(own.name)
+
+    return {n: whole[place(n)] for n in names if place(n) in whole}
 
 
 def folder_in(src, *names):

@@ -57,17 +57,20 @@ EMPTY_TEXT = "text_empty"  # the cache beside those of the clips
 MARK = ".importing"  # in a folder that is whole, until it is listed
 
 
+WINDOW = re.compile(r"\.\d{4,}$")  # ID.0004: a cache of the clip ID, from frame 4 on
+
+
 def is_id(name):
     """Whether a text can name a sample's folder, its caches and nothing else."""
     good = re.fullmatch(r"[^./\\\x00-\x1f\x7f][^/\\\x00-\x1f\x7f]*", name)
-    window = re.search(r"\.\d{4,}$", name)  # ID.0004
-    return bool(good) and not window and name != EMPTY_TEXT and len(name.encode()) <= 200
+    alone = name != EMPTY_TEXT and not WINDOW.search(name)
+    return bool(good) and alone and len(name.encode()) <= 200
 
 
-def read_entries(root, inside):
-    """Entries and splits of metadata.json, which must lie in the folder `inside`; without that
-    file, of the folders that hold parts of a sample."""
-    path, splits = root / "metadata.json", {}
+def read_metadata(root, inside):
+    """metadata.json as an object with its samples, a list; it must lie in the folder `inside`.
+    Without that file: of the folders that hold parts of a sample."""
+    path = root / "metadata.json"
     try:
         os.listdir(root)
     except OSError as error:
@@ -76,19 +79,19 @@ def read_entries(root, inside):
         raise ValueError(f"{root}: {said}. {wanted}") from None
     if not os.path.lexists(path):
         check_sums(root, [path] if "metadata.json" in (sums_of(root) or ()) else [])
-        return scan_folders(root), splits
+        return dict(samples=scan_folders(root))
     check_inside(inside, path)
     check_sums(root, [path])
-    entries = read_json(path)
-    if isinstance(entries, dict):
-        entries, splits = entries.get("samples"), entries.get("splits") or {}
+    said = read_json(path)
+    said = said if isinstance(said, dict) else dict(samples=said)
+    entries, splits = said.get("samples"), said.get("splits") or {}
     if not isinstance(entries, list) or not all(isinstance(e, dict) for e in entries):
         wanted = "wanted a list of samples, or an object with a list called samples"
         raise ValueError(f"{path}: {wanted}")
     if not isinstance(splits, dict) or not all(isinstance(ids, list) for ids in splits.values()):
         example = '{"train": ["a"], "val": ["b"]}'
         raise ValueError(f"{path}: splits must be lists of ids, for instance {example}")
-    return entries, splits
+    return said
 
 
 def scan_folders(root):
@@ -96,8 +99,8 @@ def scan_folders(root):
     folders = {}
     for f in sorted(root.glob("*/*")):
         part = f.stem in ("video", "depth", "points", "moving", "camera_params")
-        killed = f.parent.name[0] == "." or (f.parent / MARK).exists()  # an import, within
-        if part and not killed:
+        # Not those of an import that was killed, .ID.part or ID with its mark.
+        if part and f.parent.name[0] != "." and not (f.parent / MARK).exists():
             parts = folders.setdefault(f.parent.name, {})
             parts.setdefault(f.stem, []).append(f"{f.parent.name}/{f.name}")
     entries = []

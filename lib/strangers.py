@@ -47,7 +47,12 @@ def read_fields(meta, key, path):
 
 def config_from_metadata(meta, path):
     """The Config that a checkpoint was trained with."""
-    values, usual = read_fields(meta, "model_config", path), vars(Config())
+    return checked_config(read_fields(meta, "model_config", path), path)
+
+
+def checked_config(values, path):
+    """The Config of fields from outside, which `path` has said."""
+    usual = vars(Config())
     for key, value in values.items():
         if key not in usual or not plausible(key, value, type(usual[key])):
             raise ValueError(f"{path}: model_config {key!r:.60} = {value!r:.60} is no model's")
@@ -63,7 +68,7 @@ def plausible(key, value, kind):
     """Whether a field of Config has its type and a size that a model can have."""
     least = 0 if key in NONE_ALLOWED else 1
     if kind is tuple:
-        whole = isinstance(value, list) and len(value) < 64
+        whole = isinstance(value, (list, tuple)) and len(value) < 64
         return whole and all(plausible(key, each, int) for each in value)
     if kind is float:
         return type(value) in (int, float) and math.isfinite(value)

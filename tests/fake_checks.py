@@ -263,7 +263,7 @@ def hopper(check):
 
 # ---- the list
 def checks():
-    """What CI runs, in less than a minute on an idle core."""
+    """What CI runs, in one to two minutes on an idle core."""
     yield "train stage 0 none", partial(training, MINI, 0)
     # Its types alone: that a step waits for nothing, the recipe of two and "spread" see.
     yield "train stage 2 none", partial(training, MINI, 2, count=1)
