@@ -91,8 +91,9 @@ def make_optimizer(model, options, ranks=None):
     Sharded: each rank updates its share of the parameters and sends them to the others, so the
     moments are kept once in all (ZeRO, Rajbhandari et al. 2020)."""
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    # Decay would pull gates and tokens to zero.
-    plain = [p for n, p in named if p.dim() < 2 or n.endswith(("modulation", "_token", "_tokens"))]
+    # Decay would pull gates and tokens to zero.  A gain may have axes of 1 (ChannelNorm's).
+    others = ("modulation", "_token", "_tokens")
+    plain = [p for n, p in named if n.endswith(others) or p.numel() == max(p.shape, default=1)]
     ids = {id(p) for p in plain}
     muon = options.optimizer == "muon"
     inner = [p for n, p in named if id(p) not in ids and muon and is_orthogonal(n, p)]

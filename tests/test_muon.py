@@ -108,3 +108,13 @@ def test_the_plan_counts_the_moments_that_a_step_makes():
     assert (
         plan.count(model.cfg, 2, train.loss_alone(options), (1, 5, 32, 48), **how).moments == found
     )
+
+
+@pytest.mark.parametrize("stage, kind", [(0, "adamw"), (2, "adamw"), (2, "muon")])
+def test_nothing_but_matrices_and_kernels_decays(stage, kind):
+    """The gains of the time up-sampling have four axes and are gains: decay pulls them to zero."""
+    model = tiny_model().set_stage(stage)
+    groups = make_optimizer(model, options_of(train, stage=stage, optimizer=kind)).param_groups
+    decaying = {p for group in groups if group["weight_decay"] for p in group["params"]}
+    found = {name for name, p in model.named_parameters() if p in decaying}
+    assert found and not [n for n in found if not n.endswith(".weight") or "norm" in n]
