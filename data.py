@@ -119,9 +119,8 @@ def read_samples(root, entries, path):
             sample = read_entry(root, entry, where)
             name = sample["id"]
             if samples.setdefault(name, sample) is not sample:
-                raise ValueError(
-                    f"{where}: id {name!r} is there twice. Give each its own or remove one"
-                )
+                cure = "Give each its own or remove one"
+                raise ValueError(f"{where}: id {name!r} is there twice. {cure}")
         except ValueError as error:
             wrong.append((name, str(error)))
         places[name] = n
@@ -205,16 +204,12 @@ def check_window(sample, depth, size, fps):
         shapes = f"depth of {h}x{w} for a video of {hv}x{wv}"
         raise ValueError(f"{path}: {shapes}; wanted the same shape of picture")
     if not ((depth[0] > 1e-3) & (depth[0] <= files.FAR)).mean() > 0.001 or depth.max() > files.FAR:
-        raise ValueError(
-            f"{path}: {(depth[0] > 1e-3).mean():.2%} of the window's first frame, which sets the "
-            f"scene's scale, has depth, up to {depth.max():.3g} m. Choose another start or remove "
-            "the clip"
-        )
+        known = f"{(depth[0] > 1e-3).mean():.2%} of the window's first frame, which sets the scale,"
+        cure = "Choose another start or remove the clip"
+        raise ValueError(f"{path}: {known} has depth, up to {depth.max():.3g} m. {cure}")
     if not 0.1 <= fps <= 1000:
-        rate = f"{fps:g} frames a second"
-        raise ValueError(
-            f"{sample['video']}: {rate}; give fps in the sample's entry of metadata.json"
-        )
+        cure = "give fps in the sample's entry of metadata.json"
+        raise ValueError(f"{sample['video']}: {fps:g} frames a second; {cure}")
 
 
 def check_counts(sample, cameras, last):
@@ -222,10 +217,9 @@ def check_counts(sample, cameras, last):
     video = files.count_frames(sample["video"])  # decodes it: damage anywhere is seen
     depth = files.count_arrays(sample["depth"] or sample["points"])
     if min(video, cameras, depth) <= last:
-        raise ValueError(
-            f"clip {sample['id']}: {video} video frames and {cameras} cameras found, {last + 1} "
-            "wanted; lower num_frames, start or stride, or remove the clip"
-        )
+        found = f"{video} video frames and {cameras} cameras found, {last + 1} wanted"
+        cure = "lower num_frames, start or stride, or remove the clip"
+        raise ValueError(f"clip {sample['id']}: {found}; {cure}")
     if len({video, cameras, depth}) > 1:
         raise ValueError(
             f"clip {sample['id']}: {video} video frames, {cameras} cameras and {depth} depth maps: "
@@ -422,14 +416,14 @@ def encode(root, height, width, num_frames, how=None):
     if left:
         vae, pad = encoders.load_vae(), encoders.start_pad
         left = passes.jobs(left, "video", lambda job: encode_video(job, vae, pad))
-    with suppress(OSError):  # other ranks, or failed clips, still have parts there
-        (folder / ".parts").rmdir()
     skipped = ", ".join(passes.failed) or "none"
     print(f"{folder}: {len(left)} encoded, {kept} kept, skipped: {skipped}")
     # torchrun stops the others when one fails: wait for all of them.
     if dist.is_torchelastic_launched():
         dist.init_process_group("gloo", timeout=timedelta(days=7))
     bad, good = map(sum, zip(*gathered((len(passes.failed), len(left) + kept))))
+    with suppress(OSError):  # failed clips still have parts there; no other rank will make any
+        (folder / ".parts").rmdir()
     return 0 if how.skip_bad and good else bad
 
 

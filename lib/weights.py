@@ -128,10 +128,8 @@ def wan_tensors(folder, lora=""):
     for file in files:
         found = lazy_tensors(file)
         if twice := set(found) & set(tensors):
-            raise ValueError(
-                f"{file}: {min(twice)} is also in another file of {folder}; remove one of the two "
-                "copies"
-            )
+            cure = "remove one of the two copies"
+            raise ValueError(f"{file}: {min(twice)} is also in another file of {folder}; {cure}")
         tensors.update(found)
     return with_lora(unwrapped(tensors), lora)
 
@@ -205,9 +203,8 @@ RELEASE_SIZES = {False: (81, 336, 592), True: (81, 480, 832)}
 def metadata_of(path):
     """Metadata of a checkpoint without its tensors; what ours would say for a release's model.pth
     or VGGT-1B."""
-    meta = (
-        {} if str(path).endswith((".pth", ".pt")) and os.path.isfile(path) else read_metadata(path)
-    )
+    pickled = str(path).endswith((".pth", ".pt")) and os.path.isfile(path)
+    meta = {} if pickled else read_metadata(path)
     if "stage" in meta:
         return meta
     names = lazy_tensors(str(path))
@@ -239,10 +236,8 @@ def load_weights(model, path):
     file, own = lazy_tensors(str(path)), {k: tuple(v.shape) for k, v in model.named_parameters()}
     if meta["foreign"] == "release":
         if not model.cfg.released:
-            raise ValueError(
-                f"{path}: a FantasyWorld release does not fit a model of our own; start from it "
-                "alone"
-            )
+            found = "a FantasyWorld release does not fit a model of our own"
+            raise ValueError(f"{path}: {found}; start from it alone")
         base = {k.removeprefix("dit."): shape for k, shape in own.items() if k.startswith("dit.")}
         with naming(path):
             plan = released.match(own, tensor_shapes(file), base, model.cfg.num_pcb, path)
@@ -265,11 +260,8 @@ def load_weights(model, path):
 
 def release_tensors(path):
     if not os.path.isfile(path):
-        raise ValueError(
-            f"{path}: no such file; a model fine-tuned from a release needs the release's "
-            "model.pth too "
-            f"(sample.py --release=PATH, if it was moved)"
-        )
+        why = "a model fine-tuned from a release needs the release's model.pth too"
+        raise ValueError(f"{path}: no such file; {why} (sample.py --release=PATH, if it was moved)")
     return lazy_tensors(path)
 
 
@@ -375,17 +367,12 @@ def export_release(checkpoint, out):
     tensors, meta = read_tensors(checkpoint)
     cfg = config_from_metadata(meta, checkpoint) if "model_config" in meta else Config()
     if not cfg.released or meta["stage"] != "2":
-        raise ValueError(
-            f"{checkpoint}: wanted a stage 2 checkpoint of a run with --init_from=model.pth of "
-            "the release"
-        )
+        wanted = "a stage 2 checkpoint of a run with --init_from=model.pth of the release"
+        raise ValueError(f"{checkpoint}: wanted {wanted}")
     named = {released.release_name(k, cfg.num_pcb): v for k, v in tensors.items()}
-    named["vggt.projection_head.weight"] = named["vggt.projection_head.weight"][
-        ..., None, None, None
-    ]
-    rest = {
-        k: read() for k, (_, read) in release_tensors(meta["release"]).items() if k not in named
-    }
+    bridge, whole = "vggt.projection_head.weight", release_tensors(meta["release"])
+    named[bridge] = named[bridge][..., None, None, None]
+    rest = {k: read() for k, (_, read) in whole.items() if k not in named}
     tensors = {**rest, **named}
     plain = not str(out).endswith(".safetensors")
     save = partial(torch.save, tensors) if plain else partial(write_tensors, tensors, {})

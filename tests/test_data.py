@@ -239,7 +239,9 @@ def test_windows_are_relative_to_their_first_frame_and_depth_comes_from_points_t
         data.load_clip(sample, 64, 96, 10)
 
 
-def test_the_cache_is_kept_refreshed_when_stale_and_repaired_when_cut(rendered, tmp_path, capsys):
+def test_the_cache_is_kept_refreshed_when_stale_and_repaired_when_cut(
+    rendered, tmp_path, capsys, monkeypatch
+):
     root = copy_of(rendered, tmp_path)
     with pytest.raises(
         ValueError, match="python data.py encode .* --wan_dir FOLDER --height 64 --width"
@@ -251,7 +253,10 @@ def test_the_cache_is_kept_refreshed_when_stale_and_repaired_when_cut(rendered, 
     before = [f.stat().st_mtime_ns for f in files]
     (root / "train_000000" / "video.mp4").touch()  # newer than its cache
     files[1].write_bytes(files[1].read_bytes()[:1000])  # cut short
+    parts, there = folder / ".parts", []
+    monkeypatch.setattr(data, "gathered", lambda x: there.append(parts.is_dir()) or [x])
     data.encode(root, 64, 96, 9)
+    assert there == [True] and not parts.exists()  # other ranks may write in it until all are done
     assert [f.stat().st_mtime_ns > t for f, t in zip(files, before)] == [True, True, False]
     clips = data.CachedClips(root, "train", (64, 96, 9))
     batch = data.collate([clips[0], clips[1]])
