@@ -55,6 +55,11 @@ class How:
         return [sigma for sigma in sigmas if low <= sigma <= high] or [low]
 
 
+def finite(*tensors):
+    """Whether all that a model gave is finite; None is what it does not give."""
+    return all(x is None or bool(x.isfinite().all()) for x in tensors)
+
+
 def geometry_row(depth, points, w2c, b, out=None):
     """Metrics of depth (B, T, H, W), points (B, T, H, W, 3) and w2c (B, T, 3, 4) of a batch.
 
@@ -62,6 +67,11 @@ def geometry_row(depth, points, w2c, b, out=None):
     out   the model's output: also how far its heads agree, how well confidence sorts the errors
     TAE leaves out what moves by itself, if the clip says so: cameras do not explain its depth."""
     gt, mask = b["depth"], b["mask"]
+    if not finite(depth, points, w2c, *(out or {}).values()):
+        # The model's fault, in every number of a row; NaN is what the clip cannot say.
+        truth = (gt, b["points"], None if w2c is None else b["w2c"])
+        zero = out and {k: torch.zeros_like(v) for k, v in out.items() if v is not None}
+        return dict.fromkeys(geometry_row(*truth, b, zero), math.inf)
     still = mask & ~b["moving"] if "moving" in b else mask
     row = metrics.depth_metrics(depth, gt, mask)
     for align in ("median", "scale", "scale_shift"):
@@ -81,8 +91,6 @@ def geometry_row(depth, points, w2c, b, out=None):
         row["ause"] = metrics.ause(error, out["depth_conf"], mask)
         error = (points - b["points"]).norm(dim=-1)
         row["ause_points"] = metrics.ause(error, out["points_conf"], mask)
-    if not (depth.isfinite().all() and points.isfinite().all()):
-        return dict.fromkeys(row, math.inf)  # the model's fault; NaN is what the clip cannot say
     return row
 
 
@@ -103,7 +111,7 @@ def diffusion_error(model, b, how, given):
         velocity = output_at(model, b, sigma, how, given=given, heads=False)["velocity"]
         loss = flow_matching_loss(velocity, b["latents"], b["noise"]).item()
         mean += loss / len(sigmas)
-    return mean
+    return math.inf if math.isnan(mean) else mean
 
 
 def rows_of_clip(model, b, how, more_sigmas=()):
@@ -143,7 +151,7 @@ def evaluate(model, examples, how, picture=None, more_sigmas=()):
             rows |= {"sampled": row} if turn < how.eval_samples else {}
         if turn < n:
             found.append(rows)
-        if turn == 0 and picture and shown:
+        if turn == 0 and picture and shown and finite(*shown.values()):
             picture(comparison(b, shown, examples.frames(0), video))
     return mean_rows(sum(gathered(found), []))  # of the clips of all ranks
 

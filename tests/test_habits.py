@@ -15,11 +15,12 @@ from small import TINY, command_here, loss_of, options_of, tiny_inputs, tiny_mod
 import sample
 import train
 from data import load_samples
+from geometry import decode_pose, encode_pose, unproject
 from lib import caches, camera_files, files, importers
 from lib.camera_paths import View, load_camera
 from lib.checkpoints import load_optimizer, save_checkpoint, training_state
 from lib.distributed import check_device
-from lib.evaluate import geometry_row, mean_rows
+from lib.evaluate import How, evaluate, geometry_row, mean_rows
 from lib.export import check_out
 from lib.guards import one_line
 from lib.jobs import PER_JOB, attempt, read_line
@@ -268,8 +269,33 @@ def test_a_model_that_gives_nan_has_no_row_that_a_mean_leaves_out():
     K = torch.tensor([[10.0, 0, 6], [0, 10, 4], [0, 0, 1]]).expand(1, 5, 3, 3)
     b = dict(depth=torch.ones(shape), mask=torch.ones(shape, dtype=torch.bool), intrinsics=K)
     b |= dict(points=torch.ones(*shape, 3), w2c=torch.eye(4)[:3].expand(1, 5, 3, 4))
-    row = geometry_row(torch.full(shape, math.nan), b["points"], None, b)
-    assert set(row.values()) == {math.inf}
+    out = dict(depth=b["depth"], depth_conf=2 * b["depth"], points=b["points"], velocity=None)
+    out |= dict(points_conf=2 * b["depth"], pose_enc=encode_pose(b["w2c"], K, shape[2:])[None])
+    rows = [geometry_row(torch.full(shape, math.nan), b["points"], None, b)]
+    for name in ("depth", "points", "pose_enc", "depth_conf"):  # its poses alone, say
+        wrong = {**out, name: out[name] * math.nan}
+        w2c = decode_pose(wrong["pose_enc"][-1], shape[2:])[0]
+        rows.append(geometry_row(wrong["depth"], wrong["points"], w2c, b, wrong))
+    assert all(set(row.values()) == {math.inf} for row in rows)
+    sound = geometry_row(b["depth"], b["points"], b["w2c"], b, out)
+    assert sound.keys() == rows[-1].keys() and all(map(math.isfinite, sound.values()))
+
+
+def test_an_evaluation_of_a_model_that_gives_nan_goes_on_and_draws_nothing():
+    """Such a run is watched because it goes wrong: its evaluation must not end it."""
+    K = torch.tensor([[40.0, 0, 24], [0, 40, 16], [0, 0, 1]]).expand(1, 5, 3, 3)
+    b = dict(tiny_inputs(batch=1), depth=torch.ones(1, 5, 32, 48), intrinsics=K)
+    b.update(latents=b["x"], noise=b["x"], text=b["context"], mask=b["depth"] > 0)
+    b.update(pose_enc=b["poses"], w2c=torch.eye(4)[:3].expand(1, 5, 3, 4))
+    b["points"] = unproject(b["depth"], b["w2c"], K)
+    model, drawn = tiny_model(2), []
+    model.camera_head.trunk_norm.weight.data.fill_(math.nan)
+    how = How(torch.device("cpu"), torch.no_grad(), 1, 0.9)
+    rows = evaluate(model, [b], how, drawn.append)
+    assert rows["poses given"]["abs_rel"] == rows["no poses"]["rot_deg"] == math.inf
+    assert math.isfinite(rows["poses given"]["diffusion"]) and not drawn
+    model.dit.head.head.weight.data.fill_(math.nan)
+    assert evaluate(model, [b], how)["no poses"]["diffusion"] == math.inf
 
 
 def test_provenance_does_not_need_git(monkeypatch):

@@ -186,6 +186,14 @@ def test_out_and_back_ends_where_it_began(example):
     assert torch.equal(path[:, 2], b["w2c"][:, 4]) and torch.equal(path[:, 1], path[:, 3])
 
 
+def test_a_video_of_no_numbers_is_the_worst_and_in_no_mean_left_out(example):
+    b, video = example
+    row, _, _ = sampled.sampled_row(None, b, video, lambda *_: (video * math.nan, {}))
+    assert row["psnr"] == row["ssim"] == row["revisit"] == -math.inf
+    assert row["align_rot"] == row["align_trans"] == math.inf
+    assert not any(map(math.isnan, row.values()))
+
+
 # ------------------------------------------------------------------------------------- the command
 def test_evaluation_samples_clips_and_compares_them_with_the_truth(tmp_path):
     """On the miniature: its sample beats the still frame, the codec beats the sample."""
