@@ -302,6 +302,9 @@ def check_options(options):
         check_offload(options)
     if options.shard_weights and options.shard_optimizer:
         raise ValueError("shard_weights shards the optimizer too: leave shard_optimizer out")
+    if options.shard_weights and (options.eval_samples or not options.stage):
+        why = "stage 0 and eval_samples bypass the steps by which they are gathered"
+        raise ValueError(f"shard_weights: {why}. Fix: leave one of the two out")
     size = options.num_frames, options.height, options.width
     if size != LATENT.nearest(*size):
         found = "num_frames = {}, height x width = {} x {}".format(*size)

@@ -17,7 +17,7 @@ import torch
 
 from geometry import decode_pose, relative_to_first, unproject
 from lib import metrics, pictures, sampled
-from lib.distributed import gathered
+from lib.distributed import from_first, gathered
 from lib.weights import load_weights, metadata_of
 from model import flow_matching_loss
 
@@ -146,13 +146,14 @@ def evaluate(model, examples, how, picture=None, more_sigmas=()):
     for turn in range(how.rank, n + -n % how.world, how.world):
         b, video = examples[min(turn, n - 1)], None
         rows, shown = rows_of_clip(model, b, how, more_sigmas)
-        if turn - how.rank < how.eval_samples:  # alike on all ranks
-            row, video, shown = sample_clip(model, b, examples.truth(min(turn, n - 1)), how)
-            rows |= {"sampled": row} if turn < how.eval_samples else {}
+        if turn < min(n, how.eval_samples):
+            rows["sampled"], video, shown = sample_clip(model, b, examples.truth(turn), how)
         if turn < n:
             found.append(rows)
         if turn == 0 and picture and shown and finite(*shown.values()):
             picture(comparison(b, shown, examples.frames(0), video))
+    if hasattr(model, "reshard"):  # spread: only a backward lets go of what stays gathered
+        model.reshard()
     return mean_rows(sum(gathered(found), []))  # of the clips of all ranks
 
 
@@ -285,8 +286,9 @@ def evaluate_only(model, examples, out, sources, how, more_sigmas=()):
     stages = {words[0] for words in names.values()}
     if "stage 0" in stages and len(stages) > 1:
         raise ValueError("eval_only: stage 0 brings a video branch of its own; evaluate it alone")
-    rows = baselines(examples["train"], examples["val"], how) if how.rank == 0 else {}
     out.mkdir(parents=True, exist_ok=True)
+    rows = baselines(examples["train"], examples["val"], how) if how.rank == 0 else {}
+    rows = from_first(rows)  # the others wait here, as long as for a save
     for source, words in names.items():
         meta = load_weights(model, source)
         model.set_stage(int(meta["stage"]))
@@ -295,5 +297,5 @@ def evaluate_only(model, examples, out, sources, how, more_sigmas=()):
         found = evaluate(model, examples["val"], how, show, more_sigmas)
         rows |= {f"{' '.join(words)}, {title}": row for title, row in found.items()}
     if how.rank == 0:
+        print_table(rows)  # first: a full disk does not cost it
         (out / "eval.json").write_text(json.dumps(rows, indent=2))
-        print_table(rows)

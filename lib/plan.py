@@ -368,7 +368,8 @@ def network_lines(cost, setting, gpus):
 def ways(counts, gpus, stage):
     """(checkpointing, sharding) in order of what they cost."""
     known = [how for how in CHECKPOINTING if how in counts]
-    yield from ((how, s) for how in known for s in (SHARDING if gpus > 1 else SHARDING[:1]))
+    sharding = SHARDING if stage else SHARDING[:2]  # stage 0 bypasses the steps that are gathered
+    yield from ((how, s) for how in known for s in (sharding if gpus > 1 else sharding[:1]))
     # In stage 2 what is not recomputed would keep the weights that have left.
     yield from ((how, OFFLOADED) for how in known if stage == 1 or stage and how != "none")
 

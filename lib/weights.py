@@ -151,11 +151,9 @@ def load_wan(folder, cfg, device="cpu", dtype=None, lora=""):
     )
     found = vars(dit.sizes)
     if os.environ.get("RANK", "0") == "0":
-        print(
-            f"{folder}: {FAMILIES.get(fingerprint(shapes), 'a DiT of sizes that no release has')}: "
-            + ", ".join(f"{key} {value}" for key, value in found.items()),
-            flush=True,
-        )
+        family = FAMILIES.get(fingerprint(shapes), "a DiT of sizes that no release has")
+        sizes = ", ".join(f"{key} {value}" for key, value in found.items())
+        print(f"{folder}: {family}: {sizes}", flush=True)
     return dit, replace(cfg, **found)
 
 
@@ -212,14 +210,9 @@ def metadata_of(path):
         pair = released.is_expert(names)
         trained = dict(zip(("num_frames", "height", "width"), RELEASE_SIZES[pair]), wan_dir="")
         trained |= dict(sampling=dict(negative_prompt="")) if pair else {}
-        return dict(
-            foreign="release",
-            stage="2",
-            step="0",
-            release=os.path.abspath(path),
-            expert="either" if pair else "",  # which of the two, only its name says
-            train_config=json.dumps(trained),
-        )
+        told = dict(foreign="release", stage="2", step="0", release=os.path.abspath(path))
+        # Which of the two it is, only its name says.
+        return told | dict(expert="either" if pair else "", train_config=json.dumps(trained))
     return dict(foreign="vggt", stage="vggt", step="0") if released.is_vggt(names) else meta
 
 
@@ -247,11 +240,8 @@ def load_weights(model, path):
             plan, left = released.from_vggt(tensor_shapes(file), own, model.cfg.geo_layers)
         kinds = sorted({".".join(re.sub(r"\d+", "*", name).split(".")[:3]) for name in left})
         if os.environ.get("RANK", "0") == "0":
-            print(
-                f"{path}: VGGT: {len(plan)} tensors taken, {len(left)} left behind: "
-                f"{', '.join(kinds)}",
-                flush=True,
-            )
+            found = f"{len(plan)} tensors taken, {len(left)} left behind: {', '.join(kinds)}"
+            print(f"{path}: VGGT: {found}", flush=True)
     parameters = dict(model.named_parameters())
     for k, name in plan.items():
         copy_into(parameters[k], floats(file[name][1](), name, path).reshape(own[k]))

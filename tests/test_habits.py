@@ -16,7 +16,7 @@ import sample
 import train
 from data import load_samples
 from geometry import decode_pose, encode_pose, unproject
-from lib import caches, camera_files, files, importers
+from lib import caches, camera_files, files, importers, plan
 from lib.camera_paths import View, load_camera
 from lib.checkpoints import load_optimizer, save_checkpoint, training_state
 from lib.distributed import check_device
@@ -336,6 +336,15 @@ def test_what_a_run_cannot_start_from_is_refused():
     assert "several checkpoints are for eval_only" in str(code)
     code, text = command_here("train.py", "--check")
     assert code == 2 and "--check: wanted checkpoints" in text
+
+
+def test_what_spread_weights_cannot_do_is_refused_and_not_planned():
+    spread, half = dict(shard_weights=True), dict(eval_samples=1)
+    for wrong in (spread | dict(stage=0), spread | half):
+        with pytest.raises(ValueError, match="leave one of the two out"):
+            train.check_options(options_of(train, plan=True, **wrong))
+    ways = {stage: {how for _, how in plan.ways(["none"], 8, stage)} for stage in (0, 1)}
+    assert "weights" in ways[1] - ways[0]
 
 
 def test_a_plan_for_gpus_that_cannot_share_the_batch_says_so():

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import pytest
 import torch.distributed as dist
@@ -12,6 +13,7 @@ from small import loss_of, tiny_inputs, tiny_model
 from torch.nn.parallel import DistributedDataParallel
 
 import config
+import lib.evaluate
 import train
 from lib import plan
 from lib.checkpoints import load_optimizer, save_checkpoint, training_state
@@ -140,6 +142,21 @@ def compiled(ranks):
     loss_of(a).backward()
 
 
+def evaluated(ranks):
+    """A forward without a backward leaves the stem whole; after an evaluation it is spread again,
+    so that a stop right then can save."""
+    model = tiny_model(2, **FEW)
+    shard(model, ranks)
+    optimizer = train.make_optimizer(model, OPTIONS)
+    steps(model, model, optimizer, [0], 2)
+    forward = patch.object(lib.evaluate, "rows_of_clip", lambda m, b, *_: (m(**b) and {}, None))
+    with forward:
+        how = lib.evaluate.How("cpu", None, 1, 0.1, ranks.rank, ranks.world)
+        lib.evaluate.evaluate(model, [tiny_inputs(batch=1)], how)
+    weights, moments = training_state(model, optimizer)
+    assert len(moments) == 3 * len(weights) > 0
+
+
 def one_rank(rank, folder):
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     torch.set_num_threads(1)
@@ -148,6 +165,7 @@ def one_rank(rank, folder):
     equality(folder, ranks, OPTIONS, [(1, "full"), (2, "selective")])
     memory(ranks)
     compiled(ranks)
+    evaluated(ranks)
     end_processes()
 
 
