@@ -311,7 +311,9 @@ def check_options(options):
         raise ValueError(f"{found}; wanted 4k + 1 frames (21, 81) and multiples of 16")
     model_config(options)
     sample.checked_sampling(options.sampling, "sampling")
-    window_of(options)
+    if window_of(options) != (0.0, 1.0) and options.eval_samples:
+        why = "makes whole videos, this run knows a part of the noise levels (a pair: sample.py)"
+        raise ValueError(f"eval_samples {why}. Fix: leave it out")
     if options.plan:
         return
     if options.stage and not options.wan_dir and not options.random_wan:
@@ -518,8 +520,8 @@ def origin_of(sources, options):
 def how_to_evaluate(options, autocast, ranks):
     """How evaluation reads and samples clips."""
     window = window_of(options)
-    # An expert reads geometry where it is at home.
-    numbers = (options.eval_clips, max(options.eval_sigma, window[0]), ranks.rank, ranks.world)
+    level = sorted((options.eval_sigma, *window))[1]  # an expert reads geometry where it is at home
+    numbers = (options.eval_clips, level, ranks.rank, ranks.world)
     draw = None  # samples a clip, by the settings that sample.py will have with the checkpoint
     if options.eval_samples:
         draw = sample.clip_sampler(options.sampling, options.wan_dir, ranks.device, autocast)

@@ -118,7 +118,9 @@ def rows_of_clip(model, b, how, more_sigmas=()):
     """Rows of one clip (B = 1) by name, and the output that a picture shows: poses given, at
     how.eval_sigma; None in stage 0, which has no geometry."""
     rows, shown = {}, None
-    sigmas = (how.eval_sigma, *more_sigmas) if model.stage else ()
+    low, high = how.window
+    known = [s for s in more_sigmas if low <= s <= high and s != how.eval_sigma]
+    sigmas = (how.eval_sigma, *known) if model.stage else ()
     for title, given in (("poses given", True), ("no poses", False)):
         rows[title] = {}
         if model.stage != 1 or given:  # a stage 1 video does not know about poses

@@ -290,10 +290,11 @@ def test_an_evaluation_of_a_model_that_gives_nan_goes_on_and_draws_nothing():
     b["points"] = unproject(b["depth"], b["w2c"], K)
     model, drawn = tiny_model(2), []
     model.camera_head.trunk_norm.weight.data.fill_(math.nan)
-    how = How(torch.device("cpu"), torch.no_grad(), 1, 0.9)
-    rows = evaluate(model, [b], how, drawn.append)
+    how = How(torch.device("cpu"), torch.no_grad(), 1, 0.9, window=(0.9, 1.0))
+    rows = evaluate(model, [b], how, drawn.append, more_sigmas=(0.5, 0.9))
     assert rows["poses given"]["abs_rel"] == rows["no poses"]["rot_deg"] == math.inf
     assert math.isfinite(rows["poses given"]["diffusion"]) and not drawn
+    assert len(rows) == 2  # an expert of high noise is not asked at 0.5
     model.dit.head.head.weight.data.fill_(math.nan)
     assert evaluate(model, [b], how)["no poses"]["diffusion"] == math.inf
 
@@ -338,10 +339,10 @@ def test_what_a_run_cannot_start_from_is_refused():
     assert code == 2 and "--check: wanted checkpoints" in text
 
 
-def test_what_spread_weights_cannot_do_is_refused_and_not_planned():
+def test_what_spread_weights_and_an_expert_alone_cannot_do_is_refused_and_not_planned():
     spread, half = dict(shard_weights=True), dict(eval_samples=1)
-    for wrong in (spread | dict(stage=0), spread | half):
-        with pytest.raises(ValueError, match="leave one of the two out"):
+    for wrong in (spread | dict(stage=0), spread | half, half | dict(expert="high")):
+        with pytest.raises(ValueError, match="leave (one of the two|it) out"):
             train.check_options(options_of(train, plan=True, **wrong))
     ways = {stage: {how for _, how in plan.ways(["none"], 8, stage)} for stage in (0, 1)}
     assert "weights" in ways[1] - ways[0]
