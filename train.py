@@ -288,10 +288,7 @@ def model_config(options):
     for key, value in options.model_overrides.items():
         default = config.look_up(key, vars(preset), "model_overrides")
         changes[key] = config.check(key, value, option(default, ""), "model_overrides")
-    cfg = checked_config(vars(preset) | changes, "model_overrides")
-    if len(cfg.taps) != 4:
-        raise ValueError(f"model_overrides: taps = {cfg.taps}; wanted four layers")
-    return cfg
+    return checked_config(vars(preset) | changes, "model_overrides")
 
 
 def check_options(options):

@@ -135,10 +135,9 @@ def check_header(path, name, sample, size, fingerprint):
     wanted.update(fingerprint=fingerprint, prompt=sample["prompt"])
     for key, value in wanted.items():
         if metadata.get(key) != str(value):
-            raise ValueError(
-                f"{path}: {key} is {str(metadata.get(key))[:80]!r}; wanted {str(value)[:80]!r}: "
-                "the file of another clip or encoder, or older than metadata.json"
-            )
+            found = f"{key} is {str(metadata.get(key))[:80]!r}; wanted {str(value)[:80]!r}"
+            why = "the file of another clip or encoder, or older than metadata.json"
+            raise ValueError(f"{path}: {found}: {why}")
     text, start = (specs.get(k, ("", [0, 0], 0, 0))[1] for k in ("text", "start_latents"))
     shapes = dict(
         latents=("BF16", [16, f, h, w]),

@@ -46,10 +46,8 @@ def check_inside(root, path):
     except (OSError, RuntimeError) as error:  # a link that leads to itself
         cure = "Put the file or folder itself there"
         raise ValueError(f"{path}: cannot be followed: {error}. {cure}") from None
-    raise ValueError(
-        f"{path}: a link that leads out of {root}. Put the file or folder itself there, or "
-        "allow such links with --follow_links=True"
-    )
+    cure = "Put the file or folder itself there, or allow such links with --follow_links=True"
+    raise ValueError(f"{path}: a link that leads out of {root}. {cure}")
 
 
 # --- What a dataset lists -------------------------------------------------------------------------

@@ -7,13 +7,12 @@ from contextlib import contextmanager
 import torch
 
 from model import EXCHANGES, Config
-from wan import LATENT
+from wan import INPUTS, LATENT
 
 MOST = 2**17  # of a width or a count; no model of the field comes near
 MOST_LAYERS = 512
 MOST_PIXELS = 2**29  # of a video that a checkpoint asks for: 81 frames of 720p are 2**26
 LAYERS = ("num_layers", "num_pcb", "bridge_layers", "camera_layers", "camera_iterations")
-HEADS = (("geo_dim", "geo_heads"), ("irg_dim", "irg_heads"), ("camera_dim", "camera_heads"))
 NONE_ALLOWED = ("num_pcb", "bridge_layers", "adapter_sizes", "ray_sizes", "taps")
 
 
@@ -57,10 +56,19 @@ def checked_config(values, path):
         if key not in usual or not plausible(key, value, type(usual[key])):
             raise ValueError(f"{path}: model_config {key!r:.60} = {value!r:.60} is no model's")
     cfg = Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
-    for width, heads in HEADS:
-        if getattr(cfg, width) % getattr(cfg, heads):
-            said = f"{width} {getattr(cfg, width)} does not divide by {heads}"
-            raise ValueError(f"{path}: model_config: {said} {getattr(cfg, heads)}")
+    # Heads; pairs that are rotated; sines and cosines, of one coordinate or of two.
+    parts = dict(dim=cfg.head_dim, camera_dim=cfg.camera_heads, head_dim=2, freq_dim=2)
+    parts |= dict(geo_dim=4 * cfg.geo_heads, irg_dim=2 * cfg.irg_heads, dpt_features=8)
+    parts |= dict(bridge_width=max(1, cfg.bridge_width // 64))
+    for key, n in parts.items():
+        if vars(cfg)[key] % n:
+            raise ValueError(f"{path}: {key} = {vars(cfg)[key]}; wanted a multiple of {n}")
+    levels = cfg.dpt_channels
+    if len(cfg.taps) != 4 or len(levels) != 4 or any(c % 4 for c in levels):
+        found = f"taps = {cfg.taps}, dpt_channels = {levels}"
+        raise ValueError(f"{path}: {found}; wanted four layers, and four multiples of 4")
+    if cfg.in_dim not in INPUTS:
+        raise ValueError(f"{path}: in_dim = {cfg.in_dim}; wanted one of {sorted(INPUTS)}")
     return cfg
 
 

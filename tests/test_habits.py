@@ -325,10 +325,16 @@ def test_the_state_of_another_optimizer_is_named(tmp_path):
         load_optimizer(tmp_path / "step-1.optim.safetensors", model, same)
 
 
-@pytest.mark.parametrize("wrong", ["{'geo_heads': 0}", "{'geo_heads': 5}", "{'taps': (0, 1)}"])
-def test_overrides_that_make_no_model_are_named(wrong):
-    code, _ = train_here("config/stage1.py", f"--model_overrides={wrong}", "--plan=True")
-    assert "model_overrides" in str(code)
+NO_MODEL = dict(geo_heads=(0, 5, 64), geo_dim=(1414,), irg_dim=(1164,), bridge_width=(200,))
+NO_MODEL |= dict(in_dim=(7, 40), freq_dim=(31,), head_dim=(100,), dpt_features=(12,))
+NO_MODEL |= dict(taps=((0, 1),), dpt_channels=((8, 8), (6, 8, 8, 8)))
+
+
+@pytest.mark.parametrize("key, value", [(k, v) for k, each in NO_MODEL.items() for v in each])
+def test_overrides_that_make_no_model_are_named(key, value):
+    options = options_of(train, model_overrides={key: value})
+    with pytest.raises(ValueError, match="model_overrides: .*(; wanted|is no model's)"):
+        train.check_options(options)
 
 
 def test_what_a_run_cannot_start_from_is_refused():
