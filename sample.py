@@ -30,7 +30,7 @@ from lib.camera_files import FORMATS, size_of
 from lib.camera_paths import View, load_camera, mean_distance
 from lib.crop import load_image
 from lib.distributed import check_device, from_first, gather_cat
-from lib.experts import BOUNDARY, check_frozen_of, metadata_of_ckpt, open_models, split
+from lib.experts import BOUNDARY, check_frozen_of, files_in, metadata_of_ckpt, open_models
 from lib.export import EXPORTS, USUAL, describe, export_names, make_scene, write_exports
 from lib.guards import run_command
 from lib.jobs import Job, Plan, attempt, finish, join_ranks, plan_jobs, share, start_images
@@ -515,7 +515,7 @@ def settled(options, meta):
     frames = options.frames or trained["num_frames"]
     height, width = options.height or trained["height"], options.width or trained["width"]
     check_size((frames, height, width))
-    folder = options.wan_dir or find_wan(trained["wan_dir"], split(options.ckpt)[-1])
+    folder = options.wan_dir or find_wan(trained["wan_dir"], files_in(options.ckpt)[-1])
     if foreign and not folder:  # such a file does not say where its base lies
         wanted = f"the folder of {BASES[bool(meta.get('expert'))]}, for its encoders"
         raise ValueError(f"{options.ckpt}: a release needs --wan_dir, {wanted}")

@@ -42,7 +42,7 @@ from lib.distributed import (
     wrap,
 )
 from lib.evaluate import How, evaluate, evaluate_only
-from lib.experts import INPUTS, check_place, experts_folder, window_of
+from lib.experts import INPUTS, check_place, experts_folder, files_in, window_of
 from lib.frozen import check_frozen, identify_frozen
 from lib.guards import BadSteps, Stop, Watch, end_children, ignore_signals, run_command
 from lib.log import Records, Tally, by_sigma, changed_options, clock, memory_gb, provenance
@@ -322,11 +322,11 @@ def check_options(options):
             wanted = "stage 2 starts from a stage 1 checkpoint or a release's model.pth"
             cure = "Train config/stage1.py, then --init_from=outputs/stage1/latest.safetensors"
             raise ValueError(f"{wanted}; init_from = {origin!r} is neither. {cure}")
-    if "," in origin and not options.eval_only and not pathlib.Path(origin).exists():
+    if len(files_in(origin)) > 1 and not options.eval_only:
         raise ValueError(f"init_from = {origin}: several checkpoints are for eval_only")
     if options.eval_only and not origin:
         raise ValueError("eval_only needs --init_from=CHECKPOINT[,CHECKPOINT ...]")
-    for path in filter(None, origin.split(",")):  # read now, so that a bad one costs no wait
+    for path in filter(None, files_in(origin)):  # read now, so that a bad one costs no wait
         meta = metadata_of(path)
         if meta.get("expert"):
             check_place(path, meta, options.expert)
@@ -390,7 +390,7 @@ def resume_from(path, model, optimizer, *, options, world, frozen):
         found = f"is of stage {meta.get('stage')}, this run is stage {options.stage}"
         cure = "use --init_from to start a stage from another one, or another --out_dir"
         raise ValueError(f"resume = {path} {found}; {cure}")
-    check_frozen(meta, "" if options.other_wan else frozen, path)
+    check_frozen(meta, "" if options.other_wan else frozen, path, lora=options.lora)
     load_weights(model, path)
     step, path = int(meta["step"]), pathlib.Path(path)
     beside = path.with_name(f"step-{step}.optim.safetensors")
@@ -508,10 +508,14 @@ class Progress:
         return clock((max_steps - self.done) * spent / (self.done - self.first))
 
 
-def origin_of(sources, options):
-    """Metadata of the checkpoint that a run starts from: ours, a release, VGGT, or {}."""
-    meta = metadata_of(sources[0]) if sources else {}
-    return dict(meta, lora=options.lora or meta.get("lora", ""))
+def settled(options):
+    """Options with the expert's folder, and with the LoRA of the checkpoint that a run starts from
+    where none is given; the files to start from; metadata of the first: ours, a release, VGGT."""
+    sources = list(filter(None, files_in(options.init_from)))
+    origin = metadata_of(sources[0]) if sources else {}
+    folder = experts_folder(options.wan_dir, options.expert)
+    options = options.replaced(wan_dir=folder, lora=options.lora or origin.get("lora", ""))
+    return options, sources, dict(origin, lora=options.lora)
 
 
 def how_to_evaluate(options, autocast, ranks):
@@ -529,7 +533,7 @@ def main(options):
     check_options(options)
     if options.plan:
         return print_plan(options)  # nothing is allocated
-    options = options.replaced(wan_dir=experts_folder(options.wan_dir, options.expert))
+    options, sources, origin = settled(options)
 
     # ---- device, ranks
     ranks = start_processes(options.device, options.step_timeout, options.wait_timeout)
@@ -544,8 +548,6 @@ def main(options):
     autocast = nullcontext()
     if half:  # its cache would keep a bf16 copy of every weight that was gathered
         autocast = torch.autocast(device.type, torch.bfloat16, cache_enabled=not spread)
-    sources = list(filter(None, options.init_from.split(",")))
-    origin = origin_of(sources, options)
     where = "cpu" if spread or options.offload_frozen else device
     kind = torch.bfloat16 if half and options.stage else None
     model = open_model(origin, model_config(options), options.wan_dir, where, kind)
@@ -580,7 +582,7 @@ def main(options):
 
     # ---- records
     facts = dict(format="fantasyworld", stage=str(options.stage), release=origin.get("release", ""))
-    facts |= dict(expert=options.expert, lora=origin["lora"], frozen=frozen, world=str(ranks.world))
+    facts |= dict(expert=options.expert, lora=options.lora, frozen=frozen, world=str(ranks.world))
     facts |= dict(global_batch=str(total), model_config=json.dumps(asdict(model.cfg)))
     metadata = provenance(vars(asked)) | facts
     records = Records(out if master else None, metadata, first_step)

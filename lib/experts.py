@@ -70,7 +70,7 @@ class Experts:
 
 
 # ------------------------------------------------------------------------------ files of a pair
-def split(text):
+def files_in(text):
     """The files of an option: one, or those of a pair.  A file's own name may hold a comma."""
     if Path(text).exists():
         return [text] if text else []
@@ -79,7 +79,7 @@ def split(text):
 
 def of_each(text, count, option):
     """A file for each of `count` checkpoints, "" where the option is not given."""
-    files = split(text) or [""] * count
+    files = files_in(text) or [""] * count
     if len(files) != count:
         wanted = "one file" if count == 1 else "two, with a comma: high noise, low noise"
         raise ValueError(f"--{option} {text}: {len(files)} files; wanted {wanted}")
@@ -119,7 +119,7 @@ def metadata_of_ckpt(ckpt):
     """Metadata of --ckpt: of one file, or of a pair as that of its low noise expert, which ends
     every video and reads the geometry.  Raises ValueError for half a pair, or a pair the wrong way
     round."""
-    paths = split(ckpt)
+    paths = files_in(ckpt)
     metas = [metadata_of(path) for path in paths]
     if len(paths) == 1:
         if metas[0].get("expert"):
@@ -152,7 +152,7 @@ def folders_of(wan_dir, count):
 
 def check_frozen_of(ckpt, wan_dir):
     """check_frozen of a checkpoint, or of both of a pair."""
-    paths = split(ckpt)
+    paths = files_in(ckpt)
     for path, folder in zip(paths, folders_of(wan_dir, len(paths))):
         meta = metadata_of(path)
         if folder and "frozen" in meta:
@@ -164,7 +164,7 @@ def open_models(options, quirks, device, weights):
 
     quirks    what is done as the release does it: rays, switch and others
     weights   type of a release's matrices, None: fp32"""
-    paths = split(options.ckpt)
+    paths = files_in(options.ckpt)
     folders = folders_of(options.wan_dir, len(paths))
     files = (of_each(getattr(options, name), len(paths), name) for name in ("release", "lora"))
     share = options.offload and options.offload / len(paths)  # GB that stay on the device

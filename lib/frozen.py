@@ -42,16 +42,21 @@ def frozen_digest(folder):
     return total.hexdigest()
 
 
-def check_frozen(meta, frozen, where):
+def check_frozen(meta, frozen, where, *, lora=None):
     """A checkpoint goes with the video branch that it was trained on, bit for bit.
 
-    frozen   frozen_digest of the branch at hand, "" for a random one"""
-    before = meta.get("frozen")
-    if not before or not frozen or before == frozen:
+    frozen   frozen_digest of the branch at hand, "" for a random one
+    lora     the LoRA file that is merged into it, known by its name; None: whichever"""
+    before, merged = meta.get("frozen"), meta.get("lora", "")
+    if not before or not frozen:
         return
-    found = "was trained on other frozen weights than those of wan_dir"
-    cure = "give the folder that it was trained on, or --other_wan=True to go on"
-    raise ValueError(f"{where}: {found} (sha256 {before[:12]}); {cure}")
+    cure = "or --other_wan=True to go on"
+    if before != frozen:
+        found = f"was trained on other frozen weights than those of wan_dir (sha256 {before[:12]})"
+        raise ValueError(f"{where}: {found}; give the folder that it was trained on, {cure}")
+    if lora is not None and pathlib.Path(lora).name != pathlib.Path(merged).name:
+        found = f"was trained with --lora={merged or None}, this run has {lora or None}"
+        raise ValueError(f"{where}: {found}; give the same one, {cure}")
 
 
 def identify_frozen(options, sources, master):
@@ -59,5 +64,5 @@ def identify_frozen(options, sources, master):
     named = options.wan_dir if options.stage and master else ""
     frozen = from_first(named and frozen_digest(named))  # rank 0 alone reads gigabytes for it
     for path in sources if not options.other_wan else ():
-        check_frozen(metadata_of(path), frozen, path)
+        check_frozen(metadata_of(path), frozen, path, lora=options.lora)
     return frozen

@@ -44,12 +44,8 @@ FAMILIES = {
 
 def fingerprint(shapes):
     """md5 of the sorted "name:d0_d1" and "name" of every tensor."""
-    items = [
-        item
-        for name, shape in shapes.items()
-        for item in (f"{name}:{'_'.join(map(str, shape))}", name)
-    ]
-    return hashlib.md5(",".join(sorted(items)).encode()).hexdigest()
+    items = [f"{name}:{'_'.join(map(str, shape))}" for name, shape in shapes.items()]
+    return hashlib.md5(",".join(sorted([*items, *shapes])).encode()).hexdigest()
 
 
 def read_tensors(path):
@@ -302,12 +298,10 @@ def load_release(path, wan_dir="", device="cpu", dtype=None, trains=False, origi
     of_base = sum(not of_release for of_release, _ in plan.values())
     family = FAMILIES.get(fingerprint(shapes[1]), "other sizes") if based else "no base"
     if os.environ.get("RANK", "0") == "0":
-        print(
-            f"{path}: FantasyWorld release, {len(plan) - of_base} tensors of it and "
-            f"{of_base} of {wan_dir or 'nothing else'} ({family}): {cfg.num_pcb} + "
-            f"{cfg.geo_layers} video blocks of width {cfg.dim}, geometry width {cfg.geo_dim}",
-            flush=True,
-        )
+        parts = f"{len(plan) - of_base} tensors of it and {of_base} of {wan_dir or 'nothing else'}"
+        sizes = f"{cfg.num_pcb} + {cfg.geo_layers} video blocks of width {cfg.dim}"
+        sizes += f", geometry width {cfg.geo_dim}"
+        print(f"{path}: FantasyWorld release, {parts} ({family}): {sizes}", flush=True)
         if origin.lora and not of_base:
             print(f"{origin.lora}: without effect, the release holds the whole video branch")
     return model
@@ -340,9 +334,8 @@ def open_checkpoint(path, wan_dir, device, dtype=None, keep_gb=None, origin=Orig
         with naming(path), torch.device("meta"):  # sizes first, before anything is allocated
             empty = FantasyWorld(cfg)
         check_trained(empty, tensor_shapes(lazy_tensors(str(path))), meta["stage"], path)
-    model = open_model(
-        meta, cfg, wan_dir, device if keep_gb is None else "cpu", dtype, trains=False
-    )
+    place = device if keep_gb is None else "cpu"
+    model = open_model(meta, cfg, wan_dir, place, dtype, trains=False)
     if "foreign" not in meta:
         load_trained(model, path)
     model.set_stage(int(meta["stage"])).requires_grad_(False)

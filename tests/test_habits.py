@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 import torch
 from recordings import H, T, W, clip, colmap, da3, nerfstudio, re10k
+from safetensors.torch import save_file
 from small import TINY, command_here, loss_of, options_of, tiny_inputs, tiny_model, train_here
 
 import sample
 import train
 from data import load_samples
+from encoders import MINIATURE
 from geometry import decode_pose, encode_pose, unproject
 from lib import caches, camera_files, files, importers, plan
 from lib.camera_paths import View, load_camera
@@ -22,6 +24,7 @@ from lib.checkpoints import load_optimizer, save_checkpoint, training_state
 from lib.distributed import check_device
 from lib.evaluate import How, evaluate, geometry_row, mean_rows
 from lib.export import check_out
+from lib.frozen import frozen_digest, identify_frozen
 from lib.guards import one_line
 from lib.jobs import PER_JOB, attempt, read_line
 from lib.layouts import beside
@@ -335,6 +338,26 @@ def test_overrides_that_make_no_model_are_named(key, value):
     options = options_of(train, model_overrides={key: value})
     with pytest.raises(ValueError, match="model_overrides: .*(; wanted|is no model's)"):
         train.check_options(options)
+
+
+def test_another_lora_is_another_frozen_branch(tmp_path):
+    """At a start, also of eval_only from several, and at a resume; a file that was moved is not."""
+    path = str(tmp_path / "lr=1e-4,b8.safetensors")  # one file, whose name holds a comma
+    meta = dict(stage="1", step="1", frozen=frozen_digest(MINIATURE), lora="there/a.safetensors")
+    save_file({"a": torch.zeros(1)}, path, meta)
+    how = dict(stage=1, wan_dir=MINIATURE, init_from=path)
+    options, sources, origin = train.settled(options_of(train, **how))
+    assert options.lora == origin["lora"] == meta["lora"] and sources == [path]
+    train.check_options(options)
+    assert identify_frozen(options.replaced(lora="a.safetensors"), sources, True) == meta["frozen"]
+    for lora in ("", "b.safetensors"):
+        other = options.replaced(lora=lora)
+        with pytest.raises(ValueError, match="trained with --lora=there/a.*other_wan"):
+            identify_frozen(other, sources, True)
+        assert identify_frozen(other.replaced(other_wan=True), sources, True)
+        again = dict(options=other, world=1, frozen=meta["frozen"])
+        with pytest.raises(ValueError, match="trained with --lora=there/a"):
+            train.resume_from(path, None, None, **again)
 
 
 def test_what_a_run_cannot_start_from_is_refused():
