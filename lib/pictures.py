@@ -5,9 +5,12 @@ COLOUR_MAP; camera paths cyan where commanded or true, orange where predicted.""
 
 import itertools
 import struct
+import tempfile
 import zlib
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
+from subprocess import PIPE, Popen
 
 import imageio_ffmpeg
 import numpy as np
@@ -28,6 +31,10 @@ def as_pixels(video):
 
 
 # ---- files ---------------------------------------------------------------------------------------
+# Shades as swscale makes them of RGB; players guess another matrix from 576 or 720 lines on.
+SHADES = "colormatrix=smpte170m:colorprim=bt709:transfer=bt709"
+
+
 def write_video(path, frames, fps, crf=14):
     """Write uint8 frames (T, H, W, 3), or one after another, as H.264; crf 0 is best, 51 worst."""
     frames = iter(frames)
@@ -35,13 +42,17 @@ def write_video(path, frames, fps, crf=14):
     h, w = first.shape[:2]
     if h % 2 or w % 2:
         raise ValueError(f"{path}: the frames are {h}x{w}, H.264 wants even sizes")
-    how = dict(codec="libx264", macro_block_size=1, pix_fmt_out="yuv420p")
-    quality = ["-crf", str(crf)]
-    writer = imageio_ffmpeg.write_frames(str(path), (w, h), fps=fps, output_params=quality, **how)
-    writer.send(None)
-    for frame in itertools.chain([first], frames):
-        writer.send(np.ascontiguousarray(frame))
-    writer.close()
+    raw = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{w}x{h}", "-r", str(fps), "-i", "pipe:0"]
+    how = ["-c:v", "libx264", "-crf", str(crf), "-pix_fmt", "yuv420p", "-x264-params", SHADES]
+    # file: or else 12:30/video.mp4 is of the protocol 12, and -x/video.mp4 an option.
+    tool = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-y", *raw, *how, f"file:{path}"]
+    with tempfile.TemporaryFile() as log, Popen(tool, stdin=PIPE, stderr=log) as process:
+        with suppress(BrokenPipeError), process.stdin as pipe:  # it ends early where it cannot
+            for frame in itertools.chain([first], frames):
+                pipe.write(np.ascontiguousarray(frame))
+        if process.wait():
+            log.seek(0)
+            raise OSError(f"{path}: not written: {log.read().decode(errors='replace')[:300]}")
 
 
 def png_chunk(name, body=b""):
@@ -68,7 +79,7 @@ def depth_to_rgb(depth, low, high):
     valid = np.isfinite(depth) & (depth > 0)
     span = max(1 / low - 1 / max(high, low * 1.001), 1e-9)
     x = (1 / low - 1 / np.where(valid, depth, low)) / span
-    x = np.clip(x, 0, 1) * (len(COLOUR_MAP) - 1)
+    x = np.clip(np.nan_to_num(x), 0, 1) * (len(COLOUR_MAP) - 1)
     i = np.minimum(x.astype(int), len(COLOUR_MAP) - 2)
     rgb = COLOUR_MAP[i] + (COLOUR_MAP[i + 1] - COLOUR_MAP[i]) * (x - i)[..., None]
     return np.where(valid[..., None], rgb + 0.5, 128).astype(np.uint8)
