@@ -138,7 +138,7 @@ class Studio:
 
 
 # ------------------------------------------------------------------------------------------- form
-def form_of(settled):
+def form_of(settled, meta):
     """The form -> its components by option."""
     number = partial(gr.Number, min_width=90)
     kinds = [*STILLS, ".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi"]
@@ -151,7 +151,7 @@ def form_of(settled):
     ends = WanFolder(settled.wan_dir, "cpu").start_pad is not None  # 36 inputs
     end = gr.File(label="End image", file_types=list(STILLS), visible=ends)
     prompt = gr.Textbox(settled.prompt, label="Prompt", lines=2, max_length=2000)
-    form = camera_form(settled) | dict(image=image, end_image=end, prompt=prompt)
+    form = camera_form(settled, meta) | dict(image=image, end_image=end, prompt=prompt)
     with gr.Row():
         for key in ("frames", "height", "width", "steps", "seed"):
             form[key] = number(getattr(settled, key), label=key.title(), precision=0)
@@ -161,7 +161,7 @@ def form_of(settled):
     return form
 
 
-def camera_form(settled):
+def camera_form(settled, meta):
     """A move, key frames, or a file -> components by option."""
     form = dict(kind=gr.Radio(KINDS, value=KINDS[0], label="Camera"))
     with gr.Group() as moves:
@@ -180,7 +180,7 @@ def camera_form(settled):
         label = "Its format, where it does not show"
         form["camera_format"] = gr.Dropdown(["", *FORMATS], value="", label=label)
         # No text: it could name a file of this machine.
-        scale = sample.scene_scale_of(settled)
+        scale = sample.scene_scale_of(settled, meta)
         form["scene_scale"] = gr.Number(scale, label="Its units per scene unit")
     form["fov"] = gr.Number(settled.fov, label="Field of view where the camera has none, degrees")
 
@@ -197,7 +197,7 @@ def build(studio):
         gr.Markdown("# A world from a picture, a prompt and a camera")
         with gr.Row():
             with gr.Column(min_width=320):
-                form = form_of(studio.settled)
+                form = form_of(studio.settled, studio.meta)
             with gr.Column(min_width=320, scale=2):
                 seen = gr.HTML(elem_id="seen", elem_classes="note")
                 with gr.Row():

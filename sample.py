@@ -538,16 +538,16 @@ def settled(options, meta):
     )
 
 
-def scene_scale_of(options):
+def scene_scale_of(options, meta):
     """--scene_scale as a number: given, or the mean distance of a depth map of the start image."""
     text, size = options.scene_scale, (options.height, options.width)
     try:
         scale = float(text)  # your units per scene unit
     except ValueError:
         # Of the camera only the intrinsics are used: how long its path is, is not known yet.
-        view = view_of(options, 1.0)
-        _, K = load_camera(options.camera, options.frames, size, view)
-        scale = mean_distance(text, K, size)
+        _, K = load_camera(options.camera, options.frames, size, view_of(options, 1.0))
+        squeezed = "image" in quirks_of(options, meta)
+        scale = mean_distance(text, K, size, "" if squeezed else options.image)
     if not 1e-9 <= scale <= 1e9:
         raise ValueError(f"--scene_scale {text}: wanted 1e-9 to 1e9")
     return scale
@@ -562,7 +562,7 @@ def view_of(options, scene_scale):
 def prepared(options, meta):
     """Options of a job with everything filled in, and its camera (w2c, K)."""
     options = settled(options, meta)
-    options = options.replaced(scene_scale=scene_scale_of(options))
+    options = options.replaced(scene_scale=scene_scale_of(options, meta))
     view, size = view_of(options, options.scene_scale), (options.height, options.width)
     return options, load_camera(options.camera, options.frames, size, view)
 

@@ -2,7 +2,6 @@
 
 import difflib
 import math
-import os
 import pathlib
 import re
 from dataclasses import dataclass
@@ -13,9 +12,10 @@ import torch.nn.functional as F
 
 from geometry import compose, inv_se3, mat_to_quat, normalize_scene, quat_to_mat, relative_to_first
 from lib import camera_files
-from lib.crop import crop_intrinsics, pixel_matrix
-from lib.depth import METRES, DepthUnit, read_depth
-from lib.files import FAR
+from lib.crop import Crop, crop_intrinsics, pixel_matrix
+from lib.depth import METRES, DepthUnit, read_depth, why_relative
+from lib.distributed import say
+from lib.files import FAR, read_video
 
 
 @dataclass(frozen=True)
@@ -67,22 +67,29 @@ def from_file(path, num_frames, size, view):
         by = f" and --camera_stride {view.stride}" if view.stride > 1 else ""
         wanted = f"--frames {num_frames}{by} wants {last + 1} or more"
         raise ValueError(f"{path}: {len(w2c)} cameras; {wanted}")
-    if len(w2c) > last + view.stride and os.environ.get("RANK", "0") == "0":
+    if len(w2c) > last + view.stride:
         most = (len(w2c) - 1) // max(1, num_frames - 1)
         whole = f"--camera_stride {most} spans the path" if most > view.stride else "the rest waits"
-        print(f"{path}: {len(w2c)} cameras, 0 .. {last} are used; {whole}", flush=True)
+        say(f"{path}: {len(w2c)} cameras, 0 .. {last} are used; {whole}")
     if intrinsics is not None:  # files without a size: of square pixels
         aspect = source[1] / source[0] if source else intrinsics[0, 1] / intrinsics[0, 0]
         intrinsics = crop_intrinsics(intrinsics[:: view.stride][:num_frames], aspect, size)
     return w2c[:: view.stride], intrinsics
 
 
-def mean_distance(text, K, size):
-    """Mean distance of a depth map seen with the cameras' K; FILE, or FILE*0.001: units a count."""
+def mean_distance(text, K, size, picture=""):
+    """Mean distance of a depth map seen with the cameras' K; FILE, or FILE*0.001: units a count.
+
+    picture   file whose every pixel the map covers, at any resolution: both are cut to the aspect
+              of size; "": the map is squeezed"""
     found = re.fullmatch(r"(.+)\*(\d*\.?\d+(?:e-?\d+)?)", text)
     path, unit = (found[1], DepthUnit(float(found[2]))) if found else (text, METRES)
-    depth = torch.from_numpy(read_depth(path, unit, frames=[0]))[None]
-    depth = F.interpolate(depth, size, mode="nearest-exact")
+    depth = read_depth(path, unit, frames=[0])  # (1, h, w)
+    why = not found and why_relative(pathlib.Path(path)) or not depth.any() and "no known pixel"
+    if why:
+        raise ValueError(f"--scene_scale {text}: {why}; wanted lengths, or FILE*UNITS_PER_COUNT")
+    source = read_video(picture, 1)[0].shape[1:3] if picture else size
+    depth = Crop(source, size).maps(depth)[None]
     return normalize_scene(depth, torch.eye(4)[None, None, :3], K[:, :1], depth > 0)[2].item()
 
 

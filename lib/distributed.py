@@ -91,6 +91,12 @@ def check_device(name):
     raise ValueError(f"--device {name}: torch finds none here; wanted auto, cpu, cuda, cuda:1 ...")
 
 
+def say(*words):
+    """print, of the first rank alone."""
+    if os.environ.get("RANK", "0") == "0":
+        print(*words, flush=True)
+
+
 def check_gpu(name, capability):
     """ValueError for a GPU whose attention would store its scores: 16,317 tokens squared."""
     if capability < (8, 0):

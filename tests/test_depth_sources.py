@@ -177,3 +177,31 @@ def test_a_single_map_is_one_frame(tmp_path, kind):
         with pytest.raises(ValueError, match=r"without a unit.*--scene_scale FILE\*0.001"):
             camera_paths.mean_distance(str(path), K, (24, 32))
     assert files.count_arrays(path) == 1
+
+
+def test_a_map_for_the_scene_scale_is_cut_as_its_picture_is(tmp_path):
+    """A square picture whose lowest third is near; a video of half its height shows a sixth of
+    it."""
+    depth = np.full((90, 90), 2.0, np.float32)
+    depth[60:] = 1
+    np.save(tmp_path / "depth.npy", depth)
+    pictures.write_png(tmp_path / "square.png", np.zeros((60, 60, 3), np.uint8))
+    K = torch.tensor([[[[1e6, 0, 32], [0, 1e6, 16], [0, 0, 1]]]])  # parallel rays
+    how = (f"{tmp_path}/depth.npy", K, (32, 64))
+    cut = camera_paths.mean_distance(*how, str(tmp_path / "square.png"))
+    assert cut == pytest.approx(11 / 6, abs=0.02)  # rows 22.5 to 67.5 of 90
+    assert camera_paths.mean_distance(*how) == pytest.approx(5 / 3, abs=0.02)  # squeezed
+
+
+def test_a_map_without_lengths_sets_no_scene_scale(tmp_path):
+    K = torch.tensor([[[[40.0, 0, 16], [0, 40, 12], [0, 0, 1]]]])
+    for name, depth, words in (
+        ("stretched", np.linspace(0, 1, 768), "stretched to 0 .. 1"),
+        ("empty", np.zeros(768), "no known pixel"),
+    ):
+        path = tmp_path / f"{name}.npy"
+        np.save(path, depth.astype(np.float32).reshape(24, 32))
+        with pytest.raises(ValueError, match=f"--scene_scale .*{words}.*; wanted lengths"):
+            camera_paths.mean_distance(str(path), K, (24, 32))
+    one = camera_paths.mean_distance(f"{tmp_path}/stretched.npy*3", K, (24, 32))
+    assert 1 < one < 2  # who says what a count is may have it so
