@@ -22,7 +22,7 @@ import sample
 from config import option, section
 from encoders import WanFolder
 from lib.camera_files import FORMATS
-from lib.camera_paths import TRAVEL, TURN_AXIS, ZOOM
+from lib.camera_paths import MOVES
 from lib.export import EXPORTS, export_names
 from lib.files import STILLS
 from lib.guards import one_line, run_command
@@ -48,7 +48,6 @@ upload = option(100, "MB that a file may have", low=1)
 ROOT = pathlib.Path(__file__).resolve().parent
 EXAMPLES = sorted(map(str, ROOT.glob("examples/room*.jpg")))
 SEVERAL = ("num_samples", "jobs", "worldscore")  # options of sample.py for more than one world
-MOVES = [*TRAVEL, *TURN_AXIS, *ZOOM, "spiral"]
 COLUMNS = ["time", "x", "y", "z", "to x", "to y", "to z"]
 KEYS = [["", 0, 0, 0, 0, 0, 1], ["", 0.2, 0, 0.2, 0, 0, 1]]
 ADVICE = "Try fewer frames or a smaller size, or start app.py with --low_memory"

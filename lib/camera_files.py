@@ -399,6 +399,8 @@ def write(path, form, w2c, intrinsics=None, size=None, binary=False):
     kind = FORMATS[form]
     if binary and form != "colmap":
         raise ValueError(f"--binary is for --to colmap, not for {form}")
+    if form == "npz" and Path(path).suffix != ".npz":  # numpy would add it, and readers look for it
+        raise ValueError(f"{path}: wanted a name that ends with .npz, such as {path}.npz")
     if kind.write is None:
         raise ValueError(f"format {form} is read only; --to is one of {', '.join(WRITTEN)}")
     if intrinsics is None and kind.needs_intrinsics:

@@ -37,7 +37,7 @@ def load_camera(text, num_frames, size, view=View()):
     zoom, intrinsics, scale = torch.ones(num_frames), None, view.scene_scale
     if "->" in text:
         w2c = key_frames(text, num_frames)
-    elif pathlib.Path(text).suffix or pathlib.Path(text).exists():
+    elif text not in ("", *MOVES) and (pathlib.Path(text).suffix or pathlib.Path(text).exists()):
         w2c, intrinsics = from_file(text, num_frames, size, view)
     else:
         w2c, zoom = camera_move(text, num_frames, view.amount)
@@ -60,7 +60,7 @@ def from_file(path, num_frames, size, view):
     except ValueError as error:
         words = str(error).replace("--from", "--camera_format")
         for name in ("--matrices", "--axes", "--intrinsics"):
-            words = words.replace(name, f"python data.py cameras IN OUT {name}")
+            words = words.replace(name, f"python data.py cameras IN OUT.npz --to npz {name}")
         raise ValueError(words.replace("--size HxW", "--camera_size HxW")) from None
     last = view.stride * (num_frames - 1)
     if len(w2c) <= last:
@@ -106,22 +106,22 @@ TURN_AXIS = {
 }
 ZOOM = {"zoom_in": 1, "zoom_out": -1, "zoom": 1}
 # fmt: on
+MOVES = [*TRAVEL, *TURN_AXIS, *ZOOM, "spiral"]
 
 
 def camera_move(name, num_frames, amount=1.0, *, fov_deg=60.0, pivot_depth=1.0, ease="smooth"):
     """A named camera move, starting at the identity.
 
-    name         one of TRAVEL, TURN_AXIS, ZOOM, or spiral
+    name         one of MOVES
     amount       1 travels 0.3 scene units, turns (pan, tilt, orbit) by fov_deg / 2, zooms by 1.5; a
                  negative one goes the other way
     pivot_depth  scene units to the point that orbit circles and that spiral looks at
     ease         smooth: at rest at both ends; linear; in, out: at rest at the first, last frame
     returns      w2c (T, 3, 4) in scene units, focal (T,): the factor on fx and fy, 1 unless
                  zooming."""
-    known = [*TRAVEL, *TURN_AXIS, *ZOOM, "spiral"]
-    if name not in known:
-        near = ", ".join(difflib.get_close_matches(name, known, cutoff=0.4)) or "none"
-        words = f"nearest: {near}; known: {', '.join(known)}."
+    if name not in MOVES:
+        near = ", ".join(difflib.get_close_matches(name, MOVES, cutoff=0.4)) or "none"
+        words = f"nearest: {near}; known: {', '.join(MOVES)}."
         raise ValueError(f"unknown camera move {name!r}; {words}")
     gone = share_of_way(ease, torch.linspace(0, 1, num_frames))
     way = amount * gone
@@ -184,6 +184,9 @@ def key_frames(text, num_frames):
             said = f"--camera, key frame {part.strip()!r}: wanted x,y,z -> x,y,z, as in {such}"
             raise ValueError(said) from None
         poses.append(look_at(centre, target))
+    if max(times) > 1:
+        said = f"--camera {text[:99]}: a key frame at the time {max(times):g}"
+        raise ValueError(f"{said}; wanted shares of the clip, 0 to 1")
     return interpolate(times, poses, np.linspace(0, 1, num_frames))
 
 

@@ -13,10 +13,11 @@ from recordings import H, T, W, clip, colmap, da3, nerfstudio, re10k
 from safetensors.torch import save_file
 from small import TINY, command_here, loss_of, options_of, tiny_inputs, tiny_model, train_here
 
+import data
 import sample
 import train
 from data import load_samples
-from encoders import MINIATURE
+from encoders import MINIATURE, PromptTokenizer
 from geometry import decode_pose, encode_pose, unproject
 from lib import caches, camera_files, files, importers, plan
 from lib.camera_paths import View, load_camera
@@ -26,7 +27,7 @@ from lib.evaluate import How, evaluate, geometry_row, mean_rows
 from lib.export import check_out
 from lib.frozen import frozen_digest, identify_frozen
 from lib.guards import one_line
-from lib.jobs import PER_JOB, attempt, read_line
+from lib.jobs import PER_JOB, attempt, check_place, plan_jobs, read_line
 from lib.layouts import beside
 from lib.listing import MARK, is_id
 from lib.log import Passes, provenance
@@ -176,7 +177,12 @@ def test_reports_and_cameras_of_a_user_are_not_replaced(tmp_path):
 
 @pytest.mark.parametrize(
     "text",
-    ["0,0,0 -> nan,0,1 | 0,0,1 -> 0,0,2", "0,0,0 -> 0,0,inf | 0,0,1 -> 0,0,2", "0,0,0 -> 0,0,1"],
+    [
+        "0,0,0 -> nan,0,1 | 0,0,1 -> 0,0,2",
+        "0,0,0 -> 0,0,inf | 0,0,1 -> 0,0,2",
+        "0,0,0 -> 0,0,1",
+        "0: 0,0,0 -> 0,0,2 | 5: 1,0,0 -> 0,0,2",  # seconds: a fifth of the way was gone
+    ],
 )
 def test_a_camera_of_no_numbers_is_refused_before_the_sampling(text):
     with pytest.raises(ValueError, match="--camera"):
@@ -188,11 +194,62 @@ def test_a_move_beyond_all_lengths_is_refused():
         load_camera("forward", 5, (32, 48), View(amount=1e300))
 
 
-def test_sampling_names_the_command_that_settles_a_camera_file(tmp_path):
-    path = tmp_path / "kitti.txt"
-    np.savetxt(path, np.tile(np.eye(3, 4).reshape(1, 12), (5, 1)))
-    with pytest.raises(ValueError, match="python data.py cameras IN OUT --matrices"):
+def test_sampling_names_the_command_that_settles_a_camera_file(tmp_path, monkeypatch):
+    path, out = tmp_path / "kitti.txt", str(tmp_path / "out.npz")
+    c2w = np.tile(np.eye(3, 4), (5, 1, 1))
+    c2w[:, 0, 3] = range(5)
+    np.savetxt(path, c2w.reshape(5, 12))
+    with pytest.raises(ValueError, match="python data.py cameras IN OUT.npz") as caught:
         load_camera(str(path), 5, (32, 48))
+    command = str(caught.value).split("give python ")[1].replace("w2c|c2w", "c2w").split()
+    told = {"IN": str(path), "OUT.npz": out}
+    monkeypatch.setattr("sys.argv", [told.get(word, word) for word in command])
+    data.command()
+    assert load_camera(out, 5, (32, 48))[0][0, :, 0, 3].tolist() == [0, -1, -2, -3, -4]
+    with pytest.raises(ValueError, match="a name that ends with .npz, such as"):
+        camera_files.write(tmp_path / "out.txt", "npz", c2w)  # was out.txt.npz
+
+
+def test_a_move_is_a_move_although_a_folder_is_called_so(tmp_path, monkeypatch):
+    """As after --camera orbit --out orbit, the second time."""
+    monkeypatch.chdir(tmp_path)
+    os.mkdir("orbit")
+    assert load_camera("orbit", 5, (32, 48))[0].shape == (1, 5, 3, 4)
+    with pytest.raises(ValueError, match="unknown camera move ''"):
+        load_camera("", 5, (32, 48))
+
+
+def test_text_of_a_windows_editor_is_read(tmp_path):
+    row = "{} .5 .7 .5 .5 0 0 1 0 0 0 0 1 0 0 0 0 1 0\n"
+    tree = dict(w=48, h=32, fl_x=40, fl_y=40)
+    tree["frames"] = [dict(file_path=str(t), transform_matrix=np.eye(4).tolist()) for t in range(5)]
+    for name, text in (
+        ("a.txt", "".join(map(row.format, range(5)))),
+        ("b.txt", "0 0 0 0 0 0 0 1\n" * 5),
+        ("c.json", json.dumps(tree)),
+    ):
+        (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + text.encode())
+        assert load_camera(str(tmp_path / name), 5, (32, 48))[0].shape == (1, 5, 3, 4)
+    (tmp_path / "d.json").write_bytes(b'\xef\xbb\xbf{"a": 1}')
+    assert files.read_json(tmp_path / "d.json") == dict(a=1)
+
+
+def test_half_letters_of_a_prompt_are_one_unknown_letter_each():
+    """Of a command in Latin-1, or of JSON that was cut: the tokenizer raised a TypeError."""
+    tokens = PromptTokenizer(f"{MINIATURE}/google/umt5-xxl")
+    ids, mask = tokens(["caf\udce9", "caf\ufffd", "\ud83d\ude00", "\U0001f600"])
+    assert torch.equal(ids[0], ids[1]) and torch.equal(ids[2], ids[3]) and mask.any(1).all()
+
+
+def test_results_without_a_place_are_refused_before_the_sampling(tmp_path):
+    (tmp_path / "taken").write_text("mine")
+    for out in (tmp_path / "taken", tmp_path / "taken" / "inside" / "deeper"):
+        with pytest.raises(ValueError, match="taken is no folder to write into"):
+            check_place(out)
+        with pytest.raises(ValueError, match="taken is no folder to write into"):
+            plan_jobs(options_of(sample, out=str(out)), {}, [], None, {})
+    check_place(tmp_path / "new" / "newer")
+    assert not (tmp_path / "new").exists()
 
 
 def test_binary_is_for_colmap(tmp_path):
@@ -211,6 +268,7 @@ def test_a_device_that_is_not_there_is_named(name):
     )
     assert code == 2 and f"--device {name}: torch finds none here" in said
     assert check_device("cpu") == "cpu"
+    assert check_device("auto") == ("cuda:0" if torch.cuda.is_available() else "cpu")
 
 
 def test_memory_that_a_cpu_does_not_have_is_one_line_and_one_job():
