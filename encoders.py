@@ -409,6 +409,7 @@ def clean_prompt(text):
         text = ftfy.fix_text(text)
     except ImportError:
         quotes = str.maketrans("‘’“”", "''\"\"")
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # half letters
         text = unicodedata.normalize("NFKC", text).translate(quotes)
     return " ".join(html.unescape(html.unescape(text)).split())
 

@@ -32,7 +32,7 @@ from lib.crop import load_image
 from lib.distributed import check_device, from_first, gather_cat
 from lib.experts import BOUNDARY, check_frozen_of, files_in, metadata_of_ckpt, open_models
 from lib.export import EXPORTS, USUAL, describe, export_names, make_scene, write_exports
-from lib.guards import run_command
+from lib.guards import printable, run_command
 from lib.jobs import Job, Plan, attempt, finish, join_ranks, plan_jobs, share, start_images
 from lib.pictures import as_pixels, depth_to_rgb, tile, write_png
 from lib.strangers import read_train_config
@@ -651,9 +651,10 @@ def main(options):
     failed = None if plan.failed is None else []
     mine, images = start_images(mine, failed, partial(images_of, meta=meta))
     resources = load(options, meta, mine, images, pair) if mine else None
-    for i, job in enumerate(mine):
+    for i, job in enumerate(mine, 1):
         if len(mine) > 1:
-            print(f"{i + 1} of {len(mine)}: {job.out.name}: {job.options.prompt}", flush=True)
+            line = f"{i} of {len(mine)}: {job.out.name}: {job.options.prompt}"
+            print(printable(line), flush=True)
         # The ranks of a pair wait for each other: an error of one has to end both.
         work = partial(make_one, job, meta, resources, names)
         attempt(work, job.out, None if pair else failed)

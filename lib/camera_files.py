@@ -41,7 +41,7 @@ RE10K = "19 numbers: index fx fy cx cy 0 0 and the row-major 3x4 world-to-camera
 def read_table(path, pixels=False):
     """The raw 19 columns (T, 19) float64 of a RealEstate10K text; URL line, comments and blank
     lines skipped. pixels: do not refuse focal lengths that must be pixels."""
-    rows, text = [], Path(path).read_text(errors="replace") if Path(path).is_file() else ""
+    rows, text = [], Path(path).read_text("utf-8-sig", "replace") if Path(path).is_file() else ""
     lines = [(n, line.split()) for n, line in enumerate(text.splitlines(), 1) if line.strip()]
     lines = lines[1:] if lines and "://" in lines[0][1][0] else lines
     for n, words in lines:
@@ -125,7 +125,7 @@ def oriented(matrices, kind, axes):
 def read_interp(path, hints):
     """camera_data.json: 4x4 camera-to-world in cameras_interp, focal_length in pixels (500),
     centred."""
-    data = json.loads(Path(path).read_text())
+    data = json.loads(Path(path).read_text("utf-8-sig"))
     h, w = need_size(hints.size, path, "focal_length")
     focal, matrices = float(data.get("focal_length", 500)), data["cameras_interp"]
     intrinsics = np.tile([focal / w, focal / h, 0.5, 0.5], (len(matrices), 1))
@@ -155,7 +155,7 @@ def homogeneous(matrices):
 
 def read_nerfstudio(path, hints):
     """transforms.json: camera-to-world, frames by file name; intrinsics shared or per frame."""
-    data, size = json.loads(Path(path).read_text()), hints.size
+    data, size = json.loads(Path(path).read_text("utf-8-sig")), hints.size
     frames = sorted(data["frames"], key=lambda f: natural(f.get("file_path", "")))
     rows, lenses = [], []
     for f in ({**data, **f} for f in frames):
@@ -288,7 +288,7 @@ def guess(path):
     if path.suffix in (".npz", ".npy"):
         return path.suffix[1:]
     if path.suffix == ".json":
-        data = json.loads(path.read_text())
+        data = json.loads(path.read_text("utf-8-sig"))
         if "frames" in data:
             return "nerfstudio"
         if "cameras_interp" in data:
@@ -297,7 +297,7 @@ def guess(path):
                 "layout; give --from fantasyworld or --from worldscore"
             )
     elif path.is_file():
-        lines = [line for line in path.read_text().splitlines() if line.strip()]
+        lines = [line for line in path.read_text("utf-8-sig").splitlines() if line.strip()]
         rows = [line for line in lines if line[0] != "#" and "://" not in line]
         columns = {len(row.split()) for row in rows}
         if columns == {3, 4}:

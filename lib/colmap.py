@@ -56,12 +56,12 @@ def is_points(words):
 def colmap_text(path):
     """The same of the two .txt files."""
     cameras, images = {}, []
-    for line in (path / "cameras.txt").read_text().splitlines():
+    for line in (path / "cameras.txt").read_text("utf-8-sig").splitlines():
         if line.strip() and not line.startswith("#"):
             i, model, w, h, *params = line.split()
             numbers = [float(p) for p in params]
             cameras[int(i)] = colmap_camera(path, model, int(w), int(h), numbers)
-    for line in (path / "images.txt").read_text().splitlines():
+    for line in (path / "images.txt").read_text("utf-8-sig").splitlines():
         words = line.split(maxsplit=9)
         if not words or line.startswith("#") or is_points(line.split()):
             continue

@@ -99,7 +99,7 @@ def plan_jobs(options, meta, names, prepare, known):
 def read_prompts(text):
     """The prompt itself, or the lines of a text file; empty lines and # comments are skipped."""
     path = Path(text)
-    if path.suffix != ".txt":
+    if path.suffix.lower() != ".txt":
         return [text]
     if not path.is_file():
         raise ValueError(f"--prompt {text}: no such file")

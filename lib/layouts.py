@@ -239,8 +239,8 @@ def omniworld_depth(path):
 
 def open_omniworld(path, wishes):
     """camera/split_K.json: quats (w first) and trans of w2c, focals in pixels, cx, cy."""
-    src, said = path.parent.parent, json.loads(path.read_text())
-    splits = json.loads((src / "split_info.json").read_text())["split"]
+    src, said = path.parent.parent, json.loads(path.read_text("utf-8-sig"))
+    splits = json.loads((src / "split_info.json").read_text("utf-8-sig"))["split"]
     poses = dict(zip(splits[number_of(path)], range(len(said["quats"]))))
     pictures, depth = (numbered(src / n) for n in ("color", "depth"))
     notes = []
@@ -301,7 +301,7 @@ def find_nerfstudio(src):
 
 def open_nerfstudio(key, wishes):
     path = key / "transforms.json" if key.is_dir() else key
-    src, said = path.parent, json.loads(path.read_text())
+    src, said = path.parent, json.loads(path.read_text("utf-8-sig"))
     with_depth = {f["file_path"]: f.get("depth_file_path") for f in said["frames"]}
     # A Blender scene says the field of view alone.
     shown = filter(None, (picture_of(src, n) for n in with_depth if "w" not in said))
@@ -366,7 +366,7 @@ def open_re10k(path, wishes):
 def find_re10k(src):
     """Texts of 19 columns with a folder of pictures of the same name beside them."""
     texts = [f for f in sorted(src.glob("*.txt")) if f.with_suffix("").is_dir()]
-    lines = {f: f.read_text(errors="replace").splitlines() for f in texts}
+    lines = {f: f.read_text("utf-8-sig", "replace").splitlines() for f in texts}
     return [f for f in texts if lines[f] and len(lines[f][-1].split()) == 19]
 
 

@@ -128,7 +128,7 @@ def read_npz(path, hints):
 def check_pinhole(folder, name):
     """The camera models of a video of ViPE's, one a frame."""
     model = folder / "intrinsics" / f"{name}_camera.txt"
-    if model.is_file() and set(model.read_text().split()[1::2]) - {"PINHOLE"}:
+    if model.is_file() and set(model.read_text("utf-8-sig").split()[1::2]) - {"PINHOLE"}:
         raise ValueError(f"{model}: wanted PINHOLE; undistort the video first")
 
 
@@ -164,7 +164,7 @@ def read_npy(path, hints):
 # --- Text -----------------------------------------------------------------------------------------
 def read_tum(path, hints):
     """Lines: time tx ty tz qx qy qz qw of camera-to-world; or without the time."""
-    rows = np.loadtxt(path, comments="#", ndmin=2)
+    rows = np.loadtxt(path, ndmin=2, encoding="utf-8-sig")
     if rows.shape[1] not in (7, 8):
         raise ValueError(f"{path}: {rows.shape[1]} columns; wanted time tx ty tz qx qy qz qw")
     return Cameras(quaternions(rows[:, -7:]), "c2w", None, hints.size)
@@ -173,7 +173,7 @@ def read_tum(path, hints):
 def read_tartanair(path, hints):
     """tx ty tz qx qy qz qw of camera-to-world, x forward, y right, z down; 640 x 480, f 320."""
     turn = np.array([[0.0, 1, 0], [0, 0, 1], [1, 0, 0]])  # north east down -> OpenCV
-    m = quaternions(np.loadtxt(path, ndmin=2))
+    m = quaternions(np.loadtxt(path, ndmin=2, encoding="utf-8-sig"))
     m = np.concatenate([turn @ m[:, :, :3] @ turn.T, turn @ m[:, :, 3:]], -1)
     k = np.array([0.5, 320 / 480, 0.5, 0.5])
     return Cameras(m, "c2w", np.tile(k, (len(m), 1)), hints.size or (480, 640))
@@ -181,7 +181,7 @@ def read_tartanair(path, hints):
 
 def read_matrices(path, hints):
     """12 or 16 numbers a line, row by row; 13 or 17 with an index before them."""
-    rows = np.loadtxt(path, comments="#", ndmin=2)
+    rows = np.loadtxt(path, ndmin=2, encoding="utf-8-sig")
     if rows.shape[1] not in (12, 13, 16, 17):
         raise ValueError(f"{path}: {rows.shape[1]} columns; wanted 12 or 16 numbers a line")
     m = rows[:, rows.shape[1] % 4 :].reshape(len(rows), -1, 4)
@@ -190,7 +190,7 @@ def read_matrices(path, hints):
 
 def read_log(path, hints):
     """Open3D's trajectory.log: three numbers, then a 4x4 camera-to-world, for every frame."""
-    words = np.array(Path(path).read_text().split(), float)
+    words = np.array(Path(path).read_text("utf-8-sig").split(), float)
     if len(words) % 19:
         raise ValueError(f"{path}: {len(words)} numbers; wanted 3 + 16 a frame: cut short?")
     return Cameras(words.reshape(-1, 19)[:, 3:].reshape(-1, 4, 4), "c2w", None, hints.size)

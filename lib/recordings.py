@@ -107,7 +107,7 @@ def lens_file(path, picture):
     """Any file of intrinsics -> (4,) fractions of the pictures, and what it says of depth."""
     if path.suffix == ".txt":
         return fractions(matrix_of(path), size_of(picture)), {}
-    said = json.loads(path.read_text())
+    said = json.loads(path.read_text("utf-8-sig"))
     if "intrinsic_matrix" in said:  # Open3D: column by column; the first pixel's centre is at 0
         k, size = np.reshape(said["intrinsic_matrix"], (3, 3)).T, (said["height"], said["width"])
         return fractions([k[0, 0], k[1, 1], k[0, 2] + 0.5, k[1, 2] + 0.5], size), {}

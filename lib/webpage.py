@@ -22,7 +22,7 @@ def typed(form, settled, folder):
     checkpoint; uploaded files are copied into the folder."""
     form = {k: v for k, v in form.items() if v not in (None, "", []) or k == "prompt"}
     kind, keys, files = form.pop("kind"), form.pop("keys", ()), form.pop("files", ())
-    if form["prompt"].endswith(".txt"):
+    if form["prompt"].lower().endswith(".txt"):
         raise ValueError("--prompt: wanted words; a file of prompts is for sample.py")
     if kind == "key frames":
         form["camera"] = key_frames(keys)

@@ -43,6 +43,8 @@ def test_prompts_of_a_windows_editor_are_read_and_others_are_named(tmp_path):
     path = tmp_path / "prompts.txt"
     path.write_bytes(b"\xef\xbb\xbf# aside\r\na red room\r\n\r\n")
     assert read_prompts(str(path)) == ["a red room"]
+    path.rename(tmp_path / "PROMPTS.TXT")
+    assert read_prompts(str(tmp_path / "PROMPTS.TXT")) == ["a red room"]
     path.write_bytes("a red room\n".encode("utf-16"))
     with pytest.raises(ValueError, match="prompts.txt: not a text in UTF-8"):
         read_prompts(str(path))
