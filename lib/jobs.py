@@ -32,6 +32,13 @@ ID = r"\w[\w.-]{0,59}"  # a folder's name: no separator, no dot in front, short 
 
 
 # -------------------------------------------------------------------------------------- planning
+def check_place(out):
+    """Results must find a folder, or one to make theirs in: to say so hours later is too late."""
+    home = next(path for path in (out, *out.absolute().parents) if os.path.lexists(path))
+    if not (home.is_dir() and os.access(home, os.W_OK | os.X_OK)):
+        raise ValueError(f"--out {out}: {home} is no folder to write into. Choose another --out")
+
+
 @dataclass(frozen=True)
 class Job:
     """One sample."""
@@ -66,6 +73,7 @@ def plan_jobs(options, meta, names, prepare, known):
     names     of the exports
     prepare   options of a job -> the same with everything filled in, and its camera
     known     name -> declared option"""
+    check_place(Path(options.out))
 
     def make(given, camera, out):
         # Not in the settings: what changes no file, and what stands beside in the report.

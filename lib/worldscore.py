@@ -31,6 +31,7 @@ from geometry import normalize_scene, relative_to_first
 from lib.camera_paths import interpolate
 from lib.crop import crop_intrinsics, pixel_matrix
 from lib.files import read_json, write_aside
+from lib.jobs import check_place
 from lib.pictures import write_png, write_video
 
 SIDE, FOCAL = 512, 500  # pixels of its frames
@@ -75,6 +76,7 @@ def read_list(path, runs):
 
     Raises ValueError that names the file and the entry."""
     entries, root = read_json(path), Path(path).resolve().parents[1]
+    check_place(Path(runs))
     if not isinstance(entries, list) or not entries:
         raise ValueError(f"{path}: wanted WorldScore's list of instances (static.json)")
     found = []
