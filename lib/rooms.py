@@ -23,40 +23,27 @@ from lib.listing import EMPTY_TEXT
 from lib.pictures import write_video
 from wan import LATENT
 
-# Metres and radians (fov: degrees): low, high; turn: mean, sd; aim, pitch, roll: sd.
+# Of a full and of a simple room.  Metres and radians (fov: degrees): low, high; turn: mean, sd;
+# aim, pitch, roll: sd.
+RANGES = dict(
+    room=((2, 4), (2.6, 3.2)),
+    height=((1.2, 1.6), (1.35, 1.45)),
+    boxes=((3, 6), (0, 2)),
+    spheres=((1, 3), (0, 1)),
+    contrast=((0.5, 0.9), (0.3, 0.6)),
+    frequency=((2, 5), (2, 4)),
+    fov=((50, 85), (62, 70)),
+    path=((0.3, 1.5), (0.7, 1.8)),
+    aim=(0.5, 0.25),
+    turn=((0, 0.35), (0.15, 0.1)),
+    pitch=(0.1, 0.05),
+    roll=(0.03, 0.01),
+    special=(0.4, 0),
+    clearance=(0.35, 0.6),
+)
 VARIETY = dict(
-    full=dict(
-        room=(2, 4),
-        height=(1.2, 1.6),
-        boxes=(3, 6),
-        spheres=(1, 3),
-        contrast=(0.5, 0.9),
-        frequency=(2, 5),
-        fov=(50, 85),
-        path=(0.3, 1.5),
-        aim=0.5,
-        turn=(0, 0.35),
-        pitch=0.1,
-        roll=0.03,
-        special=0.4,
-        clearance=0.35,
-    ),
-    simple=dict(
-        room=(2.6, 3.2),
-        height=(1.35, 1.45),
-        boxes=(0, 2),
-        spheres=(0, 1),
-        contrast=(0.3, 0.6),
-        frequency=(2, 4),
-        fov=(62, 70),
-        path=(0.7, 1.8),
-        aim=0.25,
-        turn=(0.15, 0.1),
-        pitch=0.05,
-        roll=0.01,
-        special=0,
-        clearance=0.6,
-    ),
+    full={name: full for name, (full, _) in RANGES.items()},
+    simple={name: simple for name, (_, simple) in RANGES.items()},
 )
 
 COLOURS = dict(
