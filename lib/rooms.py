@@ -78,24 +78,14 @@ def make_scene(rng, v, focal):
     centre = rng.uniform(-0.85, 0.85, (n + m, 3)) * (room - 0.3)
     centre[:, 1] = room[1] - np.concatenate([half[:, 1], radius])  # standing on the floor
     wall, floor = rng.uniform(0.6, 0.95, 3), rng.uniform([0.5, 0.4, 0.3], [0.8, 0.68, 0.6])
-    base = np.stack(
-        [
-            wall * 0.92,
-            wall * 1.05,
-            np.full(3, 0.93),
-            floor,
-            wall * 0.8,
-            wall,
-            *(COLOURS[name] for name in names),
-        ]
-    )
+    faces = [wall * 0.92, wall * 1.05, np.full(3, 0.93), floor, wall * 0.8, wall]
+    base = np.stack(faces + [COLOURS[name] for name in names])
     dark = base * rng.uniform(0.25, 0.6, (len(base), 1)) + rng.uniform(0, 0.12, base.shape)
     # waves of 3 pixels or more at the far end of the room (the warp triples the frequency): no
     # aliasing
     frequency = rng.uniform(*v["frequency"], len(base)) * ([1] * 6 + [2] * (n + m))
-    contrast = rng.uniform(*v["contrast"], len(base)) * (
-        [0.6, 0.6, 0.25, 1.2, 0.6, 0.6] + [1] * (n + m)
-    )
+    strength = [0.6, 0.6, 0.25, 1.2, 0.6, 0.6] + [1] * (n + m)
+    contrast = rng.uniform(*v["contrast"], len(base)) * strength
     warp = rng.normal(size=(2, 3, 3))
     return dict(
         half=np.stack([room, *half]),
@@ -118,10 +108,8 @@ def make_scene(rng, v, focal):
 
 def clearance(scene, p):
     """Distance of points p (T, 3) to the nearest surface."""
-    q = (
-        np.abs(np.einsum("tnc,nck->tnk", p[:, None] - scene["centre"], scene["rot"]))
-        - scene["half"]
-    )
+    local = np.einsum("tnc,nck->tnk", p[:, None] - scene["centre"], scene["rot"])
+    q = np.abs(local) - scene["half"]
     d = np.linalg.norm(np.maximum(q, 0), axis=-1) + np.minimum(q.max(-1), 0)  # (T, n)
     d[:, 0] *= -1  # seen from inside
     spheres = np.linalg.norm(p[:, None] - scene["sphere"], axis=-1) - scene["radius"]
@@ -131,10 +119,8 @@ def clearance(scene, p):
 def camera_path(rng, v, scene, num_frames):
     """Draw a smooth collision-free c2w (T, 3, 4) in the room's frame and its kind; None where none
     fits."""
-    kind = rng.choice(
-        ["free", "rotation", "translation", "static", "orbit"],
-        p=[1 - v["special"]] + [v["special"] / 4] * 4,
-    )
+    kinds = ["free", "rotation", "translation", "static", "orbit"]
+    kind = rng.choice(kinds, p=[1 - v["special"]] + [v["special"] / 4] * 4)
     s = np.linspace(0, 1, num_frames)
     s = s * s * (3 - 2 * s) if rng.random() < 0.3 else s  # ease in and out
     turns, moves = kind in ("free", "rotation"), kind in ("free", "translation")
@@ -147,10 +133,8 @@ def camera_path(rng, v, scene, num_frames):
         roll = s * rng.normal(0, v["roll"]) * turns
         heading = rng.uniform(-np.pi, np.pi)
         step = np.array([np.sin(heading), rng.normal(0, 0.17), np.cos(heading)]) * length
-        bend = np.stack([s * (1 - s) ** 2, s * s * (1 - s)], 1) @ rng.normal(
-            0, 0.3, (2, 3)
-        )  # cubic Bezier
-        centre = start + moves * (s[:, None] * step + bend)
+        bezier = np.stack([s * (1 - s) ** 2, s * s * (1 - s)], 1)  # cubic
+        centre = start + moves * (s[:, None] * step + bezier @ rng.normal(0, 0.3, (2, 3)))
         if kind == "orbit":  # about a point in front
             reach = rng.uniform(1.2, 2.2)
             yaw = yaw + s * length / reach * rng.choice([-1, 1])
@@ -166,27 +150,18 @@ def add_mover(rng, scene, c2w, k):
     """The scene with one more sphere that glides along a line across the cameras' view, clear of
     everything; None where none fits.  Its texture goes along; scene["track"] (T, 3): its centres in
     the room's frame."""
-    radius, name, eyes, middle = (
-        rng.uniform(0.15, 0.35),
-        rng.choice(list(COLOURS)),
-        c2w[:, :, 3],
-        c2w[len(c2w) // 2],
-    )
+    radius, name = rng.uniform(0.15, 0.35), rng.choice(list(COLOURS))
+    eyes, middle = c2w[:, :, 3], c2w[len(c2w) // 2]
     s, between = np.linspace(0, 1, len(c2w))[:, None], np.linspace(0.1, 0.9, 9)[:, None, None]
     for _ in range(300):
         rays = np.append(rng.uniform(-0.7, 0.7, (2, 2)) * k[:2, 2] / k[0, 0], np.ones((2, 1)), 1)
-        a, b = (rays * rng.uniform(1, 3, (2, 1))) @ middle[:, :3].T + middle[
-            :, 3
-        ]  # ends, in the middle view
+        ends = rays * rng.uniform(1, 3, (2, 1))  # in the middle view
+        a, b = ends @ middle[:, :3].T + middle[:, 3]
         track = a + s * (b - a)
         x, y, z = np.einsum("tji,tj->it", c2w[:, :, :3], track - eyes)  # camera frames
-        inside = (
-            (z > 0.1) & (np.abs(x) * k[0, 0] < k[0, 2] * z) & (np.abs(y) * k[1, 1] < k[1, 2] * z)
-        )
-        free = (
-            clearance(scene, (eyes + between * (track - eyes)).reshape(-1, 3)).reshape(9, -1).min(0)
-            > 0
-        )
+        inside = (np.abs([x * k[0, 0], y * k[1, 1]]) < k[:2, 2, None] * z).all(0) & (z > 0.1)
+        sight = (eyes + between * (track - eyes)).reshape(-1, 3)
+        free = clearance(scene, sight).reshape(9, -1).min(0) > 0
         if (
             0.4 < np.linalg.norm(b - a) < 2
             and clearance(scene, track).min() > radius + 0.03
@@ -204,11 +179,8 @@ def add_mover(rng, scene, c2w, k):
                 contrast=0.8,
                 offset=rng.uniform(-9, 9, 3),
             )
-            return (
-                scene
-                | {key: np.append(scene[key], [value], 0) for key, value in more.items()}
-                | dict(track=track)
-            )
+            more = {key: np.append(scene[key], [value], 0) for key, value in more.items()}
+            return scene | more | dict(track=track)
     return None
 
 
@@ -229,9 +201,8 @@ def trace(scene, c2w, k, height, width):
     returns  depth (P,), material (P,), points (3, P), normals (3, P) in the room's frame;
              float64"""
     v, u = np.mgrid[:height, :width].reshape(2, -1) + 0.5
-    rays = c2w[:, :3] @ np.stack(
-        [(u - k[0, 2]) / k[0, 0], (v - k[1, 2]) / k[1, 1], np.ones_like(u)]
-    )
+    x, y = (u - k[0, 2]) / k[0, 0], (v - k[1, 2]) / k[1, 1]
+    rays = c2w[:, :3] @ np.stack([x, y, np.ones_like(u)])
     origin, half, rot, n = c2w[:, 3], scene["half"], scene["rot"], len(scene["half"])
     d = rot.transpose(0, 2, 1) @ rays  # (n, 3, P) box frames
     d[np.abs(d) < 1e-12] = 1e-12
@@ -261,15 +232,13 @@ def trace(scene, c2w, k, height, width):
 
 def shade(scene, material, points, normals):
     """Colours (P, 3) in [0, 1] of surface points (3, P)."""
-    s = {
-        k: np.asarray(x, np.float32) for k, x in scene.items() if k not in ("names", "track")
-    }  # twice as fast
+    numbers = scene.keys() - {"names", "track"}
+    s = {k: np.asarray(scene[k], np.float32) for k in numbers}  # twice as fast
     points, normals = points.astype(np.float32), normals.astype(np.float32)
     q = (points + s["offset"][material].T) * s["frequency"][material]
     bend = np.sin(s["warp"][0] @ q + s["phase"][:, None])
-    mix = 0.5 + 0.5 * np.sin(
-        2 * (s["warp"][1, 0] @ q) + 2.4 * (s["warp"][1, 1] @ bend)
-    )  # warped sinusoid
+    warped = 2 * (s["warp"][1, 0] @ q) + 2.4 * (s["warp"][1, 1] @ bend)
+    mix = 0.5 + 0.5 * np.sin(warped)
     floor = material == 3
     tiles = np.tanh(3 * np.sin(q[0, floor]) * np.sin(q[2, floor]))
     mix[floor] = 0.2 * mix[floor] + 0.4 + 0.4 * tiles
@@ -277,9 +246,8 @@ def shade(scene, material, points, normals):
     colour = base + (s["dark"][material].T - base) * mix * s["contrast"][material]
     to_light = s["light"][:, None] - points
     r2, facing = (to_light * to_light).sum(0), (normals * to_light).sum(0)
-    light = s["ambient"] + (1 - s["ambient"]) * 1.4 * np.maximum(facing, 0) / (
-        np.sqrt(r2) * (1 + 0.08 * r2)
-    )
+    far = np.sqrt(r2) * (1 + 0.08 * r2)
+    light = s["ambient"] + (1 - s["ambient"]) * 1.4 * np.maximum(facing, 0) / far
     gap = np.sort(s["half"][0][:, None] - np.abs(points), 0)[1]  # to the room's nearest edge
     return np.clip(colour * light * (1 - 0.35 * np.exp(-4 * gap)), 0, 1).T
 
@@ -288,16 +256,14 @@ def caption(scene, seen, c2w, kind):
     """Prompt: the objects seen (boolean each) and the move from the first camera's point of
     view."""
     things, boxes, still = [], len(scene["half"]) - 1, len(scene["names"]) - ("track" in scene)
-    for part, one, many in (
-        (slice(0, boxes), "box", "boxes"),
-        (slice(boxes, still), "sphere", "spheres"),
-    ):
+    kinds = ((slice(0, boxes), "box", "boxes"), (slice(boxes, still), "sphere", "spheres"))
+    for part, one, many in kinds:
         names = scene["names"][part][seen[part]]
         number = ["", "", "two", "three", "four", "five", "six"][len(names)]
-        things += (
-            [f"a {names[0]} {one}" if len(names) == 1 else f"{number} {many}"] if len(names) else []
-        )
-    things += [f"a moving {scene['names'][-1]} sphere"] if seen[still:].any() else []
+        if len(names):
+            things.append(f"a {names[0]} {one}" if len(names) == 1 else f"{number} {many}")
+    if seen[still:].any():
+        things.append(f"a moving {scene['names'][-1]} sphere")
     side = "right" if c2w[0, :, 0] @ c2w[-1, :, 2] > 0 else "left"  # where the view turns to
     move = c2w[0, :, :3].T @ (c2w[-1, :, 3] - c2w[0, :, 3])
     axis = np.abs(move).argmax()
