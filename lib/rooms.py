@@ -290,33 +290,30 @@ def render_clip(seed, num_frames, height, width, variety="full", moving=False):
         if moving and path:
             scene = add_mover(np.random.default_rng([seed, 1]), scene, path[0], k)
             path = scene and path
-    (c2w, kind), pixels = path, np.zeros(len(scene["base"]), int)
-    rgb, depths, masks, objects = [], [], [], []
+    (c2w, kind), rgb, depths, materials = path, [], [], []
     for t, pose in enumerate(c2w):
         now = at_frame(scene, t)
         depth, material, points, normals = trace(now, pose, k, height, width)
         colour = shade(now, material, points, normals) * 255 + 0.5
         rgb.append(colour.astype(np.uint8).reshape(height, width, 3))
         depths.append(depth.astype(np.float32).reshape(height, width))
-        masks.append((material == len(pixels) - 1).reshape(height, width))  # the last object
-        objects.append((material > 5).reshape(height, width))  # no wall, floor or ceiling
-        pixels += np.bincount(material, minlength=len(pixels))
+        materials.append(material.astype(np.uint8).reshape(height, width))
+    materials = np.stack(materials)
+    pixels = np.bincount(materials.ravel(), minlength=len(scene["base"]))  # of each material
     seen = pixels[6:] > 0.004 * pixels.sum()
     w2c = relative_to_first(inv_se3(torch.from_numpy(c2w))).numpy()
     clip = dict(
         rgb=np.stack(rgb),
         depth=np.stack(depths),
-        objects=np.stack(objects),
+        objects=materials > 5,  # no wall, floor or ceiling
         w2c=w2c,
         intrinsics=k,
         prompt=caption(scene, seen, c2w, kind),
     )
     if moving:
-        clip.update(
-            moving=np.stack(masks),
-            track=(scene["track"] - c2w[0, :, 3]) @ c2w[0, :, :3],
-            radius=scene["radius"][-1],
-        )
+        clip["moving"] = materials == len(pixels) - 1  # the last object
+        clip["track"] = (scene["track"] - c2w[0, :, 3]) @ c2w[0, :, :3]
+        clip["radius"] = scene["radius"][-1]
     return clip
 
 
