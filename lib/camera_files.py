@@ -17,7 +17,7 @@ import torch
 
 from geometry import inv_se3, mat_to_quat, quat_to_mat
 from lib.colmap import colmap_binary, colmap_text
-from lib.crop import fractions
+from lib.crop import focal_and_centre, fractions
 from lib.files import FAR, MAX_BYTES, MAX_CAMERAS, check_file, natural
 from lib.lens import MODELS, make_lens, pinhole_of
 from lib.native import (
@@ -78,10 +78,7 @@ def read_cameras(path):
 
 def write_cameras(path, w2c, intrinsics, size):
     """w2c (T, 3, 4) and pixel intrinsics (T, 3, 3) of size (H, W) as 19 columns per frame."""
-    (h, w), rows = size, []
-    for t, (e, k) in enumerate(zip(np.asarray(w2c, float), np.asarray(intrinsics, float))):
-        rows.append([t, k[0, 0] / w, k[1, 1] / h, k[0, 2] / w, k[1, 2] / h, 0, 0, *e.ravel()])
-    np.savetxt(path, rows, "%.10g")
+    write_re10k(path, np.asarray(w2c, float), fractions(focal_and_centre(intrinsics), size), size)
 
 
 # --- Shared pieces --------------------------------------------------------------------------------

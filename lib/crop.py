@@ -63,6 +63,11 @@ def pixel_matrix(fractions, size):
     return np.stack([fx, zero, cx, zero, fy, cy, zero, zero, one], -1).reshape(-1, 3, 3)
 
 
+def focal_and_centre(K):
+    """(..., 3, 3) -> fx fy cx cy (..., 4), float64."""
+    return np.asarray(K, float)[..., [0, 1, 0, 1], [0, 1, 2, 2]]
+
+
 def fractions(pixels, size):
     """fx fy cx cy in pixels (T, 4) <-> fractions: divide; multiply with 1 / size."""
     return np.asarray(pixels, float) / np.array([size[1], size[0]] * 2, float)

@@ -19,7 +19,7 @@ import torch
 
 from geometry import decode_pose, inv_se3, relative_to_first, unproject
 from lib import camera_files
-from lib.crop import pixel_matrix
+from lib.crop import focal_and_centre, fractions, pixel_matrix
 from lib.metrics import align_sim3, head_agreement, pose_metrics, rotation_angle, warp_error
 from lib.page import write_page
 from lib.pictures import (
@@ -149,9 +149,9 @@ def make_scene(video, geometry, w2c, K, *, scene_scale=1.0, drop=20.0, lift="com
         conf=conf,
         mask=off_edges(depth) & (conf >= np.percentile(conf, drop)),
         w2c=commanded,
-        intrinsics=fractions_of(K[0], size),
+        intrinsics=fractions(focal_and_centre(K[0]), size),
         predicted=scaled(predicted, unit["scale"]),
-        predicted_intrinsics=fractions_of(predicted_K[0], size),
+        predicted_intrinsics=fractions(focal_and_centre(predicted_K[0]), size),
         lift=lift,
         drop=drop,
     )
@@ -162,13 +162,6 @@ def make_scene(video, geometry, w2c, K, *, scene_scale=1.0, drop=20.0, lift="com
 
 def scaled(w2c, scale):
     return np.concatenate([w2c[..., :3], w2c[..., 3:] * scale], -1)
-
-
-def fractions_of(K, size):
-    """(T, 3, 3) pixels -> (T, 4) fx/W, fy/H, cx/W, cy/H."""
-    K = np.asarray(K, float)
-    pixels = np.stack([K[:, 0, 0], K[:, 1, 1], K[:, 0, 2], K[:, 1, 2]], -1)
-    return pixels / [size[1], size[0], size[1], size[0]]
 
 
 def measure(scene, points=None, scale=1.0):

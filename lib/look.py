@@ -10,7 +10,8 @@ import numpy as np
 from tqdm import tqdm
 
 from geometry import normalize_scene
-from lib.export import Scene, fractions_of, measure, off_edges
+from lib.crop import focal_and_centre, fractions
+from lib.export import Scene, measure, off_edges
 from lib.page import write_page
 from lib.pictures import (
     COMMANDED,
@@ -38,7 +39,7 @@ def true_scene(clip):
     depth, w2c, scale = normalize_scene(*maps)
     depth, w2c = depth[0].float().numpy(), w2c[0].double().numpy()
     depth[~mask.numpy()] = 0
-    k = fractions_of(clip["intrinsics"], size)
+    k = fractions(focal_and_centre(clip["intrinsics"]), size)
     known = off_edges(depth) & mask.numpy()
     flat = np.ones_like(depth)
     scene = Scene(rgb, depth, flat, known, w2c, k, w2c, k, clip["fps"], "scene units", drop=0.0)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from geometry import quat_to_mat
-from lib.crop import fractions
+from lib.crop import focal_and_centre, fractions
 from lib.files import array_header, natural, read_video
 
 
@@ -93,7 +93,7 @@ def size_in(data):
 def lens_of(k, frames, size, path):
     """Intrinsics (4,), (3, 3), (T, 4) or (T, 3, 3), pixels or fractions -> (T, 4) fractions."""
     if k.shape[-2:] == (3, 3):
-        k = np.stack([k[..., 0, 0], k[..., 1, 1], k[..., 0, 2], k[..., 1, 2]], -1)
+        k = focal_and_centre(k)
     if k.shape not in ((4,), (1, 4), (frames, 4)):
         raise ValueError(f"{path}: intrinsics of shape {k.shape} for {frames} cameras")
     k = np.broadcast_to(k, (frames, 4)).astype(float)

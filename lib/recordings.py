@@ -10,7 +10,7 @@ import numpy as np
 
 from lib import camera_files, files
 from lib.camera_files import FORMATS
-from lib.crop import fractions
+from lib.crop import focal_and_centre, fractions
 from lib.native import Cameras
 
 COUNTS = (".png", ".pgm")  # depth in whole numbers
@@ -99,8 +99,7 @@ def matrix_of(path):
     m = np.loadtxt(path)
     if m.size not in (9, 12, 16):
         raise ValueError(f"{path}: {m.size} numbers; wanted a 3x3 or 4x4 matrix of intrinsics")
-    m = m.reshape(4 if m.size == 16 else 3, -1)
-    return m[0, 0], m[1, 1], m[0, 2], m[1, 2]
+    return focal_and_centre(m.reshape(4 if m.size == 16 else 3, -1))
 
 
 def lens_file(path, picture):
@@ -110,7 +109,7 @@ def lens_file(path, picture):
     said = json.loads(path.read_text("utf-8-sig"))
     if "intrinsic_matrix" in said:  # Open3D: column by column; the first pixel's centre is at 0
         k, size = np.reshape(said["intrinsic_matrix"], (3, 3)).T, (said["height"], said["width"])
-        return fractions([k[0, 0], k[1, 1], k[0, 2] + 0.5, k[1, 2] + 0.5], size), {}
+        return fractions(focal_and_centre(k) + [0, 0, 0.5, 0.5], size), {}
     if "camera" in said:  # NICE-SLAM's Replica; the first pixel's centre is at 0
         c = said["camera"]
         pixels = c["fx"], c["fy"], c["cx"] + 0.5, c["cy"] + 0.5
@@ -118,7 +117,7 @@ def lens_file(path, picture):
     if "K" in said:  # WildRGB-D: column by column
         k = np.reshape(said["K"], (3, 3)).T
         size = (said["h"], said["w"]) if "h" in said else size_of(picture)
-        return fractions([k[0, 0], k[1, 1], k[0, 2], k[1, 2]], size), {}
+        return fractions(focal_and_centre(k), size), {}
     raise ValueError(f"{path}: no intrinsics among {', '.join(said)[:100]}")
 
 

@@ -29,7 +29,7 @@ import torch.nn.functional as F
 
 from geometry import normalize_scene, relative_to_first
 from lib.camera_paths import interpolate
-from lib.crop import crop_intrinsics, pixel_matrix
+from lib.crop import crop_intrinsics, focal_and_centre, fractions, pixel_matrix
 from lib.files import read_json, write_aside
 from lib.jobs import check_place
 from lib.pictures import write_png, write_video
@@ -251,9 +251,7 @@ def from_wbench(poses, frames, size):
     times = 4 * np.arange(len(order))
     w2c = interpolate(times, w2c, np.arange(frames)) if len(order) > 1 else w2c
     K = np.stack([np.asarray(poses[k]["K"], float) for k in order])
-    lens = np.stack(
-        [K[:, 0, 0] / 1920, K[:, 1, 1] / 1080, K[:, 0, 2] / 1920, K[:, 1, 2] / 1080], -1
-    )
+    lens = fractions(focal_and_centre(K), (1080, 1920))
     lens = np.stack([np.interp(np.arange(frames), times, column) for column in lens.T], -1)
     K = pixel_matrix(crop_intrinsics(lens, 1920 / 1080, size), size)
     return relative_to_first(torch.from_numpy(w2c)[None]).float(), torch.from_numpy(K).float()[None]
