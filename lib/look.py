@@ -13,18 +13,7 @@ from geometry import normalize_scene
 from lib.crop import focal_and_centre, fractions
 from lib.export import Scene, measure, off_edges
 from lib.page import write_page
-from lib.pictures import (
-    COMMANDED,
-    DARK,
-    as_pixels,
-    depth_to_rgb,
-    number,
-    paste,
-    tile,
-    top_view,
-    words,
-    write_png,
-)
+from lib.pictures import COMMANDED, as_pixels, depth_to_rgb, number, sheet, top_view, write_png
 from lib.verify import inspect, load_raw
 
 MOST = 64  # samples on a sheet
@@ -58,30 +47,21 @@ def fitted(picture, height=HIGH):
     return picture[rows][:, cols.clip(0, w - 1)]
 
 
-def row_of(scene, said):
-    """One sample of the sheet: words over first frame, depth, path."""
+def row_of(scene):
+    """One sample of the sheet: first frame, depth, path."""
     first = scene.depth[0]
     known = first[first > 0] if (first > 0).any() else np.ones(1)
     low, high = np.quantile(known, (0.01, 0.99))
-    parts = [fitted(scene.rgb[0]), fitted(depth_to_rgb(first[None], low, high)[0])]
-    parts.append(top_view([(scene.w2c, COMMANDED)], (HIGH, HIGH)))
-    wide = sum(p.shape[1] + 4 for p in parts)
-    canvas = np.full((HIGH + 20, wide, 3), DARK, np.uint8)
-    paste(canvas, words(said)[:, :wide], 2, 2)
-    left = 0
-    for part in parts:
-        paste(canvas, part, 20, left)
-        left += part.shape[1] + 4
-    return canvas
+    depth, path = depth_to_rgb(first, low, high), [(scene.w2c, COMMANDED)]
+    return [fitted(scene.rgb[0]), fitted(depth), top_view(path, (HIGH, HIGH))]
 
 
 def worst_pair(raw, pair, folder):
     """The two frames whose depth disagrees most, side by side."""
-    t, s = pair
-    rows = [[raw["rgb"][i] for i in (t, s) if i in raw["rgb"]]]
-    if len(rows[0]) == 2:
-        write_png(folder / "worst_pair.png", tile(rows, zoom=1))
-        return f"{folder}/worst_pair.png (frames {t} and {s})"
+    shown = [raw["rgb"][t] for t in pair if t in raw["rgb"]]
+    if len(shown) == 2:
+        write_png(folder / "worst_pair.png", np.concatenate(shown, 1))
+        return f"{folder}/worst_pair.png (frames {pair[0]} and {pair[1]})"
 
 
 def verdict(sample):
@@ -97,7 +77,7 @@ def view(samples, load, out, wanted=()):
     """Write the sheet and the pages of the wanted ids; prints where they lie.
 
     load(sample) -> the clip as load_clip gives it"""
-    out, cards = Path(out), []
+    out, rows, titles = Path(out), [], []
     unknown = sorted(set(wanted) - {s["id"] for s in samples})
     if unknown:
         raise ValueError(f"no sample {unknown[0]!r}; the first is {samples[0]['id']!r}")
@@ -113,7 +93,8 @@ def view(samples, load, out, wanted=()):
             continue
         near, far = (number(x) for x in np.quantile(scene.depth[scene.depth > 0], (0.02, 0.98)))
         said = f"{sample['id']}: {status}; depth {near} to {far}; {sample['prompt']}"
-        cards.append(row_of(scene, said[:90]))
+        rows.append(row_of(scene))
+        titles.append(said[:90])
         if sample["id"] in wanted:
             folder = out / sample["id"]
             folder.mkdir(exist_ok=True)
@@ -121,12 +102,8 @@ def view(samples, load, out, wanted=()):
             tqdm.write(f"{folder}/scene.html")
             if raw is not None and report.status == "fail" and report.worst:
                 tqdm.write(worst_pair(raw, report.worst, folder) or "")
-    if not cards:
+    if not rows:
         raise ValueError(f"{out}: no sample could be shown")
-    wide = max(c.shape[1] for c in cards)
-    cards = [np.pad(c, ((0, 0), (0, wide - c.shape[1]), (0, 0))) for c in cards]
-    columns = 1 if len(cards) < 4 else 2
-    rows = [cards[i : i + columns] for i in range(0, len(cards), columns)]
-    write_png(out / "sheet.png", tile(rows))
+    write_png(out / "sheet.png", sheet(rows, titles))
     more = f", the first {MOST} of {len(shown)}" if len(shown) > MOST else ""
-    print(f"{out}/sheet.png: {len(cards)} samples{more}")
+    print(f"{out}/sheet.png: {len(rows)} samples{more}")

@@ -154,22 +154,22 @@ def paste(canvas, picture, top, left):
     room[:] = picture[: room.shape[0], : room.shape[1]]
 
 
-def tile(rows, gap=2, zoom=1):
+def tile(rows, gap=2):
     """Rows of equal uint8 pictures (H, W, 3) -> one picture on white."""
     h, w = (n + gap for n in rows[0][0].shape[:2])
     canvas = np.full((len(rows) * h - gap, max(map(len, rows)) * w - gap, 3), 255, np.uint8)
     for r, row in enumerate(rows):
         for c, picture in enumerate(row):
             paste(canvas, picture, r * h, c * w)
-    return canvas.repeat(zoom, 0).repeat(zoom, 1)
+    return canvas
 
 
 def sheet(rows, titles, aside=(), gap=4):
-    """Titled rows of equal pictures on dark, and further pictures in a last row.
+    """Titled rows of pictures on dark, as many in each, and further pictures in a last row.
 
-    rows     [[picture, ...], ...]   equal sizes;   titles   a word for every row
+    rows     [[picture, ...], ...]   each has the place of the largest;   titles   one for every row
     aside    [(title, picture), ...]   drawn below, side by side;   returns   one picture"""
-    h, w = rows[0][0].shape[:2]
+    h, w = np.max([picture.shape[:2] for row in rows for picture in row], 0)
     step = h + 16 + gap  # a row with its title
     wide = max(len(rows[0]) * (w + gap) + gap, sum(p.shape[1] + gap for _, p in aside) + gap)
     below = max((p.shape[0] + 16 + gap for _, p in aside), default=0)
