@@ -66,37 +66,26 @@ def unknown(raw, unit=METRES):
     return out
 
 
-class Extent:
-    """What relative_depth asks of a clip, gathered frame by frame."""
-
-    def __init__(self, frames):
-        self.low, self.high, self.next, self.whole, self.maxima = np.inf, -np.inf, 0.0, True, []
-        self.dtype = None
-        for frame in frames:
-            self.dtype = frame.dtype
-            values = frame[np.isfinite(frame)]
-            self.maxima.append(float(values.max(initial=0)))
-            if not values.size:
-                continue
-            self.low, top = min(self.low, float(values.min())), self.maxima[-1]
-            below = float(values[values < top].max(initial=0))
-            # The largest value of all, and the largest below it.
-            self.next = max([x for x in (self.high, self.next, below) if x < max(top, self.high)])
-            self.high = max(self.high, top)
-            self.whole &= bool((values[::7] == np.round(values[::7])).all())
-
-
-def relative_depth(depth):
+def relative_depth(frames):
     """Why raw depth, frames (H, W), cannot be metric: 8 bits, or stretched to a full range; or
     None."""
-    said = depth if isinstance(depth, Extent) else Extent(depth)
-    low, high, dtype = said.low, said.high, said.dtype
-    if dtype == np.uint8 or high < low:
-        return "8-bit depth" if high >= low else None
-    if high in (255, 65535) and said.whole and said.next > 0.9 * high:
+    lows, tops, below, whole, dtype = [], [], [], True, None
+    for frame in frames:
+        dtype = frame.dtype
+        values = frame[np.isfinite(frame)]
+        tops.append(float(values.max(initial=0)))
+        if values.size:
+            lows.append(float(values.min()))
+            below.append(float(values[values < tops[-1]].max(initial=0)))
+            whole &= bool((values[::7] == np.round(values[::7])).all())
+    if dtype == np.uint8 or not lows:
+        return "8-bit depth" if lows else None
+    low, high = min(lows), max(tops)
+    second = max([x for x in (*tops, *below) if x < high], default=0)
+    if high in (255, 65535) and whole and second > 0.9 * high:
         # Far above the rest it would be a mark for unknown, not the end of a stretched range.
         return f"integers that reach exactly {high:.0f}: stretched to the full range"
-    ends_at_one = abs(high - 1) < 1e-6 and (abs(np.array(said.maxima) - 1) < 1e-6).mean() > 0.9
+    ends_at_one = abs(high - 1) < 1e-6 and (abs(np.array(tops) - 1) < 1e-6).mean() > 0.9
     if low >= 0 and ends_at_one or (low == 0 and high == 1):
         return "stretched to 0 .. 1 (min-max normalised)"
     return None
@@ -111,7 +100,7 @@ def why_relative(path):
 
 @functools.lru_cache(maxsize=1)  # one clip is asked about several times in a row
 def why_relative_at(path, changed):
-    return relative_depth(Extent(iterate_arrays(path)))
+    return relative_depth(iterate_arrays(path))
 
 
 def metres(raw, unit):
