@@ -283,8 +283,11 @@ def picture_of(folder, name):
     return next((f for f in (folder / name, folder / f"{name}.png") if f.is_file()), None)
 
 
-def open_named(src, cameras, wishes, *, axes, pictures, depth, unit):
-    """Cameras that name their pictures; depth: name -> file, {} for none."""
+def open_named(cameras, wishes, *, axes, pictures, depth, step=0.001):
+    """Cameras that name their pictures; depth: name -> file, {} for none; step: metres of a
+    count."""
+    counts = any(d.suffix in COUNTS for d in depth.values())  # floats are metres
+    unit = dict(depth_scale=step) if counts else {}
     notes, rows = [], {name: n for n, name in enumerate(cameras.names)}
     there = {n: path for n in cameras.names if (path := picture_of(pictures, n))}
     ids = joined(notes, pose=rows, picture=there, **(dict(depth=depth) if depth else {}))
@@ -307,10 +310,8 @@ def open_nerfstudio(key, wishes):
     shown = filter(None, (picture_of(src, n) for n in with_depth if "w" not in said))
     cameras = FORMATS["nerfstudio"].read(path, Hints(next(map(size_of, shown), None)))
     depth = {n: src / d for n, d in with_depth.items() if d and (src / d).is_file()}
-    counts = any(d.suffix in COUNTS for d in depth.values())
-    unit = dict(depth_scale=float(said.get("depth_unit_scale_factor", 0.001))) if counts else {}
-    how = dict(pictures=src, depth=depth, unit=unit)
-    return open_named(src, cameras, wishes, axes=wishes.axes or "opengl", **how)
+    how = dict(axes=wishes.axes or "opengl", step=float(said.get("depth_unit_scale_factor", 0.001)))
+    return open_named(cameras, wishes, pictures=src, depth=depth, **how)
 
 
 def places_of_models(src):
@@ -334,9 +335,7 @@ def open_colmap(src, wishes):
     if pictures is None:
         raise ValueError(f"{src}: no folder images with the pictures; give --pictures FOLDER")
     depth = beside(folder_in(src, "depth", "depths"), found[model].names)
-    counts = any(d.suffix in COUNTS for d in depth.values())
-    how = dict(pictures=pictures, depth=depth, unit=MILLIMETRES if counts else {})
-    made = open_named(src, found[model], wishes, axes="opencv", **how)
+    made = open_named(found[model], wishes, axes="opencv", pictures=pictures, depth=depth)
     if len(found) > 1:
         made.notes.append(f"{model.name} is the largest of {len(found)} models")
     return made
