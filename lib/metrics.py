@@ -264,9 +264,7 @@ def temporal_error(depth, w2c, K, mask):
     for d, e, k, m in zip(depth.double(), w2c.double(), K.double(), mask):
         frames = range(len(d) - 1)
         for a, b in [(t, t + 1) for t in frames] + [(t + 1, t) for t in frames]:
-            first = inv_se3(e[a])
-            R, t = e[b, :, :3] @ first[:, :3], e[b, :, :3] @ first[:, 3] + e[b, :, 3]
-            motion = torch.cat([R, t[:, None]], 1)
+            motion = compose(e[b], inv_se3(e[a]))
             warped = warp_depth(torch.where(m[a], d[a], 0), motion, k[b], d.shape[1:])
             keep = m[b] & torch.isfinite(warped) & valid_depth(d[b])
             if keep.any():
