@@ -126,10 +126,11 @@ def camera_move(name, num_frames, amount=1.0, *, fov_deg=60.0, pivot_depth=1.0, 
     gone = share_of_way(ease, torch.linspace(0, 1, num_frames))
     way = amount * gone
     half = way[:, None] * math.radians(fov_deg) / 4  # (T, 1) half of the angle turned
-    R = turn(TURN_AXIS.get(name, (0, 0, 0)), half)
+    axis = torch.tensor(TURN_AXIS.get(name, (0, 0, 0)))
+    R = quat_to_mat(torch.cat([half.sin() * axis, half.cos()], -1))
     centre = 0.3 * way[:, None] * torch.tensor(TRAVEL.get(name, (0, 0, 0)))  # (T, 3)
-    if name == "orbit":
-        centre = orbit(half, pivot_depth)
+    if name == "orbit":  # a circle to the right, around the point ahead
+        centre = pivot_depth * torch.cat([(2 * half).sin(), 0 * half, 1 - (2 * half).cos()], -1)
     if name == "spiral":
         R, centre = spiral(way, gone, pivot_depth)
     return inv_se3(torch.cat([R, centre[..., None]], -1)), 1.5 ** (ZOOM.get(name, 0) * way)
@@ -141,16 +142,6 @@ def share_of_way(ease, s):
     if ease not in eased:
         raise ValueError(f"ease {ease!r}; known: {', '.join(eased)}.")
     return eased[ease]
-
-
-def turn(axis, half):
-    """Rotations (T, 3, 3) around a unit axis by twice the angles half (T, 1)."""
-    return quat_to_mat(torch.cat([half.sin() * torch.tensor(axis), half.cos()], -1))
-
-
-def orbit(half, depth):
-    """Centres (T, 3) on a circle to the right, around the point `depth` ahead of the first."""
-    return depth * torch.cat([(2 * half).sin(), 0 * half, 1 - (2 * half).cos()], -1)
 
 
 def spiral(way, gone, depth):
