@@ -16,6 +16,7 @@ import json
 import math
 import os
 import unicodedata
+import zipfile
 from collections import OrderedDict
 from functools import partial
 from pathlib import Path
@@ -54,12 +55,8 @@ def load_state_dict(path):
         if str(path).endswith(".safetensors"):
             tensors = safetensors.torch.load_file(path)
         else:
-            try:
-                tensors = nested(torch.load(path, "cpu", weights_only=True, mmap=True))
-            except RuntimeError as error:  # the format before torch 1.6 cannot be mapped
-                if "mmap" not in str(error):
-                    raise
-                tensors = nested(torch.load(path, "cpu", weights_only=True))
+            paged = zipfile.is_zipfile(path)  # the format before torch 1.6 cannot be mapped
+            tensors = nested(torch.load(path, "cpu", weights_only=True, mmap=paged))
     except Exception as error:  # flipped bytes make the two readers raise almost any class of error
         found = f"{os.path.getsize(path):,} bytes that cannot be read"
         cure = "an incomplete download, or no dict of tensors? Fetch it again"
