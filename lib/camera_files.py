@@ -133,11 +133,9 @@ def write_interp(path, w2c, intrinsics, size):
     h, w = need_size(size, path, "focal_length")
     pixels = intrinsics * [w, h, w, h]
     if np.ptp(pixels[:, :2]) > 1e-3 or np.abs(intrinsics[:, 2:] - 0.5).max() > 1e-3:
-        raise ValueError(
-            f"{path}: this format holds one focal length and centred cameras; these have fx, fy "
-            f"from {pixels[:, :2].min():.6g} to {pixels[:, :2].max():.6g} px. Write re10k or "
-            "nerfstudio."
-        )
+        found = f"{pixels[:, :2].min():.6g} to {pixels[:, :2].max():.6g} px"
+        why = f"holds one focal length and centred cameras; these have fx, fy from {found}"
+        raise ValueError(f"{path}: this format {why}. Write re10k or nerfstudio.")
     c2w = homogeneous(inverse(w2c)).tolist()
     told = dict(focal_length=float(pixels[0, 0]), scale=1, cameras=[c2w[0], c2w[-1]])
     Path(path).write_text(json.dumps(dict(told, cameras_interp=c2w)))
@@ -289,10 +287,9 @@ def guess(path):
         if "frames" in data:
             return "nerfstudio"
         if "cameras_interp" in data:
-            raise ValueError(
-                f"{path}: FantasyWorld (OpenCV axes) and WorldScore (OpenGL axes) share this "
-                "layout; give --from fantasyworld or --from worldscore"
-            )
+            who = "FantasyWorld (OpenCV axes) and WorldScore (OpenGL axes) share this layout"
+            cure = "give --from fantasyworld or --from worldscore"
+            raise ValueError(f"{path}: {who}; {cure}")
     elif path.is_file():
         lines = [line for line in path.read_text("utf-8-sig").splitlines() if line.strip()]
         rows = [line for line in lines if line[0] != "#" and "://" not in line]
@@ -302,9 +299,8 @@ def guess(path):
         if columns == {7} and not path.name.startswith("pose_"):
             axes = "tartanair (x forward, z down) or --from tum (OpenCV)"
             raise ValueError(f"{path}: poses without a time; whose axes? give --from {axes}")
-        known = {7: "tartanair", 8: "tum", 19: "re10k"} | dict.fromkeys(
-            (12, 13, 16, 17), "matrices"
-        )
+        known = {7: "tartanair", 8: "tum", 19: "re10k"}
+        known |= dict.fromkeys((12, 13, 16, 17), "matrices")
         if len(columns) == 1 and columns <= set(known):
             return known[columns.pop()]
     wanted = f"give --from, one of {', '.join(FORMATS)}"

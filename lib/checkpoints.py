@@ -168,10 +168,9 @@ def newest_valid(out):
 def remove_leftovers(out):
     """Remove what a killed save left, by the names that this program writes: unfinished files, and
     optimizer states without weights."""
+    names = r"\.(step-\d+(\.optim)?\.safetensors\.\d+|latest|\w+_noise_model)\.tmp"
     for path in [*out.glob(".*.tmp"), *out.glob("step-*.optim.safetensors")]:
-        ours = re.fullmatch(
-            r"\.(step-\d+(\.optim)?\.safetensors\.\d+|latest|\w+_noise_model)\.tmp", path.name
-        )
+        ours = re.fullmatch(names, path.name)
         weights = path.with_name(path.name.replace(".optim", ""))
         if ours or path.suffix != ".tmp" and not weights.exists():
             path.unlink()

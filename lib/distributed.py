@@ -182,8 +182,6 @@ def wrap(model, ranks, spread):
 
 
 # --------------------------------------------------------------------------------- spread weights
-
-
 def shard(model, ranks):
     """Spread a model, the same on every rank, over the ranks; its tensors move to their devices.
 

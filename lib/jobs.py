@@ -172,9 +172,8 @@ def read_line(line, where, known):
     may = {key: known[key] for key in PER_JOB}
     if type(job.get("scene_scale")) in (int, float):  # a text, for it may name a file
         job["scene_scale"] = str(job["scene_scale"])
-    return name, {
-        k: config.check(k, v, config.look_up(k, may, where), where) for k, v in job.items()
-    }
+    found = {k: config.check(k, v, config.look_up(k, may, where), where) for k, v in job.items()}
+    return name, found
 
 
 # --------------------------------------------------------------------------------- doing and saying

@@ -53,8 +53,6 @@ def check_inside(root, path):
 # --- What a dataset lists -------------------------------------------------------------------------
 EMPTY_TEXT = "text_empty"  # the cache beside those of the clips
 MARK = ".importing"  # in a folder that is whole, until it is listed
-
-
 WINDOW = re.compile(r"\.\d{4,}$")  # ID.0004: a cache of the clip ID, from frame 4 on
 
 

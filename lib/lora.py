@@ -68,10 +68,7 @@ def with_lora(tensors, path, strength=STRENGTH):
         return tensors
     changes = read_lora(path, {name: shape for name, (shape, _) in tensors.items()})
 
-    def reader(name, read):
-        return lambda: merged(read(), changes[name], strength)
+    def changed(name, shape, read):
+        return shape, lambda: merged(read(), changes[name], strength)
 
-    return {
-        name: (shape, reader(name, read) if name in changes else read)
-        for name, (shape, read) in tensors.items()
-    }
+    return {**tensors, **{name: changed(name, *tensors[name]) for name in changes}}

@@ -108,10 +108,9 @@ def read_npz(path, hints):
     named = [name for name in POSES if name in data]
     others = [name for name in UNCLEAR if name in data]
     if len(named) != 1 and not (others and hints.matrices):
-        raise ValueError(
-            f"{path}: holds {', '.join(data)}; which way do the matrices map? Name one array w2c "
-            f"or c2w, or give --matrices w2c|c2w for an array called {', '.join(UNCLEAR)}"
-        )
+        cure = "Name one array w2c or c2w, or give --matrices w2c|c2w for an array called "
+        cure += ", ".join(UNCLEAR)
+        raise ValueError(f"{path}: holds {', '.join(data)}; which way do the matrices map? {cure}")
     name = named[0] if len(named) == 1 else others[0]
     m = data[name][0] if data[name].ndim == 4 and len(data[name]) == 1 else data[name]  # a batch
     lens = [k for k in LENSES if k in data]

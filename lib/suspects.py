@@ -70,8 +70,6 @@ HINTS = {
 BETTER = 0.65  # a suspect must cut the typical disagreement of a pair to this share
 CURED = 0.03, 0.6  # and leave views that agree: typical disagreement, share within 2 %
 EXPLAINED = 0.02  # share of the disagreement: what leaves no more explains it all
-
-
 FLIP = torch.tensor([[1.0, -1, -1]], dtype=torch.float64).T
 MIRROR = torch.tensor([1.0, -1, 1], dtype=torch.float64)
 

@@ -172,6 +172,7 @@ def load_trained(model, path):
     sd, meta = read_checked(path)
     own = dict(model.named_parameters())
     check_trained(model, shapes_of(sd), meta.get("stage"), path)
+    check_unseen(model.cfg, meta, path)
     for name, value in sd.items():
         copy_into(own[name], value)
     return meta
@@ -187,6 +188,24 @@ def check_trained(model, found, stage, path):
     what = f"{path} (stage {stage}) does not fit this model"
     cure = "Use the preset that it was trained with."
     check_names(shapes_of(own), found, what, cure=cure, optional=absent)
+
+
+# Fields of Config that no tensor shows.
+UNSEEN = "head_dim text_len taps irg_heads camera_heads camera_iterations pose_tokens".split()
+UNSEEN += ["constant_rays", "video_rays"]
+
+
+def check_unseen(cfg, meta, path):
+    """ValueError unless a model computes as the one that a checkpoint of stage 1 or 2 is of."""
+    stage, own = meta.get("stage"), vars(cfg)
+    known = "model_config" in meta and stage != "0"
+    before = vars(config_from_metadata(meta, path)) if known else own
+    for key in UNSEEN:
+        if before[key] != own[key] and (stage, key) != ("1", "irg_heads"):
+            found = f"trained with {key} = {before[key]!r}, this model has {own[key]!r}"
+            raise ValueError(
+                f"{path}: {found}. Fix: --model_overrides={{'{key}': {before[key]!r}}}"
+            )
 
 
 # --- Checkpoints, releases, VGGT ------------------------------------------------------------------

@@ -32,7 +32,7 @@ from lib.layouts import beside
 from lib.listing import MARK, is_id
 from lib.log import Passes, provenance
 from lib.pictures import write_png, write_video
-from lib.weights import read_metadata
+from lib.weights import load_trained, read_metadata
 from lib.windows import Encoding
 
 
@@ -396,6 +396,33 @@ def test_overrides_that_make_no_model_are_named(key, value):
     options = options_of(train, model_overrides={key: value})
     with pytest.raises(ValueError, match="model_overrides: .*(; wanted|is no model's)"):
         train.check_options(options)
+
+
+def test_a_model_that_computes_otherwise_with_equal_shapes_is_refused(tmp_path):
+    for stage in (1, 2):
+        config = json.dumps(vars(TINY))
+        state = (tiny_model(stage).trainable_state_dict(), {})
+        meta = dict(stage=str(stage), model_config=config)
+        save_checkpoint(tmp_path, stage, state, meta, keep_last=2)
+    for stage, field, value in (
+        (1, "taps", (1, 1, 0, 0)),
+        (2, "constant_rays", True),
+        (2, "irg_heads", 4),
+        (2, "camera_iterations", 3),
+    ):
+        with pytest.raises(
+            ValueError, match=f"trained with {field} = .*model_overrides={{'{field}"
+        ):
+            load_trained(
+                tiny_model(stage, **{field: value}), tmp_path / f"step-{stage}.safetensors"
+            )
+    for free in (
+        dict(irg_heads=4),
+        dict(exchange="none"),
+        dict(head_chunk=4),
+        dict(layer_scale=1.0),
+    ):
+        load_trained(tiny_model(2, **free), tmp_path / "step-1.safetensors")
 
 
 def test_another_lora_is_another_frozen_branch(tmp_path):
