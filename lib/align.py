@@ -92,7 +92,8 @@ def align_frames(first, depth, frames, K, counts, guesses=()):
     Every frame is tried from where the frame before was found and from the guesses; the end with
     the smallest loss is kept, so that no guess decides what is found.
 
-    first    (3, H, W) in [-1, 1];  depth (H, W) of it, 0 where unknown;  K (3, 3) of all, pixels
+    first    (3, H, W) in [-1, 1];  depth (H, W) of it, 0 where unknown
+    K        (N + 1, 3, 3) pixels, of the first frame and of the others
     frames   (N, 3, H, W), in order;  guesses  each (N, 3, 4)
     counts   (N, H, W) pixels of `first` that may be compared with each
     returns  w2c (N, 3, 4) fp64 in depth's unit"""
@@ -106,7 +107,7 @@ def align_frames(first, depth, frames, K, counts, guesses=()):
         for level, (small, points, shrunk) in zip(levels, told):
             maps = with_slopes(F.avg_pool2d(frame[None], level)).expand(len(pose), -1, -1, -1)
             seen = in_the_middle(counts[t], level).flatten().expand(len(pose), -1)
-            pose, loss = refine(pose, maps, small, points, shrunk, seen)
+            pose, loss = refine(pose, maps, small, points, shrunk[t + 1], seen)
         found.append(pose[loss.argmin()])
     return torch.stack(found[1:])
 
@@ -118,8 +119,8 @@ def in_the_middle(x, level):
 
 
 def at_level(level, first, depth, K):
-    """Colours (P, 3) and points (P, 3) of the first frame, and K, at a level of the pyramid."""
+    """Colours (P, 3) and points (P, 3) of the first frame, and all K, at a level of the pyramid."""
     z = in_the_middle(depth, level)
-    shrunk = torch.cat([K[:2] / level, K[2:]])
-    points = (pixel_rays(shrunk, z.shape) * z[..., None]).flatten(0, 1)
+    shrunk = torch.cat([K[:, :2] / level, K[:, 2:]], 1)
+    points = (pixel_rays(shrunk[0], z.shape) * z[..., None]).flatten(0, 1)
     return F.avg_pool2d(first[None], level)[0].flatten(1).mT, points, shrunk

@@ -240,13 +240,13 @@ def ssim(a, b, sigma=1.5, radius=5):
 def warp_depth(depth, motion, K, size):
     """Depth of one frame as a second camera sees it: (H, W), inf where no point lands.
 
-    depth (H, W);  motion (3, 4) from the first to the second camera;  K (3, 3) of both
+    depth (H, W);  motion (3, 4) from the first to the second camera;  K (2, 3, 3) of the two
     The nearest surface wins where several points land."""
     valid = valid_depth(depth)
-    points = pixel_rays(K, size) * torch.where(valid, depth, 0)[..., None]
+    points = pixel_rays(K[0], size) * torch.where(valid, depth, 0)[..., None]
     x = rotate(motion[:, :3], points) + motion[:, 3]  # (H, W, 3) in the second camera's frame
     z = x[..., 2].clamp(min=1e-6)
-    j, i = ((K[a, a] * x[..., a] / z + K[a, 2]).floor() for a in (0, 1))
+    j, i = ((K[1, a, a] * x[..., a] / z + K[1, a, 2]).floor() for a in (0, 1))
     hit = valid & (x[..., 2] > 1e-6) & (i >= 0) & (i < size[0]) & (j >= 0) & (j < size[1])
     seen = torch.full((size[0] * size[1],), torch.inf, dtype=z.dtype, device=z.device)
     return seen.scatter_reduce(0, (i * size[1] + j)[hit].long(), z[hit], "amin").view(size)
@@ -265,7 +265,7 @@ def temporal_error(depth, w2c, K, mask):
         frames = range(len(d) - 1)
         for a, b in [(t, t + 1) for t in frames] + [(t + 1, t) for t in frames]:
             motion = compose(e[b], inv_se3(e[a]))
-            warped = warp_depth(torch.where(m[a], d[a], 0), motion, k[b], d.shape[1:])
+            warped = warp_depth(torch.where(m[a], d[a], 0), motion, k[[a, b]], d.shape[1:])
             keep = m[b] & torch.isfinite(warped) & valid_depth(d[b])
             if keep.any():
                 errors.append(((d[b] - warped).abs() / d[b])[keep].mean())

@@ -72,7 +72,7 @@ def alignment(b, first, video):
     later = (b[name][0, 1:] for name in ("w2c", "intrinsics", "depth"))
     start = b["points"][0, :1].expand(len(frames), -1, -1, -1)
     _, seen = meet(start, *later)
-    K, depth = b["intrinsics"][0, 0], b["depth"][0, 0] * known(b)[0]
+    K, depth = b["intrinsics"][0], b["depth"][0, 0] * known(b)[0]
     still = torch.eye(4).to(b["w2c"])[:3].expand_as(b["w2c"][0, 1:])
     return align_frames(first, depth, frames, K, seen, [b["w2c"][0, 1:], still])
 

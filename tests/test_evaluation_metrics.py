@@ -104,7 +104,7 @@ def test_the_nearest_surface_wins_where_two_land_on_one_pixel():
     seen = warp_depth(
         tensor([[2.0, 4.0]], **F64),
         motion,
-        tensor([[0.5, 0, 0.2], [0, 0.5, 0.5], [0, 0, 1]], **F64),
+        tensor([[0.5, 0, 0.2], [0, 0.5, 0.5], [0, 0, 1]], **F64).expand(2, 3, 3),
         (1, 2),
     )
     assert seen.tolist() == [[100, math.inf]]
@@ -119,6 +119,17 @@ def test_true_depth_of_a_rendered_room_is_consistent_in_time_and_flicker_is_not(
     )
     flicker = depth * tensor([1, 1.1, 1, 1.1, 1]).view(1, 5, 1, 1)
     assert temporal_error(depth, w2c, k, mask) < 2 < 8 < temporal_error(flicker, w2c, k, mask)
+
+
+def test_a_camera_that_zooms_at_a_slanted_wall_makes_no_flicker():
+    """z = 2 + x / 2, so 2 / (1 - slope / 2).  With one of the two cameras for both: 2.6."""
+    k = torch.eye(3, **F64).repeat(1, 5, 1, 1)
+    k[..., 0, 0] = k[..., 1, 1] = torch.linspace(40, 80, 5, **F64)
+    k[..., 0, 2], k[..., 1, 2] = 32, 24
+    slope = (torch.arange(64) + 0.5 - 32) / k[0, :, :1, 0]  # (5, 64)
+    depth = (2 / (1 - slope / 2))[None, :, None].expand(1, 5, 48, 64)
+    still = torch.eye(4, **F64)[:3].expand(1, 5, 3, 4)
+    assert temporal_error(depth, still, k, torch.ones(1, 5, 48, 64, dtype=torch.bool)) < 0.5
 
 
 def test_heads_agree_when_points_are_the_unprojected_depth():

@@ -7,11 +7,12 @@ import pathlib
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from small import train_here
 
 from data import Encoding, collate, encode, prepare
 from encoders import MINIATURE
-from geometry import inv_se3, plucker_rays, relative_to_first
+from geometry import inv_se3, plucker_rays, relative_to_first, unproject
 from lib import sampled
 from lib.align import align_frames
 from lib.camera_paths import exp_se3
@@ -135,7 +136,7 @@ def test_the_alignment_finds_the_cameras_of_a_rendered_video(seed):
     frames, truth = video[:, 1:].movedim(0, 1), b["w2c"]
     later = (b[name][0, 1:] for name in ("w2c", "intrinsics", "depth"))
     _, seen = sampled.meet(b["points"][0, :1].expand(FRAMES - 1, -1, -1, -1), *later)
-    given = (video[:, 0], b["depth"][0, 0], frames, b["intrinsics"][0, 0], seen)
+    given = (video[:, 0], b["depth"][0, 0], frames, b["intrinsics"][0], seen)
     for guesses in ([], [truth[0, 1:]]):
         apart = poses_apart(align_frames(*given, guesses), truth)
         assert apart["rot_deg"] < 0.25 and apart["trans"] < 0.01, apart
@@ -158,6 +159,25 @@ def test_the_alignment_tells_how_far_a_video_strays(example):
     half_way = pose_metrics(true[:, [0, 0, 1, 1, 2]], true)
     assert row["align_rot"] == pytest.approx(half_way["rot_deg"], abs=0.3)
     assert row["align_trans"] == pytest.approx(half_way["trans"], abs=0.02)
+
+
+def test_the_alignment_follows_a_camera_that_zooms(example):
+    """The middle of the true frames, enlarged, is what a longer lens sees."""
+    b, video = example
+    zoom = torch.linspace(1, 1.3, FRAMES)
+    to_middle = [F.affine_grid(torch.eye(2, 3)[None] / z, (1, 1, *SIZE), False) for z in zoom]
+
+    def nearer(maps, mode):  # (T, c, H, W)
+        pairs = zip(maps[:, None], to_middle)
+        return torch.cat([F.grid_sample(x, g, mode, align_corners=False) for x, g in pairs])
+
+    K, depth = b["intrinsics"].clone(), nearer(b["depth"][0][:, None], "nearest")[:, 0][None]
+    K[0, :, 0, 0], K[0, :, 1, 1] = K[0, :, 0, 0] * zoom, K[0, :, 1, 1] * zoom
+    b = dict(b, intrinsics=K, depth=depth, points=unproject(depth, b["w2c"], K))
+    seen = nearer(video.movedim(1, 0), "bilinear").movedim(0, 1)
+    found = sampled.alignment(b, seen[:, 0], seen)
+    apart = poses_apart(found, b["w2c"])
+    assert apart["rot_deg"] < 0.25 and apart["trans"] < 0.01, apart  # 1.8 by the first lens
 
 
 # ------------------------------------------------------------------------------------- the rows
