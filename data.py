@@ -189,10 +189,9 @@ def checked_cameras(path):
         raise ValueError(f"{path}: {error} {hint}") from None
     far, centres = np.abs(w2c[..., 3]).max(), fractions[:, 2:]  # metres; cx, cy
     if far > files.FAR or np.abs(centres - 0.5).max() > 0.5:
-        raise ValueError(
-            f"{path}: translations up to {far:.3g}, cx cy from {centres.min():.3g} to "
-            f"{centres.max():.3g}; wanted metres below {files.FAR:.0e} and fractions of the size"
-        )
+        found = f"translations up to {far:.3g}, cx cy {centres.min():.3g} to {centres.max():.3g}"
+        wanted = f"metres below {files.FAR:.0e} and fractions of the size"
+        raise ValueError(f"{path}: {found}; wanted {wanted}")
     return w2c, fractions
 
 
@@ -221,10 +220,9 @@ def check_counts(sample, cameras, last):
         cure = "lower num_frames, start or stride, or remove the clip"
         raise ValueError(f"clip {sample['id']}: {found}; {cure}")
     if len({video, cameras, depth}) > 1:
-        raise ValueError(
-            f"clip {sample['id']}: {video} video frames, {cameras} cameras and {depth} depth maps: "
-            "which belongs to which is unknown. Cut them to the same frames, or remove the clip"
-        )
+        found = f"{video} video frames, {cameras} cameras and {depth} depth maps"
+        cure = "which belongs to which is unknown. Cut them to the same frames, or remove the clip"
+        raise ValueError(f"clip {sample['id']}: {found}: {cure}")
 
 
 def read_window_depth(sample, ids, w2c):
@@ -504,11 +502,13 @@ class CachedClips(torch.utils.data.Dataset):
                     raise ValueError(f"{said}: {error!r}") from error
                 print(f"{said}, the next one in its place: {error!r}", flush=True)
 
+    def sample_of(self, i):
+        return self.samples[self.metadata[self.files[i].stem]["sample"]]
+
     def frames(self, i):
         """Pictures of a clip, uint8 (T, H, W, 3): its video cropped and resized, or its latents
         decoded; None where the cache has outlived the video."""
-        meta = self.metadata[self.files[i].stem]
-        sample = self.samples[meta["sample"]]
+        meta, sample = self.metadata[self.files[i].stem], self.sample_of(i)
         size = (int(meta[k]) for k in ("height", "width", "num_frames", "start", "stride"))
         try:
             if sample["video"]:

@@ -395,9 +395,8 @@ def from_vggt(vggt, own, layers):
     absent = sorted(n for n in wanted - plan.keys() if not n.endswith(".modulation"))
     if absent or not k:
         first = f"first {absent[0]}" if absent else "frame blocks"
-        raise ValueError(
-            f"VGGT's file lacks {len(absent)} tensors of its first {k} layers: {first}"
-        )
+        found = f"{len(absent)} tensors of its first {k} layers"
+        raise ValueError(f"VGGT's file lacks {found}: {first}")
     camera = [name for name in vggt if name.startswith("camera_head.")]
     if camera and all(own.get(name) == vggt[name] for name in camera):
         plan.update({name: name for name in camera})

@@ -140,10 +140,10 @@ def generator(*key):
     return torch.Generator().manual_seed(mixed)
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=16)  # of each dataset of a mix an epoch, and the one that follows
 def order_of_epoch(clips, seed, epoch):
     """The order of the clips in an epoch: each comes once."""
-    return torch.randperm(clips, generator=generator(seed, 1, epoch)).tolist()
+    return torch.randperm(clips, generator=generator(seed, 1, epoch))
 
 
 def global_batch(options, world):
@@ -172,7 +172,7 @@ class Batches:
         dataset, k = pick(n, self.weights, self.options.seed)
         epoch, place = divmod(k, self.sizes[dataset])
         order = order_of_epoch(self.sizes[dataset], self.options.seed, epoch)
-        return sum(self.sizes[:dataset]) + order[place]
+        return sum(self.sizes[:dataset]) + int(order[place])
 
     def __iter__(self):
         total = global_batch(self.options, self.ranks.world)
@@ -265,13 +265,14 @@ class Examples:
         return len(self.clips)
 
     def __getitem__(self, i):
-        b = prepare(collate([self.clips[i]]), self.model.cfg.in_dim, self.device, self.model.rays)
+        item = collate([self.clips[self.clips.turns[i]]])
+        b = prepare(item, self.model.cfg.in_dim, self.device, self.model.rays)
         noise = torch.randn(b["latents"].shape, generator=generator(self.seed, 3, i))
         return dict(b, noise=noise.to(self.device))
 
     def frames(self, i):
         """uint8 (T, H, W, 3) of a clip for a picture, or None."""
-        return self.clips.frames(i)
+        return self.clips.frames(self.clips.turns[i])
 
     def truth(self, i):
         """(3, T, H, W) in [-1, 1], what a sample is compared with."""
@@ -420,7 +421,8 @@ def open_clips(options, text_dim):
                 weights.append(weight)
             except EmptySplit as error:
                 empty = error
-        if not parts and (split == "train" or options.eval_only):
+        short = len(parts) < len(parts_of(options.data_dir))  # each has a share of the training
+        if split == "train" and short or options.eval_only and not parts:
             raise empty
         if parts:
             clips[split] = Mix(parts, weights, text_dim)

@@ -338,11 +338,10 @@ class WanDiT(nn.Module):
                 has_control="control_adapter.conv.weight" in shapes,
             )
         except (KeyError, IndexError, ValueError) as error:
-            raise ValueError(
-                f"{where}: not a Wan2.1 DiT in the official layout: tensor {error} is missing (the "
-                f"first names are {list(shapes)[:3]}). A shard is missing, or it is a *-Diffusers "
-                f"copy in place of the official files"
-            ) from None
+            found = f"tensor {error} is missing (the first names are {list(shapes)[:3]})"
+            why = "A shard is missing, or it is a *-Diffusers copy in place of the official files"
+            said = f"not a Wan2.1 DiT in the official layout: {found}. {why}"
+            raise ValueError(f"{where}: {said}") from None
         odd = [UNSUPPORTED[k] for k in UNSUPPORTED if any(name.startswith(k) for name in shapes)]
         odd += [] if sizes.in_dim in INPUTS else [f"a family of {sizes.in_dim} input channels"]
         if odd:

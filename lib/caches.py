@@ -139,15 +139,11 @@ def check_header(path, name, sample, size, fingerprint):
             why = "the file of another clip or encoder, or older than metadata.json"
             raise ValueError(f"{path}: {found}: {why}")
     text, start = (specs.get(k, ("", [0, 0], 0, 0))[1] for k in ("text", "start_latents"))
-    shapes = dict(
-        latents=("BF16", [16, f, h, w]),
-        start_latents=("BF16", [16, f if start[1:2] == [f] else 1, h, w]),
-        text=("BF16", [min(max(text[0], 1), 512), text[-1]]),
-        depth=("F32", [T, H, W]),
-        w2c=("F32", [T, 3, 4]),
-        intrinsics=("F32", [T, 3, 3]),
-    )
-    shapes |= dict(end_latents=("BF16", [16, f, h, w])) if "end_latents" in specs else {}
+    shapes = dict(depth=("F32", [T, H, W]), w2c=("F32", [T, 3, 4]), intrinsics=("F32", [T, 3, 3]))
+    shapes["latents"] = ("BF16", [16, f, h, w])
+    shapes["start_latents"] = ("BF16", [16, f if start[1:2] == [f] else 1, h, w])
+    shapes["text"] = ("BF16", [min(max(text[0], 1), 512), text[-1]])
+    shapes |= dict(end_latents=shapes["latents"]) if "end_latents" in specs else {}
     shapes |= dict(clip=("BF16", [*CLIP_SHAPE])) if "clip" in specs else {}
     shapes |= dict(moving=("BOOL", [T, H, W])) if "moving" in specs else {}
     found = {k: (v[0], v[1]) for k, v in specs.items()}

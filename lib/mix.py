@@ -94,6 +94,11 @@ class Mix:
         part, k = self.of(i)
         return part[k]
 
+    @functools.cached_property
+    def turns(self):
+        """The clips in an order in which the datasets take turns: an evaluation takes the first."""
+        return sorted(range(len(self)), key=lambda i: self.of(i)[1])
+
     def frames(self, i):
         part, k = self.of(i)
         return part.frames(k)
@@ -104,9 +109,13 @@ class Mix:
 
 # What the recipe asks of the clips, before the first step.
 def check_clips(clips, options, master):
-    """split -> Mix; ValueError for what cannot be trained on."""
+    """split -> Mix; ValueError for what cannot be trained on, or compared with a sample."""
     check_depth_kinds(clips, options, master)
-    check_end_images(clips, options)
+    lacking = [part for part in clips["train"].parts if not part.have_end_images()]
+    if options.end_dropout < 1 and lacking:  # training on end images needs them encoded
+        where = f"{lacking[0].empty_text.parent}: clips without an encoded end image"
+        cure = "python data.py encode ... --end_image (families of 36 inputs), or --end_dropout=1"
+        raise ValueError(f"end_dropout = {options.end_dropout}, {where}. Run {cure}")
 
 
 def check_depth_kinds(clips, options, master):
@@ -126,12 +135,3 @@ def check_depth_kinds(clips, options, master):
     if count["train"] and master:
         what = "they train the depth head alone, with depth_mode ssi"
         print(f"warning: {found} (8-bit or min-max normalised); {what}", flush=True)
-
-
-def check_end_images(clips, options):
-    """Training on end images needs them encoded."""
-    lacking = [part for part in clips["train"].parts if not part.have_end_images()]
-    if options.end_dropout < 1 and lacking:
-        where = f"{lacking[0].empty_text.parent}: clips without an encoded end image"
-        cure = "python data.py encode ... --end_image (families of 36 inputs), or --end_dropout=1"
-        raise ValueError(f"end_dropout = {options.end_dropout}, {where}. Run {cure}")

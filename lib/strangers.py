@@ -63,9 +63,8 @@ def checked_config(values, path):
     for key, n in parts.items():
         if vars(cfg)[key] % n:
             raise ValueError(f"{path}: {key} = {vars(cfg)[key]}; wanted a multiple of {n}")
-    levels = cfg.dpt_channels
-    if len(cfg.taps) != 4 or len(levels) != 4 or any(c % 4 for c in levels):
-        found = f"taps = {cfg.taps}, dpt_channels = {levels}"
+    if len(cfg.taps) != 4 or len(cfg.dpt_channels) != 4 or any(c % 4 for c in cfg.dpt_channels):
+        found = f"taps = {cfg.taps}, dpt_channels = {cfg.dpt_channels}"
         raise ValueError(f"{path}: {found}; wanted four layers, and four multiples of 4")
     if cfg.in_dim not in INPUTS:
         raise ValueError(f"{path}: in_dim = {cfg.in_dim}; wanted one of {sorted(INPUTS)}")

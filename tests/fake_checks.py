@@ -149,7 +149,7 @@ def recipe(stage, ranks=None, **more):
     """train.main, two steps with an evaluation and a checkpoint; only the data is made up."""
 
     class Clips:
-        sizes, weights, empty_text, parts = [8], (1.0,), "empty", ()
+        sizes, weights, empty_text, parts, turns = [8], (1.0,), "empty", (), range(8)
         count_relative, frames = staticmethod(lambda: 0), staticmethod(lambda i: None)
         __len__ = lambda self: 8
         __getitem__ = lambda self, i: {

@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 from small import options_of, train_here
 
 import train
+from data import EmptySplit
 from lib.distributed import Ranks
 from lib.mix import BLOCK, Mix, counts_of, parts_of, pick
 from lib.rooms import Recipe, synth
@@ -87,8 +88,34 @@ class Part(list):
 def test_a_mix_is_one_dataset_of_one_kind_of_caches():
     mix = Mix([Part("ab", "x/cache/k"), Part("cde", "y/cache/k")], [0.5, 0.5])
     assert len(mix) == 5 and "".join(mix[i] for i in range(5)) == "abcde" and mix.sizes == [2, 3]
+    assert "".join(mix[i] for i in mix.turns) == "acbde"  # so an evaluation of few sees both
     with pytest.raises(ValueError, match="x/cache/k and y/cache/m: encoded by other encoder"):
         Mix([Part("ab", "x/cache/k"), Part("c", "y/cache/m")], [0.5, 0.5])
+
+
+def test_a_dataset_without_training_clips_is_not_left_out_in_silence(monkeypatch):
+    """Its share went to the others; one without validation clips is no fault."""
+    lacking = {("b", "val")}
+
+    def clips(folder, split, *_):
+        if (folder, split) in lacking:
+            raise EmptySplit(f"{folder}: no samples in split {split!r}")
+        return Part("ab", "x/cache/k")
+
+    monkeypatch.setattr(train, "CachedClips", clips)
+    options = options_of(train, data_dir="a:0.5,b:0.5")
+    found = train.open_clips(options, None)
+    assert found["train"].sizes == [2, 2] and found["val"].sizes == [2]
+    lacking.add(("b", "train"))
+    with pytest.raises(ValueError, match="b: no samples in split 'train'"):
+        train.open_clips(options, None)
+
+
+def test_an_epoch_of_each_dataset_of_a_mix_is_ordered_once():
+    options = options_of(train, batch_size=8, max_steps=40, seed=3)
+    train.order_of_epoch.cache_clear()
+    list(train.Batches([200, 300, 400], options, Ranks(), weights=(0.2, 0.3, 0.5)))
+    assert train.order_of_epoch.cache_info().misses == 3
 
 
 def test_text_of_another_width_is_named_before_the_first_step(two_sets, tmp_path):
