@@ -10,6 +10,8 @@ from itertools import accumulate
 
 import numpy as np
 
+from lib.listing import check_sample
+
 BLOCK = 1000
 
 
@@ -116,6 +118,12 @@ def check_clips(clips, options, master):
         where = f"{lacking[0].empty_text.parent}: clips without an encoded end image"
         cure = "python data.py encode ... --end_image (families of 36 inputs), or --end_dropout=1"
         raise ValueError(f"end_dropout = {options.end_dropout}, {where}. Run {cure}")
+    val, count = clips.get("val"), min(options.eval_samples, options.eval_clips)
+    for part, k in map(val.of, val.turns[:count]) if val else ():
+        try:
+            check_sample("/", part.sample_of(k))
+        except ValueError as error:
+            raise ValueError(f"eval_samples compares with the true frames; {error}") from None
 
 
 def check_depth_kinds(clips, options, master):

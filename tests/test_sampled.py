@@ -237,7 +237,8 @@ def test_evaluation_samples_clips_and_compares_them_with_the_truth(tmp_path):
     for video in folder.glob("val*/video.mp4"):
         video.unlink()
     code, text = train_here(*line)
-    assert "eval_samples compares with the true frames" in str(code)
+    assert "eval_samples compares with the true frames; " in str(code)  # at the start
+    assert "video.mp4: no such file" in str(code)
 
 
 def test_sampling_settings_are_checked_before_anything_slow():
