@@ -22,14 +22,17 @@ from collections import Counter
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import patch
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from small import TINY, options_of
 
 import encoders
 import lib.evaluate
+import lib.sampled
 import sample
 import train
 from lib import plan
@@ -145,22 +148,25 @@ def same_types(ours, theirs):
     assert not differ, f"types differ on a GPU and on a CPU at {differ}"
 
 
+class Made:
+    """Clips of a run, made up."""
+
+    sizes, weights, empty_text, parts, turns = [8], (1.0,), "empty", (), range(8)
+    count_relative, frames = staticmethod(lambda: 0), staticmethod(lambda i: None)
+    __len__ = lambda self: 8
+    __getitem__ = lambda self, i: {
+        k: v[0] for k, v in loader_batch(MINI, 1, SMALL, pin=lambda x: x).items()
+    }
+
+
 def recipe(stage, ranks=None, **more):
     """train.main, two steps with an evaluation and a checkpoint; only the data is made up."""
-
-    class Clips:
-        sizes, weights, empty_text, parts, turns = [8], (1.0,), "empty", (), range(8)
-        count_relative, frames = staticmethod(lambda: 0), staticmethod(lambda i: None)
-        __len__ = lambda self: 8
-        __getitem__ = lambda self, i: {
-            k: v[0] for k, v in loader_batch(MINI, 1, SMALL, pin=lambda x: x).items()
-        }
 
     saved, loop, original = [], [], train.take_step
     written = dict(write_checkpoint=lambda *a, **_: saved.append(a[1]) or "")
     known = dict(
         start_processes=lambda *_: ranks or Ranks(device=CUDA),
-        open_clips=lambda *_: dict(train=Clips(), val=Clips()),
+        open_clips=lambda *_: dict(train=Made(), val=Made()),
         load_batches=lambda *_: iter(lambda: loader_batch(MINI, 2, SMALL), None),
         read_tensors=lambda _: ({"text": torch.randn(1, MINI.text_dim)}, {}),
         open_model=lambda *_: make_model(MINI, stage),
@@ -241,6 +247,33 @@ def sampling(
     return watch
 
 
+def evaluation(whole=False):
+    """A clip that is sampled and compared; whole: all of its rows, and the baselines.  What an
+    evaluation reads waits for the device, and may."""
+
+    class Clips(Made):
+        frames = staticmethod(lambda i: np.zeros((SMALL[0], *SMALL[1:], 3), np.uint8))
+
+    vae = SimpleNamespace(decode=lambda z, **_: torch.zeros(1, 3, *SMALL, device=z.device))
+    once = patch.multiple("lib.align", STEPS=1, LEVELS=(1,))  # more take no other way
+    unread = patch("lib.pictures.as_pixels", lambda x: x)  # there are no pixels
+    with fakes() as watch, torch.no_grad(), once, unread:
+        model, negative = make_model(MINI, 2, trains=False), torch.randn(3, MINI.text_dim)
+        autocast, how = torch.autocast("cuda", torch.bfloat16), sample.Sampling(steps=1, guidance=1)
+        draw = sample.ClipSampler(vae, negative.to(CUDA), how, autocast)
+        how = lib.evaluate.How(CUDA, autocast, 1, 0.1, eval_samples=1, draw=draw)
+        clips = train.Examples(Clips(), model, CUDA, 0)
+        if not whole:  # the way there and back is sampled alike: once
+            b = clips[0]
+            made = draw(model, b)
+            row = lib.sampled.sampled_row(model, b, clips.truth(0), lambda *_: made)[0]
+            assert {"psnr", "warp_psnr", "align_rot", "revisit"} < set(row)
+            return watch
+        rows = lib.evaluate.evaluate(model, clips, how) | lib.evaluate.baselines(clips, clips, how)
+    assert {"poses given", "no poses", "sampled"} < set(rows), rows.keys()
+    return watch
+
+
 def encoding():
     with fakes() as watch, torch.no_grad():
         vae = build(lambda: encoders.WanVAE(8))
@@ -274,6 +307,7 @@ def checks():
     yield "sample one pass after the other", partial(sampling, MINI, 2, one_by_one=True)
     yield "sample release", partial(sampling, RELEASE, 2, last=True)
     yield "sample offloaded", partial(sampling, RELEASE, 2, offloaded=True)
+    yield "evaluation of a sample", evaluation
     yield "encoders", encoding
     yield "plan mini", partial(planned, MINI, 2, "selective", (2, *SMALL))
 
@@ -283,6 +317,7 @@ def slow_checks():
     yield "train ddp", partial(training, MINI, 2, "selective", ranks="ddp")
     for stage in (0, 1, 2):
         yield f"recipe stage {stage}, evaluation", partial(recipe, stage)
+    yield "evaluation", partial(evaluation, whole=True)
     for stage in (1, 2):
         yield f"train stage {stage} none, two steps", partial(training, MINI, stage)
     for stage, how in itertools.product((1, 2), ("attention", "selective", "full")):
