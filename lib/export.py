@@ -193,6 +193,7 @@ def measure(scene, points=None, scale=1.0):
 def describe(report, unit):
     """The numbers of a sample as three lines."""
     c, a, u = (report[k] for k in ("control", "consistency", "unit"))
+    a = {k: np.nan if v is None else v for k, v in a.items()}  # as report.json has them
     fitted = f", fitted, residual {u['residual']:.2g}" if u["fitted"] else ""
     heads = f", depth head against point head {a['heads']:.1f} %" if "heads" in a else ""
     lines = [
@@ -469,4 +470,6 @@ def write_exports(scene, out, names, progress=iter):
     for name in progress(names):
         target, write = EXPORTS[name]
         write(scene, out / target)
-    (out / "report.json").write_text(json.dumps(scene.report, indent=1))
+    # JSON has no NaN: a number that no pixel could tell is null.
+    report = json.loads(json.dumps(scene.report), parse_constant=lambda _: None)
+    (out / "report.json").write_text(json.dumps(report, indent=1))

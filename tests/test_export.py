@@ -121,6 +121,17 @@ def test_nan_geometry_is_refused_with_the_cure():
         )
 
 
+def test_numbers_that_no_pixel_tells_are_null_in_the_report(scene, tmp_path):
+    """As after a pan so wide that neighbouring frames share nothing; NaN is no JSON."""
+    nothing = replace(scene, mask=np.zeros_like(scene.mask))
+    nothing.report = scene.report | E.measure(nothing)
+    E.write_exports(nothing, tmp_path, ["cameras"])
+    text = (tmp_path / "report.json").read_text()
+    assert "NaN" not in text and json.loads(text)["consistency"]["colour"] is None
+    told = [E.describe(report, "m") for report in (nothing.report, json.loads(text))]
+    assert told[0] == told[1] and "depth differs by nan %" in told[0][1]
+
+
 # ---- videos and depth
 def test_video_and_depth_video_with_its_legend(scene, out):
     frames, fps = read_video(out / "video.mp4")
