@@ -91,8 +91,8 @@ def default_view(scene, yaw=0.32, pitch=0.22):
     corners = np.concatenate([cloud, centres @ R])
     half = (corners.max(0) - corners.min(0)) / 2
     distance = max(2.2 * half[1], 1.8 * half[0]) + 0.8 * half[2]
-    target = (R @ (corners.max(0) - half)).round(4).tolist()
-    return dict(target=target, yaw=yaw, pitch=pitch, distance=float(max(distance, 1e-3)))
+    target = (R @ (corners.max(0) - half)).tolist()
+    return dict(target=target, yaw=yaw, pitch=pitch, distance=float(distance) or 1.0)
 
 
 def pack_maps(scene, stride):
@@ -106,7 +106,7 @@ def pack_maps(scene, stride):
     far = max(far, near * 1.001)
     code = 65535 * (1 / np.clip(depth, near, far) - 1 / far) / (1 / near - 1 / far)
     code = np.where(scene.solid()[pick], code.round().clip(1, 65535), 0).astype("<u2")
-    rank = np.searchsorted(np.sort(conf, None), conf.ravel()) / conf.size * 255
+    rank = np.searchsorted(np.sort(conf, None), conf.ravel(), "right") / conf.size * 255
     colour = np.concatenate([rgb, rank.reshape(*conf.shape, 1).astype(np.uint8)], -1)
     return code, colour, near, far
 
@@ -133,6 +133,8 @@ def write_page(scene, path):
     report, stride = scene.report, page_stride(len(scene.rgb), scene.size)
     depth, colour, near, far = pack_maps(scene, stride)
     video = page_video(scene, path.parent)
+    view = default_view(scene)
+    digits = 7 - min(0, int(np.floor(np.log10(view["distance"]))))  # of poses, behind the point
     blobs = dict(depth=depth.tobytes(), colour=colour.tobytes(), video=video)
     data = dict(
         title=cut(report.get("prompt") or "A sampled scene"),
@@ -147,11 +149,11 @@ def write_page(scene, path):
         lift=scene.lift,
         mode=2,
         drop=scene.drop,
-        c2w=inverse(scene.w2c).reshape(-1, 12).round(7).tolist(),
-        predicted=inverse(scene.predicted).reshape(-1, 12).round(7).tolist(),
+        c2w=inverse(scene.w2c).reshape(-1, 12).round(digits).tolist(),
+        predicted=inverse(scene.predicted).reshape(-1, 12).round(digits).tolist(),
         K=scene.intrinsics.round(7).tolist(),
         predictedK=scene.predicted_intrinsics.round(7).tolist(),
-        **default_view(scene),
+        **view,
         errors=[[frame["rot_deg"], frame["trans"]] for frame in report["control"]["frames"]],
         map=COLOUR_MAP.astype(int).tolist(),
         numbers=page_numbers(report, scene.unit),

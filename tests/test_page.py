@@ -176,6 +176,52 @@ def test_mouse_wheel_keys_and_two_fingers_move_the_view(made):
 
 
 @needs_browser
+def test_the_page_is_the_same_in_every_unit_of_length(made, tmp_path):
+    """A world of a ten-thousandth unit had no lines, and lay elsewhere."""
+    seen, scene, path = [], made[0], tmp_path / "scene.html"
+    for k in (1.0, 1e-4):
+        w2c, predicted = (
+            np.concatenate([E[..., :3], k * E[..., 3:]], -1) for E in (scene.w2c, scene.predicted)
+        )
+        small = replace(scene, depth=scene.depth * np.float32(k), w2c=w2c, predicted=predicted)
+        write_page(small, path)
+        with opened(path, 600, 400) as browser:
+            seen.append(pixels(browser))
+    assert changed(*seen) < 1e-3
+
+
+@needs_browser
+def test_keys_belong_to_the_control_that_tab_has_reached_and_a_lost_context_comes_back(made):
+    with opened(made[1], 900, 600) as browser:
+
+        def press(key, text=""):
+            how = dict(key=key, code="Space" if key == " " else key)
+            browser.call("Input.dispatchKeyEvent", type="keyDown", text=text, **how)
+            browser.call("Input.dispatchKeyEvent", type="keyUp", **how)
+
+        box = "(b => [b.x + 9, b.y + 9])(document.querySelector('#colour').getBoundingClientRect())"
+        x, y = browser.run(box)
+        for kind in ("mousePressed", "mouseReleased"):
+            browser.call(
+                "Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1
+            )
+        press(" ", " ")
+        assert browser.run("viewer.state.playing"), "a click leaves the space bar to the video"
+        browser.run("viewer.play(false), document.querySelectorAll('#colour button')[1].focus()")
+        press(" ", " ")
+        assert browser.run("viewer.state.colour === 1 && !viewer.state.playing")
+        frame = browser.run("document.getElementById('size').focus(), viewer.state.frame")
+        press("ArrowRight")
+        assert browser.run("viewer.state.frame") == frame and browser.run("viewer.state.size > 1.2")
+
+        before = pixels(browser)
+        browser.run("window.ext = viewer.gl.getExtension('WEBGL_lose_context'); ext.loseContext()")
+        browser.run("new Promise(done => setTimeout(done, 100))")
+        browser.run("ext.restoreContext(); new Promise(done => setTimeout(done, 200))")
+        np.testing.assert_array_equal(pixels(browser), before)
+
+
+@needs_browser
 def test_the_video_plays_and_without_its_codec_the_points_own_colours_do(made, tmp_path):
     ended = (
         "new Promise(done => { viewer.play(true); const wait = () => viewer.state.playing ? "
