@@ -40,7 +40,7 @@ from lib import caches, camera_files, files, importers, listing
 from lib.camera_files import read_cameras, rigid
 from lib.crop import Crop
 from lib.depth import check_positive, read_depth, unit_of, why_relative
-from lib.distributed import check_device, gathered
+from lib.distributed import check_device, gathered, say
 from lib.guards import run_command
 from lib.log import Passes
 from lib.look import view
@@ -376,9 +376,7 @@ def encode(root, height, width, num_frames, how=None):
         raise ValueError(f"{found}; wanted 4k + 1 and multiples of 16")
     # by torchrun
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    gpu = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
-    chosen = gpu if how.device in ("", "auto") else how.device
-    encoders = WanFolder(how.wan_dir, check_device(chosen))
+    encoders = WanFolder(how.wan_dir, check_device(how.device))
     folder = Path(root, "cache", f"{num_frames}x{height}x{width}-{encoders.fingerprint}")
     same = dict(num_frames=num_frames, height=height, width=width)
     same["fingerprint"] = encoders.fingerprint  # other encoder files, other latents
@@ -640,7 +638,7 @@ def make_parser():
     p = with_root("encode", help="encode every clip once: training loads no encoder")
     p.add_argument("--split")
     p.add_argument("--wan_dir", required=True, help="folder of a Wan2.1 release, or tiny/wan")
-    p.add_argument("--device", default="", help="default: a GPU where there is one")
+    p.add_argument("--device", default="auto", help="auto: a GPU where there is one")
     size_options(p)
     for name, default in dict(start=0, windows=1, window_seed=-1).items():
         p.add_argument(f"--{name}", type=int, default=default)

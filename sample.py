@@ -523,7 +523,6 @@ def settled(options, meta):
     if foreign and options.camera.endswith(".json"):
         form = form or "fantasyworld"  # the release's own layout; WorldScore's looks the same
         pictures = pictures or f"{height}x{width}"  # it takes the focal length as the video's
-    auto = "cuda" if torch.cuda.is_available() else "cpu"
     return options.replaced(
         frames=frames,
         height=height,
@@ -533,7 +532,7 @@ def settled(options, meta):
         camera_size=pictures,
         # Points of a release are lifted as its own script lifts them.
         lift=options.lift or ("predicted" if foreign else "commanded"),
-        device=check_device(auto if options.device == "auto" else options.device),
+        device=check_device(options.device),
         **sampling_of(options, trained),
     )
 

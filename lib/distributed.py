@@ -41,12 +41,11 @@ def start_processes(device, step_timeout, wait_timeout):
     wait_timeout   the same around loading, saving and evaluation: the default group"""
     rank = int(os.environ.get("RANK", 0))
     world = int(os.environ.get("WORLD_SIZE", 1))
-    place = torch.device("cpu")
+    place = torch.device(check_device("cpu" if device == "cpu" else "auto"))
     backend = "gloo"
-    if device != "cpu" and torch.cuda.is_available():
-        place = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
+    if place.type == "cuda":
         backend = "cpu:gloo,cuda:nccl"
-        torch.cuda.set_device(check_device(str(place)))
+        torch.cuda.set_device(place)
         check_gpu(torch.cuda.get_device_name(place), torch.cuda.get_device_capability(place))
     elif device == "cuda":
         raise ValueError("device = cuda: torch finds no GPU. Fix: use --device=cpu or auto")
@@ -82,7 +81,10 @@ def store_of_attempt(store, rank, world, patience):
 
 
 def check_device(name):
-    """The name of a device, if torch has it; ValueError for another."""
+    """The name of a device, if torch has it, of auto this rank's; ValueError for another."""
+    if name == "auto":
+        gpu = torch.cuda.is_available()
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if gpu else "cpu"
     with suppress(RuntimeError):  # no such kind
         device = torch.device(name)
         there = dict(cpu=1, cuda=torch.cuda.device_count() if torch.cuda.is_available() else 0)

@@ -14,7 +14,7 @@ class Encoding:
     """What `data.py encode` is asked for beside the size."""
 
     wan_dir: str = MINIATURE  # whose encoders are used
-    device: str = ""  # empty: a GPU where there is one
+    device: str = "auto"  # a GPU where there is one
     split: str | None = None
     start: int = 0  # first frame of a clip's first window
     stride: str | int = 1  # frames from one to the next; "1,2,4": each window draws one
