@@ -103,7 +103,10 @@ def apply(script, argv):
             if not rest:
                 raise ValueError(f"command line: --{key} has no value. Fix: write --{key}=VALUE")
             text = rest.pop(0)
-        values[key] = check(key, from_text(text, declared.type), declared, "command line")
+        value = None  # as --help writes such a default
+        if text != "None" or declared.default is not None:
+            value = check(key, from_text(text, declared.type), declared, "command line")
+        values[key] = value
     return Options(**values)
 
 
@@ -133,8 +136,8 @@ def check(key, value, declared, where):
         value = tuple(value) if type(value) is list else (value,)
     if type(value) is not wanted:
         found = WORDS.get(type(value), type(value).__name__)
-        such = f"{WORDS[wanted]} such as {declared.default!r}"
-        raise ValueError(f"{where}: {key} = {value!r} is {found}, wanted {such}")
+        such = f" such as {declared.default!r}" if declared.default is not None else ""
+        raise ValueError(f"{where}: {key} = {value!r} is {found}, wanted {WORDS[wanted]}{such}")
     if not declared.allows(value):
         raise ValueError(f"{where}: {key} = {value!r}, wanted {declared.range or 'numbers'}")
     if wanted is str and "~" in value:  # a path, or several with commas

@@ -20,6 +20,8 @@ SCRIPT = dict(
     levels=option((0.5,), "noise levels", above=0, high=1),
     guard=option(0.0, "a factor", above=1, off=0),
     sizes=option({}, "by name"),
+    usual=option(None, "a count", kind=int),
+    which=option(None, "one of two", choices=(None, "a", "b")),
     not_an_option=3,
 )
 
@@ -115,6 +117,8 @@ def test_a_config_file_is_refused_by_file_and_line(tmp_path, text, words):
         ("--steps", "--steps has no value"),
         ("--steps=3.5", "steps = 3.5 is a number, wanted a whole number"),
         ("--rate=nan", "rate = 'nan' is a text, wanted a number"),
+        ("--usual=x", "usual = 'x' is a text, wanted a whole number$"),
+        ("--which=c", "which = 'c', wanted None, a, b"),
         ("--rate=-1", "rate = -1.0, wanted above 0"),
         ("--levels=(0.5,2)", "levels = \\(0.5, 2\\), wanted above 0, at most 1"),
         ("--levels=('a',)", "levels = \\('a',\\), wanted above 0"),
@@ -149,3 +153,9 @@ def test_training_options_out_of_range_are_refused_where_they_are_declared(argum
     key = argument[2:].split("=")[0]
     with pytest.raises(ValueError, match=f"{key} = .*, wanted (at least|above)"):
         config.apply(vars(train), [argument])
+
+
+def test_none_may_be_typed_where_help_shows_it_as_the_default():
+    assert config.apply(SCRIPT, ["--usual=3", "--usual=None", "--which", "None"]).which is None
+    assert config.apply(SCRIPT, ["--usual=3", "--usual=None"]).usual is None
+    assert config.apply(SCRIPT, ["--name=None"]).name == "None"
