@@ -581,6 +581,8 @@ def verify(root, split=None, fix_hints=False, as_json=False, exact=False, follow
 
 def look_at(root, ids, out, size, num_frames, follow_links=False):
     """`data.py view`: up to num_frames frames of each sample, evenly spread over it."""
+    if any(side % 2 for side in size or ()):
+        raise ValueError(f"--size {size[0]}x{size[1]}: wanted even sides, for the page's video")
 
     def load(sample):
         frames = files.count_frames(sample["video"]) if sample["video"] else 5

@@ -20,7 +20,7 @@ class Crop:
     def cut(self):
         """top, left, height, width in pixels of the source."""
         (h, w), (height, width) = self.source, self.target
-        hc, wc = min(h, round(w * height / width)), min(w, round(h * width / height))
+        hc, wc = min(h, round(w * height / width) or 1), min(w, round(h * width / height) or 1)
         return (h - hc) // 2, (w - wc) // 2, hc, wc
 
     def video(self, frames):

@@ -58,6 +58,9 @@ def test_the_command_writes_a_sheet_pages_and_the_worst_pair(dataset, capsys, mo
     monkeypatch.setattr(sys, "argv", ["data.py", "view", str(dataset), "none"])
     with pytest.raises(ValueError, match="no sample 'none'"):
         data.command()
+    monkeypatch.setattr(sys, "argv", [*command, "--size", "33x64"])
+    with pytest.raises(ValueError, match="--size 33x64: wanted even sides"):
+        data.command()
     assert json.loads((dataset / "metadata.json").read_text())
 
 

@@ -92,6 +92,11 @@ def test_other_pictures_are_refused_by_their_true_kind(tmp_path, head, kind):
         read_video(tmp_path / "photo.jpg", 1)
 
 
+def test_a_picture_of_a_few_pixels_is_cut_to_one_of_them_at_least(photo):
+    path = photo("thin.png", source="testsrc2=size=4x300")
+    assert sample.load_image(path, 96, 1600).shape == (1, 3, 1, 96, 1600)
+
+
 def test_a_cut_picture_is_damaged_not_grey(photo, tmp_path):
     for ending in ("jpg", "png", "bmp"):
         data = photo(f"d.{ending}").read_bytes()
