@@ -479,8 +479,8 @@ class CachedClips(torch.utils.data.Dataset):
                 way_out = "skip_bad leaves out the lesser part only"
             cures = [f"Delete what is damaged, run\n  {cure}", way_out]
             raise ValueError("\n".join([f"{what} cannot be trained on", *lines[:5], *more, *cures]))
-        if bad and os.environ.get("RANK", "0") == "0":
-            print("\n".join([f"{what} are left out", *lines]), flush=True)
+        if bad:
+            say("\n".join([f"{what} are left out", *lines]))
 
     def __len__(self):
         return len(self.files)

@@ -77,16 +77,14 @@ def show_world(folder, names, command):
         if file.is_dir():
             file = Path(shutil.make_archive(file, "zip", file))
         size = file.stat().st_size / 1e3
-        files.append(
-            f'<li><a download href="{address(file)}">{file.name}</a> ({size:,.0f} kB)</li>'
-        )
+        link = f'<a download href="{address(file)}">{file.name}</a>'
+        files.append(f"<li>{link} ({size:,.0f} kB)</li>")
         if file.suffix == ".mp4":
             how = f'controls loop muted aria-label="{name}"'
             videos.append(f'<video {how} src="{address(file)}"></video>')
         if file.suffix == ".html":  # sandbox: it reads nothing of the page around it
-            page = (
-                f'<iframe title="the world" sandbox="allow-scripts" src="{address(file)}"></iframe>'
-            )
+            how = 'title="the world" sandbox="allow-scripts"'
+            page = f'<iframe {how} src="{address(file)}"></iframe>'
     lines = map(html.escape, describe(report, report["settings"]["unit"]))
     return (
         f'<div class="world">{page}<div class="side">{"".join(videos)}</div>'

@@ -19,7 +19,7 @@ from safetensors import safe_open
 
 import released
 from encoders import expert_folders, lazy_tensors, unwrapped, wan_files
-from lib.distributed import copy_into
+from lib.distributed import copy_into, say
 from lib.files import write_aside
 from lib.guards import run_command
 from lib.lora import with_lora
@@ -110,10 +110,9 @@ def wan_sources(folder):
         cure = "name one of them, high_noise_model or low_noise_model; train.py: --expert"
         raise ValueError(f"wan_dir = {folder}: a pair of experts; {cure}")
     if not files:
-        raise ValueError(
-            f"wan_dir = {folder}: no diffusion_pytorch_model*.safetensors (a Wan2.1 folder) and no "
-            f"latest.safetensors (a stage 0 run) in it; train stage 0 first or download the weights"
-        )
+        lacks = "no diffusion_pytorch_model*.safetensors (Wan2.1), no latest.safetensors (stage 0)"
+        cure = "train stage 0 first or download the weights"
+        raise ValueError(f"wan_dir = {folder}: {lacks} in it; {cure}")
     return files
 
 
@@ -141,15 +140,11 @@ def load_wan(folder, cfg, device="cpu", dtype=None, lora=""):
     dit = WanDiT.from_shapes(shapes, cfg.head_dim, cfg.text_len, where=folder)
     check_names(shapes_of(dit.state_dict()), shapes, f"{folder}: Wan2.1 DiT")
     wanted = (half_precision(dit, dtype) if dtype else dit).state_dict()
-    dit.load_state_dict(
-        {name: tensors[name][1]().to(device, wanted[name].dtype, copy=True) for name in wanted},
-        assign=True,
-    )
+    sd = {name: tensors[name][1]().to(device, wanted[name].dtype, copy=True) for name in wanted}
+    dit.load_state_dict(sd, assign=True)
     found = vars(dit.sizes)
-    if os.environ.get("RANK", "0") == "0":
-        family = FAMILIES.get(fingerprint(shapes), "a DiT of sizes that no release has")
-        sizes = ", ".join(f"{key} {value}" for key, value in found.items())
-        print(f"{folder}: {family}: {sizes}", flush=True)
+    family = FAMILIES.get(fingerprint(shapes), "a DiT of sizes that no release has")
+    say(f"{folder}: {family}:", ", ".join(f"{key} {value}" for key, value in found.items()))
     return dit, replace(cfg, **found)
 
 
@@ -182,8 +177,7 @@ def check_trained(model, found, stage, path):
     """ValueError unless a checkpoint's tensors, name -> shape, are those of its stage."""
     own = dict(model.named_parameters())
     trained_later = ("camera_adapters.", "exchange.", "ray_encoder.") if stage == "1" else ()
-    unread = () if model.cfg.pose_tokens else ("pose_encoder.",)
-    untrained = trained_later + unread
+    untrained = trained_later + (() if model.cfg.pose_tokens else ("pose_encoder.",))
     absent = {k for k in own if k.startswith("dit.") != (stage == "0") or k.startswith(untrained)}
     what = f"{path} (stage {stage}) does not fit this model"
     cure = "Use the preset that it was trained with."
@@ -254,9 +248,8 @@ def load_weights(model, path):
         with naming(path):
             plan, left = released.from_vggt(tensor_shapes(file), own, model.cfg.geo_layers)
         kinds = sorted({".".join(re.sub(r"\d+", "*", name).split(".")[:3]) for name in left})
-        if os.environ.get("RANK", "0") == "0":
-            found = f"{len(plan)} tensors taken, {len(left)} left behind: {', '.join(kinds)}"
-            print(f"{path}: VGGT: {found}", flush=True)
+        taken = f"{len(plan)} tensors taken, {len(left)} left behind"
+        say(f"{path}: VGGT: {taken}: {', '.join(kinds)}")
     parameters = dict(model.named_parameters())
     for k, name in plan.items():
         copy_into(parameters[k], floats(file[name][1](), name, path).reshape(own[k]))
@@ -303,26 +296,23 @@ def load_release(path, wan_dir="", device="cpu", dtype=None, trains=False, origi
         if not trains:
             half_geometry(model, dtype)
     wanted = model.state_dict()
-    model.load_state_dict(
-        {
-            k: floats(files[not of_release][name][1](), name, path)
-            .reshape(own[k])
-            .to(device, wanted[k].dtype, copy=True)
-            for k, (of_release, name) in plan.items()
-        },
-        assign=True,
-    )
+
+    def read(k, of_release, name):
+        value = floats(files[not of_release][name][1](), name, path).reshape(own[k])
+        return value.to(device, wanted[k].dtype, copy=True)
+
+    model.load_state_dict({k: read(k, *place) for k, place in plan.items()}, assign=True)
     for head in (model.depth_head, model.point_head):
         head.scratch.to(memory_format=torch.channels_last)
     of_base = sum(not of_release for of_release, _ in plan.values())
     family = FAMILIES.get(fingerprint(shapes[1]), "other sizes") if based else "no base"
-    if os.environ.get("RANK", "0") == "0":
-        parts = f"{len(plan) - of_base} tensors of it and {of_base} of {wan_dir or 'nothing else'}"
-        sizes = f"{cfg.num_pcb} + {cfg.geo_layers} video blocks of width {cfg.dim}"
-        sizes += f", geometry width {cfg.geo_dim}"
-        print(f"{path}: FantasyWorld release, {parts} ({family}): {sizes}", flush=True)
-        if origin.lora and not of_base:
-            print(f"{origin.lora}: without effect, the release holds the whole video branch")
+    say(
+        f"{path}: FantasyWorld release, {len(plan) - of_base} tensors of it and "
+        f"{of_base} of {wan_dir or 'nothing else'} ({family}): {cfg.num_pcb} + "
+        f"{cfg.geo_layers} video blocks of width {cfg.dim}, geometry width {cfg.geo_dim}"
+    )
+    if origin.lora and not of_base:
+        say(f"{origin.lora}: without effect, the release holds the whole video branch")
     return model
 
 
