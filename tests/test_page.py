@@ -191,6 +191,18 @@ def test_the_page_is_the_same_in_every_unit_of_length(made, tmp_path):
 
 
 @needs_browser
+def test_nothing_lies_over_anything_on_a_phone(made):
+    """The clock ran into the buttons beside it."""
+    with opened(made[1], 390, 800) as browser:
+        browser.resize(390, 800, mobile=True)
+        wide = (
+            "[...document.querySelectorAll('footer *')].filter(e => e.scrollWidth > e.clientWidth"
+        )
+        assert browser.run(f"{wide} && e.clientWidth).map(e => e.id)") == []
+        assert browser.run("document.documentElement.scrollWidth") == 390
+
+
+@needs_browser
 def test_keys_belong_to_the_control_that_tab_has_reached_and_a_lost_context_comes_back(made):
     with opened(made[1], 900, 600) as browser:
 
