@@ -361,6 +361,7 @@ def export_release(checkpoint, out):
     if not cfg.released or meta["stage"] != "2":
         wanted = "a stage 2 checkpoint of a run with --init_from=model.pth of the release"
         raise ValueError(f"{checkpoint}: wanted {wanted}")
+    pathlib.Path(out).parent.mkdir(parents=True, exist_ok=True)  # before gigabytes are read
     named = {released.release_name(k, cfg.num_pcb): v for k, v in tensors.items()}
     bridge, whole = "vggt.projection_head.weight", release_tensors(meta["release"])
     named[bridge] = named[bridge][..., None, None, None]

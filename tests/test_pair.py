@@ -182,9 +182,9 @@ def test_an_expert_is_fine_tuned_sampled_and_exported_under_the_release_s_names(
     sampled(pair, tmp_path / "out", ckpt)  # the Wan folder is the one of training
     text = sampled(pair, tmp_path / "x", f"{tuned[1]},{tuned[0]}", ok=False)
     assert "the low noise expert, wanted the high noise one" in text
-    export_release(tuned[1], tmp_path / "again.pth")
+    export_release(tuned[1], tmp_path / "new" / "again.pth")
     before = torch.load(pair / "low_noise_model.pth", weights_only=True)
-    after = torch.load(tmp_path / "again.pth", weights_only=True)
+    after = torch.load(tmp_path / "new" / "again.pth", weights_only=True)
     assert after.keys() == before.keys()
     assert all(after[k].shape == v.shape for k, v in before.items())
     # What has trained is in it, bit for bit.
