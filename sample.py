@@ -126,9 +126,9 @@ amount = option(1.0, "strength of a named move: 1 travels 0.3 scene units or tur
 fov = option(65.0, "horizontal field of view where the camera has no intrinsics", low=1, high=170)
 scene_scale = option("1", "your units per scene unit; or its depth: FILE, or FILE*0.001 of mm")
 section_3 = section("size")
-frames = option(0, "4k + 1; 0: as in training", low=0)
-height = option(0, "pixels, a multiple of 16; 0: as in training", low=0)
-width = option(0, "pixels, a multiple of 16; 0: as in training", low=0)
+frames = option(0, "4k + 1; 0: as in training", low=0, high=10**4)
+height = option(0, "pixels, a multiple of 16; 0: as in training", low=0, high=2**13)
+width = option(0, "pixels, a multiple of 16; 0: as in training", low=0, high=2**13)
 fps = option(16.0, "frames a second of the written videos", low=0.1, high=1000)
 section_4 = section("sampling")
 # None: as the checkpoint asks for, or else WANS.
@@ -473,7 +473,7 @@ def sample_one(job, meta, resources, bar=bar):
 # -------------------------------------------------------------------------------------------- main
 def corrections(options):
     """The names of --correct."""
-    names = {name for name in options.correct.split(",") if name}
+    names = {name for name in options.correct.replace(" ", "").split(",") if name}
     unknown = names - set(CORRECTIONS)
     if unknown:
         raise ValueError(f"--correct {min(unknown)}: wanted {', '.join(CORRECTIONS)}")
@@ -547,8 +547,8 @@ def scene_scale_of(options, meta):
         _, K = load_camera(options.camera, options.frames, size, view_of(options, 1.0))
         squeezed = "image" in quirks_of(options, meta)
         scale = mean_distance(text, K, size, "" if squeezed else options.image)
-    if not 1e-9 <= scale <= 1e9:
-        raise ValueError(f"--scene_scale {text}: wanted 1e-9 to 1e9")
+    if not 1e-5 <= scale <= 1e9:  # below, its numbers take lengths for zero
+        raise ValueError(f"--scene_scale {text}: wanted 1e-5 to 1e9")
     return scale
 
 

@@ -103,10 +103,9 @@ def apply(script, argv):
             if not rest:
                 raise ValueError(f"command line: --{key} has no value. Fix: write --{key}=VALUE")
             text = rest.pop(0)
-        value = None  # as --help writes such a default
+        values[key] = None  # as --help writes such a default
         if text != "None" or declared.default is not None:
-            value = check(key, from_text(text, declared.type), declared, "command line")
-        values[key] = value
+            values[key] = check(key, from_text(text, declared.type), declared, "command line")
     return Options(**values)
 
 

@@ -423,7 +423,7 @@ USUAL = "video,depth,npz,ply,cameras,sheet,html"
 
 def export_names(text):
     """ "all" or names with commas -> list of keys of EXPORTS."""
-    names = list(EXPORTS) if text == "all" else [n for n in text.split(",") if n]
+    names = list(EXPORTS) if text == "all" else [n for n in text.replace(" ", "").split(",") if n]
     for name in names:
         if name not in EXPORTS:
             wanted = f"wanted all, or names of {','.join(EXPORTS)}"

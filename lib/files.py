@@ -270,9 +270,9 @@ def count_frames_at(path, changed):
 
 
 def unreadable(path, error):
-    said = str(error).removeprefix(f"{path}: ")
-    if said.startswith("a picture of kind"):  # it says what to do
-        return ValueError(f"{path}: {said}")
+    said = str(error)
+    if said.startswith((f"{path}: ", "a picture of kind")):  # it says what to do
+        return ValueError(f"{path}: {said.removeprefix(f'{path}: ')}")
     return ValueError(f"{path}: not a readable video: {said}. Re-encode or remove it.")
 
 
