@@ -3,6 +3,7 @@ template."""
 
 import base64
 import json
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -116,15 +117,14 @@ def cut(text, most=500):
     return text if len(text) <= most else f"{text[:most]} ..."
 
 
-def page_video(scene, folder):
+def page_video(scene):
     """The video's bytes, compressed harder until PAGE_VIDEO holds them or it gets no harder."""
-    temporary = folder / "page.tmp.mp4"
-    for crf in (20, 26, 32, 38, 44, 51):
-        write_video(temporary, scene.rgb, scene.fps, crf)
-        video = temporary.read_bytes()
-        if len(video) <= PAGE_VIDEO:
-            break
-    temporary.unlink()
+    with tempfile.TemporaryDirectory() as home:
+        for crf in (20, 26, 32, 38, 44, 51):
+            write_video(Path(home, "video.mp4"), scene.rgb, scene.fps, crf)
+            video = Path(home, "video.mp4").read_bytes()
+            if len(video) <= PAGE_VIDEO:
+                break
     return video
 
 
@@ -132,7 +132,7 @@ def write_page(scene, path):
     """scene.html: viewer.html with the scene inside, no other file and no network."""
     report, stride = scene.report, page_stride(len(scene.rgb), scene.size)
     depth, colour, near, far = pack_maps(scene, stride)
-    video = page_video(scene, path.parent)
+    video = page_video(scene)
     view = default_view(scene)
     digits = 7 - min(0, int(np.floor(np.log10(view["distance"]))))  # of poses, behind the point
     blobs = dict(depth=depth.tobytes(), colour=colour.tobytes(), video=video)
