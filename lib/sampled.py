@@ -59,10 +59,10 @@ def carry_first(b, first):
     later = len(b["depth"][0]) - 1
     names = ("w2c", "intrinsics", "depth")
     w2c, K, depth = (b[name][0, :1].expand(later, *b[name].shape[2:]) for name in names)
-    grid, seen = meet(b["points"][0, 1:], w2c, K, depth)
+    grid, seen = meet(b["points"][0, 1:], w2c, K, depth * known(b)[:1])
     pictures = first.expand(later, -1, -1, -1)
     carried = F.grid_sample(pictures, grid, align_corners=False, padding_mode="border")
-    return carried, seen & known(b)[1:] & known(b)[:1]
+    return carried, seen & known(b)[1:]
 
 
 def alignment(b, first, video):

@@ -199,6 +199,17 @@ def test_carried_colours_are_those_of_the_true_frames_where_both_see(example):
     assert gap[seen].median() < 0.03 and gap[~seen].mean() > 2 * gap[seen].mean()
 
 
+def test_what_moves_in_the_first_frame_is_left_out_where_it_is_carried_to(example):
+    b, video = example
+    moving = torch.zeros_like(b["mask"])
+    moving[0, 0, :, 68:84] = True
+    _, seen = sampled.carry_first(dict(b, moving=moving), video[:, 0])
+    mark, before = sampled.carry_first(b, moving[0, 0].float().expand(3, -1, -1))
+    edge = (mark[:, 0] > 0.05) & (mark[:, 0] < 0.95)
+    assert torch.equal(seen | edge, before & (mark[:, 0] < 0.5) | edge)
+    assert (before & ~seen)[3].sum() > 500 and mark[3, 0, :, 68:84].mean() < 0.9  # it is elsewhere
+
+
 def test_out_and_back_ends_where_it_began(example):
     b, _ = example
     path = sampled.out_and_back(b)["w2c"]
