@@ -191,6 +191,24 @@ def test_the_page_is_the_same_in_every_unit_of_length(made, tmp_path):
 
 
 @needs_browser
+def test_riding_a_camera_shows_its_picture_wherever_its_centre_is(made, tmp_path):
+    K = made[0].intrinsics + [0, 0, -0.15, 0.1]
+    write_page(replace(made[0], intrinsics=K), tmp_path / "scene.html")
+    with opened(tmp_path / "scene.html", 900, 500) as browser:
+        browser.run(
+            "viewer.choose('mode', 0), viewer.slide('size', 2.5), viewer.slide('unsure', 0)"
+        )
+        browser.run("viewer.state.told = viewer.state.seen = false, viewer.ride(true)")
+        shown = pixels(browser)[::-1].astype(int)
+    h, w = shown.shape[:2]
+    zoom = min(h / H, w / W)  # the picture fills the view one way
+    rows = (h / 2 + (np.arange(H) + 0.5 - H / 2) * zoom).astype(int)
+    columns = (w / 2 + (np.arange(W) + 0.5 - W / 2) * zoom).astype(int)
+    gap = np.abs(shown[rows][:, columns] - made[0].rgb[0])[made[0].solid()[0]]
+    assert gap.mean() < 10  # 34 where the centre was taken for the middle
+
+
+@needs_browser
 def test_nothing_lies_over_anything_on_a_phone(made):
     """The clock ran into the buttons beside it."""
     with opened(made[1], 390, 800) as browser:
