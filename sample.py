@@ -171,23 +171,23 @@ READOUT_SIGMA = 0.1  # where geometry is read; the release's last step has 0.092
 # -------------------------------------------------------------------------------------- conditions
 @torch.no_grad()
 def conditions(encoders, prompts, images, *, frames, tiles=False, progress=iter):
-    """Encode prompts and images; each encoder is freed before the next one is loaded.
+    """Encode prompts and images, to the CPU; each encoder is freed before the next one is loaded.
 
     images    {(path of the start image, of the end image or ""): (1, 3, 1 or 2, H, W) in [-1, 1]};
               a sample without one gets zeros, as a clip whose image training dropped
     tiles     images are encoded in tiles, as by the release on Wan2.2
     returns   {prompt: (L, dim)}, {paths: (start latents, clip (1, 257, 1280) or None)}, the VAE"""
     text = encoders.load_text()
-    texts = {prompt: text([prompt])[0] for prompt in progress(prompts)}  # (L, dim) each
+    texts = {prompt: text([prompt])[0].cpu() for prompt in progress(prompts)}  # (L, dim) each
     del text
     look = encoders.load_image() if images and encoders.load_image else None
-    clips = {paths: look(image[:, :, 0]) if look else None for paths, image in images.items()}
+    clips = {k: look(image[:, :, 0]).cpu() if look else None for k, image in images.items()}
     del look
     vae, starts = encoders.load_vae(), {}
     coder = Tiles(vae) if tiles else vae
     for paths, image in images.items():
         start = encode_start(coder, image, frames, encoders.start_pad)  # (1, 16, 1 or f, h, w)
-        starts[paths] = start, clips[paths]
+        starts[paths] = start.cpu(), clips[paths]
     return texts, starts, vae
 
 

@@ -224,8 +224,8 @@ def sampling(
         model = on_the_host(cfg, stage, **how) if offloaded else make_model(cfg, stage, **how)
         noise = torch.randn(1, 16, *grid, device=CUDA)
         start = torch.randn(1, 16, grid[0] if cfg.in_dim == 36 else 1, *grid[1:], device=CUDA)
-        text = torch.randn(5, cfg.text_dim, device=CUDA, dtype=torch.bfloat16)
-        clip = torch.randn(1, *CLIP_SHAPE, device=CUDA).bfloat16() if cfg.has_clip else None
+        text = torch.randn(5, cfg.text_dim, dtype=torch.bfloat16)  # of a list, on the CPU
+        clip = torch.randn(1, *CLIP_SHAPE).bfloat16() if cfg.has_clip else None
         w2c = torch.randn(1, size[0], 3, 4, device=CUDA)
         K = torch.rand(1, size[0], 3, 3, device=CUDA)
         y = start_condition(start, cfg.in_dim, grid[0])
