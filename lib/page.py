@@ -7,9 +7,8 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-import torch
 
-from geometry import inv_se3
+from lib.camera_files import inverse
 from lib.pictures import COLOUR_MAP, write_video
 
 PAGE_POINTS = 1_100_000  # depth samples in the page, 6 bytes each (8 in base64)
@@ -73,11 +72,6 @@ def page_stride(frames, size):
     while frames * -(-size[0] // step) * -(-size[1] // step) > PAGE_POINTS:
         step += 1
     return step
-
-
-def inverse(w2c):
-    """(T, 3, 4) camera-to-world of w2c."""
-    return inv_se3(torch.from_numpy(w2c)).numpy()
 
 
 def default_view(scene, yaw=0.32, pitch=0.22):

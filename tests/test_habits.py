@@ -241,6 +241,24 @@ def test_half_letters_of_a_prompt_are_one_unknown_letter_each():
     assert torch.equal(ids[0], ids[1]) and torch.equal(ids[2], ids[3]) and mask.any(1).all()
 
 
+def test_a_sample_of_another_picture_of_the_same_name_is_not_there_already(tmp_path):
+    image, out = tmp_path / "start.png", tmp_path / "out" / "a"
+    image.write_bytes(b"one")
+    (tmp_path / "list").write_text('{"id": "a"}\n')
+    told = dict(jobs=str(tmp_path / "list"), image=str(image), out=str(out.parent))
+
+    def plan():
+        options = options_of(sample, **told)
+        return plan_jobs(options, dict(step="1"), [], lambda job: (job, None), vars(sample))
+
+    out.mkdir(parents=True)
+    (out / "report.json").write_text(json.dumps(dict(settings=plan().jobs[0].settings)))
+    (out / ".sample").write_text("[]")
+    assert (plan().there, plan().jobs) == (1, [])
+    image.write_bytes(b"another")
+    assert (plan().there, len(plan().jobs)) == (0, 1)
+
+
 def test_results_without_a_place_are_refused_before_the_sampling(tmp_path):
     (tmp_path / "taken").write_text("mine")
     for out in (tmp_path / "taken", tmp_path / "taken" / "inside" / "deeper"):
