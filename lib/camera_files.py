@@ -16,23 +16,12 @@ import numpy as np
 import torch
 
 from geometry import inv_se3, mat_to_quat, quat_to_mat
+from lib import native
 from lib.colmap import colmap_binary, colmap_text
 from lib.crop import focal_and_centre, fractions
 from lib.files import FAR, MAX_BYTES, MAX_CAMERAS, check_file, natural
 from lib.lens import MODELS, make_lens, pinhole_of
-from lib.native import (
-    Cameras,
-    Hints,
-    need_size,
-    pose_files,
-    read_folder,
-    read_log,
-    read_matrices,
-    read_npy,
-    read_npz,
-    read_tartanair,
-    read_tum,
-)
+from lib.native import Cameras, Hints, need_size, pose_files
 
 RE10K = "19 numbers: index fx fy cx cy 0 0 and the row-major 3x4 world-to-camera matrix"
 
@@ -262,13 +251,13 @@ FORMATS = dict(
     worldscore=Format(read_interp, write_interp, "opengl"),
     nerfstudio=Format(read_nerfstudio, write_nerfstudio, "opengl"),
     colmap=Format(read_colmap, write_colmap),
-    tum=Format(read_tum, write_tum, needs_intrinsics=False),
-    npz=Format(read_npz, write_npz, needs_intrinsics=False),
-    npy=Format(read_npy),
-    tartanair=Format(read_tartanair),
-    matrices=Format(read_matrices),
-    log=Format(read_log),
-    folder=Format(read_folder),
+    tum=Format(native.read_tum, write_tum, needs_intrinsics=False),
+    npz=Format(native.read_npz, write_npz, needs_intrinsics=False),
+    npy=Format(native.read_npy),
+    tartanair=Format(native.read_tartanair),
+    matrices=Format(native.read_matrices),
+    log=Format(native.read_log),
+    folder=Format(native.read_folder),
 )
 WRITTEN = [name for name, kind in FORMATS.items() if kind.write]
 
