@@ -18,23 +18,10 @@ import numpy as np
 import torch
 
 from geometry import decode_pose, inv_se3, relative_to_first, unproject
-from lib import camera_files
+from lib import camera_files, pictures
 from lib.crop import focal_and_centre, fractions, pixel_matrix
 from lib.metrics import align_sim3, head_agreement, pose_metrics, rotation_angle, warp_error
 from lib.page import write_page
-from lib.pictures import (
-    COMMANDED,
-    PREDICTED,
-    as_pixels,
-    confidence_to_rgb,
-    depth_legend,
-    depth_to_rgb,
-    enlarge,
-    sheet,
-    top_view,
-    write_png,
-    write_video,
-)
 
 MAX_POINTS = dict(ply=2_000_000, glb=1_000_000, splat=300_000, colmap=200_000, nerfstudio=200_000)
 
@@ -133,7 +120,7 @@ def make_scene(video, geometry, w2c, K, *, scene_scale=1.0, drop=20.0, lift="com
     w2c, K       (1, T, 3, 4), (1, T, 3, 3)   commanded, scene units, pixels
     scene_scale  user units per scene unit;   drop, lift  as in Scene
     Raises ValueError for geometry that is not finite."""
-    rgb = as_pixels(video)
+    rgb = pictures.as_pixels(video)
     size = rgb.shape[1:3]
     if not all(torch.isfinite(geometry[k]).all() for k in ("depth", "depth_conf", "pose_enc")):
         cure = "try --dtype fp32, or another checkpoint"
@@ -215,10 +202,10 @@ def depth_range(scene):
 def write_depth_video(scene, path):
     """Depth in colours, bright is near, with a legend under every frame."""
     low, high = depth_range(scene)
-    legend = depth_legend(low, high, scene.size[1], scene.unit)
-    frames = depth_to_rgb(scene.depth, low, high)
+    legend = pictures.depth_legend(low, high, scene.size[1], scene.unit)
+    frames = pictures.depth_to_rgb(scene.depth, low, high)
     legends = np.broadcast_to(legend, (len(frames), *legend.shape))
-    write_video(path, np.concatenate([frames, legends], 1), scene.fps)
+    pictures.write_video(path, np.concatenate([frames, legends], 1), scene.fps)
 
 
 def write_depth_arrays(scene, path):
@@ -234,18 +221,16 @@ def depth_step(scene):
 
 def write_depth_pictures(scene, folder):
     """frame_00000.png ..., 16-bit; depth = count * depth_scale of scale.json, 0 = unknown."""
-    folder.mkdir(parents=True, exist_ok=True)
     step = depth_step(scene)
-    for t, depth in enumerate(scene.depth):
-        counts = (depth / step).round().clip(0, 65535).astype(np.uint16)
-        write_png(folder / f"frame_{t:05d}.png", counts)
+    write_frames(folder, (scene.depth / step).round().clip(0, 65535).astype(np.uint16))
     (folder / "scale.json").write_text(json.dumps(dict(depth_scale=step, unit=scene.unit)))
 
 
-def write_frames(scene, folder):
+def write_frames(folder, frames):
+    """Pictures (T, H, W, 3) uint8 or (T, H, W) uint16, numbered."""
     folder.mkdir(parents=True, exist_ok=True)
-    for t, frame in enumerate(scene.rgb):
-        write_png(folder / f"frame_{t:05d}.png", frame)
+    for t, frame in enumerate(frames):
+        pictures.write_png(folder / f"frame_{t:05d}.png", frame)
 
 
 def write_sheet(scene, path):
@@ -254,21 +239,21 @@ def write_sheet(scene, path):
     low, high = depth_range(scene)
     pick = np.linspace(0, len(scene.rgb) - 1, min(5, len(scene.rgb))).round().astype(int)
     thin = -(-scene.size[1] // 320)
-    sure = confidence_to_rgb(scene.conf, *np.quantile(scene.conf, (0.01, 0.99)))
-    maps = (scene.rgb, depth_to_rgb(scene.depth, low, high), sure)
-    rows = [[enlarge(x[t, ::thin, ::thin], 200) for t in pick] for x in maps]
+    sure = pictures.confidence_to_rgb(scene.conf, *np.quantile(scene.conf, (0.01, 0.99)))
+    maps = (scene.rgb, pictures.depth_to_rgb(scene.depth, low, high), sure)
+    rows = [[pictures.enlarge(x[t, ::thin, ::thin], 200) for t in pick] for x in maps]
     frames = f"frames {', '.join(str(t) for t in pick)}"
     titles = (frames, "depth, bright is near", "confidence, bright is sure")
     xyz, rgb, _ = scene.cloud(60_000)
     h, w = rows[0][0].shape[:2]
     size = (max(int(1.3 * h), 240), 2 * w)
-    paths = [(scene.w2c, COMMANDED), (scene.predicted, PREDICTED)]
+    paths = [(scene.w2c, pictures.COMMANDED), (scene.predicted, pictures.PREDICTED)]
     below = (
-        ("from above: cyan commanded, orange predicted", top_view(paths, size, xyz, rgb)),
-        ("the paths alone", top_view(paths, size)),
-        ("depth", depth_legend(low, high, w, scene.unit)),
+        ("from above: cyan commanded, orange predicted", pictures.top_view(paths, size, xyz, rgb)),
+        ("the paths alone", pictures.top_view(paths, size)),
+        ("depth", pictures.depth_legend(low, high, w, scene.unit)),
     )
-    write_png(path, sheet(rows, titles, below))
+    pictures.write_png(path, pictures.sheet(rows, titles, below))
 
 
 # ---- point clouds --------------------------------------------------------------------------------
@@ -360,7 +345,7 @@ def write_glb(scene, path):
 def write_colmap_folder(scene, folder):
     """images/, sparse/0/*.bin and text/*.txt, as `colmap gui --import_path` opens them."""
     xyz, rgb, _ = scene.cloud(MAX_POINTS["colmap"])
-    write_frames(scene, folder / "images")
+    write_frames(folder / "images", scene.rgb)
     for place, binary in ((folder / "sparse" / "0", True), (folder / "text", False)):
         camera_files.write(place, "colmap", *scene.cameras(), scene.size, binary)
     kinds = [("id", "<u8"), ("xyz", "<f8", 3), ("rgb", "u1", 3), ("error", "<f8"), ("track", "<u8")]
@@ -376,7 +361,7 @@ def write_colmap_folder(scene, folder):
 
 def write_nerfstudio_folder(scene, folder):
     """transforms.json, images/, depth/ and sparse_pc.ply, as nerfstudio-data wants them."""
-    write_frames(scene, folder / "images")
+    write_frames(folder / "images", scene.rgb)
     write_depth_pictures(scene, folder / "depth")
     xyz, rgb, _ = scene.cloud(MAX_POINTS["nerfstudio"])
     write_ply(folder / "sparse_pc.ply", xyz, rgb)
@@ -398,7 +383,7 @@ def write_cameras(scene, path):
 
 
 def write_video_file(scene, path):
-    write_video(path, scene.rgb, scene.fps)
+    pictures.write_video(path, scene.rgb, scene.fps)
 
 
 # name: what is written into the sample's folder, by which function of (scene, path)
