@@ -6,7 +6,6 @@ Shapes: T frames of H x W depth pixels.  Cameras as in geometry.py."""
 import json
 import math
 from collections import Counter
-from dataclasses import replace
 
 import numpy as np
 import torch
@@ -161,12 +160,11 @@ def leave_out(report, depth, moving):
 
 def check_views(report, views, level):
     """Cross-view reprojection; where views disagree, the usual suspects."""
-    inner = replace(views, pairs=views.pairs[:-2])
     g = gather(views)
     error = disagreement(g, views.w2c)
     flow, parallax = motion_in_pixels(g, views.w2c)
     B, known = per_pair(error), ~error.isnan()
-    was, shared = typical(inner.pairs, B[:-2]), known.double().mean().item()
+    was, shared = typical(views.pairs[:-2], B[:-2]), known.double().mean().item()
     agree = agreement(error, B)
     report.numbers.update(relative=was, shared=shared, agree=agree)
     report.numbers.update(motion_px=flow, parallax_px=parallax)
@@ -298,15 +296,11 @@ def inspect(raw, level="data"):
         check_points(report, raw["points"][:, ::step, ::step], depth, w2c[ids], K[ids], level)
     if raw.get("moving") is not None:
         depth = leave_out(report, depth, raw["moving"])
-    K = K[ids]
-    views = Views(depth, K, w2c, pairs, ids)
+    views = Views(depth, K[ids], w2c, pairs, ids)
     if not sparse(report, depth):
         check_views(report, views, level)
         if raw.get("rgb") and report.checks["views"][0] != "fail":
-            near = photo_pairs(pairs)
-            kept = sorted({t for pair in near for t in pair})
-            rows = [ids.index(t) for t in kept]
-            check_photo(report, Views(depth[rows], K[rows], w2c, near, kept), raw["rgb"], level)
+            check_photo(report, views.of(photo_pairs(pairs)), raw["rgb"], level)
     return report
 
 

@@ -48,15 +48,18 @@ class Views:
         where = {t: n for n, t in enumerate(self.ids)}
         return [[where[p[side]] for p in self.pairs] for side in (0, 1)]
 
+    def of(self, pairs):
+        """What is looked at of some of the pairs."""
+        ids = sorted({t for pair in pairs for t in pair})
+        rows = [self.ids.index(t) for t in ids]
+        return Views(self.depth[rows], self.K[rows], self.w2c, pairs, ids)
+
     def coarse(self, pairs=12, pixels=20_000):
         """Fewer pairs and pixels, for searches."""
         inner = self.pairs[:-2] or self.pairs
-        kept = inner[:: max(1, len(inner) // pairs)]
-        ids = sorted({t for pair in kept for t in pair})
-        rows = [self.ids.index(t) for t in ids]
+        few = self.of(inner[:: max(1, len(inner) // pairs)])
         step = max(1, math.ceil(math.sqrt(self.depth[0].numel() / pixels)))
-        depth = self.depth[rows][:, ::step, ::step]
-        return Views(depth, thinned(self.K[rows], step), self.w2c, kept, ids)
+        return replace(few, depth=few.depth[:, ::step, ::step], K=thinned(few.K, step))
 
 
 def thinned(K, step):
