@@ -118,8 +118,8 @@ class Records:
 
             (out / "eval").mkdir(parents=True, exist_ok=True)
             start = dict(metadata, first_step=first_step, time=time.strftime("%Y-%m-%d %H:%M:%S"))
-            write = (out / "config.json").write_text
-            self.attempt("config.json", write, json.dumps(start, indent=2))
+            text = json.dumps(start, indent=2)
+            self.attempt("config.json", (out / "config.json").write_text, text)
             self.append("starts.jsonl", json.dumps(start))
 
     def attempt(self, name, write, *args):

@@ -44,10 +44,9 @@ def reader_of(head):
     """ffmpeg's options for a file that begins with `head`; a picture's, or none for a video.
 
     Raises ValueError with the true name of a picture that is not read."""
-    heif = head[4:8] == b"ftyp" and head[8:12] in HEIF
-    kinds = ["HEIC or AVIF"] * heif + [
-        kind for magic, kind in REFUSED.items() if head[:12].startswith(magic)
-    ]
+    kinds = [kind for magic, kind in REFUSED.items() if head.startswith(magic)]
+    if head[4:8] == b"ftyp" and head[8:12] in HEIF:
+        kinds.append("HEIC or AVIF")
     if kinds:
         raise ValueError(f"a picture of kind {kinds[0]}: save it as JPEG or PNG")
     if head[:4] == b"RIFF" and head[8:12] == b"WEBP":

@@ -37,9 +37,6 @@ class Video:
     source: object
     ids: list
 
-    def __len__(self):
-        return len(self.ids)
-
     def chosen(self, places):
         return Video(self.source, [self.ids[p] for p in places])
 
