@@ -149,22 +149,16 @@ def mean_log(errors):
     return (errors.nan_to_num(1.0) + NOISE[1]).log().mean(-1).tolist()
 
 
-def best_scale(views, w2c, width=8.0, counts=(161, 13, 13, 13), count=400):
+def best_scale(views, width=8.0, counts=(161, 13, 13, 13), count=400):
     """Factor on translations that makes the views agree best, exp(-width) to exp(width); its
     cost."""
     g = gather(views, count)
 
     def costs(x):
-        return mean_log(per_pair(disagreement(g, scaled(w2c, x.exp()[:, None, None, None]))))
+        return mean_log(per_pair(disagreement(g, scaled(views.w2c, x.exp()[:, None, None, None]))))
 
     x, value = search(costs, 0.0, width, counts)
     return math.exp(x), value
-
-
-def with_focal(views, k):
-    K = views.K.clone()
-    K[:, [0, 1], [0, 1]] *= k
-    return replace(views, K=K)
 
 
 def best_focal(views):
@@ -207,7 +201,7 @@ def best_shift(views, inverse):
 
 def best_scale_near(views, width=3.4, counts=(25, 7)):
     """best_scale in a narrower range, quicker."""
-    return best_scale(views, views.w2c, width, counts, 200)
+    return best_scale(views, width, counts, 200)
 
 
 def rescaled(views, factor):
@@ -259,7 +253,7 @@ def undo(views):
     yield from (judged(*rest, g) for rest in cameras_undone(views.w2c))
     yield from (judged(n, d, v.w2c, gather(v)) for n, d, v in depth_undone(views))
     coarse = views.coarse()
-    k, value = best_scale(coarse, coarse.w2c)
+    k, value = best_scale(coarse)
     still = mean_log(per_pair(disagreement(gather(coarse, 400), scaled(coarse.w2c, 0))))
     if abs(math.log(k)) > 0.05 and value < still + math.log(0.8):  # better than no motion at all
         name = "depth in millimetres" if 800 < k < 1250 else "translation scale off"
@@ -271,7 +265,9 @@ def undo_fitted(views):
     coarse = views.coarse()
     k = best_focal(coarse)
     if abs(math.log(k)) > 0.05:
-        g = gather(with_focal(views, k))
+        K = views.K.clone()
+        K[:, [0, 1], [0, 1]] *= k
+        g = gather(replace(views, K=K))
         yield judged("focal length off", f"factor {k:.3g}", views.w2c, g)
     factor = frame_scales(views)
     if factor.log().std() > 0.02:
