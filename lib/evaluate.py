@@ -12,7 +12,6 @@ from functools import partial
 from pathlib import Path
 from urllib.parse import quote
 
-import numpy as np
 import torch
 
 from geometry import decode_pose, relative_to_first, unproject
@@ -194,8 +193,7 @@ def comparison(b, out, frames=None, video=None):
     maps = (b["depth"], out["depth"], out["depth_conf"])
     true, depth, conf = (x[0].float().cpu().numpy() for x in maps)
     pick = list(range(0, len(true), max(1, (len(true) - 1) // 4)))[:5]
-    known = true[true > 0]
-    low, high = (float(x) for x in np.quantile(known, (0.01, 0.99))) if len(known) else (1.0, 2.0)
+    low, high = pictures.depth_range(true)
     sure = pictures.confidence_to_rgb(conf[pick], conf.min(), conf.max())
     shown = {} if frames is None else {f"frames {', '.join(map(str, pick))}": frames[pick]}
     shown |= {} if video is None else {"sampled": video[pick]}

@@ -194,14 +194,9 @@ def describe(report, unit):
 
 
 # ---- videos, depth, pictures ---------------------------------------------------------------------
-def depth_range(scene):
-    """The 1st and 99th percentile of the depth: what colours span."""
-    return tuple(float(x) for x in np.quantile(scene.depth[scene.depth > 0], (0.01, 0.99)))
-
-
 def write_depth_video(scene, path):
     """Depth in colours, bright is near, with a legend under every frame."""
-    low, high = depth_range(scene)
+    low, high = pictures.depth_range(scene.depth)
     legend = pictures.depth_legend(low, high, scene.size[1], scene.unit)
     frames = pictures.depth_to_rgb(scene.depth, low, high)
     legends = np.broadcast_to(legend, (len(frames), *legend.shape))
@@ -236,7 +231,7 @@ def write_frames(folder, frames):
 def write_sheet(scene, path):
     """Frames, depth and confidence of up to 5 frames; below, the paths and points from above and
     the depth legend."""
-    low, high = depth_range(scene)
+    low, high = pictures.depth_range(scene.depth)
     pick = np.linspace(0, len(scene.rgb) - 1, min(5, len(scene.rgb))).round().astype(int)
     thin = -(-scene.size[1] // 320)
     sure = pictures.confidence_to_rgb(scene.conf, *np.quantile(scene.conf, (0.01, 0.99)))

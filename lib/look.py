@@ -10,10 +10,10 @@ import numpy as np
 from tqdm import tqdm
 
 from geometry import normalize_scene
+from lib import pictures
 from lib.crop import focal_and_centre, fractions
 from lib.export import Scene, measure, off_edges
 from lib.page import write_page
-from lib.pictures import COMMANDED, as_pixels, depth_to_rgb, number, sheet, top_view, write_png
 from lib.verify import inspect, load_raw
 
 MOST = 64  # samples on a sheet
@@ -22,7 +22,7 @@ HIGH = 160  # pixels of a picture on it
 
 def true_scene(clip):
     """Scene of a clip of load_clip."""
-    rgb = as_pixels(clip["video"])
+    rgb = pictures.as_pixels(clip["video"])
     size, mask = rgb.shape[1:3], clip["depth"] > 1e-3
     maps = (clip["depth"].double()[None], clip["w2c"][None], clip["intrinsics"][None], mask[None])
     depth, w2c, scale = normalize_scene(*maps)
@@ -49,18 +49,17 @@ def fitted(picture, height=HIGH):
 
 def row_of(scene):
     """One sample of the sheet: first frame, depth, path."""
-    first = scene.depth[0]
-    known = first[first > 0] if (first > 0).any() else np.ones(1)
-    low, high = np.quantile(known, (0.01, 0.99))
-    depth, path = depth_to_rgb(first, low, high), [(scene.w2c, COMMANDED)]
-    return [fitted(scene.rgb[0]), fitted(depth), top_view(path, (HIGH, HIGH))]
+    low, high = pictures.depth_range(scene.depth[0])
+    depth = pictures.depth_to_rgb(scene.depth[0], low, high)
+    path = pictures.top_view([(scene.w2c, pictures.COMMANDED)], (HIGH, HIGH))
+    return [fitted(scene.rgb[0]), fitted(depth), path]
 
 
 def worst_pair(raw, pair, folder):
     """The two frames whose depth disagrees most, side by side."""
     shown = [raw["rgb"][t] for t in pair if t in raw["rgb"]]
     if len(shown) == 2:
-        write_png(folder / "worst_pair.png", np.concatenate(shown, 1))
+        pictures.write_png(folder / "worst_pair.png", np.concatenate(shown, 1))
         return f"{folder}/worst_pair.png (frames {pair[0]} and {pair[1]})"
 
 
@@ -91,7 +90,7 @@ def view(samples, load, out, wanted=()):
         except ValueError as error:
             tqdm.write(f"skipped {sample['id']}: {error}")
             continue
-        near, far = (number(x) for x in np.quantile(scene.depth[scene.depth > 0], (0.02, 0.98)))
+        near, far = map(pictures.number, np.quantile(scene.depth[scene.depth > 0], (0.02, 0.98)))
         said = f"{sample['id']}: {status}; depth {near} to {far}; {sample['prompt']}"
         rows.append(row_of(scene))
         titles.append(said[:90])
@@ -104,6 +103,6 @@ def view(samples, load, out, wanted=()):
                 tqdm.write(worst_pair(raw, report.worst, folder) or "")
     if not rows:
         raise ValueError(f"{out}: no sample could be shown")
-    write_png(out / "sheet.png", sheet(rows, titles))
+    pictures.write_png(out / "sheet.png", pictures.sheet(rows, titles))
     more = f", the first {MOST} of {len(shown)}" if len(shown) > MOST else ""
     print(f"{out}/sheet.png: {len(rows)} samples{more}")
