@@ -66,12 +66,6 @@ def load_state_dict(path):
     return tensors
 
 
-def _strip_prefix(sd, prefix):
-    """Drop `prefix` from the names if every name has it."""
-    shared = all(key.startswith(prefix) for key in sd)
-    return {key.removeprefix(prefix) if shared else key: value for key, value in sd.items()}
-
-
 def _count_layers(names, prefix):
     return len({key.removeprefix(prefix).split(".")[0] for key in names if key.startswith(prefix)})
 
@@ -261,7 +255,7 @@ class WanVAE(nn.Module):
             wide = shapes["decoder.head.0.gamma"][0]  # a decoder may be wider than its encoder
             return cls(shapes["encoder.conv1.weight"][0], decoder_dim=wide)
 
-        return _load(_strip_prefix(sd, "model."), VAE_FILE, build)
+        return _load(unwrapped(sd), VAE_FILE, build)
 
     @torch.no_grad()
     def encode(self, video, chunk=4):
@@ -367,7 +361,7 @@ class UMT5Encoder(nn.Module):
             layers = _count_layers(shapes, "blocks.")
             return cls(vocab, dim, attn_dim, ffn_dim, heads, buckets, layers)
 
-        return _load(_strip_prefix(sd, "model."), T5_FILE, build)
+        return _load(unwrapped(sd), T5_FILE, build)
 
     @torch.no_grad()
     def forward(self, ids, mask=None):
@@ -475,10 +469,10 @@ class CLIPVision(nn.Module):
     def from_state_dict(cls, sd, num_heads=16):
         """Tensors of the CLIP file, shared, with or without `visual.` -> tower.  Text tower and
         output head are skipped by name; ValueError on other missing or unexpected tensors."""
-        named = _strip_prefix(sd, "model.").items()
+        named = unwrapped(sd).items()
         sd = {k: v for k, v in named if not k.startswith("textual.") and k != "log_scale"}
         unused = ("post_norm.weight", "post_norm.bias", "head")
-        sd = {k: v for k, v in _strip_prefix(sd, "visual.").items() if k not in unused}
+        sd = {k: v for k, v in unwrapped(sd, ["visual."]).items() if k not in unused}
         layers = _count_layers(sd, "transformer.")
         return _load(sd, CLIP_FILE, lambda size: cls(size["cls_embedding"][2], layers, num_heads))
 
@@ -558,19 +552,19 @@ def lazy_tensors(path):
     return {k: (tuple(v.shape), partial(read, k)) for k, v in load_state_dict(path).items()}
 
 
-# What trainers, compilers and other programs put before the names of a DiT's tensors.
+# What trainers, compilers and other programs put before the names of tensors.
 WRAPPINGS = ("pipe.", "model.", "dit.", "diffusion_model.", "module.", "_orig_mod.", "ema.")
 
 
-def unwrapped(tensors):
-    """Tensors of a DiT under their own names.  ValueError for matrices that lack their scales."""
+def unwrapped(tensors, wrappings=WRAPPINGS):
+    """Tensors under their own names.  ValueError for matrices that lack their scales."""
     scaled = [n for n in tensors if n.endswith((".scale_weight", ".weight_scale", "scaled_fp8"))]
     if scaled:
         cure = "take the bf16 or fp16 file"
         raise ValueError(f"fp8 with scales of its own ({scaled[0]}) is not read; {cure}")
     stripped = True
     while stripped and tensors:
-        stripped = next((p for p in WRAPPINGS if all(n.startswith(p) for n in tensors)), "")
+        stripped = next((p for p in wrappings if all(n.startswith(p) for n in tensors)), "")
         tensors = {name.removeprefix(stripped): value for name, value in tensors.items()}
     return tensors
 
