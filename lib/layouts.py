@@ -34,8 +34,10 @@ from lib.recordings import (
     size_of,
 )
 
-
 # --- Folders of pictures, folders of depth, and poses ---------------------------------------------
+MILLIMETRES = dict(depth_scale=0.001)
+
+
 @dataclass(frozen=True)
 class Folder:
     """A layout by glob patterns, the first of several that finds something."""
@@ -43,7 +45,7 @@ class Folder:
     pictures: tuple
     depth: tuple
     poses: tuple  # (file or folder, its format in lib/camera_files or None: guessed)
-    unit: dict = field(default_factory=dict)
+    unit: dict = field(default_factory=lambda: MILLIMETRES)
     lens: tuple = ()  # files of intrinsics, here or in the folder above
     known: object = None  # (h, w) -> fx fy cx cy, where no such file is
     depth_lens: str = ""  # file of the depth camera's own
@@ -121,30 +123,28 @@ def centred(f, of=640):
     return lambda h, w: (f * w / of, f * w / of, w / 2, h / 2)
 
 
-MILLIMETRES = dict(depth_scale=0.001)
 PLAIN = ("color/*", "rgb/*", "images/*", "image/*", "results/frame*")
 FOLDERS = dict(
     sevenscenes=Folder(  # also tsdf-fusion's
         ("frame-*.color.*",),
         ("frame-*.depth.*",),
         ((".", "folder"),),
-        dict(MILLIMETRES, depth_invalid=65535),
-        ("camera-intrinsics.txt",),
-        centred(585),
+        unit=dict(MILLIMETRES, depth_invalid=65535),
+        lens=("camera-intrinsics.txt",),
+        known=centred(585),
     ),
     scannet=Folder(
         ("color/*",),
         ("depth/*.png",),
         (("pose", "folder"),),
-        MILLIMETRES,
-        ("intrinsic/intrinsic_color.txt",),
+        lens=("intrinsic/intrinsic_color.txt",),
         depth_lens="intrinsic/intrinsic_depth.txt",
     ),
     tartanair=Folder(
         ("image_left/*", "image_lcam_front/*"),
         ("depth_left/*", "depth_lcam_front/*"),
         (("pose_left.txt", "tartanair"), ("pose_lcam_front.txt", "tartanair")),
-        dict(depth_max=999),  # sky is at 1000 and beyond
+        unit=dict(depth_max=999),  # sky is at 1000 and beyond
         known=centred(320),
         fps=10.0,
         read_depth=floats_in_rgba,
@@ -153,23 +153,20 @@ FOLDERS = dict(
         ("rgb/*",),
         ("depth/*",),
         (("cam_poses.txt", "matrices"),),
-        MILLIMETRES,
-        ("metadata", "metadata.json"),
+        lens=("metadata", "metadata.json"),
     ),
     redwood=Folder(  # Open3D's reconstruction system
         PLAIN,
         ("depth/*",),
         (("trajectory.log", "log"), ("traj.log", "log")),
-        MILLIMETRES,
-        ("camera_intrinsic.json", "camera_primesense.json", "intrinsic.json"),
-        centred(525),
+        lens=("camera_intrinsic.json", "camera_primesense.json", "intrinsic.json"),
+        known=centred(525),
     ),
     kitti=Folder(  # Replica's too: whatever has poses in one text, a line a picture
         PLAIN,
         ("depth/*", "depths/*", "results/depth*"),
         (("poses.txt", None), ("pose.txt", None), ("traj.txt", None)),
-        MILLIMETRES,
-        ("K.txt", "camera-intrinsics.txt", "intrinsics.txt", "cam_params.json"),
+        lens=("K.txt", "camera-intrinsics.txt", "intrinsics.txt", "cam_params.json"),
     ),
 )
 
