@@ -235,7 +235,7 @@ def baselines(train, val, how):
     return mean_rows(found)
 
 
-def print_table(rows, file=None):
+def print_table(rows):
     """The headline metrics of each row in a line, those of samples in a table of their own; then
     every other metric in a line."""
     wide = max([50, *(len(name) + 1 for name in rows)])
@@ -244,18 +244,18 @@ def print_table(rows, file=None):
         return "".join(f"{row[key]:8.3f}" if key in row else f"{'-':>8s}" for row, key in pairs)
 
     def table(columns, rows):
-        print(" " * wide + "".join(f"{title:>8s}" for title in columns.values()), file=file)
+        print(" " * wide + "".join(f"{title:>8s}" for title in columns.values()))
         for name, row in rows.items():
-            print(f"{name:{wide}s}" + cells((row, key) for key in columns), file=file)
+            print(f"{name:{wide}s}" + cells((row, key) for key in columns))
 
     made = {name: row for name, row in rows.items() if "psnr" in row}
     table(COLUMNS, {name: row for name, row in rows.items() if name not in made})
     if made:
-        print("\nVideos, frames 1 .. T-1 (lib/sampled.py says what the columns are):", file=file)
+        print("\nVideos, frames 1 .. T-1 (lib/sampled.py says what the columns are):")
         table(sampled.COLUMNS, made)
-    print(NOTES, file=file)
+    print(NOTES)
     for key in dict.fromkeys(key for row in rows.values() for key in row if key not in COLUMNS):
-        print(f"{key:20s}" + cells((row, key) for row in rows.values()), file=file)
+        print(f"{key:20s}" + cells((row, key) for row in rows.values()))
 
 
 def name_checkpoints(sources):

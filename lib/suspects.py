@@ -298,10 +298,10 @@ def find_suspect(views):
         return None, 1.0, ""
     # A tie goes to the commoner mistake: without travel, swapped and transposed are the same.
     best = min((f for f in found if f[0] < 1.1 * min(found)[0]), key=lambda f: f[1])
-    name, detail = best[2], best[3]
-    if name == "translation scale off" and affine_as_well(inner, best[5]):
+    _, _, name, detail, ratio, left = best
+    if name == "translation scale off" and affine_as_well(inner, left):
         detail += AFFINE_AS_WELL
-    return name, best[4], detail
+    return name, ratio, detail
 
 
 # Of a wall seen from the front, b and a scale of the translations do the same to the views.
