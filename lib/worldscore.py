@@ -28,6 +28,7 @@ import torch
 import torch.nn.functional as F
 
 from geometry import normalize_scene, relative_to_first
+from lib.camera_files import homogeneous
 from lib.camera_paths import interpolate
 from lib.crop import crop_intrinsics, focal_and_centre, fractions, pixel_matrix
 from lib.files import read_json, write_aside
@@ -142,15 +143,12 @@ def key_cameras(moves, speed=1.0):
 
 def all_cameras(keys, frames):
     """w2c of every frame (scenes * (frames - 1) + 1, 4, 4) between key cameras."""
-    found, share = [keys[:1]], np.arange(1, frames) / (frames - 1)
-    for first, last in zip(keys, keys[1:]):
-        poses = np.tile(np.eye(4), (len(share), 1, 1))
-        turns = np.stack([first, last])[:, :3].copy()
-        turns[..., 3] = 0  # of a pure rotation, a constant screw is slerp
-        poses[:, :3, :3] = interpolate([0, 1], turns, share)[..., :3]
-        poses[:, :3, 3] = first[:3, 3] + share[:, None] * (last - first)[:3, 3]
-        found.append(poses)
-    return np.concatenate(found)
+    times = np.arange(len(keys))
+    at = np.arange((len(keys) - 1) * (frames - 1) + 1) / (frames - 1)
+    turns = keys[:, :3] * [1, 1, 1, 0]  # of a pure rotation, a constant screw is slerp
+    poses = homogeneous(interpolate(times, turns, at))
+    poses[:, :3, 3] = np.stack([np.interp(at, times, x) for x in keys[:, :3, 3].T], -1)
+    return poses
 
 
 def as_opencv(w2c):
