@@ -76,15 +76,13 @@ def show_world(folder, names, command):
         file = folder / EXPORTS.get(name, (name,))[0]
         if file.is_dir():
             file = Path(shutil.make_archive(file, "zip", file))
-        size = file.stat().st_size / 1e3
-        link = f'<a download href="{address(file)}">{file.name}</a>'
-        files.append(f"<li>{link} ({size:,.0f} kB)</li>")
+        size, url = file.stat().st_size / 1e3, address(file)
+        files.append(f'<li><a download href="{url}">{file.name}</a> ({size:,.0f} kB)</li>')
         if file.suffix == ".mp4":
             how = f'controls loop muted aria-label="{name}"'
-            videos.append(f'<video {how} src="{address(file)}"></video>')
+            videos.append(f'<video {how} src="{url}"></video>')
         if file.suffix == ".html":  # sandbox: it reads nothing of the page around it
-            how = 'title="the world" sandbox="allow-scripts"'
-            page = f'<iframe {how} src="{address(file)}"></iframe>'
+            page = f'<iframe title="the world" sandbox="allow-scripts" src="{url}"></iframe>'
     lines = map(html.escape, describe(report, report["settings"]["unit"]))
     return (
         f'<div class="world">{page}<div class="side">{"".join(videos)}</div>'
