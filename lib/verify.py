@@ -6,6 +6,7 @@ Shapes: T frames of H x W depth pixels.  Cameras as in geometry.py."""
 import json
 import math
 from collections import Counter
+from functools import partial
 
 import numpy as np
 import torch
@@ -367,13 +368,9 @@ def load_raw(sample):
         size = size or frame.shape[:2]
         if t in wanted:
             rgb[t] = smaller(frame)
-    few = dict(limit=LOOKED_AT)
-    found = dict(points=read_arrays(sample["points"], ids, **few)) if sample["points"] else {}
-    if sample["moving"]:
-        found["moving"] = read_arrays(sample["moving"], ids, mask=True, **few)
-    if sample["depth"]:
-        found["depth"] = read_arrays(sample["depth"], ids, **few)
-    else:
+    read = partial(read_arrays, limit=LOOKED_AT)
+    found = {k: read(sample[k], ids, mask=k == "moving") for k in arrays if sample[k]}
+    if not sample["depth"]:
         points, w2c = found["points"], table[ids, 7:].reshape(-1, 3, 4)
         z = w2c[:, 2, 3, None, None] * (points != 0).any(-1)  # a point at the origin is unknown
         found["depth"] = np.einsum("tc,thwc->thw", w2c[:, 2, :3], points) + z
