@@ -239,14 +239,9 @@ def read_window_depth(sample, ids, w2c):
 
 
 def read_window(path, ids, crop):
-    """Frames of a video, cropped (T, 3, H, W); few of the uncropped are in memory at a time."""
-    frames, pieces, wanted = [], [], set(ids)
-    for t, frame in enumerate(files.iterate_video(path, ids[-1] + 1)):
-        frames += [frame] if t in wanted else []
-        if sum(f.nbytes for f in frames) > 2**26 or frames and t == ids[-1]:
-            pieces.append(crop.video(np.stack(frames)))
-            frames = []
-    return torch.cat(pieces)
+    """Frames of a video, cropped (T, 3, H, W); one of the uncropped is in memory at a time."""
+    wanted, frames = set(ids), enumerate(files.iterate_video(path, ids[-1] + 1))
+    return torch.cat([crop.video(frame[None]) for t, frame in frames if t in wanted])
 
 
 def load_clip(sample, height, width, num_frames, start=0, stride=1):

@@ -389,10 +389,7 @@ def write(path, form, w2c, intrinsics=None, size=None, binary=False):
         without = "tum and npz do without"
         raise ValueError(f"{path}: {form} holds intrinsics, but the source has none; {without}")
     own = w2c * FLIP if kind.axes == "opengl" else w2c
-    if binary:
-        write_colmap(path, own, intrinsics, size, binary=True)
-    else:
-        kind.write(path, own, intrinsics, size)
+    kind.write(path, own, intrinsics, size, **(dict(binary=True) if binary else {}))
 
 
 def add_arguments(parser):

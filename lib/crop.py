@@ -26,7 +26,7 @@ class Crop:
     def video(self, frames):
         """uint8 (T, H, W, 3) -> (T, 3, height, width) in [0, 255], antialiased."""
         y, x, hc, wc = self.cut()
-        cropped = torch.from_numpy(frames[:, y : y + hc, x : x + wc]).permute(0, 3, 1, 2)
+        cropped = torch.tensor(frames[:, y : y + hc, x : x + wc]).permute(0, 3, 1, 2)
         how = dict(mode="bilinear", antialias=True)
         # Frame by frame: the whole clip in floats would take four times the memory.
         return torch.cat([F.interpolate(f[None].float(), self.target, **how) for f in cropped])

@@ -88,17 +88,13 @@ def thinned(rec, wishes):
     places = np.flatnonzero(finite)[wishes.start :: wishes.stride][: wishes.max_frames].tolist()
     if len(places) < 5:
         raise ValueError(f"{len(places)} frames with picture, depth and pose; wanted at least 5")
-    many = isinstance(rec.frames, Video)
+    frames = [rec.frames[p] for p in places]
     return replace(
         rec,
-        frames=rec.frames.chosen(places) if many else [rec.frames[p] for p in places],
+        frames=Video(rec.frames.source, frames) if isinstance(rec.frames, Video) else frames,
         cameras=pick(rec.cameras, places),
         depth=[rec.depth[p] for p in places] if rec.depth else None,
     )
-
-
-def even(size):
-    return tuple(n - n % 2 for n in size)  # H.264 wants that
 
 
 def check_upright(frame, k, n):
@@ -126,7 +122,7 @@ class Writer:
             if self.lenses[n]:
                 frame = undistortion(self.k[n], self.lenses[n]).picture(frame)
             self.sizes.append(frame.shape[:2])
-            self.target = self.target or even(frame.shape[:2])
+            self.target = self.target or tuple(n - n % 2 for n in self.sizes[n])  # as H.264 wants
             if self.sizes[n] != self.target:
                 cut = Crop(self.sizes[n], self.target).video(frame[None])[0]
                 frame = cut.permute(1, 2, 0).round().byte().numpy()
@@ -189,11 +185,6 @@ def write_sample(rec, folder, name, wishes):
 
 
 # --- Many -----------------------------------------------------------------------------------------
-def write_list(out, said):
-    text = json.dumps(said, indent=1)
-    files.write_aside(out / "metadata.json", lambda path: path.write_text(text, encoding="utf-8"))
-
-
 def check_free(folder):
     """A folder that no import has made is somebody's: samples that are not listed, caches."""
     if os.path.lexists(folder) and not (folder / MARK).exists():
@@ -265,7 +256,8 @@ def run(src, out, form=None, **wishes):
         said["samples"].append(dict(entry, prompt=wishes.prompt, imported=made))
         if isinstance(said.get("splits"), dict):
             said["splits"].setdefault("train", []).append(name)
-        write_list(out, said)
+        text = json.dumps(said, indent=1)
+        files.write_aside(out / "metadata.json", lambda path: path.write_text(text, "utf-8"))
         (out / name / MARK).unlink()
         without = [] if rec.depth else ["no depth: label the video before it can be trained on"]
         tqdm.write("; ".join([f"{name} ({kind})", *rec.notes, *without]))

@@ -84,8 +84,7 @@ class Folder:
             maps = [partial(self.read_depth, f) for f in maps]
         unit, axes = {**mine, **unit, **asked(wishes)}, wishes.axes or FORMATS[form].axes
         made = pick(cameras, [rows[i] for i in ids], lens)
-        frames = [pictures[i] for i in ids]
-        return Recording(frames, made, maps, unit, other, self.fps, axes, notes)
+        return Recording([pictures[i] for i in ids], made, maps, unit, other, self.fps, axes, notes)
 
     def rows(self, path, form, cameras, pictures):
         """Number of a frame -> row of its pose."""
@@ -343,10 +342,6 @@ def colmap_parts(src):
     return {f"{name}.bin": any(has_table(f, name) for f in folders) for name in names}
 
 
-def find_colmap(src):
-    return [src] * bool(models(src))
-
-
 def open_re10k(path, wishes):
     table = camera_files.read_table(path)
     rows = {int(t): n for n, t in enumerate(table[:, 0])}
@@ -453,7 +448,7 @@ LAYOUTS = dict(
     vkitti2=Layout(open_vkitti2, parts=marked("extrinsic.txt", "intrinsic.txt")),
     omniworld=Layout(open_omniworld, find_omniworld),
     nerfstudio=Layout(open_nerfstudio, find_nerfstudio),
-    colmap=Layout(open_colmap, find_colmap, colmap_parts),
+    colmap=Layout(open_colmap, lambda src: [src] * bool(models(src)), colmap_parts),
     vipe=Layout(open_vipe, find_vipe),
     da3=Layout(partial(open_npz, **DA3), partial(find_npz, DA3)),
     megasam=Layout(partial(open_npz, **MEGASAM), partial(find_npz, MEGASAM)),

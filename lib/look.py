@@ -63,15 +63,6 @@ def worst_pair(raw, pair, folder):
         return f"{folder}/worst_pair.png (frames {pair[0]} and {pair[1]})"
 
 
-def verdict(sample):
-    """(report of the doctor, raw) or the reason why there is none."""
-    try:
-        raw = load_raw(sample)
-        return inspect(raw), raw
-    except ValueError as error:
-        return str(error), None
-
-
 def view(samples, load, out, wanted=()):
     """Write the sheet and the pages of the wanted ids; prints where they lie.
 
@@ -83,8 +74,12 @@ def view(samples, load, out, wanted=()):
     shown = [s for s in samples if s["id"] in wanted] or samples
     out.mkdir(parents=True, exist_ok=True)
     for sample in tqdm(shown[:MOST], desc="view", unit="clip", disable=None):
-        report, raw = verdict(sample)
-        status = report if raw is None else ", ".join([report.status, *report.suspects])
+        try:
+            raw = load_raw(sample)
+            report = inspect(raw)
+            status = ", ".join([report.status, *report.suspects])
+        except ValueError as error:  # the reason why there is no report
+            status, raw = str(error), None
         try:
             scene = true_scene(load(sample))
         except ValueError as error:

@@ -37,8 +37,11 @@ class Video:
     source: object
     ids: list
 
-    def chosen(self, places):
-        return Video(self.source, [self.ids[p] for p in places])
+    def __len__(self):
+        return len(self.ids)
+
+    def __getitem__(self, place):
+        return self.ids[place]
 
     def __iter__(self):
         if not isinstance(self.source, Path):

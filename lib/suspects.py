@@ -28,40 +28,30 @@ from lib.views import (
 # What to do about each mistake.
 HINTS = {
     "c2w stored as w2c": "invert every matrix: w2c = [R^T | -R^T t]",
-    "OpenGL camera axes": "negate rows 2 and 3 of every w2c "
-    "(y up, z backward -> y down, z forward)",
-    "c2w in OpenGL axes": "invert every matrix, then negate its rows 2 and 3 "
-    "(a nerfstudio or Blender export)",
+    "OpenGL camera axes": "negate rows 2 and 3 of every w2c (y up, z backward -> down, forward)",
+    "c2w in OpenGL axes": "invert every matrix, negate its rows 2 and 3 (of nerfstudio, Blender)",
     "rotation transposed": "transpose the 3x3 part of every matrix, keep its last column",
     "3x4 matrix transposed": "the 12 numbers are column-major: reshape to (4, 3) and transpose",
     "pixel intrinsics": "divide fx, cx by the width and fy, cy by the height of the image",
     "depth in millimetres": "divide by 1000, or say depth_scale 0.001 in metadata.json",
-    "ray length instead of z-depth": "divide depth by the length of the pixel's ray "
-    "((u-cx)/fx, (v-cy)/fy, 1)",
+    "ray length instead of z-depth": "divide depth by the length of ((u-cx)/fx, (v-cy)/fy, 1)",
     "inverse depth": "store 1 / d, or give the sample inverse_depth true in metadata.json",
-    "poses one frame late": "frame t carries the camera of frame t-1: drop the first camera and "
-    "the last frame",
-    "poses one frame early": "frame t carries the camera of frame t+1: drop the first frame and "
-    "the last camera",
-    "poses several frames late": "frame t carries the camera of a frame before it: drop as many "
-    "cameras at the start and frames at the end as given",
-    "poses several frames early": "frame t carries the camera of a frame after it: drop as many "
-    "frames at the start and cameras at the end as given",
+    "poses one frame late": "frame t has the camera of t-1: drop the first camera, the last frame",
+    "poses one frame early": "frame t has the camera of t+1: drop the first frame, the last camera",
+    "poses several frames late": "drop as many cameras at the start, frames at the end as given",
+    "poses several frames early": "drop as many frames at the start, cameras at the end as given",
     "poses in reverse": "the cameras run from the last frame to the first: reverse their order",
     "cameras in string order": "the cameras were sorted as text (1, 10, 11, 2): sort by number",
     "frames in string order": "pictures and depth were sorted as text (1, 10, 2): sort by number",
     "translation scale off": "multiply every translation (last column) by the factor given",
     "relative depth": "not metric: trains with depth_mode ssi only, or say its depth_scale",
-    "camera axes permuted": "the camera looks along another of its axes: reorder and negate the "
-    "rows of every w2c as given",
+    "camera axes permuted": "reorder and negate the rows of every w2c as given",
     "c2w in permuted axes": "invert every matrix, then reorder and negate its rows as given",
-    "left-handed axes": "the world and the cameras are mirrored (Unity, Unreal): negate row 2 and "
-    "then column 2 of every w2c",
+    "left-handed axes": "mirrored (Unity, Unreal): negate row 2 and then column 2 of every w2c",
     "quaternion order": "the quaternion's w, first in the file, was read as last, or the reverse",
     "focal length off": "multiply fx and fy by the factor given (of which size are they pixels?)",
     "affine depth": "depth is a z + b: subtract the b given from it, then check its scale",
-    "relative inverse depth": "the files hold a / z + b (a disparity): subtract the b given, store "
-    "1 / d, then check its scale",
+    "relative inverse depth": "of a / z + b, subtract the b given, store 1 / d, check its scale",
     "depth scaled frame by frame": "each frame's depth has a scale of its own: an estimator that "
     "saw one frame at a time, or pictures normalised one by one; align them first",
     "largest depth is no depth": "give the sample the depth_invalid named, or depth_max",
@@ -72,12 +62,6 @@ CURED = 0.03, 0.6  # and leave views that agree: typical disagreement, share wit
 EXPLAINED = 0.02  # share of the disagreement: what leaves no more explains it all
 FLIP = torch.tensor([[1.0, -1, -1]], dtype=torch.float64).T
 MIRROR = torch.tensor([1.0, -1, 1], dtype=torch.float64)
-
-
-def string_orders(count):
-    """Places of 0, 1, ... (or 1, 2, ...) when their numbers are sorted as text."""
-    for first in (0, 1):
-        yield torch.tensor(sorted(range(count), key=lambda n: str(n + first)))
 
 
 def permutations():
@@ -105,7 +89,8 @@ def cameras_undone(w2c):
         yield "poses several frames late", f"by {n}", shifted(w2c, n)
         yield "poses several frames early", f"by {n}", shifted(w2c, -n)
     yield "poses in reverse", "", w2c.flip(0)
-    for order in string_orders(len(w2c)):
+    for first in (0, 1):  # places of 0, 1, ... (or 1, 2, ...), their numbers sorted as text
+        order = torch.tensor(sorted(range(len(w2c)), key=lambda n, first=first: str(n + first)))
         yield "cameras in string order", "", w2c[order.argsort()]
         yield "frames in string order", "", w2c[order]
     mirrored = torch.cat([MIRROR[:, None] * R * MIRROR, MIRROR[:, None] * t], -1)
@@ -204,16 +189,11 @@ def best_scale_near(views, width=3.4, counts=(25, 7)):
     return best_scale(views, width, counts, 200)
 
 
-def rescaled(views, factor):
-    """Each frame's depth times its factor (n,)."""
-    return replace(views, depth=views.depth * factor[:, None, None])
-
-
 def frame_scales(views):
     """(n,) factors that make the frames' depth agree, from each pair's median ratio."""
     (t, s), logs = views.places(), torch.zeros(len(views.ids), dtype=torch.float64)
     for _ in range(3):  # the ratio is measured at the place that the scale before leads to
-        g = gather(rescaled(views, logs.exp()))
+        g = gather(replace(views, depth=views.depth * logs.exp()[:, None, None]))
         uv, z, ok = reproject(g, views.w2c)
         seen, whole = sample_maps(g["maps"], uv, g["size"]).unbind(1)
         ratio = torch.where(ok & (whole > 0.999), (seen.clamp(min=1e-9) * z).log(), math.nan)
@@ -271,7 +251,7 @@ def undo_fitted(views):
         yield judged("focal length off", f"factor {k:.3g}", views.w2c, g)
     factor = frame_scales(views)
     if factor.log().std() > 0.02:
-        fixed = rescaled(views, factor)
+        fixed = replace(views, depth=views.depth * factor[:, None, None])
         # Their mean is the translations' matter.
         k, _ = best_scale_near(fixed.coarse(), 0.5, (25, 9, 9))
         spread = f"factors {factor.min():.3g} to {factor.max():.3g}"
