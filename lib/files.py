@@ -111,12 +111,14 @@ def feed(pipe, paths):
 
 
 @contextmanager
-def ffmpeg(path, *output):
+def ffmpeg(path, *output, turned=True):
     """What ffmpeg makes of the first video stream of a file, or of a list of PNG files as one
-    stream: output, and a file of its messages."""
+    stream: output, and a file of its messages.  turned: as the file says that it be shown."""
     several = isinstance(path, list)
-    form = reader_of(head_of(path[0] if several else path))
+    first = path[0] if several else path
+    form = reader_of(first, head_of(first))
     name = ["-protocol_whitelist", "pipe", "-i", "pipe:0"] if several else ["-i", f"file:{path}"]
+    name = name if turned else ["-noautorotate", *name]
     source = [*form, *name, "-map", "0:V:0", "-fps_mode", "passthrough"]
     command = [imageio_ffmpeg.get_ffmpeg_exe(), *STRICT, *source, *output, "pipe:1"]
     end, start = os.pipe() if several else (subprocess.DEVNULL, None)
@@ -155,7 +157,7 @@ def pictures(stream, limit=MAX_BYTES):
         yield np.frombuffer(data, dtype).reshape(shape)
 
 
-def read_pngs(paths, read, *output):
+def read_pngs(paths, read, *output, turned=True):
     """Pictures of PNG files, decoded by one process; read(path): one alone, which names its fault.
 
     A file that is cut or holds several pictures would shift the others: such lists, and all after
@@ -164,7 +166,7 @@ def read_pngs(paths, read, *output):
     with suppress(ValueError):
         if all(map(is_one_png, paths)):
             how = [*output, "-autoscale", "0", "-f", "image2pipe"]
-            with ffmpeg(list(paths), *how) as (stream, _):
+            with ffmpeg(list(paths), *how, turned=turned) as (stream, _):
                 for frame in pictures(stream, math.inf):
                     yield frame
                     done += 1
@@ -181,15 +183,12 @@ def is_one_png(path):
     return head[:8] == PNG and end.endswith(b"IEND\xaeB`\x82") and b"acTL" not in head[:200]
 
 
-def read_stills(paths):
-    """uint8 (H, W, 3) of each of several picture files; they may differ in size."""
+def read_stills(paths, turned=True):
+    """uint8 (H, W, 3) of several files, of any sizes; turned: as EXIF says, or as they lie."""
+    still = lambda path: read_video(path, 1, turned)[0][0]  # noqa: E731
     if any(has_alpha(head_of(path)) for path in paths):
         return map(still, paths)
-    return read_pngs(paths, still, "-pix_fmt", "rgb24", "-c:v", "ppm")
-
-
-def still(path):
-    return read_video(path, 1)[0][0]
+    return read_pngs(paths, still, "-pix_fmt", "rgb24", "-c:v", "ppm", turned=turned)
 
 
 def picture_files(folder):
@@ -211,41 +210,40 @@ def iterate_video(path, max_frames=None):
                 raise ValueError(f"{name}: {found} {first[0]}x{first[1]}. Make all alike")
             yield frame
         return
-    read_video(path, 1)  # HDR, and what is no video, are named
+    yield from (frame for frame, _ in decoded(path, max_frames, math.inf))
+
+
+def decoded(path, max_frames, limit, turned=True):
+    """(frame (H, W, 3), frames a second) of a file in turn; what is transparent lies over white."""
     some = [] if max_frames is None else ["-frames:v", str(max_frames)]
+    white = ["-vf", OVER_WHITE] if has_alpha(head_of(path)) else []
+    rgb = ["-pix_fmt", "rgb24", "-c:v", "ppm", "-f", "image2pipe"]
     try:
-        with ffmpeg(path, *some, *as_rgb(path)) as (stream, _):
-            yield from pictures(stream, math.inf)
+        with ffmpeg(path, *some, *white, *rgb, turned=turned) as (stream, log):
+            yield from ((frame, rate_of(path, log)) for frame in pictures(stream, limit))
     except ValueError as error:
         raise unreadable(path, error) from None
 
 
-def as_rgb(path):
-    """ffmpeg's options for frames (H, W, 3) of a file; what is transparent lies over white."""
-    white = ["-vf", OVER_WHITE] if has_alpha(head_of(path)) else []
-    return [*white, "-pix_fmt", "rgb24", "-c:v", "ppm", "-f", "image2pipe"]
+def rate_of(path, log):
+    """Frames a second, or 0, by ffmpeg's messages; HDR is refused."""
+    said = os.pread(log.fileno(), 2**16, 0)  # moves no place: ffmpeg goes on writing
+    if re.search(rb"Video: [^\n]*(arib-std-b67|smpte2084)", said):
+        raise ValueError(f"{path}: HDR colours (HLG or PQ). Convert it: ffmpeg -i IN -vf {SDR} OUT")
+    fps = re.search(rb"Video: .*?\b([\d.]+)(k?) fps", said)
+    return float(fps[1]) * (1000 if fps[2] else 1) if fps else 0.0
 
 
-def read_video(path, max_frames=None):
+def read_video(path, max_frames=None, turned=True):
     """The first max_frames frames (default all), uint8 (T, H, W, 3), and frames a second or 0.
 
     A folder of pictures has no rate: the sample's entry gives its fps."""
     if Path(path).is_dir():
         return np.stack(list(iterate_video(path, max_frames))), 0.0
-    some = [] if max_frames is None else ["-frames:v", str(max_frames)]
-    try:
-        with ffmpeg(path, *some, *as_rgb(path)) as (stream, log):
-            frames = list(pictures(stream))
-            log.seek(0)
-            said = log.read(2**16)
-    except ValueError as error:
-        raise unreadable(path, error) from None
-    if re.search(rb"Video: [^\n]*(arib-std-b67|smpte2084)", said):
-        raise ValueError(f"{path}: HDR colours (HLG or PQ). Convert it: ffmpeg -i IN -vf {SDR} OUT")
-    fps = re.search(rb"Video: .*?\b([\d.]+)(k?) fps", said)
-    if not frames:
+    found = list(decoded(path, max_frames, MAX_BYTES, turned))
+    if not found:
         raise ValueError(f"{path}: the video has no frames. Re-encode or remove it.")
-    return np.stack(frames), float(fps[1]) * (1000 if fps[2] else 1) if fps else 0.0
+    return np.stack([frame for frame, _ in found]), found[0][1]
 
 
 def count_frames(path):
@@ -270,10 +268,9 @@ def count_frames_at(path, changed):
 
 
 def unreadable(path, error):
-    said = str(error)
-    if said.startswith((f"{path}: ", "a picture of kind")):  # it says what to do
-        return ValueError(f"{path}: {said.removeprefix(f'{path}: ')}")
-    return ValueError(f"{path}: not a readable video: {said}. Re-encode or remove it.")
+    if str(error).startswith(f"{path}: "):
+        return error  # it says all; others are ffmpeg's
+    return ValueError(f"{path}: not a readable video: {error}. Re-encode or remove it.")
 
 
 # --- Arrays ---------------------------------------------------------------------------------------

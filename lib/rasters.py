@@ -40,7 +40,7 @@ COMPRESSIONS = [
 # fmt: on
 
 
-def reader_of(head):
+def reader_of(path, head):
     """ffmpeg's options for a file that begins with `head`; a picture's, or none for a video.
 
     Raises ValueError with the true name of a picture that is not read."""
@@ -48,7 +48,7 @@ def reader_of(head):
     if head[4:8] == b"ftyp" and head[8:12] in HEIF:
         kinds.append("HEIC or AVIF")
     if kinds:
-        raise ValueError(f"a picture of kind {kinds[0]}: save it as JPEG or PNG")
+        raise ValueError(f"{path}: a picture of kind {kinds[0]}: save it as JPEG or PNG")
     if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
         return ["-f", "webp_pipe"]
     found = [name for magic, name in READERS.items() if head.startswith(magic)]
