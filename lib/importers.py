@@ -98,10 +98,10 @@ def thinned(rec, wishes):
 
 
 def check_upright(frame, k, n):
-    """Readers turn a photo as its EXIF says, COLMAP does not: its pixels would not be square."""
+    """A photo that was turned before or after it was labelled: its pixels would not be square."""
     (h, w), (fx, fy) = frame.shape[:2], k[:2]
     if abs(fx * w / (fy * h) - 1) > 0.2 and abs(fx * h / (fy * w) - 1) < 0.05:
-        found = f"picture {n} is {w}x{h} as its EXIF turns it, its camera {h}x{w}"
+        found = f"picture {n} is {w}x{h}, its camera {h}x{w}"
         raise ValueError(f"{found}. Fix: save the pictures upright and label them again")
 
 
@@ -116,7 +116,8 @@ class Writer:
     def pictures(self):
         """uint8 (H, W, 3) of every frame, as the video gets them."""
         frames = self.rec.frames
-        frames = frames if isinstance(frames, Video) else files.read_stills(frames)
+        if not isinstance(frames, Video):
+            frames = files.read_stills(frames, self.rec.turned)
         for n, frame in enumerate(frames):
             check_upright(frame, self.k[n], n)
             if self.lenses[n]:

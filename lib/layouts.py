@@ -289,7 +289,8 @@ def open_named(cameras, wishes, *, axes, pictures, depth, step=0.001):
     ids = joined(notes, pose=rows, picture=there, **(dict(depth=depth) if depth else {}))
     made, frames = pick(cameras, [rows[n] for n in ids]), [there[n] for n in ids]
     maps = [depth[n] for n in ids] if depth else None
-    return Recording(frames, made, maps, unit | asked(wishes), axes=axes, notes=notes)
+    how = dict(axes=axes, turned=False, notes=notes)  # COLMAP and nerfstudio ignore EXIF
+    return Recording(frames, made, maps, unit | asked(wishes), **how)
 
 
 def find_nerfstudio(src):

@@ -28,6 +28,7 @@ class Recording:
     fps: float = 30.0
     axes: str = "opencv"
     notes: list = field(default_factory=list)  # sentences: what was left out or taken for granted
+    turned: bool = True  # pictures as their EXIF says; the cameras may be of the pixels as they lie
 
 
 @dataclass(frozen=True)

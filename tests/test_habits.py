@@ -98,14 +98,12 @@ def test_depth_counts_of_a_transforms_file_have_the_unit_that_it_says(tmp_path):
 
 
 def test_pictures_that_are_turned_against_their_camera_are_refused(tmp_path, capsys):
-    """As a photo that EXIF turns, with a model of the pixels as they lie."""
+    """As photos that were turned after they had been labelled."""
     c = clip()
     (tmp_path / "src").mkdir()
     colmap(tmp_path / "src", dict(c, rgb=c["rgb"].swapaxes(1, 2)))
     assert importers.run(tmp_path / "src", tmp_path / "out") == ([], 1)
-    assert (
-        f"picture 0 is {H}x{W} as its EXIF turns it, its camera {W}x{H}" in capsys.readouterr().out
-    )
+    assert f"picture 0 is {H}x{W}, its camera {W}x{H}" in capsys.readouterr().out
 
 
 def test_a_video_of_more_frames_than_an_archive_has_depth_is_refused(tmp_path, capsys):

@@ -1,0 +1,77 @@
+"""Recordings as other people's programs leave them: in right, or refused by one sentence."""
+
+import json
+import subprocess
+
+import imageio_ffmpeg
+import numpy as np
+import pytest
+import torch
+from recordings import (
+    H,
+    T,
+    W,
+    clip,
+    colmap,
+    nerfstudio,
+)
+
+from data import load_clip, load_samples
+from geometry import relative_to_first
+from lib import files, importers
+
+C = clip()
+FFMPEG = imageio_ffmpeg.get_ffmpeg_exe()
+
+
+@pytest.fixture
+def src(tmp_path):
+    (tmp_path / "src").mkdir()
+    return tmp_path / "src"
+
+
+def imported(src, ids=range(5), scale=1.0, **wishes):
+    """Import the only recording of src: its frames `ids` must be those of C; -> its sample."""
+    out = src.parent / "out"
+    names, failed = importers.run(src, out, **wishes)
+    assert failed == 0 and len(names) == 1
+    (sample,) = load_samples(out)
+    made, ids = load_clip(sample, H, W, 5), list(ids)
+    w2c = torch.from_numpy(C["w2c"][ids])
+    w2c[:, :, 3] *= scale
+    torch.testing.assert_close(made["w2c"], relative_to_first(w2c), rtol=0, atol=1e-5)
+    depth = torch.from_numpy(scale * C["mm"][ids] / 1000).float()
+    torch.testing.assert_close(made["depth"], depth, rtol=1e-5, atol=1e-5)
+    rgb = torch.from_numpy(C["rgb"][ids]).permute(3, 0, 1, 2) / 127.5 - 1
+    assert (made["video"] - rgb).abs().mean() < 0.03
+    return sample
+
+
+def refused(src, capsys, said, **wishes):
+    assert importers.run(src, src.parent / "out", **wishes) == ([], 1)
+    assert said in capsys.readouterr().out
+
+
+def edited(src, change):
+    """transforms.json of a recording, changed."""
+    nerfstudio(src, C)
+    told = json.loads((src / "transforms.json").read_text())
+    change(told)
+    (src / "transforms.json").write_text(json.dumps(told))
+
+
+def test_photos_of_a_model_are_taken_as_their_pixels_lie(src):
+    """COLMAP and nerfstudio ignore EXIF: a photo that it turns by 180 degrees came in upside
+    down."""
+    colmap(src, C)
+    turn = b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x03\0\0\0\0\0\0"
+    names = ["frame_%05d.png", "-frames:v", str(T), "-q:v", "2", "-pix_fmt", "yuvj444p", "%05d.jpg"]
+    subprocess.run([FFMPEG, "-v", "error", "-i", *names], cwd=src / "images", check=True)
+    for t in range(T):  # JPEG, whatever its name is
+        photo = (src / f"images/{t + 1:05d}.jpg").read_bytes()
+        size = (len(turn) + 2).to_bytes(2, "big")
+        path = src / f"images/frame_{t:05d}.png"
+        path.write_bytes(photo[:2] + b"\xff\xe1" + size + turn + photo[2:])
+    shown = files.read_video(src / "images/frame_00000.png", 1)[0][0].astype(int)
+    assert np.abs(shown - C["rgb"][0][::-1, ::-1]).mean() < 4  # where a picture is looked at
+    imported(src)
