@@ -111,7 +111,7 @@ def oriented(matrices, kind, axes):
 def read_interp(path, hints):
     """camera_data.json: 4x4 camera-to-world in cameras_interp, focal_length in pixels (500),
     centred."""
-    data = json.loads(Path(path).read_text("utf-8-sig"))
+    data = json.loads(Path(path).read_bytes())
     h, w = need_size(hints.size, path, "focal_length")
     focal, matrices = float(data.get("focal_length", 500)), data["cameras_interp"]
     intrinsics = np.tile([focal / w, focal / h, 0.5, 0.5], (len(matrices), 1))
@@ -139,7 +139,7 @@ def homogeneous(matrices):
 
 def read_nerfstudio(path, hints):
     """transforms.json: camera-to-world, frames by file name; intrinsics shared or per frame."""
-    data, size = json.loads(Path(path).read_text("utf-8-sig")), hints.size
+    data, size = json.loads(Path(path).read_bytes()), hints.size
     frames = sorted(data["frames"], key=lambda f: natural(f.get("file_path", "")))
     rows, lenses = [], []
     for f in ({**data, **f} for f in frames):
@@ -272,7 +272,7 @@ def guess(path):
     if path.suffix in (".npz", ".npy"):
         return path.suffix[1:]
     if path.suffix == ".json":
-        data = json.loads(path.read_text("utf-8-sig"))
+        data = json.loads(path.read_bytes())
         if "frames" in data:
             return "nerfstudio"
         if "cameras_interp" in data:

@@ -62,7 +62,7 @@ def colmap_text(path):
             numbers = [float(p) for p in params]
             cameras[int(i)] = colmap_camera(path, model, int(w), int(h), numbers)
     for line in (path / "images.txt").read_text("utf-8-sig").splitlines():
-        words = line.split(maxsplit=9)
+        words = line.strip().split(maxsplit=9)
         if not words or line.startswith("#") or is_points(line.split()):
             continue
         if len(words) != 10:

@@ -89,7 +89,7 @@ def read_json(path):
     """A JSON file whose objects name each key once."""
     check_file(path, MAX_TEXT)
     try:
-        return json.loads(Path(path).read_text("utf-8-sig"), object_pairs_hook=unique_keys)
+        return json.loads(Path(path).read_bytes(), object_pairs_hook=unique_keys)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not valid JSON: {error}. Write it again") from None
 

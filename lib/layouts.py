@@ -16,7 +16,7 @@ import numpy as np
 from lib import camera_files, files
 from lib.camera_files import FORMATS
 from lib.crop import fractions
-from lib.native import Cameras, Hints, check_pinhole, lens_of, pose_files, quaternions
+from lib.native import Cameras, Hints, check_pinhole, lens_of, pose_files, quaternions, read_rows
 from lib.rasters import read_raster
 from lib.recordings import (
     COUNTS,
@@ -178,7 +178,9 @@ def numbered(folder):
 
 def stamps(path):
     """Lines "time name" of TUM's rgb.txt and depth.txt -> times (N,), names."""
-    rows = [x.split() for x in path.read_text().splitlines() if x.strip() and x[0] != "#"]
+    lines = path.read_text("utf-8-sig").splitlines()  # among them headings
+    rows = [x.split() for x in lines if x[:1].isdigit()]
+    rows.sort(key=lambda row: float(row[0]))
     return np.array([float(row[0]) for row in rows]), [row[1] for row in rows]
 
 
@@ -193,7 +195,7 @@ def nearest(times, of, within=0.02):
 def open_tum(src, wishes):
     times, names = stamps(src / "rgb.txt")
     depth_times, depth_names = stamps(src / "depth.txt")
-    rows = np.loadtxt(src / "groundtruth.txt", comments="#", ndmin=2)
+    rows = read_rows(src / "groundtruth.txt")
     parts = zip(names, nearest(depth_times, times), nearest(rows[:, 0], times))
     whole = [(name, d, p) for name, d, p in parts if d >= 0 and p >= 0]
     if not whole:
@@ -212,8 +214,7 @@ def open_tum(src, wishes):
 
 def open_vkitti2(src, wishes):
     """extrinsic.txt: frame, camera, 16 numbers w2c; intrinsic.txt: frame, camera, fx fy cx cy."""
-    rows = np.loadtxt(src / "extrinsic.txt", skiprows=1, ndmin=2)
-    k = np.loadtxt(src / "intrinsic.txt", skiprows=1, ndmin=2)
+    rows, k = read_rows(src / "extrinsic.txt"), read_rows(src / "intrinsic.txt")
     poses = {int(r[0]): r[2:].reshape(4, 4) for r in rows if r[1] == 0}
     lens = {int(r[0]): r[2:6] for r in k if r[1] == 0}
     kinds, notes = [src / "frames" / n / "Camera_0" for n in ("rgb", "depth")], []
@@ -235,8 +236,8 @@ def omniworld_depth(path):
 
 def open_omniworld(path, wishes):
     """camera/split_K.json: quats (w first) and trans of w2c, focals in pixels, cx, cy."""
-    src, said = path.parent.parent, json.loads(path.read_text("utf-8-sig"))
-    splits = json.loads((src / "split_info.json").read_text("utf-8-sig"))["split"]
+    src, said = path.parent.parent, json.loads(path.read_bytes())
+    splits = json.loads((src / "split_info.json").read_bytes())["split"]
     poses = dict(zip(splits[number_of(path)], range(len(said["quats"]))))
     pictures, depth = (numbered(src / n) for n in ("color", "depth"))
     notes = []

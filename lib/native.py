@@ -4,6 +4,7 @@ npz of ViPE, MegaSaM, Depth-Anything-3, VGGT, Lyra; poses.npy of LingBot and Spa
 one text file a frame (7-Scenes, ScanNet); Open3D's trajectory.log; 12 or 16 numbers a line (KITTI).
 Shapes: T frames.  Source: the writers of each, read in November 2026."""
 
+import io
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -161,9 +162,18 @@ def read_npy(path, hints):
 
 
 # --- Text -----------------------------------------------------------------------------------------
+def read_rows(path):
+    """Numbers of a text (lines, columns); comments, headings, commas and byte order mark aside."""
+    try:
+        text = Path(path).read_text("utf-8-sig").replace(",", " ")
+        return np.loadtxt(io.StringIO(text), comments=("#", "time", "frame"), ndmin=2)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
 def read_tum(path, hints):
     """Lines: time tx ty tz qx qy qz qw of camera-to-world; or without the time."""
-    rows = np.loadtxt(path, ndmin=2, encoding="utf-8-sig")
+    rows = read_rows(path)
     if rows.shape[1] not in (7, 8):
         raise ValueError(f"{path}: {rows.shape[1]} columns; wanted time tx ty tz qx qy qz qw")
     return Cameras(quaternions(rows[:, -7:]), "c2w", None, hints.size)
@@ -172,7 +182,7 @@ def read_tum(path, hints):
 def read_tartanair(path, hints):
     """tx ty tz qx qy qz qw of camera-to-world, x forward, y right, z down; 640 x 480, f 320."""
     turn = np.array([[0.0, 1, 0], [0, 0, 1], [1, 0, 0]])  # north east down -> OpenCV
-    m = quaternions(np.loadtxt(path, ndmin=2, encoding="utf-8-sig"))
+    m = quaternions(read_rows(path))
     m = np.concatenate([turn @ m[:, :, :3] @ turn.T, turn @ m[:, :, 3:]], -1)
     k = np.array([0.5, 320 / 480, 0.5, 0.5])
     return Cameras(m, "c2w", np.tile(k, (len(m), 1)), hints.size or (480, 640))
@@ -180,7 +190,7 @@ def read_tartanair(path, hints):
 
 def read_matrices(path, hints):
     """12 or 16 numbers a line, row by row; 13 or 17 with an index before them."""
-    rows = np.loadtxt(path, ndmin=2, encoding="utf-8-sig")
+    rows = read_rows(path)
     if rows.shape[1] not in (12, 13, 16, 17):
         raise ValueError(f"{path}: {rows.shape[1]} columns; wanted 12 or 16 numbers a line")
     m = rows[:, rows.shape[1] % 4 :].reshape(len(rows), -1, 4)
@@ -204,5 +214,5 @@ def pose_files(folder):
 
 def read_folder(path, hints):
     """One 4x4 camera-to-world a frame; frames whose tracking was lost hold -inf."""
-    m = np.stack([np.loadtxt(f).reshape(4, 4) for f in pose_files(path)])
+    m = np.stack([read_rows(f).reshape(-1, 4) for f in pose_files(path)])
     return Cameras(m, "c2w", None, hints.size)

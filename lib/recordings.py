@@ -11,7 +11,7 @@ import numpy as np
 from lib import camera_files, files
 from lib.camera_files import FORMATS
 from lib.crop import focal_and_centre, fractions
-from lib.native import Cameras
+from lib.native import Cameras, read_rows
 
 COUNTS = (".png", ".pgm")  # depth in whole numbers
 
@@ -97,7 +97,7 @@ def size_of(picture):
 
 def matrix_of(path):
     """A text of 3x3, 3x4 or 4x4 numbers -> fx fy cx cy in pixels."""
-    m = np.loadtxt(path)
+    m = read_rows(path)
     if m.size not in (9, 12, 16):
         raise ValueError(f"{path}: {m.size} numbers; wanted a 3x3 or 4x4 matrix of intrinsics")
     return focal_and_centre(m.reshape(4 if m.size == 16 else 3, -1))

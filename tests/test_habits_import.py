@@ -1,6 +1,7 @@
 """Recordings as other people's programs leave them: in right, or refused by one sentence."""
 
 import json
+import shutil
 import subprocess
 
 import imageio_ffmpeg
@@ -13,12 +14,17 @@ from recordings import (
     W,
     clip,
     colmap,
+    k3,
+    kitti,
+    lens_of,
     nerfstudio,
+    scannet,
+    tum,
 )
 
 from data import load_clip, load_samples
 from geometry import relative_to_first
-from lib import files, importers
+from lib import camera_files, files, importers
 
 C = clip()
 FFMPEG = imageio_ffmpeg.get_ffmpeg_exe()
@@ -58,6 +64,46 @@ def edited(src, change):
     told = json.loads((src / "transforms.json").read_text())
     change(told)
     (src / "transforms.json").write_text(json.dumps(told))
+
+
+def test_a_pose_of_three_lines_a_file_will_do(src):
+    scannet(src, C)
+    for path in (src / "pose").iterdir():
+        np.savetxt(path, np.loadtxt(path)[:3])
+    imported(src, ids=(0, 1, 2, 3, 5))  # the tracker had lost frame 4
+
+
+def marked(path):
+    """As editors of other systems save it: a byte order mark, blanks and CR LF at every end."""
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b" \r\n"))
+
+
+@pytest.mark.parametrize("write", [colmap, tum], ids=lambda f: f.__name__)
+def test_byte_order_marks_commas_and_blanks_change_nothing(src, write):
+    write(src, C)
+    wishes = {}
+    if write is colmap:
+        shutil.rmtree(src / "sparse")
+        camera_files.write(src / "sparse/0", "colmap", C["w2c"], lens_of(C), (H, W))
+        for name in ("cameras", "images"):
+            text = (src / f"sparse/0/{name}.txt").read_text()
+            (src / f"sparse/0/{name}.txt").write_text("# a comment\n" + text)
+    if write is kitti:
+        (src / "K.txt").write_text("\n".join(", ".join(map(str, row)) for row in k3(C).tolist()))
+    if write is tum:
+        wishes = dict(intrinsics=tuple(C["k"]))
+    for path in [*src.rglob("*.txt"), *src.rglob("*.json")]:
+        marked(path)
+    imported(src, **wishes)
+    marked(src.parent / "out/metadata.json")
+    marked(src.parent / "out/src/camera_params.txt")
+    assert load_clip(load_samples(src.parent / "out")[0], H, W, 5)["w2c"].shape == (5, 3, 4)
+
+
+def test_a_text_that_cannot_be_read_is_named(src, capsys):
+    kitti(src, C)
+    (src / "K.txt").write_text("[[52, 0, 32], [0, 52, 24], [0, 0, 1]]")
+    refused(src, capsys, "K.txt: could not convert string '[[52'")
 
 
 def test_photos_of_a_model_are_taken_as_their_pixels_lie(src):
