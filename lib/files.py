@@ -305,9 +305,11 @@ def png_header(path, mask):
 
 
 def open_array(path, read, mask):
-    """(shape, dtype) or, with read, the array of one file; of an .npz depth, or the first."""
+    """(shape, dtype) or, with read, the array of one file; of an .npz depth, or the only one."""
     check_file(path)
-    if path.suffix == ".png":
+    if path.suffix.lower() not in ARRAYS:
+        raise ValueError(f"an ending {path.suffix or 'of none'}; wanted {', '.join(ARRAYS)}")
+    if path.suffix.lower() == ".png":
         shape = png_header(path, mask)
         if not read:
             return shape, np.dtype("u2")
@@ -317,7 +319,7 @@ def open_array(path, read, mask):
         if image.shape != shape:
             raise ValueError(f"a picture of {image.shape}; its header says {shape}")
         return image.astype("u2")
-    if path.suffix in RASTERS:
+    if path.suffix.lower() in RASTERS:
         image = read_raster(path.read_bytes())
         return image if read else (image.shape, image.dtype)
     with array_stream(path) as (file, size):
@@ -341,6 +343,8 @@ def array_stream(path):
         name = "depth.npy" if "depth.npy" in names else names[0]
         if names.count(name) > 1:
             raise ValueError(f"the array {name} is there twice")
+        if name != "depth.npy" and len(names) > 1:
+            raise ValueError(f"it holds {', '.join(names)}; which is depth? Name it depth")
         with archive.open(name) as file:
             yield file, archive.getinfo(name).file_size
 

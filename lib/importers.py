@@ -42,8 +42,8 @@ def find(src, form=None):
         raise ValueError(f"{src}: no such folder; wanted one with recordings")
     found, within = [], []
     for folder in folders(src):
-        if any(folder.is_relative_to(f) for f in within):
-            continue  # the parts of a recording
+        if any(folder.resolve().is_relative_to(f) for f in within):
+            continue  # the parts of a recording, or a link to one
         names = [form] if form else list(LAYOUTS)
         kinds = {name: keys for name in names if (keys := LAYOUTS[name].keys(folder))}
         if len(kinds) > 1:
@@ -51,7 +51,7 @@ def find(src, form=None):
             raise ValueError(f"{folder}: looks like {' and '.join(kinds)}; {cure}")
         for name, keys in kinds.items():
             found += [(name, key) for key in keys]
-            within.append(folder)
+            within.append(folder.resolve())
     if not found:
         wanted = f"recordings of the layout {form}" if form else "a recording of a known layout"
         said = f"wanted {wanted}; known are {', '.join(LAYOUTS)} (docs/data.md)"
@@ -143,7 +143,8 @@ class Writer:
         lens, cut = self.lenses[n], self.sizes[n] != self.target
         path = folder / f"frame_{n:04d}.npy"
         if isinstance(source, Path) and not lens and not cut and own is None:
-            return shutil.copyfile(source, path.with_suffix(source.suffix))
+            files.read_array(source, read=False)  # refuses what is no depth
+            return shutil.copyfile(source, path.with_suffix(source.suffix.lower()))
         raw = files.read_array(source) if isinstance(source, Path) else source()
         if own is not None:  # another camera at the same place: its pixels under the pictures'
             raw = under(raw, own, self.k[n])

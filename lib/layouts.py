@@ -55,8 +55,8 @@ class Folder:
     def parts(self, src):
         texts = " or ".join(p if form != "folder" else f"texts in {p}/" for p, form in self.poses)
         return {
-            f"pictures ({' or '.join(self.pictures)})": first_of(src, self.pictures),
-            f"depth ({' or '.join(self.depth)})": first_of(src, self.depth),
+            f"pictures ({' or '.join(self.pictures)})": first_of(src, self.pictures, files.STILLS),
+            f"depth ({' or '.join(self.depth)})": first_of(src, self.depth, files.ARRAYS),
             f"poses ({texts})": self.path(src),
         }
 
@@ -67,8 +67,8 @@ class Folder:
 
     def open(self, src, wishes):
         notes, (path, form) = [], self.path(src)
-        pictures = by_number(first_of(src, self.pictures))
-        depth = by_number(first_of(src, self.depth))
+        pictures = by_number(first_of(src, self.pictures, files.STILLS))
+        depth = by_number(first_of(src, self.depth, files.ARRAYS))
         form = wishes.cameras or form or camera_files.guess(path)
         cameras = FORMATS[form].read(path, Hints(None, wishes.matrices or "c2w"))
         rows = self.rows(path, form, cameras, pictures)
@@ -78,20 +78,19 @@ class Folder:
         if self.depth_lens and (src / self.depth_lens).is_file():
             shape = files.read_array(maps[0], read=False)[0]
             other = fractions(matrix_of(src / self.depth_lens), shape)
-        counts = maps[0].suffix in COUNTS  # floats are metres
-        mine = {k: v for k, v in self.unit.items() if counts or k == "depth_max"}
+        counts = maps[0].suffix.lower() in COUNTS  # floats are metres
+        unit = {k: v for k, v in (self.unit | unit).items() if counts or k == "depth_max"}
         if self.read_depth and counts:
             maps = [partial(self.read_depth, f) for f in maps]
-        unit, axes = {**mine, **unit, **asked(wishes)}, wishes.axes or FORMATS[form].axes
+        unit, axes = unit | asked(wishes), wishes.axes or FORMATS[form].axes
         made = pick(cameras, [rows[i] for i in ids], lens)
         return Recording([pictures[i] for i in ids], made, maps, unit, other, self.fps, axes, notes)
 
     def rows(self, path, form, cameras, pictures):
         """Number of a frame -> row of its pose."""
         if form == "folder":
-            names = (f.stem.removesuffix(".pose") for f in pose_files(path))
-            return {number_of(name): n for n, name in enumerate(names)}
-        if form == "matrices" and (table := np.loadtxt(path, ndmin=2)).shape[1] % 4 == 1:
+            return {number: n for n, number in enumerate(by_number(pose_files(path)))}
+        if form == "matrices" and (table := read_rows(path)).shape[1] % 4 == 1:
             return {int(n): row for row, n in enumerate(table[:, 0])}
         if len(cameras.matrices) != len(pictures):
             found = f"{len(cameras.matrices)} poses for {len(pictures)} pictures"
@@ -197,11 +196,12 @@ def open_tum(src, wishes):
     depth_times, depth_names = stamps(src / "depth.txt")
     rows = read_rows(src / "groundtruth.txt")
     parts = zip(names, nearest(depth_times, times), nearest(rows[:, 0], times))
-    whole = [(name, d, p) for name, d, p in parts if d >= 0 and p >= 0]
+    there = lambda *names: all((src / name).is_file() for name in names)  # noqa: E731
+    whole = [(n, d, p) for n, d, p in parts if min(d, p) >= 0 and there(n, depth_names[d])]
     if not whole:
-        raise ValueError(f"{src}: no picture has depth and a pose within 0.02 s")
-    left = len(names) - len(whole)
-    notes = [f"{left} frames without depth or pose within 0.02 s left out"] * (left > 0)
+        raise ValueError(f"{src}: no picture that is there has depth and a pose within 0.02 s")
+    left = f"{len(names) - len(whole)} frames without file, depth or pose within 0.02 s left out"
+    notes = [left] * (len(whole) < len(names))
     names, d, p = zip(*whole)
     # The depth is registered to the pictures with these numbers; undistorting would undo that.
     lens = known_lens(wishes, src / names[0], centred(525))
@@ -260,7 +260,7 @@ def find_omniworld(src):
 def beside(folder, names):
     """Array files of a folder (or None) by a picture's name: at the same place in it, or, where
     only one picture is called so, by its stem."""
-    there = [f for f in folder.rglob("*") if f.suffix in files.ARRAYS] if folder else []
+    there = [f for f in folder.rglob("*") if f.suffix.lower() in files.ARRAYS] if folder else []
     whole = {f.relative_to(folder).with_suffix(""): f for f in there}
     often = Counter(Path(n).stem for n in names)
 

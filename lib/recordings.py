@@ -73,9 +73,8 @@ class Wishes:
 
 
 # --- Pieces ---------------------------------------------------------------------------------------
-def first_of(folder, patterns):
-    """Files of the first pattern that finds any, or []."""
-    kinds = (*files.STILLS, *files.ARRAYS)
+def first_of(folder, patterns, kinds):
+    """Files of some endings, of the first pattern that finds any, or []."""
     return next(filter(None, (files.listed(folder, kinds, p) for p in patterns)), [])
 
 
@@ -87,7 +86,11 @@ def number_of(path):
 
 def by_number(paths):
     """Number of a frame -> its file."""
-    return {number_of(path): path for path in paths}
+    found = {number_of(path): path for path in paths}
+    if twice := [path for path in paths if found[number_of(path)] != path]:
+        other = found[number_of(twice[0])].name
+        raise ValueError(f"{twice[0]}: has the number of {other}; leave one file a frame there")
+    return found
 
 
 def size_of(picture):

@@ -18,6 +18,7 @@ from recordings import (
     kitti,
     lens_of,
     nerfstudio,
+    replica,
     scannet,
     tum,
 )
@@ -25,6 +26,7 @@ from recordings import (
 from data import load_clip, load_samples
 from geometry import relative_to_first
 from lib import camera_files, files, importers
+from lib.pictures import write_png
 
 C = clip()
 FFMPEG = imageio_ffmpeg.get_ffmpeg_exe()
@@ -73,12 +75,62 @@ def test_a_pose_of_three_lines_a_file_will_do(src):
     imported(src, ids=(0, 1, 2, 3, 5))  # the tracker had lost frame 4
 
 
+def test_two_files_of_one_number_are_refused(src, capsys):
+    """Masks beside the pictures came in as the pictures; pictures of depth as the depth."""
+    kitti(src, C)
+    write_png(src / "images/z_mask_8.png", C["rgb"][0])
+    refused(src, capsys, "8.png: has the number of z_mask_8.png; leave one file a frame there")
+    (src / "images/z_mask_8.png").unlink()
+    np.save(src / "depth/9.npy", C["mm"][1] / 1000)
+    refused(src, capsys, "9.npy: has the number of 9.png")
+
+
+def test_a_link_to_a_recording_is_not_a_second_one(src):
+    (src / "run3").mkdir()
+    kitti(src / "run3", C)
+    (src / "run3_again").symlink_to("run3")
+    (src / "loop").symlink_to(".")
+    imported(src)
+
+
+def test_pictures_without_depth_are_named_and_left_out(src, capsys):
+    kitti(src, C)
+    (src / "depth/10.png").unlink()
+    imported(src, ids=(0, 1, 3, 4, 5))
+    assert "1 frames without depth left out: 10" in capsys.readouterr().out
+
+
+def test_the_unit_of_counts_is_not_that_of_floats(src):
+    """A Replica's cam_params.json says 1 / 6553.5 of its PNG files."""
+    replica(src, C)
+    for t, path in enumerate(files.listed(src / "office0/results", (".png",), "depth*")):
+        np.save(path.with_suffix(".npy"), C["mm"][t].astype(np.float32) / 1000)
+        path.unlink()
+    assert imported(src)["unit"].scale is None
+
+
+def test_an_archive_of_several_arrays_does_not_give_its_first_as_depth(tmp_path):
+    np.savez(tmp_path / "d.npz", conf=np.ones((2, 3)), prediction=np.ones((2, 3)))
+    with pytest.raises(ValueError, match="d.npz: .*conf.npy, prediction.npy; which is depth?"):
+        files.read_array(tmp_path / "d.npz")
+    (tmp_path / "d.tiff").write_bytes(b"II*\0")
+    with pytest.raises(ValueError, match="d.tiff: .*an ending .tiff; wanted .npy, .npz, .png"):
+        files.read_array(tmp_path / "d.tiff")
+
+
+def test_endings_in_capitals_are_read(src):
+    kitti(src, C)
+    for path in [*(src / "depth").iterdir(), *(src / "images").iterdir()]:
+        path.rename(path.with_suffix(".PNG"))
+    assert imported(src)["unit"].scale == 0.001
+
+
 def marked(path):
     """As editors of other systems save it: a byte order mark, blanks and CR LF at every end."""
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b" \r\n"))
 
 
-@pytest.mark.parametrize("write", [colmap, tum], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("write", [colmap, tum, kitti], ids=lambda f: f.__name__)
 def test_byte_order_marks_commas_and_blanks_change_nothing(src, write):
     write(src, C)
     wishes = {}
