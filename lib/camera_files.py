@@ -72,6 +72,7 @@ def write_cameras(path, w2c, intrinsics, size):
 
 # --- Shared pieces --------------------------------------------------------------------------------
 NUMBERS = ("k1", "k2", "k3", "k4", "k5", "k6", "p1", "p2")  # of lens distortion
+PARAMS = ("k1", "k2", "k3", "k4", "p1", "p2")  # nerfstudio's distortion_params
 NO_ROTATION = 0.02  # distance from orthonormal, and of the determinant from 1
 FLIP = np.array([[1.0], [-1], [-1]])  # OpenGL <-> OpenCV camera axes
 
@@ -142,20 +143,22 @@ def read_nerfstudio(path, hints):
     data, size = json.loads(Path(path).read_bytes()), hints.size
     frames = sorted(data["frames"], key=lambda f: natural(f.get("file_path", "")))
     rows, lenses = [], []
-    for f in ({**data, **f} for f in frames):
-        model = "OPENCV_FISHEYE" if f.get("is_fisheye") else f.get("camera_model", "PINHOLE")
+    for f in ({"fl_x": f.get("fx"), "fl_y": f.get("fy"), **data, **f} for f in frames):
+        usual = "FTHETA" if "ftheta_p0" in f else "PINHOLE"  # of instant-ngp, which names none
+        model = "OPENCV_FISHEYE" if f.get("is_fisheye") else f.get("camera_model", usual)
         if model not in (*MODELS, "PERSPECTIVE"):
             cure = f"known are {', '.join(MODELS)}: undistort the images first"
             raise ValueError(f"{path}: camera model {model}; {cure}")
-        lenses.append(make_lens(model, {k: float(f.get(k, 0)) for k in NUMBERS}))
+        numbers = {**f, **dict(zip(PARAMS, f.get("distortion_params", ())))}
+        lenses.append(make_lens(model, {k: float(numbers.get(k, 0)) for k in NUMBERS}))
         if "w" in f and "h" in f:
             size = size or (int(f["h"]), int(f["w"]))
         h, w = need_size(size, path, "intrinsics")
-        fx = f.get("fl_x") or w / 2 / np.tan(f["camera_angle_x"] / 2)
+        fx = f["fl_x"] or w / 2 / np.tan(f["camera_angle_x"] / 2)
         fy = h / 2 / np.tan(f["camera_angle_y"] / 2) if "camera_angle_y" in f else fx
-        row = np.array([fx, f.get("fl_y") or fy, f.get("cx", w / 2), f.get("cy", h / 2)])
+        row = np.array([fx, f["fl_y"] or fy, f.get("cx", w / 2), f.get("cy", h / 2)])
         scale = np.array([w / f.get("w", w), h / f.get("h", h)] * 2)  # --size: resized images
-        rows.append(row * scale if "fl_x" in f else row)
+        rows.append(row * scale if f["fl_x"] else row)
     matrices, names = ([f.get(key) for f in frames] for key in ("transform_matrix", "file_path"))
     return Cameras(matrices, "c2w", fractions(rows, size), size, names, lenses)
 
@@ -369,9 +372,10 @@ def check_plausible(path, found):
         raise ValueError(f"{path}: focal length {wide}; wanted 0.1 to 20: pixels of which size?")
     h, w = found.size or (1, 1)
     off, swapped = abs(centre - 0.5).max(), abs(centre * [w / h, h / w] - 0.5).max()
-    if not off < 0.5 or off > 0.1 and swapped < off / 2:
+    if not off < 0.4 or off > 0.1 and swapped < off / 2:
         said = f"the centre is {off:.2f} of the picture off its middle"
-        raise ValueError(f"{path}: {said}; is its size {h}x{w} (height x width)? --size HxW")
+        size = f"is its size {h}x{w} (height x width)? --size HxW"
+        raise ValueError(f"{path}: {said}; {size if found.size else 'pixels of which size?'}")
 
 
 def write(path, form, w2c, intrinsics=None, size=None, binary=False):

@@ -73,7 +73,7 @@ class Folder:
         cameras = FORMATS[form].read(path, Hints(None, wishes.matrices or "c2w"))
         rows = self.rows(path, form, cameras, pictures)
         ids = joined(notes, picture=pictures, depth=depth, pose=rows)
-        lens, unit = self.find_lens(src, wishes, pictures[ids[0]])
+        lens, unit = self.find_lens(notes, src, wishes, pictures[ids[0]])
         maps, other = [depth[i] for i in ids], None
         if self.depth_lens and (src / self.depth_lens).is_file():
             shape = files.read_array(maps[0], read=False)[0]
@@ -97,16 +97,12 @@ class Folder:
             raise ValueError(f"{path}: {found}: which belongs to which is unknown")
         return dict(zip(pictures, range(len(pictures))))
 
-    def find_lens(self, src, wishes, picture):
+    def find_lens(self, notes, src, wishes, picture):
         paths = (folder / name for name in self.lens for folder in (src, src.parent))
         found = None if wishes.intrinsics else next(filter(Path.is_file, paths), None)
         if found:
             return lens_file(found, picture)
-        try:
-            return known_lens(wishes, picture, self.known), {}
-        except ValueError as error:
-            looked = f" ({', '.join(self.lens)} looked for)" if self.lens else ""
-            raise ValueError(f"{src}: {error}{looked}") from None
+        return known_lens(notes, src, wishes, picture, self.known, self.lens), {}
 
 
 def floats_in_rgba(path):
@@ -204,7 +200,7 @@ def open_tum(src, wishes):
     notes = [left] * (len(whole) < len(names))
     names, d, p = zip(*whole)
     # The depth is registered to the pictures with these numbers; undistorting would undo that.
-    lens = known_lens(wishes, src / names[0], centred(525))
+    lens = known_lens(notes, src, wishes, src / names[0], centred(525))
     cameras = Cameras(quaternions(rows[list(p), 1:8]), "c2w", np.tile(lens, (len(p), 1)), None)
     fps = 1 / np.median(np.diff(times)) if len(times) > 1 else 30.0
     unit = dict(depth_scale=1 / 5000) | asked(wishes)

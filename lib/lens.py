@@ -71,14 +71,18 @@ class Undistortion:
 
     @functools.cached_property
     def pinhole(self):
-        """(4,) fractions of the result: the focal length grows until no pixel is without source."""
+        """(4,) fractions of the result: the focal length grows until no pixel is without source, or
+        beyond the radius where the distortion turns back."""
         fx, fy, cx, cy = self.k
         edge = np.linspace(0, 1, 101)
         ends = np.concatenate([[(e, s), (s, e)] for s in (0.0, 1.0) for e in edge]).T
 
         def inside(zoom):
-            x, y = self.sources(ends, (fx * zoom, fy * zoom, cx, cy))
-            return max(-x.min(), x.max() - 1, -y.min(), y.max() - 1) <= 1e-9
+            pinhole, out = (fx * zoom, fy * zoom, cx, cy), ends - [[cx], [cy]]
+            x, y = self.sources(ends, pinhole)
+            step = [x, y] - self.sources(ends - 0.01 * out, pinhole)  # of a bit of the way out
+            rises = (step * out).sum(0).min() > 0
+            return rises and max(-x.min(), x.max() - 1, -y.min(), y.max() - 1) <= 1e-9
 
         if inside(1.0):
             return self.k

@@ -110,18 +110,18 @@ def lens_file(path, picture):
     """Any file of intrinsics -> (4,) fractions of the pictures, and what it says of depth."""
     if path.suffix == ".txt":
         return fractions(matrix_of(path), size_of(picture)), {}
-    said = json.loads(path.read_text("utf-8-sig"))
-    if "intrinsic_matrix" in said:  # Open3D: column by column; the first pixel's centre is at 0
-        k, size = np.reshape(said["intrinsic_matrix"], (3, 3)).T, (said["height"], said["width"])
-        return fractions(focal_and_centre(k) + [0, 0, 0.5, 0.5], size), {}
+    said = json.loads(path.read_bytes())
     if "camera" in said:  # NICE-SLAM's Replica; the first pixel's centre is at 0
         c = said["camera"]
         pixels = c["fx"], c["fy"], c["cx"] + 0.5, c["cy"] + 0.5
         return fractions(pixels, (c["h"], c["w"])), dict(depth_scale=1 / c["scale"])
-    if "K" in said:  # WildRGB-D: column by column
-        k = np.reshape(said["K"], (3, 3)).T
-        size = (said["h"], said["w"]) if "h" in said else size_of(picture)
-        return fractions(focal_and_centre(k), size), {}
+    if matrix := said.get("intrinsic_matrix", said.get("K")):  # Open3D; WildRGB-D
+        k = np.reshape(matrix, (3, 3))
+        k = k.T if k[2, :2].any() else k  # column by column
+        half = 0.5 if "intrinsic_matrix" in said else 0  # Open3D: the first pixel's centre is at 0
+        h, w = (said.get(long, said.get(long[0])) for long in ("height", "width"))
+        size = (h, w) if h and w else size_of(picture)
+        return fractions(focal_and_centre(k) + [0, 0, half, half], size), {}
     raise ValueError(f"{path}: no intrinsics among {', '.join(said)[:100]}")
 
 
@@ -152,11 +152,17 @@ def joined(notes, **kinds):
     return shared
 
 
-def known_lens(wishes, picture, known=None):
-    """(4,) fractions by --intrinsics, or of a function of the pictures' size."""
-    size = size_of(picture)
-    if not wishes.intrinsics and not known:
-        raise ValueError("no intrinsics; give --intrinsics fx,fy,cx,cy in pixels of the pictures")
+def known_lens(notes, src, wishes, picture, known=None, looked=()):
+    """(4,) fractions by --intrinsics, or of the pictures' size where no file may know better."""
+    size, names = size_of(picture), [f.name for f in src.iterdir() if f.is_file()]
+    unread = [name for name in names if re.search("intrin|calib", name, re.I)]
+    if not wishes.intrinsics and (unread or not known):
+        why = f"{unread[0]} is of no known layout" if unread else "no intrinsics"
+        also = f" ({', '.join(looked)} looked for)" if looked else ""
+        cure = "give --intrinsics fx,fy,cx,cy in pixels of the pictures"
+        raise ValueError(f"{src}: {why}; {cure}{also}")
+    if not wishes.intrinsics:
+        notes.append(f"a focal length of {known(*size)[0]:.4g} px is taken for granted")
     return fractions(wishes.intrinsics or known(*size), size)
 
 

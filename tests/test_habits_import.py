@@ -20,13 +20,16 @@ from recordings import (
     nerfstudio,
     replica,
     scannet,
+    sevenscenes,
     tum,
 )
 
 from data import load_clip, load_samples
 from geometry import relative_to_first
 from lib import camera_files, files, importers
+from lib.lens import Lens, Undistortion
 from lib.pictures import write_png
+from lib.recordings import lens_file
 
 C = clip()
 FFMPEG = imageio_ffmpeg.get_ffmpeg_exe()
@@ -66,6 +69,64 @@ def edited(src, change):
     told = json.loads((src / "transforms.json").read_text())
     change(told)
     (src / "transforms.json").write_text(json.dumps(told))
+
+
+@pytest.mark.parametrize("write, name", [(sevenscenes, "camera-intrinsics.color.txt"), (tum, "")])
+def test_a_usual_lens_is_not_taken_where_a_file_says_another(src, capsys, write, name):
+    """Seen: wkentaro/label-fusion, 611.7 px, came in with 585.  ETH3D writes calibration.txt."""
+    write(src, C)
+    if name:
+        (src / "camera-intrinsics.txt").rename(src / "seq-01" / name)
+    else:
+        (src / "calibration.txt").write_text("52.5 52.5 32 24\n")
+    where = f"{name or 'calibration.txt'} is of no known layout; give --intrinsics"
+    refused(src, capsys, where)
+    lens = tuple(C["k"])
+    assert importers.run(src, src.parent / "out", intrinsics=lens)[1] == 0
+
+
+def test_a_matrix_of_intrinsics_may_be_written_line_by_line(tmp_path):
+    """Seen: camera_intrinsic.json with [[fx, 0, cx], ...], where Open3D writes columns."""
+    k = np.array([[50.0, 0, 31.5], [0, 51, 23.5], [0, 0, 1]])
+    path, size = tmp_path / "camera_intrinsic.json", dict(width=W, height=H)
+    for matrix in (k.tolist(), k.T.ravel().tolist()):
+        path.write_text(json.dumps(dict(size, intrinsic_matrix=matrix)))
+        np.testing.assert_allclose(lens_file(path, None)[0], [50 / W, 51 / H, 0.5, 0.5])
+
+
+def test_a_lens_that_is_taken_for_granted_is_named(src, capsys):
+    tum(src, C)
+    assert importers.run(src, src.parent / "out")[1] == 0
+    assert "a focal length of 52.5 px is taken for granted" in capsys.readouterr().out
+
+
+def test_intrinsics_of_pictures_twice_as_large_are_refused(src, capsys):
+    kitti(src, C)
+    k = k3(C)
+    k[:2] *= 2
+    k[:2, 2] -= 0.5  # whose first pixel's centre is at 0: the middle is just inside
+    np.savetxt(src / "K.txt", k)
+    refused(src, capsys, "the centre is 0.49 of the picture off its middle; pixels of which size?")
+
+
+def test_distortion_of_every_word_is_seen(src):
+    """nerfstudio's distortion_params are k1 k2 k3 k4 p1 p2; instant-ngp's ftheta is no pinhole."""
+    edited(src, lambda told: told.update(distortion_params=[0.1, 0.2, 0, 0, 0.01, 0.02]))
+    found = camera_files.FORMATS["nerfstudio"].read(src / "transforms.json", camera_files.Hints())
+    assert found.lenses[0].k == (0.1, 0.2, 0, 0) and found.lenses[0].p == (0.01, 0.02)
+    edited(src, lambda told: told.pop("camera_model") and told.update(ftheta_p0=0.0))
+    with pytest.raises(ValueError, match="camera model FTHETA; known are"):
+        camera_files.read(src / "transforms.json")
+
+
+@pytest.mark.parametrize("k, f", [((-0.25,), 0.47), ((-0.1, -0.1), 0.5), ((0.12, -0.3), 0.5)])
+def test_a_lens_that_turns_back_shows_nothing_twice(k, f):
+    """As SIMPLE_RADIAL of a wide action camera: the corners came out mirrored."""
+    lens = Undistortion((f, f * 4 / 3, 0.5, 0.5), Lens(k))
+    corner = np.linspace(0.5, 1, 50)  # from the centre to the corner
+    x, y = lens.sources(np.stack([corner, corner]))
+    assert (np.diff(np.hypot(x - 0.5, y - 0.5)) > -1e-4).all()
+    assert lens.pinhole[0] < 1.4 * f
 
 
 def test_a_pose_of_three_lines_a_file_will_do(src):
