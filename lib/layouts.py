@@ -239,6 +239,7 @@ def open_omniworld(path, wishes):
     notes = []
     ids = joined(notes, pose=poses, picture=pictures, depth=depth)
     wxyz = np.array(said["quats"], float)
+    wxyz /= np.linalg.norm(wxyz, axis=1, keepdims=True)
     w2c = quaternions(np.concatenate([said["trans"], wxyz[:, [1, 2, 3, 0]]], 1))
     f = np.broadcast_to(said["focals"], (len(w2c),))
     centre = [np.broadcast_to(said[c], (len(w2c),)) for c in ("cx", "cy")]

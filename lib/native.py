@@ -52,6 +52,9 @@ def need_kind(path, what, hints):
 def quaternions(rows):
     """(T, 7) t and quaternion xyzw -> (T, 3, 4)."""
     pose = torch.from_numpy(np.asarray(rows, float))
+    off = (pose[:, 3:].norm(dim=-1) - 1).abs().nan_to_num(posinf=0).max()  # NaN: a lost frame
+    if off > 0.02:
+        raise ValueError(f"quaternions of length 1 +- {off:.2g}; wanted tx ty tz qx qy qz qw")
     return torch.cat([quat_to_mat(pose[:, 3:]), pose[:, :3, None]], -1).numpy()
 
 

@@ -131,7 +131,7 @@ def pick(cameras, rows, lens=None):
     k = take(cameras.intrinsics) if lens is None else [lens] * len(rows)
     if k is None:
         raise ValueError("no intrinsics; give --intrinsics fx,fy,cx,cy in pixels of the pictures")
-    matrices = np.stack([np.asarray(cameras.matrices[r], float)[:3] for r in rows])
+    matrices = camera_files.as_matrices([cameras.matrices[r] for r in rows])[:, :3]
     parts = dict(names=take(cameras.names), lenses=take(cameras.lenses))
     return replace(cameras, matrices=matrices, intrinsics=np.array(k), **parts)
 

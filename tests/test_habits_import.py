@@ -12,6 +12,7 @@ from recordings import (
     H,
     T,
     W,
+    c2w_of,
     clip,
     colmap,
     k3,
@@ -20,6 +21,7 @@ from recordings import (
     nerfstudio,
     replica,
     scannet,
+    seven,
     sevenscenes,
     tum,
 )
@@ -127,6 +129,24 @@ def test_a_lens_that_turns_back_shows_nothing_twice(k, f):
     x, y = lens.sources(np.stack([corner, corner]))
     assert (np.diff(np.hypot(x - 0.5, y - 0.5)) > -1e-4).all()
     assert lens.pinhole[0] < 1.4 * f
+
+
+def test_matrices_column_by_column_are_refused(src, capsys):
+    """Their translations would stand in the line that is not read: a camera that never moves."""
+    kitti(src, C)
+    columns = c2w_of(C).swapaxes(1, 2).reshape(T, 16)
+    np.savetxt(src / "poses.txt", columns)
+    refused(src, capsys, "wanted 0 0 0 1: column by column? Fix: transpose them")
+    with pytest.raises(ValueError, match="poses.txt: .*column by column"):
+        camera_files.read(src / "poses.txt", matrices="c2w")
+
+
+def test_seven_numbers_in_another_order_are_refused(tmp_path):
+    """COLMAP's order, quaternion first: what stands at the quaternion's place is none."""
+    t, q = seven(c2w_of(C))[:, :3], seven(c2w_of(C))[:, 3:]
+    np.savetxt(tmp_path / "p.txt", np.concatenate([np.arange(T)[:, None], q, t], 1))
+    with pytest.raises(ValueError, match="p.txt: .*quaternions of length 1 .* wanted tx ty tz qx"):
+        camera_files.read(tmp_path / "p.txt")
 
 
 def test_a_pose_of_three_lines_a_file_will_do(src):
