@@ -191,8 +191,10 @@ def read_colmap(path, hints=None):
 def write_colmap(path, w2c, intrinsics, size, binary=False):
     """A folder with one PINHOLE camera per distinct intrinsics and no points."""
     h, w = need_size(size, path, "intrinsics")
-    path = Path(path)
+    path, other = Path(path), Path(path, "images.txt" if binary else "images.bin")
     path.mkdir(parents=True, exist_ok=True)
+    if other.exists():
+        raise ValueError(f"{other}: is of another model; choose another folder, or delete it")
     kinds, which = np.unique((intrinsics * [w, h, w, h]).round(9), axis=0, return_inverse=True)
     q = mat_to_quat(torch.from_numpy(w2c[:, :, :3].copy())).numpy()[:, [3, 0, 1, 2]]
     poses = np.concatenate([q, w2c[:, :, 3]], 1)
@@ -343,7 +345,8 @@ def check_door(path):
     inside = [f for f in path.iterdir() if f.name[0] != "."] if path.is_dir() else [path]
     for file in inside:
         if not file.is_dir() and (file == path or file.suffix in (".txt", ".bin")):
-            check_file(file, MAX_BYTES if file.suffix in (".npz", ".npy", ".bin") else MAX_CAMERAS)
+            large = file != path or file.suffix in (".npz", ".npy", ".bin")  # points, in a folder
+            check_file(file, MAX_BYTES if large else MAX_CAMERAS)
 
 
 def as_matrices(matrices):

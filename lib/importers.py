@@ -246,7 +246,7 @@ def run(src, out, form=None, **wishes):
         except Exception as error:  # a stranger's files make readers raise almost any class
             if files.is_of_disk(error):
                 raise
-            problem = error if isinstance(error, ValueError) else repr(error)
+            problem = error if isinstance(error, ValueError) else f"{key}: {error!r}"
             tqdm.write(f"skipped {name} ({kind}): {problem}")
             shutil.rmtree(part)
             names.pop()

@@ -32,6 +32,7 @@ from lib.recordings import (
     number_of,
     pick,
     size_of,
+    some,
 )
 
 # --- Folders of pictures, folders of depth, and poses ---------------------------------------------
@@ -273,17 +274,19 @@ def folder_in(src, *names):
 
 
 def picture_of(folder, name):
-    """The file of a name that may lack its ending (Blender), or None."""
-    return next((f for f in (folder / name, folder / f"{name}.png") if f.is_file()), None)
+    """The file of a name that may lack its ending (Blender) or begin with the folder's; or None."""
+    path = Path(name.replace("\\", "/"))
+    ends = (folder / f"{path}{end}" for end in files.STILLS)
+    places = [folder / path, folder / Path(*path.parts[1:]), *ends]
+    return next((f for f in places if f.is_file()), None)
 
 
-def open_named(cameras, wishes, *, axes, pictures, depth, step=0.001):
-    """Cameras that name their pictures; depth: name -> file, {} for none; step: metres of a
-    count."""
-    counts = any(d.suffix in COUNTS for d in depth.values())  # floats are metres
-    unit = dict(depth_scale=step) if counts else {}
+def open_named(pictures, cameras, wishes, *, axes, depth, unit):
+    """Cameras that name their pictures; depth: name -> file, {} for none."""
     notes, rows = [], {name: n for n, name in enumerate(cameras.names)}
     there = {n: path for n in cameras.names if (path := picture_of(pictures, n))}
+    if len(set(there.values())) < len(there):
+        raise ValueError(f"{pictures}: one picture for several of {some(cameras.names)}")
     ids = joined(notes, pose=rows, picture=there, **(dict(depth=depth) if depth else {}))
     made, frames = pick(cameras, [rows[n] for n in ids]), [there[n] for n in ids]
     maps = [depth[n] for n in ids] if depth else None
@@ -299,14 +302,24 @@ def find_nerfstudio(src):
 
 def open_nerfstudio(key, wishes):
     path = key / "transforms.json" if key.is_dir() else key
-    src, said = path.parent, json.loads(path.read_text("utf-8-sig"))
-    with_depth = {f["file_path"]: f.get("depth_file_path") for f in said["frames"]}
+    src, said = path.parent, json.loads(path.read_bytes())
+    words = ("depth_file_path", "depth_path")  # of nerfstudio, of instant-ngp
+    told = {f["file_path"]: next(filter(None, map(f.get, words)), None) for f in said["frames"]}
     # A Blender scene says the field of view alone.
-    shown = filter(None, (picture_of(src, n) for n in with_depth if "w" not in said))
+    pictures = Path(wishes.pictures or src)
+    shown = filter(None, (picture_of(pictures, n) for n in told if "w" not in said))
     cameras = FORMATS["nerfstudio"].read(path, Hints(next(map(size_of, shown), None)))
-    depth = {n: src / d for n, d in with_depth.items() if d and (src / d).is_file()}
-    how = dict(axes=wishes.axes or "opengl", step=float(said.get("depth_unit_scale_factor", 0.001)))
-    return open_named(cameras, wishes, pictures=src, depth=depth, **how)
+    files_of = {n: src / d.replace("\\", "/") for n, d in told.items() if d}
+    depth = {n: path for n, path in files_of.items() if path.is_file()}
+    counts = any(d.suffix.lower() in COUNTS for d in depth.values())
+    usual = said.get("integer_depth_scale", 1 / said.get("depth_scaling_factor", 1000))
+    scale = float(said.get("depth_unit_scale_factor", usual if counts else 1))
+    scale *= float(said.get("applied_scale", 1))  # it has made cameras smaller, not depth
+    how = dict(depth=depth, unit=dict(depth_scale=scale) if counts or scale != 1 else {})
+    made = open_named(pictures, cameras, wishes, axes=wishes.axes or "opengl", **how)
+    if files_of and not depth:
+        made.notes.append("the depth that it names is not there")
+    return made
 
 
 def places_of_models(src):
@@ -329,8 +342,16 @@ def open_colmap(src, wishes):
     pictures = given or folder_in(src, "images", "rgb", "input")
     if pictures is None:
         raise ValueError(f"{src}: no folder images with the pictures; give --pictures FOLDER")
-    depth = beside(folder_in(src, "depth", "depths"), found[model].names)
-    made = open_named(found[model], wishes, axes="opencv", pictures=pictures, depth=depth)
+    maps, names = folder_in(src, "depth", "depths"), found[model].names
+    depth = beside(maps, names)
+    counts = any(d.suffix.lower() in COUNTS for d in depth.values())
+    how = dict(depth=depth, unit=MILLIMETRES if counts else {})
+    made = open_named(pictures, found[model], wishes, axes="opencv", **how)
+    mine = {picture_of(pictures, n) for n in names}
+    if lone := [f.name for f in files.listed(pictures, files.STILLS, "**/*") if f not in mine]:
+        made.notes.append(f"{len(lone)} pictures that are not in the model left out: {some(lone)}")
+    if maps and not depth:
+        made.notes.append(f"no file in {maps.name}/ is called as a picture is")
     if len(found) > 1:
         made.notes.append(f"{model.name} is the largest of {len(found)} models")
     return made
@@ -394,22 +415,20 @@ def find_vipe(src):
 def open_npz(path, wishes, *, pictures, depth, poses, kind, lens):
     """One archive for everything: Depth-Anything-3 and MegaSaM."""
     with np.load(path, allow_pickle=False) as f:
-        data = {name: f[name] for name in f.files}
-    if wishes.pictures:
-        frames = Path(wishes.pictures)
-        frames = files.listed(frames, files.STILLS) if frames.is_dir() else frames
-    elif pictures not in data:
-        raise ValueError(f"{path}: holds no {pictures}; give --pictures VIDEO or FOLDER")
-    else:
-        frames = data[pictures]
+        data = {name: f[name] for name in (pictures, depth, poses, lens) if name in f.files}
+    frames = Path(wishes.pictures) if wishes.pictures else data.get(pictures, np.zeros(0))
+    if not isinstance(frames, Path) and (frames.dtype, frames.shape[3:]) != (np.uint8, (3,)):
+        found = f"{pictures} of {frames.dtype} {frames.shape}"
+        cure = "wanted uint8 (T, H, W, 3); give --pictures VIDEO or FOLDER"
+        raise ValueError(f"{path}: {found}; {cure}")
     count = len(data[depth])
     shown = files.count_frames(frames) if isinstance(frames, Path) else len(frames)
     if not shown == count == len(data[poses]):
         raise ValueError(f"{path}: {shown} pictures, {count} depth maps; wanted one each")
-    frames = frames if isinstance(frames, list) else Video(frames, list(range(count)))
     k = lens_of(data[lens], count, data[depth].shape[1:], path)
     cameras = Cameras(data[poses], kind, k, None)
-    return Recording(frames, cameras, [partial(data[depth].__getitem__, n) for n in range(count)])
+    maps = [partial(data[depth].__getitem__, n) for n in range(count)]
+    return Recording(Video(frames, list(range(count))), cameras, maps)
 
 
 def holds(path, *names):

@@ -148,7 +148,8 @@ def joined(notes, **kinds):
             notes.append(f"{len(lone)} frames without {name} left out: {some(lone)}")
     shared = [i for i in first if all(i in items for items in kinds.values())]
     if not shared:
-        raise ValueError(f"no frame has all of {', '.join(kinds)}")
+        seen = [f"{name} {some(list(items), 2) or 'none'}" for name, items in kinds.items()]
+        raise ValueError(f"no frame has all of {'; '.join(seen)}")
     return shared
 
 

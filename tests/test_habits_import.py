@@ -15,6 +15,8 @@ from recordings import (
     c2w_of,
     clip,
     colmap,
+    counts,
+    da3,
     k3,
     kitti,
     lens_of,
@@ -73,6 +75,7 @@ def edited(src, change):
     (src / "transforms.json").write_text(json.dumps(told))
 
 
+# ---- intrinsics
 @pytest.mark.parametrize("write, name", [(sevenscenes, "camera-intrinsics.color.txt"), (tum, "")])
 def test_a_usual_lens_is_not_taken_where_a_file_says_another(src, capsys, write, name):
     """Seen: wkentaro/label-fusion, 611.7 px, came in with 585.  ETH3D writes calibration.txt."""
@@ -131,6 +134,7 @@ def test_a_lens_that_turns_back_shows_nothing_twice(k, f):
     assert lens.pinhole[0] < 1.4 * f
 
 
+# ---- poses
 def test_matrices_column_by_column_are_refused(src, capsys):
     """Their translations would stand in the line that is not read: a camera that never moves."""
     kitti(src, C)
@@ -156,6 +160,7 @@ def test_a_pose_of_three_lines_a_file_will_do(src):
     imported(src, ids=(0, 1, 2, 3, 5))  # the tracker had lost frame 4
 
 
+# ---- which file
 def test_two_files_of_one_number_are_refused(src, capsys):
     """Masks beside the pictures came in as the pictures; pictures of depth as the depth."""
     kitti(src, C)
@@ -174,6 +179,37 @@ def test_a_link_to_a_recording_is_not_a_second_one(src):
     imported(src)
 
 
+def test_names_may_begin_with_the_folder_that_is_given(src, capsys):
+    """As DL3DV's transforms.json, which says images/ where the pictures lie in images_4/."""
+    edited(src, lambda told: None)
+    (src / "images").rename(src / "images_4")
+    imported(src, pictures=str(src / "images_4"))
+    told = json.loads((src / "transforms.json").read_text())
+    told["frames"][0]["file_path"] = "other/f1.png"
+    (src / "transforms.json").write_text(json.dumps(told))
+    refused(src, capsys, "one picture for several of", pictures=str(src / "images_4"), name="b")
+
+
+def test_what_a_colmap_project_leaves_aside_is_named(src, capsys):
+    colmap(src, C)
+    for path in (src / "depth").iterdir():
+        path.rename(path.with_name(f"{path.stem}_depth.png"))
+    assert importers.run(src, src.parent / "out")[1] == 0
+    text = capsys.readouterr().out
+    assert "1 pictures that are not in the model left out: frame_00099.png" in text
+    assert "no file in depth/ is called as a picture is" in text
+
+
+def test_what_nothing_has_in_common_is_shown(src, capsys):
+    """Seen: a model of photos named by time, beside a folder of 0.png, 1.png."""
+    colmap(src, C)
+    for t, path in enumerate(files.listed(src / "images", (".png",))):
+        path.rename(src / "images" / f"{t}.png")
+    refused(
+        src, capsys, "no frame has all of pose frame_00000.png, frame_00001.png ...; picture none;"
+    )
+
+
 def test_pictures_without_depth_are_named_and_left_out(src, capsys):
     kitti(src, C)
     (src / "depth/10.png").unlink()
@@ -181,6 +217,49 @@ def test_pictures_without_depth_are_named_and_left_out(src, capsys):
     assert "1 frames without depth left out: 10" in capsys.readouterr().out
 
 
+def test_the_words_of_other_systems_and_orders_are_understood(src, capsys):
+    """Seen: file_path images\\frame_00944.jpg.  A list of TUM's need not be in the order of time;
+    what another archive holds beside is not read."""
+
+    def change(told):
+        for frame in told["frames"]:
+            for word in ("file_path", "depth_file_path"):
+                frame[word] = frame[word].replace("/", "\\")
+
+    edited(src, change)
+    imported(src)
+    for name, write in (("tum", tum), ("da3", da3)):
+        (src.parent / name / "src").mkdir(parents=True)
+        write(src.parent / name / "src", C)
+    lines = (src.parent / "tum/src/rgb.txt").read_text().splitlines()
+    heading = "timestamp filename\n"  # seen without the # before it
+    (src.parent / "tum/src/rgb.txt").write_text(heading + "\n".join(lines[::-1]) + "\n")
+    text = (src.parent / "tum/src/groundtruth.txt").read_text()
+    (src.parent / "tum/src/groundtruth.txt").write_text(text.removeprefix("# "))
+    (src.parent / "tum/src/rgb/000007.png").unlink()  # not all was copied
+    imported(src.parent / "tum/src", intrinsics=tuple(C["k"]))
+    assert "2 frames without file, depth or pose within 0.02 s left out" in capsys.readouterr().out
+    arrays = dict(np.load(src.parent / "da3/src/results.npz"), names=np.array([None, "a"]))
+    np.savez(src.parent / "da3/src/results.npz", **arrays)
+    imported(src.parent / "da3/src")
+
+
+def test_a_model_may_hold_many_points_as_text(tmp_path):
+    """COLMAP's images.txt and points3D.txt soon have more than a camera file's 16 million bytes."""
+    camera_files.write(tmp_path / "model", "colmap", C["w2c"], lens_of(C), (H, W))
+    with open(tmp_path / "model/points3D.txt", "wb") as file:
+        file.truncate(2**24 + 1)
+    assert len(camera_files.read(tmp_path / "model")[0]) == T
+
+
+def test_a_model_is_not_written_beside_another_that_would_be_read(tmp_path):
+    model = (C["w2c"], lens_of(C), (H, W))
+    camera_files.write(tmp_path, "colmap", *model, binary=True)
+    with pytest.raises(ValueError, match="images.bin: is of another model; choose another folder"):
+        camera_files.write(tmp_path, "colmap", *model)
+
+
+# ---- depth
 def test_the_unit_of_counts_is_not_that_of_floats(src):
     """A Replica's cam_params.json says 1 / 6553.5 of its PNG files."""
     replica(src, C)
@@ -188,6 +267,38 @@ def test_the_unit_of_counts_is_not_that_of_floats(src):
         np.save(path.with_suffix(".npy"), C["mm"][t].astype(np.float32) / 1000)
         path.unlink()
     assert imported(src)["unit"].scale is None
+
+
+@pytest.mark.parametrize("kind", ["instant-ngp", "float", "smaller", "dense priors"])
+def test_depth_of_a_transforms_file_has_the_unit_that_it_says(src, kind):
+    """instant-ngp (NeRFCapture, NeRF-SLAM): depth_path and integer_depth_scale; nerfstudio: its
+    factor is for .npy too, and applied_scale makes cameras smaller, not depth.  Seen: dense depth
+    priors' transforms, with fx and fy, counts per metre, and no size."""
+
+    def change(told):
+        for t, frame in enumerate(told["frames"]):
+            if kind == "instant-ngp":
+                frame["depth_path"] = frame.pop("depth_file_path")
+            if kind == "float":
+                frame["depth_file_path"] = f"depths/f{t}.npy"
+            if kind == "smaller":
+                for row in frame["transform_matrix"][:3]:
+                    row[3] *= 0.5
+            if kind == "dense priors":
+                frame.update(fx=frame.pop("fl_x"), fy=frame.pop("fl_y"))
+        words = dict(integer_depth_scale=0.00025, depth_unit_scale_factor=0.001)
+        words |= dict(applied_scale=0.5, depth_scaling_factor=4000.0)
+        word = dict(zip(("instant-ngp", "float", "smaller", "dense priors"), words))[kind]
+        told[word] = words[word]
+        if kind == "dense priors":
+            del told["w"], told["h"], told["camera_model"]
+
+    edited(src, change)
+    if kind in ("instant-ngp", "dense priors"):
+        counts(src / "depths", C, "f{}.png", factor=4)
+    for t, mm in enumerate(C["mm"] if kind == "float" else ()):
+        np.save(src / "depths" / f"f{t}.npy", mm.astype(np.float32))
+    imported(src, scale=0.5 if kind == "smaller" else 1.0)
 
 
 def test_an_archive_of_several_arrays_does_not_give_its_first_as_depth(tmp_path):
@@ -206,12 +317,19 @@ def test_endings_in_capitals_are_read(src):
     assert imported(src)["unit"].scale == 0.001
 
 
+def test_pictures_of_an_archive_must_be_pictures(src, capsys):
+    for rgb in (C["rgb"] / np.float32(255), C["rgb"].transpose(0, 3, 1, 2)):
+        da3(src, dict(C, rgb=rgb))
+        refused(src, capsys, f"image of {rgb.dtype} {rgb.shape}; wanted uint8 (T, H, W, 3)")
+
+
+# ---- texts and pictures
 def marked(path):
     """As editors of other systems save it: a byte order mark, blanks and CR LF at every end."""
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b" \r\n"))
 
 
-@pytest.mark.parametrize("write", [colmap, tum, kitti], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("write", [nerfstudio, colmap, tum, kitti], ids=lambda f: f.__name__)
 def test_byte_order_marks_commas_and_blanks_change_nothing(src, write):
     write(src, C)
     wishes = {}
