@@ -38,9 +38,6 @@ class Video:
     source: object
     ids: list
 
-    def __len__(self):
-        return len(self.ids)
-
     def __getitem__(self, place):
         return self.ids[place]
 
