@@ -176,8 +176,7 @@ def key_frames(text, num_frames):
             raise ValueError(said) from None
         poses.append(look_at(centre, target))
     if max(times) > 1:
-        said = f"--camera {text[:99]}: a key frame at the time {max(times):g}"
-        raise ValueError(f"{said}; wanted shares of the clip, 0 to 1")
+        raise ValueError(f"--camera {text[:99]}: time {max(times):g}; wanted shares, 0 to 1")
     return interpolate(times, poses, np.linspace(0, 1, num_frames))
 
 

@@ -22,7 +22,7 @@ from pathlib import Path
 import imageio_ffmpeg
 import numpy as np
 
-from lib.rasters import OVER_WHITE, has_alpha, read_raster, reader_of
+from lib.rasters import JPEG_TIF, OVER_WHITE, has_alpha, read_raster, reader_of
 
 MAX_BYTES = 2**32  # of one file, and of what one read decodes
 MAX_TEXT = 2**29  # of a JSON file: a million samples with captions
@@ -117,6 +117,9 @@ def ffmpeg(path, *output, turned=True):
     several = isinstance(path, list)
     first = path[0] if several else path
     form = reader_of(first, head_of(first))
+    if "tiff_pipe" in form and JPEG_TIF.search(Path(path).read_bytes()):
+        what = "a picture of kind TIFF with JPEG inside"
+        raise ValueError(f"{path}: {what}: save it as JPEG or PNG")
     name = ["-protocol_whitelist", "pipe", "-i", "pipe:0"] if several else ["-i", f"file:{path}"]
     name = name if turned else ["-noautorotate", *name]
     source = [*form, *name, "-map", "0:V:0", "-fps_mode", "passthrough"]

@@ -29,6 +29,8 @@ REFUSED = {
 }
 # fmt: on
 HEIF = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1", b"avif", b"avis"}
+# A TIFF's compression 6 or 7, JPEG, in either order of bytes: ffmpeg makes it black in silence.
+JPEG_TIF = re.compile(rb"\x03\x01\x03\0\x01\0\0\0[\x06\x07]\0|\x01\x03\0\x03\0\0\0\x01\0[\x06\x07]")
 # What hides behind transparent pixels is not shown.
 OVER_WHITE = "format=rgba,split[a][b];[a]lutrgb=255:255:255:255[w];[w][b]overlay=format=rgb"
 # Every compression that OpenEXR knows: its name, and the lines of a block where it is read here.

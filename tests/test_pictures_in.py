@@ -92,6 +92,16 @@ def test_other_pictures_are_refused_by_their_true_kind(tmp_path, head, kind):
         read_video(tmp_path / "photo.jpg", 1)
 
 
+def test_a_tiff_with_jpeg_inside_is_refused_for_it_would_be_black(photo, tmp_path):
+    for tag, text in ((b"\3\1\3\0\1\0\0\0", b"\7\0"), (b"\1\3\0\3\0\0\0\1", b"\0\7")):
+        data = photo("lzw.tiff", "-compression_algo", "lzw").read_bytes()
+        place = data.index(b"\3\1\3\0\1\0\0\0\5\0")  # Compression, a short, one, LZW
+        (tmp_path / "a.tif").write_bytes(data[:place] + tag + text + data[place + 10 :])
+        with pytest.raises(ValueError, match="TIFF with JPEG inside: save it as JPEG or PNG"):
+            read_video(tmp_path / "a.tif", 1)
+    assert read_video(photo("lzw.tiff"), 1)[0].any()
+
+
 def test_a_picture_of_a_few_pixels_is_cut_to_one_of_them_at_least(photo):
     path = photo("thin.png", source="testsrc2=size=4x300")
     assert sample.load_image(path, 96, 1600).shape == (1, 3, 1, 96, 1600)
