@@ -112,8 +112,8 @@ def apply(script, argv):
 def look_up(key, known, where):
     """known[key], or a ValueError with the name that is nearest."""
     if key not in known:
-        near = difflib.get_close_matches(key, known, 1)
-        hint = f"; did you mean '{near[0]}'?" if near else "; --help lists all"
+        near = " or ".join(map(repr, difflib.get_close_matches(key, known, 2)))
+        hint = f"; did you mean {near}?" if near else "; --help lists all"
         raise ValueError(f"{where}: unknown option '{key}'{hint}")
     return known[key]
 

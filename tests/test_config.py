@@ -132,6 +132,12 @@ def test_a_bad_argument_is_refused_by_name(argument, words):
         config.apply(SCRIPT, [argument])
 
 
+def test_the_frames_of_training_are_found_among_the_options_of_sampling():
+    """The one nearest name alone was num_samples, which makes as many worlds."""
+    with pytest.raises(ValueError, match="'num_frames'; did you mean 'num_samples' or 'frames'"):
+        config.apply(vars(sample), ["--num_frames=9"])
+
+
 def test_help_names_every_option_with_its_default_range_and_a_line_of_help(capsys):
     for script in (SCRIPT, vars(train), vars(sample)):
         with pytest.raises(SystemExit) as left:
