@@ -325,29 +325,29 @@ def open_array(path, read, mask):
     if path.suffix.lower() in RASTERS:
         image = read_raster(path.read_bytes())
         return image if read else (image.shape, image.dtype)
-    with array_stream(path) as (file, size):
+    with array_stream(path, mask) as (file, size):
         header = array_header(file, size, mask)[:2]
     if not read:
         return header
-    with array_stream(path) as (file, _):
+    with array_stream(path, mask) as (file, _):
         return np.lib.format.read_array(file, allow_pickle=False)
 
 
 @contextmanager
-def array_stream(path):
-    """The .npy of a file and its bytes; of an .npz that of depth, or the first."""
+def array_stream(path, mask):
+    """The .npy of a file and its bytes; of an .npz that of depth or mask, or the only one."""
     size = check_file(path)
     if path.suffix == ".npy":
         with open(path, "rb") as file:
             yield file, size
         return
     with zipfile.ZipFile(path) as archive:
-        names = archive.namelist()
-        name = "depth.npy" if "depth.npy" in names else names[0]
+        usual, names = "mask.npy" if mask else "depth.npy", archive.namelist()
+        name = usual if usual in names else names[0]
         if names.count(name) > 1:
             raise ValueError(f"the array {name} is there twice")
-        if name != "depth.npy" and len(names) > 1:
-            raise ValueError(f"it holds {', '.join(names)}; which is depth? Name it depth")
+        if name != usual and len(names) > 1:
+            raise ValueError(f"it holds {', '.join(names)}; which one? Name it {usual[:-4]}")
         with archive.open(name) as file:
             yield file, archive.getinfo(name).file_size
 
@@ -357,7 +357,7 @@ def stacked(path, mask=False):
     read whole."""
     try:
         if path.suffix in (".npy", ".npz"):
-            with array_stream(path) as (file, size):
+            with array_stream(path, mask) as (file, size):
                 shape, dtype, fortran = array_header(file, size, mask)
                 if len(shape) > 2 and not fortran:
                     for _ in range(shape[0]):

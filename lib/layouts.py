@@ -173,9 +173,8 @@ def numbered(folder):
 
 
 def stamps(path):
-    """Lines "time name" of TUM's rgb.txt and depth.txt -> times (N,), names."""
-    lines = path.read_text("utf-8-sig").splitlines()  # among them headings
-    rows = [x.split() for x in lines if x[:1].isdigit()]
+    """Lines "time name" of TUM's rgb.txt and depth.txt, headings aside -> times (N,), names."""
+    rows = [x.split() for x in path.read_text("utf-8-sig").splitlines() if x[:1].isdigit()]
     rows.sort(key=lambda row: float(row[0]))
     return np.array([float(row[0]) for row in rows]), [row[1] for row in rows]
 

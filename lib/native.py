@@ -4,7 +4,6 @@ npz of ViPE, MegaSaM, Depth-Anything-3, VGGT, Lyra; poses.npy of LingBot and Spa
 one text file a frame (7-Scenes, ScanNet); Open3D's trajectory.log; 12 or 16 numbers a line (KITTI).
 Shapes: T frames.  Source: the writers of each, read in November 2026."""
 
-import io
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -168,8 +167,9 @@ def read_npy(path, hints):
 def read_rows(path):
     """Numbers of a text (lines, columns); comments, headings, commas and byte order mark aside."""
     try:
-        text = Path(path).read_text("utf-8-sig").replace(",", " ")
-        return np.loadtxt(io.StringIO(text), comments=("#", "time", "frame"), ndmin=2)
+        lines = Path(path).read_text("utf-8-sig").replace(",", " ").splitlines()
+        headings = ("time", "frame ")  # of TUM, of Virtual KITTI
+        return np.loadtxt([x for x in lines if not x.startswith(headings)], ndmin=2)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 
@@ -205,7 +205,8 @@ def read_log(path, hints):
     words = np.array(Path(path).read_text("utf-8-sig").split(), float)
     if len(words) % 19:
         raise ValueError(f"{path}: {len(words)} numbers; wanted 3 + 16 a frame: cut short?")
-    return Cameras(words.reshape(-1, 19)[:, 3:].reshape(-1, 4, 4), "c2w", None, hints.size)
+    rows = words.reshape(-1, 19)[words[::19].argsort(kind="stable")]  # by the frames' numbers
+    return Cameras(rows[:, 3:].reshape(-1, 4, 4), "c2w", None, hints.size)
 
 
 def pose_files(folder):

@@ -152,8 +152,8 @@ def joined(notes, **kinds):
 
 def known_lens(notes, src, wishes, picture, known=None, looked=()):
     """(4,) fractions by --intrinsics, or of the pictures' size where no file may know better."""
-    size, names = size_of(picture), [f.name for f in src.iterdir() if f.is_file()]
-    unread = [name for name in names if re.search("intrin|calib", name, re.I)]
+    telling = re.compile(r"(intrin|calib).*\.(txt|json|ya?ml|xml)$", re.I)
+    size, unread = size_of(picture), [f.name for f in src.iterdir() if telling.search(f.name)]
     if not wishes.intrinsics and (unread or not known):
         why = f"{unread[0]} is of no known layout" if unread else "no intrinsics"
         also = f" ({', '.join(looked)} looked for)" if looked else ""

@@ -21,6 +21,7 @@ from recordings import (
     kitti,
     lens_of,
     nerfstudio,
+    redwood,
     replica,
     scannet,
     seven,
@@ -101,6 +102,7 @@ def test_a_matrix_of_intrinsics_may_be_written_line_by_line(tmp_path):
 
 def test_a_lens_that_is_taken_for_granted_is_named(src, capsys):
     tum(src, C)
+    (src / "loadCalibration.py").touch()  # seen beside a recording of TartanAir
     assert importers.run(src, src.parent / "out")[1] == 0
     assert "a focal length of 52.5 px is taken for granted" in capsys.readouterr().out
 
@@ -158,6 +160,14 @@ def test_a_pose_of_three_lines_a_file_will_do(src):
     for path in (src / "pose").iterdir():
         np.savetxt(path, np.loadtxt(path)[:3])
     imported(src, ids=(0, 1, 2, 3, 5))  # the tracker had lost frame 4
+
+
+def test_a_log_is_in_the_order_of_its_numbers(src):
+    redwood(src, C)
+    lines = (src / "trajectory.log").read_text().splitlines()
+    frames = [lines[5 * t : 5 * t + 5] for t in range(T)][::-1]
+    (src / "trajectory.log").write_text("\n".join(sum(frames, [])) + "\n")
+    imported(src)
 
 
 # ---- which file
@@ -303,7 +313,9 @@ def test_depth_of_a_transforms_file_has_the_unit_that_it_says(src, kind):
 
 def test_an_archive_of_several_arrays_does_not_give_its_first_as_depth(tmp_path):
     np.savez(tmp_path / "d.npz", conf=np.ones((2, 3)), prediction=np.ones((2, 3)))
-    with pytest.raises(ValueError, match="d.npz: .*conf.npy, prediction.npy; which is depth?"):
+    with pytest.raises(
+        ValueError, match="d.npz: .*conf.npy, prediction.npy; which one. Name it depth"
+    ):
         files.read_array(tmp_path / "d.npz")
     (tmp_path / "d.tiff").write_bytes(b"II*\0")
     with pytest.raises(ValueError, match="d.tiff: .*an ending .tiff; wanted .npy, .npz, .png"):
