@@ -117,9 +117,7 @@ def rows_of_clip(model, b, how, more_sigmas=()):
     """Rows of one clip (B = 1) by name, and the output that a picture shows: poses given, at
     how.eval_sigma; None in stage 0, which has no geometry."""
     rows, shown = {}, None
-    low, high = how.window
-    known = [s for s in more_sigmas if low <= s <= high and s != how.eval_sigma]
-    sigmas = (how.eval_sigma, *known) if model.stage else ()
+    sigmas = dict.fromkeys(how.levels((how.eval_sigma, *more_sigmas)) if model.stage else ())
     for title, given in (("poses given", True), ("no poses", False)):
         rows[title] = {}
         if model.stage != 1 or given:  # a stage 1 video does not know about poses
@@ -155,6 +153,8 @@ def evaluate(model, examples, how, picture=None, more_sigmas=()):
             picture(comparison(b, shown, examples.frames(0), video))
     if hasattr(model, "reshard"):  # spread: only a backward lets go of what stays gathered
         model.reshard()
+    if hasattr(model, "visits"):  # offloaded: other weights would be loaded over a visitor's copy
+        model.visits.go_home()
     return mean_rows(sum(gathered(found), []))  # of the clips of all ranks
 
 

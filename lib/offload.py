@@ -122,7 +122,7 @@ class Visits:
     def go_home(self):
         if self.here is not None:
             self.show(self.here, self.steps[self.here][2])
-        self.here = None
+        self.here = self.coming = None
 
     def show(self, number, parameters):
         for (layer, name, _, _), p in zip(self.steps[number][0], parameters):
@@ -147,7 +147,7 @@ def offload(model, device, keep_gb=0.0):
 
 
 def check_offload(options):
-    """ValueError for what offload_frozen does not go with."""
+    """ValueError for what offload_frozen, where it is asked for, does not go with."""
     wrong = {
         "stage 0 has no frozen weights": options.stage == 0,
         "shard_weights spreads them already": options.shard_weights,
@@ -156,7 +156,7 @@ def check_offload(options):
             options.stage == 2 and options.checkpoint_activations == "none"
         ),
     }
-    for why in (why for why, found in wrong.items() if found):
+    for why in (why for why, found in wrong.items() if found and options.offload_frozen):
         raise ValueError(f"offload_frozen = True: {why}. Fix: leave one of the two out")
 
 

@@ -5,10 +5,11 @@ import math
 import pytest
 import torch
 from safetensors.torch import save_file
+from small import tiny_inputs, tiny_model
 from torch import tensor
 
 from geometry import inv_se3, unproject
-from lib.evaluate import name_checkpoints
+from lib.evaluate import How, evaluate, name_checkpoints
 from lib.metrics import (
     ause,
     cloud_metrics,
@@ -147,6 +148,24 @@ def test_sparsification_by_hand():
     assert ause(e, -e, mask, steps=4) == 0
     mask[..., 3] = False
     assert ause(torch.where(mask, e, math.nan), 1 / e, mask) == 0
+
+
+def test_an_evaluation_of_a_model_that_gives_nan_goes_on_and_draws_nothing():
+    """Such a run is watched because it goes wrong: its evaluation must not end it."""
+    K = tensor([[40.0, 0, 24], [0, 40, 16], [0, 0, 1]]).expand(1, 5, 3, 3)
+    b = dict(tiny_inputs(batch=1), depth=torch.ones(1, 5, 32, 48), intrinsics=K)
+    b.update(latents=b["x"], noise=b["x"], text=b["context"], mask=b["depth"] > 0)
+    b.update(pose_enc=b["poses"], w2c=torch.eye(4)[:3].expand(1, 5, 3, 4))
+    b["points"] = unproject(b["depth"], b["w2c"], K)
+    model, drawn = tiny_model(2), []
+    model.camera_head.trunk_norm.weight.data.fill_(math.nan)
+    how = How(torch.device("cpu"), torch.no_grad(), 1, 0.9, window=(0.9, 1.0))
+    rows = evaluate(model, [b], how, drawn.append, more_sigmas=(0.5, 0.9))
+    assert rows["poses given"]["abs_rel"] == rows["no poses"]["rot_deg"] == math.inf
+    assert math.isfinite(rows["poses given"]["diffusion"]) and not drawn
+    assert len(rows) == 2  # an expert of high noise is not asked at 0.5
+    model.dit.head.head.weight.data.fill_(math.nan)
+    assert evaluate(model, [b], how)["no poses"]["diffusion"] == math.inf
 
 
 def test_no_two_checkpoints_share_a_row_or_a_picture(tmp_path):

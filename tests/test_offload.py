@@ -6,6 +6,7 @@ import pytest
 import torch
 from small import TINY, loss_of, options_of, tiny_inputs, tiny_model
 
+import lib.evaluate
 import train
 from lib import plan
 from lib.offload import Visits, offload, visiting_bytes
@@ -130,3 +131,22 @@ def test_what_cannot_be_offloaded_is_refused():
         options = options_of(train, offload_frozen=True, plan=True, **wrong)
         with pytest.raises(ValueError, match=why):
             train.check_options(options)
+
+
+def test_weights_that_are_loaded_after_an_evaluation_are_the_ones_that_run(monkeypatch):
+    """eval_only of several in the config of stage 1: exchange and adapters visit too, and a copy
+    on the device of the step that ran last, or comes next, is of the weights before."""
+    first, second = (tiny_model(2, seed=seed, awake=True) for seed in (0, 1))
+    second.dit.load_state_dict(first.dit.state_dict())
+    visiting = offload(tiny_model(1, awake=True).requires_grad_(False), "cpu")
+    monkeypatch.setattr(lib.evaluate, "rows_of_clip", lambda m, b, *_: (m(**b) and {}, None))
+    how = lib.evaluate.How("cpu", None, 1, 0.1)
+    for plain in (first, second):
+        visiting.set_stage(2)
+        own = dict(visiting.named_parameters())
+        for name, p in plain.named_parameters():
+            own[name].data.copy_(p.data)
+        with torch.no_grad():
+            a, b = plain(**tiny_inputs()), visiting(**tiny_inputs())
+        assert all(torch.equal(a[k], b[k]) for k in a)
+        lib.evaluate.evaluate(visiting, [tiny_inputs(batch=1)], how)
