@@ -296,13 +296,13 @@ def check_options(options):
     """What ranges alone cannot say is refused before anything slow."""
     if options.compile and torch.__version__ < (2, 5):  # 2.4 shares no graph
         raise ValueError(f"compile needs torch 2.5 or newer, this is {torch.__version__}")
-    if options.offload_frozen:
-        check_offload(options)
+    check_offload(options)
     if options.shard_weights and options.shard_optimizer:
         raise ValueError("shard_weights shards the optimizer too: leave shard_optimizer out")
-    if options.shard_weights and (options.eval_samples or not options.stage):
-        why = "stage 0 and eval_samples bypass the steps by which they are gathered"
-        raise ValueError(f"shard_weights: {why}. Fix: leave one of the two out")
+    stepwise = options.compile or options.checkpoint_activations != "none" or options.shard_weights
+    if stepwise and not options.stage or options.shard_weights and options.eval_samples:
+        why = "shard_weights, compile and checkpoint_activations go by steps of the model"
+        raise ValueError(f"{why}; stage 0 and eval_samples do not. Fix: leave one of the two out")
     size = options.num_frames, options.height, options.width
     if size != LATENT.nearest(*size):
         found = "num_frames = {}, height x width = {} x {}".format(*size)
