@@ -266,7 +266,7 @@ def name_checkpoints(sources):
     short = {}
     for source in sources:
         meta = metadata_of(source)
-        if meta.get("stage") not in ("0", "1", "2"):
+        if meta.get("stage") not in ("0", "1", "2") or "step" not in meta:
             found = "it is no checkpoint of stage 0, 1 or 2, so there is nothing to evaluate"
             raise ValueError(f"{source}: {found}. Fix: list checkpoints that train.py wrote")
         short[source] = (f"stage {meta['stage']}", f"step {meta['step']}")

@@ -195,3 +195,6 @@ def test_no_two_checkpoints_share_a_row_or_a_picture(tmp_path):
     assert name_checkpoints([a, d])[a] == short  # the plain name where nothing is equal
     with pytest.raises(ValueError, match="e/x.safetensors: it is no checkpoint of stage 0, 1 or 2"):
         name_checkpoints([a, str(files["e/x"])])
+    save_file({"a": torch.zeros(1)}, files["e/x"], metadata=dict(stage="1"))
+    with pytest.raises(ValueError, match="e/x.safetensors: it is no checkpoint of stage 0, 1 or 2"):
+        name_checkpoints([a, str(files["e/x"])])
