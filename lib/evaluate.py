@@ -147,15 +147,15 @@ def evaluate(model, examples, how, picture=None, more_sigmas=()):
         rows, shown = rows_of_clip(model, b, how, more_sigmas)
         if turn < min(n, how.eval_samples):
             rows["sampled"], video, shown = sample_clip(model, b, examples.truth(turn), how)
-        if turn < n:
-            found.append(rows)
         if turn == 0 and picture and shown and finite(*shown.values()):
             picture(comparison(b, shown, examples.frames(0), video))
+        # In the order of the clips; here, not in a step, the others wait for the picture.
+        found += gathered(rows if turn < n else {})
     if hasattr(model, "reshard"):  # spread: only a backward lets go of what stays gathered
         model.reshard()
     if hasattr(model, "visits"):  # offloaded: other weights would be loaded over a visitor's copy
         model.visits.go_home()
-    return mean_rows(sum(gathered(found), []))  # of the clips of all ranks
+    return mean_rows(found)
 
 
 def sample_clip(model, b, truth, how):

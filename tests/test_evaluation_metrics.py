@@ -8,6 +8,7 @@ from safetensors.torch import save_file
 from small import tiny_inputs, tiny_model
 from torch import tensor
 
+import lib.evaluate
 from geometry import inv_se3, unproject
 from lib.evaluate import How, evaluate, name_checkpoints
 from lib.metrics import (
@@ -150,13 +151,32 @@ def test_sparsification_by_hand():
     assert ause(torch.where(mask, e, math.nan), 1 / e, mask) == 0
 
 
-def test_an_evaluation_of_a_model_that_gives_nan_goes_on_and_draws_nothing():
-    """Such a run is watched because it goes wrong: its evaluation must not end it."""
+def evaluation_clip():
+    """A prepared batch of one with its noise, of random numbers."""
     K = tensor([[40.0, 0, 24], [0, 40, 16], [0, 0, 1]]).expand(1, 5, 3, 3)
     b = dict(tiny_inputs(batch=1), depth=torch.ones(1, 5, 32, 48), intrinsics=K)
     b.update(latents=b["x"], noise=b["x"], text=b["context"], mask=b["depth"] > 0)
     b.update(pose_enc=b["poses"], w2c=torch.eye(4)[:3].expand(1, 5, 3, 4))
-    b["points"] = unproject(b["depth"], b["w2c"], K)
+    return dict(b, points=unproject(b["depth"], b["w2c"], K))
+
+
+def test_the_ranks_meet_after_every_clip_and_wait_there_for_the_picture(monkeypatch):
+    """In a step of spread weights they would wait for step_timeout only."""
+
+    class Clips(list):
+        frames = staticmethod(lambda i: None)
+
+    seen, how = [], How(torch.device("cpu"), torch.no_grad(), 2, 0.1)
+    monkeypatch.setattr(lib.evaluate, "gathered", lambda x: seen.append("meet") or [x])
+    picture = lambda image: seen.append("picture")
+    clips = Clips([evaluation_clip()] * 3)
+    rows = evaluate(tiny_model(1), clips, how, picture)
+    assert seen == ["picture", "meet", "meet"] and math.isfinite(rows["poses given"]["ate"])
+
+
+def test_an_evaluation_of_a_model_that_gives_nan_goes_on_and_draws_nothing():
+    """Such a run is watched because it goes wrong: its evaluation must not end it."""
+    b = evaluation_clip()
     model, drawn = tiny_model(2), []
     model.camera_head.trunk_norm.weight.data.fill_(math.nan)
     how = How(torch.device("cpu"), torch.no_grad(), 1, 0.9, window=(0.9, 1.0))
