@@ -42,11 +42,8 @@ class Video:
         return self.ids[place]
 
     def __iter__(self):
-        if not isinstance(self.source, Path):
-            yield from (self.source[i] for i in self.ids)
-            return
-        wanted = set(self.ids)
-        frames = enumerate(files.iterate_video(self.source))
+        file, wanted = isinstance(self.source, Path), set(self.ids)
+        frames = enumerate(files.iterate_video(self.source) if file else self.source)
         yield from (frame for n, frame in frames if n in wanted)
 
 
