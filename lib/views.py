@@ -45,8 +45,7 @@ class Views:
     ids: list  # sorted frames
 
     def places(self):
-        where = {t: n for n, t in enumerate(self.ids)}
-        return [[where[p[side]] for p in self.pairs] for side in (0, 1)]
+        return np.searchsorted(self.ids, np.transpose(self.pairs)).tolist()
 
     def of(self, pairs):
         """What is looked at of some of the pairs."""
@@ -81,7 +80,7 @@ def gather(views, count=900):
     inverse = torch.where(valid, 1 / torch.where(valid, depth, 1), 0)  # linear on planes, unlike z
     x, y = slopes(K, size)
     z = torch.where(valid, depth, 0)[t][:, rows, rows]
-    first, second = map(list, zip(*views.pairs))
+    first, second = np.transpose(views.pairs).tolist()
     return dict(
         t=first,
         s=second,
