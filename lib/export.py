@@ -265,13 +265,10 @@ def ply(path, columns):
     Path(path).write_bytes("\n".join([*header, "end_header", ""]).encode() + table.tobytes())
 
 
-def write_ply(path, points, rgb):
-    """Points (N, 3) float32 and colours (N, 3) uint8."""
-    ply(path, dict(zip("xyz", points.T)) | dict(zip(("red", "green", "blue"), rgb.T)))
-
-
-def write_points(scene, path):
-    write_ply(path, *scene.cloud(MAX_POINTS["ply"])[:2])
+def write_points(scene, path, most="ply"):
+    """Points (float32) and colours (uint8), as many as one of MAX_POINTS allows."""
+    xyz, rgb, _ = scene.cloud(MAX_POINTS[most])
+    ply(path, dict(zip("xyz", xyz.T)) | dict(zip(("red", "green", "blue"), rgb.T)))
 
 
 def write_splats(scene, path):
@@ -358,8 +355,7 @@ def write_nerfstudio_folder(scene, folder):
     """transforms.json, images/, depth/ and sparse_pc.ply, as nerfstudio-data wants them."""
     write_frames(folder / "images", scene.rgb)
     write_depth_pictures(scene, folder / "depth")
-    xyz, rgb, _ = scene.cloud(MAX_POINTS["nerfstudio"])
-    write_ply(folder / "sparse_pc.ply", xyz, rgb)
+    write_points(scene, folder / "sparse_pc.ply", "nerfstudio")
     path = folder / "transforms.json"
     camera_files.write(path, "nerfstudio", *scene.cameras(), scene.size)
     tree = json.loads(path.read_text())
