@@ -84,8 +84,6 @@ class Undistortion:
             rises = (step * out).sum(0).min() > 0
             return rises and max(-x.min(), x.max() - 1, -y.min(), y.max() - 1) <= 1e-9
 
-        if inside(1.0):
-            return self.k
         low, high = 1.0, 1.0
         while not inside(high):
             high *= 1.2
