@@ -142,6 +142,10 @@ def read_nerfstudio(path, hints):
     """transforms.json: camera-to-world, frames by file name; intrinsics shared or per frame."""
     data, size = json.loads(Path(path).read_bytes()), hints.size
     frames = sorted(data["frames"], key=lambda f: natural(f.get("file_path", "")))
+    bare = [f.get("file_path") for f in frames if "transform_matrix" not in f]
+    if bare or not frames:
+        found = f"frame {bare[0]} has no transform_matrix" if bare else "it has no frames"
+        raise ValueError(f"{path}: {found}; wanted a camera for every picture")
     rows, lenses = [], []
     for f in ({"fl_x": f.get("fx"), "fl_y": f.get("fy"), **data, **f} for f in frames):
         usual = "FTHETA" if "ftheta_p0" in f else "PINHOLE"  # of instant-ngp, which names none
@@ -429,6 +433,8 @@ def lens(text):
 
 def convert(args):
     """`data.py cameras`: write a camera file in another format."""
+    if Path(args.target).resolve() == Path(args.source).resolve():
+        raise ValueError(f"{args.target}: the file to convert; name another one to write")
     told = dict(axes=args.axes, matrices=args.matrices, intrinsics=args.intrinsics)
     w2c, intrinsics, found = read(args.source, args.form, args.size, **told)
     write(args.target, args.to, w2c, intrinsics, found or args.size, args.binary)

@@ -443,9 +443,15 @@ def write_exports(scene, out, names, progress=iter):
     # Before they are there: a killed export's files are known too.
     targets = [EXPORTS[name][0] for name in names] + [BESIDE] * ("cameras" in names)
     (out / ".sample").write_text(json.dumps(targets))
+    failed = []
     for name in progress(names):
         target, write = EXPORTS[name]
-        write(scene, out / target)
+        try:
+            write(scene, out / target)
+        except ValueError as error:  # what this sample cannot say in that format costs no other
+            failed.append(str(error))
     # JSON has no NaN: a number that no pixel could tell is null.
     report = json.loads(json.dumps(scene.report), parse_constant=lambda _: None)
     (out / "report.json").write_text(json.dumps(report, indent=1))
+    if failed:
+        raise ValueError("; ".join(failed))

@@ -29,15 +29,18 @@ def run_command(program, command, advice=""):
     """command(), whose user errors become one line on stderr and exit status 2.
 
     advice   what to do when memory runs out"""
+    status = 2
     try:
         command()
         return
+    except KeyboardInterrupt:
+        said, status = "stopped by Ctrl-C", 128 + signal.SIGINT
     except Exception as error:
         said = one_line(error, advice)
     finally:
         end_children()
     print(f"{program}: {said}", file=sys.stderr)
-    sys.exit(2)
+    sys.exit(status)
 
 
 def out_of_memory(error):

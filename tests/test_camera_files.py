@@ -214,6 +214,21 @@ def test_what_is_no_camera_is_refused_by_name(tmp_path):
         camera_files.write(tmp_path / "c.json", "fantasyworld", w2c, k, SIZE)
 
 
+@pytest.mark.parametrize(
+    "frames, said", [([], "it has no frames"), ([{"file_path": "a.png"}], "a.png has no transform")]
+)
+def test_a_transforms_file_without_cameras_says_so_and_no_file_is_its_own_target(
+    tmp_path, monkeypatch, frames, said
+):
+    path = tmp_path / "transforms.json"
+    path.write_text(json.dumps(dict(frames=frames, fl_x=100, w=64, h=48)))
+    with pytest.raises(ValueError, match=f"transforms.json: .*{said}"):
+        camera_files.read(path)
+    monkeypatch.setattr("sys.argv", ["data.py", "cameras", str(path), f"{tmp_path}/./{path.name}"])
+    with pytest.raises(ValueError, match="the file to convert; name another one to write"):
+        data.command()
+
+
 def test_command_converts_and_names_what_it_needs(tmp_path, monkeypatch, capsys):
     w2c, k = path_of()
     camera_files.write(tmp_path / "c.json", "worldscore", w2c, k, SIZE)

@@ -369,3 +369,10 @@ def test_a_folder_holds_one_samples_files(scene, tmp_path):
     E.write_exports(scene, tmp_path, ["video"])
     left = sorted(path.name for path in tmp_path.iterdir())
     assert left == [".sample", "notes.txt", "report.json", "video.mp4"]
+
+
+def test_a_format_that_cannot_hold_the_sample_costs_no_other_file(scene, tmp_path):
+    empty = replace(scene, mask=np.zeros_like(scene.mask))
+    with pytest.raises(ValueError, match="points.glb: no point is sure enough to draw"):
+        E.write_exports(empty, tmp_path, E.export_names("glb,npz,cameras"))
+    assert (tmp_path / "depth.npz").exists() and (tmp_path / "report.json").exists()

@@ -9,7 +9,7 @@ import pytest
 from kill import ENV, ROOT
 
 from lib import checkpoints
-from lib.guards import Watch
+from lib.guards import Watch, run_command
 from lib.log import Records
 
 BROKEN = """
@@ -47,6 +47,16 @@ def test_a_second_signal_exits_at_once():
         ended.returncode == 128 + signal.SIGTERM
         and ended.stderr.count("once more exits at once") == 1
     )
+
+
+def test_ctrl_c_outside_of_a_run_is_one_line_and_the_status_of_its_signal(capsys):
+    def stopped():
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as ended:
+        run_command("data.py", stopped)
+    assert ended.value.code == 128 + signal.SIGINT
+    assert capsys.readouterr().err == "data.py: stopped by Ctrl-C\n"
 
 
 def test_an_error_out_of_a_loader_worker_is_one_line_and_ends_the_process(tmp_path):
