@@ -119,7 +119,7 @@ def check_clips(clips, options, master):
         cure = "python data.py encode ... --end_image (families of 36 inputs), or --end_dropout=1"
         raise ValueError(f"end_dropout = {options.end_dropout}, {where}. Run {cure}")
     val, count = clips.get("val"), min(options.eval_samples, options.eval_clips)
-    for part, k in map(val.of, val.turns[:count]) if val else ():
+    for part, k in [val.of(i) for i in val.turns[:count]] if val else ():
         try:
             check_sample("/", part.sample_of(k))
         except ValueError as error:
