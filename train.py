@@ -98,7 +98,7 @@ lr_schedule = option("constant", "after the rise", choices=("constant", "cosine"
 weight_decay = option(0.01, "of matrices; norms, gates, biases and tokens have none", low=0)
 beta2 = option(0.999, "of AdamW", low=0, high=0.99999)
 grad_clip = option(1.0, "largest gradient norm", above=0, off=0)
-shift = option(5.0, "of the noise levels: more of them near 1", above=0)
+shift = option(5.0, "of the noise levels: more of them near 1", above=0, high=1000)
 pose_dropout = option(0.1, "share of clips that lose their camera", low=0, high=1)
 prompt_dropout = option(0.1, "share of clips that lose their prompt", low=0, high=1)
 image_dropout = option(0.1, "share of clips that lose their start image", low=0, high=1)

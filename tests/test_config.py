@@ -153,7 +153,8 @@ def test_help_names_every_option_with_its_default_range_and_a_line_of_help(capsy
 @pytest.mark.parametrize(
     "argument",
     "--grad_clip=-1 --eval_every=-1 --pose_dropout=1.5 --image_dropout=-0.1 --min_lr=-1e-6 "
-    "--lambda_geo=-1 --spike_guard=-2 --shift=-5 --eval_clips=0 --camera_delta=0".split(),
+    "--lambda_geo=-1 --spike_guard=-2 --shift=-5 --shift=1e300 --eval_clips=0 "
+    "--camera_delta=0".split(),
 )
 def test_training_options_out_of_range_are_refused_where_they_are_declared(argument):
     key = argument[2:].split("=")[0]
