@@ -52,6 +52,12 @@ def relative_to_first(w2c):
     return torch.cat([identity, compose(w2c[..., 1:, :, :], inv_se3(first))], -3)
 
 
+def scaled(w2c, k):
+    """w2c (..., 3, 4) in a world k times as large; leading axes of k broadcast."""
+    t = k * w2c[..., 3:]
+    return torch.cat([w2c[..., :3].expand(*t.shape[:-1], 3), t], -1)
+
+
 def quat_to_mat(q):
     """Quaternions (..., 4) x y z w of any length to rotations (..., 3, 3)."""
     x, y, z, w = q.unbind(-1)

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from geometry import decode_pose, inv_se3, relative_to_first, unproject
+from geometry import decode_pose, inv_se3, relative_to_first, scaled, unproject
 from lib import camera_files, pictures
 from lib.crop import focal_and_centre, fractions, pixel_matrix
 from lib.metrics import align_sim3, head_agreement, pose_metrics, rotation_angle, warp_error
@@ -126,9 +126,9 @@ def make_scene(video, geometry, w2c, K, *, scene_scale=1.0, drop=20.0, lift="com
         cure = "try --dtype fp32, or another checkpoint"
         raise ValueError(f"the sample's geometry holds NaN or infinite values; {cure}")
     predicted, predicted_K = decode_pose(geometry["pose_enc"][-1].double(), size)
-    predicted = relative_to_first(predicted)[0].numpy()
-    commanded = scaled(w2c.double()[0].numpy(), scene_scale)
-    unit = fit_unit(commanded, predicted, scene_scale)
+    predicted = relative_to_first(predicted)[0]
+    commanded = scaled(w2c.double()[0], scene_scale).numpy()
+    unit = fit_unit(commanded, predicted.numpy(), scene_scale)
     depth, conf = (geometry[k][0].float().numpy() for k in ("depth", "depth_conf"))
     scene = Scene(
         rgb=rgb,
@@ -137,7 +137,7 @@ def make_scene(video, geometry, w2c, K, *, scene_scale=1.0, drop=20.0, lift="com
         mask=off_edges(depth) & (conf >= np.percentile(conf, drop)),
         w2c=commanded,
         intrinsics=fractions(focal_and_centre(K[0]), size),
-        predicted=scaled(predicted, unit["scale"]),
+        predicted=scaled(predicted, unit["scale"]).numpy(),
         predicted_intrinsics=fractions(focal_and_centre(predicted_K[0]), size),
         lift=lift,
         drop=drop,
@@ -145,10 +145,6 @@ def make_scene(video, geometry, w2c, K, *, scene_scale=1.0, drop=20.0, lift="com
     points = geometry["points"].float() if "points" in geometry else None
     scene.report = dict(unit=unit, **measure(scene, points, unit["scale"]))
     return scene
-
-
-def scaled(w2c, scale):
-    return np.concatenate([w2c[..., :3], w2c[..., 3:] * scale], -1)
 
 
 def measure(scene, points=None, scale=1.0):

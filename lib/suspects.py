@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from geometry import inv_se3, mat_to_quat, pixel_rays, quat_to_mat, valid_depth
+from geometry import inv_se3, mat_to_quat, pixel_rays, quat_to_mat, scaled, valid_depth
 from lib.views import (
     NOISE,
     agreement,
@@ -20,7 +20,6 @@ from lib.views import (
     per_pair,
     reproject,
     sample_maps,
-    scaled,
     shifted,
     typical,
 )

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from geometry import compose, inv_se3, slopes, valid_depth
+from geometry import compose, inv_se3, scaled, slopes, valid_depth
 
 # Relative depth: what rounding leaves of an exact rendering, and of millimetres.
 NOISE = 1e-5, 2e-4
@@ -157,11 +157,6 @@ def error_ratio(errors, before, noise):
         return 1.0
     after, before = (e[either].nan_to_num(1.0) for e in (errors, before))
     return ((after + noise) / (before + noise)).log().mean().exp().item()
-
-
-def scaled(w2c, k):
-    t = k * w2c[..., 3:]
-    return torch.cat([w2c[..., :3].expand(*t.shape[:-1], 3), t], -1)
 
 
 def shifted(w2c, n):
