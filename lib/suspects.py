@@ -67,9 +67,7 @@ def permutations():
     """(Q (3, 3), words) of the 24 ways to name a camera's axes."""
     for order in itertools.permutations(range(3)):
         for signs in itertools.product((1.0, -1.0), repeat=3):
-            Q = torch.zeros(3, 3, dtype=torch.float64)
-            for row, (column, sign) in enumerate(zip(order, signs)):
-                Q[row, column] = sign
+            Q = torch.tensor(signs)[:, None] * torch.eye(3, dtype=torch.float64)[list(order)]
             if torch.linalg.det(Q) > 0:
                 names = ["+-"[sign < 0] + str(c + 1) for c, sign in zip(order, signs)]
                 yield Q, f"rows {' '.join(names)}".replace("+", "")
