@@ -342,9 +342,8 @@ def write_colmap_folder(scene, folder):
     record["error"] = record["track"] = 0  # not matched in pictures: no tracks
     binary = struct.pack("<Q", len(xyz)) + record.tobytes()
     (folder / "sparse" / "0" / "points3D.bin").write_bytes(binary)
-    with open(folder / "text" / "points3D.txt", "w") as file:
-        for i, ((x, y, z), (r, g, b)) in enumerate(zip(xyz, rgb), 1):
-            file.write(f"{i} {x:.7g} {y:.7g} {z:.7g} {r} {g} {b} 0\n")
+    rows = np.column_stack([record["id"], xyz, rgb])
+    np.savetxt(folder / "text" / "points3D.txt", rows, "%d %.7g %.7g %.7g %d %d %d 0")
 
 
 def write_nerfstudio_folder(scene, folder):
