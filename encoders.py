@@ -344,9 +344,8 @@ class UMT5Encoder(nn.Module):
     ):
         super().__init__()
         self.token_embedding = nn.Embedding(vocab, dim)
-        self.blocks = nn.ModuleList(
-            UMT5Block(dim, attn_dim, ffn_dim, heads, buckets) for _ in range(layers)
-        )
+        block = partial(UMT5Block, dim, attn_dim, ffn_dim, heads, buckets)
+        self.blocks = nn.ModuleList(block() for _ in range(layers))
         self.norm = nn.RMSNorm(dim, eps=1e-6)
 
     @classmethod

@@ -354,10 +354,8 @@ class LatentBridge(nn.Module):
     def __init__(self, video_dim, dim, layers, width, layer_scale):
         super().__init__()
         self.proj = nn.Linear(video_dim, dim)
-        self.blocks = nn.ModuleList(
-            GeoBlock(width, max(width // 64, 1), layer_scale, modulated=False)
-            for _ in range(layers)
-        )
+        block = partial(GeoBlock, width, max(width // 64, 1), layer_scale, modulated=False)
+        self.blocks = nn.ModuleList(block() for _ in range(layers))
         if layers:
             self.down, self.norm = nn.Linear(dim, width), LayerNorm(width)
             self.up = nn.Linear(width, dim)
