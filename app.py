@@ -169,10 +169,9 @@ def camera_form(settled, meta):
         label = "Strength: 1 travels 0.3 scene units, turns by 30 degrees"
         form["amount"] = gr.Number(settled.amount, label=label)
     with gr.Group(visible=False) as table:
-        how = dict(type="array", interactive=True)
-        form["keys"] = gr.Dataframe(
-            KEYS, headers=COLUMNS, label="Key frames: share of the time, from, to; y is down", **how
-        )
+        label = "Key frames: share of the time, from, to; y is down"
+        how = dict(type="array", interactive=True, headers=COLUMNS, label=label)
+        form["keys"] = gr.Dataframe(KEYS, **how)
     with gr.Group(visible=False) as file:
         kinds = [".txt", ".json", ".npz", ".npy", ".bin", ".log", ".csv"]
         form["files"] = gr.File(label="Camera file", file_count="multiple", file_types=kinds)

@@ -186,9 +186,8 @@ def read_pfm(data):
 
 def read_pgm(data):
     """Binary grey, 8 or 16 bits (most significant byte first); comments are skipped."""
-    match = re.match(
-        rb"P5(?:\s|#[^\n]*\n)+(\d+)(?:\s|#[^\n]*\n)+(\d+)(?:\s|#[^\n]*\n)+(\d+)\s", data[:4096]
-    )
+    number = rb"(?:\s|#[^\n]*\n)+(\d+)"
+    match = re.match(rb"P5" + 3 * number + rb"\s", data[:4096])
     if not match:
         raise ValueError("not a binary PGM file")
     width, height, most = (int(match[n]) for n in (1, 2, 3))

@@ -342,9 +342,8 @@ class Recipe:
     def clips(self):
         """(id, seed, split) of every clip."""
         train = [(f"train_{n:06d}", self.seed + n, "train") for n in range(self.num)]
-        return train + [
-            (f"val_{n:06d}", self.seed + 10_000_000 + n, "val") for n in range(self.val)
-        ]
+        val = [(f"val_{n:06d}", self.seed + 10_000_000 + n, "val") for n in range(self.val)]
+        return train + val
 
 
 def synth_one(job):
