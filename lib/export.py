@@ -252,11 +252,9 @@ def ply(path, columns):
     """Binary little-endian .ply of one element, vertex; name -> (N,) of float32 or uint8."""
     kinds = {"float32": ("<f4", "float"), "uint8": ("u1", "uchar")}
     types = {name: kinds[str(x.dtype)] for name, x in columns.items()}
-    count = len(next(iter(columns.values())))
-    table = np.empty(count, [(name, stored) for name, (stored, _) in types.items()])
-    for name, x in columns.items():
-        table[name] = x
-    header = ["ply", "format binary_little_endian 1.0", f"element vertex {count}"]
+    row = [(name, stored) for name, (stored, _) in types.items()]
+    table = np.rec.fromarrays(list(columns.values()), row)
+    header = ["ply", "format binary_little_endian 1.0", f"element vertex {len(table)}"]
     header += [f"property {word} {name}" for name, (_, word) in types.items()]
     Path(path).write_bytes("\n".join([*header, "end_header", ""]).encode() + table.tobytes())
 
