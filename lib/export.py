@@ -335,9 +335,8 @@ def write_colmap_folder(scene, folder):
     for place, binary in ((folder / "sparse" / "0", True), (folder / "text", False)):
         camera_files.write(place, "colmap", *scene.cameras(), scene.size, binary)
     kinds = [("id", "<u8"), ("xyz", "<f8", 3), ("rgb", "u1", 3), ("error", "<f8"), ("track", "<u8")]
-    record = np.empty(len(xyz), kinds)
+    record = np.zeros(len(xyz), kinds)  # not matched in pictures: no error, no tracks
     record["id"], record["xyz"], record["rgb"] = np.arange(1, len(xyz) + 1), xyz, rgb
-    record["error"] = record["track"] = 0  # not matched in pictures: no tracks
     binary = struct.pack("<Q", len(xyz)) + record.tobytes()
     (folder / "sparse" / "0" / "points3D.bin").write_bytes(binary)
     rows = np.column_stack([record["id"], xyz, rgb])
