@@ -78,8 +78,8 @@ def view(samples, load, out, wanted=()):
             raw = load_raw(sample)
             report = inspect(raw)
             status = ", ".join([report.status, *report.suspects])
-        except ValueError as error:  # the reason why there is no report
-            status, raw = str(error), None
+        except ValueError as error:
+            report, status = None, str(error)
         try:
             scene = true_scene(load(sample))
         except ValueError as error:
@@ -94,7 +94,7 @@ def view(samples, load, out, wanted=()):
             folder.mkdir(exist_ok=True)
             write_page(scene, folder / "scene.html")
             tqdm.write(f"{folder}/scene.html")
-            if raw is not None and report.status == "fail" and report.worst:
+            if report and report.status == "fail" and report.worst:
                 tqdm.write(worst_pair(raw, report.worst, folder) or "")
     if not rows:
         raise ValueError(f"{out}: no sample could be shown")
