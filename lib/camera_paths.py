@@ -123,7 +123,11 @@ def camera_move(name, num_frames, amount=1.0, *, fov_deg=60.0, pivot_depth=1.0, 
         near = ", ".join(difflib.get_close_matches(name, MOVES, cutoff=0.4)) or "none"
         words = f"nearest: {near}; known: {', '.join(MOVES)}."
         raise ValueError(f"unknown camera move {name!r}; {words}")
-    gone = share_of_way(ease, torch.linspace(0, 1, num_frames))
+    s = torch.linspace(0, 1, num_frames)
+    eased = {"smooth": s * s * (3 - 2 * s), "linear": s, "in": s * s, "out": s * (2 - s)}
+    if ease not in eased:
+        raise ValueError(f"ease {ease!r}; known: {', '.join(eased)}.")
+    gone = eased[ease]  # (T,) the share of the move that is done at each frame
     way = amount * gone
     half = way[:, None] * math.radians(fov_deg) / 4  # (T, 1) half of the angle turned
     axis = torch.tensor(TURN_AXIS.get(name, (0, 0, 0)))
@@ -134,14 +138,6 @@ def camera_move(name, num_frames, amount=1.0, *, fov_deg=60.0, pivot_depth=1.0, 
     if name == "spiral":
         R, centre = spiral(way, gone, pivot_depth)
     return inv_se3(torch.cat([R, centre[..., None]], -1)), 1.5 ** (ZOOM.get(name, 0) * way)
-
-
-def share_of_way(ease, s):
-    """How far a move has come at the share s (T,) of its time."""
-    eased = {"smooth": s * s * (3 - 2 * s), "linear": s, "in": s * s, "out": s * (2 - s)}
-    if ease not in eased:
-        raise ValueError(f"ease {ease!r}; known: {', '.join(eased)}.")
-    return eased[ease]
 
 
 def spiral(way, gone, depth):
