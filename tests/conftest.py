@@ -57,3 +57,21 @@ def precision(request):
     REAL["dtype"] = request.param
     yield request.param
     REAL["dtype"] = torch.float64
+
+
+@pytest.fixture(scope="session")
+def survivor(tmp_path_factory):
+    """Arguments of a tiny run of 5 steps with an epoch of 2 steps and 2 micro-steps a step, and its
+    undisturbed end."""
+    from kill import tiny_run
+    from small import train_here
+
+    root = tmp_path_factory.mktemp("survival")
+    arguments = [
+        a
+        for a in tiny_run(root, 5)[1:]
+        if not a.startswith(("--log_every", "--save_every", "--keep_last"))
+    ]
+    arguments += ["--grad_accum=2", "--log_every=1", "--save_every=2", "--keep_last=9"]
+    assert train_here(*arguments, f"--out_dir={root}/whole")[0] == 0
+    return root, arguments

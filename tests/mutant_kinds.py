@@ -16,9 +16,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import bad_data  # noqa: E402
 import damage  # noqa: E402
-import test_foreign  # noqa: E402
 import test_rasters  # noqa: E402
 import test_strangers  # noqa: E402
+import test_vggt  # noqa: E402
 from released_keys import TINY as RELEASED  # noqa: E402
 from released_keys import release_tensors  # noqa: E402
 from small import TINY, tiny_model  # noqa: E402
@@ -201,7 +201,7 @@ def model_files(root):
     torch.save(release_tensors(RELEASED, video=False), root / "model.pth")
     release = sampling(root, root / "model.pth", f"--wan_dir={root / 'I2V'}")
     yield "release", Kind(root / "model.pth", release, pickled)
-    torch.save(test_foreign.vggt(), root / "vggt.pt")
+    torch.save(test_vggt.vggt(), root / "vggt.pt")
     sizes = dict(vars(TINY), camera_dim=64, camera_layers=2)
     rooms.synth(root / "clips", rooms.Recipe(2, 5, 32, 48, 0, "simple", cache_only=True, val=0))
     how = f"--data_dir={root}/clips --wan_dir= --random_wan=True --height=32 --width=48 "

@@ -268,22 +268,6 @@ def test_no_array_file_is_unpickled(tmp_path):
     assert not (tmp_path / "EXECUTED").exists()
 
 
-def test_no_source_file_unpickles_or_evaluates():
-    """np.load and torch.load say so where they are called; config.py alone executes a file, the
-    user's own."""
-    root = Path(data.__file__).parent
-    for path in [*root.glob("*.py"), *root.glob("lib/*.py")]:
-        text = path.read_text()
-        for call in ("np.load(", "torch.load(", "read_array(file"):
-            for line in (x for x in text.splitlines() if call in x):
-                assert "allow_pickle=False" in line or "weights_only=True" in line, (
-                    path.name,
-                    line,
-                )
-        words = "pickle.load", "import pickle", " eval(", " exec(", "os.system", "shell=True"
-        assert not any(word in text for word in words), path.name
-
-
 def test_a_video_that_names_other_files_is_not_followed(place):
     for text in (
         f"#EXTM3U\n#EXTINF:1,\nfile://{place.root}/train_000000/video.mp4\n#EXT-X-ENDLIST\n",

@@ -53,6 +53,11 @@ def test_lib_and_the_whole_program_keep_their_budgets():
     assert sum(map(length, PROGRAM)) <= WHOLE
 
 
+def test_a_test_file_keeps_its_budget():
+    lengths = {path.name: length(path) for path in ROOT.glob("tests/*.py")}
+    assert not {name: n for name, n in lengths.items() if n > 400}
+
+
 def functions():
     """(where, node) of every function of the program, methods and inner ones too."""
     for path in PROGRAM:

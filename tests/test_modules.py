@@ -3,6 +3,7 @@ their flag."""
 
 import torch
 import torch.nn.functional as F
+from small import TINY, tiny_model
 
 from geometry import (
     CameraHead,
@@ -163,3 +164,13 @@ def test_activations_have_the_specified_values_and_gradients():
         torch.testing.assert_close(points, want, rtol=1e-6, atol=1e-7)
         points[0, 0].backward()
         assert abs(raw.grad[0, 0].item() - 1) < 1e-5 and conf.item() == 2
+
+
+def test_a_head_takes_as_many_frames_at_once_for_one_clip_as_for_many():
+    head = tiny_model(2).depth_head
+    sizes, fuse = [], head.fuse
+    head.fuse = lambda *args: sizes.append(len(args[-1])) or fuse(*args)
+    for clips in (1, 2, 5):
+        maps = [torch.randn(clips, 6, 6, 2 * TINY.geo_dim) for _ in range(4)]
+        assert head(maps, (6, 2, 3)).shape[:2] == (clips, 21)
+    assert max(sizes) == 16 and sizes[:2] == [16, 5] and sizes[-1] <= 15

@@ -275,16 +275,6 @@ def test_a_gpu_before_ampere_is_refused_by_name():
     check_gpu("A100", (8, 0))
 
 
-def test_a_head_takes_as_many_frames_at_once_for_one_clip_as_for_many():
-    head = tiny_model(2).depth_head
-    sizes, fuse = [], head.fuse
-    head.fuse = lambda *args: sizes.append(len(args[-1])) or fuse(*args)
-    for clips in (1, 2, 5):
-        maps = [torch.randn(clips, 6, 6, 2 * TINY.geo_dim) for _ in range(4)]
-        assert head(maps, (6, 2, 3)).shape[:2] == (clips, 21)
-    assert max(sizes) == 16 and sizes[:2] == [16, 5] and sizes[-1] <= 15
-
-
 # ---- sampling
 @pytest.mark.parametrize("stage", [1, 2])
 def test_sampling_with_constants_computed_once_equals_the_literal_loop(stage):

@@ -16,7 +16,7 @@ import torch
 from mutant_kinds import write_checkpoint
 from safetensors.torch import save_file
 from small import tiny_model
-from test_foreign import vggt
+from test_vggt import vggt
 
 import data
 from encoders import MINIATURE, WanFolder

@@ -2,11 +2,13 @@
 
 import os
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
 from recordings import WRITERS, c2w_of, clip, lens_of, seven
 
+import data
 from lib import camera_files
 
 TRIALS = int(os.environ.get("MUTANTS", 12))
@@ -115,3 +117,19 @@ def test_pipes_devices_and_bombs_are_not_read(tmp_path):
     bomb = dict(w2c=np.tile(np.eye(4), (5, 1, 1)), images=np.zeros((40, 600, 800, 3), "u1"))
     np.savez_compressed(tmp_path / "bomb.npz", **bomb)
     assert camera_files.read(tmp_path / "bomb.npz")[2] == (600, 800)  # its size, without its bytes
+
+
+def test_no_source_file_unpickles_or_evaluates():
+    """np.load and torch.load say so where they are called; config.py alone executes a file, the
+    user's own."""
+    root = Path(data.__file__).parent
+    for path in [*root.glob("*.py"), *root.glob("lib/*.py")]:
+        text = path.read_text()
+        for call in ("np.load(", "torch.load(", "read_array(file"):
+            for line in (x for x in text.splitlines() if call in x):
+                assert "allow_pickle=False" in line or "weights_only=True" in line, (
+                    path.name,
+                    line,
+                )
+        words = "pickle.load", "import pickle", " eval(", " exec(", "os.system", "shell=True"
+        assert not any(word in text for word in words), path.name

@@ -2,11 +2,8 @@
 silent."""
 
 import json
-import os
-import random
 import re
 import resource
-import shutil
 import signal
 import socket
 import time
@@ -15,34 +12,17 @@ import kill
 import pytest
 import torch
 from inject import ACTS, at
-from kill import compare, end_run, tiny_run
-from safetensors.torch import load_file, save_file
+from kill import compare, end_run
+from safetensors.torch import load_file
 from small import Forked, as_agent, train_here
 from test_train import run
 
 import data
 import train
-from lib import checkpoints, files, frozen, weights
+from lib import checkpoints
 from lib.log import changed_options
-from lib.tensors import write_tensors
 
-STEPS = 5
-FLIPS = int(os.environ.get("FLIPS", 300))
-
-
-@pytest.fixture(scope="session")
-def survivor(tmp_path_factory):
-    """Arguments of a tiny run with an epoch of 2 steps and 2 micro-steps a step, and its
-    undisturbed end."""
-    root = tmp_path_factory.mktemp("survival")
-    arguments = [
-        a
-        for a in tiny_run(root, STEPS)[1:]
-        if not a.startswith(("--log_every", "--save_every", "--keep_last"))
-    ]
-    arguments += ["--grad_accum=2", "--log_every=1", "--save_every=2", "--keep_last=9"]
-    assert train_here(*arguments, f"--out_dir={root}/whole")[0] == 0
-    return root, arguments
+STEPS = 5  # of the run survivor, in conftest.py
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -286,124 +266,6 @@ def test_a_full_disk_costs_one_checkpoint_and_ends_the_run_with_an_error_only_at
     assert "step 5 is not saved" in code and checkpoints.newest_valid(tmp_path / "last") == 4
 
 
-def test_a_flipped_byte_is_found_and_the_checkpoint_before_is_used(survivor):
-    root, arguments = survivor
-    out = root / "flipped"
-    assert train_here(*arguments, f"--out_dir={out}")[0] == 0
-    path = out / "step-5.safetensors"
-    content = bytearray(path.read_bytes())
-    content[-5] ^= 1
-    path.write_bytes(content)
-    (out / ".step-9.safetensors.123.tmp").write_bytes(b"half")
-    (out / "mine.tmp").write_bytes(b"a user's own")
-    (out / "step-9.optim.safetensors").write_bytes(b"half")
-    with pytest.raises(ValueError, match="sha256"):
-        checkpoints.describe(path)
-    code, text = train_here(*arguments, f"--out_dir={out}")
-    assert "passed over" in text and "steps 4 .. 5" in text and not list(out.glob("*step-9*"))
-    assert (out / "mine.tmp").exists()
-    compare(root / "whole", out, STEPS)
-
-
-def test_every_flipped_bit_of_a_checkpoint_is_noticed(survivor, tmp_path):
-    """Half of the flips hit the header; 2,000 of them are in docs/survival.md."""
-    whole, rng = (survivor[0] / "whole" / "step-5.safetensors").read_bytes(), random.Random(0)
-    path, header = tmp_path / "step-5.safetensors", 8 + int.from_bytes(whole[:8], "little")
-    beside = tmp_path / "step-5.optim.safetensors"
-    beside.write_bytes((survivor[0] / "whole" / "step-5.optim.safetensors").read_bytes())
-    path.write_bytes(whole)
-    checkpoints.check_step(tmp_path, 5)
-    blank = len(whole[:header].rstrip(b" "))
-    for trial in range(FLIPS):
-        at = rng.randrange(blank if trial % 2 else len(whole))
-        path.write_bytes(flipped(whole, at, rng.randrange(8)))
-        if blank <= at < header:
-            continue  # spaces between header and values hold nothing
-        with pytest.raises((ValueError, KeyError)):
-            checkpoints.check_step(tmp_path, 5)
-
-
-def flipped(content, at, bit):
-    changed = bytearray(content)
-    changed[at] ^= 1 << bit
-    return bytes(changed)
-
-
-def test_moments_of_other_weights_are_refused(survivor, tmp_path, capsys):
-    for name in ("step-5.safetensors", "step-4.safetensors"):
-        shutil.copyfile(survivor[0] / "whole" / name, tmp_path / name)
-    for step, of in ((4, 4), (5, 4)):
-        source = survivor[0] / "whole" / f"step-{of}.optim.safetensors"
-        shutil.copyfile(source, tmp_path / f"step-{step}.optim.safetensors")
-    assert checkpoints.newest_valid(tmp_path) == 4
-    assert "not the optimizer state of step-5.safetensors" in capsys.readouterr().out
-    code, text = train_here(*survivor[1], f"--out_dir={tmp_path}", "--max_steps=5")
-    assert code == 0 and "steps 4 .. 5" in text
-
-
-@pytest.mark.parametrize("key", ["train_config", "model_config", "step", "stage"])
-def test_a_checkpoint_without_what_resume_needs_is_passed_over(survivor, tmp_path, key, capsys):
-    for step in (4, 5):
-        for end in ("", ".optim"):
-            name = f"step-{step}{end}.safetensors"
-            shutil.copyfile(survivor[0] / "whole" / name, tmp_path / name)
-    path = tmp_path / "step-5.safetensors"
-    tensors, meta = weights.read_tensors(path)
-    kept = {k: v for k, v in meta.items() if k not in (key, "sha256")}
-    whole = dict(kept, sha256=weights.digest(tensors, kept))
-    # Aside: the tensors are mapped from the file.
-    files.write_aside(path, lambda aside: write_tensors(tensors, whole, aside))
-    assert checkpoints.newest_valid(tmp_path) == 4 and "passed over" in capsys.readouterr().out
-
-
-def test_files_have_the_permissions_that_the_user_asks_for(survivor, tmp_path):
-    before = os.umask(0o027)
-    try:
-        write_tensors({"a": torch.ones(3)}, {"b": "c"}, tmp_path / "x.safetensors")
-        assert (tmp_path / "x.safetensors").stat().st_mode & 0o777 == 0o640
-    finally:
-        os.umask(before)
-    assert load_file(tmp_path / "x.safetensors")["a"].tolist() == [1, 1, 1]
-    assert (survivor[0] / "whole" / "step-5.safetensors").stat().st_mode & 0o777 == 0o644
-
-
-def test_pruning_keeps_the_newest_the_multiples_and_what_latest_points_to(survivor, tmp_path):
-    code, _ = train_here(
-        *survivor[1], f"--out_dir={tmp_path}", "--save_every=1", "--keep_last=1", "--keep_every=2"
-    )
-    assert code == 0 and checkpoints.saved_steps(tmp_path) == [2, 4, 5]
-    assert [p.name for p in tmp_path.glob("*.optim.safetensors")] == ["step-5.optim.safetensors"]
-    (tmp_path / "step-7.safetensors").write_bytes(b"a damaged later one")
-    checkpoints.prune(tmp_path, 5, 1, 0)
-    assert checkpoints.saved_steps(tmp_path) == [5, 7] and (
-        tmp_path / "latest.safetensors"
-    ).samefile(tmp_path / "step-5.safetensors")
-
-
-def test_check_prints_what_a_checkpoint_holds_and_refuses_others(survivor, tmp_path):
-    latest = survivor[0] / "whole" / "latest.safetensors"
-    text = run("train.py", "--check", latest)
-    tensors = load_file(latest)
-    assert (
-        "stage 1, step 5" in text
-        and f"{len(tensors)} tensors, {sum(v.numel() for v in tensors.values()):,}" in text
-    )
-    assert (
-        weights.read_metadata(latest)["sha256"] in text
-        and min(tensors) in text
-        and "optimizer state beside it" in text
-    )
-    meta = weights.read_metadata(latest)
-    save_file(
-        {k: v for k, v in tensors.items() if k != min(tensors)},
-        tmp_path / "less.safetensors",
-        {k: v for k, v in meta.items() if k not in ("sha256", "format")},
-    )
-    assert "1 tensors are not those of its model" in run(
-        "train.py", "--check", tmp_path / "less.safetensors", ok=False
-    )
-
-
 # ---- words about the course of a run
 def test_changed_options_are_listed_at_a_resume(survivor):
     root, arguments = survivor
@@ -437,44 +299,3 @@ def test_a_stuck_rank_ends_the_run_instead_of_hanging_it(stuck, survivor):
 def test_killed_runs_end_bitwise_like_an_undisturbed_one(killer):
     code, told = killer.wait(240), killer.said.read_text()
     assert code == 0 and "2 kills" in told and "bitwise that of the undisturbed run" in told, told
-
-
-def test_other_frozen_weights_are_refused_by_name(survivor, tmp_path):
-    """A base of the same shapes: depth would be half as wrong again, without a word."""
-    base, other = tmp_path / "base", tmp_path / "other"
-    stage0 = ["--stage=0", "--max_steps=1", "--wan_dir=", "--random_wan=False"]
-    for folder, seed in ((base, 0), (other, 1)):
-        code, _ = train_here(*survivor[1], *stage0, f"--out_dir={folder}", f"--seed={seed}")
-        assert code == 0
-    on = ["--random_wan=False", "--max_steps=1", f"--out_dir={tmp_path}/one"]
-    assert train_here(*survivor[1], *on, f"--wan_dir={base}")[0] == 0
-    meta = weights.read_metadata(tmp_path / "one" / "latest.safetensors")
-    assert meta["frozen"] == frozen.frozen_digest(base) != frozen.frozen_digest(other)
-    assert (base / ".fantasyworld.json").exists()  # hashed once
-    on[1] = "--max_steps=2"
-    code, text = train_here(*survivor[1], *on, f"--wan_dir={other}")
-    assert "was trained on other frozen weights" in f"{code}{text}" and "--other_wan" in f"{code}"
-    assert train_here(*survivor[1], *on, f"--wan_dir={other}", "--other_wan=True")[0] == 0
-
-
-def test_the_digest_of_frozen_weights_is_of_tensors_not_of_files(tmp_path):
-    a = {"blocks.0.x": torch.randn(3, 4), "head.head.weight": torch.randn(2)}
-    (tmp_path / "one").mkdir()
-    (tmp_path / "two").mkdir()
-    save_file(a, tmp_path / "one" / "diffusion_pytorch_model.safetensors")
-    for n, (key, value) in enumerate(a.items()):
-        name = f"diffusion_pytorch_model-0000{n + 1}-of-00002.safetensors"
-        save_file({f"model.{key}": value}, tmp_path / "two" / name)
-    assert frozen.frozen_digest(tmp_path / "one") == frozen.frozen_digest(tmp_path / "two")
-    a["blocks.0.x"][0, 0] += 1e-6
-    save_file(a, tmp_path / "one" / "diffusion_pytorch_model.safetensors")
-    assert frozen.frozen_digest(tmp_path / "one") != frozen.frozen_digest(tmp_path / "two")
-
-
-def test_what_a_stranger_wrote_into_a_checkpoint_commands_no_terminal(survivor, tmp_path):
-    tensors, meta = weights.read_tensors(survivor[0] / "whole" / "latest.safetensors")
-    facts = dict(meta, command="x\x1b]0;title\x07\ny", git="\x1b[2J")
-    facts["sha256"] = weights.digest(tensors, facts)
-    write_tensors(tensors, facts, tmp_path / "latest.safetensors")
-    text = checkpoints.describe(tmp_path / "latest.safetensors")
-    assert "\x1b" not in text and "\x07" not in text and "command x ]0;title y" in text

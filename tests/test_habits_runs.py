@@ -1,0 +1,165 @@
+"""Options, checkpoints and disks as people have them: what cannot run is named at its start."""
+
+import errno
+import json
+import math
+from functools import partial
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from small import TINY, command_here, loss_of, options_of, tiny_inputs, tiny_model, train_here
+
+import train
+from encoders import MINIATURE
+from geometry import decode_pose, encode_pose
+from lib import plan
+from lib.checkpoints import load_optimizer, save_checkpoint, training_state
+from lib.evaluate import geometry_row
+from lib.frozen import frozen_digest, identify_frozen
+from lib.jobs import attempt
+from lib.log import Passes, provenance
+from lib.weights import load_trained, read_metadata
+
+
+def test_a_full_disk_ends_the_encoding_and_is_no_fault_of_a_clip():
+    def full(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def gone(_):
+        raise OSError(errno.ENOENT, "No such file")
+
+    passes = Passes(quiet=True)
+    assert passes.each([dict(id="a")], "x", gone) == [] and passes.failed == ["a"]
+    with pytest.raises(OSError, match="No space"):
+        passes.each([dict(id="b")], "x", full)
+    with pytest.raises(OSError, match="No space"):
+        attempt(partial(full, 0), "out/a", [])
+
+
+def test_a_model_that_gives_nan_has_no_row_that_a_mean_leaves_out():
+    shape = (1, 5, 8, 12)
+    K = torch.tensor([[10.0, 0, 6], [0, 10, 4], [0, 0, 1]]).expand(1, 5, 3, 3)
+    b = dict(depth=torch.ones(shape), mask=torch.ones(shape, dtype=torch.bool), intrinsics=K)
+    b |= dict(points=torch.ones(*shape, 3), w2c=torch.eye(4)[:3].expand(1, 5, 3, 4))
+    out = dict(depth=b["depth"], depth_conf=2 * b["depth"], points=b["points"], velocity=None)
+    out |= dict(points_conf=2 * b["depth"], pose_enc=encode_pose(b["w2c"], K, shape[2:])[None])
+    rows = [geometry_row(torch.full(shape, math.nan), b["points"], None, b)]
+    for name in ("depth", "points", "pose_enc", "depth_conf"):  # its poses alone, say
+        wrong = {**out, name: out[name] * math.nan}
+        w2c = decode_pose(wrong["pose_enc"][-1], shape[2:])[0]
+        rows.append(geometry_row(wrong["depth"], wrong["points"], w2c, b, wrong))
+    assert all(set(row.values()) == {math.inf} for row in rows)
+    sound = geometry_row(b["depth"], b["points"], b["w2c"], b, out)
+    assert sound.keys() == rows[-1].keys() and all(map(math.isfinite, sound.values()))
+
+
+def test_provenance_does_not_need_git(monkeypatch):
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert provenance({})["git"] == "unknown"
+
+
+def test_bytes_of_a_command_that_are_no_utf8_leave_the_checkpoint_readable(tmp_path):
+    state = ({"a": torch.ones(2)}, {"a|step": torch.ones(())})
+    save_checkpoint(tmp_path, 1, state, dict(command="x\udcff.py"), keep_last=1)
+    assert read_metadata(tmp_path / "step-1.safetensors")["command"] == "x\\udcff.py"
+
+
+def test_the_state_of_another_optimizer_is_named(tmp_path):
+    model = tiny_model(1)
+    options = options_of(train, stage=1)
+    for saved, asked in (("muon", "adamw"), ("adamw", "muon")):
+        optimizer = train.make_optimizer(model, options.replaced(optimizer=saved))
+        loss_of(model(**tiny_inputs(), video=False)).backward()
+        optimizer.step()
+        save_checkpoint(tmp_path, 1, training_state(model, optimizer), {}, keep_last=1)
+        other = train.make_optimizer(model, options.replaced(optimizer=asked))
+        with pytest.raises(ValueError, match="the state of another --optimizer"):
+            load_optimizer(tmp_path / "step-1.optim.safetensors", model, other)
+        same = train.make_optimizer(model, options.replaced(optimizer=saved))
+        load_optimizer(tmp_path / "step-1.optim.safetensors", model, same)
+
+
+NO_MODEL = dict(geo_heads=(0, 5, 64), geo_dim=(1414,), irg_dim=(1164,), bridge_width=(200,))
+NO_MODEL |= dict(in_dim=(7, 40), freq_dim=(31,), head_dim=(100,), dpt_features=(12,))
+NO_MODEL |= dict(taps=((0, 1),), dpt_channels=((8, 8), (6, 8, 8, 8)))
+
+
+@pytest.mark.parametrize("key, value", [(k, v) for k, each in NO_MODEL.items() for v in each])
+def test_overrides_that_make_no_model_are_named(key, value):
+    options = options_of(train, model_overrides={key: value})
+    with pytest.raises(ValueError, match="model_overrides: .*(; wanted|is no model's)"):
+        train.check_options(options)
+
+
+def test_a_model_that_computes_otherwise_with_equal_shapes_is_refused(tmp_path):
+    for stage in (1, 2):
+        config = json.dumps(vars(TINY))
+        state = (tiny_model(stage).trainable_state_dict(), {})
+        meta = dict(stage=str(stage), model_config=config)
+        save_checkpoint(tmp_path, stage, state, meta, keep_last=2)
+    for stage, field, value in (
+        (1, "taps", (1, 1, 0, 0)),
+        (2, "constant_rays", True),
+        (2, "irg_heads", 4),
+        (2, "camera_iterations", 3),
+    ):
+        with pytest.raises(
+            ValueError, match=f"trained with {field} = .*model_overrides={{'{field}"
+        ):
+            load_trained(
+                tiny_model(stage, **{field: value}), tmp_path / f"step-{stage}.safetensors"
+            )
+    for free in (
+        dict(irg_heads=4),
+        dict(exchange="none"),
+        dict(head_chunk=4),
+        dict(layer_scale=1.0),
+    ):
+        load_trained(tiny_model(2, **free), tmp_path / "step-1.safetensors")
+
+
+def test_another_lora_is_another_frozen_branch(tmp_path):
+    """At a start, also of eval_only from several, and at a resume; a file that was moved is not."""
+    path = str(tmp_path / "lr=1e-4,b8.safetensors")  # one file, whose name holds a comma
+    meta = dict(stage="1", step="1", frozen=frozen_digest(MINIATURE), lora="there/a.safetensors")
+    save_file({"a": torch.zeros(1)}, path, meta)
+    how = dict(stage=1, wan_dir=MINIATURE, init_from=path)
+    options, sources, origin = train.settled(options_of(train, **how))
+    assert options.lora == origin["lora"] == meta["lora"] and sources == [path]
+    train.check_options(options)
+    assert identify_frozen(options.replaced(lora="a.safetensors"), sources, True) == meta["frozen"]
+    for lora in ("", "b.safetensors"):
+        other = options.replaced(lora=lora)
+        with pytest.raises(ValueError, match="trained with --lora=there/a.*other_wan"):
+            identify_frozen(other, sources, True)
+        assert identify_frozen(other.replaced(other_wan=True), sources, True)
+        again = dict(options=other, world=1, frozen=meta["frozen"])
+        with pytest.raises(ValueError, match="trained with --lora=there/a"):
+            train.resume_from(path, None, None, **again)
+
+
+def test_what_a_run_cannot_start_from_is_refused():
+    ckpt = "tiny/fantasyworld.safetensors"
+    code, _ = train_here("config/tiny1.py", f"--init_from={ckpt},{ckpt}")
+    assert "several checkpoints are for eval_only" in str(code)
+    code, text = command_here("train.py", "--check")
+    assert code == 2 and "--check: wanted checkpoints" in text
+
+
+def test_what_spread_weights_and_an_expert_alone_cannot_do_is_refused_and_not_planned():
+    spread, half = dict(shard_weights=True), dict(eval_samples=1)
+    zero = [
+        dict(stage=0, **how) for how in (dict(compile=True), dict(checkpoint_activations="full"))
+    ]
+    for wrong in (*zero, spread | dict(stage=0), spread | half, half | dict(expert="high")):
+        with pytest.raises(ValueError, match="leave (one of the two|it) out"):
+            train.check_options(options_of(train, plan=True, **wrong))
+    ways = {stage: {how for _, how in plan.ways(["none"], 8, stage)} for stage in (0, 1)}
+    assert "weights" in ways[1] - ways[0]
+
+
+def test_a_plan_for_gpus_that_cannot_share_the_batch_says_so():
+    size = ["--num_frames=5", "--height=32", "--width=48", f"--model_overrides={vars(TINY)}"]
+    code, text = train_here("config/tiny0.py", *size, "--plan", "--plan_gpus=3")
+    assert code == 0 and "cannot share a global batch of" in text

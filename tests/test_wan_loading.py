@@ -1,0 +1,191 @@
+"""A Wan2.1 folder as tensors: every family loads or is refused by name, and loading is lean."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from wan_folder import keys
+
+from lib import weights
+from lib.weights import FAMILIES, fingerprint, load_wan
+from model import Config
+from wan import WanDiT
+
+GOLDEN = pathlib.Path(__file__).parent / "golden"
+
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+TINY = Config(head_dim=32)
+
+
+def meta(release):
+    return {name: torch.empty(shape, device="meta") for name, shape in keys.FAM[release][0].items()}
+
+
+@pytest.mark.parametrize(
+    "release, inputs, clip, parameters",
+    [
+        ("Wan2.1-T2V-1.3B", 16, False, 1_418_996_800),
+        ("Wan2.1-Fun-1.3B-InP (=V1.1-InP)", 36, True, 1_564_428_608),
+        ("Wan2.1-Fun-V1.1-1.3B-Control-Camera", 32, True, 1_616_313_152),
+        ("Wan2.1-T2V-14B", 16, False, 14_288_491_584),
+        ("Wan2.1-I2V-14B-480P / Fun-14B-InP", 36, True, 16_394_878_784),
+        ("Wan2.1-Fun-V1.1-14B-Control-Camera", 32, True, 16_898_128_704),
+    ],
+)
+def test_the_names_and_shapes_of_a_release_load_strictly_and_are_recognised(
+    release, inputs, clip, parameters
+):
+    sd = meta(release)
+    dit = WanDiT.from_state_dict(sd)
+    assert sum(p.numel() for p in dit.parameters()) == parameters
+    assert (dit.sizes.in_dim, dit.img_emb is not None, dit.control_adapter is not None) == (
+        inputs,
+        clip,
+        "Camera" in release,
+    )
+    assert FAMILIES[fingerprint({k: tuple(v.shape) for k, v in sd.items()})].split()[0] in release
+
+
+@pytest.mark.parametrize(
+    "release, what",
+    [
+        ("Wan2.1-FLF2V-14B-720P", "FLF2V"),
+        ("Wan2.1-Fun-V1.1-1.3B-Control", "reference frame of Fun-V1.1-Control"),
+        ("Wan2.1-Fun-1.3B-Control", "48 input channels"),
+        ("Wan2.1_VAE.pth", "not a Wan2.1 DiT"),
+        ("umt5-xxl encoder .pth", "not a Wan2.1 DiT.*patch_embedding.weight"),
+    ],
+)
+def test_other_families_and_models_are_refused_with_what_is_unsupported(release, what):
+    with pytest.raises(ValueError, match=what):
+        WanDiT.from_state_dict(meta(release))
+
+
+@pytest.fixture(scope="module")
+def golden():
+    return torch.load(GOLDEN / "dit_t2v_hd32.pt", weights_only=True)
+
+
+def shards(folder, sd, count):
+    index = {}
+    for i in range(count):
+        file = f"diffusion_pytorch_model-{i + 1:05d}-of-{count:05d}.safetensors"
+        save_file({k: sd[k] for k in list(sd)[i::count]}, folder / file)
+        index.update(dict.fromkeys(list(sd)[i::count], file))
+    (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(
+        json.dumps(dict(weight_map=index))
+    )
+
+
+@pytest.mark.parametrize("form", ["one file", "shards", "pth", "model.", "pipe.dit."])
+def test_a_folder_loads_from_one_file_shards_or_pth_with_and_without_prefix(
+    golden, tmp_path, form, capsys
+):
+    sd = golden["state_dict"]
+    if form == "shards":
+        shards(tmp_path, sd, 3)
+    elif form == "pth":
+        torch.save(sd, tmp_path / "diffusion_pytorch_model.pth")
+    else:
+        prefix = form if form.endswith(".") else ""
+        save_file(
+            {prefix + k: v for k, v in sd.items()}, tmp_path / "diffusion_pytorch_model.safetensors"
+        )
+    dit, cfg = load_wan(tmp_path.as_posix(), TINY)
+    assert all(torch.equal(v, sd[k]) for k, v in dit.state_dict().items())
+    found = (cfg.dim, cfg.in_dim, cfg.num_layers, cfg.text_dim, cfg.has_clip, cfg.has_control)
+    assert found == (64, 16, 3, 48, False, False)
+    assert "no release has: dim 64" in capsys.readouterr().out
+    half, _ = load_wan(tmp_path.as_posix(), TINY, "cpu", torch.bfloat16)
+    assert (
+        half.blocks[0].ffn[0].weight.dtype == torch.bfloat16
+        and half.head.head.weight.dtype == torch.float32
+    )
+    assert half.blocks[0].modulation.dtype == half.blocks[0].norm3.weight.dtype == torch.float32
+
+
+def test_missing_cut_double_and_foreign_files_are_named(golden, tmp_path):
+    sd, folder = golden["state_dict"], tmp_path.as_posix()
+    with pytest.raises(ValueError, match="no diffusion_pytorch_model.*latest.safetensors"):
+        load_wan(folder, TINY)
+    shards(tmp_path, sd, 3)
+    last = tmp_path / "diffusion_pytorch_model-00003-of-00003.safetensors"
+    whole = last.read_bytes()
+    last.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(
+        ValueError, match="00003-of-00003.safetensors: [0-9,]+ bytes that cannot be read"
+    ):
+        load_wan(folder, TINY)
+    last.unlink()
+    with pytest.raises(
+        ValueError, match="index.json: 1 of 3 shards are missing, first .*00003-of-00003"
+    ):
+        load_wan(folder, TINY)
+    (tmp_path / "diffusion_pytorch_model.safetensors.index.json").unlink()
+    with pytest.raises(
+        ValueError, match="text_embedding.0.weight' is missing .*A shard is missing"
+    ):
+        load_wan(folder, TINY)
+    last.write_bytes(whole)
+    save_file({list(sd)[2]: sd[list(sd)[2]]}, tmp_path / "diffusion_pytorch_model.safetensors")
+    with pytest.raises(ValueError, match="is also in another file"):
+        load_wan(folder, TINY)
+    with pytest.raises(ValueError, match="head_dim"):
+        WanDiT.from_state_dict({k: v for k, v in sd.items()}, head_dim=128)
+
+
+def test_loading_reads_every_tensor_once(golden, tmp_path, monkeypatch):
+    shards(tmp_path, golden["state_dict"], 2)
+    read, lazy = [], weights.lazy_tensors
+
+    def counting(path):
+        return {
+            name: (shape, lambda name=name, get=get: (read.append(name), get())[1])
+            for name, (shape, get) in lazy(path).items()
+        }
+
+    monkeypatch.setattr(weights, "lazy_tensors", counting)
+    load_wan(tmp_path.as_posix(), TINY)
+    assert sorted(read) == sorted(golden["state_dict"])
+
+
+# VmHWM, not ru_maxrss: that one starts at the size of the process that we were started from.  A
+# small model first: the meta device makes torch import 70 MB of its own code.
+MEASURE = """
+import re, sys, torch
+from lib.weights import load_wan
+from model import PRESETS, Config, FantasyWorld
+peak = lambda: 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
+with torch.device("meta"):
+    FantasyWorld(PRESETS["tiny"])
+before = peak()
+dtype = torch.bfloat16 if sys.argv[2] == "bf16" else None
+dit, _ = load_wan(sys.argv[1], Config(head_dim=32), "cpu", dtype)
+print((peak() - before) / sum(p.nbytes for p in dit.parameters()))
+"""
+
+
+@pytest.mark.parametrize("stored, wanted", [("float32", "bf16"), ("bfloat16", "fp32")])
+def test_loading_takes_no_more_host_memory_than_1_2_times_the_weights(tmp_path, stored, wanted):
+    shapes = keys.dit(
+        dim=512, ffn=2048, layers=12, in_dim=16, clip=False, text=64, freq=64
+    )  # 51 M parameters
+    shards(
+        tmp_path,
+        {name: torch.zeros(shape, dtype=getattr(torch, stored)) for name, shape in shapes.items()},
+        2,
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", MEASURE, str(tmp_path), wanted],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert float(result.stdout.split()[-1]) < 1.2, result.stdout + result.stderr
