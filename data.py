@@ -38,7 +38,7 @@ from encoders import MINIATURE, WanFolder, wan_family
 from geometry import encode_pose, normalize_scene, plucker_rays, relative_to_first, unproject
 from lib import caches, camera_files, files, importers, listing
 from lib.camera_files import read_cameras, rigid
-from lib.crop import Crop
+from lib.crop import Crop, check_video_size
 from lib.depth import check_positive, read_depth, unit_of, why_relative
 from lib.distributed import check_device, gathered, say
 from lib.guards import run_command
@@ -48,7 +48,7 @@ from lib.pictures import as_pixels
 from lib.rooms import VARIETY, Recipe, synth
 from lib.verify import verify as check
 from lib.windows import Encoding
-from wan import LATENT, start_condition
+from wan import start_condition
 
 # --- Samples --------------------------------------------------------------------------------------
 FIELDS = dict(
@@ -366,9 +366,7 @@ def encode(root, height, width, num_frames, how=None):
     Under torchrun every rank takes its share of the clips.  Finished files whose key still fits are
     kept."""
     size, how = (num_frames, height, width), how or Encoding()
-    if size != LATENT.nearest(*size):
-        found = "{} frames of {}x{}".format(*size)
-        raise ValueError(f"{found}; wanted 4k + 1 and multiples of 16")
+    check_video_size(size)
     # by torchrun
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     encoders = WanFolder(how.wan_dir, check_device(how.device))

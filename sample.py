@@ -28,7 +28,7 @@ from geometry import encode_pose
 from lib import worldscore as worldscore_folders
 from lib.camera_files import FORMATS, size_of
 from lib.camera_paths import View, load_camera, mean_distance
-from lib.crop import load_image
+from lib.crop import check_video_size, load_image
 from lib.distributed import check_device, from_first, gather_cat
 from lib.experts import BOUNDARY, check_frozen_of, files_in, metadata_of_ckpt, open_models
 from lib.export import EXPORTS, USUAL, describe, export_names, make_scene, write_exports
@@ -486,15 +486,6 @@ def quirks_of(options, meta):
     return known - corrections(options) if meta.get("release") else set()
 
 
-def check_size(size):
-    """Frames, height and width must divide into latents and patches."""
-    near = LATENT.nearest(*size)
-    if tuple(size) != near:
-        shape = "--frames {} --height {} --width {}"
-        wanted = "wanted 4k + 1 frames and multiples of 16"
-        raise ValueError(f"{shape.format(*size)}: {wanted}, such as {shape.format(*near)}")
-
-
 def checked_sampling(own, where):
     """A run's `sampling` with names and ranges as those of the options here."""
     known = {key: globals()[key] for key in WANS}
@@ -514,7 +505,7 @@ def settled(options, meta):
     corrections(options)
     frames = options.frames or trained["num_frames"]
     height, width = options.height or trained["height"], options.width or trained["width"]
-    check_size((frames, height, width))
+    check_video_size((frames, height, width), "--frames {} --height {} --width {}")
     folder = options.wan_dir or find_wan(trained["wan_dir"], files_in(options.ckpt)[-1])
     if foreign and not folder:  # such a file does not say where its base lies
         wanted = f"the folder of {BASES[bool(meta.get('expert'))]}, for its encoders"

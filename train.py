@@ -32,6 +32,7 @@ from data import CachedClips, EmptySplit, collate, prepare
 from geometry import clip_mean, geometry_losses
 from lib import lock
 from lib.checkpoints import choose_start, describe, load_optimizer, save_checkpoint, training_state
+from lib.crop import check_video_size
 from lib.distributed import (
     Ranks,
     end_processes,
@@ -53,7 +54,6 @@ from lib.plan import HARDWARE, Flops, peak_flops, report
 from lib.strangers import checked_config
 from lib.weights import load_weights, metadata_of, open_model, read_tensors
 from model import CHECKPOINTING, PRESETS, flow_matching_loss, shift_sigma
-from wan import LATENT
 
 # fmt: off
 section_1 = section("what")
@@ -303,10 +303,7 @@ def check_options(options):
     if stepwise and not options.stage or options.shard_weights and options.eval_samples:
         why = "shard_weights, compile and checkpoint_activations go by steps of the model"
         raise ValueError(f"{why}; stage 0 and eval_samples do not. Fix: leave one of the two out")
-    size = options.num_frames, options.height, options.width
-    if size != LATENT.nearest(*size):
-        found = "num_frames = {}, height x width = {} x {}".format(*size)
-        raise ValueError(f"{found}; wanted 4k + 1 frames (21, 81) and multiples of 16")
+    check_video_size((options.num_frames, options.height, options.width))
     model_config(options)
     sample.checked_sampling(options.sampling, "sampling")
     if window_of(options) != (0.0, 1.0) and options.eval_samples:

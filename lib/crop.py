@@ -7,6 +7,15 @@ import torch
 import torch.nn.functional as F
 
 from lib.files import read_video
+from wan import LATENT
+
+
+def check_video_size(size, words="num_frames = {}, height x width = {} x {}"):
+    """ValueError unless frames, height and width divide into latents and patches."""
+    near = LATENT.nearest(*size)
+    if size != near:
+        wanted = "wanted 4k + 1 frames and multiples of 16"
+        raise ValueError(f"{words.format(*size)}: {wanted}, such as {words.format(*near)}")
 
 
 @dataclass(frozen=True)

@@ -168,8 +168,11 @@ def read_rows(path):
     """Numbers of a text (lines, columns); comments, headings, commas and byte order mark aside."""
     try:
         lines = Path(path).read_text("utf-8-sig").replace(",", " ").splitlines()
-        headings = ("time", "frame ")  # of TUM, of Virtual KITTI
-        return np.loadtxt([x for x in lines if not x.startswith(headings)], ndmin=2)
+        aside = ("#", "time", "frame ")  # headings of TUM, of Virtual KITTI
+        lines = [x for x in lines if x.strip() and not x.startswith(aside)]
+        if not lines:
+            raise ValueError("no numbers in it")
+        return np.loadtxt(lines, ndmin=2)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 

@@ -19,9 +19,9 @@ from encoders import MINIATURE, WanFolder
 from geometry import inv_se3, relative_to_first
 from lib.caches import save_clip, save_tensors
 from lib.camera_files import write_cameras
+from lib.crop import check_video_size
 from lib.listing import EMPTY_TEXT
 from lib.pictures import write_video
-from wan import LATENT
 
 # Of a full and of a simple room.  Metres and radians (fov: degrees): low, high; turn: mean, sd;
 # aim, pitch, roll: sd.
@@ -399,10 +399,7 @@ def write_cache(out, clip, entry, split, *, wan_dir):
 def synth(out, recipe, workers=0):
     """Render the clips of a Recipe: sample folders, or the cache alone."""
     out, (height, width) = Path(out), (recipe.height, recipe.width)
-    size = recipe.num_frames, height, width
-    if size != LATENT.nearest(*size):
-        found = "{} frames of {}x{}".format(*size)
-        raise ValueError(f"{found}; wanted 4k + 1 and multiples of 16")
+    check_video_size((recipe.num_frames, height, width))
     finished = out / "metadata.json"
     if finished.is_file():
         meta = json.loads(finished.read_text())
