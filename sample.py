@@ -502,7 +502,8 @@ def sampling_of(options, trained):
 def settled(options, meta):
     """Options with what the checkpoint says filled in; ValueError for what cannot work."""
     trained, foreign = read_train_config(meta, options.ckpt), bool(meta.get("release"))
-    corrections(options)
+    if corrections(options) and not foreign:
+        raise ValueError(f"--correct: {options.ckpt} is no release; leave it out")
     frames = options.frames or trained["num_frames"]
     height, width = options.height or trained["height"], options.width or trained["width"]
     check_video_size((frames, height, width), "--frames {} --height {} --width {}")
