@@ -27,4 +27,13 @@ python tiny/export.py outputs/tiny/stage0_large/latest.safetensors tiny/wan
 python train.py config/tiny1.py --data_dir="$WORK/rooms" $P
 python train.py config/tiny2.py --data_dir="$WORK/rooms" $P
 python tiny/export.py outputs/tiny/stage2/latest.safetensors tiny/fantasyworld.safetensors
+
+# ---- both again, on other rooms: a camera that is seldom given must be read off the video
+MORE="--seed=1 --camera_delta=0.02 --camera_weight=5"
+python data.py synth "$WORK/more" --num 4000 --val 64 --height 96 --width 160 --seed 82000000 $ROOMS
+python train.py config/tiny1.py --data_dir="$WORK/more" $P $MORE --pose_dropout=0.5 --max_steps=2600 \
+    --out_dir=outputs/tiny/stage1_more --init_from=tiny/fantasyworld.safetensors
+python train.py config/tiny2.py --data_dir="$WORK/more" $P $MORE --pose_dropout=0.3 --max_steps=600 \
+    --out_dir=outputs/tiny/stage2_more --init_from=outputs/tiny/stage1_more/latest.safetensors
+python tiny/export.py outputs/tiny/stage2_more/latest.safetensors tiny/fantasyworld.safetensors
 python tiny/score.py --ckpt tiny/fantasyworld.safetensors
