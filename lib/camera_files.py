@@ -358,8 +358,9 @@ def as_matrices(matrices):
     m = np.asarray(matrices, float)
     if m.ndim != 3 or m.shape[1:] not in ((3, 4), (4, 4)) or not len(m):
         raise ValueError(f"matrices of shape {m.shape}; wanted (T, 3, 4) or (T, 4, 4)")
-    if (abs(m[:, 3:] - [0, 0, 0, 1]) > 1e-3)[np.isfinite(m[:, 3:])].any():  # lost ones are -inf
-        found = f"matrices whose last line is {m[-1, 3].tolist()}; wanted 0 0 0 1"
+    off = (abs(m[:, 3:] - [0, 0, 0, 1]) > 1e-3) & np.isfinite(m[:, 3:])  # lost ones are -inf
+    if off.any():
+        found = f"matrices with a last line {m[off.any((1, 2)), 3][0].tolist()}; wanted 0 0 0 1"
         raise ValueError(f"{found}: column by column? Fix: transpose them")
     return m
 

@@ -118,8 +118,7 @@ def ffmpeg(path, *output, turned=True):
     first = path[0] if several else path
     form = reader_of(first, head_of(first))
     if "tiff_pipe" in form and JPEG_TIF.search(Path(path).read_bytes()):
-        what = "a picture of kind TIFF with JPEG inside"
-        raise ValueError(f"{path}: {what}: save it as JPEG or PNG")
+        raise ValueError(f"{path}: a picture of kind TIFF with JPEG inside: save it as JPEG or PNG")
     name = ["-protocol_whitelist", "pipe", "-i", "pipe:0"] if several else ["-i", f"file:{path}"]
     name = name if turned else ["-noautorotate", *name]
     source = [*form, *name, "-map", "0:V:0", "-fps_mode", "passthrough"]
@@ -337,7 +336,7 @@ def open_array(path, read, mask):
 def array_stream(path, mask):
     """The .npy of a file and its bytes; of an .npz that of depth or mask, or the only one."""
     size = check_file(path)
-    if path.suffix == ".npy":
+    if path.suffix.lower() == ".npy":
         with open(path, "rb") as file:
             yield file, size
         return
@@ -356,7 +355,7 @@ def stacked(path, mask=False):
     """Frames of one file with all of a clip, one at a time; what does not lie frame after frame is
     read whole."""
     try:
-        if path.suffix in (".npy", ".npz"):
+        if path.suffix.lower() in (".npy", ".npz"):
             with array_stream(path, mask) as (file, size):
                 shape, dtype, fortran = array_header(file, size, mask)
                 if len(shape) > 2 and not fortran:

@@ -204,8 +204,7 @@ def check_wishes(wishes, found, src, out):
     if wishes.fps is not None and not 0.1 <= wishes.fps <= 1000:
         raise ValueError(f"--fps {wishes.fps:g}: wanted 0.1 to 1000")
     if wishes.start < 0 or wishes.stride < 1 or (wishes.max_frames or 5) < 5:
-        wanted = "--start of 0 or more, --stride of 1 or more, --max_frames of 5 or more"
-        raise ValueError(f"wanted {wanted}")
+        raise ValueError("wanted --start of 0, --stride of 1, --max_frames of 5, or more")
     if "metadata.json" in (sums_of(out) or ()):
         cure = "delete SHA256SUMS, import, and write it again"
         raise ValueError(f"{out}: its SHA256SUMS lists metadata.json; {cure}")

@@ -174,7 +174,8 @@ def numbered(folder):
 
 def stamps(path):
     """Lines "time name" of TUM's rgb.txt and depth.txt, headings aside -> times (N,), names."""
-    rows = [x.split() for x in path.read_text("utf-8-sig").splitlines() if x[:1].isdigit()]
+    lines = path.read_text("utf-8-sig").splitlines()
+    rows = [x.split() for x in lines if x.lstrip(" \t-.")[:1].isdigit()]
     rows.sort(key=lambda row: float(row[0]))
     return np.array([float(row[0]) for row in rows]), [row[1] for row in rows]
 
@@ -284,12 +285,15 @@ def open_named(pictures, cameras, wishes, *, axes, depth, unit):
     """Cameras that name their pictures; depth: name -> file, {} for none."""
     notes, rows = [], {name: n for n, name in enumerate(cameras.names)}
     there = {n: path for n in cameras.names if (path := picture_of(pictures, n))}
-    if len(set(there.values())) < len(there):
-        raise ValueError(f"{pictures}: one picture for several of {some(cameras.names)}")
+    often = Counter(there.values())
+    if twice := [n for n, path in there.items() if often[path] > 1]:
+        raise ValueError(f"{pictures}: one picture for several of {some(twice)}; give each its own")
     ids = joined(notes, pose=rows, picture=there, **(dict(depth=depth) if depth else {}))
     made, frames = pick(cameras, [rows[n] for n in ids]), [there[n] for n in ids]
     maps = [depth[n] for n in ids] if depth else None
-    how = dict(axes=axes, turned=False, notes=notes)  # COLMAP and nerfstudio ignore EXIF
+    sizes = size_of(frames[0], False), cameras.size, size_of(frames[0])
+    lying, model, shown = (h < w for h, w in sizes)  # COLMAP and nerfstudio ignore EXIF, others not
+    how = dict(axes=axes, turned=lying != model == shown, notes=notes)
     return Recording(frames, made, maps, unit | asked(wishes), **how)
 
 
@@ -307,16 +311,16 @@ def open_nerfstudio(key, wishes):
     # A Blender scene says the field of view alone.
     pictures = Path(wishes.pictures or src)
     shown = filter(None, (picture_of(pictures, n) for n in told if "w" not in said))
-    cameras = FORMATS["nerfstudio"].read(path, Hints(next(map(size_of, shown), None)))
-    files_of = {n: src / d.replace("\\", "/") for n, d in told.items() if d}
-    depth = {n: path for n, path in files_of.items() if path.is_file()}
+    size = next((size_of(f, False) for f in shown), None)
+    cameras = FORMATS["nerfstudio"].read(path, Hints(size))
+    depth = {n: f for n, d in told.items() if d and (f := src / d.replace("\\", "/")).is_file()}
     counts = any(d.suffix.lower() in COUNTS for d in depth.values())
     usual = said.get("integer_depth_scale", 1 / said.get("depth_scaling_factor", 1000))
     scale = float(said.get("depth_unit_scale_factor", usual if counts else 1))
-    scale *= float(said.get("applied_scale", 1))  # it has made cameras smaller, not depth
+    scale *= float(said.get("applied_scale") or 1)  # it has made cameras smaller, not depth
     how = dict(depth=depth, unit=dict(depth_scale=scale) if counts or scale != 1 else {})
     made = open_named(pictures, cameras, wishes, axes=wishes.axes or "opengl", **how)
-    if files_of and not depth:
+    if any(told.values()) and not depth:
         made.notes.append("the depth that it names is not there")
     return made
 
@@ -417,7 +421,7 @@ def open_npz(path, wishes, *, pictures, depth, poses, kind, lens):
         data = {name: f[name] for name in (pictures, depth, poses, lens) if name in f.files}
     frames = Path(wishes.pictures) if wishes.pictures else data.get(pictures, np.zeros(0))
     if not isinstance(frames, Path) and (frames.dtype, frames.shape[3:]) != (np.uint8, (3,)):
-        found = f"{pictures} of {frames.dtype} {frames.shape}"
+        found = f"{pictures} of {frames.dtype} {frames.shape}" if frames.size else f"no {pictures}"
         cure = "wanted uint8 (T, H, W, 3); give --pictures VIDEO or FOLDER"
         raise ValueError(f"{path}: {found}; {cure}")
     count = len(data[depth])

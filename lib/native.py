@@ -51,7 +51,8 @@ def need_kind(path, what, hints):
 def quaternions(rows):
     """(T, 7) t and quaternion xyzw -> (T, 3, 4)."""
     pose = torch.from_numpy(np.asarray(rows, float))
-    off = (pose[:, 3:].norm(dim=-1) - 1).abs().nan_to_num(posinf=0).max()  # NaN: a lost frame
+    pose = pose.where(pose[:, 3:].any(-1, keepdim=True), torch.nan)  # a lost frame, as others' NaN
+    off = (pose[:, 3:].norm(dim=-1) - 1).abs().nan_to_num(posinf=0).max()
     if off > 0.02:
         raise ValueError(f"quaternions of length 1 +- {off:.2g}; wanted tx ty tz qx qy qz qw")
     return torch.cat([quat_to_mat(pose[:, 3:]), pose[:, :3, None]], -1).numpy()
@@ -111,8 +112,7 @@ def read_npz(path, hints):
     named = [name for name in POSES if name in data]
     others = [name for name in UNCLEAR if name in data]
     if len(named) != 1 and not (others and hints.matrices):
-        cure = "Name one array w2c or c2w, or give --matrices w2c|c2w for an array called "
-        cure += ", ".join(UNCLEAR)
+        cure = f"Name one w2c or c2w, or give --matrices w2c|c2w for {' or '.join(UNCLEAR)}"
         raise ValueError(f"{path}: holds {', '.join(data)}; which way do the matrices map? {cure}")
     name = named[0] if len(named) == 1 else others[0]
     m = data[name][0] if data[name].ndim == 4 and len(data[name]) == 1 else data[name]  # a batch
@@ -167,7 +167,7 @@ def read_npy(path, hints):
 def read_rows(path):
     """Numbers of a text (lines, columns); comments, headings, commas and byte order mark aside."""
     try:
-        lines = Path(path).read_text("utf-8-sig").replace(",", " ").splitlines()
+        lines = Path(path).read_text("utf-8-sig", "replace").replace(",", " ").splitlines()
         aside = ("#", "time", "frame ")  # headings of TUM, of Virtual KITTI
         lines = [x for x in lines if x.strip() and not x.startswith(aside)]
         if not lines:

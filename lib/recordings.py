@@ -87,9 +87,9 @@ def by_number(paths):
     return found
 
 
-def size_of(picture):
-    """(H, W) of a picture or a video."""
-    return files.read_video(picture, 1)[0].shape[1:3]
+def size_of(picture, turned=True):
+    """(H, W) of a picture or a video, as EXIF turns it or as it lies."""
+    return files.read_video(picture, 1, turned)[0].shape[1:3]
 
 
 def matrix_of(path):

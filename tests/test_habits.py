@@ -7,7 +7,7 @@ import os
 import numpy as np
 import pytest
 import torch
-from recordings import H, T, W, clip, colmap, da3, nerfstudio, re10k
+from recordings import H, T, W, clip, colmap, da3, nerfstudio, re10k, tum
 from small import command_here, options_of
 
 import data
@@ -86,6 +86,25 @@ def test_depth_counts_of_a_transforms_file_have_the_unit_that_it_says(tmp_path):
     path.write_text(json.dumps(dict(said, depth_unit_scale_factor=0.0001)))
     importers.run(tmp_path / "src", tmp_path / "out")
     assert load_samples(tmp_path / "out")[0]["unit"].scale == 0.0001
+
+
+def test_times_before_zero_and_blanks_before_them_are_read(tmp_path, capsys):
+    """Lines that begin so were taken for headings; a pose of zeros, of a lost frame, for none."""
+    src = tmp_path / "src"
+    src.mkdir()
+    tum(src, clip())
+    start = 1305031102.3
+    for kind in ("rgb", "depth"):
+        rows = [x.split() for x in (src / f"{kind}.txt").read_text().splitlines()[1:]]
+        text = "".join(f" {float(time) - start:.6f} {name}\n" for time, name in rows)
+        (src / f"{kind}.txt").write_text("# heading\n" + text)
+    rows = np.loadtxt(src / "groundtruth.txt")
+    rows[:, 0] -= start
+    rows[:2, 1:] = 0
+    np.savetxt(src / "groundtruth.txt", rows, header="Büro", encoding="latin1")
+    assert importers.run(src, tmp_path / "out", intrinsics=(51, 51, 32, 24)) == (["src"], 0)
+    assert "1 frames whose pose was lost left out: 0" in capsys.readouterr().out
+    assert len(camera_files.read(tmp_path / "out/src/camera_params.txt")[0]) == T - 2
 
 
 def test_pictures_that_are_turned_against_their_camera_are_refused(tmp_path, capsys):

@@ -51,7 +51,7 @@ def imported(src, ids=range(5), scale=1.0, **wishes):
     out = src.parent / "out"
     names, failed = importers.run(src, out, **wishes)
     assert failed == 0 and len(names) == 1
-    (sample,) = load_samples(out)
+    *_, sample = load_samples(out)
     made, ids = load_clip(sample, H, W, 5), list(ids)
     w2c = torch.from_numpy(C["w2c"][ids])
     w2c[:, :, 3] *= scale
@@ -197,7 +197,8 @@ def test_names_may_begin_with_the_folder_that_is_given(src, capsys):
     told = json.loads((src / "transforms.json").read_text())
     told["frames"][0]["file_path"] = "other/f1.png"
     (src / "transforms.json").write_text(json.dumps(told))
-    refused(src, capsys, "one picture for several of", pictures=str(src / "images_4"), name="b")
+    both = "one picture for several of images/f1.png, other/f1.png; give each its own"
+    refused(src, capsys, both, pictures=str(src / "images_4"), name="b")
 
 
 def test_what_a_colmap_project_leaves_aside_is_named(src, capsys):
@@ -327,6 +328,11 @@ def test_endings_in_capitals_are_read(src):
     for path in [*(src / "depth").iterdir(), *(src / "images").iterdir()]:
         path.rename(path.with_suffix(".PNG"))
     assert imported(src)["unit"].scale == 0.001
+    for t, path in enumerate(files.listed(src / "depth", (".png",))):
+        with open(path.with_suffix(".NPY"), "wb") as file:
+            np.save(file, C["mm"][t].astype(np.float32) / 1000)
+        path.unlink()
+    assert imported(src, name="floats")["unit"].scale is None
 
 
 def test_pictures_of_an_archive_must_be_pictures(src, capsys):
@@ -369,11 +375,12 @@ def test_a_text_that_cannot_be_read_is_named(src, capsys):
     refused(src, capsys, "K.txt: could not convert string '[[52'")
 
 
-def test_photos_of_a_model_are_taken_as_their_pixels_lie(src):
-    """COLMAP and nerfstudio ignore EXIF: a photo that it turns by 180 degrees came in upside
-    down."""
-    colmap(src, C)
-    turn = b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x03\0\0\0\0\0\0"
+@pytest.mark.parametrize("told, lying", [(3, 0), (6, 1)])
+def test_photos_of_a_model_are_taken_as_its_cameras_say(src, told, lying):
+    """COLMAP and nerfstudio ignore EXIF: a photo that it turns by 180 degrees came in upside down.
+    Other programs write the same files of photos held upright: told by the size of the camera."""
+    colmap(src, dict(C, rgb=np.ascontiguousarray(np.rot90(C["rgb"], lying, (1, 2)))))
+    turn = b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0%c\0\0\0\0\0\0" % told
     names = ["frame_%05d.png", "-frames:v", str(T), "-q:v", "2", "-pix_fmt", "yuvj444p", "%05d.jpg"]
     subprocess.run([FFMPEG, "-v", "error", "-i", *names], cwd=src / "images", check=True)
     for t in range(T):  # JPEG, whatever its name is
@@ -382,5 +389,6 @@ def test_photos_of_a_model_are_taken_as_their_pixels_lie(src):
         path = src / f"images/frame_{t:05d}.png"
         path.write_bytes(photo[:2] + b"\xff\xe1" + size + turn + photo[2:])
     shown = files.read_video(src / "images/frame_00000.png", 1)[0][0].astype(int)
-    assert np.abs(shown - C["rgb"][0][::-1, ::-1]).mean() < 4  # where a picture is looked at
+    want = np.rot90(C["rgb"][0], 0 if lying else 2)  # where a picture is looked at
+    assert np.abs(shown - want).mean() < 4
     imported(src)
