@@ -153,7 +153,7 @@ def read_nerfstudio(path, hints):
         if model not in (*MODELS, "PERSPECTIVE"):
             cure = f"known are {', '.join(MODELS)}: undistort the images first"
             raise ValueError(f"{path}: camera model {model}; {cure}")
-        numbers = {**f, **dict(zip(PARAMS, f.get("distortion_params", ())))}
+        numbers = {**f, **dict(zip(PARAMS, f.get("distortion_params") or ()))}
         lenses.append(make_lens(model, {k: float(numbers.get(k, 0)) for k in NUMBERS}))
         if "w" in f and "h" in f:
             size = size or (int(f["h"]), int(f["w"]))

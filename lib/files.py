@@ -334,19 +334,20 @@ def open_array(path, read, mask):
 
 @contextmanager
 def array_stream(path, mask):
-    """The .npy of a file and its bytes; of an .npz that of depth or mask, or the only one."""
+    """The .npy of a file and its bytes; of an .npz depth, points or the mask, or the only one."""
     size = check_file(path)
     if path.suffix.lower() == ".npy":
         with open(path, "rb") as file:
             yield file, size
         return
     with zipfile.ZipFile(path) as archive:
-        usual, names = "mask.npy" if mask else "depth.npy", archive.namelist()
-        name = usual if usual in names else names[0]
+        usual = ("mask.npy",) if mask else ("depth.npy", "points.npy")
+        names = archive.namelist()
+        name = next((n for n in usual if n in names), names[0])
         if names.count(name) > 1:
             raise ValueError(f"the array {name} is there twice")
-        if name != usual and len(names) > 1:
-            raise ValueError(f"it holds {', '.join(names)}; which one? Name it {usual[:-4]}")
+        if name not in usual and len(names) > 1:
+            raise ValueError(f"it holds {', '.join(names)}; which one? Name it {usual[0][:-4]}")
         with archive.open(name) as file:
             yield file, archive.getinfo(name).file_size
 

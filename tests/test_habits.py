@@ -107,6 +107,14 @@ def test_times_before_zero_and_blanks_before_them_are_read(tmp_path, capsys):
     assert len(camera_files.read(tmp_path / "out/src/camera_params.txt")[0]) == T - 2
 
 
+def test_null_in_a_transforms_file_is_what_it_does_not_say(tmp_path):
+    nerfstudio(tmp_path, clip())
+    told = json.loads((tmp_path / "transforms.json").read_text())
+    text = json.dumps(dict(told, distortion_params=None, applied_scale=None))
+    (tmp_path / "transforms.json").write_text(text)
+    assert importers.run(tmp_path, tmp_path.parent / "out")[1] == 0
+
+
 def test_pictures_that_are_turned_against_their_camera_are_refused(tmp_path, capsys):
     """As photos that were turned after they had been labelled."""
     c = clip()

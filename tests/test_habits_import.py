@@ -318,6 +318,8 @@ def test_an_archive_of_several_arrays_does_not_give_its_first_as_depth(tmp_path)
         ValueError, match="d.npz: .*conf.npy, prediction.npy; which one. Name it depth"
     ):
         files.read_array(tmp_path / "d.npz")
+    np.savez(tmp_path / "p.npz", conf=np.ones((2, 3)), points=np.full((2, 3), 5.0))
+    assert (files.read_array(tmp_path / "p.npz") == 5).all()  # as point maps were written
     (tmp_path / "d.tiff").write_bytes(b"II*\0")
     with pytest.raises(ValueError, match="d.tiff: .*an ending .tiff; wanted .npy, .npz, .png"):
         files.read_array(tmp_path / "d.tiff")
