@@ -97,12 +97,10 @@ def thinned(rec, wishes):
     )
 
 
-def check_upright(frame, k, n):
-    """A photo that was turned before or after it was labelled: its pixels would not be square."""
+def lies_over(frame, k):
+    """Whether a picture would have to be turned for its camera, that its pixels be square."""
     (h, w), (fx, fy) = frame.shape[:2], k[:2]
-    if abs(fx * w / (fy * h) - 1) > 0.2 and abs(fx * h / (fy * w) - 1) < 0.05:
-        found = f"picture {n} is {w}x{h}, its camera {h}x{w}"
-        raise ValueError(f"{found}. Fix: save the pictures upright and label them again")
+    return abs(fx * w / (fy * h) - 1) > 0.2 and abs(fx * h / (fy * w) - 1) < 0.05
 
 
 class Writer:
@@ -119,7 +117,11 @@ class Writer:
         if not isinstance(frames, Video):
             frames = files.read_stills(frames, self.rec.turned)
         for n, frame in enumerate(frames):
-            check_upright(frame, self.k[n], n)
+            if lies_over(frame, self.k[n]) and not self.rec.turned:  # others than COLMAP heed EXIF
+                (frame,) = files.read_stills(self.rec.frames[n : n + 1])
+            if lies_over(frame, self.k[n]):
+                found = "picture {0} is {2}x{1}, its camera {1}x{2}".format(n, *frame.shape)
+                raise ValueError(f"{found}. Fix: save the pictures upright and label them again")
             if self.lenses[n]:
                 frame = undistortion(self.k[n], self.lenses[n]).picture(frame)
             self.sizes.append(frame.shape[:2])

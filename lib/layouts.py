@@ -291,9 +291,7 @@ def open_named(pictures, cameras, wishes, *, axes, depth, unit):
     ids = joined(notes, pose=rows, picture=there, **(dict(depth=depth) if depth else {}))
     made, frames = pick(cameras, [rows[n] for n in ids]), [there[n] for n in ids]
     maps = [depth[n] for n in ids] if depth else None
-    sizes = size_of(frames[0], False), cameras.size, size_of(frames[0])
-    lying, model, shown = (h < w for h, w in sizes)  # COLMAP and nerfstudio ignore EXIF, others not
-    how = dict(axes=axes, turned=lying != model == shown, notes=notes)
+    how = dict(axes=axes, turned=False, notes=notes)  # COLMAP and nerfstudio ignore EXIF
     return Recording(frames, made, maps, unit | asked(wishes), **how)
 
 
