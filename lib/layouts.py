@@ -122,7 +122,7 @@ PLAIN = ("color/*", "rgb/*", "images/*", "image/*", "results/frame*")
 FOLDERS = dict(
     sevenscenes=Folder(  # also tsdf-fusion's
         ("frame-*.color.*",),
-        ("frame-*.depth.*",),
+        ("frame-*.depth.proj.*", "frame-*.depth.*"),  # under the colours' pixels, or not
         ((".", "folder"),),
         unit=dict(MILLIMETRES, depth_invalid=65535),
         lens=("camera-intrinsics.txt",),

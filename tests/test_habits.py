@@ -7,7 +7,7 @@ import os
 import numpy as np
 import pytest
 import torch
-from recordings import H, T, W, clip, colmap, da3, nerfstudio, re10k, tum
+from recordings import H, T, W, clip, colmap, counts, da3, nerfstudio, re10k, sevenscenes, tum
 from small import command_here, options_of
 
 import data
@@ -105,6 +105,17 @@ def test_times_before_zero_and_blanks_before_them_are_read(tmp_path, capsys):
     assert importers.run(src, tmp_path / "out", intrinsics=(51, 51, 32, 24)) == (["src"], 0)
     assert "1 frames whose pose was lost left out: 0" in capsys.readouterr().out
     assert len(camera_files.read(tmp_path / "out/src/camera_params.txt")[0]) == T - 2
+
+
+def test_depth_of_7_scenes_that_others_have_projected_into_the_colours_is_the_one(tmp_path):
+    """SimpleRecon's and the benchmarks' *.depth.proj.png lie beside *.depth.png, of one number."""
+    src, c = tmp_path / "src", clip()
+    src.mkdir()
+    sevenscenes(src, c)
+    counts(src / "seq-01", dict(c, mm=c["mm"] + 7), "frame-{:06d}.depth.proj.png")
+    assert importers.run(src, tmp_path / "out") == (["seq-01"], 0)
+    made = files.read_array(tmp_path / "out/seq-01/depth/frame_0000.png")
+    assert (made == c["mm"][0] + 7).all()
 
 
 def test_null_in_a_transforms_file_is_what_it_does_not_say(tmp_path):
