@@ -174,7 +174,7 @@ def read_rows(path):
             raise ValueError("no numbers in it")
         return np.loadtxt(lines, ndmin=2)
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+        raise ValueError(f"{path}: {str(error).rstrip('.')}; wanted lines of numbers") from None
 
 
 def read_tum(path, hints):

@@ -374,7 +374,8 @@ def test_byte_order_marks_commas_and_blanks_change_nothing(src, write):
 def test_a_text_that_cannot_be_read_is_named(src, capsys):
     kitti(src, C)
     (src / "K.txt").write_text("[[52, 0, 32], [0, 52, 24], [0, 0, 1]]")
-    refused(src, capsys, "K.txt: could not convert string '[[52'")
+    said = "K.txt: could not convert string '[[52' to float64 at row 0, column 1; wanted lines of"
+    refused(src, capsys, said)
 
 
 @pytest.mark.parametrize("told, lying", [(3, 0), (6, 1)])
