@@ -1,5 +1,6 @@
 """Pictures of other people's programs as start images: content decides, not the name."""
 
+import json
 import shutil
 import subprocess
 
@@ -8,6 +9,8 @@ import numpy as np
 import pytest
 
 import sample
+from lib import importers
+from lib.camera_files import read_cameras
 from lib.files import read_video
 
 FFMPEG = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-y"]
@@ -113,3 +116,23 @@ def test_a_cut_picture_is_damaged_not_grey(photo, tmp_path):
         (tmp_path / f"d.{ending}").write_bytes(data[: len(data) // 2])
         with pytest.raises(ValueError, match=f"d.{ending}: not a readable video"):
             read_video(tmp_path / f"d.{ending}", 1)
+
+
+def test_a_scene_that_says_no_size_has_that_of_its_photos_as_they_lie(photo, tmp_path):
+    """Blender's layout with a phone's photos: their EXIF turns them, nerfstudio does not."""
+    jpeg = photo("e.jpg").read_bytes()
+    turn = b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\6\0\0\0\0\0\0"
+    frames = []
+    for t in range(5):
+        size = (len(turn) + 2).to_bytes(2, "big")
+        (tmp_path / f"{t}.jpg").write_bytes(jpeg[:2] + b"\xff\xe1" + size + turn + jpeg[2:])
+        matrix = np.eye(4)
+        matrix[0, 3] = t
+        frames.append(dict(file_path=str(t), transform_matrix=matrix.tolist()))
+    assert read_video(tmp_path / "0.jpg", 1)[0].shape == (1, 320, 240, 3)
+    text = json.dumps(dict(camera_angle_x=1.0, frames=frames))
+    (tmp_path / "transforms_train.json").write_text(text)
+    out = tmp_path.parent / f"{tmp_path.name}_out"
+    assert importers.run(tmp_path, out)[1] == 0
+    fx, fy = read_cameras(out / "transforms_train/camera_params.txt")[1][0, :2]
+    assert fx * 320 == pytest.approx(fy * 240) == pytest.approx(160 / np.tan(0.5))
