@@ -4,6 +4,7 @@ Each is a whole FantasyWorld; which one works is a question of the noise level a
 --ckpt, --lora and --release are two files with a comma, high noise first."""
 
 import json
+import os
 from functools import partial
 from pathlib import Path
 
@@ -72,8 +73,8 @@ class Experts:
 # ------------------------------------------------------------------------------ files of a pair
 def files_in(text):
     """The files of an option: one, or those of a pair.  A file's own name may hold a comma."""
-    if Path(text).exists():
-        return [text] if text else []
+    if os.path.exists(text):  # pathlib's raises for a list that is longer than a name may be
+        return [text]
     return [part.strip() for part in text.split(",")] if text else []
 
 

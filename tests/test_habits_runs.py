@@ -16,6 +16,7 @@ from geometry import decode_pose, encode_pose
 from lib import plan
 from lib.checkpoints import load_optimizer, save_checkpoint, training_state
 from lib.evaluate import geometry_row
+from lib.experts import files_in
 from lib.frozen import frozen_digest, identify_frozen
 from lib.jobs import attempt
 from lib.log import Passes, provenance
@@ -137,6 +138,12 @@ def test_another_lora_is_another_frozen_branch(tmp_path):
         again = dict(options=other, world=1, frozen=meta["frozen"])
         with pytest.raises(ValueError, match="trained with --lora=there/a"):
             train.resume_from(path, None, None, **again)
+
+
+def test_a_list_of_checkpoints_may_be_longer_than_a_file_s_name_may_be():
+    """eval_only of fourteen in one folder was 'File name too long'."""
+    names = [f"step-{n}00000.safetensors" for n in range(14)]
+    assert files_in(",".join(names)) == names and files_in("") == []
 
 
 def test_what_a_run_cannot_start_from_is_refused():
