@@ -418,8 +418,8 @@ def open_clips(options, text_dim):
                 weights.append(weight)
             except EmptySplit as error:
                 empty = error
-        short = len(parts) < len(parts_of(options.data_dir))  # each has a share of the training
-        if split == "train" and short or options.eval_only and not parts:
+        least = 1 if options.eval_only else (split == "train") * len(parts_of(options.data_dir))
+        if len(parts) < least:  # each dataset of a mix has its share of the training
             raise empty
         if parts:
             clips[split] = Mix(parts, weights, text_dim)

@@ -109,6 +109,9 @@ def test_a_dataset_without_training_clips_is_not_left_out_in_silence(monkeypatch
     lacking.add(("b", "train"))
     with pytest.raises(ValueError, match="b: no samples in split 'train'"):
         train.open_clips(options, None)
+    lacking.remove(("b", "val"))  # of an evaluation, the baseline alone asks for training clips
+    found = train.open_clips(options.replaced(eval_only=True), None)
+    assert found["train"].sizes == [2] and found["val"].sizes == [2, 2]
 
 
 def test_an_epoch_of_each_dataset_of_a_mix_is_ordered_once():
