@@ -3,7 +3,9 @@
 A picture is uint8 (H, W, 3), T frames of them a video.  Colours: depth and confidence as in
 COLOUR_MAP; camera paths cyan where commanded or true, orange where predicted."""
 
+import errno
 import itertools
+import os
 import struct
 import tempfile
 import zlib
@@ -51,8 +53,10 @@ def write_video(path, frames, fps, crf=14):
             for frame in itertools.chain([first], frames):
                 pipe.write(np.ascontiguousarray(frame))
         if process.wait():
-            log.seek(0)
-            raise OSError(f"{path}: not written: {log.read().decode(errors='replace')[:300]}")
+            log.seek(0)  # its words, and their number: lib.files.is_of_disk asks for that
+            error = OSError(f"{path}: not written: {log.read().decode(errors='replace')[:300]}")
+            error.errno = next((n for n in errno.errorcode if os.strerror(n) in str(error)), None)
+            raise error
 
 
 def png_chunk(name, body=b""):

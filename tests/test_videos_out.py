@@ -6,7 +6,7 @@ import imageio_ffmpeg
 import numpy as np
 import pytest
 
-from lib.files import read_video
+from lib.files import is_of_disk, read_video
 from lib.pictures import depth_to_rgb, write_video
 
 FRAMES = np.random.default_rng(0).integers(0, 255, (6, 96, 160, 3), dtype=np.uint8)
@@ -29,8 +29,9 @@ def test_a_video_that_cannot_be_written_is_an_error(tmp_path, monkeypatch):
     (tmp_path / "full").write_text('#!/bin/sh\necho "No space left on device" >&2\nexit 1\n')
     (tmp_path / "full").chmod(0o755)
     monkeypatch.setattr(imageio_ffmpeg, "get_ffmpeg_exe", lambda: str(tmp_path / "full"))
-    with pytest.raises(OSError, match="v.mp4: not written: No space left"):
+    with pytest.raises(OSError, match="v.mp4: not written: No space left") as caught:
         write_video(tmp_path / "v.mp4", FRAMES, 16)
+    assert is_of_disk(caught.value)  # or else each of a thousand jobs is sampled, and at fault
 
 
 def test_the_file_says_which_matrix_its_colours_were_made_with(tmp_path):
