@@ -32,9 +32,9 @@ ID = r"\w[\w.-]{0,59}"  # a folder's name: no separator, no dot in front, short 
 
 
 # -------------------------------------------------------------------------------------- planning
-def check_place(out):
+def check_writable(out):
     """Results must find a folder, or one to make theirs in: to say so hours later is too late."""
-    home = next(path for path in (out, *out.absolute().parents) if os.path.lexists(path))
+    home = next((path for path in (out, *out.absolute().parents) if os.path.lexists(path)), out)
     if not (home.is_dir() and os.access(home, os.W_OK | os.X_OK)):
         raise ValueError(f"--out {out}: {home} is no folder to write into. Choose another --out")
 
@@ -51,9 +51,9 @@ class Job:
     def finished(self):
         """Whether its folder holds a complete sample of the same settings."""
         try:
-            report = json.loads((self.out / "report.json").read_text())
-            return report.get("settings") == self.settings
-        except (OSError, ValueError, AttributeError):
+            before = json.loads((self.out / "report.json").read_text())["settings"]
+            return dict(files=self.settings["files"]) | before == self.settings  # older: no files
+        except (OSError, ValueError, KeyError, TypeError):
             return False
 
 
@@ -73,7 +73,7 @@ def plan_jobs(options, meta, names, prepare, known):
     names     of the exports
     prepare   options of a job -> the same with everything filled in, and its camera
     known     name -> declared option"""
-    check_place(Path(options.out))
+    check_writable(Path(options.out))
 
     def make(given, camera, out):
         # Not in the settings: what changes no file, and what stands beside in the report.

@@ -198,9 +198,8 @@ def check_unseen(cfg, meta, path):
     for key in UNSEEN:
         if before[key] != own[key] and (stage, key) != ("1", "irg_heads"):
             found = f"trained with {key} = {before[key]!r}, this model has {own[key]!r}"
-            raise ValueError(
-                f"{path}: {found}. Fix: --model_overrides={{'{key}': {before[key]!r}}}"
-            )
+            cure = f"--model_overrides={{'{key}': {before[key]!r}}}"
+            raise ValueError(f"{path}: {found}. Fix: {cure}")
 
 
 # --- Checkpoints, releases, VGGT ------------------------------------------------------------------

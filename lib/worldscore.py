@@ -32,7 +32,7 @@ from lib.camera_files import homogeneous
 from lib.camera_paths import interpolate
 from lib.crop import crop_intrinsics, focal_and_centre, fractions, pixel_matrix
 from lib.files import read_json, write_aside
-from lib.jobs import check_place
+from lib.jobs import check_writable
 from lib.pictures import write_png, write_video
 
 SIDE, FOCAL = 512, 500  # pixels of its frames
@@ -77,7 +77,7 @@ def read_list(path, runs):
 
     Raises ValueError that names the file and the entry."""
     entries, root = read_json(path), Path(path).resolve().parents[1]
-    check_place(Path(runs))
+    check_writable(Path(runs))
     if not isinstance(entries, list) or not entries:
         raise ValueError(f"{path}: wanted WorldScore's list of instances (static.json)")
     found = []

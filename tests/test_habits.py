@@ -20,7 +20,7 @@ from lib.distributed import check_device
 from lib.evaluate import mean_rows
 from lib.export import check_out
 from lib.guards import one_line
-from lib.jobs import PER_JOB, attempt, check_place, plan_jobs, read_line
+from lib.jobs import PER_JOB, attempt, check_writable, plan_jobs, read_line
 from lib.layouts import beside
 from lib.listing import MARK, is_id
 from lib.pictures import write_png, write_video
@@ -279,9 +279,11 @@ def test_a_sample_of_another_picture_of_the_same_name_is_not_there_already(tmp_p
         return plan_jobs(options, dict(step="1"), [], lambda job: (job, None), vars(sample))
 
     out.mkdir(parents=True)
-    (out / "report.json").write_text(json.dumps(dict(settings=plan().jobs[0].settings)))
+    settings = plan().jobs[0].settings
     (out / ".sample").write_text("[]")
-    assert (plan().there, plan().jobs) == (1, [])
+    for same in ({k: v for k, v in settings.items() if k != "files"}, settings):  # of before, too
+        (out / "report.json").write_text(json.dumps(dict(settings=same)))
+        assert (plan().there, plan().jobs) == (1, [])
     image.write_bytes(b"another")
     assert (plan().there, len(plan().jobs)) == (0, 1)
 
@@ -290,10 +292,10 @@ def test_results_without_a_place_are_refused_before_the_sampling(tmp_path):
     (tmp_path / "taken").write_text("mine")
     for out in (tmp_path / "taken", tmp_path / "taken" / "inside" / "deeper"):
         with pytest.raises(ValueError, match="taken is no folder to write into"):
-            check_place(out)
+            check_writable(out)
         with pytest.raises(ValueError, match="taken is no folder to write into"):
             plan_jobs(options_of(sample, out=str(out)), {}, [], None, {})
-    check_place(tmp_path / "new" / "newer")
+    check_writable(tmp_path / "new" / "newer")
     assert not (tmp_path / "new").exists()
 
 
