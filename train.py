@@ -301,7 +301,7 @@ def check_options(options):
         raise ValueError("shard_weights shards the optimizer too: leave shard_optimizer out")
     stepwise = options.compile or options.checkpoint_activations != "none" or options.shard_weights
     if stepwise and not options.stage or options.shard_weights and options.eval_samples:
-        why = "shard_weights, compile and checkpoint_activations go by steps of the model"
+        why = "shard_weights, compile, checkpoint_activations (not none) go by steps of the model"
         raise ValueError(f"{why}; stage 0 and eval_samples do not. Fix: leave one of the two out")
     check_video_size((options.num_frames, options.height, options.width))
     model_config(options)

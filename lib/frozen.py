@@ -3,8 +3,8 @@
 import hashlib
 import json
 import os
-import pathlib
 from contextlib import suppress
+from pathlib import Path, PureWindowsPath
 
 from lib.distributed import from_first
 from lib.files import write_aside
@@ -17,12 +17,12 @@ def frozen_digest(folder):
 
     16 GB take a minute, so the digest is kept beside the weights, or where that cannot be written
     in the user's cache, with the sizes and times of the files that it is of."""
-    files = [pathlib.Path(file).resolve() for file in wan_sources(folder)]
+    files = [Path(file).resolve() for file in wan_sources(folder)]
     stamp = [f"{f.name} {f.stat().st_size} {f.stat().st_mtime_ns}" for f in files]
     name = hashlib.sha256(str(files).encode()).hexdigest()[:16]
-    home = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     places = [files[0].parent / ".fantasyworld.json"]
-    places.append(pathlib.Path(home, "fantasyworld", f"{name}.json"))
+    places.append(Path(home, "fantasyworld", f"{name}.json"))
     for place in places:
         with suppress(OSError, ValueError, AttributeError):
             said = json.loads(place.read_text())
@@ -54,7 +54,7 @@ def check_frozen(meta, frozen, where, *, lora=None):
     if before != frozen:
         found = f"was trained on other frozen weights than those of wan_dir (sha256 {before[:12]})"
         raise ValueError(f"{where}: {found}; give the folder that it was trained on, {cure}")
-    if lora is not None and pathlib.Path(lora).name != pathlib.Path(merged).name:
+    if lora is not None and PureWindowsPath(lora).name != PureWindowsPath(merged).name:  # / and \
         found = f"was trained with --lora={merged or None}, this run has {lora or None}"
         raise ValueError(f"{where}: {found}; give the same one, {cure}")
 

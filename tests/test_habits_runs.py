@@ -129,7 +129,8 @@ def test_another_lora_is_another_frozen_branch(tmp_path):
     options, sources, origin = train.settled(options_of(train, **how))
     assert options.lora == origin["lora"] == meta["lora"] and sources == [path]
     train.check_options(options)
-    assert identify_frozen(options.replaced(lora="a.safetensors"), sources, True) == meta["frozen"]
+    for moved in ("a.safetensors", "C:\\here\\a.safetensors"):
+        assert identify_frozen(options.replaced(lora=moved), sources, True) == meta["frozen"]
     for lora in ("", "b.safetensors"):
         other = options.replaced(lora=lora)
         with pytest.raises(ValueError, match="trained with --lora=there/a.*other_wan"):
