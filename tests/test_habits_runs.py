@@ -15,6 +15,7 @@ from encoders import MINIATURE
 from geometry import decode_pose, encode_pose
 from lib import plan
 from lib.checkpoints import load_optimizer, save_checkpoint, training_state
+from lib.distributed import Ranks
 from lib.evaluate import geometry_row
 from lib.experts import files_in
 from lib.frozen import frozen_digest, identify_frozen
@@ -165,6 +166,14 @@ def test_what_spread_weights_and_an_expert_alone_cannot_do_is_refused_and_not_pl
             train.check_options(options_of(train, plan=True, **wrong))
     ways = {stage: {how for _, how in plan.ways(["none"], 8, stage)} for stage in (0, 1)}
     assert "weights" in ways[1] - ways[0]
+
+
+def test_the_usual_noise_level_of_an_evaluation_is_one_that_is_trained():
+    def level(**given):
+        return train.how_to_evaluate(options_of(train, **given), None, Ranks()).eval_sigma
+
+    assert level(eval_sigma=0.95) == 0.95 and level(expert="low", eval_sigma=0.5) == 0.5
+    assert level(expert="low", eval_sigma=0.95) == level(expert="high", eval_sigma=0.1) == 0.9
 
 
 def test_a_plan_for_gpus_that_cannot_share_the_batch_says_so():

@@ -208,6 +208,12 @@ def test_riding_a_camera_shows_its_picture_wherever_its_centre_is(made, tmp_path
     assert gap.mean() < 10  # 34 where the centre was taken for the middle
 
 
+def test_pixels_of_equal_confidence_have_the_highest_rank(made):
+    """1 % unsure hid every pixel of a map that is equally sure everywhere."""
+    flat = replace(made[0], conf=np.ones_like(made[0].conf))
+    assert (page.pack_maps(flat, 1)[1][..., 3] == 255).all()
+
+
 @needs_browser
 def test_nothing_lies_over_anything_on_a_phone(made):
     """The clock ran into the buttons beside it."""
