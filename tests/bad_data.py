@@ -31,6 +31,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
+from imageio_ffmpeg import get_ffmpeg_exe
 from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -54,6 +55,15 @@ RAW, SIZE, OTHER = damage.RAW | ARRAYS, (32, 48, 5), "train_000000"
 OUTCOMES = ("refused", "harmless", "silently wrong", "crash", "hang")
 
 NOBODY, SECONDS, MEGABYTES = 65534, 60, 600
+
+
+def enterable(path):
+    """Whether a user without rights gets to a file: into every folder above it."""
+    return all(folder.stat().st_mode & 1 for folder in Path(path).resolve().parents)
+
+
+# Root's trials become such a user, but where this checkout or ffmpeg lies below a closed /root.
+DROPS = os.geteuid() == 0 and enterable(__file__) and enterable(get_ffmpeg_exe())
 
 
 def at(root):
@@ -245,7 +255,7 @@ def child(work, place, clean, pipe):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     space = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() + 2**33
     resource.setrlimit(resource.RLIMIT_AS, (space, space))
-    if os.geteuid() == 0:
+    if DROPS:
         os.setgroups([])
         os.setegid(NOBODY)
         os.seteuid(NOBODY)
@@ -292,7 +302,7 @@ def trial(base, name, seed):
             root, "train", SIZE
         )  # leaves its marker: the damage must show all the same
     change(place, np.random.default_rng([seed, sorted(RAW | CACHE).index(name)]))
-    if os.geteuid() == 0:
+    if DROPS:
         for path in (work, *work.rglob("*")):
             os.chown(path, NOBODY, NOBODY, follow_symlinks=False)
     before, (ours, theirs) = tree(work, root / "cache"), multiprocessing.Pipe(False)

@@ -70,6 +70,8 @@ SHORT = [
 
 @pytest.mark.parametrize("name", SHORT)
 def test_damage_is_refused_by_name(base, name):
+    if "unreadable" in name and os.geteuid() == 0 and not bad_data.DROPS:
+        pytest.skip("root reads everything, and no other user can enter this checkout")
     outcome, text = bad_data.trial(base, name, 1)
     assert outcome == "refused", text
 
