@@ -286,8 +286,7 @@ def guess(path):
             return "nerfstudio"
         if "cameras_interp" in data:
             who = "FantasyWorld (OpenCV axes) and WorldScore (OpenGL axes) share this layout"
-            cure = "give --from fantasyworld or --from worldscore"
-            raise ValueError(f"{path}: {who}; {cure}")
+            raise ValueError(f"{path}: {who}; give --from fantasyworld or --from worldscore")
     elif path.is_file():
         lines = [line for line in path.read_text("utf-8-sig").splitlines() if line.strip()]
         rows = [line for line in lines if line[0] != "#" and "://" not in line]

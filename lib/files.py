@@ -22,7 +22,7 @@ from pathlib import Path
 import imageio_ffmpeg
 import numpy as np
 
-from lib.rasters import JPEG_TIF, OVER_WHITE, has_alpha, read_raster, reader_of
+from lib.rasters import OVER_WHITE, has_alpha, read_raster, reader_of
 
 MAX_BYTES = 2**32  # of one file, and of what one read decodes
 MAX_TEXT = 2**29  # of a JSON file: a million samples with captions
@@ -117,8 +117,6 @@ def ffmpeg(path, *output, turned=True):
     several = isinstance(path, list)
     first = path[0] if several else path
     form = reader_of(first, head_of(first))
-    if "tiff_pipe" in form and JPEG_TIF.search(Path(path).read_bytes()):
-        raise ValueError(f"{path}: a picture of kind TIFF with JPEG inside: save it as JPEG or PNG")
     name = ["-protocol_whitelist", "pipe", "-i", "pipe:0"] if several else ["-i", f"file:{path}"]
     name = name if turned else ["-noautorotate", *name]
     source = [*form, *name, "-map", "0:V:0", "-fps_mode", "passthrough"]
@@ -222,7 +220,8 @@ def decoded(path, max_frames, limit, turned=True):
     rgb = ["-pix_fmt", "rgb24", "-c:v", "ppm", "-f", "image2pipe"]
     try:
         with ffmpeg(path, *some, *white, *rgb, turned=turned) as (stream, log):
-            yield from ((frame, rate_of(path, log)) for frame in pictures(stream, limit))
+            rate = functools.cache(lambda: rate_of(path, log))  # said before the first frame
+            yield from ((frame, rate()) for frame in pictures(stream, limit))
     except ValueError as error:
         raise unreadable(path, error) from None
 

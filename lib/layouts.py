@@ -19,12 +19,12 @@ from lib.crop import fractions
 from lib.native import Cameras, Hints, check_pinhole, lens_of, pose_files, quaternions, read_rows
 from lib.rasters import read_raster
 from lib.recordings import (
-    COUNTS,
     Recording,
     Video,
     asked,
     by_number,
     first_of,
+    in_counts,
     joined,
     known_lens,
     lens_file,
@@ -79,7 +79,7 @@ class Folder:
         if self.depth_lens and (src / self.depth_lens).is_file():
             shape = files.read_array(maps[0], read=False)[0]
             other = fractions(matrix_of(src / self.depth_lens), shape)
-        counts = maps[0].suffix.lower() in COUNTS  # floats are metres
+        counts = in_counts(maps[:1])
         unit = {k: v for k, v in (self.unit | unit).items() if counts or k == "depth_max"}
         if self.read_depth and counts:
             maps = [partial(self.read_depth, f) for f in maps]
@@ -193,8 +193,8 @@ def open_tum(src, wishes):
     depth_times, depth_names = stamps(src / "depth.txt")
     rows = read_rows(src / "groundtruth.txt")
     parts = zip(names, nearest(depth_times, times), nearest(rows[:, 0], times))
-    there = lambda *names: all((src / name).is_file() for name in names)  # noqa: E731
-    whole = [(n, d, p) for n, d, p in parts if min(d, p) >= 0 and there(n, depth_names[d])]
+    near = [(n, d, p) for n, d, p in parts if min(d, p) >= 0]
+    whole = [x for x in near if (src / x[0]).is_file() and (src / depth_names[x[1]]).is_file()]
     if not whole:
         raise ValueError(f"{src}: no picture that is there has depth and a pose within 0.02 s")
     left = f"{len(names) - len(whole)} frames without file, depth or pose within 0.02 s left out"
@@ -312,7 +312,7 @@ def open_nerfstudio(key, wishes):
     size = next((size_of(f, False) for f in shown), None)
     cameras = FORMATS["nerfstudio"].read(path, Hints(size))
     depth = {n: f for n, d in told.items() if d and (f := src / d.replace("\\", "/")).is_file()}
-    counts = any(d.suffix.lower() in COUNTS for d in depth.values())
+    counts = in_counts(depth.values())
     usual = said.get("integer_depth_scale", 1 / said.get("depth_scaling_factor", 1000))
     scale = float(said.get("depth_unit_scale_factor", usual if counts else 1))
     scale *= float(said.get("applied_scale") or 1)  # it has made cameras smaller, not depth
@@ -345,8 +345,7 @@ def open_colmap(src, wishes):
         raise ValueError(f"{src}: no folder images with the pictures; give --pictures FOLDER")
     maps, names = folder_in(src, "depth", "depths"), found[model].names
     depth = beside(maps, names)
-    counts = any(d.suffix.lower() in COUNTS for d in depth.values())
-    how = dict(depth=depth, unit=MILLIMETRES if counts else {})
+    how = dict(depth=depth, unit=MILLIMETRES if in_counts(depth.values()) else {})
     made = open_named(pictures, found[model], wishes, axes="opencv", **how)
     mine = {picture_of(pictures, n) for n in names}
     if lone := [f.name for f in files.listed(pictures, files.STILLS, "**/*") if f not in mine]:

@@ -7,6 +7,7 @@ import math
 import re
 import struct
 import zlib
+from pathlib import Path
 
 import numpy as np
 
@@ -49,6 +50,8 @@ def reader_of(path, head):
     kinds = [kind for magic, kind in REFUSED.items() if head.startswith(magic)]
     if head[4:8] == b"ftyp" and head[8:12] in HEIF:
         kinds.append("HEIC or AVIF")
+    if head.startswith((b"II*\0", b"MM\0*")) and JPEG_TIF.search(Path(path).read_bytes()):
+        kinds.append("TIFF with JPEG inside")
     if kinds:
         raise ValueError(f"{path}: a picture of kind {kinds[0]}: save it as JPEG or PNG")
     if head[:4] == b"RIFF" and head[8:12] == b"WEBP":

@@ -13,8 +13,6 @@ from lib.camera_files import FORMATS
 from lib.crop import focal_and_centre, fractions
 from lib.native import Cameras, read_rows
 
-COUNTS = (".png", ".pgm")  # depth in whole numbers
-
 
 @dataclass
 class Recording:
@@ -67,6 +65,11 @@ class Wishes:
 
 
 # --- Pieces ---------------------------------------------------------------------------------------
+def in_counts(maps):
+    """Whether files of depth hold whole numbers; floats are metres."""
+    return any(path.suffix.lower() in (".png", ".pgm") for path in maps)
+
+
 def first_of(folder, patterns, kinds):
     """Files of some endings, of the first pattern that finds any, or []."""
     return next(filter(None, (files.listed(folder, kinds, p) for p in patterns)), [])

@@ -306,11 +306,9 @@ def load_release(path, wan_dir="", device="cpu", dtype=None, trains=False, origi
         head.scratch.to(memory_format=torch.channels_last)
     of_base = sum(not of_release for of_release, _ in plan.values())
     family = FAMILIES.get(fingerprint(shapes[1]), "other sizes") if based else "no base"
-    say(
-        f"{path}: FantasyWorld release, {len(plan) - of_base} tensors of it and "
-        f"{of_base} of {wan_dir or 'nothing else'} ({family}): {cfg.num_pcb} + "
-        f"{cfg.geo_layers} video blocks of width {cfg.dim}, geometry width {cfg.geo_dim}"
-    )
+    parts = f"{len(plan) - of_base} tensors of it and {of_base} of {wan_dir or 'nothing else'}"
+    sizes = f"{cfg.num_pcb} + {cfg.geo_layers} video blocks of width {cfg.dim}"
+    say(f"{path}: FantasyWorld release, {parts} ({family}): {sizes}, geometry width {cfg.geo_dim}")
     if origin.lora and not of_base:
         say(f"{origin.lora}: without effect, the release holds the whole video branch")
     return model
