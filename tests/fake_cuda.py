@@ -10,7 +10,8 @@ Not shown: values, speed, scratch memory inside kernels, NCCL, Triton.
 
 How: autograd and autocast of a CPU build refuse "cuda" for want of a device guard and CUDAHooks; a
 few lines of C++, loaded before torch, give them idle ones.  FakeTensorMode does the rest.
-Exit status 77: the stub does not compile here (test_fake_cuda.py then skips)."""
+Exit status 77: the stub does not compile here, or torch is a CUDA build (test_fake_cuda.py then
+skips)."""
 
 import ctypes
 import hashlib
@@ -69,6 +70,8 @@ REGISTER_CUDA_HOOKS(CUDAHooks);
 def load_guard():
     """Compile once, load before torch: its hooks are looked up once, at import."""
     root = Path(importlib.util.find_spec("torch").origin).parent
+    if (root / "lib/libtorch_cuda.so").exists():
+        raise OSError("this torch is a CUDA build, which has hooks of its own")
     made_for = SOURCE + str(root) + str((root / "version.py").stat().st_mtime)
     out = Path(tempfile.gettempdir(), f"fake_{hashlib.md5(made_for.encode()).hexdigest()[:10]}.so")
     if not out.exists():
@@ -85,7 +88,7 @@ assert "torch" not in sys.modules, "import fake_cuda before torch"
 try:
     load_guard()
 except (OSError, subprocess.CalledProcessError) as error:
-    print(f"the stub does not compile or load: {error}")
+    print(f"no GPU can be feigned here: {error}")
     raise SystemExit(77) from None
 
 # ruff: noqa: E402

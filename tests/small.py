@@ -21,6 +21,9 @@ import config
 from model import Config, FantasyWorld
 
 ROOT = pathlib.Path(__file__).parents[1]
+# A fork spares importing torch again.  Autograd of a CUDA build keeps threads, which no fork can
+# have: there a process starts anew.
+START = "fork" if torch.version.cuda is None and torch.version.hip is None else "spawn"
 
 TINY = Config(
     dim=32,
@@ -134,8 +137,8 @@ def command_here(script, *arguments):
 
 
 def ranks_here(count, script, *arguments, restarts=0, nodes=1, endpoint="localhost:0"):
-    """A command under torchrun's own agent, in this process, which forks the ranks: importing torch
-    in agent and ranks is most of what a small one costs.
+    """A command under torchrun's own agent, in this process, which forks the ranks where it can:
+    importing torch in agent and ranks is most of what a small one costs.
 
     nodes    so many agents meet at the endpoint, each with `count` ranks
     returns  exit code (0 or 1) and all that agent and ranks said"""
@@ -151,7 +154,7 @@ def ranks_here(count, script, *arguments, restarts=0, nodes=1, endpoint="localho
             run_id=pathlib.Path(logs).name if nodes == 1 else "nodes",
             local_addr=None if nodes == 1 else "127.0.0.1",
             monitor_interval=0.1,
-            start_method="fork",
+            start_method=START,
             logs_specs=DefaultLogsSpecs(log_dir=logs, redirects=Std.ALL),
         )
         code, said = 0, ""
@@ -187,9 +190,9 @@ def as_agent(*arguments, **how):
     sys.exit(code)
 
 
-class Forked(multiprocessing.get_context("fork").Process):
-    """A process of its own, which need not import torch again; leads a group of processes, as a
-    command of a shell does, and says what it says in a file."""
+class Forked(multiprocessing.get_context(START).Process):
+    """A process of its own, which need not import torch again where it can fork; leads a group of
+    processes, as a command of a shell does, and says what it says in a file."""
 
     def __init__(self, work, *arguments, said=os.devnull, **how):
         super().__init__(target=work, args=arguments, kwargs=how)

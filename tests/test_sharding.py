@@ -9,7 +9,7 @@ import torch.distributed as dist
 import torch.multiprocessing
 import torch.nn.functional as F
 from safetensors.torch import load_file
-from small import loss_of, tiny_inputs, tiny_model
+from small import START, loss_of, tiny_inputs, tiny_model
 from torch.nn.parallel import DistributedDataParallel
 
 import config
@@ -170,8 +170,7 @@ def one_rank(rank, folder):
 
 
 def test_spread_weights_train_to_the_same_values_files_and_planned_memory(tmp_path):
-    # Forked: importing torch and its compiler again is a fifth of the test.
-    torch.multiprocessing.start_processes(one_rank, (tmp_path,), nprocs=2, start_method="fork")
+    torch.multiprocessing.start_processes(one_rank, (tmp_path,), nprocs=2, start_method=START)
     assert all(
         v.isfinite().all() for v in load_file(tmp_path / "step-2.optim.safetensors").values()
     )

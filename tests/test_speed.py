@@ -11,7 +11,7 @@ import pytest
 import torch.distributed as dist
 import torch.multiprocessing
 from safetensors.torch import load_file
-from small import TINY, loss_of, tiny_inputs, tiny_model
+from small import START, TINY, loss_of, tiny_inputs, tiny_model
 from torch._dynamo.utils import counters
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
@@ -385,7 +385,7 @@ def gradients_stay_in_the_buckets(rank):
 def test_ranks_send_the_gradient_once_and_sharded_adamw_resumes_to_the_weights_of_the_whole_one(
     tmp_path,
 ):
-    torch.multiprocessing.start_processes(two_ranks, (tmp_path,), nprocs=2, start_method="fork")
+    torch.multiprocessing.start_processes(two_ranks, (tmp_path,), nprocs=2, start_method=START)
     names = load_file(tmp_path / "step-2.optim.safetensors")
     assert {n.split("|")[0] for n in names} == set(load_file(tmp_path / "step-2.safetensors")), (
         "every rank's share"
