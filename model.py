@@ -106,6 +106,7 @@ class Config(VideoSizes):
     constant_rays: bool = False  # the release's ray map, which tells the pose alone
     video_rays: bool = True  # False: the video branch sees no camera, as a base without control
 
+
     @property
     def geo_layers(self):
         return self.num_layers - self.num_pcb
@@ -362,9 +363,13 @@ class FantasyWorld(nn.Module):
 
     def __init__(self, cfg, dit=None):
         super().__init__()
-        check_config(cfg)
         self.cfg, self.checkpoint_activations = cfg, "none"
         n, C, D = cfg.geo_layers, cfg.geo_dim, cfg.dim
+        if max(cfg.taps) >= n:
+            raise ValueError(f"taps {cfg.taps}: this model has geometry layers 0 .. {n - 1}")
+        if cfg.exchange not in EXCHANGES:
+            wanted = "wanted both, to_geometry, to_video or none"
+            raise ValueError(f"exchange = {cfg.exchange!r}; {wanted}")
         self.dit = dit or WanDiT(cfg)
         self.bridge = LatentBridge(D, C, cfg.bridge_layers, cfg.bridge_width, cfg.layer_scale)
         # The timestep modulates every geometry block.  Zero at the start: a block begins as the
@@ -377,10 +382,9 @@ class FantasyWorld(nn.Module):
         self.camera_token = nn.Parameter(1e-6 * torch.randn(1, 2, 1, C))
         self.register_token = nn.Parameter(1e-6 * torch.randn(1, 2, NUM_SPECIAL - 1, C))
         self.pose_encoder = PoseEncoder(cfg.pose_hidden, C)  # also feeds the camera adapters
-        self.frame_blocks, self.global_blocks = (
-            nn.ModuleList(GeoBlock(C, cfg.geo_heads, cfg.layer_scale) for _ in range(n))
-            for _ in range(2)
-        )
+        block = partial(GeoBlock, C, cfg.geo_heads, cfg.layer_scale)
+        self.frame_blocks = nn.ModuleList(block() for _ in range(n))
+        self.global_blocks = nn.ModuleList(block() for _ in range(n))
         tail = (cfg.dpt_channels, cfg.dpt_features, cfg.dpt_tail, cfg.released, cfg.head_chunk)
         self.depth_head = DPTHead(2 * C, 2, *tail)
         self.point_head = DPTHead(2 * C, 4, *tail)
@@ -415,10 +419,6 @@ class FantasyWorld(nn.Module):
             irg.append(IRGStep(i, blocks[i], adapters[i], *layer))
         return pcb, irg
 
-    def adopt_steps(self):
-        """Make the steps modules of this one, as FSDP2 wants; parameters keep their first names."""
-        self.pcb, self.irg = nn.ModuleList(self.pcb), nn.ModuleList(self.irg)
-
     @classmethod
     def from_released(
         cls, sd, wan_state_dict=None, dit_heads=None, irg_heads=None, camera_heads=None, taps=None
@@ -427,8 +427,7 @@ class FantasyWorld(nn.Module):
 
         sd              the release's model.pth, name -> tensor
         wan_state_dict  the base (released.base_of), for the video tensors that sd lacks
-        dit_heads, irg_heads, camera_heads, taps   as in released.sizes; in the release 40, 12, 16
-                        and (23, 17, 11, 7)
+        dit_heads, irg_heads, camera_heads, taps   as in released.sizes
         Raises ValueError for missing, unexpected or misshapen tensors."""
         shapes, base = shapes_of(sd), shapes_of(wan_state_dict or {})
         sizes = released.sizes(shapes, base, dit_heads, irg_heads, camera_heads, taps)
@@ -635,16 +634,6 @@ class FantasyWorld(nn.Module):
         points, points_conf = activate_points(self.point_head(maps, grid, again))
         found = dict(depth=depth, depth_conf=depth_conf, points=points, points_conf=points_conf)
         return dict(found, pose_enc=self.camera_head(camera))
-
-
-def check_config(cfg):
-    """ValueError for what cannot be built."""
-    if max(cfg.taps) >= cfg.geo_layers:
-        last = cfg.geo_layers - 1
-        raise ValueError(f"taps {cfg.taps}: this model has geometry layers 0 .. {last}")
-    if cfg.exchange not in EXCHANGES:
-        wanted = "wanted both, to_geometry, to_video or none"
-        raise ValueError(f"exchange = {cfg.exchange!r}; {wanted}")
 
 
 def half_geometry(model, dtype):

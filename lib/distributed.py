@@ -197,7 +197,8 @@ def shard(model, ranks):
 
     mesh = DeviceMesh.from_group(ranks.group, ranks.device.type)
     model.to(memory_format=torch.contiguous_format)  # all that fully_shard takes
-    model.adopt_steps()  # a root gathers for the modules below it
+    # A root gathers for the modules below it; parameters keep their first names.
+    model.pcb, model.irg = torch.nn.ModuleList(model.pcb), torch.nn.ModuleList(model.irg)
     done = set()
     for unit in units(model):
         fully_shard(unit, mesh=mesh)
