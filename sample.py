@@ -603,7 +603,8 @@ def make_worlds(options, meta):
     """--worldscore: the worlds of a list that are not whole yet, shared among the ranks."""
     side = worldscore_folders.square_side(options, read_train_config(meta, options.ckpt))
     options = settled(options.replaced(height=side, width=side), meta)
-    ranks, listed = join_ranks(options), []
+    ranks, options = join_ranks(options)
+    listed = []
     if ranks.rank == 0:  # once, so that all share the same list; before anything slow
         check_base(options)
         listed = worldscore_folders.read_list(options.worldscore, options.out)
@@ -611,8 +612,6 @@ def make_worlds(options, meta):
     left, there = from_first((left, len(listed) - len(left)))
     mine, failed = left[ranks.rank :: ranks.world], []
     prompts = [words for one in mine for words in one.prompts]
-    if ranks.world > 1:
-        options = options.replaced(device=str(ranks.device))
     scene = scene_sampler(options, meta, prompts) if mine else None
 
     def work(one):
@@ -630,14 +629,13 @@ def main(options):
     if options.worldscore:
         return make_worlds(options, meta)
     given, options, names = options, settled(options, meta), export_names(options.export)
-    ranks, plan = join_ranks(options), None
+    ranks, options = join_ranks(options)
+    plan = None
     if ranks.rank == 0:  # before anything slow
         check_base(options)
         known = {key: value for key, value in globals().items() if key in vars(options)}
         plan = plan_jobs(given, meta, names, partial(prepared, meta=meta), known)
     plan = from_first(plan)
-    if ranks.world > 1:
-        options = options.replaced(device=str(ranks.device))
     mine, pair = share(plan.jobs, ranks)
     failed = None if plan.failed is None else []
     mine, images = start_images(mine, failed, partial(images_of, meta=meta))

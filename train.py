@@ -33,15 +33,7 @@ from geometry import clip_mean, geometry_losses
 from lib import lock
 from lib.checkpoints import choose_start, describe, load_optimizer, save_checkpoint, training_state
 from lib.crop import check_video_size
-from lib.distributed import (
-    Ranks,
-    end_processes,
-    from_first,
-    gather_full,
-    shard,
-    start_processes,
-    wrap,
-)
+from lib.distributed import Ranks, from_first, gather_full, shard, start_processes, wrap
 from lib.evaluate import How, evaluate, evaluate_only
 from lib.experts import INPUTS, check_place, experts_folder, files_in, window_of
 from lib.frozen import check_frozen, identify_frozen
@@ -672,8 +664,7 @@ def main(options):
         log(f"# done: {out / 'latest.safetensors'}, {clock(time.perf_counter() - at.since)}")
     records.close()  # TensorBoard writes in a thread
     lock.release()
-    if ranks.world > 1:
-        end_processes()  # waits for the others first
+    ranks.leave()  # waits for the others first
     if at.stopped:
         raise SystemExit(128 + at.stopped)
 

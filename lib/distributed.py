@@ -31,6 +31,17 @@ class Ranks:
     device: torch.device = torch.device("cpu")
     group: object = None  # of the steps; None when alone
 
+    def leave(self):
+        """Wait for the other ranks and leave the groups."""
+        if self.world == 1:
+            return
+        dist.barrier()
+        # Before torch 2.8 destroying holds the interpreter lock while it joins gloo's threads; one
+        # that is still freeing the tensors of the last calls waits for that lock: without a pause
+        # two ranks hung after 1 to 41 such endings.
+        time.sleep(0.2)
+        dist.destroy_process_group()
+
 
 def start_processes(device, step_timeout, wait_timeout):
     """Join the other ranks when torchrun started us -> Ranks.
@@ -105,16 +116,6 @@ def check_gpu(name, capability):
         found = f"{name} has compute capability {capability[0]}.{capability[1]}"
         wanted = "wanted 8.0 (Ampere) or newer, for attention in bf16"
         raise ValueError(f"device = cuda: {found}, {wanted}. Fix: use another GPU or --device=cpu")
-
-
-def end_processes():
-    """Wait for the other ranks and leave the groups."""
-    dist.barrier()
-    # Before torch 2.8 destroying holds the interpreter lock while it joins gloo's threads; one that
-    # is still freeing the tensors of the last calls waits for that lock: without a pause two ranks
-    # hung after 1 to 41 such endings.
-    time.sleep(0.2)
-    dist.destroy_process_group()
 
 
 def from_first(value):

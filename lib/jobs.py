@@ -18,7 +18,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 
 import config
-from lib.distributed import Ranks, end_processes, gathered, start_processes
+from lib.distributed import Ranks, gathered, start_processes
 from lib.export import check_out
 from lib.files import MAX_TEXT, check_file, is_of_disk, unique_keys
 from lib.guards import out_of_memory, printable
@@ -215,11 +215,13 @@ def start_images(jobs, failed, read):
 
 # ------------------------------------------------------------------------------------------ ranks
 def join_ranks(options):
-    """This process among those of torchrun: they share jobs and wait for the slowest at the end."""
+    """This process among those of torchrun, and the options with its device.  The ranks share jobs
+    and wait for the slowest at the end."""
     if os.environ.get("WORLD_SIZE", "1") == "1":
-        return Ranks()
+        return Ranks(), options
     long = 10**6  # seconds; torchrun ends the others when one dies
-    return start_processes("cpu" if options.device == "cpu" else "auto", long, long)
+    ranks = start_processes("cpu" if options.device == "cpu" else "auto", long, long)
+    return ranks, options.replaced(device=str(ranks.device))
 
 
 def share(jobs, ranks):
@@ -235,8 +237,7 @@ def share(jobs, ranks):
 def finish(plan, failed, ranks):
     """Leave the other ranks; ValueError names what failed on any of them."""
     failed = (plan.failed or []) + sum(gathered(failed or []), [])
-    if ranks.world > 1:
-        end_processes()
+    ranks.leave()
     if failed and ranks.rank:
         raise SystemExit(2)  # the first rank says why
     if failed:

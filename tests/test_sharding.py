@@ -17,7 +17,7 @@ import lib.evaluate
 import train
 from lib import plan
 from lib.checkpoints import load_optimizer, save_checkpoint, training_state
-from lib.distributed import Ranks, copy_into, end_processes, gather_full, own_part, part_like, shard
+from lib.distributed import Ranks, copy_into, gather_full, own_part, part_like, shard
 from lib.weights import load_trained
 from model import PRESETS, FantasyWorld
 
@@ -166,7 +166,7 @@ def one_rank(rank, folder):
     memory(ranks)
     compiled(ranks)
     evaluated(ranks)
-    end_processes()
+    ranks.leave()
 
 
 def test_spread_weights_train_to_the_same_values_files_and_planned_memory(tmp_path):
