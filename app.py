@@ -23,6 +23,7 @@ from config import option, section
 from encoders import WanFolder
 from lib.camera_files import FORMATS
 from lib.camera_paths import MOVES
+from lib.experts import check_frozen_of
 from lib.export import EXPORTS, export_names
 from lib.files import STILLS
 from lib.guards import one_line, run_command
@@ -62,7 +63,7 @@ class Studio:
     def __init__(self, options):
         self.asked, self.meta = options, sample.checkpoint_of(options)
         self.settled = sample.settled(options, self.meta)
-        sample.check_base(self.settled)
+        check_frozen_of(self.settled)
         self.worlds = pathlib.Path(options.out).resolve() / "worlds"
         self.worlds.mkdir(parents=True, exist_ok=True)
         self.model = self.job = None

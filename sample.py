@@ -297,18 +297,18 @@ def keys_of(keys, n):
 
 
 @torch.no_grad()
-def generate(model, inputs, sampling, *, decode=None, on_step=None, progress=None, pair=None):
+def generate(model, inputs, sampling, *, decode=None, on_step=None, progress=iter, pair=None):
     """Sample latents (1, 16, f, h, w), then read the geometry once at READOUT_SIGMA.
 
     decode     latents -> video, which runs beside the read-out; None: no video
     on_step    called after every step with its number, from 1, the latents that it foresees, and
                read_geometry=, a function that reads the geometry so far (one forward)
-    progress   wraps the steps; None: a bar
+    progress   wraps the steps
     pair       process group of two ranks that make one video: of lib.jobs.share
     returns    latents, geometry dict, video or None; of the second of a pair latents alone"""
     denoise = Denoiser(model, inputs, sampling, on_step, pair)
-    run, show = SAMPLERS[sampling.sampler], progress or partial(bar, "sampling", unit="step")
-    latents = run(denoise, inputs.noise, sampling.steps, shift=sampling.shift, progress=show)
+    run, how = SAMPLERS[sampling.sampler], dict(shift=sampling.shift, progress=progress)
+    latents = run(denoise, inputs.noise, sampling.steps, **how)
     if pair and dist.get_rank(pair):
         return latents, None, None
     t = torch.full((1,), 1000 * READOUT_SIGMA, device=latents.device)
@@ -353,7 +353,7 @@ class ClipSampler:
         start = (b["noise"], b["text"][0], self.negative, b["y"], b.get("clip"))
         inputs = Inputs(*start, b["w2c"], b["intrinsics"])
         with self.autocast:
-            latents, out, _ = generate(model, inputs, self.sampling, progress=iter)
+            latents, out, _ = generate(model, inputs, self.sampling)
         # In stage 0 nothing but the velocity is there.
         return self.decode(latents), {k: v.float() for k, v in out.items() if v is not None}
 
@@ -569,12 +569,6 @@ def checkpoint_of(options):
     return meta
 
 
-def check_base(options):
-    """A checkpoint goes with the video branch that it was trained on."""
-    if options.wan_dir and not options.other_wan:
-        check_frozen_of(options.ckpt, options.wan_dir)
-
-
 def scene_sampler(options, meta, prompts):
     """A function that makes a video of one of the prompts, as worldscore.make calls it:
 
@@ -606,7 +600,7 @@ def make_worlds(options, meta):
     ranks, options = join_ranks(options)
     listed = []
     if ranks.rank == 0:  # once, so that all share the same list; before anything slow
-        check_base(options)
+        check_frozen_of(options)
         listed = worldscore_folders.read_list(options.worldscore, options.out)
     left = [one for one in listed if not one.finished(options.frames)]  # the rest is kept
     left, there = from_first((left, len(listed) - len(left)))
@@ -632,7 +626,7 @@ def main(options):
     ranks, options = join_ranks(options)
     plan = None
     if ranks.rank == 0:  # before anything slow
-        check_base(options)
+        check_frozen_of(options)
         known = {key: value for key, value in globals().items() if key in vars(options)}
         plan = plan_jobs(given, meta, names, partial(prepared, meta=meta), known)
     plan = from_first(plan)

@@ -151,10 +151,10 @@ def folders_of(wan_dir, count):
     return list(map(str, pair)) or [wan_dir] * count
 
 
-def check_frozen_of(ckpt, wan_dir):
-    """check_frozen of a checkpoint, or of both of a pair."""
-    paths = files_in(ckpt)
-    for path, folder in zip(paths, folders_of(wan_dir, len(paths))):
+def check_frozen_of(options):
+    """A checkpoint, or both of a pair, goes with the video branch that it was trained on."""
+    paths = [] if options.other_wan else files_in(options.ckpt)
+    for path, folder in zip(paths, folders_of(options.wan_dir, len(paths))):
         meta = metadata_of(path)
         if folder and "frozen" in meta:
             check_frozen(meta, frozen_digest(folder), path)
