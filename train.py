@@ -198,17 +198,16 @@ def draw(b, step, positions, *, total, empty_text, options):
     if "relative" in b:  # without metric depth, translations have no scene unit
         keep = keep * ~b["relative"]  # 0 hides the camera
     prompt_keep = u[:, 2] >= options.prompt_dropout
-    text = [text if stays else empty_text for text, stays in zip(b["text"], prompt_keep)]
-    changed = dict(text=text, y=None)
+    b = dict(b, text=[t if stays else empty_text for t, stays in zip(b["text"], prompt_keep)])
     if b["y"] is not None:
         y = with_some_ends(b, step, positions, options) if options.end_dropout < 1 else b["y"]
-        changed["y"] = y * image_keep.view(-1, 1, 1, 1, 1)
+        b["y"] = y * image_keep.view(-1, 1, 1, 1, 1)
     if "clip" in b:
-        changed["clip"] = b["clip"] * image_keep.view(-1, 1, 1)
+        b["clip"] = b["clip"] * image_keep.view(-1, 1, 1)
     # The schedule's share of the window: shift_sigma of 1 / shift is its inverse.
     low, high = (shift_sigma(level, 1 / options.shift) for level in window_of(options))
     sigma = send(shift_sigma(low + (high - low) * u[:, 0], options.shift))  # (B,)
-    return send(torch.stack(noise)), sigma, keep, {**b, **changed}
+    return send(torch.stack(noise)), sigma, keep, b
 
 
 def with_some_ends(b, step, positions, options):
@@ -339,17 +338,8 @@ def print_plan(options):
 def loss_alone(options):
     """What lib/plan counts: (model, b, noise, sigma, keep) -> the scalar loss of one micro-step."""
 
-    def loss(model, b, noise, sigma, keep):
-        return compute_loss(model, b, noise, sigma=sigma, keep=keep, options=options)[0]
-
-    return loss
-
-
-# ------------------------------------------------------------------------------------ before steps
-def compile_steps(model, backend="inductor"):
-    """Steps, with the checkpoint inside what is compiled; equal ones share their graph."""
-    for step in (*model.pcb, *model.irg):
-        step.step = torch.compile(step.step, backend=backend, fullgraph=True)
+    loss = partial(compute_loss, options=options)
+    return lambda model, b, noise, sigma, keep: loss(model, b, noise, sigma=sigma, keep=keep)[0]
 
 
 # ------------------------------------------------------------------------------------------ resume
@@ -357,15 +347,14 @@ def keep_global_batch(meta, options, world):
     """On another number of GPUs: options whose global batch is that of the run, and a remark."""
     before = json.loads(meta["train_config"])
     total = int(meta.get("global_batch", 0))
-    size = options.batch_size
-    same = (before["batch_size"], before["grad_accum"]) == (size, options.grad_accum)
+    same = (before["batch_size"], before["grad_accum"]) == (options.batch_size, options.grad_accum)
     if not total or not same or total == global_batch(options, world):
         return options, []
     if total % world:
         found = f"the run to resume has a global batch of {total}, which {world} GPUs cannot share"
         cure = "start a number of GPUs that divides it, or set --batch_size and --grad_accum"
         raise ValueError(f"{found}; {cure}")
-    size = max(b for b in range(1, size + 1) if total % (b * world) == 0)
+    size = max(b for b in range(1, options.batch_size + 1) if total % (b * world) == 0)
     accum = total // (size * world)
     remark = f"global batch kept at {total} on {world} GPUs: batch_size {size}, grad_accum {accum}"
     return options.replaced(batch_size=size, grad_accum=accum), [remark]
@@ -425,6 +414,12 @@ def load_batches(clips, batches, device, workers):
     how = dict(pin_memory=device.type == "cuda", worker_init_fn=ignore_signals)
     how |= dict(batch_sampler=batches, collate_fn=collate, num_workers=workers)
     return iter(torch.utils.data.DataLoader(clips, **how))
+
+
+def compile_steps(model, backend="inductor"):
+    """Steps, with the checkpoint inside what is compiled; equal ones share their graph."""
+    for step in (*model.pcb, *model.irg):
+        step.step = torch.compile(step.step, backend=backend, fullgraph=True)
 
 
 def describe_run(options, trained, clips, world):
