@@ -12,8 +12,9 @@ import torch
 
 from encoders import EXPERTS, expert_folders
 from lib.frozen import check_frozen, frozen_digest
+from lib.offload import offload
 from lib.strangers import read_train_config
-from lib.weights import Origin, metadata_of, open_checkpoint
+from lib.weights import metadata_of, open_checkpoint
 
 BOUNDARY = 900.0  # t = 1000 sigma above which the high noise expert works.  Source: the release
 # What an expert takes, whatever the preset: no CLIP tokens, rays through the control adapter.
@@ -169,13 +170,14 @@ def open_models(options, quirks, device, weights):
     folders = folders_of(options.wan_dir, len(paths))
     files = (of_each(getattr(options, name), len(paths), name) for name in ("release", "lora"))
     share = options.offload and options.offload / len(paths)  # GB that stay on the device
+    place = device if share is None else "cpu"
 
     def load_one(path, folder, release, lora):
-        origin = Origin(release, lora, true_rays="rays" not in quirks)
-        model = open_checkpoint(path, folder, device, weights, share, origin)
+        given = dict(release=release, lora=lora, true_rays="rays" not in quirks)
+        model = open_checkpoint(path, folder, place, weights, **given)
         if options.low_memory:
             model.depth_head.chunk = model.point_head.chunk = 4  # frames that a head sees at a time
-        return model
+        return model if share is None else offload(model, device, share)
 
     openers = [partial(load_one, *each) for each in zip(paths, folders, *files)]
     if len(openers) == 1:

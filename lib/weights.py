@@ -11,7 +11,7 @@ import os
 import pathlib
 import re
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -23,7 +23,6 @@ from lib.distributed import copy_into, say
 from lib.files import write_aside
 from lib.guards import run_command
 from lib.lora import with_lora
-from lib.offload import offload
 from lib.strangers import config_from_metadata, floats, naming
 from lib.tensors import bytes_of, write_tensors
 from model import Config, FantasyWorld, half_geometry
@@ -149,16 +148,6 @@ def load_wan(folder, cfg, device="cpu", dtype=None, lora=""):
     return dit, replace(cfg, **found)
 
 
-def build_model(cfg, wan_dir, device, dtype=None, lora=""):
-    """FantasyWorld on the device; frozen branch from wan_dir ("" = random) with a LoRA file merged,
-    its big matrices in dtype (None = fp32)."""
-    dit, cfg = load_wan(wan_dir, cfg, device, dtype, lora) if wan_dir else (None, cfg)
-    model = FantasyWorld(cfg, dit)
-    if dtype and not wan_dir:
-        half_precision(model.dit, dtype)
-    return model.to(device)
-
-
 def load_trained(model, path):
     """Copy a checkpoint's tensors into the model; returns its metadata (stage, step, config as
     strings).
@@ -235,7 +224,8 @@ def load_weights(model, path):
     meta = metadata_of(path)
     if "foreign" not in meta:
         return load_trained(model, path)
-    file, own = lazy_tensors(str(path)), {k: tuple(v.shape) for k, v in model.named_parameters()}
+    file, parameters = lazy_tensors(str(path)), dict(model.named_parameters())
+    own = shapes_of(parameters)
     if meta["foreign"] == "release":
         if not model.cfg.released:
             found = "a FantasyWorld release does not fit a model of our own"
@@ -250,7 +240,6 @@ def load_weights(model, path):
         kinds = sorted({".".join(re.sub(r"\d+", "*", name).split(".")[:3]) for name in left})
         taken = f"{len(plan)} tensors taken, {len(left)} left behind"
         say(f"{path}: VGGT: {taken}: {', '.join(kinds)}")
-    parameters = dict(model.named_parameters())
     for k, name in plan.items():
         copy_into(parameters[k], floats(file[name][1](), name, path).reshape(own[k]))
     return meta
@@ -263,33 +252,24 @@ def release_tensors(path):
     return lazy_tensors(path)
 
 
-@dataclass(frozen=True)
-class Origin:
-    """Where the frozen weights come from, beside a checkpoint and a Wan folder.
-
-    release     where the model.pth is now that a checkpoint was fine-tuned from; "": where it was
-    lora        a LoRA file for the tensors of the Wan folder (lib/lora.py); "": as in training
-    true_rays   a release is shown true per-pixel rays in place of those that it was trained on"""
-
-    release: str = ""
-    lora: str = ""
-    true_rays: bool = False
-
-
-def load_release(path, wan_dir="", device="cpu", dtype=None, trains=False, origin=Origin()):
+def load_release(
+    path, wan_dir="", device="cpu", dtype=None, trains=False, *, lora="", true_rays=False
+):
     """FantasyWorld from a release's .pth, what it lacks from the Wan folder wan_dir.
 
     Tensors go to device one by one, the big matrices in dtype (None = fp32; trains=True keeps the
     trainable ones in fp32), so the host holds one copy at most.
+    lora        a LoRA file for the tensors of the Wan folder (lib/lora.py)
+    true_rays   true per-pixel rays in place of those that the release was trained on
     Raises ValueError for missing, unexpected, misshapen tensors."""
     based = wan_dir and (wan_files(wan_dir) or expert_folders(wan_dir))
-    files = release_tensors(path), wan_tensors(wan_dir, origin.lora) if based else {}
+    files = release_tensors(path), wan_tensors(wan_dir, lora) if based else {}
     shapes = [tensor_shapes(file) for file in files]
     with naming(path):
-        cfg = Config(**released.sizes(*shapes), true_rays=origin.true_rays)
+        cfg = Config(**released.sizes(*shapes), true_rays=true_rays)
         with torch.device("meta"):
             model = FantasyWorld(cfg)
-        own = {k: tuple(v.shape) for k, v in model.state_dict().items()}
+        own = shapes_of(model.state_dict())
         plan = released.match(own, *shapes, cfg.num_pcb, where=path)
     if dtype:
         half_precision(model.dit, dtype)
@@ -309,44 +289,47 @@ def load_release(path, wan_dir="", device="cpu", dtype=None, trains=False, origi
     parts = f"{len(plan) - of_base} tensors of it and {of_base} of {wan_dir or 'nothing else'}"
     sizes = f"{cfg.num_pcb} + {cfg.geo_layers} video blocks of width {cfg.dim}"
     say(f"{path}: FantasyWorld release, {parts} ({family}): {sizes}, geometry width {cfg.geo_dim}")
-    if origin.lora and not of_base:
-        say(f"{origin.lora}: without effect, the release holds the whole video branch")
+    if lora and not of_base:
+        say(f"{lora}: without effect, the release holds the whole video branch")
     return model
 
 
 def open_model(meta, cfg, wan_dir, device, dtype=None, trains=True):
     """The model that a run starts from, by the metadata of the checkpoint it starts from ({} = from
-    scratch).
+    scratch); the video branch from wan_dir ("" = random), its big matrices in dtype (None = fp32).
 
     cfg is that of the run; a release, and what was fine-tuned from one, brings its own sizes.
     Weights that belong to a checkpoint of ours are not read: load_trained does that."""
     lora = meta.get("lora", "")
     if meta.get("release"):
-        origin = Origin(lora=lora, true_rays=cfg.true_rays)
-        return load_release(meta["release"], wan_dir, device, dtype, trains, origin)
-    return build_model(cfg, wan_dir, device, dtype, lora)
+        how = dict(lora=lora, true_rays=cfg.true_rays)
+        return load_release(meta["release"], wan_dir, device, dtype, trains, **how)
+    dit, cfg = load_wan(wan_dir, cfg, device, dtype, lora) if wan_dir else (None, cfg)
+    model = FantasyWorld(cfg, dit)
+    if dtype and not wan_dir:
+        half_precision(model.dit, dtype)
+    return model.to(device)
 
 
-def open_checkpoint(path, wan_dir, device, dtype=None, keep_gb=None, origin=Origin()):
+def open_checkpoint(path, wan_dir, device, dtype=None, *, release="", lora="", true_rays=False):
     """Any checkpoint with its video branch, ready for sampling: the matrices of a release in dtype
     (None = fp32).
 
-    keep_gb    None, or how many GB of weights stay on the device: see offload"""
+    release    where the model.pth is now that it was fine-tuned from; "": where it was
+    lora, true_rays   as in load_release; "": the LoRA of training"""
     meta = metadata_of(path)
-    meta["release"] = meta.get("release") and (origin.release or meta["release"])
-    meta["lora"] = origin.lora or meta.get("lora", "")
+    meta["release"] = meta.get("release") and (release or meta["release"])
+    meta["lora"] = lora or meta.get("lora", "")
     cfg = config_from_metadata(meta, path) if "model_config" in meta else Config()
-    cfg = replace(cfg, true_rays=cfg.true_rays or origin.true_rays)
+    cfg = replace(cfg, true_rays=cfg.true_rays or true_rays)
     if "foreign" not in meta:
         with naming(path), torch.device("meta"):  # sizes first, before anything is allocated
             empty = FantasyWorld(cfg)
         check_trained(empty, tensor_shapes(lazy_tensors(str(path))), meta["stage"], path)
-    place = device if keep_gb is None else "cpu"
-    model = open_model(meta, cfg, wan_dir, place, dtype, trains=False)
+    model = open_model(meta, cfg, wan_dir, device, dtype, trains=False)
     if "foreign" not in meta:
         load_trained(model, path)
-    model.set_stage(int(meta["stage"])).requires_grad_(False)
-    return model if keep_gb is None else offload(model, device, keep_gb)
+    return model.set_stage(int(meta["stage"])).requires_grad_(False)
 
 
 def export_release(checkpoint, out):

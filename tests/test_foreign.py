@@ -24,7 +24,6 @@ from lib.files import read_video
 from lib.offload import Visits, offload, visitors
 from lib.rooms import Recipe, synth
 from lib.weights import (
-    Origin,
     export_release,
     load_release,
     load_weights,
@@ -253,7 +252,7 @@ def test_a_release_is_fine_tuned_loaded_back_sampled_and_written_again(folder, c
     with pytest.raises(
         ValueError, match="elsewhere.pth: no such file"
     ):  # where it is said to be now
-        open_checkpoint(str(tuned), str(wan), "cpu", origin=Origin(release="elsewhere.pth"))
+        open_checkpoint(str(tuned), str(wan), "cpu", release="elsewhere.pth")
     run("-m", "lib.weights", "export", tuned, tmp_path / "tuned.safetensors", alone=True)
     by_file, by_export, before = (load_release(str(release), str(wan)) for _ in range(3))
     load_weights(by_file, tuned)
