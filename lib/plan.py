@@ -196,8 +196,7 @@ class Cost:
 
     frozen: int  # weights
     visiting: tuple  # of these those of all steps, and the two buffers of offload_frozen
-    trainable: int  # weights
-    gradients: int
+    trainable: int  # weights; their gradients take as much
     moments: int  # AdamW's two, or Muon's one
     # Where weights are sharded, what is whole at a time: while the heads run, and after them (two
     # steps and their gradients, on the way out once more).
@@ -270,7 +269,6 @@ def count(cfg, stage, loss, size, *, checkpointing="none", half=True, muon=False
         frozen=frozen,
         visiting=visiting,
         trainable=trained,
-        gradients=trained,
         moments=2 * trained - single,
         gathered_heads=rest + others,
         gathered_backward=2 * rest + 2 * max(f + 2 * t for f, t in steps),
@@ -319,7 +317,7 @@ def needs(counts, batch, sharding="-", ranks=1):
         first, second = (sum(getattr(c, field) for field in fields) for c in (one, two))
         return first + (batch - 1) * (second - first)
 
-    weights = one.frozen + one.trainable + one.gradients
+    weights = one.frozen + 2 * one.trainable  # and gradients
     if sharding == "weights":
         heads = grown("activations", "heads") + one.gathered_heads
         backward = grown("activations", "backward") + one.gathered_backward
@@ -351,8 +349,8 @@ def network_bytes(cost, sharding, ranks, grad_accum=1):
     part = (ranks - 1) / ranks
     if sharding == "weights":  # every micro-step gathers twice and scatters the gradients
         gathered = 2 * (cost.frozen + cost.trainable)
-        return grad_accum * part * (gathered + cost.gradients)
-    sent = 2 * part * cost.gradients  # DDP, in the last micro-step alone
+        return grad_accum * part * (gathered + cost.trainable)
+    sent = 2 * part * cost.trainable  # DDP, in the last micro-step alone
     return sent + part * cost.trainable if sharding == "optimizer" else sent
 
 
@@ -379,7 +377,7 @@ def cost_lines(counts):
     one = counts["none"][1]
     yield (
         f"frozen weights {one.frozen / GIB:.3g} | trainable weights {one.trainable / GIB:.3g} | "
-        f"gradients {one.gradients / GIB:.3g} | moments {one.moments / GIB:.3g}; "
+        f"gradients {one.trainable / GIB:.3g} | moments {one.moments / GIB:.3g}; "
         f"shard_optimizer divides the moments by the number of GPUs, shard_weights all four, and "
         f"gathers up to {one.gathered_backward / GIB:.3g}; offload_frozen takes "
         f"{one.visiting[0] / GIB:.3g} of the frozen ones away and makes buffers of "

@@ -121,7 +121,6 @@ def test_the_plan_prefers_no_recomputation_then_little_sharding_and_refuses_what
     one = dict(
         frozen=0,
         trainable=4,
-        gradients=4,
         moments=8,
         heads=0,
         backward=0,
@@ -154,7 +153,7 @@ def test_the_plan_prefers_no_recomputation_then_little_sharding_and_refuses_what
 
 def test_the_plan_offloads_frozen_weights_where_nothing_else_fits():
     """10 frozen GiB, of which 1 stays on the device and 2 are the buffers."""
-    sizes = dict(frozen=10, trainable=1, gradients=1, moments=2, heads=0, backward=0)
+    sizes = dict(frozen=10, trainable=1, moments=2, heads=0, backward=0)
     sizes = {k: v * plan.GIB for k, v in sizes.items()}
     sizes |= dict(visiting=(9 * plan.GIB, 2 * plan.GIB), gathered_heads=0, gathered_backward=0)
     counts = {
