@@ -508,11 +508,10 @@ def how_to_evaluate(options, autocast, ranks):
     """How evaluation reads and samples clips."""
     window = window_of(options)
     level = sorted((options.eval_sigma, *window))[1]  # an expert reads geometry where it is at home
-    numbers = (options.eval_clips, level, ranks.rank, ranks.world)
     draw = None  # samples a clip, by the settings that sample.py will have with the checkpoint
     if options.eval_samples:
         draw = sample.clip_sampler(options.sampling, options.wan_dir, ranks.device, autocast)
-    return How(ranks.device, autocast, *numbers, window, options.eval_samples, draw)
+    return How(autocast, options.eval_clips, level, ranks, window, options.eval_samples, draw)
 
 
 def main(options):

@@ -16,7 +16,7 @@ import torch
 
 from geometry import decode_pose, relative_to_first, unproject
 from lib import metrics, pictures, sampled
-from lib.distributed import from_first, gathered
+from lib.distributed import Ranks, from_first, gathered
 from lib.weights import load_weights, metadata_of
 from model import flow_matching_loss
 
@@ -36,14 +36,12 @@ Every other metric; its columns are the rows above, in their order:"""
 
 @dataclass(frozen=True)
 class How:
-    """Where to evaluate, on how many clips, at which noise level, and on which of the ranks."""
+    """On how many clips to evaluate, at which noise level, and on which of the ranks."""
 
-    device: torch.device
     autocast: object  # context of every forward
     eval_clips: int  # of a split, at most
     eval_sigma: float  # noise level of the geometry read-out
-    rank: int = 0
-    world: int = 1
+    ranks: Ranks = Ranks()
     window: tuple = (0.0, 1.0)  # noise levels that the model knows: an expert, a part
     eval_samples: int = 0  # clips that are sampled too
     draw: object = None  # samples one, see lib.sampled.sampled_row
@@ -95,9 +93,8 @@ def geometry_row(depth, points, w2c, b, out=None):
 
 def output_at(model, b, sigma, how, *, given, heads=True, video=True):
     """The model's output on a prepared batch at a noise level; given False hides the camera."""
-    t = torch.full((1,), 1000 * sigma, device=how.device)
     x = (1 - sigma) * b["latents"] + sigma * b["noise"]
-    keep = torch.full((1,), float(given), device=how.device)
+    t, keep = x.new_full((1,), 1000 * sigma), x.new_full((1,), float(given))
     camera = dict(plucker=b["plucker"], poses=b["pose_enc"], keep=keep)
     with how.autocast:
         return model(x, t, b["text"], b["y"], b.get("clip"), heads=heads, video=video, **camera)
@@ -142,7 +139,7 @@ def evaluate(model, examples, how, picture=None, more_sigmas=()):
     more_sigmas  further noise levels, in rows of their own"""
     n, found = min(len(examples), how.eval_clips), []
     # As many turns on every rank: sharded weights are gathered in each.
-    for turn in range(how.rank, n + -n % how.world, how.world):
+    for turn in range(how.ranks.rank, n + -n % how.ranks.world, how.ranks.world):
         b, video = examples[min(turn, n - 1)], None
         rows, shown = rows_of_clip(model, b, how, more_sigmas)
         if turn < min(n, how.eval_samples):
@@ -222,7 +219,7 @@ def baselines(train, val, how):
         means.append(b["depth"][b["mask"]].mean().item())
     for i in range(min(how.eval_clips, len(val))):
         b, rows = val[i], {}
-        still = torch.eye(4, device=how.device)[:3].expand_as(b["w2c"])
+        still = torch.eye(4, device=b["w2c"].device)[:3].expand_as(b["w2c"])
         own_mean = b["depth"][b["mask"]].mean().item()
         guesses = ((FAIR, sum(means) / len(means), still), (ORACLE, own_mean, b["w2c"]))
         for name, value, cameras in guesses:
@@ -287,7 +284,7 @@ def evaluate_only(model, examples, out, sources, how, more_sigmas=()):
     if "stage 0" in stages and len(stages) > 1:
         raise ValueError("eval_only: stage 0 brings a video branch of its own; evaluate it alone")
     out.mkdir(parents=True, exist_ok=True)
-    rows = baselines(examples["train"], examples["val"], how) if how.rank == 0 else {}
+    rows = baselines(examples["train"], examples["val"], how) if how.ranks.rank == 0 else {}
     rows = from_first(rows)  # the others wait here, as long as for a save
     for source, words in names.items():
         meta = load_weights(model, source)
@@ -296,6 +293,6 @@ def evaluate_only(model, examples, out, sources, how, more_sigmas=()):
         show = partial(pictures.write_png, out / f"{picture}.png")
         found = evaluate(model, examples["val"], how, show, more_sigmas)
         rows |= {f"{' '.join(words)}, {title}": row for title, row in found.items()}
-    if how.rank == 0:
+    if how.ranks.rank == 0:
         print_table(rows)  # first: a full disk does not cost it
         (out / "eval.json").write_text(json.dumps(rows, indent=2))

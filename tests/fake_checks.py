@@ -261,7 +261,7 @@ def evaluation(whole=False):
         model, negative = make_model(MINI, 2, trains=False), torch.randn(3, MINI.text_dim)
         autocast, how = torch.autocast("cuda", torch.bfloat16), sample.Sampling(steps=1, guidance=1)
         draw = sample.ClipSampler(vae, negative.to(CUDA), how, autocast)
-        how = lib.evaluate.How(CUDA, autocast, 1, 0.1, eval_samples=1, draw=draw)
+        how = lib.evaluate.How(autocast, 1, 0.1, eval_samples=1, draw=draw)
         clips = train.Examples(Clips(), model, CUDA, 0)
         if not whole:  # the way there and back is sampled alike: once
             b = clips[0]

@@ -166,7 +166,7 @@ def test_the_ranks_meet_after_every_clip_and_wait_there_for_the_picture(monkeypa
     class Clips(list):
         frames = staticmethod(lambda i: None)
 
-    seen, how = [], How(torch.device("cpu"), torch.no_grad(), 2, 0.1)
+    seen, how = [], How(torch.no_grad(), 2, 0.1)
     monkeypatch.setattr(lib.evaluate, "gathered", lambda x: seen.append("meet") or [x])
     picture = lambda image: seen.append("picture")
     clips = Clips([evaluation_clip()] * 3)
@@ -179,7 +179,7 @@ def test_an_evaluation_of_a_model_that_gives_nan_goes_on_and_draws_nothing():
     b = evaluation_clip()
     model, drawn = tiny_model(2), []
     model.camera_head.trunk_norm.weight.data.fill_(math.nan)
-    how = How(torch.device("cpu"), torch.no_grad(), 1, 0.9, window=(0.9, 1.0))
+    how = How(torch.no_grad(), 1, 0.9, window=(0.9, 1.0))
     rows = evaluate(model, [b], how, drawn.append, more_sigmas=(0.5, 0.9))
     assert rows["poses given"]["abs_rel"] == rows["no poses"]["rot_deg"] == math.inf
     assert math.isfinite(rows["poses given"]["diffusion"]) and not drawn

@@ -140,7 +140,7 @@ def test_weights_that_are_loaded_after_an_evaluation_are_the_ones_that_run(monke
     second.dit.load_state_dict(first.dit.state_dict())
     visiting = offload(tiny_model(1, awake=True).requires_grad_(False), "cpu")
     monkeypatch.setattr(lib.evaluate, "rows_of_clip", lambda m, b, *_: (m(**b) and {}, None))
-    how = lib.evaluate.How("cpu", None, 1, 0.1)
+    how = lib.evaluate.How(None, 1, 0.1)
     for plain in (first, second):
         visiting.set_stage(2)
         own = dict(visiting.named_parameters())

@@ -151,7 +151,7 @@ def evaluated(ranks):
     steps(model, model, optimizer, [0], 2)
     forward = patch.object(lib.evaluate, "rows_of_clip", lambda m, b, *_: (m(**b) and {}, None))
     with forward:
-        how = lib.evaluate.How("cpu", None, 1, 0.1, ranks.rank, ranks.world)
+        how = lib.evaluate.How(None, 1, 0.1, ranks)
         lib.evaluate.evaluate(model, [tiny_inputs(batch=1)], how)
     weights, moments = training_state(model, optimizer)
     assert len(moments) == 3 * len(weights) > 0

@@ -27,7 +27,7 @@ from lib.weights import open_checkpoint, open_model  # noqa: E402
 from model import PRESETS  # noqa: E402
 
 FRAMES = 9
-HOW = How(torch.device("cpu"), torch.no_grad(), 1, sample.READOUT_SIGMA)
+HOW = How(torch.no_grad(), 1, sample.READOUT_SIGMA)
 
 
 def open_room(seed, size, encoders, model):
