@@ -75,7 +75,8 @@ def plan_jobs(options, meta, names, prepare, known):
     known     name -> declared option"""
     check_writable(Path(options.out))
 
-    def make(given, camera, out):
+    def make(read):
+        given, camera, out = read()
         # Not in the settings: what changes no file, and what stands beside in the report.
         unsaid = ("jobs", "num_samples", "out", "device", "low_memory", "preview_every")
         said = {k: str(v) for k, v in vars(given).items() if k not in unsaid}
@@ -85,18 +86,9 @@ def plan_jobs(options, meta, names, prepare, known):
         said.update(step=meta["step"], sha256=meta.get("sha256", ""), files=stamp)
         return Job(given, camera, out, dict(said, prompt=given.prompt, seed=given.seed))
 
-    if options.jobs:
-        failed, made = [], []
-        for where, read in lines_of(options, known):
-
-            def one(read=read):
-                given, out = read()
-                return make(*prepare(given), out)
-
-            made.append(attempt(one, where, failed))
-    else:
-        made = [make(*each) for each in prompted(options, prepare)]
-        failed = [] if len(made) > 1 else None
+    asked = lines_of(options, known, prepare) if options.jobs else list(prompted(options, prepare))
+    failed = [] if options.jobs or len(asked) > 1 else None
+    made = [attempt(partial(make, read), where, failed) for where, read in asked]
     jobs = [job for job in made if job]
     # One sample alone is always made anew.
     left = [job for job in jobs if failed is None or not job.finished()]
@@ -126,19 +118,20 @@ def read_prompts(text):
 
 
 def prompted(options, prepare):
-    """(options, camera, folder) of every prompt and seed: one sample goes to --out itself, several
-    to folders inside."""
+    """(folder, function that gives options, camera and folder) of every prompt and seed: one sample
+    goes to --out itself, several to folders inside."""
     seeds = range(options.seed, options.seed + options.num_samples)
     pairs = list(itertools.product(read_prompts(options.prompt), seeds))
     given, camera = prepare(options)  # once: only words and seed differ
     for i, (words, seed) in enumerate(pairs):
         slug = re.sub("[^a-z0-9]+", "-", words.lower())[:40].strip("-")
         name = f"{i:03d}-{slug}-seed{seed}" if len(pairs) > 1 else ""
-        yield given.replaced(prompt=words, seed=seed), camera, Path(options.out, name)
+        out = Path(options.out, name)
+        yield out, partial(tuple, (given.replaced(prompt=words, seed=seed), camera, out))
 
 
-def lines_of(options, known):
-    """(where, function that gives the options and the folder of a job, or raises) of every line of
+def lines_of(options, known, prepare):
+    """(where, function that gives options, camera and folder of a job, or raises) of every line of
     --jobs."""
     path, first = options.jobs, {}
     if options.num_samples > 1:
@@ -155,7 +148,7 @@ def lines_of(options, known):
         before = first.setdefault(name.casefold(), where)
         if before != where:
             raise ValueError(f"{where}: id {name} stands in {before} too; wanted one of its own")
-        return options.replaced(**changes), Path(options.out, name)
+        return *prepare(options.replaced(**changes)), Path(options.out, name)
 
     return [(where, partial(read, where, line)) for where, line in numbered]
 
