@@ -207,7 +207,6 @@ def metadata_of(path):
     if released.is_release(names):
         pair = released.is_expert(names)
         trained = dict(zip(("num_frames", "height", "width"), RELEASE_SIZES[pair]), wan_dir="")
-        trained |= dict(sampling=dict(negative_prompt="")) if pair else {}
         told = dict(foreign="release", stage="2", step="0", release=os.path.abspath(path))
         # Which of the two it is, only its name says.
         return told | dict(expert="either" if pair else "", train_config=json.dumps(trained))
