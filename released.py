@@ -306,14 +306,19 @@ def sizes(release, base=None, dit_heads=None, irg_heads=None, camera_heads=None,
         irg_heads=heads_of("irg_heads", irg_heads, irg_dim, 96),
         camera_dim=camera_dim,
         camera_heads=heads_of("camera_heads", camera_heads, camera_dim, 128),
+        camera_layers=count(release, "vggt.camera_head.trunk."),
+        pose_hidden=shape("vggt.aggregator.CamTokenProjector.mlp.0.weight")[0],
         taps=tuple(taps or usual_taps(steps)),
+        dpt_channels=tuple(shape(f"vggt.depth_head.projects.{i}.bias")[0] for i in range(4)),
+        dpt_features=shape("vggt.depth_head.scratch.output_conv1.weight")[1],
+        dpt_tail=shape("vggt.depth_head.scratch.output_conv2.0.weight")[0],
     )
     if not is_expert(release):
         camera = camera_sizes(release, shape)
     else:
         camera = dict(ray_sizes=(), adapter_sizes=(0, 0, 0))
         shape("pipe.dit.control_adapter.conv.weight")  # there, or the base is another one
-    return {**video, **geometry, **camera, **head_sizes(release, shape)}
+    return {**video, **geometry, **camera}
 
 
 def camera_sizes(release, shape):
@@ -326,17 +331,6 @@ def camera_sizes(release, shape):
     return dict(
         ray_sizes=tuple(shape(f"{CAMERA_MODULE}{layer}.bias")[0] for layer in layers),
         adapter_sizes=(adapted, *hidden),
-    )
-
-
-def head_sizes(release, shape):
-    """Fields of the heads."""
-    return dict(
-        pose_hidden=shape("vggt.aggregator.CamTokenProjector.mlp.0.weight")[0],
-        dpt_channels=tuple(shape(f"vggt.depth_head.projects.{i}.bias")[0] for i in range(4)),
-        dpt_features=shape("vggt.depth_head.scratch.output_conv1.weight")[1],
-        dpt_tail=shape("vggt.depth_head.scratch.output_conv2.0.weight")[0],
-        camera_layers=count(release, "vggt.camera_head.trunk."),
     )
 
 
