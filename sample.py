@@ -420,13 +420,13 @@ def make_inputs(job, resources):
     noise = torch.randn(1, LATENT.channels, *grid, generator=generator).to(resources.device)
     paths = (options.image, options.end_image)
     start, clip = resources.starts.get(paths, (None, None))
-    if start is not None and channels == LATENT.channels:
-        family = f"{options.wan_dir} is a text-to-video family"
-        raise ValueError(f"--image {options.image}: {family}; leave the image out")
     y = None
     if start is not None:
         family = (channels, grid[0], bool(options.end_image))
         y = start_condition(start.to(resources.device), *family)
+        if y is None:
+            found = f"{options.wan_dir} is a text-to-video family"
+            raise ValueError(f"--image {options.image}: {found}; leave the image out")
     texts = (resources.texts[words] for words in (options.prompt, options.negative_prompt))
     return Inputs(noise, *texts, y, clip, *(x.to(resources.device) for x in job.camera))
 
@@ -511,22 +511,15 @@ def settled(options, meta):
     if foreign and not folder:  # such a file does not say where its base lies
         wanted = f"the folder of {BASES[bool(meta.get('expert'))]}, for its encoders"
         raise ValueError(f"{options.ckpt}: a release needs --wan_dir, {wanted}")
-    form, pictures = options.camera_format, options.camera_size
+    found = dict(frames=frames, height=height, width=width, wan_dir=folder)
     if foreign and options.camera.endswith(".json"):
-        form = form or "fantasyworld"  # the release's own layout; WorldScore's looks the same
-        pictures = pictures or f"{height}x{width}"  # it takes the focal length as the video's
-    return options.replaced(
-        frames=frames,
-        height=height,
-        width=width,
-        wan_dir=folder,
-        camera_format=form,
-        camera_size=pictures,
-        # Points of a release are lifted as its own script lifts them.
-        lift=options.lift or ("predicted" if foreign else "commanded"),
-        device=check_device(options.device),
-        **sampling_of(options, trained),
-    )
+        # The release's own layout, as WorldScore's looks the same; its focal length is the video's.
+        found["camera_format"] = options.camera_format or "fantasyworld"
+        found["camera_size"] = options.camera_size or f"{height}x{width}"
+    # Points of a release are lifted as its own script lifts them.
+    found["lift"] = options.lift or ("predicted" if foreign else "commanded")
+    found["device"] = check_device(options.device)
+    return options.replaced(**found, **sampling_of(options, trained))
 
 
 def scene_scale_of(options, meta):
