@@ -23,7 +23,7 @@ from config import option, section
 from encoders import WanFolder
 from lib.camera_files import FORMATS
 from lib.camera_paths import MOVES
-from lib.experts import check_frozen_of
+from lib.experts import check_frozen_of, metadata_of_ckpt
 from lib.export import EXPORTS, export_names
 from lib.files import STILLS
 from lib.guards import one_line, run_command
@@ -61,7 +61,7 @@ class Studio:
     """What all visitors share: what app.py was started with, and the model."""
 
     def __init__(self, options):
-        self.asked, self.meta = options, sample.checkpoint_of(options)
+        self.asked, self.meta = options, metadata_of_ckpt(options.ckpt)
         self.settled = sample.settled(options, self.meta)
         check_frozen_of(self.settled)
         self.worlds = pathlib.Path(options.out).resolve() / "worlds"

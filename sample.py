@@ -551,17 +551,6 @@ def prepared(options, meta):
     return options, load_camera(options.camera, options.frames, size, view)
 
 
-def checkpoint_of(options):
-    """What the checkpoint says of itself."""
-    if not options.ckpt:
-        raise ValueError("--ckpt is needed: a checkpoint of stage 1 or 2; --help lists all options")
-    meta = metadata_of_ckpt(options.ckpt)
-    if meta.get("stage") not in ("1", "2"):
-        found = f"{options.ckpt}: stage {meta.get('stage')}"
-        raise ValueError(f"{found}; wanted a stage 1 or stage 2 checkpoint")
-    return meta
-
-
 def scene_sampler(options, meta, prompts):
     """A function that makes a video of one of the prompts, as worldscore.make calls it:
 
@@ -612,7 +601,7 @@ def make_worlds(options, meta):
 
 
 def main(options):
-    meta = checkpoint_of(options)
+    meta = metadata_of_ckpt(options.ckpt)
     if options.worldscore:
         return make_worlds(options, meta)
     given, options, names = options, settled(options, meta), export_names(options.export)

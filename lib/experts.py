@@ -119,10 +119,16 @@ def check_place(path, meta, expert):
 
 def metadata_of_ckpt(ckpt):
     """Metadata of --ckpt: of one file, or of a pair as that of its low noise expert, which ends
-    every video and reads the geometry.  Raises ValueError for half a pair, or a pair the wrong way
-    round."""
+    every video and reads the geometry.  Raises ValueError for what is of no stage to sample, for
+    half a pair, or a pair the wrong way round."""
+    if not ckpt:
+        raise ValueError("--ckpt is needed: a checkpoint of stage 1 or 2; --help lists all options")
     paths = files_in(ckpt)
     metas = [metadata_of(path) for path in paths]
+    for path, meta in zip(paths, metas):
+        if meta.get("stage") not in ("1", "2"):
+            found = f"{path}: stage {meta.get('stage')}"
+            raise ValueError(f"{found}; wanted a stage 1 or stage 2 checkpoint")
     if len(paths) == 1:
         if metas[0].get("expert"):
             cure = "give both: --ckpt HIGH,LOW"
