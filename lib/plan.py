@@ -263,14 +263,13 @@ def count(cfg, stage, loss, size, *, checkpointing="none", half=True, muon=False
         visiting = visiting_bytes(model)
         whole = sum(sum(split_bytes(unit)) for unit in units(model))
     rest = frozen + trained - whole
-    others = whole - sum(f + t for f, t in steps)
     base = counter.start.get("heads", counter.peak[""])  # stage 0 has no heads
     return Cost(
         frozen=frozen,
         visiting=visiting,
         trainable=trained,
         moments=2 * trained - single,
-        gathered_heads=rest + others,
+        gathered_heads=frozen + trained - sum(map(sum, steps)),
         gathered_backward=2 * rest + 2 * max(f + 2 * t for f, t in steps),
         activations=base,
         heads=max(0, counter.peak.get("heads", 0) - base),
