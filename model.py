@@ -106,7 +106,6 @@ class Config(VideoSizes):
     constant_rays: bool = False  # the release's ray map, which tells the pose alone
     video_rays: bool = True  # False: the video branch sees no camera, as a base without control
 
-
     @property
     def geo_layers(self):
         return self.num_layers - self.num_pcb
@@ -529,7 +528,8 @@ class FantasyWorld(nn.Module):
         )
 
     def conditions(self, context, clip=None, plucker=None, poses=None):
-        """Prompt, CLIP tokens, rays and poses as steps read them; each makes its own keys."""
+        """Prompt, CLIP tokens, rays and poses as steps read them; each makes its own keys, or all
+        are made once per sampled video: with_keys(dit.blocks)."""
         with torch.no_grad():  # nothing trainable lies upstream
             video = vars(self.dit.conditions(context, clip, plucker))
         pose_embedding = rays = None
@@ -538,11 +538,6 @@ class FantasyWorld(nn.Module):
         if not self.cfg.released and poses is not None:
             pose_embedding = self.pose_encoder(poses)
         return Conditions(**video, pose_embedding=pose_embedding, rays=rays)
-
-    @torch.no_grad()
-    def constants(self, context, clip=None, plucker=None, poses=None):
-        """conditions with all keys, for forward(constants=...): made once per sampled video."""
-        return self.conditions(context, clip, plucker, poses).with_keys(self.dit.blocks)
 
     def shared(self, t, grid, conditions, keep):
         """What the steps have in common, for timesteps t (B,) and a token grid."""
@@ -588,7 +583,8 @@ class FantasyWorld(nn.Module):
         video                  False skips the video tail and the exchange (stage 1 training: no
                                loss there has a gradient) and returns velocity None
         keep       (B,) 0/1    0 hides the clip's camera, exactly as plucker=None, poses=None would
-        constants              of that method: then context, clip, plucker and poses are not read
+        constants              conditions with all keys: then context, clip, plucker and poses are
+                               not read
         returns    dict        velocity (B, 16, f, h, w); depth, depth_conf, points_conf (B, T, H,
                                W); points (B, T, H, W, 3) in the first camera's frame, scene units;
                                pose_enc (iterations, B, T, 9), last refinement last

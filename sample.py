@@ -241,7 +241,8 @@ class Denoiser:
         size = tuple(LATENT.space * n for n in inputs.noise.shape[-2:])
         rays = model.rays(inputs.w2c, inputs.K, size)  # (1, 6, T, H, W)
         poses = encode_pose(inputs.w2c, inputs.K, size)  # (1, T, 9)
-        both = model.constants(contexts, clip, rays, poses)  # keys of both prompts side by side
+        # Keys of both prompts side by side, for all steps.
+        both = model.conditions(contexts, clip, rays, poses).with_keys(model.dit.blocks)
         self.halves = [replace(both, keys=keys_of(both.keys, n)) for n in range(len(contexts))]
         # One batch of both prompts while it fits, else one after the other.
         self.passes = [both] if self.together else self.halves

@@ -384,10 +384,6 @@ class WanDiT(nn.Module):
             return None
         return self.control_adapter(plucker.to(self.patch_embedding.weight.dtype)).float()
 
-    def constants(self, context, clip=None, plucker=None):
-        """conditions with all keys, for forward(constants=...): made once per sampled video."""
-        return self.conditions(context, clip, plucker).with_keys(self.blocks)
-
     def embed(self, x, y=None, control=None, keep=None):
         """Latents (B, 16, f, 2h, 2w) [+ y, control] -> tokens (B, N, D) fp32, grid (f, h, w)."""
         in_dim = self.sizes.in_dim
@@ -422,7 +418,7 @@ class WanDiT(nn.Module):
         clip     (B, 257, 1280)           CLIP tokens of the start image, None = zeros
         plucker  (B, 6, T, 8h, 8w)        rays at pixel rate, None = no camera
         keep     (B,) 0/1                 0 drops the clip's camera, as plucker=None would
-        constants                         of the method of that name: then context, clip, plucker
+        constants                         conditions with all keys: then context, clip, plucker
                                           are not read"""
         e, modulation = self.modulation(t)
         constants = constants or self.conditions(context, clip, plucker)

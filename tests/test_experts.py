@@ -6,6 +6,7 @@ Golden files: outputs of the official code on tiny random copies; those that hol
 import math
 import pathlib
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -217,7 +218,7 @@ def test_the_official_loop_with_two_experts_is_reproduced():
 class ClosedForm:
     """The golden file's expert: a tanh(x) + b mean(context) + c t."""
 
-    stage, cfg = 2, None
+    stage, cfg, dit = 2, None, SimpleNamespace(blocks=[None])
 
     def __init__(self, name, coefficients, log):
         self.name, self.coefficients, self.log = name, coefficients, log
@@ -228,7 +229,7 @@ class ClosedForm:
     def to(self, device):
         return self
 
-    def constants(self, contexts, clip, rays, poses):
+    def conditions(self, contexts, clip, rays, poses):
         text = torch.stack(contexts)  # (n, L, 8)
         return VideoConditions(text, None, None, [[(text, text)]])
 

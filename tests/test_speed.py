@@ -299,7 +299,7 @@ def test_constants_of_the_video_branch_stand_in_for_prompt_and_camera():
     with torch.no_grad():
         assert torch.equal(
             dit(x["x"], x["t"], **given),
-            dit(x["x"], x["t"], None, constants=dit.constants(**given)),
+            dit(x["x"], x["t"], None, constants=dit.conditions(**given).with_keys(dit.blocks)),
         )
 
 
