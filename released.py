@@ -362,10 +362,6 @@ def match(own, release, base, num_pcb, where="this release"):
 VGGT_NAMES = r"aggregator\.(?:frame|global)_blocks\.(\d+)\.|aggregator\.(?:camera|register)_token$"
 
 
-def is_vggt(names):
-    return any(name.startswith("aggregator.frame_blocks.") for name in names)
-
-
 def from_vggt(vggt, own, layers):
     """Which tensors of VGGT-1B start a stage 1 model of `layers` geometry layers.
 

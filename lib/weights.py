@@ -210,7 +210,8 @@ def metadata_of(path):
         told = dict(foreign="release", stage="2", step="0", release=os.path.abspath(path))
         # Which of the two it is, only its name says.
         return told | dict(expert="either" if pair else "", train_config=json.dumps(trained))
-    return dict(foreign="vggt", stage="vggt", step="0") if released.is_vggt(names) else meta
+    vggt = dict(foreign="vggt", stage="vggt", step="0")
+    return vggt if released.count(names, "aggregator.frame_blocks.") else meta
 
 
 def tensor_shapes(tensors):
