@@ -102,19 +102,15 @@ def link_latest(out, step):
     path = out / f"step-{step}.safetensors"
     expert = read_metadata(path).get("expert")
     for name in ("latest", *([f"{expert}_noise_model"] if expert else [])):
-        replace_link(path, out / f"{name}.safetensors", out / f".{name}.tmp")
-
-
-def replace_link(path, known, link):
-    """known becomes a hard link to path, by way of link."""
-    link.unlink(missing_ok=True)
-    if known.exists() and path.samefile(known):
-        return
-    try:
-        os.link(path, link)
-    except OSError:  # a file system without hard links
-        shutil.copyfile(path, link)
-    os.replace(link, known)
+        known, link = out / f"{name}.safetensors", out / f".{name}.tmp"
+        link.unlink(missing_ok=True)
+        if known.exists() and path.samefile(known):
+            continue
+        try:
+            os.link(path, link)
+        except OSError:  # a file system without hard links
+            shutil.copyfile(path, link)
+        os.replace(link, known)
 
 
 def prune(out, newest, keep_last, keep_every):
