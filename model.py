@@ -150,22 +150,6 @@ class CameraAdapter(nn.Module):
         return x + shift.repeat_interleave(x.shape[1] // shift.shape[1], 1), None
 
 
-def exchange_layers(video_dim, geo_dim, dim, ways):
-    """The exchange's linear layers under the release's names: m1 is the video, m2 the geometry."""
-    video, geometry = (video_dim, dim), (geo_dim, dim)
-    sizes = dict(m1_proj=video, values_m1_proj=video, m2_proj=geometry, values_m2_proj=geometry)
-    sizes |= dict(out_m1_proj=video[::-1], out_m2_proj=geometry[::-1])
-    unused = {
-        "to_geometry": ("values_m2_proj", "out_m1_proj"),
-        "to_video": ("values_m1_proj", "out_m2_proj"),
-    }.get(ways, ())
-    layers = nn.ModuleDict({k: nn.Linear(*size) for k, size in sizes.items() if k not in unused})
-    for layer in layers.values():
-        nn.init.xavier_uniform_(layer.weight)
-        nn.init.zeros_(layer.bias)
-    return layers
-
-
 class BiCrossAttention(nn.Module):
     """Bidirectional video <-> geometry attention between the halves of both blocks.
 
@@ -175,7 +159,19 @@ class BiCrossAttention(nn.Module):
     def __init__(self, video_dim, geo_dim, dim, heads, ways="both"):
         super().__init__()
         self.heads, self.ways = heads, ways
-        self.cross_attn = exchange_layers(video_dim, geo_dim, dim, ways)
+        # Under the release's names: m1 is the video, m2 the geometry.
+        video, geometry = (video_dim, dim), (geo_dim, dim)
+        sizes = dict(m1_proj=video, values_m1_proj=video, m2_proj=geometry, values_m2_proj=geometry)
+        sizes |= dict(out_m1_proj=video[::-1], out_m2_proj=geometry[::-1])
+        unused = {
+            "to_geometry": ("values_m2_proj", "out_m1_proj"),
+            "to_video": ("values_m1_proj", "out_m2_proj"),
+        }.get(ways, ())
+        layers = {name: nn.Linear(*size) for name, size in sizes.items() if name not in unused}
+        self.cross_attn = nn.ModuleDict(layers)
+        for layer in layers.values():
+            nn.init.xavier_uniform_(layer.weight)
+            nn.init.zeros_(layer.bias)
         if ways != "to_geometry":
             self.gamma_m1 = nn.Parameter(torch.zeros(video_dim))
         if ways != "to_video":
