@@ -87,8 +87,7 @@ class Studio:
             job.folder.mkdir()
             said, options = self.read(form, job.folder)
             names, meta = export_names(options.export), self.meta
-            prepare = partial(sample.prepared, meta=meta)
-            jobs = plan_jobs(options, meta, names, prepare, {}).jobs
+            jobs = plan_jobs(options, meta, names, partial(sample.prepared, meta=meta), {}).jobs
             _, images = start_images(jobs, None, partial(sample.images_of, meta=meta))
             how = dict(model=self.model, bar=job.bar)
             resources = sample.load(jobs[0].options, meta, jobs, images, **how)

@@ -419,8 +419,7 @@ def make_inputs(job, resources):
     # Drawn on the CPU: the same seed is the same noise on every machine.
     generator = torch.Generator().manual_seed(options.seed)
     noise = torch.randn(1, LATENT.channels, *grid, generator=generator).to(resources.device)
-    paths = (options.image, options.end_image)
-    start, clip = resources.starts.get(paths, (None, None))
+    start, clip = resources.starts.get((options.image, options.end_image), (None, None))
     y = None
     if start is not None:
         family = (channels, grid[0], bool(options.end_image))

@@ -55,12 +55,10 @@ class Option:
             return value == self.off or value in self.choices
         if self.type in (str, bool, dict):
             return True
-        numbers = value if self.type is tuple else (value,)
-        return all(map(self.holds, numbers))
+        return all(map(self.holds, value if self.type is tuple else (value,)))
 
     def holds(self, n):
-        number = type(n) in (int, float)
-        return number and self.low <= n <= self.high and self.above < n < inf
+        return type(n) in (int, float) and self.low <= n <= self.high and self.above < n < inf
 
 
 class Section(str):

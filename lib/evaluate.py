@@ -105,8 +105,7 @@ def diffusion_error(model, b, how, given):
     mean, sigmas = 0.0, how.levels(DIFFUSION_SIGMAS)
     for sigma in sigmas:
         velocity = output_at(model, b, sigma, how, given=given, heads=False)["velocity"]
-        loss = flow_matching_loss(velocity, b["latents"], b["noise"]).item()
-        mean += loss / len(sigmas)
+        mean += flow_matching_loss(velocity, b["latents"], b["noise"]).item() / len(sigmas)
     return math.inf if math.isnan(mean) else mean
 
 

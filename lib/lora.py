@@ -57,8 +57,7 @@ def read_lora(path, shapes):
 def merged(weight, parts, strength=STRENGTH):
     """A weight with its change, in the weight's own type, as the release computes it."""
     down, up = (parts[part].to(weight.dtype) for part in ("down", "up"))
-    rank = up.shape[1]
-    scale = float(parts["alpha"]) / rank if "alpha" in parts else 1.0
+    scale = float(parts["alpha"]) / up.shape[1] if "alpha" in parts else 1.0
     return weight + strength * scale * torch.mm(up, down)
 
 

@@ -66,8 +66,7 @@ class Visits:
     def add(self, step):
         """Move a step's frozen matrices to a buffer of the host."""
         matrices, size = visitors(step)
-        locked = self.device.type == "cuda"
-        home = torch.empty(size, dtype=torch.uint8, pin_memory=locked)
+        home = torch.empty(size, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
         parameters = parameters_in(home, matrices)
         for (layer, name, like, _), p in zip(matrices, parameters):
             p.data.copy_(like)

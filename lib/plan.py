@@ -347,8 +347,7 @@ def network_bytes(cost, sharding, ranks, grad_accum=1):
     A sum takes twice (ranks - 1) / ranks of its bytes, gathering and scattering once."""
     part = (ranks - 1) / ranks
     if sharding == "weights":  # every micro-step gathers twice and scatters the gradients
-        gathered = 2 * (cost.frozen + cost.trainable)
-        return grad_accum * part * (gathered + cost.trainable)
+        return grad_accum * part * (2 * cost.frozen + 3 * cost.trainable)
     sent = 2 * part * cost.trainable  # DDP, in the last micro-step alone
     return sent + part * cost.trainable if sharding == "optimizer" else sent
 

@@ -79,8 +79,7 @@ def show_world(folder, names, command):
         size, url = file.stat().st_size / 1e3, address(file)
         files.append(f'<li><a download href="{url}">{file.name}</a> ({size:,.0f} kB)</li>')
         if file.suffix == ".mp4":
-            how = f'controls loop muted aria-label="{name}"'
-            videos.append(f'<video {how} src="{url}"></video>')
+            videos.append(f'<video controls loop muted aria-label="{name}" src="{url}"></video>')
         if file.suffix == ".html":  # sandbox: it reads nothing of the page around it
             page = f'<iframe title="the world" sandbox="allow-scripts" src="{url}"></iframe>'
     lines = map(html.escape, describe(report, report["settings"]["unit"]))
