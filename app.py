@@ -70,8 +70,7 @@ class Studio:
         self.one = ThreadPoolExecutor(1)  # a job that was stopped ends its step before the next
 
     def read(self, form, folder):
-        """A form -> arguments of sample.py, and what it makes of them; uploaded files are copied
-        into the folder."""
+        """A form -> arguments of sample.py and its options; uploaded files go to the folder."""
         values = typed(form, self.settled, folder)
         elsewhere = ("out", "preview_every", *SEVERAL)
         given = {k: v for k, v in vars(self.asked).items() if k in vars(sample)}

@@ -307,8 +307,7 @@ class PCBStep(nn.Module):
 
 
 class IRGStep(nn.Module):
-    """Block i of the video branch and a GeoDiT layer, frame and global block, side by side; the
-    exchange sits between the halves of video and global block."""
+    """Block i of the video branch beside a GeoDiT layer, the exchange between their halves."""
 
     def __init__(self, i, block, adapter, frame_block, global_block, exchange):
         super().__init__()

@@ -328,8 +328,7 @@ def bar(phase, items, unit):
 
 
 def preview(folder, every, decode, step, latents, *, read_geometry):
-    """Every so many steps the first frame and the depth of up to 5, bright is near, as
-    folder/step-0008.png."""
+    """Every so many steps folder/step-0008.png: the first frame, and the depth of up to five."""
     if not every or step % every:
         return
     first = as_pixels(decode(latents[:, :, :1]))  # latent 0 is frame 0 alone

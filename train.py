@@ -387,8 +387,7 @@ def resume_from(path, model, optimizer, *, options, world, frozen):
 
 # -------------------------------------------------------------------------------------------- main
 def open_clips(options, text_dim):
-    """split -> Mix of CachedClips; the validation split only where something evaluates, and has
-    clips."""
+    """split -> Mix of CachedClips; val only where something evaluates it, and it has clips."""
     size = (options.height, options.width, options.num_frames)
     clips, how = {}, (options.wan_dir, options.skip_bad, options.follow_links)
     for split in ("train", "val") if options.eval_every or options.eval_only else ("train",):

@@ -61,8 +61,7 @@ DTYPES = dict(BF16=torch.bfloat16, F32=torch.float32, BOOL=torch.bool)
 
 
 def header_crc(metadata, specs):
-    """Checksum of everything in a header that means something: metadata, names, types and
-    shapes."""
+    """Checksum of all that a header says: metadata, names, types and shapes."""
     items = sorted((k, v) for k, v in metadata.items() if k != "crc")
     return f"{zlib.crc32(json.dumps([items, sorted(map(list, specs))]).encode()):08x}"
 
@@ -86,8 +85,7 @@ def save_tensors(path, tensors, metadata):
 
 
 def read_header(path):
-    """Metadata, {name: (dtype, shape, begin, end)} and where the values start; the file's length
-    must be theirs."""
+    """Metadata, {name: (dtype, shape, begin, end)}, where values start; it must be whole."""
     size = check_file(path)
     try:
         with open(path, "rb") as file:
@@ -127,8 +125,7 @@ def fits(path, key):
 
 
 def check_header(path, name, sample, size, fingerprint):
-    """The header of a window `name` of a sample, at size (T, H, W) -> metadata, what may differ
-    between encoders."""
+    """Check a header of a sample's window, size (T, H, W) -> metadata, what encoders may change."""
     (T, H, W), (metadata, specs, _) = size, read_header(path)
     f, h, w = LATENT.grid_of(T, H, W)
     wanted = dict(id=name, sample=sample["id"], num_frames=T, height=H, width=W)
@@ -213,8 +210,7 @@ def read_clip(path):
 
 
 def stamp(path):
-    """Size and time of change, which a copy does not keep: the same as long as nobody has
-    written."""
+    """Size and time of change, which a copy does not keep: the same until somebody writes."""
     info = os.stat(path)
     return [info.st_size, info.st_ctime_ns]
 

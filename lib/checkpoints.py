@@ -114,8 +114,7 @@ def link_latest(out, step):
 
 
 def prune(out, newest, keep_last, keep_every):
-    """Delete checkpoints before the newest but keep_last; those at multiples of keep_every lose
-    their optimizer only."""
+    """Delete all but the newest keep_last; multiples of keep_every lose their optimizer only."""
     older = [step for step in saved_steps(out) if step < newest]
     for step in older[: max(0, len(older) - keep_last + 1)]:
         if not keep_every or step % keep_every:

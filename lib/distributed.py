@@ -142,8 +142,7 @@ def gather_cat(tensor, group):
 
 # ------------------------------------------------------------------------------------- gradients
 def units(model):
-    """The modules of a FantasyWorld in the order that they run; spread weights are gathered by
-    them."""
+    """The modules of a FantasyWorld as they run; spread weights are gathered by them."""
     heads = (model.depth_head, model.point_head, model.camera_head)
     return [*model.pcb, model.bridge, *model.irg, *heads]
 

@@ -110,8 +110,7 @@ def diffusion_error(model, b, how, given):
 
 
 def rows_of_clip(model, b, how, more_sigmas=()):
-    """Rows of one clip (B = 1) by name, and the output that a picture shows: poses given, at
-    how.eval_sigma; None in stage 0, which has no geometry."""
+    """Rows of one clip (B = 1) by name, and the output that a picture shows, None in stage 0."""
     rows, shown = {}, None
     sigmas = dict.fromkeys(how.levels((how.eval_sigma, *more_sigmas)) if model.stage else ())
     for title, given in (("poses given", True), ("no poses", False)):
@@ -155,8 +154,7 @@ def evaluate(model, examples, how, picture=None, more_sigmas=()):
 
 
 def sample_clip(model, b, truth, how):
-    """Sample a clip -> its row with geometry, the video as uint8 frames, the output, None in
-    stage 0."""
+    """Sample a clip -> its row, the video as uint8 frames, the output (None in stage 0)."""
     row, video, out = sampled.sampled_row(model, b, truth, how.draw)
     video = pictures.as_pixels(video.cpu())
     if "depth" not in out:
@@ -232,8 +230,7 @@ def baselines(train, val, how):
 
 
 def print_table(rows):
-    """The headline metrics of each row in a line, those of samples in a table of their own; then
-    every other metric in a line."""
+    """The headline metrics, a row in a line, samples apart; then every other metric in a line."""
     wide = max([50, *(len(name) + 1 for name in rows)])
 
     def cells(pairs):

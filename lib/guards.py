@@ -44,8 +44,7 @@ def run_command(program, command, advice=""):
 
 
 def out_of_memory(error):
-    """What a GPU says when it is full, or a CPU, whose allocator raises a RuntimeError; "" for
-    every other error."""
+    """What a full GPU says, or a CPU, whose allocator raises a RuntimeError; "": another error."""
     kinds = (torch.cuda.OutOfMemoryError, MemoryError)
     if isinstance(error, kinds) or "DefaultCPUAllocator" in str(error):
         return (str(error) or "out of memory").splitlines()[0]
@@ -81,8 +80,7 @@ def end_children():
 
 # ---------------------------------------------------------------------------------------- signals
 def ignore_signals(_worker):
-    """For loader workers: a terminal or torchrun signals the whole process group, and the trainer
-    still needs them."""
+    """For loader workers: a signal reaches the whole group, and the trainer still needs them."""
     lock.let_go()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)

@@ -131,8 +131,7 @@ def prompted(options, prepare):
 
 
 def lines_of(options, known, prepare):
-    """(where, function that gives options, camera and folder of a job, or raises) of every line of
-    --jobs."""
+    """(where, function that gives options, camera and folder, or raises) of each line of --jobs."""
     path, first = options.jobs, {}
     if options.num_samples > 1:
         raise ValueError("--num_samples: a list of jobs has a line, with its seed, for each sample")
@@ -192,8 +191,7 @@ def attempt(work, where, failed):
 
 
 def start_images(jobs, failed, read):
-    """Those jobs whose start and end image can be read, and {their paths: images}; read: options ->
-    images."""
+    """The jobs whose images can be read, and {paths of both: images}; read: options -> images."""
     images, ready = {}, []
     for job in jobs:
         paths = (job.options.image, job.options.end_image)

@@ -75,8 +75,7 @@ def page_stride(frames, size):
 
 
 def default_view(scene, yaw=0.32, pitch=0.22):
-    """Where the page looks at first: turned a little from the first camera, so far back that
-    cameras and points fit."""
+    """The page's first view: turned a little, so far back that cameras and points fit."""
     xyz, _, _ = scene.cloud(20_000)
     centres = np.concatenate([inverse(E)[..., 3] for E in (scene.w2c, scene.predicted)])
     (cy, sy), (cp, sp) = ((np.cos(a), np.sin(a)) for a in (yaw, pitch))

@@ -396,8 +396,7 @@ def cost_lines(counts):
 
 
 def report(cfg, stage, loss, size, total, hardware, **kind):
-    """The plan as lines of text; size (num_frames, height, width), total: the global batch, kind:
-    half and muon of count."""
+    """The plan as lines; size (num_frames, height, width), total: clips, kind: half, muon."""
     counts = {
         how: {b: count(cfg, stage, loss, (b, *size), checkpointing=how, **kind) for b in (1, 2)}
         for how in (CHECKPOINTING if stage else CHECKPOINTING[:1])

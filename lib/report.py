@@ -6,8 +6,7 @@ STATES = ["ok", "skip", "warn", "fail"]
 
 
 class Report:
-    """Checks of one sample: status ok, warn (worth a look), skip (cannot be checked) or fail, and a
-    sentence."""
+    """Checks of one sample: ok, warn (worth a look), skip (cannot be checked) or fail, and why."""
 
     def __init__(self, name):
         self.id, self.checks, self.numbers, self.suspects = name, {}, {}, []

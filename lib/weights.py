@@ -69,8 +69,7 @@ def read_metadata(path):
 
 
 def read_checked(path):
-    """read_tensors of one of our checkpoints; ValueError when it is not what was saved: metadata,
-    names, types, shapes and values, bit for bit."""
+    """read_tensors of a checkpoint of ours; ValueError unless it is what was saved, bit for bit."""
     tensors, meta = read_tensors(path)
     damaged = f"{path}: the file is damaged. Use an older step, or copy it again"
     if "sha256" not in meta and meta.get("format") == "fantasyworld":
@@ -117,8 +116,7 @@ def wan_sources(folder):
 
 
 def wan_tensors(folder, lora=""):
-    """name -> (shape, read) of the DiT in a Wan hub folder (one file or shards) or of a stage 0
-    run, with a LoRA file merged."""
+    """name -> (shape, read) of the DiT in a Wan folder or stage 0 run, with a LoRA file merged."""
     tensors, files = {}, wan_sources(folder)
     for file in files:
         found = lazy_tensors(file)
@@ -197,8 +195,7 @@ RELEASE_SIZES = {False: (81, 336, 592), True: (81, 480, 832)}
 
 
 def metadata_of(path):
-    """Metadata of a checkpoint without its tensors; what ours would say for a release's model.pth
-    or VGGT-1B."""
+    """Metadata of a checkpoint; of a release's model.pth or VGGT-1B, what ours would say."""
     pickled = str(path).endswith((".pth", ".pt")) and os.path.isfile(path)
     meta = {} if pickled else read_metadata(path)
     if "stage" in meta:
@@ -219,8 +216,7 @@ def tensor_shapes(tensors):
 
 
 def load_weights(model, path):
-    """Copy a checkpoint's tensors into the model, a release's or VGGT-1B's by name; returns its
-    metadata."""
+    """Copy a checkpoint's, a release's or VGGT-1B's tensors into the model -> its metadata."""
     meta = metadata_of(path)
     if "foreign" not in meta:
         return load_trained(model, path)
