@@ -366,8 +366,7 @@ class FantasyWorld(nn.Module):
             raise ValueError(f"exchange = {cfg.exchange!r}; {wanted}")
         self.dit = dit or WanDiT(cfg)
         self.bridge = LatentBridge(D, C, cfg.bridge_layers, cfg.bridge_width, cfg.layer_scale)
-        # The timestep modulates every geometry block.  Zero at the start: a block begins as the
-        # plain one.
+        # The timestep modulates every geometry block, by zero at first: it begins as the plain one.
         self.time_embedding = nn.Sequential(nn.Linear(cfg.freq_dim, C), nn.SiLU(), nn.Linear(C, C))
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(C, 6 * C))
         nn.init.zeros_(self.time_projection[1].weight)
@@ -445,7 +444,7 @@ class FantasyWorld(nn.Module):
             geodit=[self.frame_blocks, self.global_blocks, *timestep],
             heads=[self.depth_head, self.point_head, self.camera_head],
             pose_encoder=[self.pose_encoder],
-            tokens=[self.camera_token, self.register_token],
+            tokens=[nn.ParameterList([self.camera_token, self.register_token])],
             camera_adapters=[self.camera_adapters, *rays],
             irg=[self.exchange],
         )
@@ -471,12 +470,8 @@ class FantasyWorld(nn.Module):
 
     def count_parameters(self):
         """Parameters per group, dict with the keys of groups()."""
-
-        def size(member):
-            tensors = [member] if torch.is_tensor(member) else member.parameters()
-            return sum(p.numel() for p in tensors)
-
-        return {name: sum(map(size, members)) for name, members in self.groups().items()}
+        groups = self.groups().items()
+        return {k: sum(p.numel() for m in members for p in m.parameters()) for k, members in groups}
 
     def trainable_state_dict(self):
         """What a checkpoint holds: tensors that this stage trains, and the release's dead ones."""

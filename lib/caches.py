@@ -79,9 +79,8 @@ def save_tensors(path, tensors, metadata):
     specs = [(k, names[x.dtype], list(x.shape)) for k, x in tensors.items()]
     metadata["crc"] = f"{crc:08x}" + header_crc(metadata, specs)
     path.parent.mkdir(parents=True, exist_ok=True)
-    data = save(tensors, metadata)
     # Not durable: a loss shows, and the clip is encoded again.
-    write_aside(path, lambda aside: aside.write_bytes(data), durable=False)
+    write_aside(path, lambda aside: aside.write_bytes(save(tensors, metadata)), durable=False)
 
 
 def read_header(path):

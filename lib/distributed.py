@@ -94,8 +94,7 @@ def store_of_attempt(store, rank, world, patience):
 def check_device(name):
     """The name of a device, if torch has it, of auto this rank's; ValueError for another."""
     if name == "auto":
-        gpu = torch.cuda.is_available()
-        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if gpu else "cpu"
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     with suppress(RuntimeError):  # no such kind
         device = torch.device(name)
         there = dict(cpu=1, cuda=torch.cuda.device_count() if torch.cuda.is_available() else 0)

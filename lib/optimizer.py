@@ -128,5 +128,4 @@ def learning_rate_at(step, options):
         return options.learning_rate * (step + 1) / options.warmup_steps
     done = (step - options.warmup_steps) / max(1, options.max_steps - options.warmup_steps)
     down = dict(constant=1.0, linear=1 - done, cosine=0.5 + 0.5 * math.cos(math.pi * done))
-    share = down[options.lr_schedule]
-    return options.min_lr + (options.learning_rate - options.min_lr) * share
+    return options.min_lr + (options.learning_rate - options.min_lr) * down[options.lr_schedule]
