@@ -11,6 +11,7 @@ import torch
 from lib.distributed import gather_like, own_part, part_like
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+MOMENTUM = 0.95
 # Embeddings and outputs of heads: their rows are not the directions of one map.
 OTHERS = ("embedding", "embed_pose", "head.head", "output_conv2.2", "pose_branch.fc2", "_token")
 
@@ -44,21 +45,15 @@ class Muon(torch.optim.AdamW):
     Matrices of equal shape share one product: a loop over small ones costs a CPU up to 40 % of a
     step.  found_inf () = 1 leaves weights and state as they are, as in AdamW."""
 
-    def __init__(self, params, momentum=0.95, **how):
-        super().__init__(params, **how)
-        for group in self.param_groups:
-            group.setdefault("orthogonal", False)
-            group["momentum"] = momentum
-
     @torch.no_grad()
     def step(self):
         groups = self.param_groups
-        self.param_groups = [g for g in groups if not g["orthogonal"]]
+        self.param_groups = [g for g in groups if not g.get("orthogonal")]
         super().step()
         self.param_groups = groups
         for group in groups:
             shapes = {}
-            for p in group["params"] if group["orthogonal"] else ():
+            for p in group["params"] if group.get("orthogonal") else ():
                 if p.grad is not None:
                     shapes.setdefault((p.device, len(p), p.numel() // len(p)), []).append(p)
             for (_, rows, columns), same in shapes.items():
@@ -76,8 +71,8 @@ class Muon(torch.optim.AdamW):
             # Its own momentum in place of a gradient that is not finite changes no momentum.
             grads = [torch.where(bad > 0, b, g) for b, g in zip(buffers, grads)]
             go = 1 - bad
-        torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
-        ahead = torch._foreach_lerp(grads, buffers, group["momentum"])
+        torch._foreach_lerp_(buffers, grads, 1 - MOMENTUM)
+        ahead = torch._foreach_lerp(grads, buffers, MOMENTUM)
         stacked = torch.stack([gather_like(g, p).reshape(shape) for g, p in zip(ahead, same)])
         updates = orthogonalise(stacked).to(same[0].dtype) * (0.2 * max(shape) ** 0.5 * go)
         parts = [part_like(u.view(p.shape), p) for u, p in zip(updates, same)]
