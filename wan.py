@@ -371,18 +371,14 @@ class WanDiT(nn.Module):
             padded = [F.pad(c, (0, 0, 0, self.sizes.text_len - c.shape[0])) for c in context]
             context = torch.stack(padded)  # (B, L, text_dim)
         text = self.text_embedding(context.to(device=device, dtype=layer.weight.dtype))
-        image = None
+        image = control = None
         if self.img_emb is not None:
             if clip is None:
                 clip = torch.zeros(len(context), *CLIP_SHAPE, device=device)
             image = self.img_emb(clip.to(device=device, dtype=self.img_emb.proj[1].weight.dtype))
-        return VideoConditions(text, image, self.control(plucker))
-
-    def control(self, plucker):
-        """Rays (B, 6, T, H, W) or None -> what they add to the tokens (B, D, f, h, w), or None."""
-        if self.control_adapter is None or plucker is None:
-            return None
-        return self.control_adapter(plucker.to(self.patch_embedding.weight.dtype)).float()
+        if self.control_adapter is not None and plucker is not None:
+            control = self.control_adapter(plucker.to(self.patch_embedding.weight.dtype)).float()
+        return VideoConditions(text, image, control)
 
     def embed(self, x, y=None, control=None, keep=None):
         """Latents (B, 16, f, 2h, 2w) [+ y, control] -> tokens (B, N, D) fp32, grid (f, h, w)."""
