@@ -47,7 +47,6 @@ from lib.strangers import checked_config
 from lib.weights import load_weights, metadata_of, open_model, read_tensors
 from model import CHECKPOINTING, PRESETS, flow_matching_loss, shift_sigma
 
-# fmt: off
 section_1 = section("what")
 preset = option("1.3b", "widths of the model, in model.PRESETS", choices=tuple(PRESETS))
 model_overrides = option({}, "single fields of model.Config, such as {'num_pcb': 10}")
@@ -120,7 +119,6 @@ plan_gb = option(80, "of the plan: memory of each", low=1)
 step_timeout = option(600, "seconds that a rank waits for the others in a step", low=1)
 wait_timeout = option(3600, "the same around loading, saving and evaluation", low=1)
 precision = option("auto", "auto: bf16 on a GPU", choices=("auto", "bf16", "fp32"))
-# fmt: on
 
 
 # --------------------------------------------------------------------------------------- one batch

@@ -81,7 +81,7 @@ def end_children():
 # ---------------------------------------------------------------------------------------- signals
 def ignore_signals(_worker):
     """For loader workers: a signal reaches the whole group, and the trainer still needs them."""
-    lock.let_go()
+    lock.release(worker=True)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
 

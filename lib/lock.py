@@ -56,15 +56,11 @@ def acquire(folder, patience=5.0):
     return [f"taken over from a run that was cut off ({before})"] if before else []
 
 
-def release():
-    """At the end of a run: the folder is free and says so."""
+def release(worker=False):
+    """At the end of a run: the folder is free and says so.  A loader worker, which a run's death
+    may outlive, closes its copy alone."""
     while HELD:
-        path, file = HELD.popitem()
-        file.truncate(0)
+        file = HELD.popitem()[1]
+        if not worker:
+            file.truncate(0)
         file.close()
-
-
-def let_go():
-    """In a loader worker, which a run's death may outlive: its copy must not hold the lock."""
-    while HELD:
-        HELD.popitem()[1].close()
