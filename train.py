@@ -216,9 +216,7 @@ def with_some_ends(b, step, positions, options):
 
 
 def compute_loss(model, b, noise, *, sigma, keep, options):
-    """Forward and all losses of one micro-batch: the whole objective.
-
-    returns  scalar loss; dict of detached parts; by_sigma of the diffusion and depth errors"""
+    """The whole objective of a micro-batch -> loss, detached parts, by_sigma of the errors."""
     s = sigma.view(-1, 1, 1, 1, 1)
     x = (1 - s) * b["latents"] + s * noise  # (B, 16, f, h, w)
     how = dict(plucker=b["plucker"], poses=b["pose_enc"], keep=keep)
@@ -359,9 +357,8 @@ def keep_global_batch(meta, options, world):
 
 
 def resume_from(path, model, optimizer, *, options, world, frozen):
-    """Load a checkpoint of this stage and its optimizer state.
-
-    returns  its metadata, options with its global batch, remarks for the log"""
+    """Load a checkpoint and its optimizer state -> metadata, options with its global batch, remarks
+    for the log."""
     meta = metadata_of(path)
     if meta.get("stage") != str(options.stage):
         found = f"is of stage {meta.get('stage')}, this run is stage {options.stage}"

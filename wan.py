@@ -139,9 +139,7 @@ class WanCrossAttention(nn.Module):
             self.norm_k_img = RMSNorm(dim)
 
     def keys_values(self, text, image):
-        """[(k, v) of the text, then of an image], (B, heads, L, d) each.
-
-        They are the same at every noise level."""
+        """[(k, v) of the text, then of an image], (B, heads, L, d): equal at all noise levels."""
         pairs = [(self.norm_k(self.k(text)), self.v(text))]
         if self.has_clip:
             pairs.append((self.norm_k_img(self.k_img(image)), self.v_img(image)))
@@ -321,9 +319,7 @@ class WanDiT(nn.Module):
 
     @classmethod
     def from_shapes(cls, shapes, head_dim=128, text_len=512, where="these tensors"):
-        """Empty model on the meta device, every size read off name -> shape.
-
-        Raises ValueError unless it is a known family."""
+        """Empty model on the meta device, sizes read off name -> shape; only known families."""
         try:
             sizes = VideoSizes(
                 dim=shapes["patch_embedding.weight"][0],

@@ -26,9 +26,7 @@ LOST_WORKER = re.compile(r"DataLoader worker|unable to .*(shared memory|torch_)"
 
 
 def run_command(program, command, advice=""):
-    """command(), whose user errors become one line on stderr and exit status 2.
-
-    advice   what to do when memory runs out"""
+    """command(); user errors become one line and exit status 2; advice: where memory runs out."""
     status = 2
     try:
         command()

@@ -145,9 +145,8 @@ class Records:
             self.append("training.log", text)
 
     def step(self, step, scalars, tail):
-        """A line of training.log, one of the losses by noise level, and TensorBoard.
-
-        tail   the run's last step, and the words that end the line"""
+        """A line of training.log that ends in tail: the run's last step, words; one of the losses
+        by noise level; TensorBoard."""
         shown = [f"{k} {v:.4g}" for k, v in scalars.items() if not k.startswith("sigma/")]
         levels = [f"{k[6:]} {v:.4g}" for k, v in scalars.items() if k.startswith("sigma/")]
         self.line(" | ".join([f"step {step}/{tail[0]}", *shown, *tail[1:]]))

@@ -167,9 +167,7 @@ def fake_model(cfg, stage, half=True):
 
 
 def example_batch(cfg, batch, num_frames, height, width):
-    """Random tensors with the names and shapes of a prepared batch: only the sizes count.
-
-    returns  as compute_loss of train.py takes them: batch, noise, sigma, keep"""
+    """Random tensors of a prepared batch's names and shapes -> batch, noise, sigma, keep."""
     grid = LATENT.grid_of(num_frames, height, width)
     maps = (batch, num_frames, height, width)
     b = dict(
