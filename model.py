@@ -352,8 +352,7 @@ def adapted(adapter, x, shared):
 class FantasyWorld(nn.Module):
     """Frozen WanDiT (`dit`) + trainable geometry branch.
 
-    set_stage(n) decides what trains and what runs; checkpoint_activations is one of
-    CHECKPOINTING."""
+    set_stage(n) decides what trains and runs; checkpoint_activations is one of CHECKPOINTING."""
 
     def __init__(self, cfg, dit=None):
         super().__init__()

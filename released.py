@@ -67,8 +67,7 @@ class GroupNorm(nn.GroupNorm):
 
 
 class RayEncoder(nn.Module):
-    """Ray map at pixel rate (B, 6, T, H, W) -> one feature per video token (B, N, R).  Source: AC3D
-    2024.
+    """Ray map (B, 6, T, H, W) at pixel rate -> a feature per video token (B, N, R).  Source: AC3D.
 
     sizes  (first, second, width, hidden, R): 384, 768, 5120, 2560, 2048 in the release"""
 
@@ -152,8 +151,7 @@ class Tiles:
 
     vae           with encode, as encoders.WanVAE
     tile, stride  (rows, columns) in latents
-    Where tiles overlap the result is their mean; a place's weight in a tile is the smaller one of
-    both directions."""
+    Where tiles overlap the result is their mean; a weight is the smaller of both directions."""
 
     def __init__(self, vae, tile=(30, 52), stride=(15, 26)):
         self.vae, self.tile, self.stride = vae, tile, stride

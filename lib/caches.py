@@ -171,8 +171,7 @@ def tensors_of(arrays, specs):
 
 
 def read_values(path):
-    """Tensors (as stored) and metadata of a cache file; every value is checked against the checksum
-    and is finite.
+    """Tensors as stored, and metadata of a cache file; values are finite and fit the checksum.
 
     Checks are numpy's: in threads of a forked process torch's parallel operations can fail."""
     metadata, specs, start = read_header(path)

@@ -32,8 +32,7 @@ def local_optimizer(optimizer):
 def training_state(model, optimizer):
     """What a checkpoint holds: name -> trainable tensor, "name|key" -> AdamW's state.
 
-    To be called on all ranks: what is spread over them is gathered tensor by tensor, on the host of
-    rank 0."""
+    To be called on all ranks: what is spread is gathered on rank 0's host, tensor by tensor."""
     first = not dist.is_initialized() or dist.get_rank() == 0
     names = {p: n for n, p in model.named_parameters()}
 
@@ -76,7 +75,6 @@ def save_checkpoint(out, step, state, metadata, *, keep_last, keep_every=0):
     """OUT/step-N.safetensors, its optimizer state beside it, latest as a hard link; then prune.
 
     state   weights and moments, of training_state
-
     Raises OSError when the disk is full or gone; what was saved before is then untouched."""
     weights, moments = state
     # A path of other bytes than UTF-8 would make the file unreadable.

@@ -47,8 +47,7 @@ def start_processes(device, step_timeout, wait_timeout):
     """Join the other ranks when torchrun started us -> Ranks.
 
     device         auto, cpu or cuda
-    step_timeout   seconds that a rank waits for the others within a step; then it dies, and
-                   torchrun ends the rest
+    step_timeout   seconds that a rank waits for others in a step, then dies: torchrun ends the rest
     wait_timeout   the same around loading, saving and evaluation: the default group"""
     rank = int(os.environ.get("RANK", 0))
     world = int(os.environ.get("WORLD_SIZE", 1))

@@ -271,8 +271,7 @@ def name_checkpoints(sources):
 
 
 def evaluate_only(model, examples, out, sources, how, more_sigmas=()):
-    """The baselines and every checkpoint of sources on the val split: a table, OUT/eval.json, and
-    a picture of the first clip for each checkpoint.
+    """Baselines and the checkpoints of sources on val: a table, OUT/eval.json, a picture of each.
 
     examples   split -> examples, as evaluate takes them"""
     names = name_checkpoints(sources)

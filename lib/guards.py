@@ -87,8 +87,7 @@ def ignore_signals(_worker):
 class Stop:
     """SIGTERM and SIGINT as a flag that is read between micro-steps.
 
-    A second signal exits at once; signals within one second are one (a scheduler and torchrun may
-    both send it)."""
+    A second one exits at once; within a second they are one, of a scheduler and of torchrun."""
 
     def __init__(self, group):
         self.group = group

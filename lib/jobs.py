@@ -67,8 +67,7 @@ class Plan:
 
 
 def plan_jobs(options, meta, names, prepare, known):
-    """The jobs of --jobs, or one for every prompt and seed -> Plan, in which finished ones are left
-    out.
+    """The jobs of --jobs, or one for every prompt and seed -> Plan, without the finished ones.
 
     names     of the exports
     prepare   options of a job -> the same with everything filled in, and its camera

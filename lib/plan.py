@@ -93,7 +93,6 @@ class Count(Flops):
 
     now, peak  bytes alive, {phase: most of them}; scratch memory inside a kernel is not seen
     start      {phase: bytes alive when it was entered}
-
     FlopCounterMode itself keeps tensors alive longer than the program does."""
 
     def __init__(self):
@@ -306,8 +305,7 @@ class Setting(NamedTuple):
 def needs(counts, batch, sharding="-", ranks=1):
     """Bytes of a rank at its fullest, CONTEXT included; counts is {1: Cost of a clip, 2: of two}.
 
-    Gradients are there once: lib.distributed.link_gradients sees to it that DDP's buckets are they.
-    """
+    Gradients are there once: lib.distributed.link_gradients makes them DDP's buckets."""
     one, two = counts[1], counts[2]
 
     def grown(*fields):
@@ -339,8 +337,7 @@ def settings(counts, gpus, gigabytes, total, stage=1):
 
 
 def network_bytes(cost, sharding, ranks, grad_accum=1):
-    """Bytes that a rank sends in a step; on several nodes, that a node sends: rings over all ranks
-    leave each node once.
+    """Bytes that a rank, or a node of several, sends in a step: a ring leaves each node once.
 
     A sum takes twice (ranks - 1) / ranks of its bytes, gathering and scattering once."""
     part = (ranks - 1) / ranks

@@ -130,8 +130,7 @@ def wan_tensors(folder, lora=""):
 def load_wan(folder, cfg, device="cpu", dtype=None, lora=""):
     """Frozen WanDiT from the folder of a Wan release or of a stage 0 run, with a LoRA file merged.
 
-    Tensors go to device one by one, the big matrices in dtype (default fp32), so the host holds one
-    copy at most.
+    Tensors go to device one by one, big matrices in dtype (default fp32): one copy at most here.
     returns  the model, and cfg with the video sizes of what was found"""
     tensors = wan_tensors(folder, lora)
     shapes = tensor_shapes(tensors)
@@ -147,8 +146,7 @@ def load_wan(folder, cfg, device="cpu", dtype=None, lora=""):
 
 
 def load_trained(model, path):
-    """Copy a checkpoint's tensors into the model; returns its metadata (stage, step, config as
-    strings).
+    """Copy a checkpoint's tensors into the model -> its metadata, strings: stage, step, config.
 
     A checkpoint holds what its stage trains; after stage 1 the interaction keeps its zero start.
     Anything else that is missing, left over or of another shape is a ValueError."""
@@ -308,8 +306,7 @@ def open_model(meta, cfg, wan_dir, device, dtype=None, trains=True):
 
 
 def open_checkpoint(path, wan_dir, device, dtype=None, *, release="", lora="", true_rays=False):
-    """Any checkpoint with its video branch, ready for sampling: the matrices of a release in dtype
-    (None = fp32).
+    """Any checkpoint with its video branch, ready to sample; a release's matrices in dtype.
 
     release    where the model.pth is now that it was fine-tuned from; "": where it was
     lora, true_rays   as in load_release; "": the LoRA of training"""
@@ -329,8 +326,7 @@ def open_checkpoint(path, wan_dir, device, dtype=None, *, release="", lora="", t
 
 
 def export_release(checkpoint, out):
-    """Write a stage 2 checkpoint that was fine-tuned from a release under the release's names (.pth
-    or .safetensors).
+    """Write what was fine-tuned from a release under its names, as .pth or .safetensors.
 
     The video branch and whatever else the release's file held are copied from it."""
     tensors, meta = read_tensors(checkpoint)
