@@ -340,10 +340,8 @@ def match(own, release, base, num_pcb, where="this release"):
     Raises ValueError unless every tensor of ours is found in one shape and every other name is
     used.  The base may hold what the release replaces; the release may hold the encoders."""
     names = {k: release_name(k, num_pcb) for k in own}
-    plan = {k: (True, name) for k, name in names.items() if name in release}
-    for k in own:
-        if k not in plan and k.startswith("dit.") and k.removeprefix("dit.") in base:
-            plan[k] = (False, k.removeprefix("dit."))
+    plan = {f"dit.{name}": (False, name) for name in base if f"dit.{name}" in own}
+    plan |= {k: (True, name) for k, name in names.items() if name in release}
     # Everything found, under the release's names: what is used, and what must not be left over.
     found = {names[k]: (release if r else base)[name] for k, (r, name) in plan.items()}
     bridge = names["bridge.proj.weight"]  # a 1x1x1 convolution there

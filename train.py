@@ -386,18 +386,17 @@ def open_clips(options, text_dim):
     size = (options.height, options.width, options.num_frames)
     clips, how = {}, (options.wan_dir, options.skip_bad, options.follow_links)
     for split in ("train", "val") if options.eval_every or options.eval_only else ("train",):
-        parts, weights = [], []
+        found = []
         for folder, weight in parts_of(options.data_dir):
             try:
-                parts.append(CachedClips(folder, split, size, *how))
-                weights.append(weight)
+                found.append((CachedClips(folder, split, size, *how), weight))
             except EmptySplit as error:
                 empty = error
         least = 1 if options.eval_only else (split == "train") * len(parts_of(options.data_dir))
-        if len(parts) < least:  # each dataset of a mix has its share of the training
+        if len(found) < least:  # each dataset of a mix has its share of the training
             raise empty
-        if parts:
-            clips[split] = Mix(parts, weights, text_dim)
+        if found:
+            clips[split] = Mix(*zip(*found), text_dim)
     return clips
 
 

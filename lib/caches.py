@@ -283,13 +283,11 @@ def check_folder(folder, samples, size, inside="/"):
     {name: stamp}, [(clip, problem)].
 
     inside   the folder that no link may leave"""
-    kinds, metadata, windows, bad = {}, {}, {}, []
-    for path in sorted(folder.glob("*.safetensors")):
-        owner = WINDOW.sub("", path.stem)
-        if owner in samples:
-            windows[path.stem] = owner
+    kinds, metadata = {}, {}
+    names = [path.stem for path in sorted(folder.glob("*.safetensors"))]
+    windows = {name: WINDOW.sub("", name) for name in names if WINDOW.sub("", name) in samples}
     there, fingerprint = set(windows.values()), folder.name.split("-", 1)[1]
-    bad += [(i, f"not encoded: nothing of it in {folder}") for i in samples if i not in there]
+    bad = [(i, f"not encoded: nothing of it in {folder}") for i in samples if i not in there]
     for name, owner in windows.items():
         try:
             path = folder / f"{name}.safetensors"
