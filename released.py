@@ -282,7 +282,7 @@ def sizes(release, base=None, dit_heads=None, irg_heads=None, camera_heads=None,
     camera_dim = shape("vggt.camera_head.token_norm.weight")[0]
     irg_dim = shape("IRGBlock.0.bicross_attention.cross_attn.m1_proj.bias")[0]
     clip = ("IRGBlock.0.x_dit.cross_attn.k_img.weight", "img_emb.proj.1.weight")
-    video = dict(
+    return dict(
         dim=dim,
         in_dim=in_dim,
         ffn_dim=shape("IRGBlock.0.x_dit.ffn.0.weight")[0],
@@ -293,8 +293,6 @@ def sizes(release, base=None, dit_heads=None, irg_heads=None, camera_heads=None,
         freq_dim=shape("pipe.dit.time_embedding.0.weight")[1],
         has_clip=clip[0] in release or clip[1] in base,
         has_control=is_expert(release),
-    )
-    geometry = dict(
         released=True,
         geo_dim=geo_dim,
         bridge_layers=0,
@@ -310,17 +308,15 @@ def sizes(release, base=None, dit_heads=None, irg_heads=None, camera_heads=None,
         dpt_channels=tuple(shape(f"vggt.depth_head.projects.{i}.bias")[0] for i in range(4)),
         dpt_features=shape("vggt.depth_head.scratch.output_conv1.weight")[1],
         dpt_tail=shape("vggt.depth_head.scratch.output_conv2.0.weight")[0],
+        **camera_sizes(release, shape),
     )
-    if not is_expert(release):
-        camera = camera_sizes(release, shape)
-    else:
-        camera = dict(ray_sizes=(), adapter_sizes=(0, 0, 0))
-        shape("pipe.dit.control_adapter.conv.weight")  # there, or the base is another one
-    return {**video, **geometry, **camera}
 
 
 def camera_sizes(release, shape):
-    """Fields of the camera module."""
+    """Fields of the camera module, which the Wan2.2 variant has none of."""
+    if is_expert(release):
+        shape("pipe.dit.control_adapter.conv.weight")  # there, or the base is another one
+        return dict(ray_sizes=(), adapter_sizes=(0, 0, 0))
     adapter = "pipe.dit.blocks.0.cross_attn.processor."
     first, second = "controlnet_encode_first.0", "controlnet_encode_second.0"
     layers = (first, second, "patch_embedding", "fc.0", "fc.3")
