@@ -182,6 +182,7 @@ def write_sample(rec, folder, name, wishes):
         for n in tqdm(range(len(w2c)), desc="depth", unit="frame", leave=False):
             writer.depth(n, folder / "depth")
         entry.update(depth_dir=f"{name}/depth", **rec.unit)
+        entry.update({} if wishes.depth_scale is None else dict(depth_scale=wishes.depth_scale))
     K = pixel_matrix(writer.intrinsics(), writer.target)
     w2c = relative_to_first(torch.from_numpy(w2c)).numpy()
     write_cameras(folder / "camera_params.txt", w2c, K, writer.target)

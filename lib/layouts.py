@@ -13,27 +13,12 @@ from pathlib import Path
 
 import numpy as np
 
-from lib import camera_files, files
+from lib import camera_files, files, native, recordings
 from lib.camera_files import FORMATS
 from lib.crop import fractions
-from lib.native import Cameras, Hints, check_pinhole, lens_of, pose_files, quaternions, read_rows
+from lib.native import Cameras, Hints, pose_files, quaternions, read_rows
 from lib.rasters import read_raster
-from lib.recordings import (
-    Recording,
-    Video,
-    asked,
-    by_number,
-    first_of,
-    in_counts,
-    joined,
-    known_lens,
-    lens_file,
-    matrix_of,
-    number_of,
-    pick,
-    size_of,
-    some,
-)
+from lib.recordings import Recording, Video, assemble, by_number, find_lens, number_of, some
 
 # --- Folders of pictures, folders of depth, and poses ---------------------------------------------
 MILLIMETRES = dict(depth_scale=0.001)
@@ -55,11 +40,18 @@ class Folder:
 
     def parts(self, src):
         texts = " or ".join(p if form != "folder" else f"texts in {p}/" for p, form in self.poses)
+        pictures, depth = self.frames(src)
         return {
-            f"pictures ({' or '.join(self.pictures)})": first_of(src, self.pictures, files.STILLS),
-            f"depth ({' or '.join(self.depth)})": first_of(src, self.depth, files.ARRAYS),
+            f"pictures ({' or '.join(self.pictures)})": pictures,
+            f"depth ({' or '.join(self.depth)})": depth,
             f"poses ({texts})": self.path(src),
         }
+
+    def frames(self, src):
+        """Pictures and depth."""
+        kinds = (self.pictures, files.STILLS), (self.depth, files.ARRAYS)
+        found = ([files.listed(src, ends, p) for p in patterns] for patterns, ends in kinds)
+        return [next(filter(None, lists), []) for lists in found]
 
     def path(self, src):
         """(path, format) of the poses, or None."""
@@ -67,25 +59,21 @@ class Folder:
         return next(((src / p, f) for p, f in self.poses if there(src / p, f)), None)
 
     def open(self, src, wishes):
-        notes, (path, form) = [], self.path(src)
-        pictures = by_number(first_of(src, self.pictures, files.STILLS))
-        depth = by_number(first_of(src, self.depth, files.ARRAYS))
+        path, form = self.path(src)
+        pictures, depth = map(by_number, self.frames(src))
         form = wishes.cameras or form or camera_files.guess(path)
         cameras = FORMATS[form].read(path, Hints(None, wishes.matrices or "c2w"))
-        rows = self.rows(path, form, cameras, pictures)
-        ids = joined(notes, picture=pictures, depth=depth, pose=rows)
-        lens, unit = self.find_lens(notes, src, wishes, pictures[ids[0]])
-        maps, other = [depth[i] for i in ids], None
+        kinds = dict(picture=pictures, depth=depth, pose=self.rows(path, form, cameras, pictures))
+        made = assemble(kinds, cameras, fps=self.fps, axes=FORMATS[form].axes)
+        unit = self.unit | find_lens(made, src, wishes, self.known, self.lens)
         if self.depth_lens and (src / self.depth_lens).is_file():
-            shape = files.read_array(maps[0], read=False)[0]
-            other = fractions(matrix_of(src / self.depth_lens), shape)
-        counts = in_counts(maps[:1])
-        unit = {k: v for k, v in (self.unit | unit).items() if counts or k == "depth_max"}
+            shape = files.read_array(made.depth[0], read=False)[0]
+            made.depth_lens = fractions(recordings.matrix_of(src / self.depth_lens), shape)
+        counts = recordings.in_counts(made.depth[:1])
+        made.unit = {k: v for k, v in unit.items() if counts or k == "depth_max"}
         if self.read_depth and counts:
-            maps = [partial(self.read_depth, f) for f in maps]
-        unit, axes = unit | asked(wishes), wishes.axes or FORMATS[form].axes
-        made = pick(cameras, [rows[i] for i in ids], lens)
-        return Recording([pictures[i] for i in ids], made, maps, unit, other, self.fps, axes, notes)
+            made.depth = [partial(self.read_depth, f) for f in made.depth]
+        return made
 
     def rows(self, path, form, cameras, pictures):
         """Number of a frame -> row of its pose."""
@@ -98,19 +86,12 @@ class Folder:
             raise ValueError(f"{path}: {found}: which belongs to which is unknown")
         return dict(zip(pictures, range(len(pictures))))
 
-    def find_lens(self, notes, src, wishes, picture):
-        paths = (folder / name for name in self.lens for folder in (src, src.parent))
-        found = None if wishes.intrinsics else next(filter(Path.is_file, paths), None)
-        if found:
-            return lens_file(found, picture)
-        return known_lens(notes, src, wishes, picture, self.known, self.lens), {}
-
 
 def floats_in_rgba(path):
     """Depth of TartanAir V2: the bytes of a single float in blue, green, red and alpha."""
     with files.ffmpeg(path, "-frames:v", "1", "-pix_fmt", "bgra", "-f", "rawvideo") as (stream, _):
         data = stream.read()
-    return np.frombuffer(data, "<f4").reshape(size_of(path))
+    return np.frombuffer(data, "<f4").reshape(recordings.size_of(path))
 
 
 def centred(f, of=640):
@@ -200,29 +181,25 @@ def open_tum(src, wishes):
     left = f"{len(names) - len(whole)} frames without file, depth or pose within 0.02 s left out"
     notes = [left] * (len(whole) < len(names))
     names, d, p = zip(*whole)
-    # The depth is registered to the pictures with these numbers; undistorting would undo that.
-    lens = known_lens(notes, src, wishes, src / names[0], centred(525))
-    cameras = Cameras(quaternions(rows[list(p), 1:8]), "c2w", np.tile(lens, (len(p), 1)), None)
+    cameras = Cameras(quaternions(rows[list(p), 1:8]), "c2w")
     fps = 1 / np.median(np.diff(times)) if len(times) > 1 else 30.0
-    unit = dict(depth_scale=1 / 5000) | asked(wishes)
-    depth = [src / depth_names[i] for i in d]
-    return Recording([src / n for n in names], cameras, depth, unit, fps=fps, notes=notes)
+    unit, depth = dict(depth_scale=1 / 5000), [src / depth_names[i] for i in d]
+    made = Recording([src / n for n in names], cameras, depth, unit, fps=fps, notes=notes)
+    # The depth is registered to the pictures with these numbers; undistorting would undo that.
+    find_lens(made, src, wishes, centred(525))
+    return made
 
 
 def open_vkitti2(src, wishes):
     """extrinsic.txt: frame, camera, 16 numbers w2c; intrinsic.txt: frame, camera, fx fy cx cy."""
-    rows, k = read_rows(src / "extrinsic.txt"), read_rows(src / "intrinsic.txt")
-    poses = {int(r[0]): r[2:].reshape(4, 4) for r in rows if r[1] == 0}
-    lens = {int(r[0]): r[2:6] for r in k if r[1] == 0}
-    kinds, notes = [src / "frames" / n / "Camera_0" for n in ("rgb", "depth")], []
-    pictures, depth = (numbered(kind) for kind in kinds)
-    ids = joined(notes, picture=pictures, depth=depth, pose=poses, intrinsics=lens)
-    size = size_of(pictures[ids[0]])
-    shared = fractions([lens[i] for i in ids], size)
-    cameras = Cameras([poses[i] for i in ids], "w2c", shared, size)
+    tables = [read_rows(src / name) for name in ("extrinsic.txt", "intrinsic.txt")]
+    poses, lens = ({int(r[0]): r[2:] for r in table if r[1] == 0} for table in tables)
+    pictures, depth = (numbered(src / "frames" / n / "Camera_0") for n in ("rgb", "depth"))
+    rows = dict(zip(poses, range(len(poses))))
+    matrices = np.reshape(list(poses.values()), (-1, 4, 4))
+    kinds = dict(picture=pictures, depth=depth, pose=rows, intrinsics=lens)
     unit = dict(depth_scale=0.01, depth_invalid=65535)  # sky
-    frames, depth = ([kind[i] for i in ids] for kind in (pictures, depth))
-    return Recording(frames, cameras, depth, unit, fps=10.0, notes=notes)
+    return assemble(kinds, Cameras(matrices, "w2c"), pixels=True, unit=unit, fps=10.0)
 
 
 def omniworld_depth(path):
@@ -235,19 +212,15 @@ def open_omniworld(path, wishes):
     """camera/split_K.json: quats (w first) and trans of w2c, focals in pixels, cx, cy."""
     src, said = path.parent.parent, json.loads(path.read_bytes())
     splits = json.loads((src / "split_info.json").read_bytes())["split"]
-    poses = dict(zip(splits[number_of(path)], range(len(said["quats"]))))
+    rows = dict(zip(splits[number_of(path)], range(len(said["quats"]))))
     pictures, depth = (numbered(src / n) for n in ("color", "depth"))
-    notes = []
-    ids = joined(notes, pose=poses, picture=pictures, depth=depth)
+    readers = {number: partial(omniworld_depth, f) for number, f in depth.items()}
     wxyz = np.array(said["quats"], float)
     wxyz /= np.linalg.norm(wxyz, axis=1, keepdims=True)
     w2c = quaternions(np.concatenate([said["trans"], wxyz[:, [1, 2, 3, 0]]], 1))
-    f = np.broadcast_to(said["focals"], (len(w2c),))
-    centre = [np.broadcast_to(said[c], (len(w2c),)) for c in ("cx", "cy")]
-    k = fractions(np.stack([f, f, *centre], -1), size_of(pictures[ids[0]]))
-    cameras = pick(Cameras(w2c, "w2c", k, None), [poses[i] for i in ids])
-    readers = [partial(omniworld_depth, depth[i]) for i in ids]
-    return Recording([pictures[i] for i in ids], cameras, readers, fps=24.0, notes=notes)
+    k = [np.broadcast_to(said[name], (len(w2c),)) for name in ("focals", "focals", "cx", "cy")]
+    kinds = dict(pose=rows, picture=pictures, depth=readers)
+    return assemble(kinds, Cameras(w2c, "w2c", np.stack(k, -1)), pixels=True, fps=24.0)
 
 
 def find_omniworld(src):
@@ -281,18 +254,16 @@ def picture_of(folder, name):
     return next((f for f in places if f.is_file()), None)
 
 
-def open_named(pictures, cameras, wishes, *, axes, depth, unit):
+def open_named(pictures, cameras, *, axes, depth, unit):
     """Cameras that name their pictures; depth: name -> file, {} for none."""
-    notes, rows = [], {name: n for n, name in enumerate(cameras.names)}
     there = {n: path for n in cameras.names if (path := picture_of(pictures, n))}
     often = Counter(there.values())
     if twice := [n for n, path in there.items() if often[path] > 1]:
         raise ValueError(f"{pictures}: one picture for several of {some(twice)}; give each its own")
-    ids = joined(notes, pose=rows, picture=there, **(dict(depth=depth) if depth else {}))
-    made, frames = pick(cameras, [rows[n] for n in ids]), [there[n] for n in ids]
-    maps = [depth[n] for n in ids] if depth else None
-    how = dict(axes=axes, turned=False, notes=notes)  # COLMAP and nerfstudio ignore EXIF
-    return Recording(frames, made, maps, unit | asked(wishes), **how)
+    rows = {name: n for n, name in enumerate(cameras.names)}
+    kinds = dict(pose=rows, picture=there) | (dict(depth=depth) if depth else {})
+    # COLMAP and nerfstudio ignore EXIF.
+    return assemble(kinds, cameras, unit=unit, axes=axes, turned=False)
 
 
 def find_nerfstudio(src):
@@ -309,15 +280,15 @@ def open_nerfstudio(key, wishes):
     # A Blender scene says the field of view alone.
     pictures = Path(wishes.pictures or src)
     shown = filter(None, (picture_of(pictures, n) for n in told if "w" not in said))
-    size = next((size_of(f, False) for f in shown), None)
+    size = next((recordings.size_of(f, False) for f in shown), None)
     cameras = FORMATS["nerfstudio"].read(path, Hints(size))
     depth = {n: f for n, d in told.items() if d and (f := src / d.replace("\\", "/")).is_file()}
-    counts = in_counts(depth.values())
+    counts = recordings.in_counts(depth.values())
     usual = said.get("integer_depth_scale", 1 / said.get("depth_scaling_factor", 1000))
     scale = float(said.get("depth_unit_scale_factor", usual if counts else 1))
     scale *= float(said.get("applied_scale") or 1)  # it has made cameras smaller, not depth
     how = dict(depth=depth, unit=dict(depth_scale=scale) if counts or scale != 1 else {})
-    made = open_named(pictures, cameras, wishes, axes=wishes.axes or "opengl", **how)
+    made = open_named(pictures, cameras, axes="opengl", **how)
     if any(told.values()) and not depth:
         made.notes.append("the depth that it names is not there")
     return made
@@ -345,8 +316,8 @@ def open_colmap(src, wishes):
         raise ValueError(f"{src}: no folder images with the pictures; give --pictures FOLDER")
     maps, names = folder_in(src, "depth", "depths"), found[model].names
     depth = beside(maps, names)
-    how = dict(depth=depth, unit=MILLIMETRES if in_counts(depth.values()) else {})
-    made = open_named(pictures, found[model], wishes, axes="opencv", **how)
+    how = dict(depth=depth, unit=MILLIMETRES if recordings.in_counts(depth.values()) else {})
+    made = open_named(pictures, found[model], axes="opencv", **how)
     mine = {picture_of(pictures, n) for n in names}
     if lone := [f.name for f in files.listed(pictures, files.STILLS, "**/*") if f not in mine]:
         made.notes.append(f"{len(lone)} pictures that are not in the model left out: {some(lone)}")
@@ -363,15 +334,12 @@ def colmap_parts(src):
 
 
 def open_re10k(path, wishes):
-    table = camera_files.read_table(path)
-    rows = {int(t): n for n, t in enumerate(table[:, 0])}
-    folder = Path(wishes.pictures) if wishes.pictures else path.with_suffix("")
-    pictures, notes = numbered(folder), []
-    ids = joined(notes, pose=rows, picture=pictures)
-    cameras = Cameras(table[:, 7:].reshape(-1, 3, 4), "w2c", table[:, 1:5], None)
-    fps = 1e6 / np.median(np.diff(table[:, 0])) if len(table) > 1 and table[1, 0] > 1000 else 30.0
-    made = pick(cameras, [rows[i] for i in ids])
-    return Recording([pictures[i] for i in ids], made, None, fps=fps, notes=notes)
+    times = camera_files.read_table(path)[:, 0]
+    rows = {int(t): n for n, t in enumerate(times)}
+    pictures = numbered(Path(wishes.pictures) if wishes.pictures else path.with_suffix(""))
+    fps = 1e6 / np.median(np.diff(times)) if len(times) > 1 and times[1] > 1000 else 30.0
+    cameras = FORMATS["re10k"].read(path, Hints())
+    return assemble(dict(pose=rows, picture=pictures), cameras, fps=fps)
 
 
 def find_re10k(src):
@@ -388,23 +356,23 @@ def exr_in(archive, name):
 
 def open_vipe(path, wishes):
     """pose/N.npz, whose inds say which frames have a pose; rgb/N.mp4, intrinsics/, depth/N.zip."""
-    src, notes = path.parent.parent, []
-    check_pinhole(src, path.stem)
+    src = path.parent.parent
+    native.check_pinhole(src, path.stem)
     video = src / "rgb" / f"{path.stem}.mp4"
     first, fps = files.read_video(video, 1)
     with np.load(path, allow_pickle=False) as f:
-        poses = dict(zip(f["inds"].tolist(), f["data"]))
+        rows = {n: row for row, n in enumerate(f["inds"].tolist())}
+        cameras = Cameras(f["data"], "c2w")
     with np.load(src / "intrinsics" / path.name, allow_pickle=False) as f:
         k = dict(zip(f["inds"].tolist(), fractions(f["data"][:, :4], first.shape[1:3])))
     archive = src / "depth" / f"{path.stem}.zip"
     names = zipfile.ZipFile(archive).namelist() if archive.is_file() else []
     depth = {number_of(n): partial(exr_in, archive, n) for n in names if n.endswith(".exr")}
-    frames = dict.fromkeys(range(files.count_frames(video)))
-    kinds = dict(picture=frames, pose=poses, intrinsics=k) | (dict(depth=depth) if names else {})
-    ids = joined(notes, **kinds)
-    cameras = Cameras([poses[i] for i in ids], "c2w", np.array([k[i] for i in ids]), None)
-    maps = [depth[i] for i in ids] if names else None
-    return Recording(Video(video, ids), cameras, maps, fps=fps or 30.0, notes=notes)
+    frames = {n: n for n in range(files.count_frames(video))}
+    kinds = dict(picture=frames, pose=rows, intrinsics=k) | (dict(depth=depth) if names else {})
+    made = assemble(kinds, cameras, fps=fps or 30.0)
+    made.frames = Video(video, made.frames)
+    return made
 
 
 def find_vipe(src):
@@ -412,10 +380,11 @@ def find_vipe(src):
     return [f for f in poses if (src / "rgb" / f"{f.stem}.mp4").is_file()]
 
 
-def open_npz(path, wishes, *, pictures, depth, poses, kind, lens):
+def open_npz(names, path, wishes):
     """One archive for everything: Depth-Anything-3 and MegaSaM."""
+    pictures, depth, poses, lens = names
     with np.load(path, allow_pickle=False) as f:
-        data = {name: f[name] for name in (pictures, depth, poses, lens) if name in f.files}
+        data = {name: f[name] for name in names if name in f.files}
     frames = Path(wishes.pictures) if wishes.pictures else data.get(pictures, np.zeros(0))
     if not isinstance(frames, Path) and (frames.dtype, frames.shape[3:]) != (np.uint8, (3,)):
         found = f"{pictures} of {frames.dtype} {frames.shape}" if frames.size else f"no {pictures}"
@@ -425,8 +394,8 @@ def open_npz(path, wishes, *, pictures, depth, poses, kind, lens):
     shown = files.count_frames(frames) if isinstance(frames, Path) else len(frames)
     if not shown == count == len(data[poses]):
         raise ValueError(f"{path}: {shown} pictures, {count} depth maps; wanted one each")
-    k = lens_of(data[lens], count, data[depth].shape[1:], path)
-    cameras = Cameras(data[poses], kind, k, None)
+    k = native.lens_of(data[lens], count, data[depth].shape[1:], path)
+    cameras = Cameras(data[poses], native.POSES[poses], k)
     maps = [partial(data[depth].__getitem__, n) for n in range(count)]
     return Recording(Video(frames, list(range(count))), cameras, maps)
 
@@ -438,17 +407,17 @@ def holds(path, *names):
         return set(file.namelist()) >= {f"{n}.npy" for n in names}
 
 
-DA3 = dict(pictures="image", depth="depth", poses="extrinsics", kind="w2c", lens="intrinsics")
-MEGASAM = dict(pictures="images", depth="depths", poses="cam_c2w", kind="c2w", lens="intrinsic")
+# Names of the pictures, the depth, the poses and the intrinsics.
+DA3 = ("image", "depth", "extrinsics", "intrinsics")
+MEGASAM = ("images", "depths", "cam_c2w", "intrinsic")
 
 
 def marked(*names):
     return lambda src: {name: (src / name).is_file() for name in names}
 
 
-def find_npz(keys, src):
-    wanted = [keys[part] for part in ("depth", "poses", "lens")]
-    return [f for f in files.listed(src, (".npz",)) if holds(f, *wanted)]
+def find_npz(names, src):
+    return [f for f in files.listed(src, (".npz",)) if holds(f, *names[1:])]
 
 
 @dataclass(frozen=True)
@@ -468,8 +437,8 @@ LAYOUTS = dict(
     nerfstudio=Layout(open_nerfstudio, find_nerfstudio),
     colmap=Layout(open_colmap, lambda src: [src] * bool(models(src)), colmap_parts),
     vipe=Layout(open_vipe, find_vipe),
-    da3=Layout(partial(open_npz, **DA3), partial(find_npz, DA3)),
-    megasam=Layout(partial(open_npz, **MEGASAM), partial(find_npz, MEGASAM)),
+    da3=Layout(partial(open_npz, DA3), partial(find_npz, DA3)),
+    megasam=Layout(partial(open_npz, MEGASAM), partial(find_npz, MEGASAM)),
     re10k=Layout(open_re10k, find_re10k),
     **{name: Layout(kind.open, parts=kind.parts) for name, kind in FOLDERS.items()},
 )

@@ -30,8 +30,8 @@ class Cameras:
 
     matrices: np.ndarray  # (T, 3 or 4, 4)
     kind: str  # w2c or c2w
-    intrinsics: np.ndarray | None  # (T, 4) fractions
-    size: tuple | None  # (H, W)
+    intrinsics: np.ndarray | None = None  # (T, 4) fractions
+    size: tuple | None = None  # (H, W)
     names: list | None = None  # of the pictures
     lenses: list | None = None  # Lens or None of each
 

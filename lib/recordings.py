@@ -70,11 +70,6 @@ def in_counts(maps):
     return any(path.suffix.lower() in (".png", ".pgm") for path in maps)
 
 
-def first_of(folder, patterns, kinds):
-    """Files of some endings, of the first pattern that finds any, or []."""
-    return next(filter(None, (files.listed(folder, kinds, p) for p in patterns)), [])
-
-
 def number_of(path):
     """The last number in a name: its frame."""
     digits = re.findall(r"\d+", Path(path).stem)
@@ -103,10 +98,11 @@ def matrix_of(path):
     return focal_and_centre(m.reshape(4 if m.size == 16 else 3, -1))
 
 
-def lens_file(path, picture):
-    """Any file of intrinsics -> (4,) fractions of the pictures, and what it says of depth."""
+def lens_file(path, size):
+    """Any file of intrinsics -> (4,) fractions of the pictures, and what it says of depth; size:
+    (H, W) of the pictures, where the file does not say."""
     if path.suffix == ".txt":
-        return fractions(matrix_of(path), size_of(picture)), {}
+        return fractions(matrix_of(path), size), {}
     said = json.loads(path.read_bytes())
     if "camera" in said:  # NICE-SLAM's Replica; the first pixel's centre is at 0
         c = said["camera"]
@@ -117,20 +113,17 @@ def lens_file(path, picture):
         k = k.T if k[2, :2].any() else k  # column by column
         half = 0.5 if "intrinsic_matrix" in said else 0  # Open3D: the first pixel's centre is at 0
         h, w = (said.get(long, said.get(long[0])) for long in ("height", "width"))
-        size = (h, w) if h and w else size_of(picture)
+        size = (h, w) if h and w else size
         return fractions(focal_and_centre(k) + [0, 0, half, half], size), {}
     raise ValueError(f"{path}: no intrinsics among {', '.join(said)[:100]}")
 
 
-def pick(cameras, rows, lens=None):
-    """Cameras of some rows; lens: (4,) fractions for all of them."""
+def pick(cameras, rows):
+    """Cameras of some rows."""
     take = lambda items: None if items is None else [items[r] for r in rows]  # noqa: E731
-    k = take(cameras.intrinsics) if lens is None else [lens] * len(rows)
-    if k is None:
-        raise ValueError("no intrinsics; give --intrinsics fx,fy,cx,cy in pixels of the pictures")
-    matrices = camera_files.as_matrices([cameras.matrices[r] for r in rows])[:, :3]
+    k, matrices = take(cameras.intrinsics), camera_files.as_matrices(take(cameras.matrices))
     parts = dict(names=take(cameras.names), lenses=take(cameras.lenses))
-    return replace(cameras, matrices=matrices, intrinsics=np.array(k), **parts)
+    return replace(cameras, matrices=matrices[:, :3], intrinsics=k and np.array(k), **parts)
 
 
 def some(items, count=6):
@@ -150,22 +143,41 @@ def joined(notes, **kinds):
     return shared
 
 
-def known_lens(notes, src, wishes, picture, known=None, looked=()):
-    """(4,) fractions by --intrinsics, or of the pictures' size where no file may know better."""
+def assemble(kinds, cameras, pixels=False, **how):
+    """Recording of the frames that all kinds have, in the order of the first: picture, pose (a row
+    of the cameras), maybe depth and intrinsics.  pixels: intrinsics are pixels of the pictures."""
+    notes = []
+    ids = joined(notes, **kinds)
+    found = {kind: [items[i] for i in ids] for kind, items in kinds.items()}
+    cameras = pick(cameras, found["pose"])
+    k = found.get("intrinsics", cameras.intrinsics)
+    k = fractions(k, size_of(found["picture"][0])) if pixels else k
+    cameras = replace(cameras, intrinsics=k)
+    return Recording(found["picture"], cameras, found.get("depth"), notes=notes, **how)
+
+
+def find_lens(made, src, wishes, known=None, looked=()):
+    """Set the intrinsics: as asked for, of a file, or by the pictures' size where no file may know
+    better -> what the file says of depth."""
     telling = re.compile(r"(intrin|calib).*\.(txt|json|ya?ml|xml)$", re.I)
-    size, unread = size_of(picture), [f.name for f in src.iterdir() if telling.search(f.name)]
-    if not wishes.intrinsics and (unread or not known):
+    unread = [f.name for f in src.iterdir() if telling.search(f.name)]
+    paths = (folder / name for name in looked for folder in (src, src.parent))
+    path = None if wishes.intrinsics else next(filter(Path.is_file, paths), None)
+    size, unit = size_of(made.frames[0]), {}
+    if path:
+        k, unit = lens_file(path, size)
+    elif not wishes.intrinsics and (unread or not known):
         why = f"{unread[0]} is of no known layout" if unread else "no intrinsics"
         also = f" ({', '.join(looked)} looked for)" if looked else ""
         cure = "give --intrinsics fx,fy,cx,cy in pixels of the pictures"
         raise ValueError(f"{src}: {why}; {cure}{also}")
-    if not wishes.intrinsics:
-        notes.append(f"a focal length of {known(*size)[0]:.4g} px is taken for granted")
-    return fractions(wishes.intrinsics or known(*size), size)
-
-
-def asked(wishes):
-    return {} if wishes.depth_scale is None else dict(depth_scale=wishes.depth_scale)
+    else:
+        k = fractions(wishes.intrinsics or known(*size), size)
+        if not wishes.intrinsics:
+            made.notes.append(f"a focal length of {k[0] * size[1]:.4g} px is taken for granted")
+    k = np.broadcast_to(k, (len(made.frames), 4))
+    made.cameras = replace(made.cameras, intrinsics=k)
+    return unit
 
 
 def wish_arguments(parser):
