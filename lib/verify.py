@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from geometry import compose, inv_se3, unproject, valid_depth
 from lib.camera_files import NO_ROTATION, off_rotation, read_table, rigid
 from lib.crop import pixel_matrix
-from lib.depth import METRES, relative_depth, unknown, why_relative
+from lib.depth import unknown, why_relative
 from lib.files import FAR, count_arrays, count_frames, iterate_video, read_arrays
 from lib.listing import check_sample, check_sums
 from lib.report import Report, print_report
@@ -254,16 +254,10 @@ def looked_at(n):
 
 
 def inspect(raw, level="data"):
-    """Every check of one sample.
+    """Every check of one sample, as load_raw gives it.
 
-    raw   id, table (T, 19) as read_table gives it, depth (T, H, W), size (H, W) of the video;
-          optional rgb (T, H, W, 3) uint8, points (T, H, W, 3), unit,
-          moving (T, H, W): what moves by itself;
-          or, of load_raw, counts of them all, the frames of depth, points and moving that are
-          looked at, and rgb as frame -> (H, W, 3)
     level data: thresholds for recordings and estimates; exact: for renderings"""
-    report, kinds = Report(raw["id"]), ("rgb", "table", "depth", "points", "moving")
-    counts = raw.get("counts") or {k: len(raw[k]) for k in kinds if raw.get(k) is not None}
+    report, counts = Report(raw["id"]), raw["counts"]
     n = min(counts.values())
     text = " ".join(f"{dict(table='cameras').get(k, k)} {c}" for k, c in counts.items())
     report.add("frames", "ok" if len(set(counts.values())) == 1 else "fail", text)
@@ -272,11 +266,7 @@ def inspect(raw, level="data"):
         return report
     usable = "" if n % 4 == 1 else f"the first {(n - 1) // 4 * 4 + 1} = 4k + 1 are usable"
     report.add("frames", "ok", usable)
-    pairs, ids, photo = looked_at(n)
-    if "counts" not in raw:
-        chosen = {k: raw[k][ids] for k in kinds[2:] if raw.get(k) is not None}
-        chosen["rgb"] = None if raw.get("rgb") is None else {t: raw["rgb"][t] for t in photo}
-        raw = dict(raw, **chosen, relative=relative_depth(raw["depth"]))
+    pairs, ids, _ = looked_at(n)
     (h, w), (hv, wv) = raw["depth"].shape[1:], raw["size"]
     report.numbers.update(frames=n, height=hv, width=wv)
     said = f"video {hv}x{wv}" + (f", depth {h}x{w}" if (h, w) != (hv, wv) else "")
@@ -293,14 +283,14 @@ def inspect(raw, level="data"):
     depth = None if depth is None else check_depth(report, depth)
     if depth is None:
         return report
-    if raw.get("points") is not None:
+    if "points" in raw:
         check_points(report, raw["points"][:, ::step, ::step], depth, w2c[ids], K[ids], level)
-    if raw.get("moving") is not None:
+    if "moving" in raw:
         depth = leave_out(report, depth, raw["moving"])
     views = Views(depth, K[ids], w2c, pairs, ids)
     if not sparse(report, depth):
         check_views(report, views, level)
-        if raw.get("rgb") and report.checks["views"][0] != "fail":
+        if report.checks["views"][0] != "fail":
             check_photo(report, views.of(photo_pairs(pairs)), raw["rgb"], level)
     return report
 
@@ -318,8 +308,7 @@ def sparse(report, depth):
 
 def metric_depth(report, raw):
     """Depth (n, H, W) in metres, or None with the reason in the report."""
-    depth, unit = raw["depth"], raw.get("unit", METRES)
-    reason = raw["relative"]
+    depth, unit, reason = raw["depth"], raw["unit"], raw["relative"]
     if reason and unit.scale is None:
         report.suspect("depth", "relative depth", reason, "warn")
         report.add("views", "skip", "relative depth: not checkable")
@@ -351,8 +340,13 @@ def check_largest(report, depth, unit):
 
 # --- The command ----------------------------------------------------------------------------------
 def load_raw(sample):
-    """What is in the files of a sample, unconverted: the input of inspect.  Only the frames that
-    are looked at stay in memory."""
+    """What is in the files of a sample, unconverted: the input of inspect.
+
+    Only the frames that are looked at stay in memory.
+    returns  id, unit, size (H, W) of the video, counts: frames of each kind; table (T, 19);
+             rgb: frame -> (H, W, 3); of the n frames of looked_at depth (n, H, W) and, where the
+             sample has them, points (n, H, W, 3), moving (n, H, W);
+             relative: why depth has no unit, or None"""
     for field_name in ("video", "camera"):
         if not sample[field_name]:
             raise ValueError(f"no {field_name}; --cache_only renderings hold none")

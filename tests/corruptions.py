@@ -20,6 +20,7 @@ from geometry import (
 )
 from lib import suspects, verify, views  # noqa: E402
 from lib.camera_files import read_table  # noqa: E402
+from lib.depth import METRES, relative_depth  # noqa: E402
 from lib.files import read_arrays, read_video  # noqa: E402
 from lib.rooms import render_clip  # noqa: E402
 
@@ -242,6 +243,19 @@ def effect(clean, w2c, raw, believed, k):
     return pixels.nan_to_num(0).mean().item(), wrong.nan_to_num(0).mean().item()
 
 
+def inspect(raw, level="data"):
+    """The doctor on whole arrays, of which it gets what load_raw reads of files."""
+    kinds = ("rgb", "table", "depth", "points", "moving")
+    raw = dict(dict(unit=METRES), **{k: v for k, v in raw.items() if v is not None})
+    counts = {k: len(raw[k]) for k in kinds if k in raw}
+    if min(counts.values()) >= 5:
+        _, ids, photo = verify.looked_at(min(counts.values()))
+        chosen = {k: raw[k][ids] for k in kinds[2:] if k in raw}
+        chosen["rgb"] = {t: raw["rgb"][t] for t in photo}
+        raw = dict(raw, **chosen, relative=relative_depth(raw["depth"]))
+    return verify.inspect(dict(raw, counts=counts), level)
+
+
 def sweep(source, trials, kinds=KINDS, least=0.25, first=0):
     """{kind: Counter of names found} over `trials` seeds where the mistake spoils anything."""
     results = {kind: Counter() for kind in kinds}
@@ -254,7 +268,7 @@ def sweep(source, trials, kinds=KINDS, least=0.25, first=0):
             raw, w2c = source(seed)
             rng = np.random.default_rng([seed, KINDS.index(kind)])
             if kind == "clean":
-                found = verify.inspect(raw)
+                found = inspect(raw)
                 results[kind][
                     "none"
                     if found.status in ("ok", "skip")
@@ -262,7 +276,7 @@ def sweep(source, trials, kinds=KINDS, least=0.25, first=0):
                 ] += 1
             else:
                 bad, believed, k = corrupt(raw, w2c, kind, rng)
-                found = verify.inspect(bad)
+                found = inspect(bad)
                 pixels, wrong = (9, 9) if kind in SHOWN else effect(raw, w2c, bad, believed, k)
                 seen = pixels > least or wrong > 0.004
                 name = found.suspects[0] if found.suspects else f"none ({found.status})"

@@ -13,7 +13,7 @@ import torch
 import data
 from encoders import MINIATURE
 from geometry import normalize_scene, unproject
-from lib import pictures, rooms, verify
+from lib import pictures, rooms
 from lib.evaluate import geometry_row
 from lib.metrics import temporal_error
 
@@ -101,15 +101,18 @@ def test_what_moves_is_no_alarm_with_its_mask_on_exact_data_and_without_it_on_ot
     for variety in ("simple", "full"):
         for seed in range(2):
             raw = corruptions.rendered(seed, 9, variety=variety, moving=True)[0]
-            for report in (verify.inspect(raw, "exact"), verify.inspect(dict(raw, moving=None))):
+            for report in (
+                corruptions.inspect(raw, "exact"),
+                corruptions.inspect(dict(raw, moving=None)),
+            ):
                 assert report.status in ("ok", "skip") and not report.suspects, (
                     seed,
                     report.checks,
                 )
-    assert "inverted" in verify.inspect(dict(raw, moving=~raw["moving"])).checks["moving"][1]
+    assert "inverted" in corruptions.inspect(dict(raw, moving=~raw["moving"])).checks["moving"][1]
     table = raw["table"].copy()
     table[:, [10, 14, 18]] *= 3  # and mistakes are still found
-    assert verify.inspect(dict(raw, table=table)).suspects == ["translation scale off"]
+    assert corruptions.inspect(dict(raw, table=table)).suspects == ["translation scale off"]
 
 
 def test_temporal_error_of_the_true_depth_leaves_out_what_moves():

@@ -36,7 +36,7 @@ def test_views_that_cannot_tell_affine_depth_from_a_scale_say_so():
     for kind, told in (("affine depth", 1), ("translation scale off", 0)):
         raw, w2c = corruptions.rendered(1, variety="full")
         rng = np.random.default_rng([1, corruptions.KINDS.index(kind)])
-        found = verify.inspect(corruptions.corrupt(raw, w2c, kind, rng)[0])
+        found = corruptions.inspect(corruptions.corrupt(raw, w2c, kind, rng)[0])
         assert found.suspects == ["translation scale off"]
         assert str(found.checks).count(suspects.AFFINE_AS_WELL) == told
 
@@ -81,7 +81,7 @@ def test_mistakes_on_the_recording_are_named(kind):
 def test_clean_renderings_raise_no_alarm_at_the_thresholds_of_exact_data():
     for variety, seeds in (("simple", range(4)), ("full", range(8))):
         for seed in seeds:
-            report = verify.inspect(corruptions.rendered(seed, 9, variety=variety)[0], "exact")
+            report = corruptions.inspect(corruptions.rendered(seed, 9, variety=variety)[0], "exact")
             assert report.status in ("ok", "skip") and not report.suspects, (seed, report.checks)
 
 
@@ -89,7 +89,7 @@ def test_clean_renderings_raise_no_alarm_at_the_thresholds_of_exact_data():
     "kind, words", [("static", "stand still"), ("rotation", "scale not checkable")]
 )
 def test_a_camera_that_does_not_move_is_called_not_checkable(kind, words):
-    report = verify.inspect(static_clip(kind)[0])
+    report = corruptions.inspect(static_clip(kind)[0])
     assert (
         report.status == "skip"
         and report.checks["views"][0] == "skip"
@@ -117,14 +117,14 @@ def test_noise_of_an_estimator_is_no_alarm():
         )
         w2c = raw["table"][:, 7:].reshape(-1, 3, 4)
         raw["table"][:, 7:] = np.einsum("tij,tjk->tik", turn[:, :, :3], w2c).reshape(-1, 12)
-        report = verify.inspect(raw)
+        report = corruptions.inspect(raw)
         assert report.status in ("ok", "skip") and not report.suspects, report.checks
 
 
 def test_factor_of_wrong_translations_is_measured():
     raw = copy.deepcopy(corruptions.rendered(3)[0])
     raw["table"][:, [10, 14, 18]] *= 4
-    report = verify.inspect(raw)
+    report = corruptions.inspect(raw)
     assert report.suspects == ["translation scale off"]
     assert float(report.checks["views"][1].split("factor ")[1]) == pytest.approx(1 / 4, rel=0.02)
 
@@ -132,7 +132,7 @@ def test_factor_of_wrong_translations_is_measured():
 def test_a_video_that_runs_ahead_of_depth_and_cameras_is_found():
     raw = dict(corruptions.rendered(1)[0])
     raw["rgb"] = np.concatenate([raw["rgb"][1:], raw["rgb"][-1:]])
-    status, text = verify.inspect(raw).checks["photo"]
+    status, text = corruptions.inspect(raw).checks["photo"]
     assert status == "fail" and "by a frame" in text
 
 
@@ -140,7 +140,7 @@ def test_frame_counts_sizes_rotations_points_and_jumps_are_checked():
     raw = corruptions.rendered(0, 9)[0]
 
     def status(check, **changes):
-        return verify.inspect(dict(raw, **changes)).checks[check][0]
+        return corruptions.inspect(dict(raw, **changes)).checks[check][0]
 
     table = raw["table"].copy()
     table[3, 7] *= 1.01
@@ -163,7 +163,7 @@ def test_frame_counts_sizes_rotations_points_and_jumps_are_checked():
         (longer, "data", "ok"),
         (longer, "exact", "fail"),
     ):
-        report = verify.inspect(dict(raw, points=right, table=table), level)
+        report = corruptions.inspect(dict(raw, points=right, table=table), level)
         assert report.checks["points"][0] == want and (report.numbers["points_error"] > 1e-3) == (
             table is longer
         )
@@ -172,7 +172,7 @@ def test_frame_counts_sizes_rotations_points_and_jumps_are_checked():
     jumpy[:, [10, 14, 18]] = np.arange(9)[np.arange(9) != 4, None] * [0.1, 0, 0]
     assert (
         "jumps between frames 3 and 4"
-        in verify.inspect(dict(raw, table=jumpy)).checks["rotations"][1]
+        in corruptions.inspect(dict(raw, table=jumpy)).checks["rotations"][1]
     )
 
 
