@@ -312,7 +312,7 @@ def plan_clip(sample, folder, same, how, inside):
     listing.check_sample(inside, sample)
     stamp = [sample["fps"], *sample["unit"].stamp()]  # whatever changes the result
     for path in (p for p in sample.values() if isinstance(p, Path)):
-        stats = [p.stat() for p in (path, *path.glob("*")) if p.exists()]  # a folder: its files too
+        stats = files.stats_of(path)
         newest = max([s.st_mtime_ns for s in stats], default=0)
         stamp.append(f"{sum(s.st_size for s in stats)}:{newest}")
     shared = dict(same, sample=sample["id"], prompt=sample["prompt"])

@@ -591,7 +591,7 @@ class DPTHead(nn.Module):
         chunk = max(1, self.chunk // len(maps[0]))  # frames of each clip
         again = recompute and torch.is_grad_enabled() and 4 * f - 3 > chunk
         how = dict(use_reentrant=False, preserve_rng_state=False)  # there is no dropout
-        run = partial(checkpoint, **how) if again else call
+        run = partial(checkpoint, **how) if again else lambda function, *args: function(*args)
         levels = [run(self.level, i, tokens, grid, aspect) for i, tokens in enumerate(maps)]
         out = []
         for start in range(0, 4 * f - 3, chunk):
@@ -599,10 +599,6 @@ class DPTHead(nn.Module):
             fused = run(self.fuse, size, aspect, *parts)
             out.append(rearrange(fused, "(b t) h w k -> b t h w k", b=len(maps[0])))
         return torch.cat(out, 1)
-
-
-def call(function, *args):
-    return function(*args)
 
 
 def channels_last(x):

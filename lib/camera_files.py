@@ -133,9 +133,7 @@ def write_interp(path, w2c, intrinsics, size):
 
 def homogeneous(matrices):
     """(T, 3, 4) -> (T, 4, 4)."""
-    full = np.tile(np.eye(4), (len(matrices), 1, 1))
-    full[:, :3] = matrices
-    return full
+    return np.insert(matrices, 3, [0, 0, 0, 1], 1)
 
 
 def read_nerfstudio(path, hints):
@@ -316,8 +314,6 @@ def read(path, form=None, size=None, *, axes=None, matrices=None, intrinsics=Non
     check_door(path)
     try:
         form = form or guess(path)
-        if form not in FORMATS:
-            raise ValueError(f"format {form!r}; known: {', '.join(FORMATS)}")
         found = FORMATS[form].read(path, Hints(size, matrices))
         found = replace(found, matrices=as_matrices(found.matrices))
         if any(found.lenses or ()) and pinhole:
@@ -390,8 +386,6 @@ def check_plausible(path, found):
 
 def write(path, form, w2c, intrinsics=None, size=None, binary=False):
     """Write cameras as read() returns them; binary: COLMAP only."""
-    if form not in FORMATS:
-        raise ValueError(f"format {form!r}; known: {', '.join(FORMATS)}")
     kind = FORMATS[form]
     if binary and form != "colmap":
         raise ValueError(f"--binary is for --to colmap, not for {form}")

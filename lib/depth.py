@@ -2,13 +2,12 @@
 
 Shapes: T frames of H x W pixels.  Z-depth, metres, 0 = unknown."""
 
-import functools
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from lib.files import FAR, iterate_arrays, read_arrays
+from lib.files import FAR, iterate_arrays, read_arrays, while_unchanged
 
 
 @dataclass(frozen=True)
@@ -91,15 +90,9 @@ def relative_depth(frames):
     return None
 
 
+@while_unchanged
 def why_relative(path):
     """relative_depth of a whole clip: a window of a stretched clip need not reach its ends."""
-    files = [path, *path.glob("*")] if path.is_dir() else [path]
-    newest = max((f.stat().st_mtime_ns for f in files if f.exists()), default=0)
-    return why_relative_at(path, newest)
-
-
-@functools.lru_cache(maxsize=1)  # one clip is asked about several times in a row
-def why_relative_at(path, changed):
     return relative_depth(iterate_arrays(path))
 
 

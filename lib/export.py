@@ -365,13 +365,9 @@ def write_cameras(scene, path):
     camera_files.write(beside, "re10k", scene.predicted, scene.predicted_intrinsics)
 
 
-def write_video_file(scene, path):
-    pictures.write_video(path, scene.rgb, scene.fps)
-
-
 # name: what is written into the sample's folder, by which function of (scene, path)
 EXPORTS = dict(
-    video=("video.mp4", write_video_file),
+    video=("video.mp4", lambda scene, path: pictures.write_video(path, scene.rgb, scene.fps)),
     depth=("depth.mp4", write_depth_video),
     npz=("depth.npz", write_depth_arrays),
     png=("depth_png/", write_depth_pictures),

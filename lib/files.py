@@ -247,15 +247,22 @@ def read_video(path, max_frames=None, turned=True):
     return np.stack([frame for frame, _ in found]), found[0][1]
 
 
+def stats_of(path):
+    """Of a file, or of a folder and all in it; [] where there is none."""
+    parts = [Path(path), *Path(path).glob("*")]
+    return [part.stat() for part in parts if part.exists()]  # an editor's lock is a link to nowhere
+
+
+def while_unchanged(function):
+    """A function of a path that is asked anew only where its files are other ones: the windows of a
+    clip ask in a row."""
+    known = functools.lru_cache(maxsize=1)(lambda path, changed: function(path))
+    return lambda path: known(path, tuple((s.st_size, s.st_mtime_ns) for s in stats_of(path)))
+
+
+@while_unchanged
 def count_frames(path):
     """Number of frames of a video; decodes all of it, so that damage anywhere is seen."""
-    files = [Path(path), *Path(path).glob("*")] if os.path.exists(path) else []
-    stats = [f.stat() for f in files if f.exists()]  # an editor's lock is a link to nowhere
-    return count_frames_at(path, tuple((s.st_size, s.st_mtime_ns) for s in stats))
-
-
-@functools.lru_cache(maxsize=1)  # the windows of a clip ask in a row
-def count_frames_at(path, changed):
     if Path(path).is_dir():
         return sum(1 for _ in iterate_video(path))
     try:

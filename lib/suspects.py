@@ -108,13 +108,7 @@ def rolled(matrices, turn):
     return torch.cat([R, matrices[..., 3:]], -1)
 
 
-def depth_undone(views):
-    """(name, detail, views) for each mistake in depth alone."""
-    d, valid = views.depth, valid_depth(views.depth)
-    ray = pixel_rays(views.K, d.shape[-2:]).norm(dim=-1)
-    yield "ray length instead of z-depth", "", replace(views, depth=d / ray)
-    inverse = torch.where(valid, 1 / d.clamp(min=1e-9), 0)
-    yield "inverse depth", "", replace(views, depth=inverse)
+NEAR = 3.4, (25, 7), 200  # best_scale in a narrower range, quicker
 
 
 def search(costs, centre, width, counts):
@@ -174,16 +168,11 @@ def best_shift(views, inverse):
     first, last = low - 2 * (high - low), 0.95 * low
 
     def costs(shifts):
-        near = (best_scale_near(less(views, b, inverse))[1] for b in shifts.tolist())
+        near = (best_scale(less(views, b, inverse), *NEAR)[1] for b in shifts.tolist())
         return [n + math.log(dilution(middle, b)) for n, b in zip(near, shifts.tolist())]
 
     b, _ = search(costs, (first + last) / 2, (last - first) / 2, (17, 9, 9, 7))
-    return b, best_scale_near(less(views, b, inverse))[0], dilution(middle, b)
-
-
-def best_scale_near(views, width=3.4, counts=(25, 7)):
-    """best_scale in a narrower range, quicker."""
-    return best_scale(views, width, counts, 200)
+    return b, best_scale(less(views, b, inverse), *NEAR)[0], dilution(middle, b)
 
 
 def frame_scales(views):
@@ -228,7 +217,10 @@ def undo(views):
     """Suspicions of the mistakes that leave nothing to fit, but for a scale."""
     g = gather(views)
     yield from (judged(*rest, g) for rest in cameras_undone(views.w2c))
-    yield from (judged(n, d, v.w2c, gather(v)) for n, d, v in depth_undone(views))
+    ray = pixel_rays(views.K, views.depth.shape[-2:]).norm(dim=-1)
+    z_depth = replace(views, depth=views.depth / ray)
+    yield judged("ray length instead of z-depth", "", views.w2c, gather(z_depth))
+    yield judged("inverse depth", "", views.w2c, gather(less(views, 0, True)))
     coarse = views.coarse()
     k, value = best_scale(coarse)
     still = mean_log(per_pair(disagreement(gather(coarse, 400), scaled(coarse.w2c, 0))))
@@ -250,7 +242,7 @@ def undo_fitted(views):
     if factor.log().std() > 0.02:
         fixed = replace(views, depth=views.depth * factor[:, None, None])
         # Their mean is the translations' matter.
-        k, _ = best_scale_near(fixed.coarse(), 0.5, (25, 9, 9))
+        k, _ = best_scale(fixed.coarse(), 0.5, (25, 9, 9), 200)
         spread = f"factors {factor.min():.3g} to {factor.max():.3g}"
         name = "depth scaled frame by frame"
         yield judged(name, spread, scaled(views.w2c, k), gather(fixed), True)
@@ -274,8 +266,8 @@ def find_suspect(views):
     if not found:
         return None, 1.0, ""
     # A tie goes to the commoner mistake: without travel, swapped and transposed are the same.
-    best = min((f for f in found if f[0] < 1.1 * min(found)[0]), key=lambda f: f[1])
-    _, _, name, detail, ratio, left = best
+    near = (f for f in found if f[0] < 1.1 * min(found)[0])
+    _, _, name, detail, ratio, left = min(near, key=lambda f: f[1])
     if name == "translation scale off" and affine_as_well(inner, left):
         detail += AFFINE_AS_WELL
     return name, ratio, detail
@@ -291,7 +283,7 @@ def affine_as_well(views, left):
     middle = views.depth[valid_depth(views.depth)].median().item()
     for b in (-0.3 * middle, 0.3 * middle):
         other = less(views, b, False)
-        k, _ = best_scale_near(other.coarse())
+        k, _ = best_scale(other.coarse(), *NEAR)
         errors = per_pair(disagreement(gather(other), scaled(other.w2c, k)))
         if typical(views.pairs, errors) * dilution(middle, b) < 2 * max(left, 1e-4):
             return True
