@@ -137,9 +137,7 @@ def default_splits(places, count):
 
 
 def read_entry(root, entry, where):
-    """Bring one metadata entry to our names.
-
-    Raises ValueError for paths that leave the dataset and values of another type."""
+    """One metadata entry under our names."""
     sample = {
         field: next((entry[n] for n in names if entry.get(n)), None)
         for field, names in FIELDS.items()
@@ -298,8 +296,7 @@ class Job:
     path: Path  # of the cache file
 
     def part(self, what):
-        """Where a pass keeps its result until the clip is whole: a killed run goes on from
-        there."""
+        """Where a pass keeps its result until the clip is whole: a killed run goes on there."""
         return self.path.parent / ".parts" / f"{self.key['id']}.{what}.safetensors"
 
     def load(self, num_frames, stride):

@@ -71,9 +71,7 @@ def _count_layers(names, prefix):
 
 
 def _load(sd, family, build):
-    """Model build(name -> shape) that holds the tensors of sd.
-
-    Raises ValueError unless all names and shapes fit."""
+    """Model build(name -> shape) that holds the tensors of sd, whose names and shapes must fit."""
     have = shapes_of(sd)
     try:
         with torch.device("meta"):

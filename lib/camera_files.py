@@ -110,8 +110,7 @@ def oriented(matrices, kind, axes):
 
 # --- JSON -----------------------------------------------------------------------------------------
 def read_interp(path, hints):
-    """camera_data.json: 4x4 camera-to-world in cameras_interp, focal_length in pixels (500),
-    centred."""
+    """camera_data.json: 4x4 c2w in cameras_interp, focal_length in pixels (500), centred."""
     data = json.loads(Path(path).read_bytes())
     h, w = need_size(hints.size, path, "focal_length")
     focal, matrices = float(data.get("focal_length", 500)), data["cameras_interp"]

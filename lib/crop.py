@@ -20,8 +20,7 @@ def check_video_size(size, words="num_frames = {}, height x width = {} x {}"):
 
 @dataclass(frozen=True)
 class Crop:
-    """A centred cut of the target's aspect, resized to the target: one for all that a clip
-    holds."""
+    """A centred cut of the target's aspect, resized to it: one for all that a clip holds."""
 
     source: tuple  # (H, W) of the video
     target: tuple  # (H, W) of the clip

@@ -66,8 +66,7 @@ def unknown(raw, unit=METRES):
 
 
 def relative_depth(frames):
-    """Why raw depth, frames (H, W), cannot be metric: 8 bits, or stretched to a full range; or
-    None."""
+    """Why raw frames (H, W) cannot be metric: 8 bits, or stretched to a full range; or None."""
     lows, tops, below, whole, dtype = [], [], [], True, None
     for frame in frames:
         dtype = frame.dtype

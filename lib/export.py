@@ -225,8 +225,7 @@ def write_frames(folder, frames):
 
 
 def write_sheet(scene, path):
-    """Frames, depth and confidence of up to 5 frames; below, the paths and points from above and
-    the depth legend."""
+    """Up to 5 frames, their depth and confidence; below, all from above and the depth legend."""
     low, high = pictures.depth_range(scene.depth)
     pick = np.linspace(0, len(scene.rgb) - 1, min(5, len(scene.rgb))).round().astype(int)
     thin = -(-scene.size[1] // 320)

@@ -283,8 +283,7 @@ def unreadable(path, error):
 
 # --- Arrays ---------------------------------------------------------------------------------------
 def array_header(file, size, mask):
-    """Shape and dtype of an .npy stream of `size` bytes, as its header says; truth values only for
-    a mask."""
+    """Shape, type and order of an .npy stream of `size` bytes; truth values only for a mask."""
     version = np.lib.format.read_magic(file)
     if version not in ((1, 0), (2, 0)):
         raise ValueError(f".npy version {version}")
@@ -359,8 +358,7 @@ def array_stream(path, mask):
 
 
 def stacked(path, mask=False):
-    """Frames of one file with all of a clip, one at a time; what does not lie frame after frame is
-    read whole."""
+    """Frames of one file with all of a clip, one at a time where they lie one after another."""
     try:
         if path.suffix.lower() in (".npy", ".npz"):
             with array_stream(path, mask) as (file, size):
@@ -378,8 +376,7 @@ def stacked(path, mask=False):
 
 
 def read_array(path, read=True, mask=False):
-    """The array of one file; read=False: its shape and dtype, from the header; mask: a PNG of any
-    kind will do."""
+    """The array of one file; read=False: its shape and type alone; mask: of any kind of PNG."""
     try:
         return open_array(Path(path), read, mask)
     except Exception as error:  # flipped bytes make numpy and zipfile raise almost any class

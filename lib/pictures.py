@@ -101,9 +101,7 @@ def confidence_to_rgb(conf, low, high):
 
 
 def depth_legend(low, high, width, unit=""):
-    """A strip with the colours of depth from low (left) to high, and three numbers below it.
-
-    unit   word behind the numbers;   returns  (14 or 26, width, 3)"""
+    """(14 or 26, width, 3): the colours of depth from low (left) to high, numbers below them."""
     scale, tall = (1, 4) if width < 200 else (2, 10)
     strip = np.full((tall + 2 + 7 * scale + scale % 2, width, 3), DARK, np.uint8)
     depth = 1 / np.linspace(1 / low, 1 / max(high, low * 1.001), width)

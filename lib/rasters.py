@@ -44,9 +44,7 @@ COMPRESSIONS = [
 
 
 def reader_of(path, head):
-    """ffmpeg's options for a file that begins with `head`; a picture's, or none for a video.
-
-    Raises ValueError with the true name of a picture that is not read."""
+    """ffmpeg's options for a file that begins with `head`; a picture's, or none for a video."""
     kinds = [kind for magic, kind in REFUSED.items() if head.startswith(magic)]
     if head[4:8] == b"ftyp" and head[8:12] in HEIF:
         kinds.append("HEIC or AVIF")
@@ -70,9 +68,7 @@ def has_alpha(head):
 
 
 def read_raster(data):
-    """Bytes of an EXR, PFM or PGM file -> (H, W) in its own type: half, single, 8 or 16 bits.
-
-    Raises ValueError that says what the file is and what is read."""
+    """Bytes of an EXR, PFM or PGM file -> (H, W) in its own type: half, single, 8 or 16 bits."""
     try:
         if data[:4] == EXR:
             return read_exr(data)

@@ -99,8 +99,7 @@ def matrix_of(path):
 
 
 def lens_file(path, size):
-    """Any file of intrinsics -> (4,) fractions of the pictures, and what it says of depth; size:
-    (H, W) of the pictures, where the file does not say."""
+    """(4,) fractions of pictures of a size (H, W), and what the file says of depth."""
     if path.suffix == ".txt":
         return fractions(matrix_of(path), size), {}
     said = json.loads(path.read_bytes())

@@ -68,8 +68,7 @@ def rotation(axis, angle):
 
 
 def make_scene(rng, v, focal):
-    """Draw a room (box 0, from inside), boxes and spheres.  Materials: 6 room faces, then one per
-    object."""
+    """Draw a room, boxes and spheres.  Materials: 6 faces of the room, then one per object."""
     room = np.array([rng.uniform(*v["room"]), rng.uniform(*v["height"]), rng.uniform(*v["room"])])
     n, m = rng.integers(*v["boxes"], endpoint=True), rng.integers(*v["spheres"], endpoint=True)
     names = rng.choice(list(COLOURS), n + m, replace=n + m > len(COLOURS))
@@ -117,8 +116,7 @@ def clearance(scene, p):
 
 
 def camera_path(rng, v, scene, num_frames):
-    """Draw a smooth collision-free c2w (T, 3, 4) in the room's frame and its kind; None where none
-    fits."""
+    """Draw a smooth free path, c2w (T, 3, 4) in the room's frame, and its kind; None: none fits."""
     kinds = ["free", "rotation", "translation", "static", "orbit"]
     kind = rng.choice(kinds, p=[1 - v["special"]] + [v["special"] / 4] * 4)
     s = np.linspace(0, 1, num_frames)
@@ -253,8 +251,7 @@ def shade(scene, material, points, normals):
 
 
 def caption(scene, seen, c2w, kind):
-    """Prompt: the objects seen (boolean each) and the move from the first camera's point of
-    view."""
+    """Prompt: the objects seen (boolean each) and the move as the first camera sees it."""
     things, boxes, still = [], len(scene["half"]) - 1, len(scene["names"]) - ("track" in scene)
     kinds = ((slice(0, boxes), "box", "boxes"), (slice(boxes, still), "sphere", "spheres"))
     for part, one, many in kinds:

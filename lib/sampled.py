@@ -48,14 +48,12 @@ def meet(points, w2c, K, depth, tolerance=0.05):
 
 
 def known(b):
-    """(T, H, W) pixels of a batch's one clip whose depth is known and that do not move by
-    themselves."""
+    """(T, H, W) pixels of a batch's one clip of known depth that do not move by themselves."""
     return (b["mask"] & ~b["moving"] if "moving" in b else b["mask"])[0]
 
 
 def carry_first(b, first):
-    """The true first frame (3, H, W) as the later cameras see it: (T-1, 3, H, W), and where they
-    do (T-1, H, W)."""
+    """The true first frame (3, H, W) as later cameras see it (T-1, 3, H, W), and where they do."""
     later = len(b["depth"][0]) - 1
     names = ("w2c", "intrinsics", "depth")
     w2c, K, depth = (b[name][0, :1].expand(later, *b[name].shape[2:]) for name in names)

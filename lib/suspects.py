@@ -126,8 +126,7 @@ def mean_log(errors):
 
 
 def best_scale(views, width=8.0, counts=(161, 13, 13, 13), count=400):
-    """Factor on translations that makes the views agree best, exp(-width) to exp(width); its
-    cost."""
+    """Factor on translations by which views agree best, exp(-width) to exp(width); its cost."""
     g = gather(views, count)
 
     def costs(x):
@@ -155,8 +154,7 @@ def less(views, b, inverse):
 
 
 def dilution(d, b):
-    """By how much d - b is larger than the typical depth d: far depth agrees better, right or
-    wrong."""
+    """How much larger d - b is than the typical depth d: far depth agrees better, even wrong."""
     return max(1.0, (d - b) / d)
 
 
@@ -254,8 +252,7 @@ def undo_fitted(views):
 
 
 def find_suspect(views):
-    """The mistake that, undone, makes the views agree: name, ratio of errors, detail; (None, 1, '')
-    if none does."""
+    """The mistake whose undoing makes the views agree: name or None, ratio of errors, detail."""
     inner = replace(views, pairs=views.pairs[:-2] or views.pairs)
     before = per_pair(disagreement(gather(inner), inner.w2c))
     was, suspicions = typical(inner.pairs, before), list(undo(inner))

@@ -47,8 +47,7 @@ LARGE = 200
 
 # --- One sample -----------------------------------------------------------------------------------
 def check_cameras(report, table, size):
-    """Orthonormal rotations and sensible intrinsics -> w2c (T, 3, 4), K (T, 3, 3) at `size`,
-    repaired to go on."""
+    """Rotations and intrinsics -> w2c (T, 3, 4), K (T, 3, 3) at `size`, repaired to go on."""
     (h, w), table = size, torch.from_numpy(table)
     w2c, columns = table[:, 7:].reshape(-1, 3, 4), table[:, 7:].reshape(-1, 4, 3).mT
     off = off_rotation(w2c)
@@ -97,8 +96,7 @@ def check_jumps(report, w2c):
 
 
 def check_depth(report, depth):
-    """Range and valid share of depth (T, H, W) -> float64 depth, 0 = invalid; None where there is
-    none."""
+    """Range and valid share of depth (T, H, W) -> float64, 0 = invalid; None where all is."""
     valid = np.isfinite(depth) & (depth > 0)
     share = valid.mean()
     report.numbers.update(valid=float(share))
@@ -118,8 +116,7 @@ def check_depth(report, depth):
 
 
 def check_points(report, points, depth, w2c, K, level):
-    """Given points must be unproject(depth, cameras) in the frame of the first camera: to a pixel,
-    exact ones to 1e-4."""
+    """Points must be depth's, in the frame of the first camera: to a pixel, exact ones to 1e-4."""
     if points.shape[:3] != depth.shape or points.shape[-1] != 3:
         wanted = (*depth.shape[1:], 3)
         return report.add("points", "fail", f"shape {points.shape[1:]}; wanted {wanted}")
@@ -145,8 +142,7 @@ def check_points(report, points, depth, w2c, K, level):
 
 
 def leave_out(report, depth, moving):
-    """Depth without what moves by itself: cameras alone do not explain where that is seen from
-    another frame."""
+    """Depth without what moves by itself, whose place cameras alone do not explain."""
     sides = zip(depth.shape[1:], moving.shape[1:])
     rows, cols = (((np.arange(n) + 0.5) * m / n).astype(int) for n, m in sides)
     moving = torch.from_numpy(moving[:, rows][:, :, cols] > 0)

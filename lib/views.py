@@ -70,8 +70,7 @@ def thinned(K, step):
 
 
 def gather(views, count=900):
-    """What hypotheses about cameras share: about `count` pixels of the first frames, inverse depth
-    of the second ones."""
+    """What hypotheses share: some `count` pixels of first frames, inverse depth of second ones."""
     (t, s), depth, K = views.places(), views.depth, views.K
     size = depth.shape[1:]
     step = max(1, round(math.sqrt(depth[0].numel() / count)))
@@ -122,8 +121,7 @@ def sample_maps(maps, uv, size):
 
 
 def disagreement(g, w2c, focal=None):
-    """Relative depth error of the pixels both frames see: (..., P, h, w), NaN elsewhere; arguments
-    as reproject's."""
+    """Relative depth error of the pixels that both frames see (..., P, h, w), NaN elsewhere."""
     uv, z, ok = reproject(g, w2c, focal)
     seen, whole = sample_maps(g["maps"], uv, g["size"]).unbind(-3)
     return torch.where(ok & (whole > 0.999), (1 / seen.clamp(min=1e-9) / z - 1).abs(), math.nan)
@@ -175,8 +173,7 @@ def timing_matters(views):
 
 
 def motion_in_pixels(g, w2c):
-    """Largest over pairs of the median pixel motion: in all, and the part that only travel
-    explains."""
+    """Largest of the pairs' median pixel motions: in all, and what only travel explains."""
     uv, _, ok = reproject(g, w2c)
     turned, _, _ = reproject(g, scaled(w2c, 0))
     still, _, _ = reproject(g, torch.eye(3, 4).to(w2c).expand_as(w2c))
