@@ -162,16 +162,6 @@ def paste(canvas, picture, top, left):
     room[:] = picture[: room.shape[0], : room.shape[1]]
 
 
-def tile(rows, gap=2):
-    """Rows of equal uint8 pictures (H, W, 3) -> one picture on white."""
-    h, w = (n + gap for n in rows[0][0].shape[:2])
-    canvas = np.full((len(rows) * h - gap, max(map(len, rows)) * w - gap, 3), 255, np.uint8)
-    for r, row in enumerate(rows):
-        for c, picture in enumerate(row):
-            paste(canvas, picture, r * h, c * w)
-    return canvas
-
-
 def sheet(rows, titles, aside=(), gap=4):
     """Titled rows of pictures on dark, as many in each, and further pictures in a last row.
 

@@ -148,23 +148,19 @@ def read_exr(data):
     left, top, right, bottom = struct.unpack("<4i", attributes["dataWindow"])
     height, width = bottom - top + 1, right - left + 1
     check_size(height, width)
-    stride = width * sum(dtype.itemsize for _, dtype in channels)
-    before = width * sum(dtype.itemsize for _, dtype in channels[: names.index(chosen)])
-    dtype = dict(channels)[chosen]
-    out = np.zeros((height, width), dtype)
+    line = np.dtype([(name, dtype, (width,)) for name, dtype in channels])
+    out = np.zeros((height, width), dict(channels)[chosen])
     for place in struct.unpack_from(f"<{math.ceil(height / lines)}Q", data, at):
         first, size = struct.unpack_from("<2i", data, place)
         rows = min(lines, bottom + 1 - first)
         body = data[place + 8 : place + 8 + size]
         if not top <= first <= bottom or len(body) != size:
             raise ValueError("an EXR block that does not fit the file")
-        if name != "none" and size < rows * stride:
-            body = unpredicted(zlib.decompressobj().decompress(body, rows * stride))
-        if len(body) != rows * stride:
+        if name != "none" and size < rows * line.itemsize:
+            body = unpredicted(zlib.decompressobj().decompress(body, rows * line.itemsize))
+        if len(body) != rows * line.itemsize:
             raise ValueError("an EXR block of another length than its lines")
-        for row in range(rows):
-            start = row * stride + before
-            out[first - top + row] = np.frombuffer(body, dtype, width, start)
+        out[first - top :][:rows] = np.frombuffer(body, line)[chosen]
     return out
 
 
