@@ -106,54 +106,49 @@ def lies_over(frame, k):
 class Writer:
     """Makes the files of one sample, frame by frame."""
 
-    def __init__(self, rec, size):
-        self.rec, self.target, self.sizes = rec, size, []
-        self.k = [tuple(map(float, k)) for k in rec.cameras.intrinsics]
-        self.lenses = rec.cameras.lenses or [None] * len(self.k)
+    def __init__(self, rec, size, folder):
+        self.rec, self.target, self.folder = rec, size, folder
+        self.intrinsics = []  # of the video's frames so far: fractions (4,)
 
-    def pictures(self):
-        """uint8 (H, W, 3) of every frame, as the video gets them."""
-        frames = self.rec.frames
-        if not isinstance(frames, Video):
-            frames = files.read_stills(frames, self.rec.turned)
-        for n, frame in enumerate(frames):
-            if lies_over(frame, self.k[n]) and not self.rec.turned:  # others than COLMAP heed EXIF
-                (frame,) = files.read_stills(self.rec.frames[n : n + 1])
-            if lies_over(frame, self.k[n]):
+    def frames(self):
+        """uint8 (H, W, 3) of every frame, as the video gets them; writes their depth."""
+        rec, pictures, lenses = self.rec, self.rec.frames, self.rec.cameras.lenses
+        if not isinstance(pictures, Video):
+            pictures = files.read_stills(pictures, rec.turned)
+        for n, frame in enumerate(pictures):
+            k, lens = tuple(map(float, rec.cameras.intrinsics[n])), lenses and lenses[n]
+            if lies_over(frame, k) and not rec.turned:  # others than COLMAP heed EXIF
+                (frame,) = files.read_stills(rec.frames[n : n + 1])
+            if lies_over(frame, k):
                 found = "picture {0} is {2}x{1}, its camera {1}x{2}".format(n, *frame.shape)
                 raise ValueError(f"{found}. Fix: save the pictures upright and label them again")
-            if self.lenses[n]:
-                frame = undistortion(self.k[n], self.lenses[n]).picture(frame)
-            self.sizes.append(frame.shape[:2])
-            self.target = self.target or tuple(n - n % 2 for n in self.sizes[n])  # as H.264 wants
-            if self.sizes[n] != self.target:
-                cut = Crop(self.sizes[n], self.target).video(frame[None])[0]
-                frame = cut.permute(1, 2, 0).round().byte().numpy()
+            if lens:
+                frame = undistortion(k, lens).picture(frame)
+            h, w = frame.shape[:2]
+            self.target = self.target or (h - h % 2, w - w % 2)  # as H.264 wants
+            pinhole = np.array(pinhole_of(k, lens))[None]
+            self.intrinsics += list(crop_intrinsics(pinhole, w / h, self.target))
+            cut = Crop((h, w), self.target) if (h, w) != self.target else None
+            if rec.depth:
+                self.write_depth(n, k, lens, cut)
+            if cut:
+                frame = cut.video(frame[None])[0].permute(1, 2, 0).round().byte().numpy()
             yield frame
 
-    def intrinsics(self):
-        """(T, 4) fractions of the video; after pictures()."""
-        rows = []
-        for k, lens, (h, w) in zip(self.k, self.lenses, self.sizes):
-            k = np.array(pinhole_of(k, lens))
-            rows.append(crop_intrinsics(k[None], w / h, self.target)[0])
-        return np.array(rows)
-
-    def depth(self, n, folder):
-        """Write the depth of a frame: the file itself where nothing changes."""
+    def write_depth(self, n, k, lens, cut):
+        """Depth of a frame: the file itself where nothing changes."""
         source, own = self.rec.depth[n], self.rec.depth_lens
-        lens, cut = self.lenses[n], self.sizes[n] != self.target
-        path = folder / f"frame_{n:04d}.npy"
+        path = self.folder / f"frame_{n:04d}.npy"
         if isinstance(source, Path) and not lens and not cut and own is None:
             files.read_array(source, read=False)  # refuses what is no depth
             return shutil.copyfile(source, path.with_suffix(source.suffix.lower()))
         raw = files.read_array(source) if isinstance(source, Path) else source()
         if own is not None:  # another camera at the same place: its pixels under the pictures'
-            raw = under(raw, own, self.k[n])
+            raw = under(raw, own, k)
         if lens:
-            raw = undistortion(self.k[n], lens).map(raw)
+            raw = undistortion(k, lens).map(raw)
         if cut:
-            raw = Crop(self.sizes[n], self.target).maps(raw[None])[0].numpy()
+            raw = cut.maps(raw[None])[0].numpy()
         np.save(path, raw)
 
 
@@ -173,17 +168,16 @@ def write_sample(rec, folder, name, wishes):
     rec = thinned(rec, wishes)
     check_plausible(name, rec.cameras)
     w2c = oriented(rec.cameras.matrices, rec.cameras.kind, wishes.axes or rec.axes)
-    writer, fps = Writer(rec, wishes.size), (wishes.fps or rec.fps) / wishes.stride
-    show = tqdm(writer.pictures(), desc=name[:30], total=len(w2c), unit="frame")
-    write_video(folder / "video.mp4", show, fps, crf=10)
+    fps = (wishes.fps or rec.fps) / wishes.stride
     entry = dict(id=name, video_path=f"{name}/video.mp4", fps=round(fps, 4))
     if rec.depth:
         (folder / "depth").mkdir()
-        for n in tqdm(range(len(w2c)), desc="depth", unit="frame", leave=False):
-            writer.depth(n, folder / "depth")
         entry.update(depth_dir=f"{name}/depth", **rec.unit)
         entry.update({} if wishes.depth_scale is None else dict(depth_scale=wishes.depth_scale))
-    K = pixel_matrix(writer.intrinsics(), writer.target)
+    writer = Writer(rec, wishes.size, folder / "depth")
+    show = tqdm(writer.frames(), desc=name[:30], total=len(w2c), unit="frame")
+    write_video(folder / "video.mp4", show, fps, crf=10)
+    K = pixel_matrix(writer.intrinsics, writer.target)
     w2c = relative_to_first(torch.from_numpy(w2c)).numpy()
     write_cameras(folder / "camera_params.txt", w2c, K, writer.target)
     return dict(entry, camera_file=f"{name}/camera_params.txt")
