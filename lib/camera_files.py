@@ -21,7 +21,7 @@ from lib.colmap import colmap_binary, colmap_text
 from lib.crop import focal_and_centre, fractions
 from lib.files import FAR, MAX_BYTES, MAX_CAMERAS, check_file, natural
 from lib.lens import MODELS, make_lens, pinhole_of
-from lib.native import Cameras, Hints, need_size, pose_files
+from lib.native import Cameras, need_size, pose_files
 
 RE10K = "19 numbers: index fx fy cx cy 0 0 and the row-major 3x4 world-to-camera matrix"
 
@@ -109,10 +109,10 @@ def oriented(matrices, kind, axes):
 
 
 # --- JSON -----------------------------------------------------------------------------------------
-def read_interp(path, hints):
+def read_interp(path, size=None, matrices=None):
     """camera_data.json: 4x4 c2w in cameras_interp, focal_length in pixels (500), centred."""
     data = json.loads(Path(path).read_bytes())
-    h, w = need_size(hints.size, path, "focal_length")
+    h, w = need_size(size, path, "focal_length")
     focal, matrices = float(data.get("focal_length", 500)), data["cameras_interp"]
     intrinsics = np.tile([focal / w, focal / h, 0.5, 0.5], (len(matrices), 1))
     return Cameras(matrices, "c2w", intrinsics, (h, w))
@@ -135,9 +135,9 @@ def homogeneous(matrices):
     return np.insert(matrices, 3, [0, 0, 0, 1], 1)
 
 
-def read_nerfstudio(path, hints):
+def read_nerfstudio(path, size=None, matrices=None):
     """transforms.json: camera-to-world, frames by file name; intrinsics shared or per frame."""
-    data, size = json.loads(Path(path).read_bytes()), hints.size
+    data = json.loads(Path(path).read_bytes())
     frames = sorted(data["frames"], key=lambda f: natural(f.get("file_path", "")))
     bare = [f.get("file_path") for f in frames if "transform_matrix" not in f]
     if bare or not frames:
@@ -176,7 +176,7 @@ def write_nerfstudio(path, w2c, intrinsics, size):
 
 
 # --- COLMAP: pixel centres at +0.5, w2c in OpenCV axes; images ordered by name --------------------
-def read_colmap(path, hints=None):
+def read_colmap(path, size=None, matrices=None):
     path = Path(path)
     binary = (path / "images.bin").is_file()
     cameras, images = colmap_binary(path) if binary else colmap_text(path)
@@ -219,9 +219,9 @@ def numbers(values):
 
 
 # --- Text, npz ------------------------------------------------------------------------------------
-def read_re10k(path, hints):
+def read_re10k(path, size=None, matrices=None):
     w2c, intrinsics = read_cameras(path)
-    return Cameras(w2c, "w2c", intrinsics, hints.size)
+    return Cameras(w2c, "w2c", intrinsics)
 
 
 def write_re10k(path, w2c, intrinsics, size):
@@ -243,7 +243,9 @@ def write_npz(path, w2c, intrinsics, size):
 # --- One door -------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Format:
-    """A format: read(path, hints) -> Cameras, write(path, w2c, intrinsics, size), its own axes."""
+    """A format: read(path, size, matrices) -> Cameras, with what a caller says of a file that does
+    not say it: (H, W) of the pictures that pixel intrinsics are of; w2c or c2w; its own axes;
+    write(path, w2c, intrinsics, size)."""
 
     read: object
     write: object = None
@@ -313,8 +315,8 @@ def read(path, form=None, size=None, *, axes=None, matrices=None, intrinsics=Non
     check_door(path)
     try:
         form = form or guess(path)
-        found = FORMATS[form].read(path, Hints(size, matrices))
-        found = replace(found, matrices=as_matrices(found.matrices))
+        found = FORMATS[form].read(path, size, matrices)
+        found = replace(found, matrices=as_matrices(found.matrices), size=found.size or size)
         if any(found.lenses or ()) and pinhole:
             k = np.array(list(map(pinhole_of, map(tuple, found.intrinsics), found.lenses)))
             found = replace(found, intrinsics=k, lenses=None)

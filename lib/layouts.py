@@ -16,7 +16,7 @@ import numpy as np
 from lib import camera_files, files, native, recordings
 from lib.camera_files import FORMATS
 from lib.crop import fractions
-from lib.native import Cameras, Hints, pose_files, quaternions, read_rows
+from lib.native import Cameras, pose_files, quaternions, read_rows
 from lib.rasters import read_raster
 from lib.recordings import Recording, Video, assemble, by_number, find_lens, number_of, some
 
@@ -62,7 +62,7 @@ class Folder:
         path, form = self.path(src)
         pictures, depth = map(by_number, self.frames(src))
         form = wishes.cameras or form or camera_files.guess(path)
-        cameras = FORMATS[form].read(path, Hints(None, wishes.matrices or "c2w"))
+        cameras = FORMATS[form].read(path, matrices=wishes.matrices or "c2w")
         kinds = dict(picture=pictures, depth=depth, pose=self.rows(path, form, cameras, pictures))
         made = assemble(kinds, cameras, fps=self.fps, axes=FORMATS[form].axes)
         unit = self.unit | find_lens(made, src, wishes, self.known, self.lens)
@@ -281,7 +281,7 @@ def open_nerfstudio(key, wishes):
     pictures = Path(wishes.pictures or src)
     shown = filter(None, (picture_of(pictures, n) for n in told if "w" not in said))
     size = next((recordings.size_of(f, False) for f in shown), None)
-    cameras = FORMATS["nerfstudio"].read(path, Hints(size))
+    cameras = FORMATS["nerfstudio"].read(path, size)
     depth = {n: f for n, d in told.items() if d and (f := src / d.replace("\\", "/")).is_file()}
     counts = recordings.in_counts(depth.values())
     usual = said.get("integer_depth_scale", 1 / said.get("depth_scaling_factor", 1000))
@@ -308,7 +308,7 @@ def models(src):
 
 
 def open_colmap(src, wishes):
-    found = {f: FORMATS["colmap"].read(f, Hints()) for f in models(src)}
+    found = {f: FORMATS["colmap"].read(f) for f in models(src)}
     model = max(found, key=lambda f: len(found[f].matrices))
     given = wishes.pictures and Path(wishes.pictures)
     pictures = given or folder_in(src, "images", "rgb", "input")
@@ -338,7 +338,7 @@ def open_re10k(path, wishes):
     rows = {int(t): n for n, t in enumerate(times)}
     pictures = numbered(Path(wishes.pictures) if wishes.pictures else path.with_suffix(""))
     fps = 1e6 / np.median(np.diff(times)) if len(times) > 1 and times[1] > 1000 else 30.0
-    cameras = FORMATS["re10k"].read(path, Hints())
+    cameras = FORMATS["re10k"].read(path)
     return assemble(dict(pose=rows, picture=pictures), cameras, fps=fps)
 
 

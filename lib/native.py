@@ -17,14 +17,6 @@ from lib.files import array_header, natural, read_video
 
 
 @dataclass(frozen=True)
-class Hints:
-    """What a caller says about a file where it does not say it itself."""
-
-    size: tuple | None = None  # (H, W) of the pictures that pixel intrinsics are of
-    matrices: str | None = None  # w2c or c2w, for arrays without such a name
-
-
-@dataclass(frozen=True)
 class Cameras:
     """What a reader found, as the file has it: `oriented` alone turns it into w2c, OpenCV."""
 
@@ -42,10 +34,10 @@ def need_size(size, path, what):
     return size
 
 
-def need_kind(path, what, hints):
-    if hints.matrices is None:
+def need_kind(path, what, matrices):
+    if matrices is None:
         raise ValueError(f"{path}: {what}: which way do they map? give --matrices w2c|c2w")
-    return hints.matrices
+    return matrices
 
 
 def quaternions(rows):
@@ -104,14 +96,14 @@ def lens_of(k, frames, size, path):
     return fractions(k, need_size(size, path, "intrinsics")) if k[:, :2].max() > 20 else k
 
 
-def read_npz(path, hints):
+def read_npz(path, size=None, matrices=None):
     """Matrices (T, 3 or 4, 4) under a known name, intrinsics and a size where there are any."""
     data = small_arrays(path)
     if set(data) == {"data", "inds"}:
-        return read_vipe(Path(path), data, hints)
+        return read_vipe(Path(path), data, size)
     named = [name for name in POSES if name in data]
     others = [name for name in UNCLEAR if name in data]
-    if len(named) != 1 and not (others and hints.matrices):
+    if len(named) != 1 and not (others and matrices):
         cure = f"Name one w2c or c2w, or give --matrices w2c|c2w for {' or '.join(UNCLEAR)}"
         raise ValueError(f"{path}: holds {', '.join(data)}; which way do the matrices map? {cure}")
     name = named[0] if len(named) == 1 else others[0]
@@ -120,10 +112,10 @@ def read_npz(path, hints):
     lost = [k for k, x in data.items() if x.shape[-2:] == (3, 3) and k not in (*lens, name)]
     if not lens and lost:
         raise ValueError(f"{path}: is {lost[0]} the intrinsics? Name them intrinsics")
-    size = size_in(data) or hints.size
+    size = size_in(data) or size
     k = data[lens[0]] if lens else None
     k = k[0] if k is not None and k.ndim == 4 else k
-    kind = POSES[name] if name in POSES else hints.matrices
+    kind = POSES[name] if name in POSES else matrices
     return Cameras(m, kind, None if k is None else lens_of(k, len(m), size, path), size)
 
 
@@ -134,13 +126,13 @@ def check_pinhole(folder, name):
         raise ValueError(f"{model}: wanted PINHOLE; undistort the video first")
 
 
-def read_vipe(path, data, hints):
+def read_vipe(path, data, size):
     """ViPE's pose/NAME.npz, with intrinsics/NAME.npz and rgb/NAME.mp4 beside that folder."""
     gaps = set(range(data["inds"].max() + 1)) - set(data["inds"].tolist())
     if gaps:
         cure = "cut the video to the frames that have one"
         raise ValueError(f"{path}: no pose for frames {sorted(gaps)[:8]}; {cure}")
-    folder, size = path.parent.parent, hints.size
+    folder = path.parent.parent
     lens, video = folder / "intrinsics" / path.name, folder / "rgb" / f"{path.stem}.mp4"
     check_pinhole(folder, path.stem)
     if size is None and video.is_file():
@@ -152,15 +144,15 @@ def read_vipe(path, data, hints):
     return Cameras(data["data"], "c2w", lens_of(k, len(data["data"]), size, lens), size)
 
 
-def read_npy(path, hints):
+def read_npy(path, size=None, matrices=None):
     """LingBot: c2w (T, 4, 4); SpatialVID: w2c (T, 7); intrinsics.npy beside either."""
     m, beside = np.load(path, allow_pickle=False), Path(path).with_name("intrinsics.npy")
     k = np.load(beside, allow_pickle=False) if beside.is_file() else None
     if m.ndim == 2 and m.shape[1] == 7:
-        m, kind = quaternions(m), hints.matrices or "w2c"
+        m, kind = quaternions(m), matrices or "w2c"
     else:
-        kind = hints.matrices or (k is not None and "c2w") or need_kind(path, "matrices", hints)
-    return Cameras(m, kind, None if k is None else lens_of(k, len(m), hints.size, path), hints.size)
+        kind = matrices or (k is not None and "c2w") or need_kind(path, "matrices", matrices)
+    return Cameras(m, kind, None if k is None else lens_of(k, len(m), size, path))
 
 
 # --- Text -----------------------------------------------------------------------------------------
@@ -177,39 +169,39 @@ def read_rows(path):
         raise ValueError(f"{path}: {str(error).rstrip('.')}; wanted lines of numbers") from None
 
 
-def read_tum(path, hints):
+def read_tum(path, size=None, matrices=None):
     """Lines: time tx ty tz qx qy qz qw of camera-to-world; or without the time."""
     rows = read_rows(path)
     if rows.shape[1] not in (7, 8):
         raise ValueError(f"{path}: {rows.shape[1]} columns; wanted time tx ty tz qx qy qz qw")
-    return Cameras(quaternions(rows[:, -7:]), "c2w", None, hints.size)
+    return Cameras(quaternions(rows[:, -7:]), "c2w")
 
 
-def read_tartanair(path, hints):
+def read_tartanair(path, size=None, matrices=None):
     """tx ty tz qx qy qz qw of camera-to-world, x forward, y right, z down; 640 x 480, f 320."""
     turn = np.array([[0.0, 1, 0], [0, 0, 1], [1, 0, 0]])  # north east down -> OpenCV
     m = quaternions(read_rows(path))
     m = np.concatenate([turn @ m[:, :, :3] @ turn.T, turn @ m[:, :, 3:]], -1)
     k = np.array([0.5, 320 / 480, 0.5, 0.5])
-    return Cameras(m, "c2w", np.tile(k, (len(m), 1)), hints.size or (480, 640))
+    return Cameras(m, "c2w", np.tile(k, (len(m), 1)), size or (480, 640))
 
 
-def read_matrices(path, hints):
+def read_matrices(path, size=None, matrices=None):
     """12 or 16 numbers a line, row by row; 13 or 17 with an index before them."""
     rows = read_rows(path)
     if rows.shape[1] not in (12, 13, 16, 17):
         raise ValueError(f"{path}: {rows.shape[1]} columns; wanted 12 or 16 numbers a line")
     m = rows[:, rows.shape[1] % 4 :].reshape(len(rows), -1, 4)
-    return Cameras(m, need_kind(path, "bare matrices", hints), None, hints.size)
+    return Cameras(m, need_kind(path, "bare matrices", matrices))
 
 
-def read_log(path, hints):
+def read_log(path, size=None, matrices=None):
     """Open3D's trajectory.log: three numbers, then a 4x4 camera-to-world, for every frame."""
     words = np.array(Path(path).read_text("utf-8-sig").split(), float)
     if len(words) % 19:
         raise ValueError(f"{path}: {len(words)} numbers; wanted 3 + 16 a frame: cut short?")
     rows = words.reshape(-1, 19)[words[::19].argsort(kind="stable")]  # by the frames' numbers
-    return Cameras(rows[:, 3:].reshape(-1, 4, 4), "c2w", None, hints.size)
+    return Cameras(rows[:, 3:].reshape(-1, 4, 4), "c2w")
 
 
 def pose_files(folder):
@@ -219,7 +211,7 @@ def pose_files(folder):
     return sorted(files, key=lambda f: natural(f.name))
 
 
-def read_folder(path, hints):
+def read_folder(path, size=None, matrices=None):
     """One 4x4 camera-to-world a frame; frames whose tracking was lost hold -inf."""
     m = np.stack([read_rows(f).reshape(-1, 4) for f in pose_files(path)])
-    return Cameras(m, "c2w", None, hints.size)
+    return Cameras(m, "c2w")

@@ -119,7 +119,7 @@ def test_intrinsics_of_pictures_twice_as_large_are_refused(src, capsys):
 def test_distortion_of_every_word_is_seen(src):
     """nerfstudio's distortion_params are k1 k2 k3 k4 p1 p2; instant-ngp's ftheta is no pinhole."""
     edited(src, lambda told: told.update(distortion_params=[0.1, 0.2, 0, 0, 0.01, 0.02]))
-    found = camera_files.FORMATS["nerfstudio"].read(src / "transforms.json", camera_files.Hints())
+    found = camera_files.FORMATS["nerfstudio"].read(src / "transforms.json")
     assert found.lenses[0].k == (0.1, 0.2, 0, 0) and found.lenses[0].p == (0.01, 0.02)
     edited(src, lambda told: told.pop("camera_model") and told.update(ftheta_p0=0.0))
     with pytest.raises(ValueError, match="camera model FTHETA; known are"):
