@@ -68,11 +68,9 @@ class EmptySplit(ValueError):
 def load_samples(root, split=None, bad=None, inside=None):
     """List a dataset: metadata.json with samples and splits, a flat list, or its sample folders.
 
-    bad      receives (id or "sample N", problem) of each entry that is left out; without it the
-             first is raised
+    bad      receives (id or "sample N", problem) of each bad entry; without it the first is raised
     inside   the folder that no link may leave: root, or "/" to follow links anywhere
-    returns  dicts: id, split, prompt, fps, unit (DepthUnit); video, camera, depth, points, moving:
-             path or None
+    returns  dicts: id, split, prompt, fps, unit; video, camera, depth, points, moving: path, None
     Without splits the last tenth (at least one of several) is "val", the rest "train"."""
     root = Path(root)
     path, said = root / "metadata.json", listing.read_metadata(root, inside or root)
@@ -250,8 +248,7 @@ def load_clip(sample, height, width, num_frames, start=0, stride=1):
              w2c         (T, 3, 4)     float64, metres, world = first camera of the window
              intrinsics  (T, 3, 3)     float64, pixels at (H, W);   prompt, id: str;   fps: float
              relative    "" or why its depth has no unit (see relative_depth)
-             moving      (T, H, W)     bool, True on what moves by itself; only where the sample has
-                                       such a mask"""
+             moving      (T, H, W)     bool, True on what moves by itself; where there is a mask"""
     if num_frames % 4 != 1:
         near = num_frames // 4 * 4 + 1
         raise ValueError(f"num_frames = {num_frames}; wanted 4k + 1, for instance {near}")
@@ -360,8 +357,7 @@ def encode(root, height, width, num_frames, how=None):
     """Encode windows of every clip, one pass per encoder.
 
     returns  how many clips failed on any rank; 0 with skip_bad as long as one is left
-    Under torchrun every rank takes its share of the clips.  Finished files whose key still fits are
-    kept."""
+    Under torchrun every rank takes its share of the clips.  Finished files that fit are kept."""
     size, how = (num_frames, height, width), how or Encoding()
     check_video_size(size)
     # by torchrun

@@ -260,8 +260,7 @@ class WanVAE(nn.Module):
         """Normalised posterior mean; nothing is sampled, so latents can be cached.
 
         video     (B, 3, T, H, W)     [-1, 1]; T = 4k + 1, H and W multiples of 8
-        chunk     multiple of 4       pixel frames per step after the first frame; None: the clip in
-                                      one step
+        chunk     multiple of 4       pixel frames per step after the first frame; None: all
         returns   (B, 16, f, h, w)    fp32, (mu - mean) / std, on the VAE's device"""
         B, c, T, H, W = video.shape
         steps_fit = chunk is None or (chunk >= 4 and chunk % 4 == 0)
@@ -386,11 +385,9 @@ class UMT5Encoder(nn.Module):
 
 
 def clean_prompt(text):
-    """What Wan does to a prompt before tokenizing: repair text, decode HTML entities twice, single
-    spaces.
+    """What Wan does to a prompt: repair text, decode HTML entities twice, single spaces.
 
-    Without ftfy only its everyday effects are imitated: full-width forms (as Chinese commas),
-    quotes."""
+    Without ftfy its everyday effects alone: full-width forms (as Chinese commas), quotes."""
     try:
         import ftfy
 

@@ -100,8 +100,7 @@ FOV = slice(7, 9)  # radians, vertical first
 def encode_pose(w2c, K, size):
     """w2c (..., 3, 4), K (..., 3, 3) in pixels -> pose_enc (..., 9).
 
-    The principal point is dropped, so only centred cameras come back exactly.
-    Source: VGGT's absT_quaR_FoV."""
+    Only centred cameras come back exactly.   Source: VGGT's absT_quaR_FoV."""
     half = torch.stack([size[0] / (2 * K[..., 1, 1]), size[1] / (2 * K[..., 0, 0])], -1)
     return torch.cat([w2c[..., 3], mat_to_quat(w2c[..., :3]), 2 * torch.atan(half)], -1)
 
@@ -650,8 +649,7 @@ def over_clips(loss, clip_weight):
 def gradient_levels(channels, mask, weight):
     """Mean |grad| of channel maps (0 where masked) per clip at strides 1, 2, 4, 8: (B, 4).
 
-    A pair of neighbours counts if both are valid, with the weight (B, T, H, W) of its left or upper
-    pixel.   Source: MiDaS."""
+    Valid pairs of neighbours count, with the weight of the left or upper pixel.  Source: MiDaS."""
     levels = []
     for k in (1, 2, 4, 8):
         r, m = [x[..., ::k, ::k] for x in channels], mask[..., ::k, ::k]

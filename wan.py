@@ -164,9 +164,7 @@ class WanBlock(nn.Module):
         self.norm3 = nn.LayerNorm(dim, eps=1e-6)
         self.self_attn = WanSelfAttention(dim, heads)
         self.cross_attn = WanCrossAttention(dim, heads, has_clip)
-        self.ffn = nn.Sequential(
-            nn.Linear(dim, ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(ffn_dim, dim)
-        )
+        self.ffn = nn.Sequential(nn.Linear(dim, ffn_dim), nn.GELU("tanh"), nn.Linear(ffn_dim, dim))
         self.modulation = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
 
     def attend(self, x, modulation, keys, rope, adapter=None):
@@ -404,8 +402,7 @@ class WanDiT(nn.Module):
 
         x        (B, 16, f, h, w)         x_sigma
         t        (B,)                     1000 sigma, fp32, one per sample
-        context  list of (L, text_dim)    zero-padded to text_len here; or a (B, L, text_dim)
-                                          tensor, used as it is
+        context  list of (L, text_dim)    zero-padded to text_len here; or a tensor, used as it is
         y        (B, in_dim-16, f, h, w)  start-image latents (and mask), None = zeros
         clip     (B, 257, 1280)           CLIP tokens of the start image, None = zeros
         plucker  (B, 6, T, 8h, 8w)        rays at pixel rate, None = no camera
@@ -422,8 +419,7 @@ class WanDiT(nn.Module):
 
 
 def start_condition(start_latents, in_dim, frames, end=False):
-    """Latents of the start image (B, 16, 1 or f, h, w) -> y (B, in_dim-16, f, h, w) of the family,
-    or None.
+    """Start latents (B, 16, 1 or f, h, w) -> y (B, in_dim-16, f, h, w) of the family, or None.
 
     32 inputs (Control-Camera): the image's latent in frame 0, zeros after.  36 (InP, I2V): 4 mask
     channels, 1 = known, before the latents of the image followed by grey frames (all f latent

@@ -307,8 +307,7 @@ def read(path, form=None, size=None, *, axes=None, matrices=None, intrinsics=Non
     """Any camera file -> w2c (T, 3, 4), intrinsics (T, 4) or None, size (H, W) or None.
 
     size      (H, W) in pixels, for files with pixel intrinsics and no size
-    axes      opencv or opengl: what the file's cameras really look along, where that differs from
-              its format
+    axes      opencv or opengl, where the file's cameras differ from its format's
     matrices    w2c or c2w, for files that do not say
     intrinsics  fx fy cx cy in pixels, for files without
     pinhole     instead of refusing lens distortion: the pinhole that an import makes of it"""

@@ -80,8 +80,7 @@ def from_file(path, num_frames, size, view):
 def mean_distance(text, K, size, picture=""):
     """Mean distance of a depth map seen with the cameras' K; FILE, or FILE*0.001: units a count.
 
-    picture   file whose every pixel the map covers, at any resolution: both are cut to the aspect
-              of size; "": the map is squeezed"""
+    picture   file of the same view: both are cut to the aspect of size; "": the map is squeezed"""
     found = re.fullmatch(r"(.+)\*(\d*\.?\d+(?:e-?\d+)?)", text)
     path, unit = (found[1], DepthUnit(float(found[2]))) if found else (text, METRES)
     depth = read_depth(path, unit, frames=[0])  # (1, h, w)
@@ -113,12 +112,10 @@ def camera_move(name, num_frames, amount=1.0, *, fov_deg=60.0, pivot_depth=1.0, 
     """A named camera move, starting at the identity.
 
     name         one of MOVES
-    amount       1 travels 0.3 scene units, turns (pan, tilt, orbit) by fov_deg / 2, zooms by 1.5; a
-                 negative one goes the other way
+    amount       1 travels 0.3 scene units, turns by fov_deg / 2, zooms by 1.5; negative: back
     pivot_depth  scene units to the point that orbit circles and that spiral looks at
     ease         smooth: at rest at both ends; linear; in, out: at rest at the first, last frame
-    returns      w2c (T, 3, 4) in scene units, focal (T,): the factor on fx and fy, 1 unless
-                 zooming."""
+    returns      w2c (T, 3, 4) in scene units, focal (T,): the factor on fx and fy"""
     if name not in MOVES:
         near = ", ".join(difflib.get_close_matches(name, MOVES, cutoff=0.4)) or "none"
         words = f"nearest: {near}; known: {', '.join(MOVES)}."

@@ -118,8 +118,7 @@ def make_scene(video, geometry, w2c, K, *, scene_scale=1.0, drop=20.0, lift="com
     video        (3, T, H, W)     [-1, 1]
     geometry     the model's dict for one clip, on the CPU, scene units
     w2c, K       (1, T, 3, 4), (1, T, 3, 3)   commanded, scene units, pixels
-    scene_scale  user units per scene unit;   drop, lift  as in Scene
-    Raises ValueError for geometry that is not finite."""
+    scene_scale  user units per scene unit;   drop, lift  as in Scene"""
     rgb = pictures.as_pixels(video)
     size = rgb.shape[1:3]
     if not all(torch.isfinite(geometry[k]).all() for k in ("depth", "depth_conf", "pose_enc")):
@@ -265,11 +264,9 @@ def write_points(scene, path, most="ply"):
 
 
 def write_splats(scene, path):
-    """A start for Gaussian splatting: one round Gaussian per point, as wide as its pixel at its
-    depth, opacity 0.8.
+    """A start for splatting: a round Gaussian per point, as wide as its pixel, opacity 0.8.
 
-    The 62 float columns of the reference implementation, degree 3 with zero rests.  Source: Kerbl
-    et al. 2023."""
+    The reference's 62 float columns, degree 3 with zero rests.  Source: Kerbl et al. 2023."""
     xyz, rgb, index = scene.cloud(MAX_POINTS["splat"])
     n, (h, w) = len(xyz), scene.size
     spacing = np.sqrt(scene.mask.sum() / max(n, 1))  # thinned points stand further apart

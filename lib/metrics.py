@@ -48,8 +48,7 @@ def depth_metrics(pred, gt, mask, align="none", max_depth=math.inf):
     """abs_rel = mean |p - g| / g; delta1, 2, 3 = share within a factor of 1.25 ** k; rmse.
 
     pred, gt, mask  (B, T, H, W)   gt > 0 where valid
-    align           per clip: none; median: one scale; scale: the factor of least L1; scale_shift:
-                    least-squares scale and shift
+    align           per clip: none; median; scale: of least L1; scale_shift: of least squares
     max_depth       pixels that are truly farther do not count, in gt's unit (70 and 80 m are usual)
     Source: Eigen et al. 2014; one alignment for all frames of a clip as in Video Depth Anything."""
     mask = mask & (gt <= max_depth)
@@ -121,8 +120,7 @@ def pose_metrics(pred_w2c, gt_w2c):
              auc30      pair accuracy averaged over 1 .. 30 degrees, in [0, 1]; auc3 over 1 .. 3
              rot_err, trans_err, cam_mc   sums over the frames, without alignment: radians, distance
                         of the camera centres, Frobenius distance of the 3x4 camera-to-world matrix
-    Source: CameraCtrl (rot, trans, sums), CamI2V (cam_mc), Sturm et al. 2012 (ATE, RPE), VGGT
-    (AUC)."""
+    Source: CameraCtrl (rot, trans, sums), CamI2V (cam_mc), Sturm 2012 (ATE, RPE), VGGT (AUC)."""
     assert pred_w2c.shape == gt_w2c.shape and gt_w2c.shape[1] > 1, (pred_w2c.shape, gt_w2c.shape)
     pred, gt = relative_to_first(pred_w2c.double()), relative_to_first(gt_w2c.double())
     p, g = inv_se3(pred), inv_se3(gt)  # camera-to-world

@@ -227,8 +227,7 @@ def ground_map(tracks, cloud, size):
 def top_view(paths, size, cloud=None, rgb=None):
     """Camera paths from above: x to the right, z (forward) up.
 
-    paths    [(w2c (T, 3, 4), colour), ...]   the first frame is marked by a square, viewing
-                                              directions by ticks
+    paths    [(w2c (T, 3, 4), colour), ...]   a square marks the first frame, ticks the views
     size     (height, width) of the picture
     cloud    (N, 3), rgb uint8 (N, 3)         points drawn beneath, optional
     returns  the picture, with a scale bar in the unit of the paths"""

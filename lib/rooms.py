@@ -193,11 +193,9 @@ def at_frame(scene, t):
 
 
 def trace(scene, c2w, k, height, width):
-    """First hit of every pixel-centre ray.  Rays have camera z = 1: their parameter is exactly the
-    z-depth.
+    """First hit of every pixel-centre ray, of z = 1: its parameter is exactly the z-depth.
 
-    returns  depth (P,), material (P,), points (3, P), normals (3, P) in the room's frame;
-             float64"""
+    returns  depth (P,), material (P,), points (3, P), normals (3, P) in the room's frame"""
     v, u = np.mgrid[:height, :width].reshape(2, -1) + 0.5
     x, y = (u - k[0, 2]) / k[0, 0], (v - k[1, 2]) / k[1, 1]
     rays = c2w[:, :3] @ np.stack([x, y, np.ones_like(u)])

@@ -387,8 +387,7 @@ def smaller(frame):
 def verify(root, samples, bad, inside, *, fix_hints=False, as_json=False, exact=False):
     """Check every sample, print a table (or JSON); returns how many failed.
 
-    samples, bad, inside   of data.load_samples: what to check, (id, problem) of bad entries, the
-                           folder not to leave"""
+    samples, bad, inside   as in data.load_samples"""
     reports, level = [], "exact" if exact else "data"
     entries = [(s, None) for s in samples] + [(dict(id=name), what) for name, what in bad]
     for sample, problem in entries:

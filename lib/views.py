@@ -93,8 +93,7 @@ def gather(views, count=900):
 
 
 def reproject(g, w2c, focal=None):
-    """Pixels of the first frames seen from the second: uv (..., P, h, w, 2), z (..., P, h, w),
-    usable (..., P, h, w).
+    """Pixels of first frames seen from second ones: uv (..., P, h, w, 2), z and usable without 2.
 
     w2c    (..., T, 3, 4)   any number of hypotheses at once
     focal  (S,)             factors on fx and fy, in place of hypotheses about w2c"""

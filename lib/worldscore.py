@@ -73,9 +73,7 @@ class Instance:
 
 def read_list(path, runs):
     """Instances of static.json or dynamic.json, which lies in DATASET/static/ or DATASET/dynamic/;
-    images are named relative to DATASET.
-
-    Raises ValueError that names the file and the entry."""
+    images are named relative to DATASET."""
     entries, root = read_json(path), Path(path).resolve().parents[1]
     check_writable(Path(runs))
     if not isinstance(entries, list) or not entries:
@@ -209,8 +207,7 @@ def squared(frames, side=SIDE):
 def write_instance(instance, frames, first, *, fps, seconds):
     """Everything that the official tools read of one instance; image_data.json comes last.
 
-    frames   uint8 (T, H, H, 3) of all scenes;  first (H, H, 3) the start image as it was given
-    seconds  that it took"""
+    frames  uint8 (T, H, H, 3) of all scenes;  first (H, H, 3) the start image as it was given"""
     folder, scenes, count = instance.folder, len(instance.moves), len(frames)
     each = (count - 1) // scenes + 1
     (folder / "frames").mkdir(parents=True, exist_ok=True)
