@@ -75,8 +75,8 @@ def load_samples(root, split=None, bad=None, inside=None):
     root = Path(root)
     path, said = root / "metadata.json", listing.read_metadata(root, inside or root)
     entries, splits = said["samples"], said.get("splits")
-    samples, places, wrong = read_samples(root, entries, path)  # one bad entry costs itself alone
-    splits = splits or default_splits(places, len(entries))
+    samples, names, wrong = read_samples(root, entries, path)  # one bad entry costs itself alone
+    splits = splits or default_splits(names)
     # ids may be numbers in JSON
     listed = {name: set(map(str, ids)) for name, ids in splits.items()}
     everywhere = set().union(*listed.values())
@@ -109,8 +109,8 @@ def load_samples(root, split=None, bad=None, inside=None):
 
 
 def read_samples(root, entries, path):
-    """Metadata entries -> samples by id; the place of each id in the list; (id, problem) pairs."""
-    samples, wrong, places = {}, [], {}
+    """Metadata entries -> samples by id; the names of all; (id, problem) pairs."""
+    samples, names, wrong = {}, [], []
     for n, entry in enumerate(entries):
         name, where = str(entry.get("id", f"sample {n}"))[:200], f"{path}, sample {n}"
         try:
@@ -121,17 +121,16 @@ def read_samples(root, entries, path):
                 raise ValueError(f"{where}: id {name!r} is there twice. {cure}")
         except ValueError as error:
             wrong.append((name, str(error)))
-        places[name] = n
+        names.append(name)
     for name, _ in wrong:
         samples.pop(name, None)  # there twice: which one caches and splits mean is unknown
-    return samples, places, wrong
+    return samples, names, wrong
 
 
-def default_splits(places, count):
+def default_splits(names):
     """The last tenth of the list is "val"; by place, so that one bad entry moves no other."""
-    cut = count - (max(1, count // 10) if count > 1 else 0)
-    train = [i for i in places if places[i] < cut]
-    return dict(train=train, val=[i for i in places if places[i] >= cut])
+    cut = len(names) - (max(1, len(names) // 10) if len(names) > 1 else 0)
+    return dict(train=names[:cut], val=names[cut:])
 
 
 def read_entry(root, entry, where):

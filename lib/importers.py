@@ -9,7 +9,7 @@ import json
 import os
 import re
 import shutil
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,14 +17,33 @@ import torch
 from tqdm import tqdm
 
 from geometry import relative_to_first
-from lib import files
-from lib.camera_files import check_plausible, oriented, write_cameras
+from lib import camera_files, files
+from lib.camera_files import FORMATS, check_plausible, oriented, write_cameras
 from lib.crop import Crop, crop_intrinsics, pixel_matrix
 from lib.layouts import LAYOUTS
 from lib.lens import pinhole_of, undistortion
 from lib.listing import MARK, is_id, read_metadata, sums_of
 from lib.pictures import write_video
-from lib.recordings import Video, Wishes, pick, some, wish_arguments
+from lib.recordings import Video, pick, some
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """Options of the command."""
+
+    name: str | None = None  # id of the only recording
+    start: int = 0  # first frame
+    stride: int = 1
+    max_frames: int | None = None
+    size: tuple | None = None  # (H, W) of the result
+    prompt: str = ""
+    fps: float | None = None
+    intrinsics: tuple | None = None  # fx fy cx cy, pixels of the pictures
+    depth_scale: float | None = None
+    matrices: str | None = None  # w2c or c2w
+    axes: str | None = None
+    cameras: str | None = None  # format of the camera file
+    pictures: str | None = None  # folder or video, where the layout holds none
 
 
 def folders(src, depth=5):
@@ -267,4 +286,18 @@ def add_arguments(parser):
     parser.add_argument("form", metavar="FORMAT", nargs="?", choices=[*LAYOUTS, None])
     parser.add_argument("src", metavar="SRC")
     parser.add_argument("root", metavar="DIR")
-    wish_arguments(parser)
+    whole = dict(type=int, metavar="N")
+    parser.add_argument("--name", metavar="ID", help="of the sample, where SRC is one recording")
+    parser.add_argument("--start", **whole, default=0, help="first frame")
+    parser.add_argument("--stride", **whole, default=1, help="every N-th frame")
+    parser.add_argument("--max_frames", **whole, help="at most N of them")
+    parser.add_argument("--size", type=camera_files.size_of, metavar="HxW", help="cut and resize")
+    parser.add_argument("--prompt", default="", help="of every recording")
+    parser.add_argument("--fps", type=float, help="of the pictures, where the layout does not say")
+    pixels = dict(type=camera_files.lens, metavar="fx,fy,cx,cy", help="pixels of the pictures")
+    parser.add_argument("--intrinsics", **pixels)
+    parser.add_argument("--depth_scale", type=float, help="metres per count of the depth files")
+    parser.add_argument("--matrices", choices=("w2c", "c2w"))
+    parser.add_argument("--axes", choices=("opencv", "opengl"))
+    parser.add_argument("--from", dest="cameras", choices=FORMATS, help="format of the camera file")
+    parser.add_argument("--pictures", metavar="PATH", help="where the layout holds none")

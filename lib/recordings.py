@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 
 from lib import camera_files, files
-from lib.camera_files import FORMATS
 from lib.crop import focal_and_centre, fractions
 from lib.native import Cameras, read_rows
 
@@ -43,25 +42,6 @@ class Video:
         file, wanted = isinstance(self.source, Path), set(self.ids)
         frames = enumerate(files.iterate_video(self.source) if file else self.source)
         yield from (frame for n, frame in frames if n in wanted)
-
-
-@dataclass(frozen=True)
-class Wishes:
-    """Options of the command."""
-
-    name: str | None = None  # id of the only recording
-    start: int = 0  # first frame
-    stride: int = 1
-    max_frames: int | None = None
-    size: tuple | None = None  # (H, W) of the result
-    prompt: str = ""
-    fps: float | None = None
-    intrinsics: tuple | None = None  # fx fy cx cy, pixels of the pictures
-    depth_scale: float | None = None
-    matrices: str | None = None  # w2c or c2w
-    axes: str | None = None
-    cameras: str | None = None  # format of the camera file
-    pictures: str | None = None  # folder or video, where the layout holds none
 
 
 # --- Pieces ---------------------------------------------------------------------------------------
@@ -177,22 +157,3 @@ def find_lens(made, src, wishes, known=None, looked=()):
     k = np.broadcast_to(k, (len(made.frames), 4))
     made.cameras = replace(made.cameras, intrinsics=k)
     return unit
-
-
-def wish_arguments(parser):
-    """The options of Wishes."""
-    whole = dict(type=int, metavar="N")
-    parser.add_argument("--name", metavar="ID", help="of the sample, where SRC is one recording")
-    parser.add_argument("--start", **whole, default=0, help="first frame")
-    parser.add_argument("--stride", **whole, default=1, help="every N-th frame")
-    parser.add_argument("--max_frames", **whole, help="at most N of them")
-    parser.add_argument("--size", type=camera_files.size_of, metavar="HxW", help="cut and resize")
-    parser.add_argument("--prompt", default="", help="of every recording")
-    parser.add_argument("--fps", type=float, help="of the pictures, where the layout does not say")
-    pixels = dict(type=camera_files.lens, metavar="fx,fy,cx,cy", help="pixels of the pictures")
-    parser.add_argument("--intrinsics", **pixels)
-    parser.add_argument("--depth_scale", type=float, help="metres per count of the depth files")
-    parser.add_argument("--matrices", choices=("w2c", "c2w"))
-    parser.add_argument("--axes", choices=("opencv", "opengl"))
-    parser.add_argument("--from", dest="cameras", choices=FORMATS, help="format of the camera file")
-    parser.add_argument("--pictures", metavar="PATH", help="where the layout holds none")
