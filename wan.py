@@ -347,8 +347,7 @@ class WanDiT(nn.Module):
     @classmethod
     def from_state_dict(cls, sd, head_dim=128, text_len=512):
         """From official tensors, used as they are; missing or extra names are a ValueError."""
-        dit = cls.from_shapes(shapes_of(sd), head_dim, text_len)
-        return load_strict(dit, sd, "Wan2.1 DiT")
+        return load_strict(cls.from_shapes(shapes_of(sd), head_dim, text_len), sd, "Wan2.1 DiT")
 
     def modulation(self, t):
         """t (B,) -> e (B, D) for the head, modulation (B, 6, D) of every block."""

@@ -4,12 +4,13 @@ One writer for all layouts of lib/layouts.py.  SRC is one recording, or a folder
 at any depth; nothing in it is changed.  DIR/ID appears when it is whole, so a killed import goes on
 with the recording that it was at."""
 
+import argparse
 import itertools
 import json
 import os
 import re
 import shutil
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -25,25 +26,6 @@ from lib.lens import pinhole_of, undistortion
 from lib.listing import MARK, is_id, read_metadata, sums_of
 from lib.pictures import write_video
 from lib.recordings import Video, pick, some
-
-
-@dataclass(frozen=True)
-class Wishes:
-    """Options of the command."""
-
-    name: str | None = None  # id of the only recording
-    start: int = 0  # first frame
-    stride: int = 1
-    max_frames: int | None = None
-    size: tuple | None = None  # (H, W) of the result
-    prompt: str = ""
-    fps: float | None = None
-    intrinsics: tuple | None = None  # fx fy cx cy, pixels of the pictures
-    depth_scale: float | None = None
-    matrices: str | None = None  # w2c or c2w
-    axes: str | None = None
-    cameras: str | None = None  # format of the camera file
-    pictures: str | None = None  # folder or video, where the layout holds none
 
 
 def folders(src, depth=5):
@@ -230,7 +212,9 @@ def check_wishes(wishes, found, src, out):
 
 def run(src, out, form=None, **wishes):
     """Import every recording of SRC that DIR does not hold yet -> ids, and how many failed."""
-    src, out, wishes = Path(src), Path(out), Wishes(**wishes)
+    src, out, options = Path(src), Path(out), argparse.ArgumentParser()
+    add_wishes(options)
+    wishes = options.parse_args([], argparse.Namespace(**wishes))  # defaults where none is told
     found, names, failed = find(src, form), [], 0
     check_wishes(wishes, found, src, out)
     out.mkdir(parents=True, exist_ok=True)
@@ -241,7 +225,7 @@ def run(src, out, form=None, **wishes):
         name = next(n for n in itertools.chain([own], others) if n.casefold() not in taken)
         taken.add(name.casefold())  # not all file systems tell upper from lower case
         # What changes the result; another import under the same name is refused.
-        made = {k: v for k, v in asdict(wishes).items() if v not in (None, "", 0)}
+        made = {k: v for k, v in vars(wishes).items() if v not in (None, "", 0)}
         made = json.loads(json.dumps([kind, str(key.resolve()), made]))
         before = next((e for e in said["samples"] if str(e.get("id")) == name), None)
         if before and before.get("imported") != made:
@@ -286,6 +270,10 @@ def add_arguments(parser):
     parser.add_argument("form", metavar="FORMAT", nargs="?", choices=[*LAYOUTS, None])
     parser.add_argument("src", metavar="SRC")
     parser.add_argument("root", metavar="DIR")
+    add_wishes(parser)
+
+
+def add_wishes(parser):
     whole = dict(type=int, metavar="N")
     parser.add_argument("--name", metavar="ID", help="of the sample, where SRC is one recording")
     parser.add_argument("--start", **whole, default=0, help="first frame")

@@ -224,8 +224,7 @@ def open_omniworld(path, wishes):
 
 
 def find_omniworld(src):
-    splits = files.listed(src, (".json",), "camera/split_*")
-    return splits * (src / "split_info.json").is_file()
+    return files.listed(src, (".json",), "camera/split_*") * (src / "split_info.json").is_file()
 
 
 def beside(folder, names):
@@ -338,8 +337,7 @@ def open_re10k(path, wishes):
     rows = {int(t): n for n, t in enumerate(times)}
     pictures = numbered(Path(wishes.pictures) if wishes.pictures else path.with_suffix(""))
     fps = 1e6 / np.median(np.diff(times)) if len(times) > 1 and times[1] > 1000 else 30.0
-    cameras = FORMATS["re10k"].read(path)
-    return assemble(dict(pose=rows, picture=pictures), cameras, fps=fps)
+    return assemble(dict(pose=rows, picture=pictures), FORMATS["re10k"].read(path), fps=fps)
 
 
 def find_re10k(src):

@@ -213,5 +213,4 @@ def pose_files(folder):
 
 def read_folder(path, size=None, matrices=None):
     """One 4x4 camera-to-world a frame; frames whose tracking was lost hold -inf."""
-    m = np.stack([read_rows(f).reshape(-1, 4) for f in pose_files(path)])
-    return Cameras(m, "c2w")
+    return Cameras(np.stack([read_rows(f).reshape(-1, 4) for f in pose_files(path)]), "c2w")

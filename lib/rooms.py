@@ -383,8 +383,7 @@ def write_cache(out, clip, entry, split, *, wan_dir):
     folder = out / "cache" / f"{size}-{encoders.fingerprint}"
     meta = dict(entry, sample=entry["id"], split=split, fingerprint=encoders.fingerprint)
     words = dict(text=text([clip["prompt"]])[0])
-    path = folder / f"{entry['id']}.safetensors"
-    save_clip(path, clip, vae, encoders.start_pad, words, meta)
+    save_clip(folder / f"{entry['id']}.safetensors", clip, vae, encoders.start_pad, words, meta)
     empty = folder / f"{EMPTY_TEXT}.safetensors"
     if not empty.exists():
         nothing = dict(text=text([""])[0].bfloat16())

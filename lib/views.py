@@ -158,8 +158,7 @@ def error_ratio(errors, before, noise):
 
 def shifted(w2c, n):
     """Frame t gets the camera of frame t + n; at the end, the last one."""
-    t = torch.arange(len(w2c)) + n
-    return w2c[t.clamp(0, len(w2c) - 1)]
+    return w2c[(torch.arange(len(w2c)) + n).clamp(0, len(w2c) - 1)]
 
 
 def timing_matters(views):
