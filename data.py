@@ -77,8 +77,7 @@ def load_samples(root, split=None, bad=None, inside=None):
     entries, splits = said["samples"], said.get("splits")
     samples, names, wrong = read_samples(root, entries, path)  # one bad entry costs itself alone
     splits = splits or default_splits(names)
-    # ids may be numbers in JSON
-    listed = {name: set(map(str, ids)) for name, ids in splits.items()}
+    listed = {name: set(map(str, ids)) for name, ids in splits.items()}  # ids may be numbers
     everywhere = set().union(*listed.values())
     refused = {name for name, _ in wrong}  # named once, not once more as unlisted
     here = everywhere if split is None else listed.get(split, set())
@@ -98,8 +97,7 @@ def load_samples(root, split=None, bad=None, inside=None):
         raise ValueError(wrong[0][1])
     if bad is not None:
         bad += wrong
-    # in the order of the file
-    chosen = [s for s in samples.values() if split in (None, s["split"])]
+    chosen = [s for s in samples.values() if split in (None, s["split"])]  # in the file's order
     if not chosen:
         counts = {k: len(v) for k, v in splits.items()}
         found = f"no samples in split {split!r}; {len(samples)} found, splits {counts}"
@@ -437,7 +435,6 @@ class CachedClips(torch.utils.data.Dataset):
         good, stamps = {}, {}
         if folders:
             listing.check_inside(inside, folders[0])
-            # reads what is new
             good, stamps, wrong = caches.check_folder(folders[0], self.samples, shape, inside)
             bad += wrong
         if not good and (not folders or all("not encoded" in problem for _, problem in bad)):
@@ -474,8 +471,7 @@ class CachedClips(torch.utils.data.Dataset):
         for tries in range(len(self.files)):
             path = self.files[(i + tries) % len(self.files)]
             try:
-                # mapped, not parsed again
-                tensors, meta = caches.read_again(path, self.stamps[path.stem])
+                tensors, meta = caches.read_again(path, self.stamps[path.stem])  # mapped
                 relative = torch.tensor(meta.get("depth") == "relative")
                 words = dict(id=meta["id"], prompt=meta["prompt"], fps=float(meta["fps"]))
                 return dict(tensors, **words, relative=relative)
@@ -584,8 +580,8 @@ def look_at(root, ids, out, size, num_frames, follow_links=False):
 def import_recordings(form, src, root, **wishes):
     """Import, let the doctor look at what has depth -> how many failed."""
     names, failed = importers.run(src, root, form, **wishes)
-    # What has no depth yet cannot be checked.
-    made = [s for s in (load_samples(root) if names else ()) if s["id"] in names and s["depth"]]
+    made = load_samples(root) if names else []  # what has no depth yet cannot be checked
+    made = [s for s in made if s["id"] in names and s["depth"]]
     failed += check(root, made, [], root, fix_hints=True) if made else 0
     if made:
         print(f"look at them: python data.py view {root} {' '.join(s['id'] for s in made[:3])}")

@@ -236,8 +236,7 @@ def rope_2d(frames, h, w, head_dim, device):
     quarter = head_dim // 4
     frequencies = 100.0 ** (-torch.arange(quarter, dtype=torch.float64) / quarter)
     angles = positions[:, :, None] * frequencies  # (P, 2, d/4)
-    # (frames*P, d), pairs (j, j + d/4)
-    angles = torch.cat([angles, angles], -1).flatten(1).repeat(frames, 1)
+    angles = torch.cat([angles, angles], -1).flatten(1).repeat(frames, 1)  # (frames*P, d)
     return angles.cos().float().to(device), angles.sin().float().to(device)
 
 
@@ -425,8 +424,7 @@ class CameraHead(nn.Module):
             x = tokens + gate * (plain * (1 + scale) + shift)  # (B, T, C)
             for block in self.trunk:
                 x = block(x)
-            # a correction of the last guess
-            pose = pose + self.pose_branch(self.trunk_norm(x)).float()
+            pose = pose + self.pose_branch(self.trunk_norm(x)).float()  # a better guess
             out.append(torch.cat([pose[..., : FOV.start], F.relu(pose[..., FOV])], -1))
             previous = pose = pose.detach()  # each refinement answers for its own step
         return torch.stack(out)

@@ -38,8 +38,7 @@ class Scene:
     predicted_intrinsics: np.ndarray
     fps: float = 16.0
     unit: str = "units"  # word behind lengths
-    # or predicted: the cameras that lift depth to points and that COLMAP, nerfstudio get
-    lift: str = "commanded"
+    lift: str = "commanded"  # or predicted: cameras of the points, of COLMAP and nerfstudio
     drop: float = 20.0  # percent of the pixels, the least confident, that mask leaves out
     report: dict = field(default_factory=dict)
 

@@ -236,9 +236,7 @@ def rate_of(path, log):
 
 
 def read_video(path, max_frames=None, turned=True):
-    """The first max_frames frames (default all), uint8 (T, H, W, 3), and frames a second or 0.
-
-    A folder of pictures has no rate: the sample's entry gives its fps."""
+    """The first frames (default all), uint8 (T, H, W, 3); frames a second, of a folder 0."""
     if Path(path).is_dir():
         return np.stack(list(iterate_video(path, max_frames))), 0.0
     found = list(decoded(path, max_frames, MAX_BYTES, turned))
@@ -254,8 +252,7 @@ def stats_of(path):
 
 
 def while_unchanged(function):
-    """A function of a path that is asked anew only where its files are other ones: the windows of a
-    clip ask in a row."""
+    """A function of a path, asked anew if files change there: windows of a clip ask in a row."""
     known = functools.lru_cache(maxsize=1)(lambda path, changed: function(path))
     return lambda path: known(path, tuple((s.st_size, s.st_mtime_ns) for s in stats_of(path)))
 
@@ -423,8 +420,7 @@ def iterate_arrays(path, chunk=16):
 
 
 def read_arrays(path, frames=None, mask=False, limit=MAX_BYTES):
-    """Chosen frames (default all) of one file (T, ...), or of a folder with one file per frame;
-    mask as in read_array.  limit: bytes of them all."""
+    """Chosen frames (default all) of one file (T, ...) or of a folder; limit: bytes of them all."""
     path = Path(path)
     source = array_files(path) if path.is_dir() else [path]
     count = len(source) if path.is_dir() else count_arrays(path, mask)

@@ -261,8 +261,7 @@ def open_named(pictures, cameras, *, axes, depth, unit):
         raise ValueError(f"{pictures}: one picture for several of {some(twice)}; give each its own")
     rows = {name: n for n, name in enumerate(cameras.names)}
     kinds = dict(pose=rows, picture=there) | (dict(depth=depth) if depth else {})
-    # COLMAP and nerfstudio ignore EXIF.
-    return assemble(kinds, cameras, unit=unit, axes=axes, turned=False)
+    return assemble(kinds, cameras, unit=unit, axes=axes, turned=False)  # these tools ignore EXIF
 
 
 def find_nerfstudio(src):

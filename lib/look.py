@@ -49,8 +49,7 @@ def fitted(picture, height=HIGH):
 
 def row_of(scene):
     """One sample of the sheet: first frame, depth, path."""
-    low, high = pictures.depth_range(scene.depth[0])
-    depth = pictures.depth_to_rgb(scene.depth[0], low, high)
+    depth = pictures.depth_to_rgb(scene.depth[0], *pictures.depth_range(scene.depth[0]))
     path = pictures.top_view([(scene.w2c, pictures.COMMANDED)], (HIGH, HIGH))
     return [fitted(scene.rgb[0]), fitted(depth), path]
 

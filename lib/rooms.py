@@ -80,8 +80,7 @@ def make_scene(rng, v, focal):
     faces = [wall * 0.92, wall * 1.05, np.full(3, 0.93), floor, wall * 0.8, wall]
     base = np.stack(faces + [COLOURS[name] for name in names])
     dark = base * rng.uniform(0.25, 0.6, (len(base), 1)) + rng.uniform(0, 0.12, base.shape)
-    # waves of 3 pixels or more at the far end of the room (the warp triples the frequency): no
-    # aliasing
+    # No aliasing: waves of 3 pixels or more at the far end, where the warp triples the frequency.
     frequency = rng.uniform(*v["frequency"], len(base)) * ([1] * 6 + [2] * (n + m))
     strength = [0.6, 0.6, 0.25, 1.2, 0.6, 0.6] + [1] * (n + m)
     contrast = rng.uniform(*v["contrast"], len(base)) * strength
