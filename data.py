@@ -411,10 +411,9 @@ class CachedClips(torch.utils.data.Dataset):
     """The cached windows of a split: tensors of save_clip as stored (metres), and id, prompt, fps;
     relative: its depth has no unit.
 
-    Every file is checked here (see lib/caches.py), so that a run does not meet a bad one half-way:
-    ValueError lists them, or with skip_bad they are left out, each with a line; every rank leaves
-    out the same.  A file that is damaged later stops the run, or with skip_bad the next one takes
-    its place: batches depend on seed, step and files alone."""
+    Every file is checked here, so that a run meets no bad one half-way: ValueError lists them, or
+    skip_bad leaves them out, on every rank alike.  One that is damaged later stops the run, or with
+    skip_bad gives its place to the next: batches depend on seed, step and files alone."""
 
     def __init__(self, root, split, size, wan_dir="", skip_bad=False, follow_links=False):
         """size: (height, width, num_frames)."""

@@ -235,9 +235,8 @@ def vae_decoder(dim, z_dim):
 
 
 class WanVAE(nn.Module):
-    """Causal video autoencoder that takes a clip in steps; their size sets speed and memory, not
-    the result. Working memory does not grow with the clip, and input may stay on the CPU: a step
-    moves its own frames."""
+    """Causal video autoencoder in steps, whose size sets speed and memory, not the result.  Memory
+    does not grow with the clip; input may stay on the CPU: a step moves its own frames."""
 
     def __init__(self, dim=96, z_dim=LATENT.channels, decoder_dim=None):
         super().__init__()
@@ -613,10 +612,8 @@ class WanFolder:
     frees it.  Those of a stage 0 run are the encoders of the folder that it started from.
 
     fingerprint   family and a hash of the encoder files' names and sizes: caches are named by it
-    start_pad     how this family's start image is followed when it is encoded: by grey frames
-                  ("constant", 36 inputs), or by none (None)
-    load_image    None when the family has no CLIP tokens
-    Raises ValueError that names the absent file."""
+    start_pad     "constant" where grey frames follow an encoded start image (36 inputs), or None
+    load_image    None when the family has no CLIP tokens"""
 
     def __init__(self, folder, device):
         family, self.device = wan_family(folder), torch.device(device)

@@ -73,9 +73,7 @@ def quat_to_mat(q):
 
 
 def mat_to_quat(R):
-    """Rotations (..., 3, 3) to unit quaternions (..., 4) x y z w, w >= 0.
-
-    Its gradients are finite at 180 degrees too."""
+    """Rotations (..., 3, 3) to unit quaternions (..., 4) x y z w, w >= 0; finite gradients."""
     (a, b, c), (d, e, f), (g, h, i) = (row.unbind(-1) for row in R.unbind(-2))
     # fmt: off
     outer = torch.stack([  # 4 q q^T: every row is a multiple of q
@@ -130,9 +128,8 @@ def pixel_rays(K, size):
 
 
 def world_rays(c2w, K, size):
-    """World directions of the pixel rays as three maps (..., H, W).
-
-    They are rotated pixel_rays, but rows and columns stay apart: several times cheaper."""
+    """World directions of the pixel rays as three maps (..., H, W): rotated pixel_rays, but rows
+    and columns stay apart, which is several times cheaper."""
     x, y = slopes(K, size)
     R = c2w[..., None, None, :3, :3]
     return [R[..., c, 0] * x + (R[..., c, 1] * y + R[..., c, 2]) for c in range(3)]

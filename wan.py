@@ -168,9 +168,8 @@ class WanBlock(nn.Module):
         self.modulation = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
 
     def attend(self, x, modulation, keys, rope, adapter=None):
-        """x (B, N, D) fp32 residual stream; modulation (B, 6, D) shift, scale, gate of attention
-        then of the FFN; keys: keys_values of this block's cross-attention; adapter changes its
-        output (released camera module)."""
+        """x (B, N, D) fp32 residual stream; modulation (B, 6, D) shift, scale, gate of attention,
+        then of the FFN; keys of the cross-attention, whose output a release's adapter changes."""
         m = (self.modulation + modulation)[:, :3].unsqueeze(2)  # learned plus the timestep's
         shift, scale, gate = m.unbind(1)  # (B, 1, D) each
         y = torch.addcmul(shift, self.norm1(x), 1 + scale)  # one pass in place of two
@@ -228,9 +227,7 @@ class ControlResidual(nn.Module):
 
 
 def stacked_frames(x):
-    """(B, c, T, H, W) -> (B*f, 4c, H, W), channel c*4 + j: the pixel frames of a latent frame.
-
-    Frame 0 is a latent frame alone and fills its four places."""
+    """(B, c, T, H, W) -> (B*f, 4c, H, W), channel c*4 + j: a latent frame's; frame 0 four times."""
     x = torch.cat([x[:, :, :1].expand(-1, -1, LATENT.time - 1, -1, -1), x], 2)
     return rearrange(x, "b c (f j) h w -> (b f) (c j) h w", j=LATENT.time)
 

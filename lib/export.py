@@ -412,9 +412,8 @@ def check_out(out, names):
 
 
 def write_exports(scene, out, names, progress=iter):
-    """Write the named files and, last, report.json: where it lies, the sample is complete.
-
-    What an earlier sample left in the folder goes: it holds one sample's files."""
+    """Write the named files in place of an earlier sample's and, last, report.json: where it lies,
+    the sample is complete."""
     check_out(out, names)
     out.mkdir(parents=True, exist_ok=True)
     (out / "report.json").unlink(missing_ok=True)

@@ -63,9 +63,7 @@ def worst_pair(raw, pair, folder):
 
 
 def view(samples, load, out, wanted=()):
-    """Write the sheet and the pages of the wanted ids; prints where they lie.
-
-    load(sample) -> the clip as load_clip gives it"""
+    """Write the sheet and the pages of the wanted ids; load(sample): the clip of load_clip."""
     out, rows, titles = Path(out), [], []
     unknown = sorted(set(wanted) - {s["id"] for s in samples})
     if unknown:

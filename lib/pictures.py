@@ -77,9 +77,7 @@ def write_png(path, image):
 
 # ---- colours -------------------------------------------------------------------------------------
 def depth_to_rgb(depth, low, high):
-    """(..., H, W) -> uint8 (..., H, W, 3): low bright, high dark, equal steps of 1 / depth.
-
-    Invalid depth (<= 0, NaN, inf) is grey."""
+    """(..., H, W) -> uint8 (..., H, W, 3): low bright, high dark by 1 / depth; unknown is grey."""
     valid = np.isfinite(depth) & (depth > 0)
     span = max(1 / low - 1 / max(high, low * 1.001), 1e-9)
     x = (1 / low - 1 / np.where(valid, depth, low)) / span

@@ -204,9 +204,7 @@ def check_views(report, views, level):
 
 
 def check_photo(report, views, rgb, level):
-    """Colours must agree where depth does, better than without moving the pixels.
-
-    rgb   frame -> uint8 (H, W, 3) of the pairs' frames and their neighbours"""
+    """Colours must agree where depth does; rgb: frame -> uint8 (H, W, 3), of neighbours too."""
     g = gather(views)
     error, size, how = disagreement(g, views.w2c), tuple(g["size"]), dict(mode="bilinear")
     small = {}
@@ -250,9 +248,7 @@ def looked_at(n):
 
 
 def inspect(raw, level="data"):
-    """Every check of one sample, as load_raw gives it.
-
-    level data: thresholds for recordings and estimates; exact: for renderings"""
+    """Every check of a sample of load_raw; level: data, or exact as renderings are."""
     report, counts = Report(raw["id"]), raw["counts"]
     n = min(counts.values())
     text = " ".join(f"{dict(table='cameras').get(k, k)} {c}" for k, c in counts.items())
