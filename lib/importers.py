@@ -25,7 +25,7 @@ from lib.layouts import LAYOUTS
 from lib.lens import pinhole_of, undistortion
 from lib.listing import MARK, is_id, read_metadata, sums_of
 from lib.pictures import write_video
-from lib.recordings import Video, pick, some
+from lib.recordings import pick, some
 
 
 def folders(src, depth=5):
@@ -89,10 +89,9 @@ def thinned(rec, wishes):
     places = np.flatnonzero(finite)[wishes.start :: wishes.stride][: wishes.max_frames].tolist()
     if len(places) < 5:
         raise ValueError(f"{len(places)} frames with picture, depth and pose; wanted at least 5")
-    frames = [rec.frames[p] for p in places]
     return replace(
         rec,
-        frames=Video(rec.frames.source, frames) if isinstance(rec.frames, Video) else frames,
+        frames=[rec.frames[p] for p in places],
         cameras=pick(rec.cameras, places),
         depth=[rec.depth[p] for p in places] if rec.depth else None,
     )
@@ -113,10 +112,8 @@ class Writer:
 
     def frames(self):
         """uint8 (H, W, 3) of every frame, as the video gets them; writes their depth."""
-        rec, pictures, lenses = self.rec, self.rec.frames, self.rec.cameras.lenses
-        if not isinstance(pictures, Video):
-            pictures = files.read_stills(pictures, rec.turned)
-        for n, frame in enumerate(pictures):
+        rec, lenses = self.rec, self.rec.cameras.lenses
+        for n, frame in enumerate(rec.pictures()):
             k, lens = tuple(map(float, rec.cameras.intrinsics[n])), lenses and lenses[n]
             if lies_over(frame, k) and not rec.turned:  # others than COLMAP heed EXIF
                 (frame,) = files.read_stills(rec.frames[n : n + 1])

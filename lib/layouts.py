@@ -18,7 +18,7 @@ from lib.camera_files import FORMATS
 from lib.crop import fractions
 from lib.native import Cameras, pose_files, quaternions, read_rows
 from lib.rasters import read_raster
-from lib.recordings import Recording, Video, assemble, by_number, find_lens, number_of, some
+from lib.recordings import Recording, assemble, by_number, find_lens, number_of, some
 
 # --- Folders of pictures, folders of depth, and poses ---------------------------------------------
 MILLIMETRES = dict(depth_scale=0.001)
@@ -367,9 +367,7 @@ def open_vipe(path, wishes):
     depth = {number_of(n): partial(exr_in, archive, n) for n in names if n.endswith(".exr")}
     frames = {n: n for n in range(files.count_frames(video))}
     kinds = dict(picture=frames, pose=rows, intrinsics=k) | (dict(depth=depth) if names else {})
-    made = assemble(kinds, cameras, fps=fps or 30.0)
-    made.frames = Video(video, made.frames)
-    return made
+    return assemble(kinds, cameras, fps=fps or 30.0, video=video)
 
 
 def find_vipe(src):
@@ -394,7 +392,7 @@ def open_npz(names, path, wishes):
     k = native.lens_of(data[lens], count, data[depth].shape[1:], path)
     cameras = Cameras(data[poses], native.POSES[poses], k)
     maps = [partial(data[depth].__getitem__, n) for n in range(count)]
-    return Recording(Video(frames, list(range(count))), cameras, maps)
+    return Recording(list(range(count)), cameras, maps, video=frames)
 
 
 def holds(path, *names):

@@ -17,7 +17,7 @@ from lib.native import Cameras, read_rows
 class Recording:
     """N frames of the same instants, found but not read."""
 
-    frames: object  # N pictures' paths; or a Video
+    frames: list  # N pictures' paths; or numbers of a video's frames
     cameras: Cameras  # of N frames; intrinsics are fractions of the pictures
     depth: list | None  # of N: an array's path, or () -> (h, w)
     unit: dict = field(default_factory=dict)  # depth_scale, depth_invalid, depth_max
@@ -26,22 +26,15 @@ class Recording:
     axes: str = "opencv"
     notes: list = field(default_factory=list)  # sentences: what was left out or taken for granted
     turned: bool = True  # pictures as their EXIF says; the cameras may be of the pixels as they lie
+    video: object = None  # a file or folder of pictures, or an array (T, H, W, 3)
 
-
-@dataclass(frozen=True)
-class Video:
-    """Chosen frames of a video file or of an array (T, H, W, 3)."""
-
-    source: object
-    ids: list
-
-    def __getitem__(self, place):
-        return self.ids[place]
-
-    def __iter__(self):
-        file, wanted = isinstance(self.source, Path), set(self.ids)
-        frames = enumerate(files.iterate_video(self.source) if file else self.source)
-        yield from (frame for n, frame in frames if n in wanted)
+    def pictures(self):
+        """uint8 (H, W, 3) of every frame."""
+        if self.video is None:
+            return files.read_stills(self.frames, self.turned)
+        wanted, file = set(self.frames), isinstance(self.video, Path)
+        shown = enumerate(files.iterate_video(self.video) if file else self.video)
+        return (frame for n, frame in shown if n in wanted)
 
 
 # --- Pieces ---------------------------------------------------------------------------------------
