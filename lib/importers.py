@@ -182,13 +182,6 @@ def write_sample(rec, folder, name, wishes):
 
 
 # --- Many -----------------------------------------------------------------------------------------
-def check_free(folder):
-    """A folder that no import has made is somebody's: samples that are not listed, caches."""
-    if os.path.lexists(folder) and not (folder / MARK).exists():
-        cure = "choose another --name or DIR, or delete it"
-        raise ValueError(f"{folder}: is there and no import has made it; {cure}")
-
-
 def check_wishes(wishes, found, src, out):
     """ValueError for what no import could do."""
     if wishes.name and len(found) > 1:
@@ -232,7 +225,9 @@ def run(src, out, form=None, **wishes):
         if before:
             tqdm.write(f"{name}: already imported")
             continue
-        check_free(out / name)
+        if os.path.lexists(out / name) and not (out / name / MARK).exists():  # somebody's
+            cure = "choose another --name or DIR, or delete it"
+            raise ValueError(f"{out / name}: is there and no import has made it; {cure}")
         part = out / f".{name}.part"
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir()

@@ -39,19 +39,12 @@ def true_scene(clip):
     return scene
 
 
-def fitted(picture, height=HIGH):
-    """Resized to a height, nearest."""
+def fitted(picture):
+    """Resized to the height of a row, nearest."""
     h, w = picture.shape[:2]
-    rows = (np.arange(height) * h / height).astype(int)
-    cols = (np.arange(round(w * height / h)) * h / height).astype(int)
+    rows = (np.arange(HIGH) * h / HIGH).astype(int)
+    cols = (np.arange(round(w * HIGH / h)) * h / HIGH).astype(int)
     return picture[rows][:, cols.clip(0, w - 1)]
-
-
-def row_of(scene):
-    """One sample of the sheet: first frame, depth, path."""
-    depth = pictures.depth_to_rgb(scene.depth[0], *pictures.depth_range(scene.depth[0]))
-    path = pictures.top_view([(scene.w2c, pictures.COMMANDED)], (HIGH, HIGH))
-    return [fitted(scene.rgb[0]), fitted(depth), path]
 
 
 def worst_pair(raw, pair, folder):
@@ -84,7 +77,9 @@ def view(samples, load, out, wanted=()):
             continue
         near, far = map(pictures.number, np.quantile(scene.depth[scene.depth > 0], (0.02, 0.98)))
         said = f"{sample['id']}: {status}; depth {near} to {far}; {sample['prompt']}"
-        rows.append(row_of(scene))
+        depth = pictures.depth_to_rgb(scene.depth[0], *pictures.depth_range(scene.depth[0]))
+        path = pictures.top_view([(scene.w2c, pictures.COMMANDED)], (HIGH, HIGH))
+        rows.append([fitted(scene.rgb[0]), fitted(depth), path])
         titles.append(said[:90])
         if sample["id"] in wanted:
             folder = out / sample["id"]

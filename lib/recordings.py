@@ -102,24 +102,17 @@ def some(items, count=6):
     return ", ".join(map(str, items[:count])) + (" ..." if len(items) > count else "")
 
 
-def joined(notes, **kinds):
-    """Keys that all dicts share, in the order of the first; what lacks in one is noted."""
-    first, *_ = kinds.values()
-    for name, items in kinds.items():
-        if lone := [i for i in first if i not in items]:
-            notes.append(f"{len(lone)} frames without {name} left out: {some(lone)}")
-    shared = [i for i in first if all(i in items for items in kinds.values())]
-    if not shared:
-        seen = [f"{name} {some(list(items), 2) or 'none'}" for name, items in kinds.items()]
-        raise ValueError(f"no frame has all of {'; '.join(seen)}")
-    return shared
-
-
 def assemble(kinds, cameras, pixels=False, **how):
     """Recording of the frames that all kinds have, in the order of the first: picture, pose (a row
     of the cameras), maybe depth and intrinsics.  pixels: intrinsics are pixels of the pictures."""
-    notes = []
-    ids = joined(notes, **kinds)
+    notes, first = [], next(iter(kinds.values()))
+    for name, items in kinds.items():
+        if lone := [i for i in first if i not in items]:
+            notes.append(f"{len(lone)} frames without {name} left out: {some(lone)}")
+    ids = [i for i in first if all(i in items for items in kinds.values())]
+    if not ids:
+        seen = [f"{name} {some(list(items), 2) or 'none'}" for name, items in kinds.items()]
+        raise ValueError(f"no frame has all of {'; '.join(seen)}")
     found = {kind: [items[i] for i in ids] for kind, items in kinds.items()}
     cameras = pick(cameras, found["pose"])
     k = found.get("intrinsics", cameras.intrinsics)
