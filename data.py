@@ -76,7 +76,8 @@ def load_samples(root, split=None, bad=None, inside=None):
     path, said = root / "metadata.json", listing.read_metadata(root, inside or root)
     entries, splits = said["samples"], said.get("splits")
     samples, names, wrong = read_samples(root, entries, path)  # one bad entry costs itself alone
-    splits = splits or default_splits(names)
+    cut = len(names) - (max(1, len(names) // 10) if len(names) > 1 else 0)
+    splits = splits or dict(train=names[:cut], val=names[cut:])  # a bad entry moves no other
     listed = {name: set(map(str, ids)) for name, ids in splits.items()}  # ids may be numbers
     everywhere = set().union(*listed.values())
     refused = {name for name, _ in wrong}  # named once, not once more as unlisted
@@ -123,12 +124,6 @@ def read_samples(root, entries, path):
     for name, _ in wrong:
         samples.pop(name, None)  # there twice: which one caches and splits mean is unknown
     return samples, names, wrong
-
-
-def default_splits(names):
-    """The last tenth of the list is "val"; by place, so that one bad entry moves no other."""
-    cut = len(names) - (max(1, len(names) // 10) if len(names) > 1 else 0)
-    return dict(train=names[:cut], val=names[cut:])
 
 
 def read_entry(root, entry, where):

@@ -21,7 +21,7 @@ class Cameras:
     """What a reader found, as the file has it: `oriented` alone turns it into w2c, OpenCV."""
 
     matrices: np.ndarray  # (T, 3 or 4, 4)
-    kind: str  # w2c or c2w
+    kind: str | None  # w2c or c2w; None: the file does not say
     intrinsics: np.ndarray | None = None  # (T, 4) fractions
     size: tuple | None = None  # (H, W)
     names: list | None = None  # of the pictures
@@ -32,12 +32,6 @@ def need_size(size, path, what):
     if size is None:
         raise ValueError(f"{path}: {what} in pixels, but no image size; give --size HxW")
     return size
-
-
-def need_kind(path, what, matrices):
-    if matrices is None:
-        raise ValueError(f"{path}: {what}: which way do they map? give --matrices w2c|c2w")
-    return matrices
 
 
 def quaternions(rows):
@@ -151,7 +145,7 @@ def read_npy(path, size=None, matrices=None):
     if m.ndim == 2 and m.shape[1] == 7:
         m, kind = quaternions(m), matrices or "w2c"
     else:
-        kind = matrices or (k is not None and "c2w") or need_kind(path, "matrices", matrices)
+        kind = matrices or (None if k is None else "c2w")
     return Cameras(m, kind, None if k is None else lens_of(k, len(m), size, path))
 
 
@@ -192,7 +186,7 @@ def read_matrices(path, size=None, matrices=None):
     if rows.shape[1] not in (12, 13, 16, 17):
         raise ValueError(f"{path}: {rows.shape[1]} columns; wanted 12 or 16 numbers a line")
     m = rows[:, rows.shape[1] % 4 :].reshape(len(rows), -1, 4)
-    return Cameras(m, need_kind(path, "bare matrices", matrices))
+    return Cameras(m, matrices)
 
 
 def read_log(path, size=None, matrices=None):
