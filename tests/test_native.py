@@ -84,7 +84,7 @@ def test_vipe_names_frames_without_a_pose_and_other_lenses(tmp_path):
 
 def test_lingbot_and_spatialvid_arrays(tmp_path):
     np.save(tmp_path / "poses.npy", C2W)
-    with pytest.raises(ValueError, match="poses.npy: matrices: which way do they map"):
+    with pytest.raises(ValueError, match="poses.npy: bare matrices: which way do they map"):
         camera_files.read(tmp_path / "poses.npy")
     np.save(tmp_path / "intrinsics.npy", np.tile(PIXELS, (12, 1)))
     check(camera_files.read(tmp_path / "poses.npy", size=SIZE))
