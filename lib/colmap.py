@@ -6,14 +6,10 @@ import re
 import struct
 
 from lib.crop import fractions
-from lib.lens import MODELS, ONE_FOCAL, make_lens
+from lib.lens import MODELS, make_lens
 
 # By COLMAP's numbers; some are known by name only.
 NUMBERED = [*list(MODELS)[:7], "FOV", *list(MODELS)[7:], "THIN_PRISM_FISHEYE"]
-
-
-def focals(model):
-    return 1 if model in ONE_FOCAL else 2
 
 
 def colmap_camera(path, model, w, h, params):
@@ -21,9 +17,10 @@ def colmap_camera(path, model, w, h, params):
     if model not in MODELS:
         cure = "run colmap image_undistorter first"
         raise ValueError(f"{path}: camera model {model}; known are {', '.join(MODELS)}: {cure}")
-    fx, fy, cx, cy = (params[0], *params[:3]) if focals(model) == 1 else params[:4]
-    rest = dict(zip(MODELS[model].split(), params[2 + focals(model) :], strict=True))
-    return fractions([fx, fy, cx, cy], (h, w)), (h, w), make_lens(model, rest)
+    said = dict(zip(MODELS[model].split(), params, strict=True))
+    f = said.pop("f", None)
+    k = [said.pop(name, f) for name in ("fx", "fy", "cx", "cy")]
+    return fractions(k, (h, w)), (h, w), make_lens(model, said)
 
 
 def colmap_binary(path):
@@ -34,7 +31,7 @@ def colmap_binary(path):
     for _ in range(count):
         i, model, w, h = struct.unpack_from("<iiQQ", data, at)
         name = NUMBERED[model] if 0 <= model < len(NUMBERED) else f"number {model}"
-        count = 2 + focals(name) + len(MODELS.get(name, "").split())
+        count = len(MODELS.get(name, "").split())
         params = struct.unpack_from(f"<{count}d", data, at + 24)
         cameras[i] = colmap_camera(path, name, w, h, params)  # an unknown model is refused here
         at += 24 + 8 * len(params)

@@ -10,19 +10,18 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-# The order of each model's numbers in a COLMAP file, after the focal length(s) and the centre.
+# The order of each model's numbers in a COLMAP file; f: of both axes.
 MODELS = dict(
-    SIMPLE_PINHOLE="",
-    PINHOLE="",
-    SIMPLE_RADIAL="k1",
-    RADIAL="k1 k2",
-    OPENCV="k1 k2 p1 p2",
-    OPENCV_FISHEYE="k1 k2 k3 k4",
-    FULL_OPENCV="k1 k2 p1 p2 k3 k4 k5 k6",
-    SIMPLE_RADIAL_FISHEYE="k1",
-    RADIAL_FISHEYE="k1 k2",
+    SIMPLE_PINHOLE="f cx cy",
+    PINHOLE="fx fy cx cy",
+    SIMPLE_RADIAL="f cx cy k1",
+    RADIAL="f cx cy k1 k2",
+    OPENCV="fx fy cx cy k1 k2 p1 p2",
+    OPENCV_FISHEYE="fx fy cx cy k1 k2 k3 k4",
+    FULL_OPENCV="fx fy cx cy k1 k2 p1 p2 k3 k4 k5 k6",
+    SIMPLE_RADIAL_FISHEYE="f cx cy k1",
+    RADIAL_FISHEYE="f cx cy k1 k2",
 )
-ONE_FOCAL = ("SIMPLE_PINHOLE", "SIMPLE_RADIAL", "RADIAL", "SIMPLE_RADIAL_FISHEYE", "RADIAL_FISHEYE")
 
 
 @dataclass(frozen=True)
