@@ -30,10 +30,6 @@ from torch import nn
 
 from wan import LATENT, WanDiT, check_names, load_strict, shapes_of
 
-VAE_FILE = "Wan 2.1 VAE (Wan2.1_VAE.pth)"
-T5_FILE = "umT5 encoder (models_t5_umt5-xxl-enc-bf16.pth)"
-CLIP_FILE = "CLIP vision tower (models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth)"
-
 TEXT_LEN, PAD_ID, END_ID = 512, 0, 1
 
 # fmt: off
@@ -252,7 +248,7 @@ class WanVAE(nn.Module):
             wide = shapes["decoder.head.0.gamma"][0]  # a decoder may be wider than its encoder
             return cls(shapes["encoder.conv1.weight"][0], decoder_dim=wide)
 
-        return _load(unwrapped(sd), VAE_FILE, build)
+        return _load(unwrapped(sd), f"Wan 2.1 VAE ({PARTS['vae']})", build)
 
     @torch.no_grad()
     def encode(self, video, chunk=4):
@@ -356,7 +352,7 @@ class UMT5Encoder(nn.Module):
             layers = _count_layers(shapes, "blocks.")
             return cls(vocab, dim, attn_dim, ffn_dim, heads, buckets, layers)
 
-        return _load(unwrapped(sd), T5_FILE, build)
+        return _load(unwrapped(sd), f"umT5 encoder ({PARTS['text']})", build)
 
     @torch.no_grad()
     def forward(self, ids, mask=None):
@@ -467,7 +463,8 @@ class CLIPVision(nn.Module):
         unused = ("post_norm.weight", "post_norm.bias", "head")
         sd = {k: v for k, v in unwrapped(sd, ["visual."]).items() if k not in unused}
         layers = _count_layers(sd, "transformer.")
-        return _load(sd, CLIP_FILE, lambda size: cls(size["cls_embedding"][2], layers, num_heads))
+        family = f"CLIP vision tower ({PARTS['image']})"
+        return _load(sd, family, lambda size: cls(size["cls_embedding"][2], layers, num_heads))
 
     @torch.no_grad()
     def forward(self, images):

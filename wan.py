@@ -437,10 +437,7 @@ def shapes_of(tensors):
     return {name: tuple(value.shape) for name, value in tensors.items()}
 
 
-TRUNCATED = "Is this another model or a truncated file?"
-
-
-def check_names(wanted, found, what, *, cure=TRUNCATED, optional=()):
+def check_names(wanted, found, what, *, cure="Is it another model, or cut short?", optional=()):
     """The one comparer of tensor names: ValueError that names the first of each difference.
 
     wanted, found  name -> shape   of the model, of the file
