@@ -39,7 +39,7 @@ from geometry import encode_pose, normalize_scene, plucker_rays, relative_to_fir
 from lib import caches, camera_files, files, importers, listing
 from lib.camera_files import read_cameras, rigid
 from lib.crop import Crop, check_video_size
-from lib.depth import check_positive, read_depth, unit_of, why_relative
+from lib.depth import check_positive, depth_of_points, read_depth, unit_of, why_relative
 from lib.distributed import check_device, gathered, say
 from lib.guards import run_command
 from lib.log import Passes
@@ -213,19 +213,6 @@ def check_counts(sample, cameras, last):
         raise ValueError(f"clip {sample['id']}: {found}: {cure}")
 
 
-def read_window_depth(sample, ids, w2c):
-    """Depth (T, h, w) float32 of the frames ids: its own, or z of the points."""
-    if sample["depth"]:
-        return read_depth(sample["depth"], sample["unit"], ids)
-    points = files.read_arrays(sample["points"], ids).astype(np.float64)
-    if points.ndim != 4 or points.shape[-1] != 3:
-        found = f"array of shape {points.shape}"
-        raise ValueError(f"{sample['points']}: {found}; wanted points (T, H, W, 3)")
-    z = np.einsum("tc,thwc->thw", w2c[:, 2, :3], points) + w2c[:, 2, 3, None, None].numpy()
-    known = (points != 0).any(-1) & np.isfinite(z) & (z > 0)  # a point at the origin is invalid
-    return np.where(known, z, 0).astype(np.float32)
-
-
 def read_window(path, ids, crop):
     """Frames of a video, cropped (T, 3, H, W); one of the uncropped is in memory at a time."""
     wanted, frames = set(ids), enumerate(files.iterate_video(path, ids[-1] + 1))
@@ -255,7 +242,11 @@ def load_clip(sample, height, width, num_frames, start=0, stride=1):
     size = first.shape[1:3]
     w2c, crop = torch.from_numpy(w2c[ids]), Crop(size, (height, width))  # one cut for all
     video = read_window(sample["video"], ids, crop)  # (T, 3, H, W)
-    depth = read_window_depth(sample, ids, w2c)  # (T, h, w), of its own resolution
+    if sample["depth"]:
+        depth = read_depth(sample["depth"], sample["unit"], ids)  # (T, h, w), its own resolution
+    else:
+        points = files.read_arrays(sample["points"], ids)
+        depth = depth_of_points(points, w2c.numpy(), sample["points"]).astype(np.float32)
     fps = float(sample["fps"] or fps)  # metadata.json knows better than the file
     check_window(sample, depth, size, fps)
     clip = {}

@@ -104,6 +104,16 @@ def metres(raw, unit):
     return np.where((depth > 0) & (depth <= most) & ~unknown(raw, unit), depth, np.float32(0))
 
 
+def depth_of_points(points, w2c, path):
+    """z (T, H, W) float64 of points (T, H, W, 3) of a file in each camera's frame; 0: unknown."""
+    if points.ndim != 4 or points.shape[-1] != 3:
+        raise ValueError(f"{path}: array of shape {points.shape}; wanted points (T, H, W, 3)")
+    z = np.einsum("tc,thwc->thw", w2c[:, 2, :3], points.astype(np.float64))
+    z += w2c[:, 2, 3, None, None]
+    known = (points != 0).any(-1) & np.isfinite(z) & (z > 0)  # a point at the origin is unknown
+    return np.where(known, z, 0)
+
+
 def read_depth(path, unit=METRES, frames=None):
     """Z-depth (T, H, W) float32 metres, 0 = unknown; frames: chosen ones, default all.
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from geometry import compose, inv_se3, unproject, valid_depth
 from lib.camera_files import NO_ROTATION, off_rotation, read_table, rigid
 from lib.crop import pixel_matrix
-from lib.depth import unknown, why_relative
+from lib.depth import depth_of_points, unknown, why_relative
 from lib.files import FAR, count_arrays, count_frames, iterate_video, read_arrays
 from lib.listing import check_sample, check_sums
 from lib.report import Report, print_report
@@ -357,9 +357,8 @@ def load_raw(sample):
     read = partial(read_arrays, limit=LOOKED_AT)
     found = {k: read(sample[k], ids, mask=k == "moving") for k in arrays if sample[k]}
     if not sample["depth"]:
-        points, w2c = found["points"], table[ids, 7:].reshape(-1, 3, 4)
-        z = w2c[:, 2, 3, None, None] * (points != 0).any(-1)  # a point at the origin is unknown
-        found["depth"] = np.einsum("tc,thwc->thw", w2c[:, 2, :3], points) + z
+        w2c = table[ids, 7:].reshape(-1, 3, 4)
+        found["depth"] = depth_of_points(found["points"], w2c, sample["points"])
         counts["depth"] = counts["points"]
     if found["depth"].ndim != 3:
         what = f"array of shape {found['depth'].shape}"
