@@ -63,7 +63,7 @@ class Folder:
         pictures, depth = map(by_number, self.frames(src))
         form = wishes.cameras or form or camera_files.guess(path)
         cameras = FORMATS[form].read(path, matrices=wishes.matrices or "c2w")
-        kinds = dict(picture=pictures, depth=depth, pose=self.rows(path, form, cameras, pictures))
+        kinds = dict(picture=pictures, depth=depth, pose=self.keys(path, form, cameras, pictures))
         made = assemble(kinds, cameras, fps=self.fps, axes=FORMATS[form].axes)
         unit = self.unit | find_lens(made, src, wishes, self.known, self.lens)
         if self.depth_lens and (src / self.depth_lens).is_file():
@@ -75,16 +75,16 @@ class Folder:
             made.depth = [partial(self.read_depth, f) for f in made.depth]
         return made
 
-    def rows(self, path, form, cameras, pictures):
-        """Number of a frame -> row of its pose."""
+    def keys(self, path, form, cameras, pictures):
+        """Numbers of the poses' frames."""
         if form == "folder":
-            return {number: n for n, number in enumerate(by_number(pose_files(path)))}
+            return by_number(pose_files(path))
         if form == "matrices" and (table := read_rows(path)).shape[1] % 4 == 1:
-            return {int(n): row for row, n in enumerate(table[:, 0])}
+            return map(int, table[:, 0])
         if len(cameras.matrices) != len(pictures):
             found = f"{len(cameras.matrices)} poses for {len(pictures)} pictures"
             raise ValueError(f"{path}: {found}: which belongs to which is unknown")
-        return dict(zip(pictures, range(len(pictures))))
+        return pictures
 
 
 def floats_in_rgba(path):
@@ -195,9 +195,8 @@ def open_vkitti2(src, wishes):
     tables = [read_rows(src / name) for name in ("extrinsic.txt", "intrinsic.txt")]
     poses, lens = ({int(r[0]): r[2:] for r in table if r[1] == 0} for table in tables)
     pictures, depth = (numbered(src / "frames" / n / "Camera_0") for n in ("rgb", "depth"))
-    rows = dict(zip(poses, range(len(poses))))
     matrices = np.reshape(list(poses.values()), (-1, 4, 4))
-    kinds = dict(picture=pictures, depth=depth, pose=rows, intrinsics=lens)
+    kinds = dict(picture=pictures, depth=depth, pose=poses, intrinsics=lens)
     unit = dict(depth_scale=0.01, depth_invalid=65535)  # sky
     return assemble(kinds, Cameras(matrices, "w2c"), pixels=True, unit=unit, fps=10.0)
 
@@ -212,14 +211,13 @@ def open_omniworld(path, wishes):
     """camera/split_K.json: quats (w first) and trans of w2c, focals in pixels, cx, cy."""
     src, said = path.parent.parent, json.loads(path.read_bytes())
     splits = json.loads((src / "split_info.json").read_bytes())["split"]
-    rows = dict(zip(splits[number_of(path)], range(len(said["quats"]))))
     pictures, depth = (numbered(src / n) for n in ("color", "depth"))
     readers = {number: partial(omniworld_depth, f) for number, f in depth.items()}
     wxyz = np.array(said["quats"], float)
     wxyz /= np.linalg.norm(wxyz, axis=1, keepdims=True)
     w2c = quaternions(np.concatenate([said["trans"], wxyz[:, [1, 2, 3, 0]]], 1))
     k = [np.broadcast_to(said[name], (len(w2c),)) for name in ("focals", "focals", "cx", "cy")]
-    kinds = dict(pose=rows, picture=pictures, depth=readers)
+    kinds = dict(pose=splits[number_of(path)][: len(w2c)], picture=pictures, depth=readers)
     return assemble(kinds, Cameras(w2c, "w2c", np.stack(k, -1)), pixels=True, fps=24.0)
 
 
@@ -259,8 +257,7 @@ def open_named(pictures, cameras, *, axes, depth, unit):
     often = Counter(there.values())
     if twice := [n for n, path in there.items() if often[path] > 1]:
         raise ValueError(f"{pictures}: one picture for several of {some(twice)}; give each its own")
-    rows = {name: n for n, name in enumerate(cameras.names)}
-    kinds = dict(pose=rows, picture=there) | (dict(depth=depth) if depth else {})
+    kinds = dict(pose=cameras.names, picture=there) | (dict(depth=depth) if depth else {})
     return assemble(kinds, cameras, unit=unit, axes=axes, turned=False)  # these tools ignore EXIF
 
 
@@ -333,10 +330,10 @@ def colmap_parts(src):
 
 def open_re10k(path, wishes):
     times = camera_files.read_table(path)[:, 0]
-    rows = {int(t): n for n, t in enumerate(times)}
     pictures = numbered(Path(wishes.pictures) if wishes.pictures else path.with_suffix(""))
     fps = 1e6 / np.median(np.diff(times)) if len(times) > 1 and times[1] > 1000 else 30.0
-    return assemble(dict(pose=rows, picture=pictures), FORMATS["re10k"].read(path), fps=fps)
+    kinds = dict(pose=map(int, times), picture=pictures)
+    return assemble(kinds, FORMATS["re10k"].read(path), fps=fps)
 
 
 def find_re10k(src):
@@ -358,15 +355,14 @@ def open_vipe(path, wishes):
     video = src / "rgb" / f"{path.stem}.mp4"
     first, fps = files.read_video(video, 1)
     with np.load(path, allow_pickle=False) as f:
-        rows = {n: row for row, n in enumerate(f["inds"].tolist())}
-        cameras = Cameras(f["data"], "c2w")
+        poses, cameras = f["inds"].tolist(), Cameras(f["data"], "c2w")
     with np.load(src / "intrinsics" / path.name, allow_pickle=False) as f:
         k = dict(zip(f["inds"].tolist(), fractions(f["data"][:, :4], first.shape[1:3])))
     archive = src / "depth" / f"{path.stem}.zip"
     names = zipfile.ZipFile(archive).namelist() if archive.is_file() else []
     depth = {number_of(n): partial(exr_in, archive, n) for n in names if n.endswith(".exr")}
     frames = {n: n for n in range(files.count_frames(video))}
-    kinds = dict(picture=frames, pose=rows, intrinsics=k) | (dict(depth=depth) if names else {})
+    kinds = dict(picture=frames, pose=poses, intrinsics=k) | (dict(depth=depth) if names else {})
     return assemble(kinds, cameras, fps=fps or 30.0, video=video)
 
 

@@ -103,8 +103,9 @@ def some(items, count=6):
 
 
 def assemble(kinds, cameras, pixels=False, **how):
-    """Recording of the frames that all kinds have, in the order of the first: picture, pose (a row
+    """Recording of the frames that all kinds have, in the order of the first: picture, pose (frames
     of the cameras), maybe depth and intrinsics.  pixels: intrinsics are pixels of the pictures."""
+    kinds = dict(kinds, pose={frame: row for row, frame in enumerate(kinds["pose"])})
     notes, first = [], next(iter(kinds.values()))
     for name, items in kinds.items():
         if lone := [i for i in first if i not in items]:
