@@ -128,10 +128,7 @@ def read_samples(root, entries, path):
 
 def read_entry(root, entry, where):
     """One metadata entry under our names."""
-    sample = {
-        field: next((entry[n] for n in names if entry.get(n)), None)
-        for field, names in FIELDS.items()
-    }
+    sample = {f: next(filter(None, map(entry.get, names)), None) for f, names in FIELDS.items()}
     if not sample["video"] and not entry.get("cached"):
         raise ValueError(f"{where}: no video_path; found {', '.join(entry)[:200] or 'nothing'}")
     for field, value in dict(sample, id=entry.get("id")).items():

@@ -293,12 +293,9 @@ class WanDiT(nn.Module):
         self.sizes = sizes
         patch = (1, LATENT.patch, LATENT.patch)  # none in time
         self.patch_embedding = nn.Conv3d(sizes.in_dim, dim, patch, patch)
-        self.text_embedding = nn.Sequential(
-            nn.Linear(sizes.text_dim, dim), nn.GELU(approximate="tanh"), nn.Linear(dim, dim)
-        )
-        self.time_embedding = nn.Sequential(
-            nn.Linear(sizes.freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim)
-        )
+        linear = partial(nn.Linear, out_features=dim)
+        self.text_embedding = nn.Sequential(linear(sizes.text_dim), nn.GELU("tanh"), linear(dim))
+        self.time_embedding = nn.Sequential(linear(sizes.freq_dim), nn.SiLU(), linear(dim))
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
         block = partial(WanBlock, dim, sizes.ffn_dim, dim // sizes.head_dim, sizes.has_clip)
         self.blocks = nn.ModuleList(block() for _ in range(sizes.num_layers))
