@@ -22,12 +22,11 @@ from pathlib import Path
 import imageio_ffmpeg
 import numpy as np
 
-from lib.rasters import OVER_WHITE, has_alpha, read_raster, reader_of
+from lib.rasters import MAX_PIXELS, OVER_WHITE, check_size, has_alpha, read_raster, reader_of
 
 MAX_BYTES = 2**32  # of one file, and of what one read decodes
 MAX_TEXT = 2**29  # of a JSON file: a million samples with captions
 MAX_CAMERAS = 2**24  # of a camera file
-MAX_PIXELS = 2**26  # of one picture: 8192 x 8192
 FAR = 1e6  # metres; a depth or a camera beyond this is no measurement
 FORMATS = "mov,avi,matroska,mpegts,png_pipe,jpeg_pipe,webp_pipe,bmp_pipe,tiff_pipe"
 
@@ -303,8 +302,7 @@ def png_header(path, mask):
     if head[:8] != PNG or not mask and head[24:26] != b"\x10\x00":
         raise ValueError("not a 16-bit grey PNG; other kinds do not hold metric depth")
     w, h = int.from_bytes(head[16:20], "big"), int.from_bytes(head[20:24], "big")
-    if not 0 < w * h <= MAX_PIXELS:
-        raise ValueError(f"a picture of {h}x{w}; at most {MAX_PIXELS:,} pixels are read")
+    check_size(h, w)
     return h, w
 
 

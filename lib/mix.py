@@ -6,9 +6,9 @@ order that the seed and the block decide; within a dataset the clips come epoch 
 
 import functools
 from bisect import bisect_right
-from itertools import accumulate
 
 import numpy as np
+from torch.utils.data import ConcatDataset
 
 from lib.listing import check_sample
 
@@ -65,8 +65,8 @@ def pick(place, weights, seed):
     return dataset, int(number * counts_of(weights)[dataset] + before[within])
 
 
-class Mix:
-    """Cached clips of several datasets, one after another; a torch Dataset like each of them."""
+class Mix(ConcatDataset):
+    """Cached clips of several datasets, one after another."""
 
     def __init__(self, parts, weights, text_dim=None):
         """text_dim: width of the model's text, which all parts must have."""
@@ -75,26 +75,19 @@ class Mix:
                 where = f"{part.empty_text.parent}: text of width {found}"
                 cure = "encode it with this model's --wan_dir, or train its preset"
                 raise ValueError(f"{where}; the model takes {text_dim}. {cure}")
-        self.parts, self.weights = parts, tuple(weight / sum(weights) for weight in weights)
+        super().__init__(parts)
+        self.weights = tuple(weight / sum(weights) for weight in weights)
         self.sizes = [len(part) for part in parts]
-        self.ends = list(accumulate(self.sizes))
         kinds = {part.empty_text.parent.name: part for part in parts}
         if len(kinds) > 1:
             found = " and ".join(str(part.empty_text.parent) for part in kinds.values())
             raise ValueError(f"{found}: encoded by other encoder files or at other sizes")
         self.empty_text = parts[0].empty_text
 
-    def __len__(self):
-        return self.ends[-1]
-
     def of(self, i):
         """(dataset, its clip) of clip i."""
-        n = bisect_right(self.ends, i)
-        return self.parts[n], i - (self.ends[n] - self.sizes[n])
-
-    def __getitem__(self, i):
-        part, k = self.of(i)
-        return part[k]
+        n = bisect_right(self.cumulative_sizes, i)
+        return self.datasets[n], i - (self.cumulative_sizes[n] - self.sizes[n])
 
     @functools.cached_property
     def turns(self):
@@ -106,14 +99,14 @@ class Mix:
         return part.frames(k)
 
     def count_relative(self):
-        return sum(part.count_relative() for part in self.parts)
+        return sum(part.count_relative() for part in self.datasets)
 
 
 # What the recipe asks of the clips, before the first step.
 def check_clips(clips, options, master):
     """split -> Mix; ValueError for what cannot be trained on, or compared with a sample."""
     check_depth_kinds(clips, options, master)
-    lacking = [part for part in clips["train"].parts if not part.have_end_images()]
+    lacking = [part for part in clips["train"].datasets if not part.have_end_images()]
     if options.end_dropout < 1 and lacking:  # training on end images needs them encoded
         where = f"{lacking[0].empty_text.parent}: clips without an encoded end image"
         cure = "python data.py encode ... --end_image (families of 36 inputs), or --end_dropout=1"
