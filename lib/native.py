@@ -82,6 +82,9 @@ def size_in(data):
 
 def lens_of(k, frames, size, path):
     """Intrinsics (4,), (3, 3), (T, 4) or (T, 3, 3), pixels or fractions -> (T, 4) fractions."""
+    if k is None:
+        return None
+    k = k[0] if k.ndim == 4 else k  # a batch of one clip
     if k.shape[-2:] == (3, 3):
         k = focal_and_centre(k)
     if k.shape not in ((4,), (1, 4), (frames, 4)):
@@ -107,10 +110,8 @@ def read_npz(path, size=None, matrices=None):
     if not lens and lost:
         raise ValueError(f"{path}: is {lost[0]} the intrinsics? Name them intrinsics")
     size = size_in(data) or size
-    k = data[lens[0]] if lens else None
-    k = k[0] if k is not None and k.ndim == 4 else k
-    kind = POSES[name] if name in POSES else matrices
-    return Cameras(m, kind, None if k is None else lens_of(k, len(m), size, path), size)
+    k = lens_of(data[lens[0]] if lens else None, len(m), size, path)
+    return Cameras(m, POSES.get(name, matrices), k, size)
 
 
 def check_pinhole(folder, name):
@@ -146,7 +147,7 @@ def read_npy(path, size=None, matrices=None):
         m, kind = quaternions(m), matrices or "w2c"
     else:
         kind = matrices or (None if k is None else "c2w")
-    return Cameras(m, kind, None if k is None else lens_of(k, len(m), size, path))
+    return Cameras(m, kind, lens_of(k, len(m), size, path))
 
 
 # --- Text -----------------------------------------------------------------------------------------
@@ -185,8 +186,7 @@ def read_matrices(path, size=None, matrices=None):
     rows = read_rows(path)
     if rows.shape[1] not in (12, 13, 16, 17):
         raise ValueError(f"{path}: {rows.shape[1]} columns; wanted 12 or 16 numbers a line")
-    m = rows[:, rows.shape[1] % 4 :].reshape(len(rows), -1, 4)
-    return Cameras(m, matrices)
+    return Cameras(rows[:, rows.shape[1] % 4 :].reshape(len(rows), -1, 4), matrices)
 
 
 def read_log(path, size=None, matrices=None):
