@@ -9,6 +9,7 @@ import signal
 import statistics
 import sys
 import time
+from contextlib import suppress
 from typing import NamedTuple
 
 import torch
@@ -28,6 +29,9 @@ LOST_WORKER = re.compile(r"DataLoader worker|unable to .*(shared memory|torch_)"
 def run_command(program, command, advice=""):
     """command(); user errors become one line and exit status 2; advice: where memory runs out."""
     status = 2
+    with suppress(AttributeError):  # no stdout
+        # A name of letters that this terminal's encoding lacks must not end a run.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         command()
         return

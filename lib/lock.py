@@ -2,17 +2,13 @@
 
 OUT/.lock says host, process and start of the run that holds it.  Source: flock(2)."""
 
+import fcntl
 import json
 import os
 import socket
 import sys
 import time
 from pathlib import Path
-
-try:
-    import fcntl
-except ImportError:  # Windows: no lock
-    fcntl = None
 
 HELD = {}  # path -> open file, until this process ends
 
@@ -33,7 +29,7 @@ def acquire(folder, patience=5.0):
     Raises ValueError that names the owner when another run has the folder."""
     path = Path(folder, ".lock")
     path.parent.mkdir(parents=True, exist_ok=True)
-    if fcntl is None or str(path) in HELD:
+    if str(path) in HELD:
         return []
     file = open(path, "a+", encoding="utf-8")  # noqa: SIM115  (open as long as the process)
     deadline, before = time.monotonic() + patience, path.read_text() and told(path)

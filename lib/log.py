@@ -8,6 +8,7 @@ the later line holds.  On a full disk lines are lost, not the run."""
 import importlib.metadata
 import json
 import platform
+import resource
 import subprocess
 import sys
 import time
@@ -92,10 +93,6 @@ def memory_gb(device):
     """The most that this process has held."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    try:
-        import resource  # not on Windows
-    except ImportError:
-        return 0.0
     unit = 2**30 if sys.platform == "darwin" else 2**20  # bytes there, kB elsewhere
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
@@ -134,7 +131,7 @@ class Records:
 
     def append(self, name, line):
         def write():
-            with open(self.out / name, "a", encoding="utf-8") as file:
+            with open(self.out / name, "a", encoding="utf-8", errors="backslashreplace") as file:
                 file.write(line + "\n")
 
         self.attempt(name, write)

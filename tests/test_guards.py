@@ -1,5 +1,6 @@
 """What guards a run, piece by piece: signals, loader workers, records, pruning, warnings."""
 
+import io
 import shutil
 import signal
 import subprocess
@@ -92,6 +93,16 @@ def test_a_record_that_cannot_be_written_is_announced_and_lost(tmp_path, capsys)
         "training.log: No space left on device; this entry is lost" in told
         and "tensorboard: " in told
     )
+
+
+def test_names_that_the_terminal_cannot_show_end_no_run(tmp_path, monkeypatch):
+    """A clip called so ended its training: LANG=en_US of a cluster, or bytes that are no UTF-8."""
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, "ascii"))
+    records = Records(tmp_path, {}, 0)
+    run_command("train.py", lambda: records.line("# clip \u5ba2 \udcff"))
+    assert raw.getvalue() == b"# clip \\u5ba2 \\udcff\n"
+    assert (tmp_path / "training.log").read_bytes() == b"# clip \xe5\xae\xa2 \\udcff\n"
 
 
 @pytest.mark.parametrize("keep_last", [1, 2, 3, 4, 8])
