@@ -133,10 +133,12 @@ def ffmpeg(path, *output, turned=True):
             process.kill()
         if code:
             log.seek(max(0, log.tell() - 4000))
-            said = log.read().decode(errors="replace").strip().splitlines()
-            words = re.compile("rror|nvalid|whitelist|exceed|not found")
-            telling = [line for line in said if words.search(line)] or said[-1:]
-            said = telling[0] if telling else f"ffmpeg ended with {code}"
+            said = log.read().decode(errors="replace").strip()
+            if said.startswith("Unrecognized option"):
+                cure = "Fix: pip install -U imageio-ffmpeg, and leave IMAGEIO_FFMPEG_EXE unset"
+                raise OSError(f"{command[0]}: older than ffmpeg 5.1. {cure}")
+            telling = re.search(r"[^\r\n]*(rror|nvalid|whitelist|exceed|not found)[^\r\n]*", said)
+            said = (telling or re.search(r"[^\r\n]*$", said))[0] or f"ffmpeg ended with {code}"
             raise ValueError(re.sub(r"\[.*? @ 0x\w+\] *", "", said)[:200])
 
 
@@ -283,8 +285,7 @@ def array_header(file, size, mask):
     version = np.lib.format.read_magic(file)
     if version not in ((1, 0), (2, 0)):
         raise ValueError(f".npy version {version}")
-    formats = np.lib.format
-    read = formats.read_array_header_1_0 if version == (1, 0) else formats.read_array_header_2_0
+    read = getattr(np.lib.format, f"read_array_header_{version[0]}_0")
     shape, fortran, dtype = read(file)
     if dtype.kind not in ("fiub" if mask else "fiu") or dtype.hasobject:
         raise ValueError(f"values of type {dtype}; wanted numbers")

@@ -115,3 +115,14 @@ def test_pictures_of_two_sizes_and_an_empty_folder_are_named(tmp_path):
     (tmp_path / "no").mkdir()
     with pytest.raises(ValueError, match="no: no pictures; wanted"):
         files.read_video(tmp_path / "no")
+
+
+def test_an_ffmpeg_that_is_too_old_is_named_and_no_file_is_blamed(tmp_path, monkeypatch):
+    """4.2.2, of imageio-ffmpeg before 0.6, or a distribution's behind IMAGEIO_FFMPEG_EXE."""
+    old = tmp_path / "ffmpeg"
+    old.write_text("#!/bin/sh\necho \"Unrecognized option 'fps_mode'.\" >&2\nexit 1\n")
+    old.chmod(0o755)
+    monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(old))
+    for read in (files.read_video, files.count_frames):
+        with pytest.raises(OSError, match=f"^{old}: older than ffmpeg 5.1. Fix: pip install -U"):
+            read(files.Path(__file__).parents[1] / "examples/room.jpg")
