@@ -80,3 +80,17 @@ def test_the_readme_names_every_file_of_the_program():
     said = (ROOT / "README.md").read_text(encoding="utf-8")
     files = [*ROOT.glob("*.py"), *ROOT.glob("lib/[!_]*.py")]
     assert not [p.name for p in files if f"`{p.stem}`" not in said and f"`{p.name}`" not in said]
+
+
+@pytest.mark.parametrize(
+    ("package", "first"),
+    [
+        ("imageio-ffmpeg", (0, 6)),  # 0.5.1 has ffmpeg 4.2.2, which does not know -fps_mode
+        ("tokenizers", (0, 19)),  # 0.15.2 cannot read a Metaspace that says "split"
+        ("tensorboard", (2, 20)),  # 2.19 brings no pillow, which its pictures need
+    ],
+)
+def test_the_lower_bounds_are_versions_that_work(package, first):
+    """Tried on Python 3.10, all packages at their bounds; what is older fails as said above."""
+    bounds = dict(line.split(">=") for line in (ROOT / "requirements.txt").read_text().split())
+    assert tuple(map(int, bounds[package].split("."))) >= first
