@@ -45,8 +45,19 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 # --- Loading.  Models are built on the meta device and given the file's own tensors: no copy.
+def check_whole(path):
+    """ValueError for what takes the place of a file until its download is finished."""
+    with open(path, "rb") as file:
+        pointer = file.read(15) in (b"version https:/", b"/annex/objects/")
+    # aria2 gives a file its whole length at once, with zeros where bytes are missing.
+    if pointer or os.path.exists(f"{path}.aria2"):
+        cure = "git lfs pull, git annex get, or the same aria2 command again"
+        raise ValueError(f"{path}: its download is not finished. Fix: {cure}")
+
+
 def load_state_dict(path):
     """Named CPU tensors of a .safetensors or .pth file, paged in from disk only when used."""
+    check_whole(path)
     try:
         if str(path).endswith(".safetensors"):
             tensors = safetensors.torch.load_file(path)
@@ -54,11 +65,14 @@ def load_state_dict(path):
             paged = zipfile.is_zipfile(path)  # the format before torch 1.6 cannot be mapped
             tensors = nested(torch.load(path, "cpu", weights_only=True, mmap=paged))
     except Exception as error:  # flipped bytes make the two readers raise almost any class of error
-        found = f"{os.path.getsize(path):,} bytes that cannot be read"
-        cure = "an incomplete download, or no dict of tensors? Fetch it again"
-        raise ValueError(f"{path}: {found}; {cure} ({error})") from None
+        found = f"{os.path.getsize(path):,} bytes that cannot be read as a dict of tensors"
+        why = str(error).rpartition("WeightsUnpickler error: ")[2].strip().partition("\n")[0]
+        raise ValueError(f"{path}: {found}. Fix: download it again ({why})") from None
     if not tensors:
         raise ValueError(f"{path}: wanted a dict of named tensors, found none")
+    scaled = [n for n in tensors if n.endswith((".scale_weight", ".weight_scale", "scaled_fp8"))]
+    if scaled:
+        raise ValueError(f"{path}: fp8 with scales ({scaled[0]}) is not read; take the bf16 file")
     return tensors
 
 
@@ -408,8 +422,7 @@ class PromptTokenizer:
             raise ValueError(f"{path}: {said}") from error
         found = self.tokenizer.token_to_id("<pad>"), self.tokenizer.token_to_id("</s>")
         if found != (PAD_ID, END_ID):
-            wrong = f"<pad> and </s> are {found}, wanted (0, 1)"
-            raise ValueError(f"{path}: not umT5's tokenizer, {wrong}")
+            raise ValueError(f"{path}: not umT5's: <pad> and </s> are {found}, wanted (0, 1)")
         self.tokenizer.no_padding()
         self.tokenizer.no_truncation()  # the file's own might drop </s>
 
@@ -503,6 +516,13 @@ def expert_folders(folder):
     return []
 
 
+def no_dit(folder):
+    """The error of a --wan_dir that holds no video branch, with what it does hold."""
+    lacks = "no diffusion_pytorch_model*.safetensors (Wan2.1), no latest.safetensors (stage 0)"
+    there = ", ".join(sorted(path.name for path in Path(folder).glob("*"))[:9]) or "nothing"
+    return ValueError(f"wan_dir = {folder}: {lacks}, but {there}. Fix: see the end of docs/wan.md")
+
+
 def wan_files(folder):
     """Weight files of a Wan folder's DiT, complete as its index says, or of a stage 0 run."""
     if not folder:
@@ -547,11 +567,7 @@ WRAPPINGS = ("pipe.", "model.", "dit.", "diffusion_model.", "module.", "_orig_mo
 
 
 def unwrapped(tensors, wrappings=WRAPPINGS):
-    """Tensors under their own names.  ValueError for matrices that lack their scales."""
-    scaled = [n for n in tensors if n.endswith((".scale_weight", ".weight_scale", "scaled_fp8"))]
-    if scaled:
-        cure = "take the bf16 or fp16 file"
-        raise ValueError(f"fp8 with scales of its own ({scaled[0]}) is not read; {cure}")
+    """Tensors under their own names."""
     stripped = True
     while stripped and tensors:
         stripped = next((p for p in wrappings if all(n.startswith(p) for n in tensors)), "")
@@ -570,13 +586,13 @@ def nested(loaded):
 
 
 def wan_family(folder):
-    """What the DiT of a Wan folder takes, as "wan32clip" (inputs, CLIP tokens); "" for none."""
+    """What the DiT of a Wan folder takes, as "wan32clip" (inputs, CLIP tokens)."""
     tensors, folder = {}, (expert_folders(folder) or [folder])[-1]
     for path in wan_files(folder):
         tensors.update(lazy_tensors(path))
     shapes = {name: shape for name, (shape, _) in unwrapped(tensors).items()}
     if not shapes:
-        return ""
+        raise no_dit(folder)
     dim = shapes.get("patch_embedding.weight", (128,))[0]
     with torch.device("meta"):  # the reader of training: what it would refuse is refused here
         # No name or shape depends on the heads: any divisor of the width will do.
@@ -614,9 +630,6 @@ class WanFolder:
 
     def __init__(self, folder, device):
         family, self.device = wan_family(folder), torch.device(device)
-        if not family:
-            found = f"{folder or '--wan_dir'}: no diffusion_pytorch_model*.safetensors in it"
-            raise ValueError(f"{found}; wanted a Wan2.1 folder, or tiny/wan")
         places = encoder_folders(folder)
         self.start_pad = "constant" if family.startswith("wan36") else None
         self.load_image = self.load_clip if family.endswith("clip") else None
@@ -626,9 +639,9 @@ class WanFolder:
             found = [each for path in usual for each in (path.with_suffix(".safetensors"), path)]
             self.files[part] = next((path for path in found if path.is_file()), usual[0])
             if not self.files[part].is_file():
-                cure = "it is part of a Wan2.1 download (a link to another's copy will do)"
-                missing = f"{usual[0]}: no such file, wanted for the {part} encoder"
-                raise ValueError(f"{missing}; {cure}")
+                cure = f"wanted the {part} encoder of a Wan download (a link to another's will do)"
+                raise ValueError(f"{usual[0]}: no such file; {cure}")
+            check_whole(self.files[part])  # now: the last one is read when hours of work are done
         stamp = "".join(f"{path.name} {path.stat().st_size} " for path in self.files.values())
         self.fingerprint = f"{family}-{hashlib.md5(stamp.encode()).hexdigest()[:8]}"
         self.half = torch.bfloat16 if self.device.type == "cuda" else torch.float32

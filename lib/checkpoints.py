@@ -247,8 +247,5 @@ def describe(path):
         f"{len(tensors)} tensors, {numbers:,} parameters, {size:,} bytes, sha256 "
         f"{meta.get('sha256', 'not recorded')}",
     ]
-    for name, value in list(tensors.items())[:8]:
-        dtype = str(value.dtype).removeprefix("torch.")
-        lines.append(f"  {printable(name):60s} {str(tuple(value.shape)):20s} {dtype}")
     beside = "beside it" if optimizer.exists() else "absent"
     return "\n".join([*lines, f"optimizer state {beside}: {optimizer.name}"])

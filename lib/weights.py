@@ -18,7 +18,7 @@ import torch
 from safetensors import safe_open
 
 import released
-from encoders import expert_folders, lazy_tensors, unwrapped, wan_files
+from encoders import expert_folders, lazy_tensors, no_dit, unwrapped, wan_files
 from lib.distributed import copy_into, say
 from lib.files import write_aside
 from lib.guards import run_command
@@ -109,9 +109,7 @@ def wan_sources(folder):
         cure = "name one of them, high_noise_model or low_noise_model; train.py: --expert"
         raise ValueError(f"wan_dir = {folder}: a pair of experts; {cure}")
     if not files:
-        lacks = "no diffusion_pytorch_model*.safetensors (Wan2.1), no latest.safetensors (stage 0)"
-        cure = "train stage 0 first or download the weights"
-        raise ValueError(f"wan_dir = {folder}: {lacks} in it; {cure}")
+        raise no_dit(folder)
     return files
 
 
@@ -121,8 +119,7 @@ def wan_tensors(folder, lora=""):
     for file in files:
         found = lazy_tensors(file)
         if twice := set(found) & set(tensors):
-            cure = "remove one of the two copies"
-            raise ValueError(f"{file}: {min(twice)} is also in another file of {folder}; {cure}")
+            raise ValueError(f"{file}: {min(twice)} is also in another file; remove one of them")
         tensors.update(found)
     return with_lora(unwrapped(tensors), lora)
 
@@ -348,8 +345,7 @@ def export_release(checkpoint, out):
 
 def command():
     if len(sys.argv) != 4 or sys.argv[1] != "export":
-        found = " ".join(sys.argv[1:])
-        raise ValueError(f"wanted python -m lib.weights export CKPT OUT, got '{found}'")
+        raise ValueError(f"wanted python -m lib.weights export CKPT OUT, got {sys.argv[1:]}")
     print(export_release(*sys.argv[2:]))
 
 

@@ -1,15 +1,18 @@
 """A Wan2.1 folder as tensors: every family loads or is refused by name, and loading is lean."""
 
+import argparse
 import json
 import pathlib
+import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
 from safetensors.torch import save_file
-from wan_folder import keys
+from wan_folder import keys, write_wan_folder
 
+from encoders import PARTS, WanFolder
 from lib import weights
 from lib.weights import FAMILIES, fingerprint, load_wan
 from model import Config
@@ -139,6 +142,57 @@ def test_missing_cut_double_and_foreign_files_are_named(golden, tmp_path):
         load_wan(folder, TINY)
     with pytest.raises(ValueError, match="head_dim"):
         WanDiT.from_state_dict({k: v for k, v in sd.items()}, head_dim=128)
+
+
+@pytest.fixture(scope="module")
+def downloaded(tmp_path_factory):
+    return write_wan_folder(tmp_path_factory.mktemp("downloaded") / "W")
+
+
+@pytest.mark.parametrize("part", ["diffusion_pytorch_model-00002-of-00003.safetensors", *PARTS])
+@pytest.mark.parametrize(
+    "start", ["version https://git-lfs.github.com/spec/v1", "/annex/objects/S"]
+)
+def test_a_pointer_in_the_place_of_a_file_is_named_before_anything_is_loaded(
+    downloaded, tmp_path, part, start
+):
+    folder = pathlib.Path(shutil.copytree(downloaded, tmp_path / "W", symlinks=True))
+    (folder / PARTS.get(part, part)).write_text(f"{start}\noid sha256:4665\n")
+    with pytest.raises(ValueError, match=f"{PARTS.get(part, part)}.*not finished.*git lfs pull"):
+        WanFolder(folder, "cpu")
+
+
+def test_a_file_that_aria2_has_not_finished_is_refused_though_it_has_its_full_length(
+    downloaded, tmp_path
+):
+    folder = pathlib.Path(shutil.copytree(downloaded, tmp_path / "W", symlinks=True))
+    for name in ("diffusion_pytorch_model-00001-of-00003.safetensors", "Wan2.1_VAE.pth"):
+        control = folder / f"{name}.aria2"
+        control.touch()
+        with pytest.raises(ValueError, match=f"{name}: its download is not finished"):
+            WanFolder(folder, "cpu")
+        control.unlink()
+    WanFolder(folder, "cpu").load_vae()
+
+
+def test_a_folder_without_a_video_branch_is_refused_with_what_is_in_it(tmp_path):
+    for name in ("blobs", "refs", "snapshots"):
+        (tmp_path / name).mkdir()
+    for load in (lambda: WanFolder(tmp_path, "cpu"), lambda: load_wan(str(tmp_path), TINY)):
+        with pytest.raises(ValueError, match="but blobs, refs, snapshots. Fix: .*docs/wan.md"):
+            load()
+
+
+def test_scales_of_fp8_and_pickled_objects_are_named_with_their_file_in_one_line(tmp_path):
+    path = tmp_path / "diffusion_pytorch_model.safetensors"
+    save_file({"blocks.0.ffn.0.scale_weight": torch.ones(1)}, path)
+    with pytest.raises(ValueError, match=f"{path}: fp8 with scales .*take the bf16 file"):
+        load_wan(str(tmp_path), TINY)
+    path.unlink()
+    torch.save(dict(args=argparse.Namespace()), tmp_path / "diffusion_pytorch_model.pth")
+    with pytest.raises(ValueError, match="Unsupported global: GLOBAL argparse.Namespace") as error:
+        load_wan(str(tmp_path), TINY)
+    assert "\n" not in str(error.value)
 
 
 def test_loading_reads_every_tensor_once(golden, tmp_path, monkeypatch):
