@@ -470,19 +470,13 @@ def sample_one(job, meta, resources, bar=bar):
 
 
 # -------------------------------------------------------------------------------------------- main
-def corrections(options):
-    """The names of --correct."""
-    names = {name for name in options.correct.replace(" ", "").split(",") if name}
-    unknown = names - set(CORRECTIONS)
-    if unknown:
-        raise ValueError(f"--correct {min(unknown)}: wanted {', '.join(CORRECTIONS)}")
-    return names
-
-
 def quirks_of(options, meta):
-    """What is done as the release does it."""
+    """What is done as the release does it: all but the names of --correct."""
+    names = {name for name in options.correct.replace(" ", "").split(",") if name}
+    if unknown := names - set(CORRECTIONS):
+        raise ValueError(f"--correct {min(unknown)}: wanted {', '.join(CORRECTIONS)}")
     known = set(CORRECTIONS) if meta.get("expert") else set(CORRECTIONS) - OF_PAIRS
-    return known - corrections(options) if meta.get("release") else set()
+    return known - names if meta.get("release") else set()
 
 
 def checked_sampling(own, where):
@@ -501,8 +495,12 @@ def sampling_of(options, trained):
 def settled(options, meta):
     """Options with what the checkpoint says filled in; ValueError for what cannot work."""
     trained, foreign = read_train_config(meta, options.ckpt), bool(meta.get("release"))
-    if corrections(options) and not foreign:
-        raise ValueError(f"--correct: {options.ckpt} is no release; leave it out")
+    quirks_of(options, meta)  # its names are checked
+    kinds = dict(correct="release", release="run from a release", boundary="pair of experts")
+    fits = (foreign, foreign and "foreign" not in meta, meta.get("expert"))
+    for (name, kind), fit in zip(kinds.items(), fits):  # elsewhere they would change nothing
+        if not fit and getattr(options, name) not in ("", BOUNDARY):
+            raise ValueError(f"--{name}: {options.ckpt} is no {kind}; leave it out")
     frames = options.frames or trained["num_frames"]
     height, width = options.height or trained["height"], options.width or trained["width"]
     check_video_size((frames, height, width), "--frames {} --height {} --width {}")

@@ -236,6 +236,8 @@ def test_key_frames_stand_where_they_say_and_look_at_their_targets():
         (["--guidance=nan"], ["guidance = 'nan' is a text, wanted a number"]),
         (["--correct=everything"], ["--correct everything", "rays"]),
         (["--correct=rays"], ["--correct", "is no release; leave it out"]),
+        (["--release=x.pth"], ["--release", "is no run from a release; leave it out"]),
+        (["--boundary=800"], ["--boundary", "is no pair of experts; leave it out"]),
     ],
 )
 def test_user_errors_are_one_line_with_exit_status_2(
