@@ -133,12 +133,13 @@ def load_wan(folder, cfg, device="cpu", dtype=None, lora=""):
     shapes = tensor_shapes(tensors)
     dit = WanDiT.from_shapes(shapes, cfg.head_dim, cfg.text_len, where=folder)
     check_names(shapes_of(dit.state_dict()), shapes, f"{folder}: Wan2.1 DiT")
+    found = vars(dit.sizes)
+    family = FAMILIES.get(fingerprint(shapes), "a DiT of sizes that no release has")
+    # Said before its gigabytes are read, which may take minutes.
+    say(f"{folder}: {family}:", ", ".join(f"{key} {value}" for key, value in found.items()))
     wanted = (half_precision(dit, dtype) if dtype else dit).state_dict()
     sd = {name: tensors[name][1]().to(device, wanted[name].dtype, copy=True) for name in wanted}
     dit.load_state_dict(sd, assign=True)
-    found = vars(dit.sizes)
-    family = FAMILIES.get(fingerprint(shapes), "a DiT of sizes that no release has")
-    say(f"{folder}: {family}:", ", ".join(f"{key} {value}" for key, value in found.items()))
     return dit, replace(cfg, **found)
 
 
@@ -253,8 +254,7 @@ def load_release(
     lora        a LoRA file for the tensors of the Wan folder (lib/lora.py)
     true_rays   true per-pixel rays in place of those that the release was trained on
     Raises ValueError for missing, unexpected, misshapen tensors."""
-    based = wan_dir and (wan_files(wan_dir) or expert_folders(wan_dir))
-    files = release_tensors(path), wan_tensors(wan_dir, lora) if based else {}
+    files = release_tensors(path), wan_tensors(wan_dir, lora) if wan_dir else {}
     shapes = [tensor_shapes(file) for file in files]
     with naming(path):
         cfg = Config(**released.sizes(*shapes), true_rays=true_rays)
@@ -272,16 +272,16 @@ def load_release(
         value = floats(files[not of_release][name][1](), name, path).reshape(own[k])
         return value.to(device, wanted[k].dtype, copy=True)
 
-    model.load_state_dict({k: read(k, *place) for k, place in plan.items()}, assign=True)
-    for head in (model.depth_head, model.point_head):
-        head.scratch.to(memory_format=torch.channels_last)
     of_base = sum(not of_release for of_release, _ in plan.values())
-    family = FAMILIES.get(fingerprint(shapes[1]), "other sizes") if based else "no base"
+    family = FAMILIES.get(fingerprint(shapes[1]), "other sizes") if wan_dir else "no base"
     parts = f"{len(plan) - of_base} tensors of it and {of_base} of {wan_dir or 'nothing else'}"
     sizes = f"{cfg.num_pcb} + {cfg.geo_layers} video blocks of width {cfg.dim}"
     say(f"{path}: FantasyWorld release, {parts} ({family}): {sizes}, geometry width {cfg.geo_dim}")
     if lora and not of_base:
         say(f"{lora}: without effect, the release holds the whole video branch")
+    model.load_state_dict({k: read(k, *place) for k, place in plan.items()}, assign=True)
+    for head in (model.depth_head, model.point_head):
+        head.scratch.to(memory_format=torch.channels_last)
     return model
 
 

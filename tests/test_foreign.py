@@ -296,6 +296,8 @@ def test_what_a_release_lacks_is_asked_for_with_the_cure(folder, tmp_path):
     assert "a release needs --wan_dir" in text
     with pytest.raises(ValueError, match="patch_embedding.weight is missing; without --wan_dir"):
         load_release(str(folder / "model.pth"))
+    with pytest.raises(ValueError, match="wan_dir = .*nowhere: no diffusion_pytorch_model"):
+        load_release(str(folder / "model.pth"), str(tmp_path / "nowhere"))
     with pytest.raises(
         ValueError, match="gone.pth: no such file; a model fine-tuned from a release needs"
     ):

@@ -6,6 +6,7 @@ import pathlib
 import shutil
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -208,6 +209,22 @@ def test_loading_reads_every_tensor_once(golden, tmp_path, monkeypatch):
     monkeypatch.setattr(weights, "lazy_tensors", counting)
     load_wan(tmp_path.as_posix(), TINY)
     assert sorted(read) == sorted(golden["state_dict"])
+
+
+def test_what_is_loaded_is_said_before_its_gigabytes_are_read(
+    golden, tmp_path, monkeypatch, capsys
+):
+    shards(tmp_path, golden["state_dict"], 2)
+    lazy, said = weights.lazy_tensors, []
+
+    def listening(path):
+        tensors = lazy(path).items()
+        hear = lambda get: (said.append(capsys.readouterr().out), get())[1]
+        return {name: (shape, partial(hear, get)) for name, (shape, get) in tensors}
+
+    monkeypatch.setattr(weights, "lazy_tensors", listening)
+    load_wan(str(tmp_path), TINY)
+    assert "num_layers 3" in said[0]
 
 
 # VmHWM, not ru_maxrss: that one starts at the size of the process that we were started from.  A
