@@ -81,15 +81,19 @@ def end_children():
 
 
 # ---------------------------------------------------------------------------------------- signals
+# Of a scheduler, a terminal, and slurm's --signal=USR1, which Windows lacks.
+STOPS = [getattr(signal, n) for n in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, n)]
+
+
 def ignore_signals(_worker):
     """For loader workers: a signal reaches the whole group, and the trainer still needs them."""
     lock.release(worker=True)
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in STOPS:
         signal.signal(number, signal.SIG_IGN)
 
 
 class Stop:
-    """SIGTERM and SIGINT as a flag that is read between micro-steps.
+    """The signals of STOPS as a flag that is read between micro-steps.
 
     A second one exits at once; within a second they are one, of a scheduler and of torchrun."""
 
@@ -98,7 +102,7 @@ class Stop:
         self.number = 0
         self.since = 0.0
         self.parent = os.getppid()
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in STOPS:
             signal.signal(number, self.handle)
 
     def handle(self, number, _frame):

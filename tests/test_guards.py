@@ -1,6 +1,7 @@
 """What guards a run, piece by piece: signals, loader workers, records, pruning, warnings."""
 
 import io
+import os
 import shutil
 import signal
 import subprocess
@@ -9,7 +10,7 @@ import sys
 import pytest
 from kill import ENV, ROOT
 
-from lib import checkpoints
+from lib import checkpoints, guards
 from lib.guards import Watch, run_command
 from lib.log import Records
 
@@ -48,6 +49,20 @@ def test_a_second_signal_exits_at_once():
         ended.returncode == 128 + signal.SIGTERM
         and ended.stderr.count("once more exits at once") == 1
     )
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="Windows")
+def test_slurms_signal_before_the_time_limit_saves_and_leaves_and_spares_the_loaders():
+    kept = {number: signal.getsignal(number) for number in guards.STOPS}
+    try:
+        stop = guards.Stop(None)
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert stop.agreed() == signal.SIGUSR1
+        guards.ignore_signals(0)
+        os.kill(os.getpid(), signal.SIGUSR1)
+    finally:
+        for number, handler in kept.items():
+            signal.signal(number, handler)
 
 
 def test_ctrl_c_outside_of_a_run_is_one_line_and_the_status_of_its_signal(capsys):
