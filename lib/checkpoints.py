@@ -84,14 +84,17 @@ def save_checkpoint(out, step, state, metadata, *, keep_last, keep_every=0):
     facts["weights"] = whole["sha256"]  # the moments name the weights that they are of
     beside = dict(facts, sha256=digest(moments, facts))
     # The weights make a checkpoint: last.  No more than a tensor of either is copied at a time.
-    for end, tensors, told in ((".optim", moments, beside), ("", weights, whole)):
-        path = out / f"step-{step}{end}.safetensors"
-        write_aside(path, partial(write_tensors, tensors, told))
     try:
-        link_latest(out, step)
-        prune(out, step, keep_last, keep_every)
-    except OSError as error:  # the step itself is there, and a resume finds it
-        print(f"warning: step {step} is saved; what follows is not done ({error})", flush=True)
+        for end, tensors, told in ((".optim", moments, beside), ("", weights, whole)):
+            path = out / f"step-{step}{end}.safetensors"
+            write_aside(path, partial(write_tensors, tensors, told))
+        try:
+            link_latest(out, step)
+            prune(out, step, keep_last, keep_every)
+        except OSError as error:  # the step itself is there, and a resume finds it
+            print(f"warning: step {step} is saved; what follows is not done ({error})", flush=True)
+    finally:
+        remove_leftovers(out)  # moments that found room where the weights did not; half a link
 
 
 def link_latest(out, step):
@@ -246,6 +249,6 @@ def describe(path):
         printable(f"versions {meta.get('versions')}"),
         f"{len(tensors)} tensors, {numbers:,} parameters, {size:,} bytes, sha256 "
         f"{meta.get('sha256', 'not recorded')}",
+        f"optimizer state {'beside it' if optimizer.exists() else 'absent'}: {optimizer.name}",
     ]
-    beside = "beside it" if optimizer.exists() else "absent"
-    return "\n".join([*lines, f"optimizer state {beside}: {optimizer.name}"])
+    return "\n".join(lines)

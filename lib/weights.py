@@ -71,11 +71,9 @@ def read_metadata(path):
 def read_checked(path):
     """read_tensors of a checkpoint of ours; ValueError unless it is what was saved, bit for bit."""
     tensors, meta = read_tensors(path)
-    damaged = f"{path}: the file is damaged. Use an older step, or copy it again"
-    if "sha256" not in meta and meta.get("format") == "fantasyworld":
-        raise ValueError(f"{damaged}: its sha256 is gone")
-    if "sha256" in meta and meta["sha256"] != digest(tensors, meta):
-        raise ValueError(f"{damaged}: its sha256 is not the one that it was saved with")
+    signed = "sha256" in meta or meta.get("format") == "fantasyworld"
+    if signed and meta.get("sha256") != digest(tensors, meta):
+        raise ValueError(f"{path}: damaged, says its sha256. Use an older step, or copy it again")
     return tensors, meta
 
 
@@ -135,7 +133,6 @@ def load_wan(folder, cfg, device="cpu", dtype=None, lora=""):
     check_names(shapes_of(dit.state_dict()), shapes, f"{folder}: Wan2.1 DiT")
     found = vars(dit.sizes)
     family = FAMILIES.get(fingerprint(shapes), "a DiT of sizes that no release has")
-    # Said before its gigabytes are read, which may take minutes.
     say(f"{folder}: {family}:", ", ".join(f"{key} {value}" for key, value in found.items()))
     wanted = (half_precision(dit, dtype) if dtype else dit).state_dict()
     sd = {name: tensors[name][1]().to(device, wanted[name].dtype, copy=True) for name in wanted}

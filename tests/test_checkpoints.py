@@ -1,5 +1,6 @@
 """A checkpoint as a file: damage is noticed, foreign ones are refused, old ones leave."""
 
+import errno
 import os
 import random
 import shutil
@@ -34,6 +35,23 @@ def test_a_flipped_byte_is_found_and_the_checkpoint_before_is_used(survivor):
     assert "passed over" in text and "steps 4 .. 5" in text and not list(out.glob("*step-9*"))
     assert (out / "mine.tmp").exists()
     compare(root / "whole", out, 5)
+
+
+def test_moments_that_found_room_where_their_weights_did_not_leave_the_disk(tmp_path, monkeypatch):
+    state = {"a": torch.ones(2)}, {"a|step": torch.ones(())}
+    meta = dict(stage="1", model_config="{}", train_config="{}")
+    checkpoints.save_checkpoint(tmp_path, 1, state, meta, keep_last=3)
+    kept = sorted(path.name for path in tmp_path.iterdir())
+
+    def full(tensors, metadata, path):
+        if "a" in tensors:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write_tensors(tensors, metadata, path)
+
+    monkeypatch.setattr(checkpoints, "write_tensors", full)
+    with pytest.raises(OSError, match="No space"):
+        checkpoints.save_checkpoint(tmp_path, 2, state, meta, keep_last=3)
+    assert sorted(path.name for path in tmp_path.iterdir()) == kept
 
 
 def test_every_flipped_bit_of_a_checkpoint_is_noticed(survivor, tmp_path):
