@@ -164,7 +164,7 @@ def test_other_frozen_weights_are_refused_by_name(survivor, tmp_path):
     assert train_here(*survivor[1], *on, f"--wan_dir={base}")[0] == 0
     meta = weights.read_metadata(tmp_path / "one" / "latest.safetensors")
     assert meta["frozen"] == frozen.frozen_digest(base) != frozen.frozen_digest(other)
-    assert (base / ".fantasyworld.json").exists()  # hashed once
+    assert (base / ".latest.safetensors.fantasyworld.json").exists()  # hashed once
     on[1] = "--max_steps=2"
     code, text = train_here(*survivor[1], *on, f"--wan_dir={other}")
     assert "was trained on other frozen weights" in f"{code}{text}" and "--other_wan" in f"{code}"
@@ -183,6 +183,20 @@ def test_the_digest_of_frozen_weights_is_of_tensors_not_of_files(tmp_path):
     a["blocks.0.x"][0, 0] += 1e-6
     save_file(a, tmp_path / "one" / "diffusion_pytorch_model.safetensors")
     assert frozen.frozen_digest(tmp_path / "one") != frozen.frozen_digest(tmp_path / "two")
+
+
+def test_experts_whose_links_lead_into_one_folder_are_hashed_once_each(tmp_path, monkeypatch):
+    (tmp_path / "blobs").mkdir()
+    digests = {}
+    for name in ("high_noise_model", "low_noise_model"):
+        save_file({"x": torch.randn(3)}, tmp_path / "blobs" / f"of-{name}")
+        (tmp_path / name).mkdir()
+        link = tmp_path / name / "diffusion_pytorch_model.safetensors"
+        link.symlink_to(tmp_path / "blobs" / f"of-{name}")
+        digests[name] = frozen.frozen_digest(tmp_path / name)
+    monkeypatch.setattr(frozen, "wan_tensors", lambda folder: pytest.fail("hashed again"))
+    for name, digest in digests.items():
+        assert frozen.frozen_digest(tmp_path / name) == digest
 
 
 def test_what_a_stranger_wrote_into_a_checkpoint_commands_no_terminal(survivor, tmp_path):
