@@ -91,7 +91,7 @@ def save_checkpoint(out, step, state, metadata, *, keep_last, keep_every=0):
         try:
             link_latest(out, step)
             prune(out, step, keep_last, keep_every)
-        except OSError as error:  # the step itself is there, and a resume finds it
+        except (OSError, ValueError) as error:  # the step itself is there, and a resume finds it
             print(f"warning: step {step} is saved; what follows is not done ({error})", flush=True)
     finally:
         remove_leftovers(out)  # moments that found room where the weights did not; half a link

@@ -54,6 +54,22 @@ def test_moments_that_found_room_where_their_weights_did_not_leave_the_disk(tmp_
     assert sorted(path.name for path in tmp_path.iterdir()) == kept
 
 
+def test_a_disk_that_leaves_between_a_save_and_its_link_does_not_end_the_run(
+    tmp_path, monkeypatch, capsys
+):
+    def gone(tensors, metadata, path):
+        write_tensors(tensors, metadata, path)
+        if "a" in tensors:
+            monkeypatch.setattr(
+                checkpoints, "read_metadata", lambda _: weights.read_metadata("gone")
+            )
+
+    monkeypatch.setattr(checkpoints, "write_tensors", gone)
+    state = {"a": torch.ones(2)}, {"a|step": torch.ones(())}
+    checkpoints.save_checkpoint(tmp_path, 1, state, dict(stage="1"), keep_last=3)
+    assert "step 1 is saved; what follows is not done" in capsys.readouterr().out
+
+
 def test_every_flipped_bit_of_a_checkpoint_is_noticed(survivor, tmp_path):
     """Half of the flips hit the header; 2,000 of them are in docs/survival.md."""
     whole, rng = (survivor[0] / "whole" / "step-5.safetensors").read_bytes(), random.Random(0)
