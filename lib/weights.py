@@ -134,6 +134,8 @@ def load_wan(folder, cfg, device="cpu", dtype=None, lora=""):
     found = vars(dit.sizes)
     family = FAMILIES.get(fingerprint(shapes), "a DiT of sizes that no release has")
     say(f"{folder}: {family}:", ", ".join(f"{key} {value}" for key, value in found.items()))
+    if cfg.dim != dit.sizes.dim:
+        say(f"warning: the geometry branch is sized for width {cfg.dim}. The wrong --preset?")
     wanted = (half_precision(dit, dtype) if dtype else dit).state_dict()
     sd = {name: tensors[name][1]().to(device, wanted[name].dtype, copy=True) for name in wanted}
     dit.load_state_dict(sd, assign=True)
@@ -161,8 +163,7 @@ def check_trained(model, found, stage, path):
     untrained = trained_later + (() if model.cfg.pose_tokens else ("pose_encoder.",))
     absent = {k for k in own if k.startswith("dit.") != (stage == "0") or k.startswith(untrained)}
     what = f"{path} (stage {stage}) does not fit this model"
-    cure = "Use the preset that it was trained with."
-    check_names(shapes_of(own), found, what, cure=cure, optional=absent)
+    check_names(shapes_of(own), found, what, cure="Use its own preset.", optional=absent)
 
 
 # Fields of Config that no tensor shows.
@@ -227,8 +228,7 @@ def load_weights(model, path):
         with naming(path):
             plan, left = released.from_vggt(tensor_shapes(file), own, model.cfg.geo_layers)
         kinds = sorted({".".join(re.sub(r"\d+", "*", name).split(".")[:3]) for name in left})
-        taken = f"{len(plan)} tensors taken, {len(left)} left behind"
-        say(f"{path}: VGGT: {taken}: {', '.join(kinds)}")
+        say(f"{path}: VGGT: {len(plan)} tensors taken, {len(left)} left behind: {', '.join(kinds)}")
     for k, name in plan.items():
         copy_into(parameters[k], floats(file[name][1](), name, path).reshape(own[k]))
     return meta

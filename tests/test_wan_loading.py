@@ -211,7 +211,7 @@ def test_loading_reads_every_tensor_once(golden, tmp_path, monkeypatch):
     assert sorted(read) == sorted(golden["state_dict"])
 
 
-def test_what_is_loaded_is_said_before_its_gigabytes_are_read(
+def test_what_is_loaded_and_a_preset_of_another_width_are_said_before_gigabytes_are_read(
     golden, tmp_path, monkeypatch, capsys
 ):
     shards(tmp_path, golden["state_dict"], 2)
@@ -224,7 +224,9 @@ def test_what_is_loaded_is_said_before_its_gigabytes_are_read(
 
     monkeypatch.setattr(weights, "lazy_tensors", listening)
     load_wan(str(tmp_path), TINY)
-    assert "num_layers 3" in said[0]
+    assert "num_layers 3" in said[0] and "sized for width 1536" in said[0]
+    load_wan(str(tmp_path), Config(head_dim=32, dim=64))
+    assert "warning" not in "".join(said[1:]) + capsys.readouterr().out
 
 
 # VmHWM, not ru_maxrss: that one starts at the size of the process that we were started from.  A
