@@ -14,7 +14,7 @@ from functools import partial
 import torch
 import torch.distributed as dist
 
-from lib.distributed import copy_into, gather_full, gathered, is_spread
+from lib.distributed import copy_into, gather_full, gathered, is_spread, say
 from lib.files import write_aside
 from lib.guards import printable
 from lib.strangers import config_from_metadata, naming
@@ -92,7 +92,7 @@ def save_checkpoint(out, step, state, metadata, *, keep_last, keep_every=0):
             link_latest(out, step)
             prune(out, step, keep_last, keep_every)
         except (OSError, ValueError) as error:  # the step itself is there, and a resume finds it
-            print(f"warning: step {step} is saved; what follows is not done ({error})", flush=True)
+            say(f"warning: step {step} is saved; what follows is not done ({error})")
     finally:
         remove_leftovers(out)  # moments that found room where the weights did not; half a link
 
@@ -158,7 +158,7 @@ def newest_valid(out):
             return step
         except (ValueError, KeyError, TypeError) as error:
             said = error if isinstance(error, ValueError) else f"{out}/step-{step}: no {error}"
-            print(f"warning: checkpoint passed over: {said}", flush=True)
+            say(f"warning: checkpoint passed over: {said}")
 
 
 def remove_leftovers(out):
@@ -220,9 +220,6 @@ def load_optimizer(path, model, optimizer, of=None):
 # --------------------------------------------------------------------------------------- checking
 def describe(path):
     """What a checkpoint holds, as text; ValueError: it is damaged, or no state of its model."""
-    if str(path).endswith((".pth", ".pt")):
-        wanted = "a .safetensors file of a run folder"
-        raise ValueError(f"{path}: not a checkpoint of train.py; wanted {wanted}")
     tensors, meta = read_checked(path)
     if missing := [key for key in ("stage", "step", "model_config") if key not in meta]:
         found = f"no {', '.join(missing)} in its metadata"

@@ -103,17 +103,19 @@ def check_device(name):
 
 
 def say(*words):
-    """print, of the first rank alone."""
+    """print, of the first rank alone.  A full disk or a tee that has gone costs words, no run."""
     if os.environ.get("RANK", "0") == "0":
-        print(*words, flush=True)
+        try:
+            print(*words, flush=True)
+        except OSError:  # a new buffer: the old one's words would fail again, also in a fork
+            sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
 
 
 def check_gpu(name, capability):
     """ValueError for a GPU whose attention would store its scores: 16,317 tokens squared."""
     if capability < (8, 0):
-        found = f"{name} has compute capability {capability[0]}.{capability[1]}"
-        wanted = "wanted 8.0 (Ampere) or newer, for attention in bf16"
-        raise ValueError(f"device = cuda: {found}, {wanted}. Fix: use another GPU or --device=cpu")
+        found = f"{name} has compute capability {capability[0]}.{capability[1]}, wanted 8.0"
+        raise ValueError(f"device = cuda: {found}. Fix: use another GPU or --device=cpu")
 
 
 def from_first(value):

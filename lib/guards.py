@@ -112,7 +112,8 @@ class Stop:
             self.number = number
             self.since = time.monotonic()
             name = signal.Signals(number).name
-            os.write(2, f"{name}: saving, then leaving; once more exits at once\n".encode())
+            with suppress(OSError):  # Ctrl-C has ended the tee behind it too
+                os.write(2, f"{name}: saving, then leaving; once more exits at once\n".encode())
 
     def agreed(self):
         """The signal that any rank has received, 0 = none: the same answer on every rank.

@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+from lib.distributed import say
 from lib.files import is_of_disk
 from lib.pictures import write_png
 
@@ -125,7 +126,7 @@ class Records:
             write(*args)
         except OSError as error:
             found = f"{self.out / name}: {error.strerror or error}"
-            print(f"warning: {found}; this entry is lost, training goes on", flush=True)
+            say(f"warning: {found}; this entry is lost, training goes on")
             return False
         return True
 
@@ -138,7 +139,7 @@ class Records:
 
     def line(self, text):
         if self.out:
-            print(text, flush=True)
+            say(text)
             self.append("training.log", text)
 
     def step(self, step, scalars, tail):

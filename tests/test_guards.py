@@ -9,8 +9,10 @@ import sys
 
 import pytest
 from kill import ENV, ROOT
+from small import Forked
 
 from lib import checkpoints, guards
+from lib.distributed import say
 from lib.guards import Watch, run_command
 from lib.log import Records
 
@@ -49,6 +51,27 @@ def test_a_second_signal_exits_at_once():
         ended.returncode == 128 + signal.SIGTERM
         and ended.stderr.count("once more exits at once") == 1
     )
+
+
+def talk_into(target):
+    """What a run says and does at Ctrl-C, into an output that takes nothing."""
+    os.dup2(target, 1)
+    os.dup2(target, 2)
+    sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
+    stop = guards.Stop(None)
+    os.kill(os.getpid(), signal.SIGINT)
+    say("step 1")
+    sys.stdout.flush()  # as before each fork
+    say("step 2")
+    os._exit(stop.agreed())
+
+
+def test_a_tee_that_ctrl_c_ended_too_and_a_full_disk_behind_stdout_end_no_run():
+    reader, writer = os.pipe()
+    os.close(reader)
+    for target in (writer, os.open("/dev/full", os.O_WRONLY)):
+        assert Forked(talk_into, target).wait(60) == signal.SIGINT
+        os.close(target)
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="Windows")
