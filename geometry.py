@@ -221,14 +221,14 @@ NUM_SPECIAL = 5
 
 
 @lru_cache(maxsize=16)
+@torch.inference_mode(False)  # kept: later calls may train
 def rope_2d(frames, h, w, head_dim, device):
     """Rotation tables of the geometry tokens of `frames` latent frames.
 
     returns  cos, sin (frames*P, head_dim) fp32
     First half of a head is rotated by row, second by column; frequencies 100^(-2j/(head_dim/2));
     special tokens sit at (0, 0), patch (y, x) at (1+y, 1+x).  Time enters by the video features."""
-    y, x = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
-    patches = torch.stack([y, x], -1).reshape(-1, 2) + 1
+    patches = torch.cartesian_prod(torch.arange(h), torch.arange(w)) + 1  # (h*w, 2)
     positions = torch.cat([torch.zeros(NUM_SPECIAL, 2), patches]).double()
     quarter = head_dim // 4
     frequencies = 100.0 ** (-torch.arange(quarter, dtype=torch.float64) / quarter)
@@ -428,6 +428,7 @@ class CameraHead(nn.Module):
 
 
 @lru_cache(maxsize=64)
+@torch.inference_mode(False)
 def uv_embedding(channels, h, w, aspect, device):
     """0.1 sin/cos embedding of aspect-aware coordinates, (channels, h, w).  Source: VGGT, MoGe."""
     norm = math.hypot(aspect, 1)

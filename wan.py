@@ -62,6 +62,7 @@ def timestep_embedding(t, dim):
 
 
 @lru_cache(maxsize=16)
+@torch.inference_mode(False)  # kept: later calls may train
 def rope_3d(f, h, w, head_dim, num_special, device):
     """cos, sin (f*(num_special + h*w), head_dim/2) fp32 of the time | row | column rotation of
     interleaved pairs.

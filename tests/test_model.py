@@ -204,6 +204,14 @@ def test_checkpointed_activations_change_neither_values_nor_gradients():
             torch.testing.assert_close(g, other[name], rtol=1e-4, atol=1e-5)
 
 
+def test_a_look_in_inference_mode_leaves_nothing_that_a_later_training_step_meets():
+    size = dict(height=16, width=80)  # of no other test: its tables of positions are made here
+    model, inputs = tiny_model(awake=True), tiny_inputs(**size)
+    with torch.inference_mode():
+        model(**inputs)
+    loss_of(model(**inputs)).backward()
+
+
 def test_taps_beyond_the_last_layer_are_refused():
     with pytest.raises(ValueError, match="taps"):
         FantasyWorld(Config(**{**TINY.__dict__, "taps": (0, 1, 2, 9)}))
