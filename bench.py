@@ -377,9 +377,10 @@ TABLES = ("flops", "step", "sampling", "data")
 def main():
     devices = ("cpu", "cuda")[: 1 + torch.cuda.is_available()]
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("tables", nargs="*", metavar="TABLE", help=f"some of {', '.join(TABLES)}")
-    parser.add_argument("--device", default=devices[-1], choices=devices)
-    parser.add_argument("--rounds", type=int, default=3, choices=range(1, 100), metavar="N")
+    parser.add_argument("tables", nargs="*", metavar="TABLE", help=f"{', '.join(TABLES)}; else all")
+    parser.add_argument("--device", default=devices[-1], choices=devices, help="else a GPU if any")
+    how = dict(type=int, default=3, choices=range(1, 100), metavar="N")
+    parser.add_argument("--rounds", **how, help="of step and sampling; medians (default 3)")
     args = parser.parse_args()
     torch.set_num_threads(1)
     if unknown := set(args.tables) - set(TABLES):

@@ -359,11 +359,8 @@ def encode(root, height, width, num_frames, how=None):
     left = [job for job in jobs if not caches.fits(job.path, job.key)]  # the rest is done already
     kept, empty = len(jobs) - len(left), folder / f"{listing.EMPTY_TEXT}.safetensors"
     todo = {job.sample["id"]: job.sample for job in left}  # each clip's files are looked at once
-
-    def check_files(sample):
-        listing.check_sums(root, listing.check_sample(inside, sample))
-
-    passes.each(todo.values(), "check", check_files)
+    looked_at = partial(listing.check_sample, inside)
+    passes.each(todo.values(), "check", lambda s: listing.check_sums(root, looked_at(s)))
     if left or not caches.is_whole(empty):
         text = encoders.load_text()
         if not caches.is_whole(empty):
@@ -573,53 +570,56 @@ def import_recordings(form, src, root, **wishes):
 def flag(command, name, text):
     """--name, --name True, --name False; also with hyphens."""
     how = dict(type=["False", "True"].index, nargs="?", const=1, default=0, metavar="True|False")
-    command.add_argument(f"--{name}", f"--{name.replace('_', '-')}", help=text, **how)
+    names = dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}"))
+    command.add_argument(*names, help=f"{text} (default False)", **how)
 
 
 def size_options(command):
-    for name in ("num_frames", "height", "width"):
-        command.add_argument(f"--{name}", type=int, required=True)
+    side = "pixels, a multiple of 16; needed"
+    for name, text in dict(num_frames="4k + 1; needed", height=side, width=side).items():
+        command.add_argument(f"--{name}", type=int, required=True, help=text)
 
 
 def make_parser():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
     p = commands.add_parser("synth", help="render a dataset")
-    p.add_argument("out")
-    p.add_argument("--variety", choices=VARIETY, default="full")
-    p.add_argument("--num", type=int, required=True, help="training clips")
-    p.add_argument("--val", type=int, default=0, help="validation clips, of other seeds")
-    p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--workers", type=int, default=2)
+    p.add_argument("out", metavar="DIR", help="folder of the dataset, a new one")
+    p.add_argument("--variety", choices=VARIETY, default="full", help="of rooms (default full)")
+    p.add_argument("--num", type=int, required=True, help="training clips; needed")
+    p.add_argument("--val", type=int, default=0, help="validation clips, other rooms (default 0)")
+    p.add_argument("--seed", type=int, default=0, help="of the first room (default 0)")
+    p.add_argument("--workers", type=int, default=2, help="processes that render (default 2)")
     size_options(p)
     flag(p, "cache_only", "no videos")
-    p.add_argument("--wan_dir", default=MINIATURE, help="of the encoders of --cache_only")
+    p.add_argument("--wan_dir", default=MINIATURE, help="encodes --cache_only (default tiny/wan)")
     flag(p, "moving", "one object moves by itself, with its mask")
     importers.add_arguments(commands.add_parser("import", help="recordings of other layouts"))
     shared = argparse.ArgumentParser(add_help=False)
-    shared.add_argument("root")
+    shared.add_argument("root", metavar="DIR", help="folder of the dataset")
     flag(shared, "follow_links", "links may lead out of the dataset")
     with_root = partial(commands.add_parser, parents=[shared])
     p = with_root("encode", help="encode every clip once: training loads no encoder")
-    p.add_argument("--split")
-    p.add_argument("--wan_dir", required=True, help="folder of a Wan2.1 release, or tiny/wan")
-    p.add_argument("--device", default="auto", help="auto: a GPU where there is one")
+    p.add_argument("--split", help="train, val or another one of metadata.json (default all)")
+    p.add_argument("--wan_dir", required=True, help="folder of a Wan release, or tiny/wan; needed")
+    p.add_argument("--device", default="auto", help="cpu, cuda ... (default GPU, if any)")
     size_options(p)
-    for name, default in dict(start=0, windows=1, window_seed=-1).items():
-        p.add_argument(f"--{name}", type=int, default=default)
-    p.add_argument("--stride", default="1", help="frames; of 1,2,4 each window draws one")
+    p.add_argument("--start", type=int, default=0, help="first frame of a clip (default 0)")
+    p.add_argument("--windows", type=int, default=1, help="of a clip, evenly spread (default 1)")
+    p.add_argument("--window_seed", type=int, default=-1, help="0 or more: at random instead")
+    p.add_argument("--stride", default="1", help="frames; of 1,2,4 each draws one (default 1)")
     flag(p, "end_image", "also the last frame as an end image, of families of 36 inputs")
     flag(p, "skip_bad", "exit with 0 although clips failed")
     p = with_root("verify", help="check every clip before any GPU hour is spent")
-    p.add_argument("--split")
+    p.add_argument("--split", help="train, val or another one of metadata.json (default all)")
     flag(p, "json", "print the report as JSON")
     flag(p, "fix_hints", "name cures")
     flag(p, "exact", "for exact renderings")
     p = with_root("view", help="pictures of the ground truth, as the model gets it")
     p.add_argument("ids", metavar="ID", nargs="*", help="samples that get a page of their own")
-    p.add_argument("--out")
+    p.add_argument("--out", help="folder of the pages (default DIR/view)")
     p.add_argument("--size", type=camera_files.size_of, metavar="HxW", help="else the video's")
-    p.add_argument("--num_frames", type=int, default=21)
+    p.add_argument("--num_frames", type=int, default=21, help="at most, of a page (default 21)")
     camera_files.add_arguments(commands.add_parser("cameras", help="convert a camera file"))
     return parser
 
@@ -629,8 +629,7 @@ def command():
     name = args.pop("command")
     failed = 0  # clips, of those commands that go on without them
     if name == "synth":
-        out, workers = args.pop("out"), args.pop("workers")
-        synth(out, Recipe(**args), workers)
+        synth(args.pop("out"), workers=args.pop("workers"), recipe=Recipe(**args))
     elif name == "encode":
         size = (args.pop("root"), args.pop("height"), args.pop("width"), args.pop("num_frames"))
         failed = encode(*size, Encoding(**args))

@@ -655,5 +655,5 @@ def parameter_table(preset):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Print the parameter table of a preset.")
-    parser.add_argument("--preset", default="1.3b", choices=PRESETS)
+    parser.add_argument("--preset", default="1.3b", choices=PRESETS, help="default 1.3b")
     print(parameter_table(parser.parse_args().preset))

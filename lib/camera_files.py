@@ -404,14 +404,14 @@ def write(path, form, w2c, intrinsics=None, size=None, binary=False):
 
 def add_arguments(parser):
     """The arguments of `data.py cameras`."""
-    parser.add_argument("source")
-    parser.add_argument("target")
-    parser.add_argument("--from", dest="form", choices=FORMATS)
-    parser.add_argument("--to", choices=WRITTEN, default="re10k")
+    parser.add_argument("source", metavar="IN", help="camera file, or a folder of them")
+    parser.add_argument("target", metavar="OUT", help="file that is written")
+    parser.add_argument("--from", dest="form", choices=FORMATS, help="else it is recognised")
+    parser.add_argument("--to", choices=WRITTEN, default="re10k", help="default re10k")
     parser.add_argument("--size", type=size_of, metavar="HxW", help="of the file's pictures")
     parser.add_argument("--intrinsics", type=lens, metavar="fx,fy,cx,cy", help="pixels of --size")
-    parser.add_argument("--axes", choices=("opencv", "opengl"))
-    parser.add_argument("--matrices", choices=("w2c", "c2w"))
+    parser.add_argument("--axes", choices=("opencv", "opengl"), help="where it does not say")
+    parser.add_argument("--matrices", choices=("w2c", "c2w"), help="the same")
     parser.add_argument("--binary", action="store_true", help="COLMAP: .bin instead of .txt")
 
 

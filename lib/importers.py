@@ -259,25 +259,26 @@ def run(src, out, form=None, **wishes):
 
 def add_arguments(parser):
     """The arguments of `data.py import`."""
-    parser.add_argument("form", metavar="FORMAT", nargs="?", choices=[*LAYOUTS, None])
-    parser.add_argument("src", metavar="SRC")
-    parser.add_argument("root", metavar="DIR")
+    known = f"{', '.join(LAYOUTS)}; else it is guessed"
+    parser.add_argument("form", metavar="FORMAT", nargs="?", choices=[*LAYOUTS, None], help=known)
+    parser.add_argument("src", metavar="SRC", help="a recording, or a folder that holds several")
+    parser.add_argument("root", metavar="DIR", help="folder of the dataset")
     add_wishes(parser)
 
 
 def add_wishes(parser):
     whole = dict(type=int, metavar="N")
     parser.add_argument("--name", metavar="ID", help="of the sample, where SRC is one recording")
-    parser.add_argument("--start", **whole, default=0, help="first frame")
-    parser.add_argument("--stride", **whole, default=1, help="every N-th frame")
-    parser.add_argument("--max_frames", **whole, help="at most N of them")
+    parser.add_argument("--start", **whole, default=0, help="first frame (default 0)")
+    parser.add_argument("--stride", **whole, default=1, help="every N-th frame (default 1)")
+    parser.add_argument("--max_frames", **whole, help="at most N of them (default all)")
     parser.add_argument("--size", type=camera_files.size_of, metavar="HxW", help="cut and resize")
     parser.add_argument("--prompt", default="", help="of every recording")
     parser.add_argument("--fps", type=float, help="of the pictures, where the layout does not say")
     pixels = dict(type=camera_files.lens, metavar="fx,fy,cx,cy", help="pixels of the pictures")
     parser.add_argument("--intrinsics", **pixels)
     parser.add_argument("--depth_scale", type=float, help="metres per count of the depth files")
-    parser.add_argument("--matrices", choices=("w2c", "c2w"))
-    parser.add_argument("--axes", choices=("opencv", "opengl"))
+    parser.add_argument("--matrices", choices=("w2c", "c2w"), help="of a file that leaves it open")
+    parser.add_argument("--axes", choices=("opencv", "opengl"), help="the same")
     parser.add_argument("--from", dest="cameras", choices=FORMATS, help="format of the camera file")
     parser.add_argument("--pictures", metavar="PATH", help="where the layout holds none")

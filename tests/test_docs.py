@@ -94,3 +94,23 @@ def test_the_lower_bounds_are_versions_that_work(package, first):
     """Tried on Python 3.10, all packages at their bounds; what is older fails as said above."""
     bounds = dict(line.split(">=") for line in (ROOT / "requirements.txt").read_text().split())
     assert tuple(map(int, bounds[package].split("."))) >= first
+
+
+def parsers(parser):
+    """A parser and those of its commands."""
+    yield parser
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for command in action.choices.values():
+                yield from parsers(command)
+
+
+def test_every_argument_of_data_py_has_a_line_of_help_with_its_default():
+    for parser in parsers(data.make_parser()):
+        for action in parser._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                continue
+            assert action.help, (parser.prog, action.dest)
+            told = action.default in (None, "", argparse.SUPPRESS, -1) or action.const
+            word = {"auto": "GPU", data.MINIATURE: "tiny/wan"}.get(action.default, action.default)
+            assert told or re.search(rf"default {word}\b", action.help), (parser.prog, action.dest)
