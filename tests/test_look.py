@@ -5,12 +5,14 @@ import sys
 
 import numpy as np
 import pytest
+from browser import BROWSER, opened
 from recordings import WRITERS, clip
 
 import data
 from lib import importers, look
 from lib.camera_files import read_table
 from lib.files import read_video
+from lib.page import write_page
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +64,18 @@ def test_the_command_writes_a_sheet_pages_and_the_worst_pair(dataset, capsys, mo
     with pytest.raises(ValueError, match="--size 33x64: wanted even sides"):
         data.command()
     assert json.loads((dataset / "metadata.json").read_text())
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium (apt-get install chromium-headless-shell)")
+def test_the_page_of_a_ground_truth_goes_to_another_frame_and_complains_of_nothing(
+    dataset, tmp_path
+):
+    (sample,) = [s for s in data.load_samples(dataset) if s["id"] == "good"]
+    write_page(look.true_scene(data.load_clip(sample, 48, 64, 9)), tmp_path / "scene.html")
+    with opened(tmp_path / "scene.html") as page:
+        assert page.run("viewer.show(3), viewer.state.frame") == 3
+        assert "frame 4 of 9" in page.run("document.getElementById('clock').textContent")
+        assert not page.problems
 
 
 def test_a_failed_verify_ends_with_the_line_that_opens_it(dataset, capsys):
