@@ -641,9 +641,9 @@ def parameter_table(preset):
     ours = {k: v / 1e6 for k, v in model.count_parameters().items()}
 
     def line(name, ours, guide):
-        return f"{name:24s}{ours:10.2f}{guide:10.2f}{ours / guide:12.2f}"
+        return f"{name:24s}{ours:10.2f}{guide:13.2f}{ours / guide:12.2f}"
 
-    lines = [f"{'millions of parameters':30s}ours     guide  ours/guide   stage 1   stage 2"]
+    lines = [f"{'millions of parameters':30s}ours  guide, 1.3b  ours/guide   stage 1   stage 2"]
     for name, count in ours.items():
         state = ["train" if name in model.TRAINED[stage] else "frozen" for stage in (1, 2)]
         lines.append(f"{line(name, count, GUIDE[name])}   {state[0]:8s}  {state[1]}")

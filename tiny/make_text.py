@@ -72,4 +72,6 @@ def main(folder):
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
+        sys.exit(__doc__)  # --help is no folder
     main(Path(sys.argv[1]))
