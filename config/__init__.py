@@ -94,8 +94,8 @@ def apply(script, argv):
             values.update(read_config(arg, known))
             continue
         key, equals, text = arg[2:].partition("=")
-        declared = look_up(key, known, "command line")
-        if not equals and declared.type is bool and rest[:1] not in (["True"], ["False"]):
+        declared, after = look_up(key, known, "command line"), "".join(rest[:1]).title()
+        if not equals and declared.type is bool and after not in ("True", "False"):
             text = "True"
         elif not equals:
             if not rest:
@@ -110,7 +110,7 @@ def apply(script, argv):
 def look_up(key, known, where):
     """known[key], or a ValueError with the name that is nearest."""
     if key not in known:
-        near = " or ".join(map(repr, difflib.get_close_matches(key, known, 2)))
+        near = " or ".join(map(repr, difflib.get_close_matches(str(key), known, 2)))
         hint = f"; did you mean {near}?" if near else "; --help lists all"
         raise ValueError(f"{where}: unknown option '{key}'{hint}")
     return known[key]
@@ -119,7 +119,7 @@ def look_up(key, known, where):
 def from_text(text, wanted):
     """What was typed as a value of the wanted type where it can be one, else the text."""
     if wanted is not str:
-        with suppress(ValueError, SyntaxError, MemoryError, RecursionError):
+        with suppress(ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
             return ast.literal_eval(text.title() if wanted is bool else text)
     return text
 

@@ -47,6 +47,7 @@ def test_defaults_stand_until_a_file_and_then_the_command_line_say_otherwise(tmp
 def test_a_bare_flag_is_true_and_a_value_may_follow_it():
     assert config.apply(SCRIPT, ["--quiet"]).quiet is True
     assert config.apply(SCRIPT, ["--quiet", "False", "--steps=2"]).quiet is False
+    assert config.apply(SCRIPT, ["--quiet", "false", "--steps=2"]).quiet is False
     assert config.apply(SCRIPT, ["--quiet", "--steps", "2"]).steps == 2
 
 
@@ -123,6 +124,7 @@ def test_a_config_file_is_refused_by_file_and_line(tmp_path, text, words):
         ("--levels=(0.5,2)", "levels = \\(0.5, 2\\), wanted above 0, at most 1"),
         ("--levels=('a',)", "levels = \\('a',\\), wanted above 0"),
         ("--guard=0.5", "guard = 0.5, wanted above 1, 0: off"),
+        ("--sizes={[]: 2}", "sizes = '{\\[\\]: 2}' is a text, wanted a dict"),
         ("--quiet=maybe", "quiet = 'maybe' is a text, wanted True or False"),
         ("nowhere.py", "config file nowhere.py: No such file"),
     ],
@@ -130,6 +132,12 @@ def test_a_config_file_is_refused_by_file_and_line(tmp_path, text, words):
 def test_a_bad_argument_is_refused_by_name(argument, words):
     with pytest.raises(ValueError, match=words):
         config.apply(SCRIPT, [argument])
+
+
+@pytest.mark.parametrize("key", ["model_overrides", "sampling"])
+def test_a_key_that_is_no_name_is_an_unknown_option(key):
+    with pytest.raises(ValueError, match=f"{key}: unknown option '1'"):
+        train.check_options(config.apply(vars(train), [f"--{key}={{1: 2}}"]))
 
 
 def test_the_frames_of_training_are_found_among_the_options_of_sampling():
