@@ -20,6 +20,7 @@ from geometry import inv_se3, relative_to_first
 from lib.caches import save_clip, save_tensors
 from lib.camera_files import write_cameras
 from lib.crop import check_video_size
+from lib.files import read_json, write_aside
 from lib.listing import EMPTY_TEXT
 from lib.pictures import write_video
 
@@ -395,14 +396,13 @@ def synth(out, recipe, workers=0):
     check_video_size((recipe.num_frames, height, width))
     finished = out / "metadata.json"
     if finished.is_file():
-        meta = json.loads(finished.read_text())
+        meta = read_json(finished)
         if not isinstance(meta, dict) or meta.get("synth") != recipe.listed():
             raise ValueError(f"{out}: holds another dataset; choose a new folder or delete it")
         print(f"{out}: already rendered")
         return
     jobs = [(out, recipe, clip) for clip in recipe.clips()]
-    os.environ["OMP_NUM_THREADS"] = "1"  # read by the workers' numpy
-    os.environ["OPENBLAS_NUM_THREADS"] = "1"
+    os.environ |= dict(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")  # read by workers' numpy
     show = functools.partial(tqdm, total=len(jobs), desc="render", unit="clip")
     if workers:
         spawn = multiprocessing.get_context("spawn")
@@ -413,6 +413,6 @@ def synth(out, recipe, workers=0):
     ids = [entry["id"] for entry in entries]
     told = dict(version="1.0", description="rendered by data.py synth", synth=recipe.listed())
     splits = dict(train=ids[: recipe.num], val=ids[recipe.num :], test=[])
-    meta = dict(told, samples=entries, splits=splits)
-    finished.write_text(json.dumps(meta, indent=1))  # last: it marks a finished dataset
+    text = json.dumps(dict(told, samples=entries, splits=splits), indent=1)
+    write_aside(finished, lambda path: path.write_text(text))  # last: it marks a finished dataset
     print(f"{out}: {recipe.num} training and {recipe.val} validation clips")

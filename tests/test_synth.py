@@ -113,3 +113,22 @@ def test_captions_name_the_direction_of_the_move():
     wanted = "a room with two boxes and a green sphere, the camera moves forward"
     assert rooms.caption(scene, seen, c2w, "free") == wanted
     assert rooms.caption(scene, ~seen, c2w, "static") == "an empty room, the camera does not move"
+
+
+def test_a_damaged_list_of_a_finished_dataset_is_named(tmp_path):
+    (tmp_path / "metadata.json").write_text('{"samples"')
+    with pytest.raises(ValueError, match="metadata.json: not valid JSON"):
+        rooms.synth(tmp_path, rooms.Recipe(1, 5, 32, 48))
+
+
+def test_a_disk_that_fills_up_at_the_end_leaves_no_half_a_list(tmp_path, monkeypatch):
+    def full(path, text):
+        with open(path, "w") as file:
+            file.write(text[:9])
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as disk:
+        disk.setattr("pathlib.Path.write_text", full)
+        with pytest.raises(OSError, match="No space"):
+            rooms.synth(tmp_path, rooms.Recipe(1, 5, 32, 48, variety="simple"))
+    assert [path.name for path in tmp_path.iterdir()] == ["train_000000"]
