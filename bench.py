@@ -40,6 +40,7 @@ from geometry import encode_pose
 from lib import plan
 from lib.caches import read_again, save_tensors, stamp
 from lib.camera_paths import load_camera
+from lib.guards import run_command
 from lib.plan import GIB, Count, clear_tables, example_batch, fake, fake_model, fake_tensors
 from model import PRESETS, Conditions, Config, FantasyWorld
 from wan import CLIP_SHAPE, LATENT, half_precision, start_condition
@@ -397,4 +398,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_command("bench.py", main)

@@ -9,7 +9,7 @@ step-N.optim.safetensors and latest.safetensors.  World size 1 is the same code.
 The batch of a step (clips, noise, sigma, drops) is a pure function of (seed, step, position in the
 global batch).  So a resumed run needs no random state, and neither the number of ranks nor of
 loader workers changes what is trained on.
-SIGTERM, SIGUSR1 or Ctrl-C saves and leaves with 128 + the signal's number.
+SIGTERM, SIGUSR1, Ctrl-C or a closed terminal saves and leaves with 128 + the signal's number.
 `python train.py --check CKPT` examines a checkpoint; --help lists every option."""
 
 import atexit

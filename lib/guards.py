@@ -22,6 +22,9 @@ from lib.distributed import gathered
 # The guide's figures: a mean loss above them in the last fifth of a run earns a warning.
 LATE_LIMITS = {"loss/depth": 0.2, "loss/point": 0.5, "loss/camera": 0.1}
 
+# What asks a run to end: a scheduler, Ctrl-C, a terminal that closes (not on Windows).
+ENDS = (signal.SIGTERM, signal.SIGINT, getattr(signal, "SIGHUP", signal.SIGTERM))
+
 # A loader worker that was killed, or that found no shared memory for its batch.
 LOST_WORKER = re.compile(r"DataLoader worker|unable to .*(shared memory|torch_)")
 
@@ -81,8 +84,9 @@ def end_children():
 
 
 # ---------------------------------------------------------------------------------------- signals
-# Of a scheduler, a terminal, and slurm's --signal=USR1, which Windows lacks.
-STOPS = [getattr(signal, n) for n in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, n)]
+# Of a scheduler, Ctrl-C, slurm's --signal=USR1, a terminal that closes; Windows lacks two.
+NAMES = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP")
+STOPS = [getattr(signal, name) for name in NAMES if hasattr(signal, name)]
 
 
 def ignore_signals(_worker):
@@ -103,7 +107,9 @@ class Stop:
         self.since = 0.0
         self.parent = os.getppid()
         for number in STOPS:
-            signal.signal(number, self.handle)
+            under_nohup = number.name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN
+            if not under_nohup:
+                signal.signal(number, self.handle)
 
     def handle(self, number, _frame):
         if self.number and time.monotonic() - self.since > 1:
@@ -112,7 +118,7 @@ class Stop:
             self.number = number
             self.since = time.monotonic()
             name = signal.Signals(number).name
-            with suppress(OSError):  # Ctrl-C has ended the tee behind it too
+            with suppress(OSError):  # the terminal or the tee behind it has ended, too
                 os.write(2, f"{name}: saving, then leaving; once more exits at once\n".encode())
 
     def agreed(self):

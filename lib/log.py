@@ -175,8 +175,7 @@ class Records:
         self.to_board(add, step)
 
     def to_board(self, add, step):
-        """add(board), whose purge_step makes TensorBoard forget what a killed run wrote after the
-        checkpoint that we resume."""
+        """add(board); its purge_step makes TensorBoard forget what is repeated after a kill."""
 
         def write():
             if self.board is None:

@@ -18,6 +18,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 import config
+from lib.guards import STOPS
 from model import Config, FantasyWorld
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -99,7 +100,7 @@ def train_here(*arguments, **patches):
 
     before, handlers = (
         dict(vars(train)),
-        {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)},
+        {n: signal.getsignal(n) for n in STOPS},
     )
     text, argv, code = io.StringIO(), sys.argv, 0
     arguments = [str(a) for a in arguments]

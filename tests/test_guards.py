@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 
 import pytest
 from kill import ENV, ROOT
@@ -88,6 +89,25 @@ def test_slurms_signal_before_the_time_limit_saves_and_leaves_and_spares_the_loa
             signal.signal(number, handler)
 
 
+def test_a_terminal_that_closes_ends_a_run_as_sigterm_does_unless_nohup_says_no(monkeypatch):
+    def gone(*_):
+        raise OSError(5, "Input/output error")
+
+    before = {number: signal.getsignal(number) for number in guards.STOPS}
+    monkeypatch.setattr(os, "write", gone)
+    try:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        guards.Stop(None)
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        stop = guards.Stop(None)
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert stop.agreed() == signal.SIGHUP
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def test_ctrl_c_outside_of_a_run_is_one_line_and_the_status_of_its_signal(capsys):
     def stopped():
         raise KeyboardInterrupt
@@ -141,6 +161,18 @@ def test_names_that_the_terminal_cannot_show_end_no_run(tmp_path, monkeypatch):
     run_command("train.py", lambda: records.line("# clip \u5ba2 \udcff"))
     assert raw.getvalue() == b"# clip \\u5ba2 \\udcff\n"
     assert (tmp_path / "training.log").read_bytes() == b"# clip \xe5\xae\xa2 \\udcff\n"
+
+
+def test_a_full_disk_behind_the_output_costs_its_words_and_not_the_run(tmp_path, monkeypatch):
+    """As of nohup python train.py ... > log &."""
+    full = open("/dev/full", "w", buffering=1)
+    monkeypatch.setattr(sys, "stdout", full)
+    records = Records(tmp_path, {}, 0)
+    records.line("step 1/2")
+    records.attempt("config.json", (tmp_path / "none" / "config.json").write_text, "")
+    assert (tmp_path / "training.log").read_text() == "step 1/2\n"
+    with suppress(OSError):
+        full.close()
 
 
 @pytest.mark.parametrize("keep_last", [1, 2, 3, 4, 8])
