@@ -625,7 +625,8 @@ def make_parser():
 
 
 def command():
-    args = vars(make_parser().parse_args())
+    given = vars(make_parser().parse_args())  # bash leaves the ~ of --wan_dir=~/wan to us
+    args = {k: os.path.expanduser(v) if isinstance(v, str) else v for k, v in given.items()}
     name = args.pop("command")
     failed = 0  # clips, of those commands that go on without them
     if name == "synth":

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 from small import TINY, command_here, loss_of, options_of, tiny_inputs, tiny_model, train_here
 
+import data
 import train
 from encoders import MINIATURE
 from geometry import decode_pose, encode_pose
@@ -22,6 +23,19 @@ from lib.frozen import frozen_digest, identify_frozen
 from lib.jobs import attempt
 from lib.log import Passes, provenance
 from lib.weights import load_trained, read_metadata
+
+
+def test_the_tilde_of_a_path_is_the_home_folder_for_data_py_too(tmp_path, monkeypatch):
+    """bash expands --out ~/x, but not --out=~/x, which made a folder called ~."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    cameras = " ".join(map(str, [0, 1, 1, 0.5, 0.5, 0, 0, 1, 0, 0, 0, 0, 1, 0, 0, 0, 0, 1, 0]))
+    (tmp_path / "a.txt").write_text(f"{cameras}\n")
+    monkeypatch.setattr("sys.argv", ["data.py", "cameras", "~/a.txt", "~/b.npz", "--to=npz"])
+    data.command()
+    assert (tmp_path / "b.npz").exists()
+    monkeypatch.setattr("sys.argv", ["data.py", "verify", "~/none"])
+    with pytest.raises(ValueError, match=f"{tmp_path}/none: not a folder"):
+        data.command()
 
 
 def test_a_full_disk_ends_the_encoding_and_is_no_fault_of_a_clip():
