@@ -168,8 +168,8 @@ def key_frames(text, num_frames):
             said = f"--camera, key frame {part.strip()!r}: wanted x,y,z -> x,y,z, as in {such}"
             raise ValueError(said) from None
         poses.append(look_at(centre, target))
-    if max(times) > 1:
-        raise ValueError(f"--camera {text[:99]}: time {max(times):g}; wanted shares, 0 to 1")
+    if times != sorted({*times}) or max(times) > 1:
+        raise ValueError(f"--camera {text[:99]}: times {times}; wanted rising shares, 0 to 1")
     return interpolate(times, poses, np.linspace(0, 1, num_frames))
 
 
@@ -179,8 +179,8 @@ def look_at(centre, target, down=(0, 1, 0)):
     z = target - centre
     x = np.cross(down, z)
     if np.linalg.norm(z) < 1e-12 or np.linalg.norm(x) < 1e-9 * np.linalg.norm(z):
-        seen = f"seen from {centre} towards {target}"
-        raise ValueError(f"look_at: {seen}, down = {down} is no side of the picture; take another")
+        seen = f"{centre.tolist()} -> {target.tolist()} looks straight up, down or nowhere"
+        raise ValueError(f"--camera, key frame {seen}. Move its target a little aside")
     x, z = x / np.linalg.norm(x), z / np.linalg.norm(z)
     R = np.stack([x, np.cross(z, x), z])  # rows: the camera's axes in the world
     return np.concatenate([R, -R @ centre[:, None]], 1)

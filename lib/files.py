@@ -55,9 +55,9 @@ def check_file(path, limit=MAX_BYTES):
         with open(path, "rb"):
             pass
     except FileNotFoundError:
-        raise ValueError(f"{path}: no such file. Restore it, or remove the clip") from None
+        raise ValueError(f"{path}: no such file. Check its name, or restore it") from None
     except OSError as error:
-        cure = "Make it readable, or remove the clip"
+        cure = "Make it readable, or do without it"
         raise ValueError(f"{path}: cannot be opened: {error.strerror}. {cure}") from None
     if not 0 < info.st_size <= limit:
         found = f"{info.st_size:,} bytes; wanted 1 to {limit:,}"
@@ -380,8 +380,10 @@ def read_array(path, read=True, mask=False):
 
 
 def damaged(path, error):
-    said = str(error).removeprefix(f"{path}: ") or repr(error)
-    return ValueError(f"{path}: cannot be read: {said}. Make it again or remove the clip")
+    said = str(error) or repr(error)
+    if said.startswith(f"{path}: "):
+        return ValueError(said)  # it says all
+    return ValueError(f"{path}: cannot be read: {said}. Make it again or do without it")
 
 
 def natural(name):
