@@ -35,7 +35,7 @@ from lib.export import EXPORTS, USUAL, describe, export_names, make_scene, write
 from lib.guards import printable, run_command
 from lib.jobs import Job, Plan, attempt, finish, join_ranks, plan_jobs, share, start_images
 from lib.pictures import as_pixels, depth_to_rgb, tile, write_png
-from lib.strangers import read_train_config
+from lib.strangers import config_from_metadata, read_train_config
 from lib.weights import find_wan
 from model import shift_sigma
 from released import BASES, Tiles
@@ -501,6 +501,10 @@ def settled(options, meta):
     for (name, kind), fit in zip(kinds.items(), fits):  # elsewhere they would change nothing
         if not fit and getattr(options, name) not in ("", BOUNDARY):
             raise ValueError(f"--{name}: {options.ckpt} is no {kind}; leave it out")
+    inputs = config_from_metadata(meta, options.ckpt).in_dim if "model_config" in meta else 36
+    if inputs < (36 if options.end_image else 32 * bool(options.image or options.worldscore)):
+        kind = "an end image is for video branches of" if options.end_image else "images want 32 or"
+        raise ValueError(f"{options.ckpt}: {kind} 36 inputs, this one has {inputs}; leave it out")
     frames = options.frames or trained["num_frames"]
     height, width = options.height or trained["height"], options.width or trained["width"]
     check_video_size((frames, height, width), "--frames {} --height {} --width {}")

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from small import tiny_inputs, tiny_model
+from small import options_of, tiny_inputs, tiny_model
 
 import config
 import sample
@@ -39,6 +39,25 @@ def ckpt(tmp_path_factory):
     own = {k: v.contiguous() for k, v in model.trainable_state_dict().items()}
     save_file(own, root / "two.safetensors", dict(meta, stage="2"))
     return root / "two.safetensors"
+
+
+@pytest.mark.parametrize(
+    "inputs, given, words",
+    [
+        (16, dict(image="a.png"), "images want 32 or 36 inputs, this one has 16"),
+        (16, dict(worldscore="static.json"), "images want 32 or 36 inputs"),
+        (32, dict(image="a.png", end_image="b.png"), "end image is for .* 36 inputs"),
+    ],
+)
+def test_an_image_that_a_family_does_not_take_is_refused_before_anything_is_loaded(
+    ckpt, inputs, given, words
+):
+    options = options_of(sample, ckpt=str(ckpt))
+    meta = sample.checkpoint_of(options)
+    meta["model_config"] = json.dumps(json.loads(meta["model_config"]) | dict(in_dim=inputs))
+    sample.settled(options, meta)
+    with pytest.raises(ValueError, match=words):
+        sample.settled(options.replaced(**given), meta)
 
 
 def run(monkeypatch, ckpt, out, *more):
