@@ -545,10 +545,11 @@ def look_at(root, ids, out, size, num_frames, follow_links=False):
         raise ValueError(f"--size {size[0]}x{size[1]}: wanted even sides, for the page's video")
 
     def load(sample):
-        frames = files.count_frames(sample["video"]) if sample["video"] else 5
+        video = sample["video"]  # None: load_clip says what is missing
+        frames = files.count_frames(video) if video else 5
         count = max(5, (min(num_frames, frames) - 1) // 4 * 4 + 1)  # 4k + 1
         # About 100,000 pixels of the video's shape, in whole latents of the DiT.
-        h, w = size or files.read_video(sample["video"], 1)[0].shape[1:3]
+        h, w = size or (files.read_video(video, 1)[0].shape[1:3] if video else (16, 16))
         shape = size or [max(16, round(x * (1e5 / h / w) ** 0.5 / 16) * 16) for x in (h, w)]
         return load_clip(sample, *shape, count, stride=max(1, (frames - 1) // (count - 1)))
 

@@ -394,6 +394,8 @@ def synth(out, recipe, workers=0):
     """Render the clips of a Recipe: sample folders, or the cache alone."""
     out, (height, width) = Path(out), (recipe.height, recipe.width)
     check_video_size((recipe.num_frames, height, width))
+    if recipe.num < 1 or min(recipe.val, recipe.seed, workers) < 0:
+        raise ValueError("wanted --num of 1 or more; --val, --seed and --workers of 0 or more")
     finished = out / "metadata.json"
     if finished.is_file():
         meta = read_json(finished)

@@ -293,3 +293,19 @@ def test_cache_only_rendering_is_the_same_for_any_number_of_workers(rendered, tm
     torch.testing.assert_close(direct["w2c"], written["w2c"])
     torch.testing.assert_close(direct["depth"], written["depth"])
     assert (direct["latents"] - written["latents"]).abs().mean() < 0.1  # the written video is H.264
+
+
+def test_a_look_at_a_rendering_without_videos_says_that_it_holds_none(tmp_path, capsys):
+    (tmp_path / "metadata.json").write_text(json.dumps([dict(id="a", prompt="x", cached=True)]))
+    with pytest.raises(ValueError, match="no sample could be shown"):
+        data.look_at(tmp_path, [], None, None, 21)
+    said = capsys.readouterr()
+    assert "skipped a: clip a: a video, cameras and depth" in said.out + said.err
+
+
+@pytest.mark.parametrize("wrong", [dict(num=0), dict(val=-1), dict(seed=-1)])
+def test_rendering_no_clips_is_refused_with_the_numbers_that_are_wanted(tmp_path, wrong):
+    recipe = rooms.Recipe(**dict(num=1, num_frames=5, height=32, width=48) | wrong)
+    with pytest.raises(ValueError, match="--num of 1 or more; --val, --seed and --workers of 0"):
+        rooms.synth(tmp_path / "new", recipe)
+    assert not (tmp_path / "new").exists()
