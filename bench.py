@@ -9,8 +9,7 @@
 
 Without a name all of them, by the same code on a CPU and on a GPU: a GPU takes the 1.3B preset and
 the guide's clips, a CPU the miniature's widths and small clips.  The rows of a table are timed in
-turn, round after round: medians, on a CPU of one thread's processor time, which others do not
-disturb.
+turn, round after round: medians, on a CPU of the processor time of one thread.
 
 Straightforward is the method's description taken literally: every block forward and backward with
 weight gradients, the exchange in stage 1 too, encoders in the step, heads over all frames at once,

@@ -34,7 +34,7 @@ from lib.experts import BOUNDARY, check_frozen_of, files_in, metadata_of_ckpt, o
 from lib.export import EXPORTS, USUAL, describe, export_names, make_scene, write_exports
 from lib.guards import printable, run_command
 from lib.jobs import Job, Plan, attempt, finish, join_ranks, plan_jobs, share, start_images
-from lib.pictures import as_pixels, depth_to_rgb, tile, write_png
+from lib.pictures import as_pixels, depth_to_rgb, write_png
 from lib.strangers import config_from_metadata, read_train_config
 from lib.weights import find_wan
 from model import shift_sigma
@@ -335,8 +335,9 @@ def preview(folder, every, decode, step, latents, *, read_geometry):
     depth = read_geometry()["depth"][0].float().cpu().numpy()
     pick = np.linspace(0, len(depth) - 1, min(5, len(depth))).round().astype(int)
     folder.mkdir(parents=True, exist_ok=True)
-    pictures = depth_to_rgb(depth[pick], *np.quantile(depth, (0.01, 0.99)))
-    write_png(folder / f"step-{step:04d}.png", tile([[*first, *pictures]]))
+    depths = depth_to_rgb(depth[pick], *np.quantile(depth, (0.01, 0.99)))  # bright is near
+    shown = np.pad([*first, *depths], [(0, 0), (0, 0), (0, 2), (0, 0)], constant_values=255)
+    write_png(folder / f"step-{step:04d}.png", np.concatenate(shown, 1)[:, :-2])
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ import sample
 from encoders import MINIATURE
 from lib import camera_files, camera_paths
 from lib.crop import crop_intrinsics
+from lib.experts import metadata_of_ckpt
 from lib.files import read_video
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -53,7 +54,7 @@ def test_an_image_that_a_family_does_not_take_is_refused_before_anything_is_load
     ckpt, inputs, given, words
 ):
     options = options_of(sample, ckpt=str(ckpt))
-    meta = sample.checkpoint_of(options)
+    meta = metadata_of_ckpt(options.ckpt)
     meta["model_config"] = json.dumps(json.loads(meta["model_config"]) | dict(in_dim=inputs))
     sample.settled(options, meta)
     with pytest.raises(ValueError, match=words):
