@@ -18,7 +18,7 @@ import torch
 from safetensors import safe_open
 
 import released
-from encoders import expert_folders, lazy_tensors, no_dit, unwrapped, wan_files
+from encoders import check_whole, expert_folders, lazy_tensors, no_dit, unwrapped, wan_files
 from lib.distributed import copy_into, say
 from lib.files import write_aside
 from lib.guards import run_command
@@ -61,6 +61,7 @@ def read_tensors(path):
 def read_metadata(path):
     """Metadata of a checkpoint, without its tensors."""
     try:
+        check_whole(path)
         with safe_open(path, "pt") as file:
             return file.metadata() or {}
     except Exception as error:
@@ -102,11 +103,10 @@ def find_wan(folder, ckpt):
 
 def wan_sources(folder):
     """Files of the DiT in a Wan folder or a stage 0 run."""
-    files = wan_files(folder)
     if expert_folders(folder):
         cure = "name one of them, high_noise_model or low_noise_model; train.py: --expert"
         raise ValueError(f"wan_dir = {folder}: a pair of experts; {cure}")
-    if not files:
+    if not (files := wan_files(folder)):
         raise no_dit(folder)
     return files
 

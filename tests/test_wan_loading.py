@@ -163,6 +163,13 @@ def test_a_pointer_in_the_place_of_a_file_is_named_before_anything_is_loaded(
         WanFolder(folder, "cpu")
 
 
+def test_a_pointer_in_the_place_of_a_checkpoint_is_named_too(tmp_path):
+    path = tmp_path / "fantasyworld.safetensors"
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4665\n")
+    with pytest.raises(ValueError, match="fantasyworld.safetensors.*git lfs pull"):
+        weights.metadata_of(path)
+
+
 def test_a_file_that_aria2_has_not_finished_is_refused_though_it_has_its_full_length(
     downloaded, tmp_path
 ):
