@@ -519,7 +519,7 @@ def expert_folders(folder):
 def no_dit(folder):
     """The error of a --wan_dir that holds no video branch, with what it does hold."""
     lacks = "no diffusion_pytorch_model*.safetensors (Wan2.1), no latest.safetensors (stage 0)"
-    there = ", ".join(sorted(path.name for path in Path(folder).glob("*"))[:9]) or "nothing"
+    there = ", ".join(sorted(os.listdir(folder))[:9] if os.path.isdir(folder) else []) or "nothing"
     return ValueError(f"wan_dir = {folder}: {lacks}, but {there}. Fix: see the end of docs/wan.md")
 
 

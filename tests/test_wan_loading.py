@@ -189,6 +189,10 @@ def test_a_folder_without_a_video_branch_is_refused_with_what_is_in_it(tmp_path)
     for load in (lambda: WanFolder(tmp_path, "cpu"), lambda: load_wan(str(tmp_path), TINY)):
         with pytest.raises(ValueError, match="but blobs, refs, snapshots. Fix: .*docs/wan.md"):
             load()
+    with pytest.raises(
+        ValueError, match="wan_dir = : no diffusion.* but nothing"
+    ):  # of "$W", unset
+        WanFolder("", "cpu")
 
 
 def test_scales_of_fp8_and_pickled_objects_are_named_with_their_file_in_one_line(tmp_path):
