@@ -6,6 +6,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import torch
+from small import TINY, loss_of, tiny_inputs
 
 import geometry
 from model import PRESETS
@@ -62,3 +63,19 @@ def test_another_bridge_is_one_line_and_trains(tmp_path, monkeypatch):
     assert model.bridge.weight.requires_grad
     assert "bridge.weight" in model.state_dict()
     assert not any(p.requires_grad for n, p in model.named_parameters() if n.startswith("wan."))
+
+
+def test_a_video_branch_that_trains_gets_a_gradient_everywhere(tmp_path, monkeypatch):
+    source, old = (ROOT / "model.py").read_text(), 'TRAINED[1] + ("camera_adapters", "irg")'
+    assert source.count("with torch.no_grad():") == 5 and source.count(old) == 1
+    source = source.replace("with torch.no_grad():", "with nullcontext():")
+    (tmp_path / "all_train.py").write_text(source.replace(old, f'{old} + ("wan",)'))
+    monkeypatch.syspath_prepend(tmp_path)
+    changed = importlib.import_module("all_train")
+    torch.manual_seed(0)
+    model = changed.FantasyWorld(changed.Config(**vars(TINY)))
+    with torch.no_grad():
+        for p in model.parameters():  # no gate hides what is behind it
+            p.add_(0.05 * torch.randn_like(p))
+    loss_of(model(**tiny_inputs())).backward()
+    assert not [name for name, p in model.named_parameters() if p.grad is None]
