@@ -327,10 +327,8 @@ def open_array(path, read, mask):
         return image if read else (image.shape, image.dtype)
     with array_stream(path, mask) as (file, size):
         header = array_header(file, size, mask)[:2]
-    if not read:
-        return header
-    with array_stream(path, mask) as (file, _):
-        return np.lib.format.read_array(file, allow_pickle=False)
+        file.seek(0)
+        return np.lib.format.read_array(file, allow_pickle=False) if read else header
 
 
 @contextmanager

@@ -372,43 +372,36 @@ def find_vipe(src):
 
 
 def open_npz(names, path, wishes):
-    """One archive for everything: Depth-Anything-3 and MegaSaM."""
-    pictures, depth, poses, lens = names
+    """One archive for everything; names: of pictures, depth, poses and intrinsics."""
+    cameras = FORMATS["npz"].read(path)
     with np.load(path, allow_pickle=False) as f:
-        data = {name: f[name] for name in names if name in f.files}
-    frames = Path(wishes.pictures) if wishes.pictures else data.get(pictures, np.zeros(0))
+        data = [f[name] for name in names[:2] if name in f.files]
+    *frames, maps = (x[0] if len(x) == 1 else x for x in data)  # a batch
+    frames = Path(wishes.pictures) if wishes.pictures else (*frames, np.zeros(0))[0]
+    floats = getattr(frames, "shape", ())[1:2] == (3,) and frames.dtype.kind == "f"
+    if floats and abs(frames - 0.5).max() < 0.7:  # from 0 to 1, or, resized, a little beyond
+        frames = (frames.clip(0, 1) * 255).round().astype(np.uint8).transpose(0, 2, 3, 1)
     if not isinstance(frames, Path) and (frames.dtype, frames.shape[3:]) != (np.uint8, (3,)):
-        found = f"{pictures} of {frames.dtype} {frames.shape}" if frames.size else f"no {pictures}"
+        found = f"{names[0]} of {frames.dtype} {frames.shape}" if frames.size else f"no {names[0]}"
         cure = "wanted uint8 (T, H, W, 3); give --pictures VIDEO or FOLDER"
         raise ValueError(f"{path}: {found}; {cure}")
-    count = len(data[depth])
+    maps, count = maps[..., 0] if maps.ndim == 4 else maps, len(maps)
     shown = files.count_frames(frames) if isinstance(frames, Path) else len(frames)
-    if not shown == count == len(data[poses]):
+    if not shown == count == len(cameras.matrices):
         raise ValueError(f"{path}: {shown} pictures, {count} depth maps; wanted one each")
-    k = native.lens_of(data[lens], count, data[depth].shape[1:], path)
-    cameras = Cameras(data[poses], native.POSES[poses], k)
-    maps = [partial(data[depth].__getitem__, n) for n in range(count)]
+    maps = [partial(maps.__getitem__, n) for n in range(count)]
     return Recording(list(range(count)), cameras, maps, video=frames)
 
 
-def holds(path, *names):
-    if not zipfile.is_zipfile(path):
-        return False
-    with zipfile.ZipFile(path) as file:
-        return set(file.namelist()) >= {f"{n}.npy" for n in names}
-
-
-# Names of the pictures, the depth, the poses and the intrinsics.
-DA3 = ("image", "depth", "extrinsics", "intrinsics")
-MEGASAM = ("images", "depths", "cam_c2w", "intrinsic")
+def holding(names, src):
+    """Archives of a folder that hold arrays of these names."""
+    found, wanted = files.listed(src, (".npz",)), {f"{n}.npy" for n in names}
+    found = filter(zipfile.is_zipfile, found)
+    return [f for f in found if wanted <= set(zipfile.ZipFile(f).namelist())]
 
 
 def marked(*names):
     return lambda src: {name: (src / name).is_file() for name in names}
-
-
-def find_npz(names, src):
-    return [f for f in files.listed(src, (".npz",)) if holds(f, *names[1:])]
 
 
 @dataclass(frozen=True)
@@ -421,6 +414,10 @@ class Layout:
         return self.find(src) if self.find else [src] * all(self.parts(src).values())
 
 
+def archive(*names):
+    return Layout(partial(open_npz, names), partial(holding, names[1:]))
+
+
 LAYOUTS = dict(
     tum=Layout(open_tum, parts=marked("rgb.txt", "depth.txt", "groundtruth.txt")),
     vkitti2=Layout(open_vkitti2, parts=marked("extrinsic.txt", "intrinsic.txt")),
@@ -428,8 +425,10 @@ LAYOUTS = dict(
     nerfstudio=Layout(open_nerfstudio, find_nerfstudio),
     colmap=Layout(open_colmap, lambda src: [src] * bool(models(src)), colmap_parts),
     vipe=Layout(open_vipe, find_vipe),
-    da3=Layout(partial(open_npz, DA3), partial(find_npz, DA3)),
-    megasam=Layout(partial(open_npz, MEGASAM), partial(find_npz, MEGASAM)),
+    da3=archive("image", "depth", "extrinsics", "intrinsics"),  # Depth-Anything-3
+    megasam=archive("images", "depths", "cam_c2w", "intrinsic"),
+    vggt=archive("images", "depth", "extrinsic", "intrinsic"),
+    spatialtracker=archive("video", "depths", "extrinsics", "intrinsics"),  # V2
     re10k=Layout(open_re10k, find_re10k),
     **{name: Layout(kind.open, parts=kind.parts) for name, kind in FOLDERS.items()},
 )

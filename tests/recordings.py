@@ -268,6 +268,23 @@ def megasam(src, c):
     np.savez(src / "walk_sgd_cvd_hr.npz", images=c["rgb"], depths=depth, **more)
 
 
+def network_input(c):
+    return (c["rgb"] / 255).astype(np.float32).transpose(0, 3, 1, 2)
+
+
+def vggt(src, c):
+    """predictions.npz of its demo, which also holds an object: None for a list of poses."""
+    depth = (c["mm"] / 1000).astype(np.float32)[..., None]
+    more = dict(extrinsic=c["w2c"], intrinsic=np.tile(k3(c), (T, 1, 1)), depth=depth)
+    np.savez(src / "predictions.npz", pose_enc_list=None, images=network_input(c), **more)
+
+
+def spatialtracker(src, c):
+    more = dict(extrinsics=camera_files.homogeneous(c["w2c"]), video=network_input(c))
+    more.update(intrinsics=np.tile(k3(c), (T, 1, 1)), coords=np.zeros((T, 7, 3)))
+    np.savez(src / "walk_result.npz", depths=(c["mm"] / 1000).astype(np.float32), **more)
+
+
 WRITERS = dict(
     sevenscenes=sevenscenes,
     scannet=scannet,
@@ -285,4 +302,6 @@ WRITERS = dict(
     vipe=vipe,
     da3=da3,
     megasam=megasam,
+    vggt=vggt,
+    spatialtracker=spatialtracker,
 )

@@ -1,0 +1,43 @@
+"""Files as networks and trackers of today write them, made here with known truth."""
+
+import numpy as np
+import pytest
+import torch
+from recordings import H, T, W, clip, lens_of, vggt
+
+from data import load_clip, load_samples
+from geometry import relative_to_first
+from lib import camera_files, importers
+
+C = clip()
+
+
+@pytest.fixture
+def src(tmp_path):
+    (tmp_path / "src").mkdir()
+    return tmp_path / "src"
+
+
+def imported(src, ids=range(5), **wishes):
+    """The only recording of src as a clip, whose cameras must be those of C."""
+    names, failed = importers.run(src, src.parent / "out", **wishes)
+    assert (len(names), failed) == (1, 0)
+    made = load_clip(load_samples(src.parent / "out")[0], H, W, 5)
+    want = relative_to_first(torch.from_numpy(C["w2c"][list(ids)]))
+    torch.testing.assert_close(made["w2c"], want, rtol=0, atol=1e-5)
+    return made
+
+
+def test_vggt_s_archive_is_a_camera_file_though_it_holds_an_object(src):
+    """Seen: "values of type object; wanted numbers" of every predictions.npz of its demo."""
+    vggt(src, C)
+    w2c, k, size = camera_files.read(src / "predictions.npz")
+    np.testing.assert_allclose(w2c, C["w2c"], atol=1e-6)
+    np.testing.assert_allclose(k, lens_of(C), atol=1e-6)
+    assert size == (H, W)
+
+
+def test_pictures_of_another_range_are_no_network_s_input(src, capsys):
+    vggt(src, dict(C, rgb=C["rgb"] * 2.0 - 255))
+    assert importers.run(src, src.parent / "out") == ([], 1)
+    assert f"images of float32 {(T, 3, H, W)}; wanted uint8" in capsys.readouterr().out
