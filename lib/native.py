@@ -171,6 +171,8 @@ def read_tum(path, size=None, matrices=None):
     rows = read_rows(path)
     if rows.shape[1] not in (7, 8):
         raise ValueError(f"{path}: {rows.shape[1]} columns; wanted time tx ty tz qx qy qz qw")
+    if Path(path).name == "pred_traj.txt":  # of MonST3R and what came of it: qw is first
+        rows[:, -4:] = np.roll(rows[:, -4:], -1, 1)
     return Cameras(quaternions(rows[:, -7:]), "c2w")
 
 

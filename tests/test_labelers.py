@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from recordings import H, T, W, clip, lens_of, vggt
+from recordings import H, T, W, c2w_of, clip, lens_of, seven, vggt
 
 from data import load_clip, load_samples
 from geometry import relative_to_first
@@ -41,3 +41,12 @@ def test_pictures_of_another_range_are_no_network_s_input(src, capsys):
     vggt(src, dict(C, rgb=C["rgb"] * 2.0 - 255))
     assert importers.run(src, src.parent / "out") == ([], 1)
     assert f"images of float32 {(T, 3, H, W)}; wanted uint8" in capsys.readouterr().out
+
+
+def test_the_trajectory_of_monst3r_has_qw_first(tmp_path):
+    """Seen: its pred_traj.txt, which looks like TUM's, gave rotations that were another's."""
+    rows = np.concatenate([np.arange(T)[:, None], seven(c2w_of(C))], 1)
+    np.savetxt(tmp_path / "traj.txt", rows)
+    np.savetxt(tmp_path / "pred_traj.txt", rows[:, [0, 1, 2, 3, 7, 4, 5, 6]])
+    for name in ("traj.txt", "pred_traj.txt"):
+        np.testing.assert_allclose(camera_files.read(tmp_path / name)[0], C["w2c"], atol=1e-9)
