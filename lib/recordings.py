@@ -113,7 +113,8 @@ def assemble(kinds, cameras, pixels=False, **how):
     ids = [i for i in first if all(i in items for items in kinds.values())]
     if not ids:
         seen = [f"{name} {some(list(items), 2) or 'none'}" for name, items in kinds.items()]
-        raise ValueError(f"no frame has all of {'; '.join(seen)}")
+        cure = "" if kinds.get("picture", True) else "; give --pictures FOLDER"
+        raise ValueError(f"no frame has all of {'; '.join(seen)}{cure}")
     found = {kind: [items[i] for i in ids] for kind, items in kinds.items()}
     cameras = pick(cameras, found["pose"])
     k = found.get("intrinsics", cameras.intrinsics)

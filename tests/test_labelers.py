@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from recordings import H, T, W, c2w_of, clip, lens_of, seven, vggt
+from recordings import H, T, W, c2w_of, clip, lens_of, nerfstudio, seven, vggt
 
 from data import load_clip, load_samples
 from geometry import relative_to_first
@@ -50,3 +50,13 @@ def test_the_trajectory_of_monst3r_has_qw_first(tmp_path):
     np.savetxt(tmp_path / "pred_traj.txt", rows[:, [0, 1, 2, 3, 7, 4, 5, 6]])
     for name in ("traj.txt", "pred_traj.txt"):
         np.testing.assert_allclose(camera_files.read(tmp_path / name)[0], C["w2c"], atol=1e-9)
+
+
+def test_pictures_that_lie_elsewhere_are_asked_for(src, capsys):
+    """As ScanNet++'s and DL3DV's do."""
+    nerfstudio(src, C)
+    (src / "images").rename(src.parent / "elsewhere")
+    assert importers.run(src, src.parent / "out") == ([], 1)
+    said = capsys.readouterr().out
+    assert "picture none" in said and "give --pictures FOLDER" in said
+    imported(src, pictures=str(src.parent / "elsewhere"))
