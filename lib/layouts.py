@@ -173,6 +173,9 @@ def open_tum(src, wishes):
     times, names = stamps(src / "rgb.txt")
     depth_times, depth_names = stamps(src / "depth.txt")
     rows = read_rows(src / "groundtruth.txt")
+    step = np.median(np.diff(times)) if len(times) > 1 else 1 / 30
+    if step > 100:
+        raise ValueError(f"{src}/rgb.txt: times {step:.3g} apart; wanted seconds in all texts")
     parts = zip(names, nearest(depth_times, times), nearest(rows[:, 0], times))
     near = [(n, d, p) for n, d, p in parts if min(d, p) >= 0]
     whole = [x for x in near if (src / x[0]).is_file() and (src / depth_names[x[1]]).is_file()]
@@ -182,9 +185,8 @@ def open_tum(src, wishes):
     notes = [left] * (len(whole) < len(names))
     names, d, p = zip(*whole)
     cameras = Cameras(quaternions(rows[list(p), 1:8]), "c2w")
-    fps = 1 / np.median(np.diff(times)) if len(times) > 1 else 30.0
     unit, depth = dict(depth_scale=1 / 5000), [src / depth_names[i] for i in d]
-    made = Recording([src / n for n in names], cameras, depth, unit, fps=fps, notes=notes)
+    made = Recording([src / n for n in names], cameras, depth, unit, fps=1 / step, notes=notes)
     # The depth is registered to the pictures with these numbers; undistorting would undo that.
     find_lens(made, src, wishes, centred(525))
     return made

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from recordings import H, T, W, c2w_of, clip, lens_of, nerfstudio, seven, vggt
+from recordings import H, T, W, c2w_of, clip, lens_of, nerfstudio, seven, tum, vggt
 
 from data import load_clip, load_samples
 from geometry import relative_to_first
@@ -50,6 +50,17 @@ def test_the_trajectory_of_monst3r_has_qw_first(tmp_path):
     np.savetxt(tmp_path / "pred_traj.txt", rows[:, [0, 1, 2, 3, 7, 4, 5, 6]])
     for name in ("traj.txt", "pred_traj.txt"):
         np.testing.assert_allclose(camera_files.read(tmp_path / name)[0], C["w2c"], atol=1e-9)
+
+
+def test_times_that_are_no_seconds_are_named(src, capsys):
+    """Seen: nanoseconds, as EuRoC's, made a video of 3e-8 frames a second: ffmpeg's words."""
+    tum(src, C)
+    for name in ("rgb.txt", "depth.txt", "groundtruth.txt"):
+        rows = [x.split(" ", 1) for x in (src / name).read_text().splitlines() if x[0] != "#"]
+        text = "".join(f"{round(30 * float(t)) * 33333333} {rest}\n" for t, rest in rows)
+        (src / name).write_text(text)
+    assert importers.run(src, src.parent / "out", intrinsics=tuple(C["k"])) == ([], 1)
+    assert "rgb.txt: times 3.33e+07 apart; wanted seconds" in capsys.readouterr().out
 
 
 def test_pictures_that_lie_elsewhere_are_asked_for(src, capsys):
