@@ -355,6 +355,7 @@ def as_matrices(matrices):
     m = np.asarray(matrices, float)
     if m.ndim != 3 or m.shape[1:] not in ((3, 4), (4, 4)) or not len(m):
         raise ValueError(f"matrices of shape {m.shape}; wanted (T, 3, 4) or (T, 4, 4)")
+    m = np.where(m[:, :3, :3].any((1, 2), keepdims=True), m, np.nan)  # all 0: a lost frame
     off = (abs(m[:, 3:] - [0, 0, 0, 1]) > 1e-3) & np.isfinite(m[:, 3:])  # lost ones are -inf
     if off.any():
         found = f"matrices with a last line {m[off.any((1, 2)), 3][0].tolist()}; wanted 0 0 0 1"

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from recordings import H, T, W, c2w_of, clip, lens_of, nerfstudio, seven, tum, vggt
+from recordings import H, T, W, c2w_of, clip, kitti, lens_of, nerfstudio, seven, tum, vggt
 
 from data import load_clip, load_samples
 from geometry import relative_to_first
@@ -61,6 +61,17 @@ def test_times_that_are_no_seconds_are_named(src, capsys):
         (src / name).write_text(text)
     assert importers.run(src, src.parent / "out", intrinsics=tuple(C["k"])) == ([], 1)
     assert "rgb.txt: times 3.33e+07 apart; wanted seconds" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("rows", [3, 4])
+def test_a_pose_of_zeros_is_a_lost_frame(src, rows):
+    kitti(src, C)
+    poses = c2w_of(C)[:, :rows].reshape(T, -1)
+    poses[2] = 0
+    np.savetxt(src / "poses.txt", poses)
+    imported(src, [0, 1, 3, 4, 5])
+    with pytest.raises(ValueError, match=r"1 poses are not finite \(frames 2\)"):
+        camera_files.read(src / "poses.txt", matrices="c2w")
 
 
 def test_pictures_that_lie_elsewhere_are_asked_for(src, capsys):
