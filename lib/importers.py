@@ -137,10 +137,11 @@ class Writer:
         """Depth of a frame: the file itself where nothing changes."""
         source, own = self.rec.depth[n], self.rec.depth_lens
         path = self.folder / f"frame_{n:04d}.npy"
-        if isinstance(source, Path) and not lens and not cut and own is None:
-            files.read_array(source, read=False)  # refuses what is no depth
+        same = isinstance(source, Path) and not lens and not cut and own is None
+        if same and len(files.read_array(source, read=False)[0]) == 2:  # refuses what is no depth
             return shutil.copyfile(source, path.with_suffix(source.suffix.lower()))
         raw = files.read_array(source) if isinstance(source, Path) else source()
+        raw = np.squeeze(raw)  # networks leave a side of 1 of their channel
         if own is not None:  # another camera at the same place: its pixels under the pictures'
             raw = under(raw, own, k)
         if lens:

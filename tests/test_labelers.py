@@ -7,7 +7,7 @@ from recordings import H, T, W, c2w_of, clip, kitti, lens_of, nerfstudio, seven,
 
 from data import load_clip, load_samples
 from geometry import relative_to_first
-from lib import camera_files, importers
+from lib import camera_files, files, importers
 
 C = clip()
 
@@ -50,6 +50,20 @@ def test_the_trajectory_of_monst3r_has_qw_first(tmp_path):
     np.savetxt(tmp_path / "pred_traj.txt", rows[:, [0, 1, 2, 3, 7, 4, 5, 6]])
     for name in ("traj.txt", "pred_traj.txt"):
         np.testing.assert_allclose(camera_files.read(tmp_path / name)[0], C["w2c"], atol=1e-9)
+
+
+@pytest.mark.parametrize("shape", [(H, W, 1), (1, H, W)])
+def test_a_channel_that_a_network_left_is_no_side_of_its_depth(src, shape):
+    """Imported as it is, and cut."""
+    kitti(src, C)
+    metres = (C["mm"] / 1000).astype(np.float32)
+    for t, path in enumerate(files.listed(src / "depth", (".png",))):
+        path.unlink()
+        np.save(path.with_suffix(".npy"), metres[t].reshape(shape))
+    assert np.array_equal(imported(src)["depth"], metres[:5])
+    importers.run(src, src.parent / "cut", size=(H, W // 2))
+    cut = load_clip(load_samples(src.parent / "cut")[0], H, W // 2, 5)["depth"]
+    assert np.array_equal(cut, metres[:5, :, W // 4 : -W // 4])
 
 
 def test_times_that_are_no_seconds_are_named(src, capsys):
