@@ -318,7 +318,7 @@ def encode_video(job, vae, pad):
     clip = job.load(job.key["num_frames"], job.key["stride"])  # decoded once for all of it
     if clip["relative"]:
         what = "It trains the depth head alone, with the ssi loss, in stage 1"
-        cure = "give depth_scale in metadata.json if its depth does have a unit"
+        cure = "give depth_scale in metadata.json if it has a unit. Near has to be small there"
         tqdm.write(f"{clip['id']}: {clip['relative']}: not metric. {what}; {cure}")
     parts, tensors = [job.part(what) for what in ("text", "clip") if job.part(what).exists()], {}
     for path in parts:

@@ -147,9 +147,10 @@ def best_focal(views):
 
 
 def less(views, b, inverse):
-    """Depth d - b, or 1 / (d - b): what a z + b and a / z + b are up to a."""
+    """Depth d - b, or 1 / (d - b) of median 1: what a z + b and a / z + b are up to a."""
     d = views.depth - b
     d = torch.where(valid_depth(views.depth) & (d > 1e-6), d, 0)
+    d = d / d[d > 0].median() if inverse and d.any() else d
     return replace(views, depth=torch.where(d > 0, 1 / d.clamp(min=1e-9), 0) if inverse else d)
 
 
@@ -257,7 +258,7 @@ def find_suspect(views):
     before = per_pair(disagreement(gather(inner), inner.w2c))
     was, suspicions = typical(inner.pairs, before), list(undo(inner))
     found = cures(inner, before, suspicions)
-    if was > 0.002 and not (found and min(found)[0] < EXPLAINED):
+    if was > 0.002 and inner.coarse().depth.any() and not (found and min(found)[0] < EXPLAINED):
         suspicions += undo_fitted(inner)
         found = cures(inner, before, suspicions)
     if not found:

@@ -271,6 +271,17 @@ def inspect(raw, level="data"):
     check_jumps(report, w2c)
     step = math.ceil(math.sqrt(h * w / 80_000))
     raw, K = dict(raw, depth=raw["depth"][:, ::step, ::step]), thinned(K, step)
+    if raw["relative"] and raw["unit"].scale is None:
+        report.suspect("depth", "relative depth", raw["relative"], "warn")
+        depth = np.where(unknown(raw["depth"]), 0, raw["depth"]).astype(np.float64)
+        views = Views(torch.from_numpy(depth), K[ids], w2c, pairs, ids)
+        # A scale and a shift are fitted there: near may be large, as in what most networks write.
+        name, _, detail = ("", 1.0, "") if sparse(report, views.depth) else find_suspect(views)
+        if name in ("inverse depth", "relative inverse depth"):
+            report.suspect("views", name, f"near is large; {detail}")
+        else:
+            report.add("views", "skip", "relative depth: not checkable")
+        return report
     depth = metric_depth(report, raw)
     depth = None if depth is None else check_depth(report, depth)
     if depth is None:
@@ -300,11 +311,7 @@ def sparse(report, depth):
 
 def metric_depth(report, raw):
     """Depth (n, H, W) in metres, or None with the reason in the report."""
-    depth, unit, reason = raw["depth"], raw["unit"], raw["relative"]
-    if reason and unit.scale is None:
-        report.suspect("depth", "relative depth", reason, "warn")
-        report.add("views", "skip", "relative depth: not checkable")
-        return None
+    depth, unit = raw["depth"], raw["unit"]
     if depth.dtype.kind != "f" and unit.scale is None:
         cure = "give the sample depth_scale (0.001 for millimetres)"
         report.add("depth", "fail", f"{depth.dtype} without a unit: {cure}")

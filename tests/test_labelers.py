@@ -1,5 +1,8 @@
 """Files as networks and trackers of today write them, made here with known truth."""
 
+import copy
+
+import corruptions
 import numpy as np
 import pytest
 import torch
@@ -7,7 +10,7 @@ from recordings import H, T, W, c2w_of, clip, kitti, lens_of, nerfstudio, seven,
 
 from data import load_clip, load_samples
 from geometry import relative_to_first
-from lib import camera_files, files, importers
+from lib import camera_files, files, importers, verify
 
 C = clip()
 
@@ -96,3 +99,31 @@ def test_pictures_that_lie_elsewhere_are_asked_for(src, capsys):
     said = capsys.readouterr().out
     assert "picture none" in said and "give --pictures FOLDER" in said
     imported(src, pictures=str(src.parent / "elsewhere"))
+
+
+@pytest.mark.parametrize("unit", [1, 800])
+def test_disparity_is_named_whatever_its_unit(unit):
+    """MiDaS, Depth-Anything and DepthCrafter write a / z + b, near being large: stretched to 0 .. 1
+    it passed for relative depth, and in hundreds for cameras that are stored the wrong way."""
+    raw = copy.deepcopy(corruptions.rendered(40, 9, (32, 48))[0])
+    near = 1 / raw["depth"]
+    low, high = near.min(), near.max()
+    raw["depth"] = ((near - low) / (high - low) * unit).astype(np.float32)
+    raw["depth"][raw["depth"] == 0] = 1e-6 * unit
+    assert "relative inverse depth" in verify.inspect(raw).suspects
+
+
+def test_relative_depth_whose_far_is_large_is_no_disparity():
+    raw = copy.deepcopy(corruptions.rendered(40, 9, (32, 48))[0])
+    low, high = raw["depth"].min(), raw["depth"].max()
+    raw["depth"] = ((raw["depth"] - low) / (high - low)).astype(np.float32)
+    assert verify.inspect(raw).suspects == ["relative depth"]
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.uint8])
+def test_depth_of_the_first_frame_alone_ends_in_no_traceback(dtype):
+    """Seen: a fit of nothing, "quantile() input tensor must be non-empty"."""
+    raw = copy.deepcopy(corruptions.rendered(40, 9, (32, 48))[0])
+    raw["depth"][1:] = 0
+    raw["depth"] = (raw["depth"] * 40).astype(dtype)
+    assert verify.inspect(raw).checks["views"][0] in ("skip", "fail")
