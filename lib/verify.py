@@ -275,9 +275,8 @@ def inspect(raw, level="data"):
         report.suspect("depth", "relative depth", raw["relative"], "warn")
         depth = np.where(unknown(raw["depth"]), 0, raw["depth"]).astype(np.float64)
         views = Views(torch.from_numpy(depth), K[ids], w2c, pairs, ids)
-        # A scale and a shift are fitted there: near may be large, as in what most networks write.
         name, _, detail = ("", 1.0, "") if sparse(report, views.depth) else find_suspect(views)
-        if name in ("inverse depth", "relative inverse depth"):
+        if name in ("inverse depth", "relative inverse depth"):  # what most networks write
             report.suspect("views", name, f"near is large; {detail}")
         else:
             report.add("views", "skip", "relative depth: not checkable")
