@@ -2,6 +2,7 @@
 
 import importlib
 import pathlib
+import re
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -9,6 +10,7 @@ import torch
 from small import TINY, loss_of, tiny_inputs
 
 import geometry
+from lib.rooms import Recipe, synth
 from model import PRESETS
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -79,3 +81,16 @@ def test_a_video_branch_that_trains_gets_a_gradient_everywhere(tmp_path, monkeyp
             p.add_(0.05 * torch.randn_like(p))
     loss_of(model(**tiny_inputs())).backward()
     assert not [name for name, p in model.named_parameters() if p.grad is None]
+
+
+def test_the_lines_for_a_notebook_run_on_a_small_clip(tmp_path, monkeypatch):
+    synth(tmp_path, Recipe(1, 5, 32, 48, variety="simple", cache_only=True))
+    text = (ROOT / "docs" / "hacking.md").read_text(encoding="utf-8")
+    (code,) = re.findall("```python\n(.*?)```", text, re.S)
+    for told, here in (('"data/demo"', repr(str(tmp_path))), ("(96, 160, 9)", "(32, 48, 5)")):
+        assert code.count(told) == 1
+        code = code.replace(told, here)
+    monkeypatch.chdir(ROOT)
+    found = {}
+    exec(code, found)
+    assert found["out"]["depth"].shape == (1, 5, 32, 48) and 0 < found["error"] < 0.5
