@@ -411,6 +411,8 @@ class CachedClips(torch.utils.data.Dataset):
             raise ValueError(f"{root}: {names} all fit {who}: {cure}")
         cure = f"python data.py encode {root} --wan_dir {wan_dir or 'FOLDER'} "
         cure += f"--height {size[0]} --width {size[1]} --num_frames {size[2]}"
+        if not any(s["video"] for s in self.samples.values()):
+            cure = f"rm -r {root}, and render it again"
         good, stamps = {}, {}
         if folders:
             listing.check_inside(inside, folders[0])
@@ -420,8 +422,6 @@ class CachedClips(torch.utils.data.Dataset):
             there = ", ".join(sorted(f.name for f in Path(root).glob("cache/*"))) or "none"
             lacks = f"split {split} is not encoded at {name} for {family or 'any model'}"
             raise ValueError(f"{root}: {lacks} (caches there: {there}). Run\n  {cure}")
-        if not any(s["video"] for s in self.samples.values()):
-            cure = f"rm -r {root}, and render it again"
         what = f"{root}: {len(bad)} of {len(good) + len(bad)} {split} clips"
         self.refuse(what, bad, len(good), cure)
         self.files = [folders[0] / f"{name}.safetensors" for name in good]

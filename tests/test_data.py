@@ -309,3 +309,10 @@ def test_rendering_no_clips_is_refused_with_the_numbers_that_are_wanted(tmp_path
     with pytest.raises(ValueError, match="--num of 1 or more; --val, --seed and --workers of 0"):
         rooms.synth(tmp_path / "new", recipe)
     assert not (tmp_path / "new").exists()
+
+
+def test_a_rendering_without_videos_is_not_sent_to_encode(tmp_path):
+    entries = [dict(id=name, prompt="x", cached=True) for name in "ab"]
+    (tmp_path / "metadata.json").write_text(json.dumps(entries))
+    with pytest.raises(ValueError, match="not encoded at 5x32x48.*\n  rm -r .*, and render it"):
+        data.CachedClips(tmp_path, "train", (32, 48, 5))
