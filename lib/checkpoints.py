@@ -245,7 +245,7 @@ def describe(path):
         printable(f"command {meta.get('command')}"),
         printable(f"versions {meta.get('versions')}"),
         f"{len(tensors)} tensors, {numbers:,} parameters, {size:,} bytes, sha256 "
-        f"{meta.get('sha256', 'not recorded')}",
+        f"{meta.get('sha256', 'not recorded')}; the first is {min(tensors)}",
         f"optimizer state {'beside it' if optimizer.exists() else 'absent'}: {optimizer.name}",
     ]
     return "\n".join(lines)
