@@ -106,8 +106,8 @@ class CausalConv3d(nn.Conv3d):
         x = torch.cat([history, x], dim=2)  # (B, c, 2 + t, ...)
         # A view would keep the whole step alive until the next one.
         state[self] = x[:, :, -2:].clone()
-        alone = len(x) == 1 and x.device.type == "cpu" and x.dtype == torch.float32
-        if alone and torch.backends.mkldnn.is_available():
+        real = type(x) is torch.Tensor and x.device.type == "cpu" and x.dtype == torch.float32
+        if real and len(x) == 1 and torch.backends.mkldnn.is_available():
             # As F.conv3d does for batches; what it does for one small clip is four times slower.
             how = (self.padding, self.stride, self.dilation, self.groups)
             return torch.mkldnn_convolution(x, self.weight, self.bias, *how)

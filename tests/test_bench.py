@@ -6,7 +6,8 @@ from small import TINY, tiny_model
 from torch.utils._pytree import tree_map_only
 
 import bench
-from lib.plan import example_batch
+from encoders import WanVAE
+from lib.plan import example_batch, fake, fake_tensors
 from model import FantasyWorld
 
 CPU = torch.device("cpu")
@@ -22,6 +23,13 @@ def lines_of(capsys):
     text = capsys.readouterr().out
     assert "nan" not in text and "inf" not in text, text
     return text.splitlines()
+
+
+def test_one_clip_is_counted_without_its_values():
+    """bench.py flops: the VAE's own kernel for one clip on a CPU takes no fake tensors."""
+    with fake_tensors(), torch.no_grad():
+        vae = fake(lambda: WanVAE(4))
+        assert vae.encode(torch.zeros(1, 3, 5, 32, 48)).shape == (1, 16, 2, 4, 6)
 
 
 def test_a_table_of_steps_has_a_line_of_each_way_and_our_ways_do_less(capsys):
