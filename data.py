@@ -315,22 +315,24 @@ def encode_image(job, tower):
 
 
 def encode_video(job, vae, pad):
+    if caches.fits(job.path, job.key):  # of a second encode beside this one, which took the parts
+        return
+    parts, tensors = [job.part("text"), *filter(Path.exists, [job.part("clip")])], {}
+    for path in parts:
+        if not caches.is_whole(path):
+            path.unlink(missing_ok=True)
+            raise ValueError(f"{path}: is gone, or was damaged and is deleted; start encode again")
+        tensors.update(caches.read_values(path)[0])
     clip = job.load(job.key["num_frames"], job.key["stride"])  # decoded once for all of it
     if clip["relative"]:
         what = "It trains the depth head alone, with the ssi loss, in stage 1"
         cure = "give depth_scale in metadata.json if it has a unit. Near has to be small there"
         tqdm.write(f"{clip['id']}: {clip['relative']}: not metric. {what}; {cure}")
-    parts, tensors = [job.part(what) for what in ("text", "clip") if job.part(what).exists()], {}
-    for path in parts:
-        if not caches.is_whole(path):
-            path.unlink()
-            raise ValueError(f"{path}: was damaged and is deleted; run the command again")
-        tensors.update(caches.read_values(path)[0])
     kind = "relative" if clip["relative"] else "metric"  # what train.py asks the caches
     meta = dict(job.key, split=job.sample["split"], fps=clip["fps"], depth=kind)
     caches.save_clip(job.path, clip, vae, pad, tensors, meta)
     for path in parts:
-        path.unlink()
+        path.unlink(missing_ok=True)
 
 
 def encode(root, height, width, num_frames, how=None):

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 import data
 from geometry import unproject
-from lib import camera_files, files, pictures, rooms
+from lib import caches, camera_files, files, pictures, rooms
 from lib.caches import read_header
 from lib.depth import DepthUnit, read_depth, why_relative
 
@@ -270,6 +270,21 @@ def test_the_cache_is_kept_refreshed_when_stale_and_repaired_when_cut(
     assert data.encode(root, 32, 48, 9) == 1
     out = capsys.readouterr()
     assert "val_000000/video.mp4: not a readable video" in out.out + out.err
+
+
+def test_a_second_encode_beside_the_first_costs_no_clip_its_text(rendered, tmp_path, monkeypatch):
+    root, save, second = copy_of(rendered, tmp_path), caches.save_clip, []
+
+    def beside(*args):
+        if not second:  # all of it between a clip's parts and its cache
+            second.append(None)
+            second.append(data.encode(root, 32, 48, 5))
+        save(*args)
+
+    monkeypatch.setattr(caches, "save_clip", beside)
+    assert data.encode(root, 32, 48, 5) == 0 and second == [None, 0]
+    clips = data.CachedClips(root, "train", (32, 48, 5))  # refuses caches without text
+    assert len(clips) == 2 and all("text" in clips[i] for i in range(2))
 
 
 def test_cache_only_rendering_is_the_same_for_any_number_of_workers(rendered, tmp_path):
