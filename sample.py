@@ -503,7 +503,8 @@ def settled(options, meta):
         if not fit and getattr(options, name) not in ("", BOUNDARY):
             raise ValueError(f"--{name}: {options.ckpt} is no {kind}; leave it out")
     inputs = config_from_metadata(meta, options.ckpt).in_dim if "model_config" in meta else 36
-    if inputs < (36 if options.end_image else 32 * bool(options.image or options.worldscore)):
+    given = options.image or getattr(options, "worldscore", "")  # which app.py has not
+    if inputs < (36 if options.end_image else 32 * bool(given)):
         kind = "an end image is for video branches of" if options.end_image else "images want 32 or"
         raise ValueError(f"{options.ckpt}: {kind} 36 inputs, this one has {inputs}; leave it out")
     frames = options.frames or trained["num_frames"]

@@ -316,7 +316,8 @@ def read(path, form=None, size=None, *, axes=None, matrices=None, intrinsics=Non
         form = form or guess(path)
         found = FORMATS[form].read(path, size, matrices)
         if found.kind is None:
-            raise ValueError(f"{path}: bare matrices: which way do they map, --matrices w2c|c2w?")
+            said = "bare matrices: which way do they map? give --matrices w2c|c2w"
+            raise ValueError(f"{path}: {said}")
         found = replace(found, matrices=as_matrices(found.matrices), size=found.size or size)
         if any(found.lenses or ()) and pinhole:
             k = np.array(list(map(pinhole_of, map(tuple, found.intrinsics), found.lenses)))

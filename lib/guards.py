@@ -22,9 +22,6 @@ from lib.distributed import gathered
 # The guide's figures: a mean loss above them in the last fifth of a run earns a warning.
 LATE_LIMITS = {"loss/depth": 0.2, "loss/point": 0.5, "loss/camera": 0.1}
 
-# What asks a run to end: a scheduler, Ctrl-C, a terminal that closes (not on Windows).
-ENDS = (signal.SIGTERM, signal.SIGINT, getattr(signal, "SIGHUP", signal.SIGTERM))
-
 # A loader worker that was killed, or that found no shared memory for its batch.
 LOST_WORKER = re.compile(r"DataLoader worker|unable to .*(shared memory|torch_)")
 
@@ -84,9 +81,8 @@ def end_children():
 
 
 # ---------------------------------------------------------------------------------------- signals
-# Of a scheduler, Ctrl-C, slurm's --signal=USR1, a terminal that closes; Windows lacks two.
-NAMES = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP")
-STOPS = [getattr(signal, name) for name in NAMES if hasattr(signal, name)]
+# Of a scheduler, Ctrl-C, slurm's --signal=USR1, a terminal that closes.
+STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
 
 def ignore_signals(_worker):

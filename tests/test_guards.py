@@ -75,7 +75,6 @@ def test_a_tee_that_ctrl_c_ended_too_and_a_full_disk_behind_stdout_end_no_run():
         os.close(target)
 
 
-@pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="Windows")
 def test_slurms_signal_before_the_time_limit_saves_and_leaves_and_spares_the_loaders():
     kept = {number: signal.getsignal(number) for number in guards.STOPS}
     try:

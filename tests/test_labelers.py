@@ -10,7 +10,7 @@ from recordings import H, T, W, c2w_of, clip, kitti, lens_of, nerfstudio, seven,
 
 from data import load_clip, load_samples
 from geometry import relative_to_first
-from lib import camera_files, files, importers, verify
+from lib import camera_files, files, importers
 
 C = clip()
 
@@ -110,14 +110,14 @@ def test_disparity_is_named_whatever_its_unit(unit):
     low, high = near.min(), near.max()
     raw["depth"] = ((near - low) / (high - low) * unit).astype(np.float32)
     raw["depth"][raw["depth"] == 0] = 1e-6 * unit
-    assert "relative inverse depth" in verify.inspect(raw).suspects
+    assert "relative inverse depth" in corruptions.inspect(raw).suspects
 
 
 def test_relative_depth_whose_far_is_large_is_no_disparity():
     raw = copy.deepcopy(corruptions.rendered(40, 9, (32, 48))[0])
     low, high = raw["depth"].min(), raw["depth"].max()
     raw["depth"] = ((raw["depth"] - low) / (high - low)).astype(np.float32)
-    assert verify.inspect(raw).suspects == ["relative depth"]
+    assert corruptions.inspect(raw).suspects == ["relative depth"]
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.uint8])
@@ -126,4 +126,4 @@ def test_depth_of_the_first_frame_alone_ends_in_no_traceback(dtype):
     raw = copy.deepcopy(corruptions.rendered(40, 9, (32, 48))[0])
     raw["depth"][1:] = 0
     raw["depth"] = (raw["depth"] * 40).astype(dtype)
-    assert verify.inspect(raw).checks["views"][0] in ("skip", "fail")
+    assert corruptions.inspect(raw).checks["views"][0] in ("skip", "fail")

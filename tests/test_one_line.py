@@ -66,11 +66,6 @@ def test_a_missing_tensorboard_is_named_at_the_start(tmp_path, monkeypatch):
         log.Records(tmp_path, {}, 0)
 
 
-def test_no_resource_module_costs_a_figure_only(monkeypatch):
-    monkeypatch.setitem(sys.modules, "resource", None)
-    assert log.memory_gb(torch.device("cpu")) == 0.0
-
-
 def test_run_command_turns_a_missing_package_into_its_cure():
     code = "from lib.guards import run_command\n"
     code += "def f():\n    import no_such_package\n"
