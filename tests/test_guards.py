@@ -134,9 +134,10 @@ def test_shared_memory_as_small_as_a_containers_is_told_in_a_line_with_the_cure(
     command = [*small, sys.executable, tmp_path / "broken.py", "whole"]
     env = dict(ENV, PYTHONPATH=str(ROOT))
     ended = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
-    assert ended.returncode == 2 and ended.stderr.count("\n") == 1 and len(ended.stderr) < 250
-    assert "shared memory" in ended.stderr
-    assert ended.stderr.endswith("Fix: --num_workers=0, or more room in /dev/shm\n")
+    own = "ERROR: Unexpected bus error"  # a line of torch 2.4 itself
+    (line,) = [x for x in ended.stderr.splitlines() if not x.startswith(own)]
+    assert ended.returncode == 2 and len(line) < 250 and "shared memory" in line
+    assert line.endswith("Fix: --num_workers=0, or more room in /dev/shm")
 
 
 def test_a_record_that_cannot_be_written_is_announced_and_lost(tmp_path, capsys):
