@@ -425,8 +425,7 @@ def make_inputs(job, resources):
         family = (channels, grid[0], bool(options.end_image))
         y = start_condition(start.to(resources.device), *family)
         if y is None:
-            found = f"{options.wan_dir} is a text-to-video family"
-            raise ValueError(f"--image {options.image}: {found}; leave the image out")
+            raise ValueError(f"--image: {options.wan_dir} is a text-to-video family; leave it out")
     texts = (resources.texts[words] for words in (options.prompt, options.negative_prompt))
     return Inputs(noise, *texts, y, clip, *(x.to(resources.device) for x in job.camera))
 
@@ -502,7 +501,8 @@ def settled(options, meta):
     for (name, kind), fit in zip(kinds.items(), fits):  # elsewhere they would change nothing
         if not fit and getattr(options, name) not in ("", BOUNDARY):
             raise ValueError(f"--{name}: {options.ckpt} is no {kind}; leave it out")
-    inputs = config_from_metadata(meta, options.ckpt).in_dim if "model_config" in meta else 36
+    known = "model_config" in meta and not options.other_wan  # whose branch is read later
+    inputs = config_from_metadata(meta, options.ckpt).in_dim if known else 36
     given = options.image or getattr(options, "worldscore", "")  # which app.py has not
     if inputs < (36 if options.end_image else 32 * bool(given)):
         kind = "an end image is for video branches of" if options.end_image else "images want 32 or"

@@ -59,6 +59,8 @@ def test_an_image_that_a_family_does_not_take_is_refused_before_anything_is_load
     sample.settled(options, meta)
     with pytest.raises(ValueError, match=words):
         sample.settled(options.replaced(**given), meta)
+    # Another branch than the one that it was trained on has inputs of its own.
+    sample.settled(options.replaced(**given, other_wan=True), meta)
 
 
 def run(monkeypatch, ckpt, out, *more):
