@@ -378,7 +378,7 @@ def encode(root, height, width, num_frames, how=None):
         vae, pad = encoders.load_vae(), encoders.start_pad
         left = passes.jobs(left, "video", lambda job: encode_video(job, vae, pad))
     skipped = ", ".join(passes.failed) or "none"
-    print(f"{folder}: {len(left)} encoded, {kept} kept, skipped: {skipped}")
+    say(f"{folder}: {len(left)} encoded, {kept} kept, skipped: {skipped}", of_all=True)
     # torchrun stops the others when one fails: wait for all of them.
     if dist.is_torchelastic_launched():
         dist.init_process_group("gloo", timeout=timedelta(days=7))
@@ -460,7 +460,7 @@ class CachedClips(torch.utils.data.Dataset):
                 said = f"clip {path.stem}: damaged since the start of the run"
                 if not self.skip_bad or tries + 1 == len(self.files):
                     raise ValueError(f"{said}: {error!r}") from error
-                print(f"{said}, the next one in its place: {error!r}", flush=True)
+                say(f"{said}, the next one in its place: {error!r}", of_all=True)
 
     def sample_of(self, i):
         return self.samples[self.metadata[self.files[i].stem]["sample"]]
@@ -477,7 +477,7 @@ class CachedClips(torch.utils.data.Dataset):
                 vae = WanFolder(self.wan_dir, "cpu").load_vae()
                 video = vae.decode(self[i]["latents"][None].float())[0]
         except (ValueError, OSError) as error:  # training needs the caches alone
-            print(f"warning: a picture without its frames: {error}", flush=True)
+            say(f"warning: a picture without its frames: {error}", of_all=True)
             return None
         return as_pixels(video)
 

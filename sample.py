@@ -29,7 +29,7 @@ from lib import worldscore as worldscore_folders
 from lib.camera_files import FORMATS, size_of
 from lib.camera_paths import View, load_camera, mean_distance
 from lib.crop import check_video_size, load_image
-from lib.distributed import check_device, from_first, gather_cat
+from lib.distributed import check_device, from_first, gather_cat, say
 from lib.experts import BOUNDARY, check_frozen_of, files_in, metadata_of_ckpt, open_models
 from lib.export import EXPORTS, USUAL, describe, export_names, make_scene, write_exports
 from lib.guards import printable, run_command
@@ -598,7 +598,7 @@ def make_worlds(options, meta):
         worldscore_folders.make(one, image, scene, frames=options.frames, fps=options.fps)
 
     for n, one in enumerate(mine, 1):
-        print(f"{n} of {len(mine)}: {one.folder}", flush=True)
+        say(f"{n} of {len(mine)}: {one.folder}", of_all=True)
         attempt(partial(work, one), one.folder, failed)
     finish(Plan(left, there, []), failed, ranks)
 
@@ -622,7 +622,7 @@ def main(options):
     for i, job in enumerate(mine, 1):
         if len(mine) > 1:
             line = f"{i} of {len(mine)}: {job.out.name}: {job.options.prompt}"
-            print(printable(line), flush=True)
+            say(printable(line), of_all=True)
         # The ranks of a pair wait for each other: an error of one has to end both.
         work = partial(make_one, job, meta, resources, names)
         attempt(work, job.out, None if pair else failed)
@@ -635,8 +635,8 @@ def make_one(job, meta, resources, names, bar=bar):
     if scene is None:
         return
     write_exports(scene, job.out, names, partial(bar, "export", unit="file"))
-    print(f"{job.out}: {' '.join(EXPORTS[n][0] for n in names)} report.json")
-    print(*describe(scene.report, job.options.unit), sep="\n", flush=True)
+    made = f"{job.out}: {' '.join(EXPORTS[n][0] for n in names)} report.json"
+    say("\n".join([made, *describe(scene.report, job.options.unit)]), of_all=True)
 
 
 def command():

@@ -102,13 +102,13 @@ def check_device(name):
     raise ValueError(f"--device {name}: torch finds none here; wanted auto, cpu, cuda, cuda:1 ...")
 
 
-def say(*words):
-    """print, of the first rank alone.  A full disk or a tee that has gone costs words, no run."""
-    if os.environ.get("RANK", "0") == "0":
+def say(*words, of_all=False):
+    """print, of the first rank or of_all.  A full disk or a tee that ended costs words, no run."""
+    if of_all or os.environ.get("RANK", "0") == "0":
         try:
             print(*words, flush=True)
         except OSError:  # a new buffer: the old one's words would fail again, also in a fork
-            sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
+            sys.stdout = open(1, "w", errors="backslashreplace", closefd=False)  # noqa: SIM115
 
 
 def check_gpu(name, capability):

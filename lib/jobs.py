@@ -18,7 +18,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 
 import config
-from lib.distributed import Ranks, gathered, start_processes
+from lib.distributed import Ranks, gathered, say, start_processes
 from lib.export import check_out
 from lib.files import MAX_TEXT, check_file, is_of_disk, unique_keys
 from lib.guards import out_of_memory, printable
@@ -94,7 +94,7 @@ def plan_jobs(options, meta, names, prepare, known):
     free = [job for job in left if attempt(partial(check_out, job.out, names), job.out, failed)]
     there = len(jobs) - len(left)
     if there:
-        print(f"{options.out}: {there} of {len(made)} samples are there already and are kept")
+        say(f"{options.out}: {there} of {len(made)} samples are there already and are kept")
     return Plan(free, there, failed)
 
 

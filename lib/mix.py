@@ -10,6 +10,7 @@ from bisect import bisect_right
 import numpy as np
 from torch.utils.data import ConcatDataset
 
+from lib.distributed import say
 from lib.listing import check_sample
 
 BLOCK = 1000
@@ -130,9 +131,8 @@ def check_depth_kinds(clips, options, master):
         raise ValueError(f"{options.data_dir}: {found}; their errors would mean nothing. {cure}")
     found = f"{count['train']} of {len(clips['train'])} clips have depth without a unit"
     if count["train"] and options.stage == 2:
-        why = "stage 2 conditions on cameras in units of the scene"
-        cure = "Train them in stage 1, or leave them out"
-        raise ValueError(f"{options.data_dir}: {found}; {why}. {cure}")
+        why = "stage 2 wants cameras in scene units. Train them in stage 1, or leave them out"
+        raise ValueError(f"{options.data_dir}: {found}; {why}")
     if count["train"] and master:
         what = "they train the depth head alone, with depth_mode ssi"
-        print(f"warning: {found} (8-bit or min-max normalised); {what}", flush=True)
+        say(f"warning: {found} (8-bit or min-max normalised); {what}")
