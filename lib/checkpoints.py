@@ -222,8 +222,7 @@ def describe(path):
     """What a checkpoint holds, as text; ValueError: it is damaged, or no state of its model."""
     tensors, meta = read_checked(path)
     if missing := [key for key in ("stage", "step", "model_config") if key not in meta]:
-        found = f"no {', '.join(missing)} in its metadata"
-        raise ValueError(f"{path}: {found}: not a checkpoint of train.py")
+        raise ValueError(f"{path}: no {', '.join(missing)} in it: not a checkpoint of train.py")
     cfg = config_from_metadata(meta, path)
     if meta["stage"] not in ("0", "1", "2"):
         raise ValueError(f"{path}: stage {meta['stage']!r:.60}; wanted 0, 1 or 2")

@@ -55,7 +55,8 @@ def read_tensors(path):
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file") from None
     except Exception as error:
-        raise ValueError(f"{path}: not a whole safetensors file ({error}); copy it again") from None
+        cure = "copy it again, if it is one at all"  # and no .pth file
+        raise ValueError(f"{path}: not a whole safetensors file ({error}); {cure}") from None
 
 
 def read_metadata(path):

@@ -222,3 +222,10 @@ def test_what_a_stranger_wrote_into_a_checkpoint_commands_no_terminal(survivor, 
     write_tensors(tensors, facts, tmp_path / "latest.safetensors")
     text = checkpoints.describe(tmp_path / "latest.safetensors")
     assert "\x1b" not in text and "\x07" not in text and "command x ]0;title y" in text
+
+
+def test_a_whole_file_of_another_kind_is_not_called_broken(tmp_path):
+    """A release of 30 GB would be downloaded again."""
+    torch.save(dict(weight=torch.ones(2)), tmp_path / "model.pth")
+    with pytest.raises(ValueError, match="not a whole safetensors file .* if it is one at all"):
+        checkpoints.describe(tmp_path / "model.pth")
