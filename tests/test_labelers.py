@@ -78,6 +78,7 @@ def test_times_that_are_no_seconds_are_named(src, capsys):
         (src / name).write_text(text)
     assert importers.run(src, src.parent / "out", intrinsics=tuple(C["k"])) == ([], 1)
     assert "rgb.txt: times 3.33e+07 apart; wanted seconds" in capsys.readouterr().out
+    imported(src, intrinsics=tuple(C["k"]), fps=30)  # times that are the same in all texts
 
 
 @pytest.mark.parametrize("rows", [3, 4])
