@@ -4,6 +4,7 @@ does."""
 import ast
 import io
 import pathlib
+import subprocess
 import tokenize
 
 import pytest
@@ -105,3 +106,11 @@ def test_no_line_is_wider_than_a_hundred_columns():
         if len(line) > 100
     }
     assert not wide
+
+
+def test_the_root_holds_the_program_and_nothing_that_a_commit_swept_up():
+    """Seen: wheels of pip download in the root, swept up by git add -A."""
+    told = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    names = map(pathlib.PurePath, told.stdout.split("\n")[:-1])  # none where git is not
+    other = {p.suffix for p in names if len(p.parts) == 1 and p.name[0] != "."}
+    assert other <= {"", ".md", ".py", ".sh", ".toml", ".txt"}
