@@ -2,6 +2,7 @@
 
 import inspect
 import io
+import multiprocessing
 import os
 import shutil
 import signal
@@ -11,7 +12,6 @@ from contextlib import suppress
 
 import pytest
 from kill import ENV, ROOT
-from small import Forked
 
 import data
 import sample
@@ -75,7 +75,10 @@ def test_a_tee_that_ctrl_c_ended_too_and_a_full_disk_behind_stdout_end_no_run():
     reader, writer = os.pipe()
     os.close(reader)
     for target in (writer, os.open("/dev/full", os.O_WRONLY)):
-        assert Forked(talk_into, target).wait(60) == signal.SIGINT
+        process = multiprocessing.get_context("fork").Process(target=talk_into, args=(target,))
+        process.start()  # forked wherever it runs: the handle is the child's too
+        process.join(60)
+        assert process.exitcode == signal.SIGINT
         os.close(target)
 
 
