@@ -85,7 +85,7 @@ def test_a_video_branch_that_trains_gets_a_gradient_everywhere(tmp_path, monkeyp
 
 def test_the_lines_for_a_notebook_run_on_a_small_clip(tmp_path, monkeypatch):
     synth(tmp_path, Recipe(1, 5, 32, 48, variety="simple", cache_only=True))
-    text = (ROOT / "docs" / "hacking.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs" / "sampling.md").read_text(encoding="utf-8")
     (code,) = re.findall("```python\n(.*?)```", text, re.S)
     for told, here in (('"data/demo"', repr(str(tmp_path))), ("(96, 160, 9)", "(32, 48, 5)")):
         assert code.count(told) == 1
