@@ -228,9 +228,8 @@ def try_raw(place, clean):
 def try_cache(place, clean):
     """Train; then the cure that the error gives: delete what is damaged, encode."""
     outcome, text = trained_on(place.root, clean)
-    heard(
-        data.encode, place.root, *SIZE, how=data.Encoding(split="train"), also=OSError
-    )  # whatever it says of what is there
+    # whatever it says of what is there
+    heard(data.encode, place.root, *SIZE, how=data.Encoding(split="train"), also=OSError)
     if not os.access(
         place.folder, os.W_OK | os.X_OK, effective_ids=True
     ) or not place.folder.resolve().is_relative_to(place.root.resolve()):
@@ -267,9 +266,8 @@ def child(work, place, clean, pipe):
         resource.getrusage(who).ru_maxrss
         for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
     )
-    used = max(
-        ours - before, ffmpegs if ffmpegs > ours else 0
-    )  # ffmpeg's reading starts at what it is forked from
+    # ffmpeg's reading starts at what it is forked from
+    used = max(ours - before, ffmpegs if ffmpegs > ours else 0)
     if used > MEGABYTES * 1024:
         outcome, text = "crash", f"{used // 1024} MB: {text}"
     pipe.send((outcome, text))
@@ -298,9 +296,8 @@ def trial(base, name, seed):
     place = at(root)
     place.whole = name.startswith(("metadata", "SHA256SUMS"))  # damage that is not of one clip
     if not raw:
-        data.CachedClips(
-            root, "train", SIZE
-        )  # leaves its marker: the damage must show all the same
+        # leaves its marker: the damage must show all the same
+        data.CachedClips(root, "train", SIZE)
     change(place, np.random.default_rng([seed, sorted(RAW | CACHE).index(name)]))
     if DROPS:
         for path in (work, *work.rglob("*")):

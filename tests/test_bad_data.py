@@ -125,9 +125,8 @@ def test_a_second_start_reads_only_the_files_that_changed(place, monkeypatch):
     body = bytearray(place.cache.read_bytes())
     body[-9] ^= 1
     place.cache.write_bytes(body)
-    os.utime(
-        place.cache, ns=(times.st_atime_ns, times.st_mtime_ns)
-    )  # as if it had never been touched
+    # as if it had never been touched
+    os.utime(place.cache, ns=(times.st_atime_ns, times.st_mtime_ns))
     with pytest.raises(
         ValueError, match=f"{damage.VICTIM}.safetensors: its values have the checksum"
     ):
@@ -224,9 +223,8 @@ def test_encode_fails_by_default_skips_when_told_and_leaves_no_halves(place, cap
 
 def test_a_write_that_fails_leaves_the_old_file_and_nothing_beside_it(place):
     before, limits = place.cache.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(
-        resource.RLIMIT_FSIZE, (1000, limits[1])
-    )  # as a disk that fills up in the middle
+    # as a disk that fills up in the middle
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
     try:
         with pytest.raises(OSError, match="File too large"):
             caches.save_tensors(place.cache, dict(text=torch.ones(2, 999)), {})
@@ -301,9 +299,8 @@ def test_sums_cover_what_nothing_else_can_see(place):
 
 def on_two_ranks(work):
     """work() in two forked processes as torchrun would start them -> what it returns there."""
-    store = torch.distributed.TCPStore(
-        "localhost", 0, is_master=True, wait_for_workers=False
-    )  # on a free port
+    # on a free port
+    store = torch.distributed.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
 
     def rank_of(rank, pipe):
         os.environ.update(

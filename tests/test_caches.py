@@ -119,9 +119,8 @@ def test_a_file_cut_or_changed_while_it_is_loaded_is_not_trained_on(place, seen,
         return header
 
     monkeypatch.setattr(caches, "arrays_in", copied)
-    assert clips[0]["id"] == "train_000000" and seen == [
-        "train_000000"
-    ]  # touched: read again, whole
+    # touched: read again, whole
+    assert clips[0]["id"] == "train_000000" and seen == ["train_000000"]
     monkeypatch.setattr(caches, "read_header", cut)
     with pytest.raises(ValueError, match="clip train_000001: damaged since the start"):
         clips[1]

@@ -58,9 +58,8 @@ def test_what_is_written_is_read_back(tmp_path, form, name):
     np.testing.assert_allclose(again, w2c, atol=1e-9)  # 12 digits are written
     np.testing.assert_allclose(fractions, k, atol=1e-9)
     if form.split()[0] not in ("fantasyworld", "worldscore"):
-        np.testing.assert_allclose(
-            camera_files.read(tmp_path / name, size=SIZE)[0], w2c, atol=1e-9
-        )  # recognised
+        # recognised
+        np.testing.assert_allclose(camera_files.read(tmp_path / name, size=SIZE)[0], w2c, atol=1e-9)
 
 
 def test_tum_round_trip_keeps_poses_and_has_no_intrinsics(tmp_path):

@@ -113,9 +113,8 @@ def test_spiral_returns_to_its_axis_and_looks_at_one_point():
     centre, pivot = inv_se3(w2c)[..., 3], torch.tensor([0, 0, 1.5])
     seen = torch.nn.functional.normalize(w2c[..., :3] @ pivot + w2c[..., 3], dim=-1)
     torch.testing.assert_close(seen, torch.tensor([0, 0, 1.0]).expand(33, 3), atol=1e-6, rtol=0)
-    torch.testing.assert_close(
-        centre[[0, 16, 32]], torch.zeros(3, 3), atol=1e-6, rtol=0
-    )  # two windings
+    # two windings
+    torch.testing.assert_close(centre[[0, 16, 32]], torch.zeros(3, 3), atol=1e-6, rtol=0)
     assert (
         (focal == 1).all() and centre[:, 0].abs().max() > 0.05 and centre[:, 2].abs().max() < 1e-6
     )

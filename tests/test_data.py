@@ -155,9 +155,8 @@ def test_the_three_forms_of_metadata_list_the_same_samples(rendered, tmp_path):
         for s in full
     ]
     (root / "metadata.json").write_text(json.dumps(flat))
-    assert data.load_samples(root) == [
-        dict(s, fps=None) for s in full
-    ]  # last tenth, at least one, is val
+    # last tenth, at least one, is val
+    assert data.load_samples(root) == [dict(s, fps=None) for s in full]
     (root / "metadata.json").unlink()
     assert data.load_samples(root) == [dict(s, fps=None, prompt="") for s in full]
     assert len(data.load_samples(root, "train")) == 2
@@ -187,9 +186,8 @@ def test_crop_and_resize_move_intrinsics_by_hand_computed_numbers(rendered):
     k = full["intrinsics"][0]
     half = data.load_clip(sample, 32, 48, 9)["intrinsics"][0]  # resize by 1/2: everything halves
     torch.testing.assert_close(half[:2], k[:2] / 2)
-    square = data.load_clip(sample, 32, 32, 9)["intrinsics"][
-        0
-    ]  # 16 columns off each side, then 1/2
+    # 16 columns off each side, then 1/2
+    square = data.load_clip(sample, 32, 32, 9)["intrinsics"][0]
     torch.testing.assert_close(square[0], torch.stack([k[0, 0] / 2, k[0, 1], (k[0, 2] - 16) / 2]))
     wide = data.load_clip(sample, 32, 96, 9)["intrinsics"][0]  # 16 rows off top and bottom
     torch.testing.assert_close(wide[1], torch.stack([k[1, 0], k[1, 1], k[1, 2] - 16]))

@@ -149,9 +149,8 @@ def test_training_on_depth_without_a_unit_warns_and_moves_the_depth_head_alone(
         )
         values = {k: float(v) for k, v in values.items()}
         assert values["loss/point"] == values["loss/camera"] == 0 < values["loss/depth"]
-        assert values["loss/total"] == pytest.approx(
-            values["loss/depth"], rel=1e-3
-        )  # four digits are printed
+        # four digits are printed
+        assert values["loss/total"] == pytest.approx(values["loss/depth"], rel=1e-3)
     assert len(lines) == 2
 
 

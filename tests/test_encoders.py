@@ -103,9 +103,8 @@ def test_vae_in_bf16_stays_near_fp32_and_returns_fp32(vae_golden):
     )
     latents, video = vae.encode(data["videos"][5]), vae.decode(data["latents"][5])
     assert latents.dtype == video.dtype == torch.float32
-    assert (
-        relative_error(latents, data["latents"][5]) < 0.03
-    )  # 8 bits of mantissa through some 30 layers
+    # 8 bits of mantissa through some 30 layers
+    assert relative_error(latents, data["latents"][5]) < 0.03
     assert relative_error(video, data["decoded"][5].clamp(-1, 1)) < 0.03
 
 
@@ -318,9 +317,8 @@ def test_files_that_are_absent_or_hold_other_things_are_named(tmp_path):
 
 def test_prompt_clean_up():
     assert clean_prompt("  a &amp;amp; b\n\t c &lt;d&gt; ") == "a & b c <d>"
-    assert (
-        clean_prompt("色调艳丽，过曝　“静态”") == '色调艳丽,过曝 "静态"'
-    )  # same with and without ftfy
+    # same with and without ftfy
+    assert clean_prompt("色调艳丽，过曝　“静态”") == '色调艳丽,过曝 "静态"'
     assert clean_prompt(" \n") == ""
 
 

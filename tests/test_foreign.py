@@ -126,12 +126,10 @@ def test_offloaded_layers_compute_on_the_device(monkeypatch):
     model = offload(
         FantasyWorld.from_released(release_tensors(TINY)).set_stage(2).requires_grad_(False), "meta"
     )
-    monkeypatch.setattr(
-        torch, "autocast", lambda *args, **kwargs: nullcontext()
-    )  # knows no meta device
-    out = model(
-        **{k: v.to("meta") for k, v in inputs_of(TINY).items()}
-    )  # mixing devices would raise
+    # knows no meta device
+    monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: nullcontext())
+    # mixing devices would raise
+    out = model(**{k: v.to("meta") for k, v in inputs_of(TINY).items()})
     assert {v.device.type for v in out.values()} == {"meta"}
     assert model.dit.blocks[0].ffn[0].weight.device.type == "cpu"
 
@@ -204,9 +202,8 @@ def sample(ckpt, out, clips, *more):
 def test_a_release_is_sampled_its_way_and_with_corrections(folder, clips, tmp_path):
     first, video = sample(folder / "model.pth", tmp_path / "theirs", clips)
     assert video.shape == (5, 32, 48, 3)
-    np.testing.assert_allclose(
-        first["w2c"][-1, :, 3], [0, 0, -1], atol=1e-5
-    )  # in the file's unit: 1 forward
+    # in the file's unit: 1 forward
+    np.testing.assert_allclose(first["w2c"][-1, :, 3], [0, 0, -1], atol=1e-5)
     ours, _ = sample(
         folder / "model.pth",
         tmp_path / "ours",
@@ -249,9 +246,8 @@ def test_a_release_is_fine_tuned_loaded_back_sampled_and_written_again(folder, c
     )
     assert "step 1/1 | loss/diffusion" in text and "487 tensors of it and 183 of" in text
     sample(tuned, tmp_path / "sampled", clips)
-    with pytest.raises(
-        ValueError, match="elsewhere.pth: no such file"
-    ):  # where it is said to be now
+    # where it is said to be now
+    with pytest.raises(ValueError, match="elsewhere.pth: no such file"):
         open_checkpoint(str(tuned), str(wan), "cpu", release="elsewhere.pth")
     run("-m", "lib.weights", "export", tuned, tmp_path / "tuned.safetensors", alone=True)
     by_file, by_export, before = (load_release(str(release), str(wan)) for _ in range(3))

@@ -116,8 +116,7 @@ def fit(loss, steps):
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_free_parameters_find_the_truth(loss):
-    start, end = fit(
-        LOSSES[loss], steps=600 if loss == "ssi" else 300
-    )  # L1 on standardised depth is slow
+    # L1 on standardised depth is slow
+    start, end = fit(LOSSES[loss], steps=600 if loss == "ssi" else 300)
     for name in FINDS[loss]:
         assert end[name] < start[name] / 10, (name, start, end)

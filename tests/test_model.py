@@ -56,9 +56,8 @@ def test_wan_camera_family_matches_the_official_forward(monkeypatch):
         assert relative(dit(*args), data["out_fp32"]) < 1e-5
         with torch.autocast("cpu", torch.bfloat16):
             assert relative(dit(*args).float(), data["out_fp32"]) < 1e-2
-        with torch.autocast(
-            "cpu", torch.bfloat16
-        ):  # as trained on a GPU: frozen matrices are stored in bf16
+        # as trained on a GPU: frozen matrices are stored in bf16
+        with torch.autocast("cpu", torch.bfloat16):
             assert (
                 relative(half_precision(dit, torch.bfloat16)(*args).float(), data["out_fp32"])
                 < 1e-2
@@ -103,9 +102,8 @@ def test_14b_preset_has_the_released_sizes():
 @pytest.mark.parametrize("stage", [0, 1, 2])
 def test_every_trainable_parameter_gets_a_gradient_and_no_frozen_one_moves(stage):
     model, inputs = tiny_model(stage), tiny_inputs()
-    torch.nn.init.normal_(
-        model.dit.head.head.weight
-    )  # zero in a fresh DiT, which would hide the last exchange
+    # zero in a fresh DiT, which would hide the last exchange
+    torch.nn.init.normal_(model.dit.head.head.weight)
     before = {n: p.clone() for n, p in model.named_parameters()}
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 1e-2)
     touched = set()

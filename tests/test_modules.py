@@ -66,9 +66,8 @@ def test_frame_attention_sees_only_its_own_frame():
 def test_rotations_keep_lengths_and_depend_on_relative_position_only():
     cos, sin = rope_2d(2, 3, 4, 16, torch.device("cpu"))
     assert cos.shape == (2 * (5 + 12), 16)
-    assert torch.equal(cos[:5], torch.ones(5, 16)) and torch.equal(
-        cos[:17], cos[17:]
-    )  # special tokens, no time
+    # special tokens, no time
+    assert torch.equal(cos[:5], torch.ones(5, 16)) and torch.equal(cos[:17], cos[17:])
     q, k = torch.randn(16), torch.randn(16)
     rotated = [rotate_half(x.expand(len(cos), 16), cos, sin) for x in (q, k)]
     torch.testing.assert_close(rotated[0].norm(dim=-1), q.norm().expand(len(cos)))

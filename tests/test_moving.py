@@ -71,9 +71,8 @@ def test_command_writes_the_mask_verify_is_content_and_every_reader_sees_it(
     assert stored["track"].shape == (5, 3) and stored["radius"] > 0.1
     full, crop = data.load_clip(sample, 64, 96, 5), data.load_clip(sample, 32, 32, 5)
     np.testing.assert_array_equal(full["moving"], stored["mask"])
-    np.testing.assert_array_equal(
-        crop["moving"], stored["mask"][:, 1::2, 17:80:2]
-    )  # as the depth is picked
+    # as the depth is picked
+    np.testing.assert_array_equal(crop["moving"], stored["mask"][:, 1::2, 17:80:2])
     (tmp_path / "masks").mkdir()
     for t, mask in enumerate(stored["mask"]):  # black and white, as mask tools write
         pictures.write_png(

@@ -228,25 +228,22 @@ def test_adapters_act_inside_the_cross_attention_of_the_first_blocks_only(tiny):
 
 def test_released_rays_are_constant_per_frame_and_those_of_the_top_left_pixel():
     focal, size = 500.0, (336, 592)
-    K = torch.tensor([[focal, 0, 295.5], [0, focal, 167.5], [0, 0, 1]]).repeat(
-        1, 2, 1, 1
-    )  # as in camera_data.json
+    # as in camera_data.json
+    K = torch.tensor([[focal, 0, 295.5], [0, focal, 167.5], [0, 0, 1]]).repeat(1, 2, 1, 1)
     w2c = torch.eye(4)[:3].repeat(1, 2, 1, 1)
     w2c[0, 1, 2, 3] = -0.5  # half a unit forward
     rays = released.constant_rays(w2c, K, size)
     first = torch.nn.functional.normalize(torch.tensor([-296 / focal, -168 / focal, 1]), dim=0)
-    assert torch.allclose(
-        first, torch.tensor([-0.49, -0.28, 0.83]), atol=5e-3
-    )  # the measured direction
+    # the measured direction
+    assert torch.allclose(first, torch.tensor([-0.49, -0.28, 0.83]), atol=5e-3)
     cosine = (rays[0, 3:] * first[:, None, None, None]).sum(0)
     assert torch.rad2deg(cosine.clamp(max=1).acos()).max() < 0.15  # one pixel is 0.11
     true = plucker_rays(w2c, K, size)
     assert torch.allclose(rays[..., 0, 0], true[..., 0, 0], atol=2e-3) and not torch.allclose(
         rays, true, atol=0.1
     )
-    assert (
-        rays[0, :3, 0].abs().max() == 0 and rays[0, :3, 1].abs().max() > 0.1
-    )  # moments: the pose is told
+    # moments: the pose is told
+    assert rays[0, :3, 0].abs().max() == 0 and rays[0, :3, 1].abs().max() > 0.1
     model = type("M", (), dict(cfg=Config(released=True), rays=FantasyWorld.rays))()
     assert torch.equal(model.rays(w2c, K, size), rays)
     model.cfg = Config(released=True, true_rays=True)

@@ -214,9 +214,8 @@ def test_intrinsics_of_a_wide_picture_are_cropped_as_the_picture_would_be():
     side: f = 800/9 px."""
     K = crop_intrinsics(np.array([[0.5, 800 / 900, 0.5, 0.5]]), 1600 / 900, (100, 100))
     np.testing.assert_allclose(K * 100, [[800 / 9, 800 / 9, 50, 50]])
-    K = crop_intrinsics(
-        np.array([[0.5, 800 / 900, 0.25, 0.5]]), 1600 / 900, (100, 100)
-    )  # 400 px: 50 past the cut
+    # 400 px: 50 past the cut
+    K = crop_intrinsics(np.array([[0.5, 800 / 900, 0.25, 0.5]]), 1600 / 900, (100, 100))
     np.testing.assert_allclose(K[0, 2] * 100, 50 / 9)
 
 

@@ -195,9 +195,8 @@ def test_every_attention_of_a_step_is_fused_and_none_stores_its_scores():
     n = TINY.geo_layers
     cameras = TINY.camera_layers * TINY.camera_iterations
     assert set(fused) == {"_scaled_dot_product_flash_attention_for_cpu"}
-    assert (
-        len(fused) == 2 * TINY.num_layers + 4 * n + TINY.bridge_layers + cameras
-    )  # Wan | geometry + exchange
+    # Wan | geometry + exchange
+    assert len(fused) == 2 * TINY.num_layers + 4 * n + TINY.bridge_layers + cameras
     assert not {"_softmax", "softmax", "bmm", "baddbmm"} & set(seen.names)
 
 
@@ -229,9 +228,8 @@ def test_every_attention_at_true_widths_is_what_flash_attention_takes_on_a_gpu(m
 
 @pytest.mark.parametrize("stage", [1, 2])
 def test_a_step_never_waits_for_a_value_on_the_device(stage):
-    with (
-        plan.fake_tensors()
-    ):  # no values: .item(), float() or a data-dependent shape would raise here
+    # no values: .item(), float() or a data-dependent shape would raise here
+    with plan.fake_tensors():
         model = plan.fake_model(TINY, stage, half=False)
         loss = geometry_and_diffusion(stage == 2)(model, *plan.example_batch(TINY, 2, 5, 32, 48))
         loss.backward()

@@ -79,9 +79,8 @@ def test_curves_and_log_of_a_crashed_and_resumed_run_have_every_step_once(surviv
 
     with pytest.raises(RuntimeError, match="cable"):
         train_here(*arguments, f"--out_dir={root}/crashed", **at(3, 1, crash))
-    time.sleep(
-        1.1
-    )  # event files sort by second, process and count: a new process would have a new second
+    # event files sort by second, process and count: a new process would have a new second
+    time.sleep(1.1)
     code, text = train_here(*arguments, f"--out_dir={root}/crashed")
     assert code == 0 and "steps 2 .. 5" in text
     board = EventAccumulator(str(root / "crashed" / "tensorboard")).Reload()
@@ -95,9 +94,10 @@ def test_curves_and_log_of_a_crashed_and_resumed_run_have_every_step_once(surviv
         json.loads(line) for line in (root / "crashed" / "starts.jsonl").read_text().splitlines()
     ]
     assert [s["first_step"] for s in starts] == [0, 2]
+    # +cu121, say
     assert (
         json.loads(starts[0]["versions"])["torch"].split("+")[0] == torch.__version__.split("+")[0]
-    )  # +cu121, say
+    )
     assert starts[1]["command"].startswith("train.py") and starts[0]["git"]
 
 
@@ -253,10 +253,11 @@ def test_a_full_disk_costs_one_checkpoint_and_ends_the_run_with_an_error_only_at
         and checkpoints.saved_steps(tmp_path / "on") == [2, 5]
     )
     assert not list((tmp_path / "on").glob("*.tmp"))
+    # a failed save is tried again before leaving
     accident = {
         **full_disk(4),
         **at(4, 0, ACTS["term"]),
-    }  # a failed save is tried again before leaving
+    }
     code, text = train_here(
         *survivor[1], f"--out_dir={tmp_path}/again", "--log_every=9", **accident
     )

@@ -74,9 +74,8 @@ def test_empty_mask_costs_zero_with_zero_gradients():
             value, list(leaves.values()), allow_unused=True, retain_graph=True
         ):
             assert g is None or not g.any(), name
-    for g in torch.autograd.grad(
-        values["total_metric"], list(leaves.values())
-    ):  # all stay in the graph
+    # all stay in the graph
+    for g in torch.autograd.grad(values["total_metric"], list(leaves.values())):
         assert torch.isfinite(g).all()
 
 

@@ -285,9 +285,8 @@ def test_two_ranks_with_whole_or_spread_weights_take_the_step_of_one_process_wit
     one = load_file(root / f"one{stage}" / "step-1.optim.safetensors")
     for other in others:
         found = load_file(root / other / "step-1.optim.safetensors")
-        for name in (
-            one
-        ):  # first moments are the averaged gradients; AdamW's first step would hide their size
+        # first moments are the averaged gradients; AdamW's first step would hide their size
+        for name in one:
             torch.testing.assert_close(found[name], one[name], rtol=1e-4, atol=1e-6)
 
 

@@ -61,10 +61,11 @@ def test_a_geometry_block_equals_a_hand_written_block_of_vggt_in_fp64():
         x = x * 0.5 * (1 + torch.erf(x / 2**0.5))
         want[clip] += p["ls2.gamma"] * linear(x, "mlp.fc2")
     rope = [table.double() for table in rope_2d(1, h, w, d, "cpu")]
+    # plain, and modulated as a fresh model starts
     for rows in (
         None,
         torch.zeros(2, 6, c, dtype=torch.float64),
-    ):  # plain, and modulated as a fresh model starts
+    ):
         torch.testing.assert_close(block(z, rows, 1, rope), want, rtol=1e-6, atol=1e-6)
 
 
@@ -94,9 +95,8 @@ def vggt(c=32, layers=4, camera=64, trunk=2):
 
 def test_vggt_starts_the_first_layers_tokens_and_camera_head_and_lists_the_rest(tmp_path, capsys):
     torch.save(vggt(), tmp_path / "model.pt")
-    model = tiny_model(
-        1, camera_dim=64, camera_heads=2, camera_layers=2
-    )  # two geometry layers of VGGT's four
+    # two geometry layers of VGGT's four
+    model = tiny_model(1, camera_dim=64, camera_heads=2, camera_layers=2)
     load_weights(model, tmp_path / "model.pt")
     sd, own = vggt(), model.state_dict()
     for name in ("frame_blocks.1.attn.qkv.weight", "global_blocks.0.ls1.gamma", "register_token"):

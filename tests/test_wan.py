@@ -56,9 +56,8 @@ def test_a_cache_file_holds_what_the_encoders_say(clips, wan, tmp_path):
     for name, value in want.items():
         assert torch.equal(cached[name], value.bfloat16()), name
     assert cached["clip"].shape == (257, 1280)
-    assert (
-        len(cached["text"]) == len(re.findall(r"\w+|[^\w\s]+", sample["prompt"])) + 1
-    )  # words and </s>
+    # words and </s>
+    assert len(cached["text"]) == len(re.findall(r"\w+|[^\w\s]+", sample["prompt"])) + 1
     assert not list(root.glob("cache/*/.parts"))
 
 

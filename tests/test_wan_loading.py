@@ -189,9 +189,8 @@ def test_a_folder_without_a_video_branch_is_refused_with_what_is_in_it(tmp_path)
     for load in (lambda: WanFolder(tmp_path, "cpu"), lambda: load_wan(str(tmp_path), TINY)):
         with pytest.raises(ValueError, match="but blobs, refs, snapshots. Fix: .*docs/wan.md"):
             load()
-    with pytest.raises(
-        ValueError, match="wan_dir = : no diffusion.* but nothing"
-    ):  # of "$W", unset
+    # of "$W", unset
+    with pytest.raises(ValueError, match="wan_dir = : no diffusion.* but nothing"):
         WanFolder("", "cpu")
 
 
@@ -258,9 +257,8 @@ print((peak() - before) / sum(p.nbytes for p in dit.parameters()))
 
 @pytest.mark.parametrize("stored, wanted", [("float32", "bf16"), ("bfloat16", "fp32")])
 def test_loading_takes_no_more_host_memory_than_1_2_times_the_weights(tmp_path, stored, wanted):
-    shapes = keys.dit(
-        dim=512, ffn=2048, layers=12, in_dim=16, clip=False, text=64, freq=64
-    )  # 51 M parameters
+    # 51 M parameters
+    shapes = keys.dit(dim=512, ffn=2048, layers=12, in_dim=16, clip=False, text=64, freq=64)
     shards(
         tmp_path,
         {name: torch.zeros(shape, dtype=getattr(torch, stored)) for name, shape in shapes.items()},
