@@ -170,6 +170,8 @@ class Watch(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs, x = kwargs or {}, args[0] if args else None
+        if func is torch.ops.prim.device.default:  # two calls of three: what autograd asks
+            return x.fake_device
         packet = func.overloadpacket
         if packet is aten._local_scalar_dense:
             return self.value(x)
