@@ -5,13 +5,12 @@ One safetensors file per window of a clip in DIR/cache/TxHxW-FINGERPRINT/: ID.sa
 ID.START.safetensors where a clip has several windows, and text_empty.safetensors, the empty prompt.
 FINGERPRINT is of the encoders.
 Tensors: those of data.save_clip.  Metadata: all that changes the result, and crc: of the values and
-of the header. Before the first step a file is read whole and every value checked; later it is
-mapped and copied, as long as its size and time of change are those of the checked one.  read_again
-says what that leaves to chance."""
+of the header. Before the first step every value of a file is checked; later it is copied unseen, as
+long as its size and time of change are those of the checked one.  read_again says what that leaves
+to chance."""
 
 import json
 import math
-import mmap
 import os
 import zlib
 from collections import Counter
@@ -21,15 +20,16 @@ from contextlib import suppress
 import numpy as np
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from tqdm import tqdm
 
-from encoders import encode_start
+from encoders import encode_start, load_state_dict
 from lib.camera_files import off_rotation
 from lib.distributed import gathered
 from lib.files import FAR, check_file, read_json, write_aside
 from lib.listing import WINDOW, check_inside
-from lib.tensors import bytes_of
+from lib.tensors import bytes_of, type_of
 from wan import CLIP_SHAPE, LATENT
 
 
@@ -56,27 +56,23 @@ def save_clip(path, clip, vae, pad, conditions, metadata):
     save_tensors(path, tensors | ({"moving": clip["moving"]} if "moving" in clip else {}), metadata)
 
 
-MAX_HEADER = 2**20
-DTYPES = dict(BF16=torch.bfloat16, F32=torch.float32, BOOL=torch.bool)
-
-
 def header_crc(metadata, specs):
-    """Checksum of all that a header says: metadata, names, types and shapes."""
+    """Checksum of all that a header says: metadata, {name: (type, shape)}."""
     items = sorted((k, v) for k, v in metadata.items() if k != "crc")
-    return f"{zlib.crc32(json.dumps([items, sorted(map(list, specs))]).encode()):08x}"
+    tensors = sorted([k, *v] for k, v in specs.items())
+    return f"{zlib.crc32(json.dumps([items, tensors]).encode()):08x}"
 
 
 def save_tensors(path, tensors, metadata):
     """Write a cache file, whole or not at all, with its checksums.  Values must be finite."""
     tensors = {k: x.contiguous() for k, x in sorted(tensors.items())}
     metadata, crc = {k: str(x) for k, x in metadata.items()}, 0
-    names = {x: name for name, x in DTYPES.items()}
     for name, x in tensors.items():
         if not torch.isfinite(x).all():
             why = "damaged encoder weights, or values that overflow?"
             raise ValueError(f"{path}: {name} is not finite; {why}")
         crc = zlib.crc32(bytes_of(x), crc)
-    specs = [(k, names[x.dtype], list(x.shape)) for k, x in tensors.items()]
+    specs = {k: (type_of(x), list(x.shape)) for k, x in tensors.items()}
     metadata["crc"] = f"{crc:08x}" + header_crc(metadata, specs)
     path.parent.mkdir(parents=True, exist_ok=True)
     # Not durable: a loss shows, and the clip is encoded again.
@@ -84,34 +80,34 @@ def save_tensors(path, tensors, metadata):
 
 
 def read_header(path):
-    """Metadata, {name: (dtype, shape, begin, end)}, where values start; it must be whole."""
-    size = check_file(path)
+    """Metadata, {name: (type, shape)} of a file, which must be whole."""
+    check_file(path)
     try:
-        with open(path, "rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if not 2 <= length <= min(MAX_HEADER, size - 8):
-                raise ValueError(f"a header of {length:,} bytes in a file of {size:,}")
-            header = json.loads(file.read(length).decode())
-        metadata, at = header.pop("__metadata__", {}), 0
-        specs = {k: (v["dtype"], v["shape"], *v["data_offsets"]) for k, v in header.items()}
-        for name, (dtype, shape, begin, end) in sorted(specs.items(), key=lambda item: item[1][2]):
-            if dtype not in DTYPES:
-                raise ValueError(f"{name} is {dtype}; wanted BF16, F32 or BOOL")
-            fits_bytes = end - begin == math.prod(shape) * DTYPES[dtype].itemsize
-            if begin != at or not fits_bytes or min(shape, default=1) < 1:
-                found = f"{dtype} {str(shape)[:60]} at bytes {begin} to {end}"
-                raise ValueError(f"{name}: {found}; wanted BF16 or F32 from {at} on")
-            at = end
-        if 8 + length + at != size:
-            raise ValueError(f"{size:,} bytes; its header speaks of {8 + length + at:,}")
-        crc = header_crc(metadata, [(k, *v[:2]) for k, v in specs.items()])
-        if metadata.get("crc", "")[8:] != crc:
+        with safe_open(path, "np") as file:
+            metadata = file.metadata() or {}
+            slices = {name: file.get_slice(name) for name in file.keys()}
+            specs = {name: (x.get_dtype(), x.get_shape()) for name, x in slices.items()}
+        if metadata.get("crc", "")[8:] != header_crc(metadata, specs):
             said = "its header has another checksum, or none"
             raise ValueError(f"{said}: damaged, or of an older version")
-        return metadata, specs, 8 + length
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        said = error if isinstance(error, ValueError) else repr(error)
-        raise ValueError(f"{path}: not a whole cache file: {said}") from None
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ValueError(f"{path}: not a whole cache file: {error}") from None
+    return metadata, specs
+
+
+def read_unseen(path):
+    """Tensors as stored, copied out of a map, and metadata of a cache file; no value is looked at.
+
+    A file that was cut is never mapped; one that is cut in the milliseconds of the copy kills the
+    process (SIGBUS)."""
+    metadata, specs = read_header(path)
+    tensors = load_state_dict(path)
+    return {name: copied(tensors[name]) for name in sorted(specs)}, metadata
+
+
+def copied(x):
+    """By numpy, as all checks: torch's parallel operations can fail in threads of a fork."""
+    return torch.from_numpy(bytes_of(x).copy()).view(x.dtype).view(x.shape)
 
 
 def fits(path, key):
@@ -125,7 +121,7 @@ def fits(path, key):
 
 def check_header(path, name, sample, size, fingerprint):
     """Check a header of a sample's window, size (T, H, W) -> metadata, what encoders may change."""
-    (T, H, W), (metadata, specs, _) = size, read_header(path)
+    (T, H, W), (metadata, specs) = size, read_header(path)
     f, h, w = LATENT.grid_of(T, H, W)
     wanted = dict(id=name, sample=sample["id"], num_frames=T, height=H, width=W)
     wanted.update(fingerprint=fingerprint, prompt=sample["prompt"])
@@ -134,7 +130,7 @@ def check_header(path, name, sample, size, fingerprint):
             found = f"{key} is {str(metadata.get(key))[:80]!r}; wanted {str(value)[:80]!r}"
             why = "the file of another clip or encoder, or older than metadata.json"
             raise ValueError(f"{path}: {found}: {why}")
-    text, start = (specs.get(k, ("", [0, 0], 0, 0))[1] for k in ("text", "start_latents"))
+    text, start = (specs.get(k, ("", [0, 0]))[1] for k in ("text", "start_latents"))
     shapes = dict(depth=("F32", [T, H, W]), w2c=("F32", [T, 3, 4]), intrinsics=("F32", [T, 3, 3]))
     shapes["latents"] = ("BF16", [16, f, h, w])
     shapes["start_latents"] = ("BF16", [16, f if start[1:2] == [f] else 1, h, w])
@@ -142,10 +138,9 @@ def check_header(path, name, sample, size, fingerprint):
     shapes |= dict(end_latents=shapes["latents"]) if "end_latents" in specs else {}
     shapes |= dict(clip=("BF16", [*CLIP_SHAPE])) if "clip" in specs else {}
     shapes |= dict(moving=("BOOL", [T, H, W])) if "moving" in specs else {}
-    found = {k: (v[0], v[1]) for k, v in specs.items()}
-    for key in shapes | found:
-        if found.get(key) != shapes.get(key):
-            is_and_wanted = f"{found.get(key, 'missing')}; wanted {shapes.get(key, 'none')}"
+    for key in shapes | specs:
+        if specs.get(key) != shapes.get(key):
+            is_and_wanted = f"{specs.get(key, 'missing')}; wanted {shapes.get(key, 'none')}"
             raise ValueError(f"{path}: {key} is {is_and_wanted}")
     try:
         fps = float(metadata.get("fps", "none"))
@@ -157,40 +152,28 @@ def check_header(path, name, sample, size, fingerprint):
     return metadata, (text[-1], start[1], "clip" in specs)
 
 
-def arrays_in(data, specs):
-    """{name: array} of the values' bytes, where they lie; bfloat16 as its 16 bits."""
-    types = dict(F32="<f4", BF16="<u2", BOOL="u1")
-    return {
-        name: data[begin:end].view(types[dtype]).reshape(shape)
-        for name, (dtype, shape, begin, end) in sorted(specs.items())
-    }
-
-
-def tensors_of(arrays, specs):
-    return {name: torch.from_numpy(x).view(DTYPES[specs[name][0]]) for name, x in arrays.items()}
-
-
 def read_values(path):
-    """Tensors as stored, and metadata of a cache file; values are finite and fit the checksum.
+    """read_unseen, whose values must be finite and fit the checksum.
 
     Checks are numpy's: in threads of a forked process torch's parallel operations can fail."""
-    metadata, specs, start = read_header(path)
-    arrays, crc = arrays_in(np.fromfile(path, np.uint8, offset=start), specs), 0
-    for x in arrays.values():
-        crc = zlib.crc32(x, crc)
+    (tensors, metadata), crc = read_unseen(path), 0
+    for x in tensors.values():
+        crc = zlib.crc32(bytes_of(x), crc)
     if metadata["crc"][:8] != f"{crc:08x}":
         written = f"{metadata['crc'][:8]} was written"
         raise ValueError(f"{path}: its values have the checksum {crc:08x}; {written}: damaged")
-    for name, x in arrays.items():
-        if x.dtype == "u1":
-            sound = x.max() < 2
-        elif x.dtype == "<f4":
-            sound = np.isfinite(x.min() + x.max())
+    for name, x in tensors.items():
+        values = bytes_of(x)
+        if x.dtype == torch.bool:
+            sound = values.max() < 2
+        elif x.dtype == torch.float32:
+            values = values.view(np.float32)
+            sound = np.isfinite(values.min() + values.max())
         else:  # bfloat16: upper half of a float32, 0x7f80 is infinity
-            sound = (x & 0x7FFF).max() < 0x7F80
+            sound = (values.view(np.uint16) & 0x7FFF).max() < 0x7F80
         if not sound:
             raise ValueError(f"{path}: {name} holds NaN, infinity or no truth values")
-    return tensors_of(arrays, specs), metadata
+    return tensors, metadata
 
 
 def read_clip(path):
@@ -214,23 +197,15 @@ def stamp(path):
 
 
 def read_again(path, checked):
-    """read_clip of a file that was good when its stamp was `checked`: copied out of a map, values
-    unseen.
+    """read_clip of a file that was good when its stamp was `checked`: values unseen.
 
-    With another stamp, before or after the copy, read_clip reads it whole: damage since the check
-    is refused by name, and a file that was cut is never mapped.  Left to chance: one that is cut in
-    the milliseconds of the copy kills the process (SIGBUS), and a bit that the disk flips without a
-    write is not seen."""
+    With another stamp, before or after the copy, read_clip looks at all of it: damage since the
+    check is refused by name.  Left to chance: a bit that the disk flips without a write is not
+    seen, and what read_unseen says."""
     if stamp(path) == checked:
-        metadata, specs, start = read_header(path)
-        # Linux: read ahead, no fault per page.
-        flags = mmap.MAP_PRIVATE | getattr(mmap, "MAP_POPULATE", 0)
-        with open(path, "rb") as file:
-            mapped = mmap.mmap(file.fileno(), 0, flags=flags, prot=mmap.PROT_READ)
-        data = np.frombuffer(mapped, np.uint8)
-        arrays = {name: x.copy() for name, x in arrays_in(data[start:], specs).items()}
+        found = read_unseen(path)
         if stamp(path) == checked:
-            return tensors_of(arrays, specs), metadata
+            return found
     return read_clip(path)
 
 

@@ -13,6 +13,11 @@ TYPES = {
 # fmt: on
 
 
+def type_of(tensor):
+    """The name of a tensor's type in safetensors files."""
+    return TYPES[str(tensor.dtype).removeprefix("torch.")]
+
+
 def bytes_of(tensor):
     """The bytes of a tensor of any type, on any device, (n,) uint8."""
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
@@ -24,8 +29,8 @@ def write_tensors(tensors, metadata, path):
     header, end = {"__metadata__": metadata} if metadata else {}, 0
     for name, value in tensors.items():
         size = value.numel() * value.element_size()
-        kind = TYPES[str(value.dtype).removeprefix("torch.")]
-        header[name] = dict(dtype=kind, shape=list(value.shape), data_offsets=[end, end + size])
+        told = dict(dtype=type_of(value), shape=list(value.shape))
+        header[name] = dict(told, data_offsets=[end, end + size])
         end += size
     head = json.dumps(header, separators=(",", ":")).encode()
     head += b" " * (-len(head) % 8)

@@ -18,7 +18,15 @@ import torch
 from safetensors import safe_open
 
 import released
-from encoders import check_whole, expert_folders, lazy_tensors, no_dit, unwrapped, wan_files
+from encoders import (
+    check_whole,
+    expert_folders,
+    lazy_tensors,
+    load_state_dict,
+    no_dit,
+    unwrapped,
+    wan_files,
+)
 from lib.distributed import copy_into, say
 from lib.files import write_aside
 from lib.guards import run_command
@@ -47,18 +55,6 @@ def fingerprint(shapes):
     return hashlib.md5(",".join(sorted([*items, *shapes])).encode()).hexdigest()
 
 
-def read_tensors(path):
-    """One .safetensors file -> (name -> tensor, metadata)."""
-    try:
-        with safe_open(path, "pt") as file:
-            return {k: file.get_tensor(k) for k in file.keys()}, file.metadata() or {}
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such file") from None
-    except Exception as error:
-        cure = "copy it again, if it is one at all"  # and no .pth file
-        raise ValueError(f"{path}: not a whole safetensors file ({error}); {cure}") from None
-
-
 def read_metadata(path):
     """Metadata of a checkpoint, without its tensors."""
     try:
@@ -68,6 +64,12 @@ def read_metadata(path):
     except Exception as error:
         why = "a folder; name a file in it, as latest.safetensors" if os.path.isdir(path) else error
         raise ValueError(f"{path}: not a checkpoint that can be read ({why})") from None
+
+
+def read_tensors(path):
+    """A file of ours -> (name -> tensor, metadata)."""
+    meta = read_metadata(path)
+    return load_state_dict(path), meta
 
 
 def read_checked(path):

@@ -8,17 +8,18 @@ import torch
 from damage import FILE, Bomb, blanked, entry, flipped
 from safetensors.torch import load_file, save
 
-from lib.caches import DTYPES, header_crc, read_header
+from lib.caches import header_crc, read_header
+from lib.tensors import type_of
 
 CACHE = {}
 
 
 def forge(path, tensors, metadata):
     """A cache file with right checksums, whatever it holds."""
-    names, crc = {x: name for name, x in DTYPES.items()}, 0
+    crc = 0
     for name in sorted(tensors):
         crc = zlib.crc32(tensors[name].contiguous().flatten().view(torch.uint8).numpy(), crc)
-    specs = [(k, names.get(x.dtype, "I64"), list(x.shape)) for k, x in tensors.items()]
+    specs = {k: (type_of(x), list(x.shape)) for k, x in tensors.items()}
     metadata = {k: v for k, v in metadata.items() if k != "crc"}
     path.write_bytes(
         save(
