@@ -11,18 +11,7 @@ import numpy as np
 import torch
 
 from geometry import inv_se3, mat_to_quat, pixel_rays, quat_to_mat, scaled, valid_depth
-from lib.views import (
-    NOISE,
-    agreement,
-    disagreement,
-    error_ratio,
-    gather,
-    per_pair,
-    reproject,
-    sample_maps,
-    shifted,
-    typical,
-)
+from lib.views import NOISE, agreement, disagreement, error_ratio, per_pair, shifted, typical
 
 # What to do about each mistake.
 HINTS = {
@@ -51,8 +40,7 @@ HINTS = {
     "focal length off": "multiply fx and fy by the factor given (of which size are they pixels?)",
     "affine depth": "depth is a z + b: subtract the b given from it, then check its scale",
     "relative inverse depth": "of a / z + b, subtract the b given, store 1 / d, check its scale",
-    "depth scaled frame by frame": "each frame's depth has a scale of its own: an estimator that "
-    "saw one frame at a time, or pictures normalised one by one; align them first",
+    "depth scaled frame by frame": "each frame has its own scale, as an estimator's: align them",
     "largest depth is no depth": "give the sample the depth_invalid named, or depth_max",
 }
 
@@ -120,30 +108,24 @@ def search(costs, centre, width, counts):
     return centre, min(values)
 
 
-def mean_log(errors):
-    """Of pairs' errors (..., P), as numbers; pairs that say nothing count as 1."""
+def cost(g, w2c, focal=None):
+    """Mean logarithm of the pairs' errors, as numbers; pairs that say nothing count as 1."""
+    errors = per_pair(disagreement(g, w2c, focal))
     return (errors.nan_to_num(1.0) + NOISE[1]).log().mean(-1).tolist()
 
 
 def best_scale(views, width=8.0, counts=(161, 13, 13, 13), count=400):
     """Factor on translations by which views agree best, exp(-width) to exp(width); its cost."""
-    g = gather(views, count)
-
-    def costs(x):
-        return mean_log(per_pair(disagreement(g, scaled(views.w2c, x.exp()[:, None, None, None]))))
-
-    x, value = search(costs, 0.0, width, counts)
+    g, w2c = views.gather(count), views.w2c
+    scale = lambda x: scaled(w2c, x.exp()[:, None, None, None])  # noqa: E731
+    x, value = search(lambda x: cost(g, scale(x)), 0.0, width, counts)
     return math.exp(x), value
 
 
 def best_focal(views):
     """Factor on fx and fy that makes the views agree best, 1/4 to 4."""
-    g = gather(views, 400)
-
-    def costs(x):
-        return mean_log(per_pair(disagreement(g, views.w2c, x.exp())))
-
-    return math.exp(search(costs, 0.0, math.log(4), (29, 9, 9))[0])
+    g, widest = views.gather(400), math.log(4)
+    return math.exp(search(lambda x: cost(g, views.w2c, x.exp()), 0.0, widest, (29, 9, 9))[0])
 
 
 def less(views, b, inverse):
@@ -174,27 +156,6 @@ def best_shift(views, inverse):
     return b, best_scale(less(views, b, inverse), *NEAR)[0], dilution(middle, b)
 
 
-def frame_scales(views):
-    """(n,) factors that make the frames' depth agree, from each pair's median ratio."""
-    (t, s), logs = views.places(), torch.zeros(len(views.ids), dtype=torch.float64)
-    for _ in range(3):  # the ratio is measured at the place that the scale before leads to
-        g = gather(replace(views, depth=views.depth * logs.exp()[:, None, None]))
-        uv, z, ok = reproject(g, views.w2c)
-        seen, whole = sample_maps(g["maps"], uv, g["size"]).unbind(1)
-        ratio = torch.where(ok & (whole > 0.999), (seen.clamp(min=1e-9) * z).log(), math.nan)
-        ratio = ratio.flatten(1).nanmedian(1).values  # log of z here over z there
-        use = ~ratio.isnan()
-        A = torch.zeros(int(use.sum()) + 1, len(logs), dtype=torch.float64)
-        rows = torch.arange(int(use.sum()))
-        A[rows, torch.tensor(t)[use]], A[rows, torch.tensor(s)[use]] = -1.0, 1.0
-        A[-1] = 1.0
-        b = torch.cat([ratio[use], torch.zeros(1, dtype=torch.float64)])
-        # The usual driver, gelsy, starts from memory that nobody cleared (pytorch issue 187411): it
-        # took the matrix for one of rank 0 every second time.
-        logs = logs + torch.linalg.lstsq(A, b[:, None], driver="gelsd").solution[:, 0]
-    return logs.exp()
-
-
 @dataclass(frozen=True)
 class Suspicion:
     """A mistake that was undone, and how the pairs agree then."""
@@ -214,16 +175,16 @@ def judged(name, detail, w2c, g, free=False):
 
 def undo(views):
     """Suspicions of the mistakes that leave nothing to fit, but for a scale."""
-    g = gather(views)
+    g = views.gather()
     yield from (judged(*rest, g) for rest in cameras_undone(views.w2c))
     ray = pixel_rays(views.K, views.depth.shape[-2:]).norm(dim=-1)
     z_depth = replace(views, depth=views.depth / ray)
-    yield judged("ray length instead of z-depth", "", views.w2c, gather(z_depth))
+    yield judged("ray length instead of z-depth", "", views.w2c, z_depth.gather())
     inverse = torch.where(valid_depth(views.depth), 1 / views.depth.clamp(min=1e-9), 0)
-    yield judged("inverse depth", "", views.w2c, gather(replace(views, depth=inverse)))
+    yield judged("inverse depth", "", views.w2c, replace(views, depth=inverse).gather())
     coarse = views.coarse()
     k, value = best_scale(coarse)
-    still = mean_log(per_pair(disagreement(gather(coarse, 400), scaled(coarse.w2c, 0))))
+    still = cost(coarse.gather(400), scaled(coarse.w2c, 0))
     if abs(math.log(k)) > 0.05 and value < still + math.log(0.8):  # better than no motion at all
         name = "depth in millimetres" if 800 < k < 1250 else "translation scale off"
         yield judged(name, f"factor {k:.4g}", scaled(views.w2c, k), g)
@@ -236,19 +197,19 @@ def undo_fitted(views):
     if abs(math.log(k)) > 0.05:
         K = views.K.clone()
         K[:, [0, 1], [0, 1]] *= k
-        g = gather(replace(views, K=K))
+        g = replace(views, K=K).gather()
         yield judged("focal length off", f"factor {k:.3g}", views.w2c, g)
-    factor = frame_scales(views)
+    factor = views.frame_scales()
     if factor.log().std() > 0.02:
         fixed = replace(views, depth=views.depth * factor[:, None, None])
         # Their mean is the translations' matter.
         k, _ = best_scale(fixed.coarse(), 0.5, (25, 9, 9), 200)
         spread = f"factors {factor.min():.3g} to {factor.max():.3g}"
         name = "depth scaled frame by frame"
-        yield judged(name, spread, scaled(views.w2c, k), gather(fixed), True)
+        yield judged(name, spread, scaled(views.w2c, k), fixed.gather(), True)
     for name, inverse in (("affine depth", False), ("relative inverse depth", True)):
         b, k, diluted = best_shift(coarse, inverse)
-        g = gather(less(views, b, inverse))
+        g = less(views, b, inverse).gather()
         one = judged(name, f"b {b:.4g}", scaled(views.w2c, k), g, True)
         yield replace(one, errors=one.errors * diluted)
 
@@ -256,7 +217,7 @@ def undo_fitted(views):
 def find_suspect(views):
     """The mistake whose undoing makes the views agree: name or None, ratio of errors, detail."""
     inner = replace(views, pairs=views.pairs[:-2] or views.pairs)
-    before = per_pair(disagreement(gather(inner), inner.w2c))
+    before = per_pair(disagreement(inner.gather(), inner.w2c))
     was, suspicions = typical(inner.pairs, before), list(undo(inner))
     found = cures(inner, before, suspicions)
     if was > 0.002 and inner.coarse().depth.any() and not (found and min(found)[0] < EXPLAINED):
@@ -283,7 +244,7 @@ def affine_as_well(views, left):
     for b in (-0.3 * middle, 0.3 * middle):
         other = less(views, b, False)
         k, _ = best_scale(other.coarse(), *NEAR)
-        errors = per_pair(disagreement(gather(other), scaled(other.w2c, k)))
+        errors = per_pair(disagreement(other.gather(), scaled(other.w2c, k)))
         if typical(views.pairs, errors) * dilution(middle, b) < 2 * max(left, 1e-4):
             return True
     return False

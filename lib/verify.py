@@ -20,20 +20,7 @@ from lib.files import FAR, count_arrays, count_frames, iterate_video, read_array
 from lib.listing import check_sample, check_sums
 from lib.report import Report, print_report
 from lib.suspects import find_suspect
-from lib.views import (
-    Views,
-    agreement,
-    disagreement,
-    frame_pairs,
-    gather,
-    motion_in_pixels,
-    per_pair,
-    reproject,
-    sample_maps,
-    thinned,
-    timing_matters,
-    typical,
-)
+from lib.views import Views, agreement, disagreement, frame_pairs, per_pair, thinned, typical, warp
 
 RELATIVE, AGREE = dict(data=0.03, exact=1e-4), dict(data=0.6, exact=0.8)
 PHOTO = dict(data=0.8, exact=0.3)
@@ -157,9 +144,9 @@ def leave_out(report, depth, moving):
 
 def check_views(report, views, level):
     """Cross-view reprojection; where views disagree, the usual suspects."""
-    g = gather(views)
+    g = views.gather()
     error = disagreement(g, views.w2c)
-    flow, parallax = motion_in_pixels(g, views.w2c)
+    flow, parallax = views.motion_in_pixels()
     B, known = per_pair(error), ~error.isnan()
     was, shared = typical(views.pairs[:-2], B[:-2]), known.double().mean().item()
     agree = agreement(error, B)
@@ -187,7 +174,7 @@ def check_views(report, views, level):
         report.add("views", "skip", f"{text}; {still}")
     else:
         report.add("views", "ok", text)
-        if not timing_matters(views):
+        if not views.timing_matters():
             report.add("views", "skip", "the motion is too even to check timing by a frame")
     for t in views.ids if not bad else ():
         mine = [b for pair, b in zip(views.pairs, B.tolist()) if t in pair and not math.isnan(b)]
@@ -205,18 +192,18 @@ def check_views(report, views, level):
 
 def check_photo(report, views, rgb, level):
     """Colours must agree where depth does; rgb: frame -> uint8 (H, W, 3), of neighbours too."""
-    g = gather(views)
+    g = views.gather()
     error, size, how = disagreement(g, views.w2c), tuple(g["size"]), dict(mode="bilinear")
     small = {}
     for t, frame in rgb.items():
         frame = torch.tensor(frame).permute(2, 0, 1)[None].float() / 255
         small[t] = F.interpolate(frame, size, antialias=True, **how)[0]
-    last, uv = max(small), reproject(g, views.w2c)[0].float()
+    last = max(small)
 
     def differences(shift):
         t, s = (torch.stack([small[min(max(i + shift, 0), last)] for i in g[k]]) for k in "ts")
         here = t.permute(0, 2, 3, 1)[g["grid"]]
-        moved = sample_maps(s, uv, size).permute(0, 2, 3, 1)
+        moved = warp(g, views.w2c, s).permute(0, 2, 3, 1)
         there, keep = s.permute(0, 2, 3, 1)[g["grid"]], error < 0.02
         return [(x - here).abs().mean(-1)[keep].mean().item() for x in (moved, there)]
 

@@ -60,6 +60,66 @@ class Views:
         step = max(1, math.ceil(math.sqrt(self.depth[0].numel() / pixels)))
         return replace(few, depth=few.depth[:, ::step, ::step], K=thinned(few.K, step))
 
+    def gather(self, count=900):
+        """What hypotheses share: `count` pixels of first frames, inverse depth of second ones."""
+        (t, s), depth, K = self.places(), self.depth, self.K
+        size = depth.shape[1:]
+        step = max(1, round(math.sqrt(depth[0].numel() / count)))
+        rows = slice(step // 2, None, step)
+        valid = valid_depth(depth)
+        # Linear on planes, unlike z.
+        inverse = torch.where(valid, 1 / torch.where(valid, depth, 1), 0)
+        x, y = slopes(K, size)
+        z = torch.where(valid, depth, 0)[t][:, rows, rows]
+        first, second = np.transpose(self.pairs).tolist()
+        return dict(
+            t=first,
+            s=second,
+            points=torch.stack([x[t][..., rows] * z, y[t][:, rows] * z, z], 1),  # (P, 3, h, w)
+            valid=valid[t][:, rows, rows],
+            K=K[s],
+            grid=(slice(None), rows, rows),
+            maps=torch.stack([inverse[s], valid[s].to(inverse)], 1),
+            size=size,
+        )
+
+    def timing_matters(self):
+        """Whether a shift by a frame would show."""
+        g = replace(self, pairs=self.pairs[:-2] or self.pairs).gather()
+        before = per_pair(disagreement(g, self.w2c))
+        late, early = (per_pair(disagreement(g, shifted(self.w2c, n))) for n in (1, -1))
+        noise = max(before.nanmedian().item(), NOISE[0])
+        return min(error_ratio(e, before, noise) for e in (late, early)) > 1.1
+
+    def motion_in_pixels(self):
+        """Largest of the pairs' median pixel motions: in all, and what only travel explains."""
+        g, w2c = self.gather(), self.w2c
+        uv, _, ok = reproject(g, w2c)
+        turned, _, _ = reproject(g, scaled(w2c, 0))
+        still, _, _ = reproject(g, torch.eye(3, 4).to(w2c).expand_as(w2c))
+        motions = (torch.where(ok, (uv - x).norm(dim=-1), math.nan) for x in (still, turned))
+        return [m.flatten(1).nanmedian(1).values.nan_to_num().max().item() for m in motions]
+
+    def frame_scales(self):
+        """(n,) factors that make the frames' depth agree, from each pair's median ratio."""
+        (t, s), logs = self.places(), torch.zeros(len(self.ids), dtype=torch.float64)
+        for _ in range(3):  # the ratio is measured at the place that the scale before leads to
+            g = replace(self, depth=self.depth * logs.exp()[:, None, None]).gather()
+            uv, z, ok = reproject(g, self.w2c)
+            seen, whole = sample_maps(g["maps"], uv, g["size"]).unbind(1)
+            ratio = torch.where(ok & (whole > 0.999), (seen.clamp(min=1e-9) * z).log(), math.nan)
+            ratio = ratio.flatten(1).nanmedian(1).values  # log of z here over z there
+            use = ~ratio.isnan()
+            A = torch.zeros(int(use.sum()) + 1, len(logs), dtype=torch.float64)
+            rows = torch.arange(int(use.sum()))
+            A[rows, torch.tensor(t)[use]], A[rows, torch.tensor(s)[use]] = -1.0, 1.0
+            A[-1] = 1.0
+            b = torch.cat([ratio[use], torch.zeros(1, dtype=torch.float64)])
+            # The usual driver, gelsy, starts from memory that nobody cleared (pytorch issue
+            # 187411): it took the matrix for one of rank 0 every second time.
+            logs = logs + torch.linalg.lstsq(A, b[:, None], driver="gelsd").solution[:, 0]
+        return logs.exp()
+
 
 def thinned(K, step):
     """K (n, 3, 3) of every step-th pixel: pixel j of that picture is j * step."""
@@ -67,29 +127,6 @@ def thinned(K, step):
     K[:, :2] /= step
     K[:, :2, 2] += 0.5 - 0.5 / step
     return K
-
-
-def gather(views, count=900):
-    """What hypotheses share: some `count` pixels of first frames, inverse depth of second ones."""
-    (t, s), depth, K = views.places(), views.depth, views.K
-    size = depth.shape[1:]
-    step = max(1, round(math.sqrt(depth[0].numel() / count)))
-    rows = slice(step // 2, None, step)
-    valid = valid_depth(depth)
-    inverse = torch.where(valid, 1 / torch.where(valid, depth, 1), 0)  # linear on planes, unlike z
-    x, y = slopes(K, size)
-    z = torch.where(valid, depth, 0)[t][:, rows, rows]
-    first, second = np.transpose(views.pairs).tolist()
-    return dict(
-        t=first,
-        s=second,
-        points=torch.stack([x[t][..., rows] * z, y[t][:, rows] * z, z], 1),  # (P, 3, h, w)
-        valid=valid[t][:, rows, rows],
-        K=K[s],
-        grid=(slice(None), rows, rows),
-        maps=torch.stack([inverse[s], valid[s].to(inverse)], 1),
-        size=size,
-    )
 
 
 def reproject(g, w2c, focal=None):
@@ -117,6 +154,11 @@ def sample_maps(maps, uv, size):
     # Hypotheses lie below one another: they look at the same maps.
     tall = F.grid_sample(maps, grid.transpose(0, 1).flatten(1, 2), align_corners=False)
     return tall.unflatten(2, (len(uv), -1)).movedim(2, 0)
+
+
+def warp(g, w2c, maps):
+    """Maps (P, c, H, W) of second frames as first ones meet them: (P, c, h, w)."""
+    return sample_maps(maps, reproject(g, w2c)[0].to(maps), g["size"])
 
 
 def disagreement(g, w2c, focal=None):
@@ -159,21 +201,3 @@ def error_ratio(errors, before, noise):
 def shifted(w2c, n):
     """Frame t gets the camera of frame t + n; at the end, the last one."""
     return w2c[(torch.arange(len(w2c)) + n).clamp(0, len(w2c) - 1)]
-
-
-def timing_matters(views):
-    """Whether a shift by a frame would show."""
-    g = gather(replace(views, pairs=views.pairs[:-2] or views.pairs))
-    before = per_pair(disagreement(g, views.w2c))
-    late, early = (per_pair(disagreement(g, shifted(views.w2c, n))) for n in (1, -1))
-    noise = max(before.nanmedian().item(), NOISE[0])
-    return min(error_ratio(e, before, noise) for e in (late, early)) > 1.1
-
-
-def motion_in_pixels(g, w2c):
-    """Largest of the pairs' median pixel motions: in all, and what only travel explains."""
-    uv, _, ok = reproject(g, w2c)
-    turned, _, _ = reproject(g, scaled(w2c, 0))
-    still, _, _ = reproject(g, torch.eye(3, 4).to(w2c).expand_as(w2c))
-    motions = (torch.where(ok, (uv - x).norm(dim=-1), math.nan) for x in (still, turned))
-    return [m.flatten(1).nanmedian(1).values.nan_to_num().max().item() for m in motions]

@@ -234,8 +234,8 @@ def effect(clean, w2c, raw, believed, k):
     pairs, ids = views.frame_pairs(n)[:-2], list(range(n))
     K = k.expand(n, 3, 3)
     whole = torch.from_numpy(clean["depth"].astype(np.float64))
-    g = views.gather(views.Views(whole, K, true, pairs, ids))
-    h = views.gather(views.Views(depth, K, true, pairs, ids))
+    g = views.Views(whole, K, true, pairs, ids).gather()
+    h = views.Views(depth, K, true, pairs, ids).gather()
     a, za, ok = views.reproject(g, true)
     b, zb, _ = views.reproject(g, believed)
     pixels = torch.where(ok, (a - b).norm(dim=-1), torch.nan).flatten(1).nanmedian(1).values
