@@ -92,7 +92,7 @@ def check_depth(report, depth):
         report.add("depth", "fail", f"no valid pixel{where}")
         return None
     low, middle, high = (float(x) for x in np.quantile(depth[valid][::17], (0.02, 0.5, 0.98)))
-    if depth[valid].max() > FAR:
+    if float(depth[valid].max()) > FAR:  # no half float holds FAR
         wanted = f"wanted at most {FAR:.0e}, and 0 where it is unknown"
         report.add("depth", "fail", f"up to {depth[valid].max():.3g} m; {wanted}")
     report.numbers.update(depth_low=low, depth_median=middle, depth_high=high)

@@ -121,6 +121,14 @@ def test_noise_of_an_estimator_is_no_alarm():
         assert report.status in ("ok", "skip") and not report.suspects, report.checks
 
 
+@pytest.mark.filterwarnings("error")
+def test_half_floats_bring_no_warning():
+    """Seen: numpy's "overflow encountered in cast" beside the verdict, of a Record3D export."""
+    raw = copy.deepcopy(corruptions.rendered(3)[0])
+    raw["depth"] = raw["depth"].astype(np.float16)
+    assert corruptions.inspect(raw).status in ("ok", "skip")
+
+
 def test_factor_of_wrong_translations_is_measured():
     raw = copy.deepcopy(corruptions.rendered(3)[0])
     raw["table"][:, [10, 14, 18]] *= 4
