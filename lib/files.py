@@ -22,7 +22,8 @@ from pathlib import Path
 import imageio_ffmpeg
 import numpy as np
 
-from lib.rasters import MAX_PIXELS, OVER_WHITE, check_size, has_alpha, read_raster, reader_of
+from lib import rasters
+from lib.rasters import MAX_PIXELS
 
 MAX_BYTES = 2**32  # of one file, and of what one read decodes
 MAX_TEXT = 2**29  # of a JSON file: a million samples with captions
@@ -38,9 +39,8 @@ STRICT = [
 ]
 # fmt: on
 
-# The usual way from HDR to the colours that every other video has.
-SDR = "zscale=t=linear:npl=100,tonemap=hable,zscale=p=bt709:t=bt709:m=bt709:r=tv,format=yuv420p"
 PNG = b"\x89PNG\r\n\x1a\n"
+VIDEO = "not a readable video: {}. Re-encode or remove it."  # in place of {}, ffmpeg's words
 STILLS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 RASTERS = (".exr", ".pfm", ".pgm")
 ARRAYS = (".npy", ".npz", ".png", *RASTERS)
@@ -115,7 +115,7 @@ def ffmpeg(path, *output, turned=True):
     stream: output, and a file of its messages.  turned: as the file says that it be shown."""
     several = isinstance(path, list)
     first = path[0] if several else path
-    form = reader_of(first, head_of(first))
+    form = rasters.reader_of(first, head_of(first))
     name = ["-protocol_whitelist", "pipe", "-i", "pipe:0"] if several else ["-i", f"file:{path}"]
     name = name if turned else ["-noautorotate", *name]
     source = [*form, *name, "-map", "0:V:0", "-fps_mode", "passthrough"]
@@ -139,6 +139,7 @@ def ffmpeg(path, *output, turned=True):
                 raise OSError(f"{command[0]}: older than ffmpeg 5.1. {cure}")
             telling = re.search(r"[^\r\n]*(rror|nvalid|whitelist|exceed|not found)[^\r\n]*", said)
             said = (telling or re.search(r"[^\r\n]*$", said))[0] or f"ffmpeg ended with {code}"
+            said = next((words for sign, words in rasters.UNREAD.items() if sign in said), said)
             raise ValueError(re.sub(r"\[.*? @ 0x\w+\] *", "", said)[:200])
 
 
@@ -187,7 +188,7 @@ def is_one_png(path):
 def read_stills(paths, turned=True):
     """uint8 (H, W, 3) of several files, of any sizes; turned: as EXIF says, or as they lie."""
     still = lambda path: read_video(path, 1, turned)[0][0]  # noqa: E731
-    if any(has_alpha(head_of(path)) for path in paths):
+    if any(rasters.has_alpha(head_of(path)) for path in paths):
         return map(still, paths)
     return read_pngs(paths, still, "-pix_fmt", "rgb24", "-c:v", "ppm", turned=turned)
 
@@ -217,21 +218,22 @@ def iterate_video(path, max_frames=None):
 def decoded(path, max_frames, limit, turned=True):
     """(frame (H, W, 3), frames a second) of a file in turn; what is transparent lies over white."""
     some = [] if max_frames is None else ["-frames:v", str(max_frames)]
-    white = ["-vf", OVER_WHITE] if has_alpha(head_of(path)) else []
+    white = ["-vf", rasters.OVER_WHITE] if rasters.has_alpha(head_of(path)) else []
     rgb = ["-pix_fmt", "rgb24", "-c:v", "ppm", "-f", "image2pipe"]
     try:
         with ffmpeg(path, *some, *white, *rgb, turned=turned) as (stream, log):
             rate = functools.cache(lambda: rate_of(path, log))  # said before the first frame
             yield from ((frame, rate()) for frame in pictures(stream, limit))
     except ValueError as error:
-        raise unreadable(path, error) from None
+        raise damaged(path, error, VIDEO) from None
 
 
 def rate_of(path, log):
-    """Frames a second, or 0, by ffmpeg's messages; HDR is refused."""
+    """Frames a second, or 0, by ffmpeg's messages; what comes out wrong is refused."""
     said = os.pread(log.fileno(), 2**16, 0)  # moves no place: ffmpeg goes on writing
-    if re.search(rb"Video: [^\n]*(arib-std-b67|smpte2084)", said):
-        raise ValueError(f"{path}: HDR colours (HLG or PQ). Convert it: ffmpeg -i IN -vf {SDR} OUT")
+    for what, (sign, cure) in rasters.WRONG.items():
+        if re.search(sign, said):
+            raise ValueError(f"{path}: {what}. Convert it: ffmpeg {cure} OUT")
     fps = re.search(rb"Video: .*?\b([\d.]+)(k?) fps", said)
     return float(fps[1]) * (1000 if fps[2] else 1) if fps else 0.0
 
@@ -270,13 +272,7 @@ def count_frames(path):
             raise ValueError("it has no frames")
         return counts[-1]
     except ValueError as error:
-        raise unreadable(path, error) from None
-
-
-def unreadable(path, error):
-    if str(error).startswith(f"{path}: "):
-        return error  # it says all; others are ffmpeg's
-    return ValueError(f"{path}: not a readable video: {error}. Re-encode or remove it.")
+        raise damaged(path, error, VIDEO) from None
 
 
 # --- Arrays ---------------------------------------------------------------------------------------
@@ -303,7 +299,7 @@ def png_header(path, mask):
     if head[:8] != PNG or not mask and head[24:26] != b"\x10\x00":
         raise ValueError("not a 16-bit grey PNG; other kinds do not hold metric depth")
     w, h = int.from_bytes(head[16:20], "big"), int.from_bytes(head[20:24], "big")
-    check_size(h, w)
+    rasters.check_size(h, w)
     return h, w
 
 
@@ -323,7 +319,7 @@ def open_array(path, read, mask):
             raise ValueError(f"a picture of {image.shape}; its header says {shape}")
         return image.astype("u2")
     if path.suffix.lower() in RASTERS:
-        image = read_raster(path.read_bytes())
+        image = rasters.read_raster(path.read_bytes())
         return image if read else (image.shape, image.dtype)
     with array_stream(path, mask) as (file, size):
         header = array_header(file, size, mask)[:2]
@@ -377,11 +373,9 @@ def read_array(path, read=True, mask=False):
         raise damaged(path, error) from None
 
 
-def damaged(path, error):
-    said = str(error) or repr(error)
-    if said.startswith(f"{path}: "):
-        return ValueError(said)  # it says all
-    return ValueError(f"{path}: cannot be read: {said}. Make it again or do without it")
+def damaged(path, error, words="cannot be read: {}. Make it again or do without it"):
+    said = str(error) or repr(error)  # where it names the file, it says all
+    return ValueError(said if said.startswith(f"{path}: ") else f"{path}: {words.format(said)}")
 
 
 def natural(name):

@@ -34,13 +34,23 @@ HEIF = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1", 
 JPEG_TIF = re.compile(rb"\x03\x01\x03\0\x01\0\0\0[\x06\x07]\0|\x01\x03\0\x03\0\0\0\x01\0[\x06\x07]")
 # What hides behind transparent pixels is not shown.
 OVER_WHITE = "format=rgba,split[a][b];[a]lutrgb=255:255:255:255[w];[w][b]overlay=format=rgb"
-# Every compression that OpenEXR knows: its name, and the lines of a block where it is read here.
-# fmt: off
-COMPRESSIONS = [
-    ("none", 1), ("RLE", 0), ("ZIPS", 1), ("ZIP", 16), ("PIZ", 0),
-    ("PXR24", 0), ("B44", 0), ("B44A", 0), ("DWAA", 0), ("DWAB", 0),
-]
-# fmt: on
+# What ffmpeg says of files that it would turn into wrong pictures, and options that cure them.
+SDR = "zscale=t=linear:npl=100,tonemap=hable,zscale=p=bt709:t=bt709:m=bt709:r=tv,format=yuv420p"
+ALPHA = rb"alpha_mode *: 1|Video: (?!png|webp|mjpeg)[^\n]*, (yuva|ya|gbra|rgba|argb|bgra|abgr)"
+WRONG = {
+    "HDR colours (HLG or PQ)": (rb"Video: [^\n]*(arib-std-b67|smpte2084)", f"-i IN -vf {SDR}"),
+    "interlaced lines": (
+        rb"Video: [^\n]*(top|bottom) (coded )?first",
+        "-i IN -vf bwdif=send_frame",
+    ),
+    "transparent pixels": (ALPHA, f"[-c:v libvpx-vp9, of VP9] -i IN -vf '{OVER_WHITE}'"),
+}
+# What it says of files that it does not read, in other words.
+UNREAD = {"Failed to set value '0:V:0'": "there is no picture in it"}
+UNREAD["not on whitelist"] = "wanted mp4, mov, mkv, webm, avi, ts, PNG, JPEG, WebP, BMP or TIFF"
+# Every compression that OpenEXR knows, by its number; lines of a block of those that are read here.
+COMPRESSIONS = "none RLE ZIPS ZIP PIZ PXR24 B44 B44A DWAA DWAB".split()
+LINES = dict(none=1, ZIPS=1, ZIP=16)
 
 
 def reader_of(path, head):
@@ -50,6 +60,8 @@ def reader_of(path, head):
         kinds.append("HEIC or AVIF")
     if head.startswith((b"II*\0", b"MM\0*")) and JPEG_TIF.search(Path(path).read_bytes()):
         kinds.append("TIFF with JPEG inside")
+    if head[8:16] == b"WEBPVP8X" and head[20] & 2:
+        kinds.append("animated WebP")
     if kinds:
         raise ValueError(f"{path}: a picture of kind {kinds[0]}: save it as JPEG or PNG")
     if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
@@ -142,8 +154,8 @@ def read_exr(data):
     if chosen not in names:
         raise ValueError(f"an EXR file with channels {names[:8]}; wanted Z, or one channel alone")
     kind = attributes["compression"][0]
-    name, lines = COMPRESSIONS[kind] if kind < len(COMPRESSIONS) else (f"number {kind}", 0)
-    if not lines:
+    name = COMPRESSIONS[kind] if kind < len(COMPRESSIONS) else f"number {kind}"
+    if not (lines := LINES.get(name)):
         raise ValueError(f"EXR compression {name}; none, ZIPS and ZIP are read: save it again")
     left, top, right, bottom = struct.unpack("<4i", attributes["dataWindow"])
     height, width = bottom - top + 1, right - left + 1

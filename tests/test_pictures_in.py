@@ -69,6 +69,13 @@ def test_transparent_pixels_show_white(photo, ending):
     assert np.abs(read_video(half, 1)[0].astype(int) - [255, 128, 128]).max() <= 2
 
 
+@pytest.mark.parametrize("ending", ["tiff", "bmp"])
+def test_transparent_pixels_of_others_are_refused(photo, ending):
+    path = photo(f"clear.{ending}", source="color=red@0.5:size=64x48,format=rgba")
+    with pytest.raises(ValueError, match=f"clear.{ending}: transparent pixels. Convert it: ffmpeg"):
+        read_video(path, 1)
+
+
 def test_an_opaque_picture_with_an_alpha_channel_is_untouched(photo):
     noise = "testsrc2=size=64x48,format=rgb24"
     plain = read_video(photo("plain.png", source=noise), 1)[0]
@@ -87,6 +94,7 @@ def test_an_opaque_picture_with_an_alpha_channel_is_untouched(photo):
         (b"%PDF-1.7", "PDF"),
         (b"\x76\x2f\x31\x01\2\0\0\0", "OpenEXR"),
         (b"\0\0\0\x0cJXL \r\n\x87\n", "JPEG XL"),
+        (b"RIFF\x24\0\0\0WEBPVP8X\x0a\0\0\0\x02\0\0\0", "animated WebP"),
     ],
 )
 def test_other_pictures_are_refused_by_their_true_kind(tmp_path, head, kind):

@@ -40,6 +40,40 @@ def test_hdr_is_refused_with_a_command_that_converts_it(tmp_path, transfer, endi
     assert files.read_video(sdr)[0].shape == (6, 96, 160, 3)
 
 
+@pytest.mark.parametrize("kind", ["interlaced", "ProRes", "VP9", "QuickTime"])
+def test_lines_of_two_moments_and_hidden_colours_are_refused_with_a_cure_that_works(tmp_path, kind):
+    """They came in as combs, and with the colours behind what is transparent."""
+    source = "color=red@0.0:size=64x48:duration=0.4"
+    how = dict(
+        interlaced=["-vf", "interlace", "-c:v", "libx264", "-flags", "+ildct+ilme"],
+        ProRes=["-c:v", "prores_ks", "-profile:v", "4", "-pix_fmt", "yuva444p10le"],
+        VP9=["-c:v", "libvpx-vp9", "-pix_fmt", "yuva420p"],
+        QuickTime=["-c:v", "qtrle", "-pix_fmt", "argb"],
+    )[kind]
+    path = tmp_path / dict(interlaced="a.mp4", VP9="a.webm").get(kind, "a.mov")
+    clear = ["-f", "lavfi", "-i", f"{source},format=rgba"]
+    run(*(CLIP if kind == "interlaced" else clear), *how, path)
+    what = "interlaced lines" if kind == "interlaced" else "transparent pixels"
+    with pytest.raises(ValueError, match=f"{path.name}: {what}. Convert it: ffmpeg ") as refusal:
+        files.read_video(path)
+    filters = str(refusal.value).split("-vf ")[1].removesuffix(" OUT").strip("'")
+    decoder = ["-c:v", "libvpx-vp9"] if kind == "VP9" else []
+    run(*decoder, "-i", path, "-vf", filters, tmp_path / "b.mp4")
+    shown = files.read_video(tmp_path / "b.mp4")[0]
+    assert len(shown) == 3 if kind == "interlaced" else shown.min() > 250  # white
+
+
+@pytest.mark.parametrize(
+    "name, words", [("a.m4a", "there is no picture in it"), ("a.mp3", "mp4, mov")]
+)
+def test_sound_alone_is_called_so(tmp_path, name, words):
+    """Seen: "Failed to set value '0:V:0' for option 'map'"."""
+    run("-f", "lavfi", "-i", "sine=duration=0.2", tmp_path / name)
+    for read in (files.read_video, files.count_frames):
+        with pytest.raises(ValueError, match=f"{name}: not a readable video: .*{words}"):
+            read(tmp_path / name)
+
+
 def test_ten_bits_without_hdr_are_read(tmp_path):
     run(*CLIP, "-pix_fmt", "yuv420p10le", "-c:v", "libx264", tmp_path / "ten.mp4")
     assert files.read_video(tmp_path / "ten.mp4")[0].shape == (6, 96, 160, 3)
