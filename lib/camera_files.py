@@ -155,13 +155,16 @@ def read_nerfstudio(path, size=None, matrices=None):
         if "w" in f and "h" in f:
             size = size or (int(f["h"]), int(f["w"]))
         h, w = need_size(size, path, "intrinsics")
-        fx = f["fl_x"] or w / 2 / np.tan(f["camera_angle_x"] / 2)
-        fy = h / 2 / np.tan(f["camera_angle_y"] / 2) if "camera_angle_y" in f else fx
-        row = np.array([fx, f["fl_y"] or fy, f.get("cx", w / 2), f.get("cy", h / 2)])
-        scale = np.array([w / f.get("w", w), h / f.get("h", h)] * 2)  # --size: resized images
-        rows.append(row * scale if f["fl_x"] else row)
+        w, h = f.get("w") or w, f.get("h") or h  # --size is of resized images
+        angles = [f.get(f"camera_angle_{axis}", 0) for axis in "xy"]
+        fx, fy = (a and side / 2 / np.tan(a / 2) for a, side in zip(angles, (w, h)))
+        fx, fy = f["fl_x"] or fx, f["fl_y"] or fy
+        if not (fx or fy):
+            found = f"{f.get('file_path')} has no focal length: no fl_x and no camera_angle_x"
+            raise ValueError(f"{path}: {found}. Fix: add fl_x, fl_y, cx, cy in pixels, and w, h")
+        rows.append(fractions([fx or fy, fy or fx, f.get("cx", w / 2), f.get("cy", h / 2)], (h, w)))
     matrices, names = ([f.get(key) for f in frames] for key in ("transform_matrix", "file_path"))
-    return Cameras(matrices, "c2w", fractions(rows, size), size, names, lenses)
+    return Cameras(matrices, "c2w", np.array(rows), size, names, lenses)
 
 
 def write_nerfstudio(path, w2c, intrinsics, size):

@@ -17,7 +17,9 @@ def colmap_camera(path, model, w, h, params):
     if model not in MODELS:
         cure = "run colmap image_undistorter first"
         raise ValueError(f"{path}: camera model {model}; known are {', '.join(MODELS)}: {cure}")
-    said = dict(zip(MODELS[model].split(), params, strict=True))
+    if len(params) != len(MODELS[model].split()):
+        raise ValueError(f"{path}: {len(params)} numbers of a {model}; wanted {MODELS[model]}")
+    said = dict(zip(MODELS[model].split(), params))
     f = said.pop("f", None)
     k = [said.pop(name, f) for name in ("fx", "fy", "cx", "cy")]
     return fractions(k, (h, w)), (h, w), make_lens(model, said)
@@ -57,7 +59,7 @@ def colmap_text(path):
         if line.strip() and not line.startswith("#"):
             i, model, w, h, *params = line.split()
             numbers = [float(p) for p in params]
-            cameras[int(i)] = colmap_camera(path, model, int(w), int(h), numbers)
+            cameras[int(i)] = colmap_camera(path / "cameras.txt", model, int(w), int(h), numbers)
     for line in (path / "images.txt").read_text("utf-8-sig").splitlines():
         words = line.strip().split(maxsplit=9)
         if not words or line.startswith("#") or is_points(line.split()):

@@ -79,6 +79,22 @@ def test_another_lens_is_refused_wherever_it_is_said(tmp_path, frame, top):
         camera_files.read(path)
 
 
+def test_a_file_without_a_focal_length_and_a_camera_of_too_few_numbers_say_so(tmp_path):
+    """Seen: KeyError('camera_angle_x'); "zip() argument 2 is shorter than argument 1"."""
+    frame = dict(file_path="a.png", transform_matrix=np.eye(4).tolist())
+    path = tmp_path / "transforms.json"
+    path.write_text(json.dumps(dict(w=64, h=48, frames=[frame])))
+    with pytest.raises(ValueError, match="transforms.json: a.png has no focal length: no fl_x and"):
+        camera_files.read(path)
+    path.write_text(json.dumps(dict(w=64, h=48, camera_angle_y=1.0, frames=[frame])))
+    np.testing.assert_allclose(camera_files.read(path)[1][0, :2] * [64, 48], 24 / np.tan(0.5))
+    (tmp_path / "cameras.txt").write_text("1 OPENCV 64 48 60 60 32 24 0.1\n")
+    (tmp_path / "images.txt").write_text("1 1 0 0 0 0 0 0 1 a.png\n\n")
+    said = "cameras.txt: 5 numbers of a OPENCV; wanted fx fy cx cy k1 k2 p1 p2"
+    with pytest.raises(ValueError, match=said):
+        camera_files.read(tmp_path)
+
+
 @pytest.mark.parametrize("value", [np.nan, -np.inf])
 @pytest.mark.parametrize("form", ["npz", "tum", "nerfstudio"])
 def test_lost_frames_are_named_on_every_way_in(tmp_path, form, value):
