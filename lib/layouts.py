@@ -155,8 +155,10 @@ def numbered(folder):
 
 def stamps(path):
     """Lines "time name" of TUM's rgb.txt and depth.txt, headings aside -> times (N,), names."""
-    lines = path.read_text("utf-8-sig").splitlines()
-    rows = [x.split() for x in lines if x.lstrip(" \t-.")[:1].isdigit()]
+    lines = path.read_text("utf-8-sig").replace(",", " ").splitlines()
+    rows = [x.strip().split(maxsplit=1) for x in lines if x.lstrip(" \t-.")[:1].isdigit()]
+    if alone := [row[0] for row in rows if len(row) < 2]:
+        raise ValueError(f"{path}: no file beside {some(alone)}; wanted lines of TIME FILE")
     rows.sort(key=lambda row: float(row[0]))
     return np.array([float(row[0]) for row in rows]), [row[1] for row in rows]
 
@@ -172,9 +174,9 @@ def nearest(times, of, within=0.02):
 def open_tum(src, wishes):
     times, names = stamps(src / "rgb.txt")
     depth_times, depth_names = stamps(src / "depth.txt")
-    rows = read_rows(src / "groundtruth.txt")
+    rows, poses = read_rows(src / "groundtruth.txt"), native.read_tum(src / "groundtruth.txt")
     step = np.median(np.diff(times)) if len(times) > 1 else 1 / 30
-    if step > 100 and not wishes.fps:
+    if step > 10 and not wishes.fps:  # milliseconds, 33 apart, too
         raise ValueError(f"{src}/rgb.txt: times {step:.3g} apart; wanted seconds, or give --fps")
     parts = zip(names, nearest(depth_times, times), nearest(rows[:, 0], times))
     near = [(n, d, p) for n, d, p in parts if min(d, p) >= 0]
@@ -184,7 +186,7 @@ def open_tum(src, wishes):
     left = f"{len(names) - len(whole)} frames without file, depth or pose within 0.02 s left out"
     notes = [left] * (len(whole) < len(names))
     names, d, p = zip(*whole)
-    cameras = Cameras(quaternions(rows[list(p), 1:8]), "c2w")
+    cameras = recordings.pick(poses, p)
     unit, depth = dict(depth_scale=1 / 5000), [src / depth_names[i] for i in d]
     made = Recording([src / n for n in names], cameras, depth, unit, fps=1 / step, notes=notes)
     # The depth is registered to the pictures with these numbers; undistorting would undo that.

@@ -81,6 +81,20 @@ def test_times_that_are_no_seconds_are_named(src, capsys):
     imported(src, intrinsics=tuple(C["k"]), fps=30)  # times that are the same in all texts
 
 
+@pytest.mark.parametrize("factor, apart", [(1000, "33.3"), (1e6, "3.33e+04")])
+def test_milliseconds_are_no_seconds(src, capsys, factor, apart):
+    """Seen: no picture "has depth and a pose within 0.02 s", of times 33 apart."""
+    tum(src, C)
+    for name in ("rgb.txt", "depth.txt", "groundtruth.txt"):
+        rows = [x.split(" ", 1) for x in (src / name).read_text().splitlines() if x[0] != "#"]
+        (src / name).write_text("".join(f"{factor * float(t):.3f},{rest}\n" for t, rest in rows))
+    assert importers.run(src, src.parent / "out", intrinsics=tuple(C["k"])) == ([], 1)
+    assert f"rgb.txt: times {apart} apart; wanted seconds" in capsys.readouterr().out
+    (src / "rgb.txt").write_text("1305031102.10\n1305031102.13\n")
+    importers.run(src, src.parent / "out", intrinsics=tuple(C["k"]))
+    assert "rgb.txt: no file beside 1305031102.10, 1305031102.13; wanted" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("rows", [3, 4])
 def test_a_pose_of_zeros_is_a_lost_frame(src, rows):
     kitti(src, C)
