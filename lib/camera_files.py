@@ -253,7 +253,6 @@ class Format:
     read: object
     write: object = None
     axes: str = "opencv"
-    needs_intrinsics: bool = True
 
 
 FORMATS = dict(
@@ -262,12 +261,13 @@ FORMATS = dict(
     worldscore=Format(read_interp, write_interp, "opengl"),
     nerfstudio=Format(read_nerfstudio, write_nerfstudio, "opengl"),
     colmap=Format(read_colmap, write_colmap),
-    tum=Format(native.read_tum, write_tum, needs_intrinsics=False),
-    npz=Format(native.read_npz, write_npz, needs_intrinsics=False),
+    tum=Format(native.read_tum, write_tum),
+    npz=Format(native.read_npz, write_npz),
     npy=Format(native.read_npy),
     tartanair=Format(native.read_tartanair),
     matrices=Format(native.read_matrices),
     log=Format(native.read_log),
+    record3d=Format(native.read_record3d, axes="opengl"),
     folder=Format(native.read_folder),
 )
 WRITTEN = [name for name, kind in FORMATS.items() if kind.write]
@@ -280,12 +280,12 @@ def guess(path):
         return "colmap"
     if path.is_dir() and pose_files(path):
         return "folder"
-    if path.suffix in (".npz", ".npy"):
-        return path.suffix[1:]
+    if path.suffix in (".npz", ".npy") or path.name == "odometry.csv":
+        return path.suffix[1:].replace("csv", "tum")
     if path.suffix == ".json":
         data = json.loads(path.read_bytes())
-        if "frames" in data:
-            return "nerfstudio"
+        if "frames" in data or "poses" in data:
+            return "nerfstudio" if "frames" in data else "record3d"
         if "cameras_interp" in data:
             who = "FantasyWorld (OpenCV axes) and WorldScore (OpenGL axes) share this layout"
             raise ValueError(f"{path}: {who}; give --from fantasyworld or --from worldscore")
@@ -400,7 +400,7 @@ def write(path, form, w2c, intrinsics=None, size=None, binary=False):
         raise ValueError(f"{path}: wanted a name that ends with .npz, such as {path}.npz")
     if kind.write is None:
         raise ValueError(f"format {form} is read only; --to is one of {', '.join(WRITTEN)}")
-    if intrinsics is None and kind.needs_intrinsics:
+    if intrinsics is None and form not in ("tum", "npz"):
         without = "tum and npz do without"
         raise ValueError(f"{path}: {form} holds intrinsics, but the source has none; {without}")
     own = w2c * FLIP if kind.axes == "opengl" else w2c

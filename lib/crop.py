@@ -48,12 +48,9 @@ class Crop:
 
     def intrinsics(self, fractions):
         """(T, 4) fractions of the source -> (T, 3, 3) pixels of the target, fp64."""
-        (h, w), (height, width), (y, x, hc, wc) = self.source, self.target, self.cut()
-        fx, fy, cx, cy = fractions.T * [[w], [h], [w], [h]]  # pixels of the source
-        k = np.zeros((len(fractions), 3, 3)) + np.eye(3)
-        k[:, 0, 0], k[:, 0, 2] = fx * width / wc, (cx - x) * width / wc
-        k[:, 1, 1], k[:, 1, 2] = fy * height / hc, (cy - y) * height / hc
-        return torch.from_numpy(k)
+        (h, w), (y, x, hc, wc) = self.source, self.cut()
+        cut = (fractions * [w, h, w, h] - [0, 0, x, y]) / [wc, hc, wc, hc]
+        return torch.from_numpy(pixel_matrix(cut, self.target))
 
 
 def crop_intrinsics(fractions, aspect, size):

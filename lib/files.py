@@ -44,6 +44,7 @@ VIDEO = "not a readable video: {}. Re-encode or remove it."  # in place of {}, f
 STILLS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 RASTERS = (".exr", ".pfm", ".pgm")
 ARRAYS = (".npy", ".npz", ".png", *RASTERS)
+MAPS = (*ARRAYS, ".tif", ".tiff")  # the last two are found in order to be refused by name
 
 
 def check_file(path, limit=MAX_BYTES):
@@ -307,7 +308,8 @@ def open_array(path, read, mask):
     """(shape, dtype) or, with read, the array of one file; of an .npz depth, or the only one."""
     check_file(path)
     if path.suffix.lower() not in ARRAYS:
-        raise ValueError(f"an ending {path.suffix or 'of none'}; wanted {', '.join(ARRAYS)}")
+        wanted = f"wanted {', '.join(ARRAYS)}: numpy.save what its own reader gives"
+        raise ValueError(f"an ending {path.suffix or 'of none'}; {wanted}")
     if path.suffix.lower() == ".png":
         shape = png_header(path, mask)
         if not read:
@@ -391,7 +393,7 @@ def listed(folder, kinds, pattern="*"):
 
 def array_files(path):
     """Files of a clip's arrays in order: one for all frames, or a folder with one per frame."""
-    return [f for f in listed(path, ARRAYS) if f.suffix in ARRAYS] if path.is_dir() else []
+    return [f for f in listed(path, MAPS) if f.suffix in MAPS] if path.is_dir() else []
 
 
 def count_arrays(path, mask=False):

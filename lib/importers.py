@@ -89,12 +89,8 @@ def thinned(rec, wishes):
     places = np.flatnonzero(finite)[wishes.start :: wishes.stride][: wishes.max_frames].tolist()
     if len(places) < 5:
         raise ValueError(f"{len(places)} frames with picture, depth and pose; wanted at least 5")
-    return replace(
-        rec,
-        frames=[rec.frames[p] for p in places],
-        cameras=pick(rec.cameras, places),
-        depth=[rec.depth[p] for p in places] if rec.depth else None,
-    )
+    cameras, depth = pick(rec.cameras, places), [rec.depth[p] for p in places if rec.depth]
+    return replace(rec, frames=[rec.frames[p] for p in places], cameras=cameras, depth=depth)
 
 
 def lies_over(frame, k):

@@ -16,9 +16,9 @@ import numpy as np
 from lib import camera_files, files, native, recordings
 from lib.camera_files import FORMATS
 from lib.crop import fractions
-from lib.native import Cameras, pose_files, quaternions, read_rows
+from lib.native import Cameras, number_of, pose_files, quaternions, read_rows
 from lib.rasters import read_raster
-from lib.recordings import Recording, assemble, by_number, find_lens, number_of, some
+from lib.recordings import Recording, assemble, by_number, find_lens, some
 
 # --- Folders of pictures, folders of depth, and poses ---------------------------------------------
 MILLIMETRES = dict(depth_scale=0.001)
@@ -26,46 +26,50 @@ MILLIMETRES = dict(depth_scale=0.001)
 
 @dataclass(frozen=True)
 class Folder:
-    """A layout by glob patterns, the first of several that finds something."""
+    """A layout by glob patterns: words, of which the first that finds something is taken."""
 
-    pictures: tuple
-    depth: tuple
-    poses: tuple  # (file or folder, its format in lib/camera_files or None: guessed)
+    pictures: str  # files, or one video
+    depth: str
+    poses: str  # FILE or FOLDER:FORMAT of lib/camera_files; without :FORMAT it is guessed
     unit: dict = field(default_factory=lambda: MILLIMETRES)
-    lens: tuple = ()  # files of intrinsics, here or in the folder above
+    lens: str = ""  # files of intrinsics, here or in the folder above
     known: object = None  # (h, w) -> fx fy cx cy, where no such file is
     depth_lens: str = ""  # file of the depth camera's own
     fps: float = 30.0
     read_depth: object = None  # path -> (h, w), where files.read_array will not do
 
     def parts(self, src):
-        texts = " or ".join(p if form != "folder" else f"texts in {p}/" for p, form in self.poses)
-        pictures, depth = self.frames(src)
-        return {
-            f"pictures ({' or '.join(self.pictures)})": pictures,
-            f"depth ({' or '.join(self.depth)})": depth,
-            f"poses ({texts})": self.path(src),
-        }
-
-    def frames(self, src):
-        """Pictures and depth."""
-        kinds = (self.pictures, files.STILLS), (self.depth, files.ARRAYS)
-        found = ([files.listed(src, ends, p) for p in patterns] for patterns, ends in kinds)
-        return [next(filter(None, lists), []) for lists in found]
-
-    def path(self, src):
-        """(path, format) of the poses, or None."""
+        """What is there: files of pictures and of depth, (path, format) of the poses or None."""
+        kinds = (self.pictures, files.STILLS), (self.depth, files.MAPS)
+        listed = lambda p, ends: files.listed(src, (*ends, p[-4:]), p)  # noqa: E731  (.mp4 too)
+        found = ([listed(p, ends) for p in words.split()] for words, ends in kinds)
+        pictures, depth = (next(filter(None, lists), []) for lists in found)
+        places = [word.partition(":")[::2] for word in self.poses.split()]
         there = lambda p, f: pose_files(p) if f == "folder" else p.is_file()  # noqa: E731
-        return next(((src / p, f) for p, f in self.poses if there(src / p, f)), None)
+        poses = next(((src / p, f) for p, f in places if there(src / p, f)), None)
+        texts = " ".join(p + "/*" * (f == "folder") for p, f in places)
+        words = f"pictures ({self.pictures})", f"depth ({self.depth})", f"poses ({texts})"
+        return dict(zip(words, (pictures, depth, poses)))
 
     def open(self, src, wishes):
-        path, form = self.path(src)
-        pictures, depth = map(by_number, self.frames(src))
+        pictures, depth, (path, form) = self.parts(src).values()
+        first, video, fps, depth = pictures[0], None, self.fps, by_number(depth)
+        if first.suffix.lower() in files.STILLS:
+            pictures = by_number(pictures)
+        else:
+            video, pictures = first, {n: n for n in range(files.count_frames(first))}
+            fps = files.read_video(video, 1)[1]
         form = wishes.cameras or form or camera_files.guess(path)
-        cameras = FORMATS[form].read(path, matrices=wishes.matrices or "c2w")
-        kinds = dict(picture=pictures, depth=depth, pose=self.keys(path, form, cameras, pictures))
-        made = assemble(kinds, cameras, fps=self.fps, axes=FORMATS[form].axes)
-        unit = self.unit | find_lens(made, src, wishes, self.known, self.lens)
+        how = recordings.size_of(first), wishes.matrices or "c2w"
+        cameras, axes, unit = FORMATS[form].read(path, *how), FORMATS[form].axes, self.unit
+        pose = dict.fromkeys(cameras.names or pictures)
+        if len(cameras.matrices) != len(pose):
+            found = f"{len(cameras.matrices)} poses for {len(pose)} pictures"
+            raise ValueError(f"{path}: {found}: which belongs to which is unknown")
+        kinds = dict(picture=pictures, depth=depth, pose=pose)
+        made = assemble(kinds, cameras, fps=fps, axes=axes, video=video)
+        if wishes.intrinsics or self.known or cameras.intrinsics is None:
+            unit = unit | find_lens(made, src, wishes, self.known, self.lens.split())
         if self.depth_lens and (src / self.depth_lens).is_file():
             shape = files.read_array(made.depth[0], read=False)[0]
             made.depth_lens = fractions(recordings.matrix_of(src / self.depth_lens), shape)
@@ -74,17 +78,6 @@ class Folder:
         if self.read_depth and counts:
             made.depth = [partial(self.read_depth, f) for f in made.depth]
         return made
-
-    def keys(self, path, form, cameras, pictures):
-        """Numbers of the poses' frames."""
-        if form == "folder":
-            return by_number(pose_files(path))
-        if form == "matrices" and (table := read_rows(path)).shape[1] % 4 == 1:
-            return map(int, table[:, 0])
-        if len(cameras.matrices) != len(pictures):
-            found = f"{len(cameras.matrices)} poses for {len(pictures)} pictures"
-            raise ValueError(f"{path}: {found}: which belongs to which is unknown")
-        return pictures
 
 
 def floats_in_rgba(path):
@@ -99,50 +92,54 @@ def centred(f, of=640):
     return lambda h, w: (f * w / of, f * w / of, w / 2, h / 2)
 
 
-PLAIN = ("color/*", "rgb/*", "images/*", "image/*", "results/frame*")
+PLAIN = "color/* rgb/* images/* image/* results/frame* rgb.mp4 video.mp4"
 FOLDERS = dict(
     sevenscenes=Folder(  # also tsdf-fusion's
-        ("frame-*.color.*",),
-        ("frame-*.depth.proj.*", "frame-*.depth.*"),  # under the colours' pixels, or not
-        ((".", "folder"),),
+        "frame-*.color.*",
+        "frame-*.depth.proj.* frame-*.depth.*",  # under the colours' pixels, or not
+        ".:folder",
         unit=dict(MILLIMETRES, depth_invalid=65535),
-        lens=("camera-intrinsics.txt",),
+        lens="camera-intrinsics.txt",
         known=centred(585),
     ),
     scannet=Folder(
-        ("color/*",),
-        ("depth/*.png",),
-        (("pose", "folder"),),
-        lens=("intrinsic/intrinsic_color.txt",),
+        "color/*",
+        "depth/*.png",
+        "pose:folder",
+        lens="intrinsic/intrinsic_color.txt",
         depth_lens="intrinsic/intrinsic_depth.txt",
     ),
     tartanair=Folder(
-        ("image_left/*", "image_lcam_front/*"),
-        ("depth_left/*", "depth_lcam_front/*"),
-        (("pose_left.txt", "tartanair"), ("pose_lcam_front.txt", "tartanair")),
+        "image_left/* image_lcam_front/*",
+        "depth_left/* depth_lcam_front/*",
+        "pose_left.txt:tartanair pose_lcam_front.txt:tartanair",
         unit=dict(depth_max=999),  # sky is at 1000 and beyond
         known=centred(320),
         fps=10.0,
         read_depth=floats_in_rgba,
     ),
-    wildrgbd=Folder(
-        ("rgb/*",),
-        ("depth/*",),
-        (("cam_poses.txt", "matrices"),),
-        lens=("metadata", "metadata.json"),
-    ),
+    wildrgbd=Folder("rgb/*", "depth/*", "cam_poses.txt:matrices", lens="metadata metadata.json"),
     redwood=Folder(  # Open3D's reconstruction system
         PLAIN,
-        ("depth/*",),
-        (("trajectory.log", "log"), ("traj.log", "log")),
-        lens=("camera_intrinsic.json", "camera_primesense.json", "intrinsic.json"),
+        "depth/*",
+        "trajectory.log:log traj.log:log",
+        lens="camera_intrinsic.json camera_primesense.json intrinsic.json",
         known=centred(525),
     ),
     kitti=Folder(  # Replica's too: whatever has poses in one text, a line a picture
         PLAIN,
-        ("depth/*", "depths/*", "results/depth*"),
-        (("poses.txt", None), ("pose.txt", None), ("traj.txt", None)),
-        lens=("K.txt", "camera-intrinsics.txt", "intrinsics.txt", "cam_params.json"),
+        "depth/* depths/* results/depth*",
+        "poses.txt pose.txt traj.txt",
+        lens="K.txt camera-intrinsics.txt intrinsics.txt cam_params.json",
+    ),
+    cut3r=Folder("color/*", "depth/*", "camera:folder"),
+    monst3r=Folder("frame_*", "frame_*.npy", "pred_traj.txt:tum", lens="pred_intrinsics.txt"),
+    stray=Folder("rgb.mp4", "depth/*", "odometry.csv:tum", lens="camera_matrix.csv"),
+    record3d=Folder("rgb/*", "depth/*", "metadata.json:record3d"),
+    polycam=Folder(
+        "corrected_images/* images/*",
+        "depth/*",
+        "corrected_cameras:folder cameras:folder",
     ),
 )
 
@@ -232,7 +229,7 @@ def find_omniworld(src):
 def beside(folder, names):
     """Array files of a folder (or None) by a picture's name: at the same place in it, or, where
     only one picture is called so, by its stem."""
-    there = [f for f in folder.rglob("*") if f.suffix.lower() in files.ARRAYS] if folder else []
+    there = [f for f in folder.rglob("*") if f.suffix.lower() in files.MAPS] if folder else []
     whole = {f.relative_to(folder).with_suffix(""): f for f in there}
     often = Counter(Path(n).stem for n in names)
 
@@ -355,18 +352,13 @@ def exr_in(archive, name):
 def open_vipe(path, wishes):
     """pose/N.npz, whose inds say which frames have a pose; rgb/N.mp4, intrinsics/, depth/N.zip."""
     src = path.parent.parent
-    native.check_pinhole(src, path.stem)
-    video = src / "rgb" / f"{path.stem}.mp4"
-    first, fps = files.read_video(video, 1)
-    with np.load(path, allow_pickle=False) as f:
-        poses, cameras = f["inds"].tolist(), Cameras(f["data"], "c2w")
-    with np.load(src / "intrinsics" / path.name, allow_pickle=False) as f:
-        k = dict(zip(f["inds"].tolist(), fractions(f["data"][:, :4], first.shape[1:3])))
+    video, cameras = src / "rgb" / f"{path.stem}.mp4", native.read_vipe(path)
+    fps = files.read_video(video, 1)[1]
     archive = src / "depth" / f"{path.stem}.zip"
     names = zipfile.ZipFile(archive).namelist() if archive.is_file() else []
     depth = {number_of(n): partial(exr_in, archive, n) for n in names if n.endswith(".exr")}
     frames = {n: n for n in range(files.count_frames(video))}
-    kinds = dict(picture=frames, pose=poses, intrinsics=k) | (dict(depth=depth) if names else {})
+    kinds = dict(picture=frames, pose=cameras.names) | (dict(depth=depth) if names else {})
     return assemble(kinds, cameras, fps=fps or 30.0, video=video)
 
 

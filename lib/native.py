@@ -1,9 +1,12 @@
 """Camera files as labelers and datasets leave them; and what a reader of cameras gets and gives.
 
 npz of ViPE, MegaSaM, Depth-Anything-3, VGGT, Lyra; poses.npy of LingBot and SpatialVID; TartanAir;
-one text file a frame (7-Scenes, ScanNet); Open3D's trajectory.log; 12 or 16 numbers a line (KITTI).
+one file a frame (7-Scenes, ScanNet, CUT3R, Polycam); Record3D; Stray Scanner; Open3D's
+trajectory.log; 12 or 16 numbers a line (KITTI).
 Shapes: T frames.  Source: the writers of each, read in November 2026."""
 
+import json
+import re
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +27,7 @@ class Cameras:
     kind: str | None  # w2c or c2w; None: the file does not say
     intrinsics: np.ndarray | None = None  # (T, 4) fractions
     size: tuple | None = None  # (H, W)
-    names: list | None = None  # of the pictures
+    names: list | None = None  # of the pictures, or their numbers
     lenses: list | None = None  # Lens or None of each
 
 
@@ -99,7 +102,10 @@ def read_npz(path, size=None, matrices=None):
     """Matrices (T, 3 or 4, 4) under a known name, intrinsics and a size where there are any."""
     data = small_arrays(path)
     if set(data) == {"data", "inds"}:
-        return read_vipe(Path(path), data, size)
+        if gaps := set(range(data["inds"].max() + 1)) - set(data["inds"].tolist()):
+            cure = "cut the video to the frames that have one"
+            raise ValueError(f"{path}: no pose for frames {sorted(gaps)[:8]}; {cure}")
+        return read_vipe(Path(path), size)
     named = [name for name in POSES if name in data]
     others = [name for name in UNCLEAR if name in data]
     if len(named) != 1 and not (others and matrices):
@@ -116,29 +122,20 @@ def read_npz(path, size=None, matrices=None):
     return Cameras(m, POSES.get(name, matrices), k, size)
 
 
-def check_pinhole(folder, name):
-    """The camera models of a video of ViPE's, one a frame."""
-    model = folder / "intrinsics" / f"{name}_camera.txt"
+def read_vipe(path, size=None):
+    """ViPE's pose/NAME.npz, with intrinsics/NAME.npz and rgb/NAME.mp4 beside that folder."""
+    folder, data, k = path.parent.parent, small_arrays(path), None
+    lens, video = folder / "intrinsics" / path.name, folder / "rgb" / f"{path.stem}.mp4"
+    model = lens.with_name(f"{path.stem}_camera.txt")  # one a frame
     if model.is_file() and set(model.read_text("utf-8-sig").split()[1::2]) - {"PINHOLE"}:
         raise ValueError(f"{model}: wanted PINHOLE; undistort the video first")
-
-
-def read_vipe(path, data, size):
-    """ViPE's pose/NAME.npz, with intrinsics/NAME.npz and rgb/NAME.mp4 beside that folder."""
-    gaps = set(range(data["inds"].max() + 1)) - set(data["inds"].tolist())
-    if gaps:
-        cure = "cut the video to the frames that have one"
-        raise ValueError(f"{path}: no pose for frames {sorted(gaps)[:8]}; {cure}")
-    folder = path.parent.parent
-    lens, video = folder / "intrinsics" / path.name, folder / "rgb" / f"{path.stem}.mp4"
-    check_pinhole(folder, path.stem)
     if size is None and video.is_file():
         size = read_video(video, 1)[0].shape[1:3]
-    if not lens.is_file():
-        return Cameras(data["data"], "c2w", None, size)
-    with np.load(lens, allow_pickle=False) as f:
-        k = f["data"][:, :4]
-    return Cameras(data["data"], "c2w", lens_of(k, len(data["data"]), size, lens), size)
+    if lens.is_file():
+        told = small_arrays(lens)
+        k = dict(zip(told["inds"].tolist(), told["data"][:, :4]))
+        k = lens_of(np.array([k[n] for n in data["inds"].tolist()]), len(data["inds"]), size, lens)
+    return Cameras(data["data"], "c2w", k, size, data["inds"].tolist())
 
 
 def read_npy(path, size=None, matrices=None):
@@ -168,12 +165,14 @@ def read_rows(path):
 
 def read_tum(path, size=None, matrices=None):
     """Lines: time tx ty tz qx qy qz qw of camera-to-world; or without the time."""
-    rows = read_rows(path)
+    rows, names = read_rows(path), None
+    if Path(path).name == "odometry.csv":  # Stray Scanner's: time, frame, pose and, of late, more
+        rows, names = rows[:, 1:9], rows[:, 1].astype(int).tolist()
     if rows.shape[1] not in (7, 8):
         raise ValueError(f"{path}: {rows.shape[1]} columns; wanted time tx ty tz qx qy qz qw")
     if Path(path).name == "pred_traj.txt":  # of MonST3R and what came of it: qw is first
         rows[:, -4:] = np.roll(rows[:, -4:], -1, 1)
-    return Cameras(quaternions(rows[:, -7:]), "c2w")
+    return Cameras(quaternions(rows[:, -7:]), "c2w", names=names)
 
 
 def read_tartanair(path, size=None, matrices=None):
@@ -190,7 +189,8 @@ def read_matrices(path, size=None, matrices=None):
     rows = read_rows(path)
     if rows.shape[1] not in (12, 13, 16, 17):
         raise ValueError(f"{path}: {rows.shape[1]} columns; wanted 12 or 16 numbers a line")
-    return Cameras(rows[:, rows.shape[1] % 4 :].reshape(len(rows), -1, 4), matrices)
+    names = rows[:, 0].astype(int).tolist() if rows.shape[1] % 4 else None
+    return Cameras(rows[:, rows.shape[1] % 4 :].reshape(len(rows), -1, 4), matrices, names=names)
 
 
 def read_log(path, size=None, matrices=None):
@@ -202,13 +202,44 @@ def read_log(path, size=None, matrices=None):
     return Cameras(rows[:, 3:].reshape(-1, 4, 4), "c2w")
 
 
+def read_record3d(path, size=None, matrices=None):
+    """Record3D's metadata.json: quaternion xyzw and t; fx fy cx cy a frame, or K by columns."""
+    said = json.loads(Path(path).read_bytes())
+    rows, size = np.roll(said["poses"], 3, 1), (said["h"], said["w"])
+    k = said.get("perFrameIntrinsicCoeffs") or np.reshape(said["K"], (3, 3)).T
+    k = lens_of(np.array(k), len(rows), size, path)
+    return Cameras(quaternions(rows), "c2w", k, size, [*range(len(rows))])
+
+
+def number_of(path):
+    """The last number in a name: its frame."""
+    digits = re.findall(r"\d+", Path(path).stem)
+    return int(digits[-1]) if digits else Path(path).stem
+
+
 def pose_files(folder):
-    """frame-000000.pose.txt of 7-Scenes, 0.txt of ScanNet, in order."""
-    files = [f for f in Path(folder).glob("[!.]*.txt") if f.name.endswith(".pose.txt")]
-    files = files or [f for f in Path(folder).glob("[!.]*.txt") if f.stem.isdigit()]
-    return sorted(files, key=lambda f: natural(f.name))
+    """frame-000000.pose.txt of 7-Scenes, 0.txt of ScanNet, .npz of CUT3R, .json of Polycam."""
+    files = [f for f in Path(folder).glob("[!.]*") if f.suffix in (".txt", ".npz", ".json")]
+    named = [f for f in files if f.name.endswith(".pose.txt")]
+    named = named or [f for f in files if f.stem.isdigit()]
+    return sorted(named, key=lambda f: natural(f.name))
+
+
+def pose_of(path):
+    """Camera-to-world of a frame and its fx fy cx cy in pixels, or None."""
+    if path.suffix == ".npz":
+        data = small_arrays(path)
+        return data["pose"], focal_and_centre(data["intrinsics"])
+    if path.suffix == ".json":
+        said = json.loads(path.read_bytes())
+        m = [[said[f"t_{row}{column}"] for column in range(4)] for row in range(3)]
+        return m * np.array([1, -1, -1, 1]), [said[x] for x in ("fx", "fy", "cx", "cy")]  # OpenGL
+    return read_rows(path).reshape(-1, 4), None
 
 
 def read_folder(path, size=None, matrices=None):
-    """One 4x4 camera-to-world a frame; frames whose tracking was lost hold -inf."""
-    return Cameras(np.stack([read_rows(f).reshape(-1, 4) for f in pose_files(path)]), "c2w")
+    """One camera-to-world a frame; frames whose tracking was lost hold -inf."""
+    files = pose_files(path)
+    m, k = zip(*map(pose_of, files))
+    k = None if k[0] is None else lens_of(np.array(k), len(m), size, path)
+    return Cameras(np.stack(m), "c2w", k, size, [*map(number_of, files)])

@@ -10,7 +10,7 @@ import numpy as np
 
 from lib import camera_files, files
 from lib.crop import focal_and_centre, fractions
-from lib.native import Cameras, read_rows
+from lib.native import Cameras, number_of, read_rows
 
 
 @dataclass
@@ -43,12 +43,6 @@ def in_counts(maps):
     return any(path.suffix.lower() in (".png", ".pgm") for path in maps)
 
 
-def number_of(path):
-    """The last number in a name: its frame."""
-    digits = re.findall(r"\d+", Path(path).stem)
-    return int(digits[-1]) if digits else Path(path).stem
-
-
 def by_number(paths):
     """Number of a frame -> its file."""
     found = {number_of(path): path for path in paths}
@@ -64,8 +58,10 @@ def size_of(picture, turned=True):
 
 
 def matrix_of(path):
-    """A text of 3x3, 3x4 or 4x4 numbers -> fx fy cx cy in pixels."""
+    """A text of 3x3, 3x4 or 4x4 numbers, or of 9 a frame -> fx fy cx cy in pixels."""
     m = read_rows(path)
+    if m.shape[1] == 9:
+        return focal_and_centre(m.reshape(-1, 3, 3))
     if m.size not in (9, 12, 16):
         raise ValueError(f"{path}: {m.size} numbers; wanted a 3x3 or 4x4 matrix of intrinsics")
     return focal_and_centre(m.reshape(4 if m.size == 16 else 3, -1))
@@ -73,7 +69,7 @@ def matrix_of(path):
 
 def lens_file(path, size):
     """(4,) fractions of pictures of a size (H, W), and what the file says of depth."""
-    if path.suffix == ".txt":
+    if path.suffix in (".txt", ".csv"):
         return fractions(matrix_of(path), size), {}
     said = json.loads(path.read_bytes())
     if "camera" in said:  # NICE-SLAM's Replica; the first pixel's centre is at 0
@@ -130,7 +126,7 @@ def find_lens(made, src, wishes, known=None, looked=()):
     unread = [f.name for f in src.iterdir() if telling.search(f.name)]
     paths = (folder / name for name in looked for folder in (src, src.parent))
     path = None if wishes.intrinsics else next(filter(Path.is_file, paths), None)
-    size, unit = size_of(made.frames[0]), {}
+    size, unit = size_of(made.video or made.frames[0]), {}
     if path:
         k, unit = lens_file(path, size)
     elif not wishes.intrinsics and (unread or not known):

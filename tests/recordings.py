@@ -268,6 +268,71 @@ def megasam(src, c):
     np.savez(src / "walk_sgd_cvd_hr.npz", images=c["rgb"], depths=depth, **more)
 
 
+def metres(folder, c, name):
+    folder.mkdir(parents=True, exist_ok=True)
+    for t, mm in enumerate(c["mm"]):
+        np.save(folder / name.format(t), (mm / 1000).astype(np.float32))
+
+
+def cut3r(src, c):
+    """Its demo's: an archive of pose and intrinsics for every picture."""
+    pictures(src / "color", c)
+    metres(src / "depth", c, "{:06d}.npy")
+    (src / "camera").mkdir()
+    for t, m in enumerate(c2w_of(c)):
+        np.savez(src / "camera" / f"{t:06d}.npz", pose=m, intrinsics=k3(c))
+
+
+def monst3r(src, c):
+    """Its demo's: everything in one folder, masks and confidence too; qw comes first."""
+    pictures(src, c, "frame_{:04d}.png")
+    metres(src, c, "frame_{:04d}.npy")
+    metres(src, c, "conf_{}.npy")
+    pictures(src, c, "dynamic_mask_{}.png")
+    rows = np.concatenate([np.arange(T)[:, None], seven(c2w_of(c))], 1)
+    np.savetxt(src / "pred_traj.txt", rows[:, [0, 1, 2, 3, 7, 4, 5, 6]])
+    np.savetxt(src / "pred_intrinsics.txt", np.tile(k3(c).ravel(), (T, 1)))
+
+
+def stray(src, c):
+    """Stray Scanner's, of an iPhone; its odometry has gained columns, two of them empty."""
+    write_video(src / "rgb.mp4", c["rgb"], 60, crf=4)
+    counts(src / "depth", c)
+    counts(src / "confidence", c)
+    rows = ["timestamp, frame, x, y, z, qx, qy, qz, qw, fx, fy, cx, cy, distortion_center_x, y"]
+    for t, row in enumerate(seven(c2w_of(c))):
+        numbers = ", ".join(f"{x:.9g}" for x in (*row, *c["k"]))
+        rows.append(f"{5218.25 + t / 60:.6f}, {t:06d}, {numbers}, , ")
+    (src / "odometry.csv").write_text("\n".join(rows) + "\n")
+    np.savetxt(src / "camera_matrix.csv", k3(c), delimiter=", ")
+
+
+def opengl(c):
+    return c2w_of(c) * np.array([1, -1, -1, 1])
+
+
+def record3d(src, c):
+    """Its export as EXR and JPG: ARKit's axes, quaternion first, K by columns."""
+    pictures(src / "EXR_RGBD/rgb", c, "{}.png")
+    (src / "EXR_RGBD/depth").mkdir()
+    for t, mm in enumerate(c["mm"]):
+        (src / "EXR_RGBD/depth" / f"{t}.exr").write_bytes(exr(mm / 1000))
+    said = dict(h=H, w=W, fps=60, K=k3(c).T.ravel().tolist())
+    said["poses"] = np.roll(seven(opengl(c)), 4, 1).tolist()
+    (src / "EXR_RGBD/metadata.json").write_text(json.dumps(said))
+
+
+def polycam(src, c):
+    """Its raw data: a file of camera for every picture, named by time."""
+    pictures(src / "keyframes/images", c, "3147820{:04d}.png")
+    counts(src / "keyframes/depth", c, "3147820{:04d}.png")
+    (src / "keyframes/cameras").mkdir()
+    for t, m in enumerate(opengl(c)):
+        said = {f"t_{row}{column}": m[row, column] for row in range(3) for column in range(4)}
+        said |= dict(zip(("fx", "fy", "cx", "cy"), c["k"].tolist()), width=W, height=H)
+        (src / "keyframes/cameras" / f"3147820{t:04d}.json").write_text(json.dumps(said))
+
+
 def network_input(c):
     return (c["rgb"] / 255).astype(np.float32).transpose(0, 3, 1, 2)
 
@@ -304,4 +369,9 @@ WRITERS = dict(
     megasam=megasam,
     vggt=vggt,
     spatialtracker=spatialtracker,
+    cut3r=cut3r,
+    monst3r=monst3r,
+    stray=stray,
+    record3d=record3d,
+    polycam=polycam,
 )

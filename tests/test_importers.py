@@ -51,7 +51,8 @@ def test_a_layout_is_recognised_and_comes_out_as_it_was(tmp_path, form, capsys):
     depth = torch.from_numpy(c["mm"][ids] / 1000).float()
     marked = out["depth"] == 0
     assert marked.sum() == dict(sevenscenes=80, vkitti2=80, tartanair=45).get(form, 0)
-    near = dict(vkitti2=0.006, vipe=2e-3, megasam=2e-3, omniworld=2e-3).get(form, 1e-6)
+    near = dict(vkitti2=0.006, vipe=2e-3, megasam=2e-3, omniworld=2e-3, record3d=2e-3)
+    near = near.get(form, 1e-6)
     assert ((out["depth"] - depth).abs() <= near * (1 + depth))[~marked].all()
     k = out["intrinsics"][:, [0, 1, 0, 1], [0, 1, 2, 2]]
     assert (k - torch.from_numpy(c["k"])).abs().max() < 1e-3

@@ -6,11 +6,29 @@ import corruptions
 import numpy as np
 import pytest
 import torch
-from recordings import H, T, W, c2w_of, clip, kitti, lens_of, nerfstudio, seven, tum, vggt
+from recordings import (
+    H,
+    T,
+    W,
+    c2w_of,
+    clip,
+    colmap,
+    cut3r,
+    kitti,
+    lens_of,
+    nerfstudio,
+    polycam,
+    record3d,
+    seven,
+    stray,
+    tum,
+    vggt,
+)
 
 from data import load_clip, load_samples
 from geometry import relative_to_first
 from lib import camera_files, files, importers
+from lib.pictures import write_png
 
 C = clip()
 
@@ -29,6 +47,54 @@ def imported(src, ids=range(5), **wishes):
     want = relative_to_first(torch.from_numpy(C["w2c"][list(ids)]))
     torch.testing.assert_close(made["w2c"], want, rtol=0, atol=1e-5)
     return made
+
+
+@pytest.mark.parametrize("lens", [True, False])
+def test_a_video_beside_depth_and_a_path_may_lack_poses_of_some_frames(src, lens):
+    """Stray Scanner's: frames are numbered in its odometry, and older ones say no lens there."""
+    stray(src, C)
+    rows = [row.split(", ") for row in (src / "odometry.csv").read_text().splitlines()]
+    del rows[3]  # of frame 2
+    lines = (", ".join(row if lens else row[:9]) for row in rows)
+    (src / "odometry.csv").write_text("\n".join(lines) + "\n")
+    made = imported(src, [0, 1, 3, 4, 5])
+    np.testing.assert_allclose(made["intrinsics"][0, [0, 1], [0, 1]], C["k"][:2], rtol=1e-6)
+    assert round(made["fps"]) == 60
+
+
+def test_a_video_stands_for_pictures(src):
+    """Beside depth and a text of poses; a video among pictures is none of them."""
+    stray(src, C)
+    np.savetxt(src / "poses.txt", c2w_of(C)[:, :3].reshape(T, 12))
+    (src / "odometry.csv").unlink()
+    imported(src, form="kitti", intrinsics=tuple(C["k"]))
+    (src / "color").mkdir()
+    for t, frame in enumerate(C["rgb"]):
+        write_png(src / "color" / f"{t}.png", frame)
+    (src / "rgb.mp4").rename(src / "color/7.mp4")
+    imported(src, form="kitti", intrinsics=tuple(C["k"]), name="pictures")
+
+
+def test_cameras_of_apps_are_camera_files_too(src):
+    for name, write in dict(a=record3d, b=polycam, c=cut3r, d=stray).items():
+        (src / name).mkdir()
+        write(src / name, C)
+    places = "a/EXR_RGBD/metadata.json b/keyframes/cameras c/camera d/odometry.csv".split()
+    for place in places:
+        w2c, k, _ = camera_files.read(src / place, size=(H, W))
+        np.testing.assert_allclose(w2c, C["w2c"], atol=1e-6)
+        if place[0] != "d":
+            np.testing.assert_allclose(k, lens_of(C), atol=1e-6)
+
+
+@pytest.mark.parametrize("write, folder", [(kitti, "depth"), (colmap, "depth"), (cut3r, "depth")])
+def test_depth_in_tiff_is_refused_by_name(src, capsys, write, folder):
+    """Seen: "most like kitti, but without depth", and a COLMAP project without its depth."""
+    write(src, C)
+    for path in (src / folder).iterdir():
+        path.rename(path.with_suffix(".tif"))
+    assert importers.run(src, src.parent / "out") == ([], 1)
+    assert "an ending .tif; wanted .npy, .npz, .png" in capsys.readouterr().out
 
 
 def test_vggt_s_archive_is_a_camera_file_though_it_holds_an_object(src):
