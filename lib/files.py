@@ -216,24 +216,29 @@ def iterate_video(path, max_frames=None):
     yield from (frame for frame, _ in decoded(path, max_frames, math.inf))
 
 
-def decoded(path, max_frames, limit, turned=True):
-    """(frame (H, W, 3), frames a second) of a file in turn; what is transparent lies over white."""
+def decoded(path, max_frames, limit, turned=True, clear=None):
+    """(frame (H, W, 3), frames a second) of a file in turn; what is transparent lies over white.
+
+    clear   whether some is, default as its first bytes say; others are begun again"""
     some = [] if max_frames is None else ["-frames:v", str(max_frames)]
-    white = ["-vf", rasters.OVER_WHITE] if rasters.has_alpha(head_of(path)) else []
+    clear = clear or rasters.has_alpha(head_of(path))
+    white = ["-vf", rasters.OVER_WHITE] if clear else []
     rgb = ["-pix_fmt", "rgb24", "-c:v", "ppm", "-f", "image2pipe"]
     try:
         with ffmpeg(path, *some, *white, *rgb, turned=turned) as (stream, log):
-            rate = functools.cache(lambda: rate_of(path, log))  # said before the first frame
+            rate = functools.cache(lambda: rate_of(path, log, clear))  # said before the first frame
             yield from ((frame, rate()) for frame in pictures(stream, limit))
     except ValueError as error:
-        raise damaged(path, error, VIDEO) from None
+        if clear or rasters.CLEAR not in str(error):
+            raise damaged(path, error, VIDEO) from None
+        yield from decoded(path, max_frames, limit, turned, True)
 
 
-def rate_of(path, log):
+def rate_of(path, log, clear):
     """Frames a second, or 0, by ffmpeg's messages; what comes out wrong is refused."""
     said = os.pread(log.fileno(), 2**16, 0)  # moves no place: ffmpeg goes on writing
     for what, (sign, cure) in rasters.WRONG.items():
-        if re.search(sign, said):
+        if re.search(sign, said) and not (clear and what == rasters.CLEAR):
             raise ValueError(f"{path}: {what}. Convert it: ffmpeg {cure} OUT")
     fps = re.search(rb"Video: .*?\b([\d.]+)(k?) fps", said)
     return float(fps[1]) * (1000 if fps[2] else 1) if fps else 0.0

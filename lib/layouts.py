@@ -344,19 +344,15 @@ def find_re10k(src):
     return [f for f in texts if lines[f] and len(lines[f][-1].split()) == 19]
 
 
-def exr_in(archive, name):
-    with zipfile.ZipFile(archive) as file:
-        return read_raster(file.read(name))
-
-
 def open_vipe(path, wishes):
     """pose/N.npz, whose inds say which frames have a pose; rgb/N.mp4, intrinsics/, depth/N.zip."""
     src = path.parent.parent
     video, cameras = src / "rgb" / f"{path.stem}.mp4", native.read_vipe(path)
     fps = files.read_video(video, 1)[1]
     archive = src / "depth" / f"{path.stem}.zip"
-    names = zipfile.ZipFile(archive).namelist() if archive.is_file() else []
-    depth = {number_of(n): partial(exr_in, archive, n) for n in names if n.endswith(".exr")}
+    file = zipfile.ZipFile(archive) if archive.is_file() else None
+    names = [n for n in file.namelist() if n.endswith(".exr")] if file else []
+    depth = {number_of(n): lambda n=n: read_raster(file.read(n)) for n in names}
     frames = {n: n for n in range(files.count_frames(video))}
     kinds = dict(picture=frames, pose=cameras.names) | (dict(depth=depth) if names else {})
     return assemble(kinds, cameras, fps=fps or 30.0, video=video)

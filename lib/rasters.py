@@ -36,14 +36,16 @@ JPEG_TIF = re.compile(rb"\x03\x01\x03\0\x01\0\0\0[\x06\x07]\0|\x01\x03\0\x03\0\0
 OVER_WHITE = "format=rgba,split[a][b];[a]lutrgb=255:255:255:255[w];[w][b]overlay=format=rgb"
 # What ffmpeg says of files that it would turn into wrong pictures, and options that cure them.
 SDR = "zscale=t=linear:npl=100,tonemap=hable,zscale=p=bt709:t=bt709:m=bt709:r=tv,format=yuv420p"
-ALPHA = rb"alpha_mode *: 1|Video: (?!png|webp|mjpeg)[^\n]*, (yuva|ya|gbra|rgba|argb|bgra|abgr)"
+ALPHA = rb"Video: (?!mjpeg)[^\n]*, (yuva|ya|gbra|rgba|argb|bgra|abgr)"  # CMYK is no alpha
+CLEAR = "transparent pixels"  # files.decoded lays them over white
 WRONG = {
     "HDR colours (HLG or PQ)": (rb"Video: [^\n]*(arib-std-b67|smpte2084)", f"-i IN -vf {SDR}"),
     "interlaced lines": (
         rb"Video: [^\n]*(top|bottom) (coded )?first",
         "-i IN -vf bwdif=send_frame",
     ),
-    "transparent pixels": (ALPHA, f"[-c:v libvpx-vp9, of VP9] -i IN -vf '{OVER_WHITE}'"),
+    "VP9 with alpha": (rb"alpha_mode *: 1", f"-c:v libvpx-vp9 -i IN -vf '{OVER_WHITE}'"),
+    CLEAR: (ALPHA, ""),
 }
 # What it says of files that it does not read, in other words.
 UNREAD = {"Failed to set value '0:V:0'": "there is no picture in it"}

@@ -42,10 +42,8 @@ RANGES = dict(
     special=(0.4, 0),
     clearance=(0.35, 0.6),
 )
-VARIETY = dict(
-    full={name: full for name, (full, _) in RANGES.items()},
-    simple={name: simple for name, (_, simple) in RANGES.items()},
-)
+KINDS = enumerate(("full", "simple"))
+VARIETY = {kind: {name: pair[n] for name, pair in RANGES.items()} for n, kind in KINDS}
 
 COLOURS = dict(
     red=(0.80, 0.16, 0.13),

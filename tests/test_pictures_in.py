@@ -1,6 +1,7 @@
 """Pictures of other people's programs as start images: content decides, not the name."""
 
 import json
+import re
 import shutil
 import subprocess
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 import sample
-from lib import importers
+from lib import importers, rasters
 from lib.camera_files import read_cameras
 from lib.files import read_video
 
@@ -60,7 +61,7 @@ def test_what_follows_a_jpeg_is_no_damage(photo, tmp_path):
         np.testing.assert_array_equal(read_video(tmp_path / "c.jpg", 1)[0], want)
 
 
-@pytest.mark.parametrize("ending", ["png", "webp"])
+@pytest.mark.parametrize("ending", ["png", "webp", "tiff"])
 def test_transparent_pixels_show_white(photo, ending):
     how = ["-lossless", "1"] if ending == "webp" else []
     path = photo(f"clear.{ending}", *how, source="color=red@0.0:size=64x48,format=rgba")
@@ -69,18 +70,20 @@ def test_transparent_pixels_show_white(photo, ending):
     assert np.abs(read_video(half, 1)[0].astype(int) - [255, 128, 128]).max() <= 2
 
 
-@pytest.mark.parametrize("ending", ["tiff", "bmp"])
-def test_transparent_pixels_of_others_are_refused(photo, ending):
-    path = photo(f"clear.{ending}", source="color=red@0.5:size=64x48,format=rgba")
-    with pytest.raises(ValueError, match=f"clear.{ending}: transparent pixels. Convert it: ffmpeg"):
-        read_video(path, 1)
-
-
 def test_an_opaque_picture_with_an_alpha_channel_is_untouched(photo):
     noise = "testsrc2=size=64x48,format=rgb24"
     plain = read_video(photo("plain.png", source=noise), 1)[0]
     alpha = photo("alpha.png", source=f"{noise},format=rgba")
     np.testing.assert_array_equal(read_video(alpha, 1)[0], plain)
+    alpha = photo("alpha.tiff", source=f"{noise},format=rgba")
+    np.testing.assert_array_equal(read_video(alpha, 1)[0], plain)
+
+
+def test_the_black_of_a_photo_for_print_is_no_transparency():
+    """ffmpeg calls the four colours of a CMYK JPEG gbrap, and reads them right."""
+    sign = rasters.WRONG[rasters.CLEAR][0]
+    assert not re.search(sign, b"Video: mjpeg (Baseline), gbrap(bt470bg), 160x96, 25 fps")
+    assert re.search(sign, b"Video: tiff, gbrap, 160x96, 25 fps")
 
 
 @pytest.mark.parametrize(
