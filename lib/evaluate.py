@@ -78,7 +78,6 @@ def geometry_row(depth, points, w2c, b, out=None):
     row |= dict(points=distances["dist"], points_rel=distances["rel"])
     row["tae"] = metrics.temporal_error(depth, b["w2c"], b["intrinsics"], still)
     row |= metrics.cloud_metrics(points, b["points"], mask)
-    row |= metrics.extent_metrics(points, b["points"], mask)
     if w2c is not None:
         row |= metrics.pose_metrics(w2c, b["w2c"])
     if out is not None:
@@ -173,8 +172,7 @@ def mean_rows(found):
                 values.setdefault(name, {}).setdefault(key, []).append(float(value))
 
     def mean(values):
-        known = [v for v in values if not math.isnan(v)]
-        return sum(known) / len(known) if known else math.nan
+        return torch.tensor(values, dtype=torch.float64).nanmean().item()
 
     return {name: {k: mean(v) for k, v in row.items()} for name, row in values.items()}
 

@@ -166,44 +166,34 @@ def thin(points, count):
 
 @torch.no_grad()
 def cloud_metrics(pred, gt, mask, threshold=0.05, count=2048):
-    """Point clouds regardless of which pixel a point belongs to.
+    """Point clouds regardless of which pixel a point belongs to; clips of three points or more.
 
     pred, gt  (B, T, H, W, 3)   same frame and unit;   mask  (B, T, H, W)
     count     points of a clip that are compared, evenly spaced: fewer cost less, chamfer grows
     returns   accuracy      mean distance of a predicted point to the nearest true one
               completeness  mean distance of a true point to the nearest predicted one
               chamfer       mean of the two
-              f_score       harmonic mean of the shares of both within `threshold`"""
-    rows = []
-    for p, g, m in zip(pred.double(), gt.double(), mask):
-        if m.any():
-            p, g = thin(p[m], count), thin(g[m], count)
-            there, back = nearest(p, g), nearest(g, p)
-            precision, recall = ((x < threshold).double().mean() for x in (there, back))
-            f = 2 * precision * recall / (precision + recall).clamp(min=1e-12)
-            there, back = there.mean(), back.mean()
-            rows.append(torch.stack([there, back, (there + back) / 2, f]))
-    mean = torch.stack(rows).mean(0).tolist() if rows else [float("nan")] * 4
-    return dict(zip(("accuracy", "completeness", "chamfer", "f_score"), mean))
-
-
-@torch.no_grad()
-def extent_metrics(pred, gt, mask, count=2048):
-    """Clouds after the similarity that brings each predicted point closest to its true one, in
-    percent of the true cloud's extent (the diagonal of its bounding box).
-
-    pred, gt, mask, count   as in cloud_metrics;   returns accuracy, completeness, chamfer _percent.
-    Source: Gen3R's protocol (Umeyama, then percent of the extent)."""
-    rows = []
+              f_score       harmonic mean of the shares of both within `threshold`
+              ..._percent   the first three after the similarity that brings each predicted point
+                            closest to its true one, in percent of the true cloud's extent (the
+                            diagonal of its bounding box).   Source: Gen3R's protocol"""
+    names = ("accuracy", "completeness", "chamfer")
+    names, rows = (*names, *(f"{name}_percent" for name in names), "f_score"), []
     for p, g, m in zip(pred.double(), gt.double(), mask):
         if m.sum() > 2:
             p, g = thin(p[m], count), thin(g[m], count)
             scale, R, t = (x[0] for x in align_sim3(p[None], g[None]))
-            p, extent = scale * p @ R.mT + t, (g.amax(0) - g.amin(0)).norm().clamp(min=1e-12)
-            there, back = nearest(p, g).mean(), nearest(g, p).mean()
-            rows.append(100 * torch.stack([there, back, (there + back) / 2]) / extent)
-    mean = torch.stack(rows).mean(0).tolist() if rows else [math.nan] * 3
-    return dict(zip(("accuracy_percent", "completeness_percent", "chamfer_percent"), mean))
+            percent = 100 / (g.amax(0) - g.amin(0)).norm().clamp(min=1e-12)
+            row = []
+            for cloud, unit in ((scale * p @ R.mT + t, percent), (p, 1)):
+                there, back = nearest(cloud, g), nearest(g, cloud)
+                means = unit * there.mean(), unit * back.mean()
+                row = [*means, sum(means) / 2, *row]
+            precision, recall = ((x < threshold).double().mean() for x in (there, back))
+            row.append(2 * precision * recall / (precision + recall).clamp(min=1e-12))
+            rows.append(torch.stack(row))
+    mean = torch.stack(rows).mean(0).tolist() if rows else [math.nan] * len(names)
+    return dict(zip(names, mean))
 
 
 def psnr(a, b, mask=None):

@@ -16,7 +16,7 @@ from geometry import inv_se3, plucker_rays, relative_to_first, unproject
 from lib import sampled
 from lib.align import align_frames
 from lib.camera_paths import exp_se3
-from lib.metrics import depth_metrics, extent_metrics, pose_metrics, psnr, ssim
+from lib.metrics import cloud_metrics, depth_metrics, pose_metrics, psnr, ssim
 from lib.rooms import Recipe, render_clip, synth
 
 CKPT = pathlib.Path(__file__).parents[1] / "tiny/fantasyworld.safetensors"
@@ -114,12 +114,12 @@ def test_the_extent_of_a_cloud_and_its_similarity():
     gt = torch.rand(1, 1, 20, 20, 3).double() * torch.tensor([2.0, 0, 0])
     turned = 0.5 * gt @ exp_se3(torch.randn(1, 6).double())[0, :, :3].mT + 3
     mask = torch.ones(1, 1, 20, 20, dtype=torch.bool)
-    assert extent_metrics(turned, gt, mask)["chamfer_percent"] < 1e-6
+    assert cloud_metrics(turned, gt, mask)["chamfer_percent"] < 1e-6
     lifted = gt.clone()
     lifted[..., ::2, 1] += 0.04
     lifted[..., 1::2, 1] -= 0.04
     extent = (gt.amax() - gt.amin()).item()
-    found = extent_metrics(lifted, gt, mask)["accuracy_percent"]
+    found = cloud_metrics(lifted, gt, mask)["accuracy_percent"]
     assert found == pytest.approx(100 * 0.04 / extent, rel=0.02)
 
 
