@@ -125,10 +125,9 @@ def write_page(scene, path):
     """scene.html: viewer.html with the scene inside, no other file and no network."""
     report, stride = scene.report, page_stride(len(scene.rgb), scene.size)
     depth, colour, near, far = pack_maps(scene, stride)
-    video = page_video(scene)
     view = default_view(scene)
     digits = 7 - min(0, int(np.floor(np.log10(view["distance"]))))  # of poses, behind the point
-    blobs = dict(depth=depth.tobytes(), colour=colour.tobytes(), video=video)
+    blobs = dict(depth=depth.tobytes(), colour=colour.tobytes(), video=page_video(scene))
     data = dict(
         title=cut(report.get("prompt") or "A sampled scene"),
         facts=cut(report.get("facts", "")),
@@ -140,7 +139,6 @@ def write_page(scene, path):
         near=near,
         far=far,
         lift=scene.lift,
-        mode=2,
         drop=scene.drop,
         c2w=inverse(scene.w2c).reshape(-1, 12).round(digits).tolist(),
         predicted=inverse(scene.predicted).reshape(-1, 12).round(digits).tolist(),
