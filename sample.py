@@ -31,7 +31,7 @@ from lib.camera_paths import View, load_camera, mean_distance
 from lib.crop import check_video_size, load_image
 from lib.distributed import check_device, from_first, gather_cat, say
 from lib.experts import BOUNDARY, check_frozen_of, files_in, metadata_of_ckpt, open_models
-from lib.export import EXPORTS, USUAL, describe, export_names, make_scene, write_exports
+from lib.export import EXPORTS, USUAL, describe, export_names, files_of, make_scene, write_exports
 from lib.guards import printable, run_command
 from lib.jobs import Job, Plan, attempt, finish, join_ranks, plan_jobs, share, start_images
 from lib.pictures import as_pixels, depth_to_rgb, write_png
@@ -635,7 +635,7 @@ def make_one(job, meta, resources, names, bar=bar):
     if scene is None:
         return
     write_exports(scene, job.out, names, partial(bar, "export", unit="file"))
-    made = f"{job.out}: {' '.join(EXPORTS[n][0] for n in names)} report.json"
+    made = f"{job.out}: {' '.join(files_of(names))} report.json"
     say("\n".join([made, *describe(scene.report, job.options.unit)]), of_all=True)
 
 

@@ -356,11 +356,11 @@ def write_nerfstudio_folder(scene, folder):
 def write_cameras(scene, path):
     """The commanded cameras, and beside them the predicted ones."""
     camera_files.write(path, "re10k", scene.w2c, scene.intrinsics)
-    beside = path.with_name(BESIDE)
-    camera_files.write(beside, "re10k", scene.predicted, scene.predicted_intrinsics)
+    path = path.with_name("cameras_predicted.txt")
+    camera_files.write(path, "re10k", scene.predicted, scene.predicted_intrinsics)
 
 
-# name: what is written into the sample's folder, by which function of (scene, path)
+# name: what is written into the sample's folder, by which function of (scene, path of the first)
 EXPORTS = dict(
     video=("video.mp4", lambda scene, path: pictures.write_video(path, scene.rgb, scene.fps)),
     depth=("depth.mp4", write_depth_video),
@@ -369,43 +369,42 @@ EXPORTS = dict(
     ply=("points.ply", write_points),
     glb=("points.glb", write_glb),
     splat=("gaussians.ply", write_splats),
-    cameras=("cameras.txt", write_cameras),
+    cameras=("cameras.txt cameras_predicted.txt", write_cameras),
     colmap=("colmap/", write_colmap_folder),
     nerfstudio=("nerfstudio/", write_nerfstudio_folder),
     sheet=("sheet.png", write_sheet),
     html=("scene.html", write_page),
 )
 
-BESIDE = "cameras_predicted.txt"  # the export cameras writes it too
 USUAL = "video,depth,npz,ply,cameras,sheet,html"
 
 
 def export_names(text):
     """ "all" or names with commas -> list of keys of EXPORTS."""
     names = list(EXPORTS) if text == "all" else [n for n in text.replace(" ", "").split(",") if n]
-    for name in names:
-        if name not in EXPORTS:
-            wanted = f"wanted all, or names of {','.join(EXPORTS)}"
-            raise ValueError(f"--export {name}: unknown; {wanted}")
+    if unknown := set(names) - set(EXPORTS):
+        wanted = f"wanted all, or names of {','.join(EXPORTS)}"
+        raise ValueError(f"--export {min(unknown)}: unknown; {wanted}")
     return names
+
+
+def files_of(names):
+    """What exports of these names write into a sample's folder."""
+    return " ".join(EXPORTS[name][0] for name in names).split()
 
 
 def made_before(out):
     """Names in a folder that an earlier export wrote there, of those that one can write."""
-    try:
-        said = json.loads((out / ".sample").read_text())
-    except (OSError, ValueError):
-        return set()
-    known = {target for target, _ in EXPORTS.values()} | {BESIDE}
-    return known & set(said if isinstance(said, list) else ())
+    said = out / ".sample"
+    text = said.read_bytes() if said.is_file() else b""
+    return {file for file in files_of(EXPORTS) if json.dumps(file).encode() in text}
 
 
 def check_out(out, names):
     """An export replaces what an earlier one has made, and nothing else."""
-    targets = {EXPORTS[name][0] for name in names} | ({BESIDE} if "cameras" in names else set())
-    targets |= set() if (out / ".sample").exists() else {"report.json"}
-    for target in targets - made_before(out):
-        if os.path.lexists(out / target):
+    report = [] if (out / ".sample").exists() else ["report.json"]
+    for target in files_of(names) + report:
+        if target not in made_before(out) and os.path.lexists(out / target):
             theirs = f"{out / target} is there and was not made by sample.py"
             raise ValueError(f"--out {out}: {theirs}. Choose another --out")
     return out
@@ -423,13 +422,11 @@ def write_exports(scene, out, names, progress=iter):
         else:
             target.unlink(missing_ok=True)
     # Before they are there: a killed export's files are known too.
-    targets = [EXPORTS[name][0] for name in names] + [BESIDE] * ("cameras" in names)
-    (out / ".sample").write_text(json.dumps(targets))
+    (out / ".sample").write_text(json.dumps(files_of(names)))
     failed = []
     for name in progress(names):
-        target, write = EXPORTS[name]
         try:
-            write(scene, out / target)
+            EXPORTS[name][1](scene, out / files_of([name])[0])
         except ValueError as error:  # what this sample cannot say in that format costs no other
             failed.append(str(error))
     # JSON has no NaN: a number that no pixel could tell is null.

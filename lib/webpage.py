@@ -10,7 +10,7 @@ import urllib.parse
 from concurrent.futures import wait
 from pathlib import Path
 
-from lib.export import EXPORTS, describe
+from lib.export import describe, files_of
 from lib.files import read_json
 from lib.pictures import write_png
 
@@ -72,14 +72,13 @@ def figure(image, caption, folder):
 def show_world(folder, names, command):
     """A finished world: its page, videos, numbers, files, and the command that makes it."""
     report, files, videos, page = read_json(folder / "report.json"), [], [], ""
-    for name in (*names, "report.json"):
-        file = folder / EXPORTS.get(name, (name,))[0]
+    for file in map(folder.joinpath, (*files_of(names), "report.json")):
         if file.is_dir():
             file = Path(shutil.make_archive(file, "zip", file))
         size, url = file.stat().st_size / 1e3, address(file)
         files.append(f'<li><a download href="{url}">{file.name}</a> ({size:,.0f} kB)</li>')
         if file.suffix == ".mp4":
-            videos.append(f'<video controls loop muted aria-label="{name}" src="{url}"></video>')
+            videos.append(f'<video controls loop muted title="{file.stem}" src="{url}"></video>')
         if file.suffix == ".html":  # sandbox: it reads nothing of the page around it
             page = f'<iframe title="the world" sandbox="allow-scripts" src="{url}"></iframe>'
     lines = map(html.escape, describe(report, report["settings"]["unit"]))

@@ -317,7 +317,7 @@ def test_points_lifted_with_the_predicted_cameras_lie_where_those_see_them(scene
 # ---- choosing
 def test_export_all_writes_every_name_and_unknown_names_are_refused(out):
     assert (
-        all((out / name).exists() for name, _ in E.EXPORTS.values())
+        all((out / name).exists() for name in E.files_of(E.EXPORTS))
         and (out / "report.json").is_file()
     )
     with pytest.raises(ValueError, match="--export obj: unknown; wanted all, or names of video,"):
@@ -369,6 +369,13 @@ def test_a_folder_holds_one_samples_files(scene, tmp_path):
     E.write_exports(scene, tmp_path, ["video"])
     left = sorted(path.name for path in tmp_path.iterdir())
     assert left == [".sample", "notes.txt", "report.json", "video.mp4"]
+
+
+def test_every_file_that_an_export_writes_is_named(scene, tmp_path):
+    """Seen: cameras_predicted.txt was in no list, neither printed nor on the page of app.py."""
+    E.write_exports(scene, tmp_path, E.export_names("cameras,npz"))
+    there = {path.name for path in tmp_path.iterdir()} - {".sample", "report.json"}
+    assert there == set(E.files_of(["cameras", "npz"])) == E.made_before(tmp_path)
 
 
 def test_a_format_that_cannot_hold_the_sample_costs_no_other_file(scene, tmp_path):
