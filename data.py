@@ -32,7 +32,6 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 import torch.distributed as dist
-from tqdm import tqdm
 
 from encoders import MINIATURE, WanFolder, wan_family
 from geometry import encode_pose, normalize_scene, plucker_rays, relative_to_first, unproject
@@ -327,7 +326,7 @@ def encode_video(job, vae, pad):
     if clip["relative"]:
         what = "It trains the depth head alone, with the ssi loss, in stage 1"
         cure = "give depth_scale in metadata.json if it has a unit. Near has to be small there"
-        tqdm.write(f"{clip['id']}: {clip['relative']}: not metric. {what}; {cure}")
+        say(f"{clip['id']}: {clip['relative']}: not metric. {what}; {cure}", of_all=True)
     kind = "relative" if clip["relative"] else "metric"  # what train.py asks the caches
     meta = dict(job.key, split=job.sample["split"], fps=clip["fps"], depth=kind)
     caches.save_clip(job.path, clip, vae, pad, tensors, meta)

@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
 
 
 # -------------------------------------------------------------------------------- process groups
@@ -104,11 +105,28 @@ def check_device(name):
 
 def say(*words, of_all=False):
     """print, of the first rank or of_all.  A full disk or a tee that ended costs words, no run."""
-    if of_all or os.environ.get("RANK", "0") == "0":
+    if sys.stdout and (of_all or os.environ.get("RANK", "0") == "0"):
         try:
-            print(*words, flush=True)
+            tqdm.write(" ".join(map(str, words)))  # above a bar, not behind it
+            sys.stdout.flush()
         except OSError:  # a new buffer: the old one's words would fail again, also in a fork
             sys.stdout = open(1, "w", errors="backslashreplace", closefd=False)  # noqa: SIM115
+
+
+@dataclass(eq=False)
+class Unheard:
+    """stderr, whose words end nothing: a full disk is behind it, or a head that has left."""
+
+    stream: object
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, words=""):
+        with suppress(OSError):
+            print(words, end="", file=self.stream, flush=True)
+
+    flush = write
 
 
 def check_gpu(name, capability):

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 
 from lib import lock
-from lib.distributed import gathered
+from lib.distributed import Unheard, gathered
 
 # The guide's figures: a mean loss above them in the last fifth of a run earns a warning.
 LATE_LIMITS = {"loss/depth": 0.2, "loss/point": 0.5, "loss/camera": 0.1}
@@ -28,7 +28,7 @@ LOST_WORKER = re.compile(r"DataLoader worker|unable to .*(shared memory|torch_)"
 
 def run_command(program, command, advice=""):
     """command(); user errors become one line and exit status 2; advice: where memory runs out."""
-    status = 2
+    status, sys.stderr = 2, Unheard(sys.stderr or open(os.devnull, "w"))  # noqa: SIM115
     with suppress(AttributeError):  # no stdout
         # A name of letters that this terminal's encoding lacks must not end a run.
         sys.stdout.reconfigure(errors="backslashreplace")

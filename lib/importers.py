@@ -21,6 +21,7 @@ from geometry import relative_to_first
 from lib import camera_files, files
 from lib.camera_files import FORMATS, check_plausible, oriented, write_cameras
 from lib.crop import Crop, crop_intrinsics, pixel_matrix
+from lib.distributed import say
 from lib.layouts import LAYOUTS
 from lib.lens import pinhole_of, undistortion
 from lib.listing import MARK, is_id, read_metadata, sums_of
@@ -220,7 +221,7 @@ def run(src, out, form=None, **wishes):
             raise ValueError(f"{out}: holds another sample {name!r}; {cure}")
         names.append(name)
         if before:
-            tqdm.write(f"{name}: already imported")
+            say(f"{name}: already imported")
             continue
         if os.path.lexists(out / name) and not (out / name / MARK).exists():  # somebody's
             cure = "choose another --name or DIR, or delete it"
@@ -235,7 +236,7 @@ def run(src, out, form=None, **wishes):
             if files.is_of_disk(error):
                 raise
             problem = error if isinstance(error, ValueError) else f"{key}: {error!r}"
-            tqdm.write(f"skipped {name} ({kind}): {problem}")
+            say(f"skipped {name} ({kind}): {problem}")
             shutil.rmtree(part)
             names.pop()
             failed += 1
@@ -250,7 +251,7 @@ def run(src, out, form=None, **wishes):
         files.write_aside(out / "metadata.json", lambda path: path.write_text(text, "utf-8"))
         (out / name / MARK).unlink()
         without = [] if rec.depth else ["no depth: label the video before it can be trained on"]
-        tqdm.write("; ".join([f"{name} ({kind})", *rec.notes, *without]))
+        say("; ".join([f"{name} ({kind})", *rec.notes, *without]))
     return names, failed
 
 

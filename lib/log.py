@@ -206,7 +206,7 @@ class Passes:
 
     def fail(self, name, problem):
         self.failed.append(name)
-        tqdm.write(f"skipped {name}: {problem}")
+        say(f"skipped {name}: {problem}", of_all=True)
 
     def each(self, items, what, work):
         """(item, work(item)) of those that did not fail; items are samples, or have one."""

@@ -12,6 +12,7 @@ from tqdm import tqdm
 from geometry import normalize_scene
 from lib import pictures
 from lib.crop import focal_and_centre, fractions
+from lib.distributed import say
 from lib.export import Scene, measure, off_edges
 from lib.page import write_page
 from lib.verify import inspect, load_raw
@@ -73,7 +74,7 @@ def view(samples, load, out, wanted=()):
         try:
             scene = true_scene(load(sample))
         except ValueError as error:
-            tqdm.write(f"skipped {sample['id']}: {error}")
+            say(f"skipped {sample['id']}: {error}")
             continue
         near, far = map(pictures.number, np.quantile(scene.depth[scene.depth > 0], (0.02, 0.98)))
         said = f"{sample['id']}: {status}; depth {near} to {far}; {sample['prompt']}"
@@ -85,9 +86,9 @@ def view(samples, load, out, wanted=()):
             folder = out / sample["id"]
             folder.mkdir(exist_ok=True)
             write_page(scene, folder / "scene.html")
-            tqdm.write(f"{folder}/scene.html")
+            say(f"{folder}/scene.html")
             if report and report.status == "fail" and report.worst:
-                tqdm.write(worst_pair(raw, report.worst, folder) or "")
+                say(worst_pair(raw, report.worst, folder) or "")
     if not rows:
         raise ValueError(f"{out}: no sample could be shown")
     pictures.write_png(out / "sheet.png", pictures.sheet(rows, titles))

@@ -82,6 +82,36 @@ def test_a_tee_that_ctrl_c_ended_too_and_a_full_disk_behind_stdout_end_no_run():
         os.close(target)
 
 
+BAR = """
+import sys, time
+from tqdm import tqdm
+from lib.distributed import say
+from lib.guards import run_command
+
+def command():
+    for i in tqdm(range(3), mininterval=0):
+        say("word", i)
+        time.sleep(0.05)
+    open(sys.argv[1], "w").write("done")
+
+run_command("x.py", command)
+"""
+
+
+@pytest.mark.parametrize("to", ["2>&1 | head -c 9", ">/dev/full 2>&1", "2>&-", ">&- 2>&-", "2>&1"])
+def test_a_bar_whose_reader_left_ends_nothing_and_words_stand_on_lines_of_their_own(to, tmp_path):
+    """Seen: sample.py 2>&1 | head ended at its bar, and its first words hung behind one."""
+    (tmp_path / "x.py").write_text(BAR)
+    line = f'set -o pipefail; "{sys.executable}" x.py done {to}'
+    env = dict(ENV, PYTHONPATH=str(ROOT))
+    ended = subprocess.run(["bash", "-c", line], cwd=tmp_path, env=env, capture_output=True)
+    assert ended.returncode == 0, ended
+    assert (tmp_path / "done").read_text() == "done"
+    if to == "2>&1":
+        shown = ended.stdout.decode().replace("\r", "\n").splitlines()
+        assert {"word 0", "word 1", "word 2"} <= {text.strip() for text in shown}
+
+
 def test_no_word_of_a_list_of_worlds_or_of_a_loader_ends_it():
     for place in (sample, data.CachedClips, mix):  # say alone outlives a tee
         assert "print(" not in inspect.getsource(place), place
