@@ -140,7 +140,7 @@ def form_of(settled, meta):
     """The form -> its components by option."""
     number = partial(gr.Number, min_width=90)
     kinds = [*STILLS, ".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi"]
-    image = gr.File(label="Start image (a picture, or a video's first frame)", file_types=kinds)
+    image = gr.File(label="Start image, or a video", file_types=kinds)  # no longer: X hides it
     with gr.Row():
         for file in EXAMPLES:
             name = f"Example {pathlib.Path(file).stem}"

@@ -105,6 +105,13 @@ def fill(page, label, value):
     page.run(f"{FIELD % label}.dispatchEvent(new Event('change', {{bubbles: true}}))")
 
 
+LABEL_ENDS_BEFORE_X = """(() => {
+  const x = document.querySelector('button[aria-label=Clear]').getBoundingClientRect();
+  const words = document.createRange(), labels = [...document.querySelectorAll('label')];
+  words.selectNodeContents(labels.find(l => l.innerText.includes('Start image')));
+  return words.getBoundingClientRect().right <= x.left; })()"""
+
+
 def press(page, key, code):
     text = {"text": "\r"} if key == "Enter" else {}
     for kind in ("keyDown", "keyUp"):
@@ -140,6 +147,9 @@ def test_a_world_is_made_turned_and_downloaded_and_its_command_makes_it_again(ap
         ready(page)
         choose(page, ROOT / "examples" / "room.jpg")
         wait(page, "document.querySelectorAll('figure img').length == 2")  # image and path
+        for width in (1100, 390, 1280):  # the narrowest column of two, one column, as before
+            page.resize(width, 1000)
+            wait(page, LABEL_ENDS_BEFORE_X, 10)
         fill(page, "Prompt", "a room with <b>'quotes'</b> & \"more\"")
         page.run(BUTTON % "Make" + ".focus()")
         press(page, "Enter", 13)
