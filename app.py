@@ -22,7 +22,7 @@ import sample
 from config import option, section
 from encoders import WanFolder
 from lib.camera_files import FORMATS
-from lib.camera_paths import MOVES
+from lib.camera_paths import MOVES, UNREAD, kind_of
 from lib.experts import check_frozen_of, metadata_of_ckpt
 from lib.export import EXPORTS, export_names
 from lib.files import STILLS
@@ -74,6 +74,7 @@ class Studio:
         values = typed(form, self.settled, folder)
         elsewhere = ("out", "preview_every", *SEVERAL)
         given = {k: v for k, v in vars(self.asked).items() if k in vars(sample)}
+        elsewhere += UNREAD[kind_of(values.get("camera", self.asked.camera))]
         values = {k: v for k, v in (given | values).items() if k not in elsewhere}
         said = [f"--{k}={v}" for k, v in values.items() if v != vars(sample)[k].default]
         options = config.apply(vars(sample), said)

@@ -30,14 +30,32 @@ class View:
     stride: int = 1  # of a camera file, every so many cameras are used
 
 
+OF_FILES = ("camera_format", "camera_size", "camera_stride")
+# By what a --camera is: options that it would ignore.
+UNREAD = {"a file": ("amount",), "a move": OF_FILES, "key frames": ("amount", *OF_FILES)}
+
+
+def kind_of(text):
+    """What a --camera is, of UNREAD."""
+    file = text not in ("", *MOVES) and (pathlib.Path(text).suffix or pathlib.Path(text).exists())
+    return "key frames" if "->" in text else "a file" if file else "a move"
+
+
+def check_read(camera, names):
+    """ValueError for a given option, of names, that this camera would ignore."""
+    if unread := sorted({*names} & {*UNREAD[kind_of(camera)]}):
+        found = f"--camera {camera[:99]} is {kind_of(camera)}"
+        raise ValueError(f"--{unread[0]} would change nothing: {found}. Leave it out")
+
+
 def load_camera(text, num_frames, size, view=View()):
     """A named move, key frames or a camera file, for a video of num_frames pictures of size (H, W).
 
     returns  w2c (1, T, 3, 4) relative to frame 0, scene units; intrinsics (1, T, 3, 3) pixels"""
     zoom, intrinsics, scale = torch.ones(num_frames), None, view.scene_scale
-    if "->" in text:
+    if kind_of(text) == "key frames":
         w2c = key_frames(text, num_frames)
-    elif text not in ("", *MOVES) and (pathlib.Path(text).suffix or pathlib.Path(text).exists()):
+    elif kind_of(text) == "a file":
         w2c, intrinsics = from_file(text, num_frames, size, view)
     else:
         w2c, zoom = camera_move(text, num_frames, view.amount)
@@ -46,6 +64,8 @@ def load_camera(text, num_frames, size, view=View()):
     w2c = torch.cat([w2c[..., :3], w2c[..., 3:] / scale], -1).float()
     if not w2c[..., 3].norm(dim=-1).max() < FAR:  # NaN is not
         raise ValueError(f"--camera {text[:99]}: its camera goes too far or nowhere; see --amount")
+    if intrinsics is not None and view.fov != View.fov:
+        say(f"{text}: its own intrinsics are taken, not --fov {view.fov:g}")
     if intrinsics is None:
         fx = zoom.double().numpy() / 2 / np.tan(np.radians(view.fov) / 2)
         intrinsics = np.stack([fx, fx * size[1] / size[0], fx * 0 + 0.5, fx * 0 + 0.5], -1)
@@ -141,10 +161,8 @@ def spiral(way, gone, depth):
     """Two windings up to 0.1 off the view axis, looking at the point `depth` ahead: R, centres."""
     off, angle = 0.1 * way, 4 * math.pi * gone
     centre = torch.stack([off * angle.sin(), off * (1 - angle.cos()), torch.zeros_like(off)], -1)
-    z = F.normalize(centre.new_tensor([0, 0, depth]) - centre, dim=-1)
-    down = torch.tensor([0, 1.0, 0]).expand_as(z)
-    x = F.normalize(torch.linalg.cross(down, z, dim=-1), dim=-1)
-    return torch.stack([x, torch.linalg.cross(z, x, dim=-1), z], -1), centre
+    w2c = np.stack([look_at(c, (0, 0, depth)) for c in centre.numpy()])
+    return torch.from_numpy(w2c[:, :, :3]).mT.float(), centre
 
 
 # --- Key frames -----------------------------------------------------------------------------------

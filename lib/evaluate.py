@@ -242,7 +242,7 @@ def print_table(rows):
     made = {name: row for name, row in rows.items() if "psnr" in row}
     table(COLUMNS, {name: row for name, row in rows.items() if name not in made})
     if made:
-        print("\nVideos, frames 1 .. T-1 (lib/sampled.py says what the columns are):")
+        print("\nVideos, frames 1 .. T-1 (docs/evaluation.md says what the columns are):")
         table(sampled.COLUMNS, made)
     print(NOTES)
     for key in dict.fromkeys(key for row in rows.values() for key in row if key not in COLUMNS):

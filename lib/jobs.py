@@ -18,6 +18,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 
 import config
+from lib.camera_paths import check_read
 from lib.distributed import Ranks, gathered, say, start_processes
 from lib.export import check_out
 from lib.files import MAX_TEXT, check_file, is_of_disk, unique_keys
@@ -85,7 +86,11 @@ def plan_jobs(options, meta, names, prepare, known):
         said.update(step=meta["step"], sha256=meta.get("sha256", ""), files=stamp)
         return Job(given, camera, out, dict(said, prompt=given.prompt, seed=given.seed))
 
-    asked = lines_of(options, known, prepare) if options.jobs else list(prompted(options, prepare))
+    asked = (
+        lines_of(options, known, prepare)
+        if options.jobs
+        else list(prompted(options, known, prepare))
+    )
     failed = [] if options.jobs or len(asked) > 1 else None
     made = [attempt(partial(make, read), where, failed) for where, read in asked]
     jobs = [job for job in made if job]
@@ -116,11 +121,12 @@ def read_prompts(text):
     return lines
 
 
-def prompted(options, prepare):
+def prompted(options, known, prepare):
     """(folder, function that gives options, camera and folder) of every prompt and seed: one sample
     goes to --out itself, several to folders inside."""
     seeds = range(options.seed, options.seed + options.num_samples)
     pairs = list(itertools.product(read_prompts(options.prompt), seeds))
+    check_read(options.camera, [k for k in known if getattr(options, k) != known[k].default])
     given, camera = prepare(options)  # once: only words and seed differ
     for i, (words, seed) in enumerate(pairs):
         slug = re.sub("[^a-z0-9]+", "-", words.lower())[:40].strip("-")
@@ -146,7 +152,9 @@ def lines_of(options, known, prepare):
         before = first.setdefault(name.casefold(), where)
         if before != where:
             raise ValueError(f"{where}: id {name} stands in {before} too; wanted one of its own")
-        return *prepare(options.replaced(**changes)), Path(options.out, name)
+        given = options.replaced(**changes)  # the command line's are for the lines that read them
+        check_read(given.camera, changes)
+        return *prepare(given), Path(options.out, name)
 
     return [(where, partial(read, where, line)) for where, line in numbered]
 

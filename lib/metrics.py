@@ -1,9 +1,6 @@
 """Metrics: errors of depth, cameras and points, flicker, warped colours, quality of confidence,
 likeness of pictures.
 
-Sources: Eigen et al. 2014 (depth), Sturm et al. 2012 (trajectories), VGGT 2025 (AUC), CameraCtrl
-2024 (sums over frames), Video Depth Anything 2025 (TAE), Knapitsch et al. 2017 (F-score), Ilg et
-al. 2018 (sparsification), Wang et al. 2004 (SSIM).
 Shapes: B clips, T frames of H x W pixels; lengths in the unit of the input, scene units in
 train.py.  Results are Python floats (fp64 inside, fp32 in warp_error), averaged over clips; a clip
 without a valid pixel is left out, and NaN comes back if none is left."""
@@ -173,7 +170,7 @@ def cloud_metrics(pred, gt, mask, threshold=0.05, count=2048):
     returns   accuracy      mean distance of a predicted point to the nearest true one
               completeness  mean distance of a true point to the nearest predicted one
               chamfer       mean of the two
-              f_score       harmonic mean of the shares of both within `threshold`
+              f_score       harmonic mean of both shares within `threshold` (Knapitsch 2017)
               ..._percent   the first three after the similarity that brings each predicted point
                             closest to its true one, in percent of the true cloud's extent (the
                             diagonal of its bounding box).   Source: Gen3R's protocol"""
@@ -312,7 +309,7 @@ def head_agreement(points, depth, w2c, K, mask):
 @torch.no_grad()
 def ause(error, conf, mask, steps=20):
     """Area between two sparsification curves over the mean error: 0 if confidence sorts the pixels
-    as their errors do, about 0.5 to 1 if it sorts at random.
+    as their errors do, about 0.5 to 1 if it sorts at random.   Source: Ilg et al. 2018.
 
     error, conf, mask  (B, T, H, W)   error >= 0
     A curve is the mean error of the pixels that are left when a share k / steps of them is dropped:

@@ -57,9 +57,8 @@ def page_numbers(report, word):
     fitted = "" if report["unit"]["fitted"] else ", not fitted"
     sections = {}
     for heading, label, value, explanation in ROWS:
-        if label == "Depth and point heads" and "heads" not in report["consistency"]:
-            continue
-        if report.get("truth") and heading != "Agrees with itself":
+        alone = label == "Depth and point heads" and "heads" not in report["consistency"]
+        if alone or report.get("truth") and heading != "Agrees with itself":
             continue  # nothing was predicted
         text = value and value.format(**report, word=word, fitted=fitted)
         sections.setdefault(heading, []).append([label, text, explanation])

@@ -1,20 +1,8 @@
 """Sampled worlds against the truth: what a model makes of a clip's first frame, prompt and cameras.
 
-Three questions, with answers that our own heads cannot flatter:
-    is it the true video?       psnr, ssim, over frames 1 .. T-1
-    does it obey the camera?    warp_psnr: the true first frame, carried into frame t by true depth
-                                and commanded cameras, against the sample, where both see the same;
-                                align_rot, align_trans: how far the pose that best explains the
-                                sampled frame (lib/align.py) is from the commanded one
-    does it come back?          revisit: PSNR of the last frame against the first one of a second
-                                sample, whose cameras go the path twice as fast and return
-and motion, the mean change of the pictures against frame 0 in percent, so that a video that stands
-still, and so returns perfectly, cannot win unseen.  The geometry read out of the sample has the
-rows of lib/evaluate.py; there rot_deg and trans compare the camera head with the command: of all
-these numbers, they alone trust our heads for the cameras.
-
-Two baselines: the first frame held still, and the true video through the codec, which no sample can
-beat."""
+Is it the true video, does it obey the camera, does it come back?  Answers that our own heads cannot
+flatter; docs/evaluation.md says what each number is and how it could be cheated.  Two baselines:
+the first frame held still, and the true video through the codec, which no sample can beat."""
 
 import math
 

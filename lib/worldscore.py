@@ -1,4 +1,4 @@
-"""The folders of public benchmarks: WorldScore's instances, cameras and tree; WBench's poses.
+"""The folders of public benchmarks: WorldScore's instances and cameras; WBench's poses.
 
 WorldScore (Duan et al. 2025, github.com/haoyi-duan/WorldScore at 344983c) lists start image,
 prompts and named camera moves, one move for each scene of a chain: a scene starts with the last
@@ -6,15 +6,8 @@ frame of the one before.  A move starts where the camera stands; frames between 
 rotation by slerp and translation of w2c linearly.  Its axes: PyTorch3D (x left, y up, z forward)
 for the moves, Blender (x right, y up, z back) for the c2w in camera_data.json.
 
-    RUNS/worldscore_output/static/STYLE/SCENE_TYPE/CATEGORY/NAME/
-        frames/000.png ...   image_data.json   camera_data.json   input_image.png
-        videos/output.mp4    time.txt
-    RUNS/worldscore_output/dynamic/STYLE/MOTION_TYPE/NAME/    the same without camera_data.json
-
 WBench commands one camera for every latent; its pictures are 1920 x 1080 and run at 24 a second.
-
-WorldScore's camera metrics assume a focal length of 500 and a centre of 256 pixels for every
-picture, which is true of 512 x 512 alone: so frames are square here, and written at that size."""
+docs/evaluation.md has the tree that is written, and why its frames are square."""
 
 import json
 import math
@@ -197,8 +190,6 @@ def make(instance, image, scene, *, frames, fps):
 
 def squared(frames, side=SIDE):
     """uint8 (T, H, H, 3) -> (T, side, side, 3)."""
-    if frames.shape[1] == side:
-        return frames
     frames = torch.from_numpy(frames).movedim(-1, 1).float()
     frames = F.interpolate(frames, (side, side), mode="bicubic", antialias=True)
     return frames.clamp(0, 255).round().byte().movedim(1, -1).numpy()

@@ -346,6 +346,17 @@ def test_no_request_can_name_a_file_of_this_machine_as_its_upload_or_camera(app)
         assert ("event: error" in said) == (label is not None), said
 
 
+def test_a_command_holds_no_option_that_its_camera_ignores(tmp_path):
+    import app  # not above: without gradio it exits
+
+    known = {k: v for k, v in vars(sample).items() if k not in app.SEVERAL} | vars(app)
+    studio = app.Studio(config.apply(known, ["--amount=2", f"--out={tmp_path}"]))
+    form = dict(kind="key frames", keys=app.KEYS, prompt="a room", export=["ply"], amount=3.0)
+    said, options = studio.read(dict(form, camera_format="tum", fov=50.0), tmp_path)
+    assert {"--fov=50.0", "--export=ply"} <= set(said) and "->" in options.camera
+    assert not [text for text in said if text.startswith(("--amount", "--camera_format"))]
+
+
 def test_without_gradio_one_line_says_how_to_install_it(tmp_path):
     (tmp_path / "gradio.py").write_text("raise ModuleNotFoundError(\"No module named 'gradio'\")")
     environment = os.environ | dict(PYTHONPATH=str(tmp_path))

@@ -84,6 +84,8 @@ def test_a_longer_camera_file_says_which_part_is_used_and_can_be_spanned(tmp_pat
     assert first[0, :, 0, 3].tolist() == [0, -1, -2, -3, -4]
     said = capsys.readouterr().out
     assert "a.txt: 21 cameras, 0 .. 4 are used; --camera_stride 5 spans the path" in said
+    camera_paths.load_camera(str(tmp_path / "a.txt"), 21, (32, 48), camera_paths.View(fov=50))
+    assert "a.txt: its own intrinsics are taken, not --fov 50" in capsys.readouterr().out
     spanned, K = camera_paths.load_camera(
         str(tmp_path / "a.txt"), 5, (32, 48), camera_paths.View(stride=5)
     )

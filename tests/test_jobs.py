@@ -98,6 +98,8 @@ def depth_without_guidance(tmp_path):
         ({"id": "b", "height": 64}, "unknown option 'height'"),
         ({"id": "b", "sede": 1}, "did you mean 'seed'"),
         ({"id": "b", "seed": -1}, "seed = -1, wanted at least 0"),
+        ({"id": "b", "amount": 2, "camera": "0,0,0 -> 0,0,1 | 0,0,1 -> 0,0,2"}, "--amount would"),
+        ({"id": "b", "camera_stride": 2}, "--camera_stride would change nothing: --camera orbit"),
         ({"id": "b", "camera": "orbitt"}, "unknown camera move 'orbitt'"),
     ],
 )
@@ -112,6 +114,24 @@ def test_a_bad_line_is_named_and_the_others_are_planned(tmp_path, line, words):
     assert [job.out.name for job in plan.jobs] == ["first"]
     assert len(plan.failed) == 1 and plan.failed[0].startswith(f"{path}:2: ")
     assert words in plan.failed[0] and len(plan.failed[0]) < 500
+
+
+def test_an_option_that_the_camera_ignores_is_named_and_a_list_may_have_it_for_others(tmp_path):
+    """Seen: --camera orbit --camera_stride 4 and --camera FILE --amount 2, without a word."""
+    meta = sample.metadata_of_ckpt(QUICK[0].partition("=")[2])
+    prepare = sample.partial(sample.prepared, meta=meta)
+    frames = "--camera=0,0,0 -> 0,0,1 | 0,0,1 -> 0,0,2"
+
+    def planned(*more):
+        said = [*QUICK, *more, f"--out={tmp_path}/out"]
+        given = sample.config.apply(vars(sample), said)
+        return jobs.plan_jobs(given, meta, ["npz"], prepare, KNOWN)
+
+    for more in (["--camera_stride=2"], ["--camera_size=4x5"], [frames, "--amount=2"]):
+        with pytest.raises(ValueError, match=f"{more[-1][:8]}.* would change nothing: --camera"):
+            planned(*more)
+    list_of = write_list(tmp_path / "l.jsonl", dict(id="a"), dict(id="b", camera=frames[9:]))
+    assert len(planned(list_of, "--amount=2").jobs) == 2
 
 
 def test_a_list_that_is_none_ends_in_one_line(tmp_path, capsys):
