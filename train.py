@@ -502,7 +502,7 @@ def how_to_evaluate(options, autocast, ranks):
     window = window_of(options)
     level = sorted((options.eval_sigma, *window))[1]  # an expert reads geometry where it is at home
     draw = None  # samples a clip, by the settings that sample.py will have with the checkpoint
-    if options.eval_samples:
+    if options.eval_samples and (options.eval_every or options.eval_only):
         draw = sample.clip_sampler(options.sampling, options.wan_dir, ranks.device, autocast)
     return How(autocast, options.eval_clips, level, ranks, window, options.eval_samples, draw)
 

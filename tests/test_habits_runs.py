@@ -182,6 +182,14 @@ def test_what_spread_weights_and_an_expert_alone_cannot_do_is_refused_and_not_pl
     assert "weights" in ways[1] - ways[0]
 
 
+def test_a_run_that_evaluates_nothing_loads_no_encoder_for_samples():
+    never = options_of(train, eval_samples=1, eval_every=0, wan_dir="nowhere")
+    assert train.how_to_evaluate(never, None, Ranks()).draw is None
+    for asked in (dict(eval_every=1), dict(eval_only=True)):
+        with pytest.raises(ValueError, match="nowhere"):  # there it does
+            train.how_to_evaluate(never.replaced(**asked), None, Ranks())
+
+
 def test_the_usual_noise_level_of_an_evaluation_is_one_that_is_trained():
     def level(**given):
         return train.how_to_evaluate(options_of(train, **given), None, Ranks()).eval_sigma
