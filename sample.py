@@ -390,8 +390,7 @@ def images_of(options, meta):
         raise ValueError("--end_image without --image; give both")
     how = dict(squeeze="image" in quirks_of(options, meta))
     names = filter(None, (options.image, options.end_image))
-    size = (options.height, options.width)
-    return torch.cat([load_image(name, *size, **how) for name in names], 2)
+    return torch.cat([load_image(x, options.height, options.width, **how) for x in names], 2)
 
 
 def encoders_of(options):
@@ -440,6 +439,8 @@ def sample_one(job, meta, resources, bar=bar):
     options, device, pair = job.options, resources.device, resources.pair
     model = resources.model.to(device)
     inputs = make_inputs(job, resources)
+    for old in (job.out / "preview").glob("step-*.png"):  # of an earlier sample
+        old.unlink(missing_ok=True)  # of a pair, both ranks are here
     numbers = (options.sampler, options.steps, options.shift, options.guidance)
     sampling = Sampling(*numbers, read_last_step="readout" in quirks_of(options, meta))
     glimpse = partial(decode_video, resources.vae)
@@ -458,15 +459,14 @@ def sample_one(job, meta, resources, bar=bar):
     geometry = {k: v.cpu() for k, v in geometry.items() if k != "velocity"}
     how = dict(scene_scale=options.scene_scale, drop=options.drop, lift=options.lift)
     scene = make_scene(video, geometry, *job.camera, **how)
-    warning = scene.report["unit"]["warning"]
     facts = (
         f"{options.frames} frames of {options.height} x {options.width}, camera {options.camera}, "
         f"{options.sampler} {options.steps} steps, guidance {options.guidance:g}, "
         f"seed {options.seed}; checkpoint stage {meta['stage']}, step {meta['step']}"
     )
     said = dict(prompt=options.prompt, settings=job.settings, facts=facts)
-    report = scene.report | said | dict(warnings=[warning] if warning else [])
-    return replace(scene, unit=options.unit, fps=options.fps, report=report)
+    said["warnings"] = list(filter(None, [scene.report["unit"]["warning"]]))
+    return replace(scene, unit=options.unit, fps=options.fps, report=scene.report | said)
 
 
 # -------------------------------------------------------------------------------------------- main
