@@ -97,8 +97,7 @@ def plan_jobs(options, meta, names, prepare, known):
     # One sample alone is always made anew.
     left = [job for job in jobs if failed is None or not job.finished()]
     free = [job for job in left if attempt(partial(check_out, job.out, names), job.out, failed)]
-    there = len(jobs) - len(left)
-    if there:
+    if there := len(jobs) - len(left):
         say(f"{options.out}: {there} of {len(made)} samples are there already and are kept")
     return Plan(free, there, failed)
 
@@ -152,9 +151,8 @@ def lines_of(options, known, prepare):
         before = first.setdefault(name.casefold(), where)
         if before != where:
             raise ValueError(f"{where}: id {name} stands in {before} too; wanted one of its own")
-        given = options.replaced(**changes)  # the command line's are for the lines that read them
-        check_read(given.camera, changes)
-        return *prepare(given), Path(options.out, name)
+        check_read(changes.get("camera", options.camera), changes)  # not the command line's
+        return *prepare(options.replaced(**changes)), Path(options.out, name)
 
     return [(where, partial(read, where, line)) for where, line in numbered]
 
@@ -203,8 +201,7 @@ def start_images(jobs, failed, read):
     for job in jobs:
         paths = (job.options.image, job.options.end_image)
         if any(paths) and paths not in images:
-            found = attempt(partial(read, job.options), job.out, failed)
-            if found is None:
+            if (found := attempt(partial(read, job.options), job.out, failed)) is None:
                 continue
             images[paths] = found
         ready.append(job)

@@ -59,15 +59,13 @@ def worst_pair(raw, pair, folder):
 def view(samples, load, out, wanted=()):
     """Write the sheet and the pages of the wanted ids; load(sample): the clip of load_clip."""
     out, rows, titles = Path(out), [], []
-    unknown = sorted(set(wanted) - {s["id"] for s in samples})
-    if unknown:
+    if unknown := sorted(set(wanted) - {s["id"] for s in samples}):
         raise ValueError(f"no sample {unknown[0]!r}; the first is {samples[0]['id']!r}")
     shown = [s for s in samples if s["id"] in wanted] or samples
     out.mkdir(parents=True, exist_ok=True)
     for sample in tqdm(shown[:MOST], desc="view", unit="clip", disable=None):
         try:
-            raw = load_raw(sample)
-            report = inspect(raw)
+            report = inspect(raw := load_raw(sample))
             status = ", ".join([report.status, *report.suspects])
         except ValueError as error:
             report, status = None, str(error)

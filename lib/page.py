@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from lib.camera_files import inverse
-from lib.pictures import COLOUR_MAP, write_video
+from lib.pictures import COLOUR_MAP, depth_range, write_video
 
 PAGE_POINTS = 1_100_000  # depth samples in the page, 6 bytes each (8 in base64)
 PAGE_VIDEO = 4_000_000  # bytes of its video, which is compressed harder until it fits
@@ -95,7 +95,7 @@ def pack_maps(scene, stride):
              colour (T, h, w, 4) uint8, the fourth is the confidence as its rank; near, far"""
     pick = (slice(None), slice(stride // 2, None, stride), slice(stride // 2, None, stride))
     depth, rgb, conf = scene.depth[pick], scene.rgb[pick], scene.conf[pick]
-    near, far = (float(x) for x in np.quantile(scene.depth[scene.depth > 0], (0.001, 0.999)))
+    near, far = depth_range(scene.depth, (0.001, 0.999))
     far = max(far, near * 1.001)
     code = 65535 * (1 / np.clip(depth, near, far) - 1 / far) / (1 / near - 1 / far)
     code = np.where(scene.solid()[pick], code.round().clip(1, 65535), 0).astype("<u2")

@@ -87,10 +87,10 @@ def depth_to_rgb(depth, low, high):
     return np.where(valid[..., None], rgb + 0.5, 128).astype(np.uint8)
 
 
-def depth_range(depth):
-    """The 1st and 99th percentile of known depth, which its colours span; 1 and 2 for none."""
+def depth_range(depth, shares=(0.01, 0.99)):
+    """Quantiles of known depth, the 1st and 99th percentile, for its colours; 1 and 2 for none."""
     known = depth[depth > 0]
-    return tuple(np.quantile(known, (0.01, 0.99)).tolist()) if len(known) else (1.0, 2.0)
+    return tuple(np.quantile(known, shares).tolist()) if len(known) else (1.0, 2.0)
 
 
 def confidence_to_rgb(conf, low, high):

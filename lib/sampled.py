@@ -73,7 +73,13 @@ def video_row(b, truth, video):
     row["seen"] = 100 * seen.double().mean().item()
     pose = alignment(b, first, video)
     pose = torch.cat([torch.eye(4)[None, :3].to(pose), pose])[None]
-    found = metrics.pose_metrics(pose, b["w2c"].to(pose))
+    # A frame of one colour, or that shares next to nothing with the first one, tells no camera.
+    low, high = torch.cat([first[None], frames]).flatten(2).aminmax(dim=2)
+    told = (high - low).amax(1) > 0.02
+    told[1:] &= told[0] & (seen.double().mean((1, 2)) > 0.01)
+    found = dict(rot_deg=math.nan, trans=math.nan)
+    if told.sum() > 1:
+        found = metrics.pose_metrics(pose[:, told], b["w2c"].to(pose)[:, told])
     return row | dict(align_rot=found["rot_deg"], align_trans=found["trans"])
 
 

@@ -86,9 +86,8 @@ def read_list(path, runs):
 def read_entry(entry, root, runs):
     kind, image = entry["visual_movement"], Path(entry["image"])
     moves = list(entry["camera_path"])
-    for move in moves:
-        if move not in MOVES:
-            raise ValueError(f"camera_path {move!r:.40}; known: {', '.join(MOVES)}")
+    if unknown := [move for move in moves if move not in MOVES]:
+        raise ValueError(f"camera_path {unknown[0]!r:.40}; known: {', '.join(MOVES)}")
     if kind == "static":
         parts = [entry["visual_style"], entry["scene_type"], image.parts[-2], image.stem]
         words = entry["prompt_list"][1 : len(moves) + 1]

@@ -225,6 +225,20 @@ def test_a_video_of_no_numbers_is_the_worst_and_in_no_mean_left_out(example):
     assert not any(map(math.isnan, row.values()))
 
 
+def test_a_video_that_tells_no_camera_has_no_error_of_one(example):
+    """Seen: the true video of one colour, and clips without depth, 15 degrees off, or 0."""
+    b, video = example
+    flat = torch.full_like(video, 0.3)
+    for truth, shown in ((flat, flat), (video, flat)):
+        row = sampled.video_row(b, truth, shown)
+        assert math.isnan(row["align_rot"]) and math.isnan(row["align_trans"])
+    unknown = dict(b, depth=0 * b["depth"], mask=b["mask"] & False, points=0 * b["points"])
+    assert math.isnan(sampled.video_row(unknown, video, video)["align_rot"])
+    half = video.clone()
+    half[:, 1] = 0.3  # that frame alone
+    assert sampled.video_row(b, video, half)["align_rot"] < 1
+
+
 # ------------------------------------------------------------------------------------- the command
 def test_evaluation_samples_clips_and_compares_them_with_the_truth(tmp_path):
     """On the miniature: its sample beats the still frame, the codec beats the sample."""
