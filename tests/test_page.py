@@ -169,9 +169,15 @@ def test_mouse_wheel_keys_and_two_fingers_move_the_view(made):
             ("ArrowRight", "viewer.state.frame === 1"),
             ("c", "viewer.state.ride"),
             ("h", "!!document.querySelector('#help.open')"),
+            ("Escape", "!document.querySelector('#help.open')"),
         ):
             browser.call("Input.dispatchKeyEvent", type="keyDown", key=key)
             assert browser.run(check), key
+        browser.resize(600, 620)  # as in the page of app.py: lower than the list of keys
+        browser.call("Input.dispatchKeyEvent", type="keyDown", key="h")
+        browser.run("document.querySelector('#help').scrollTop = 999")
+        low = "[...document.querySelectorAll(%r)].pop().getBoundingClientRect().bottom"
+        assert browser.run(f"{low % '#help tr'} <= {low % '#help'}")
         assert browser.problems == []
 
 
