@@ -168,12 +168,10 @@ def read_exr(data):
         first, size = struct.unpack_from("<2i", data, place)
         rows = min(lines, bottom + 1 - first)
         body = data[place + 8 : place + 8 + size]
-        if not top <= first <= bottom or len(body) != size:
-            raise ValueError("an EXR block that does not fit the file")
         if name != "none" and size < rows * line.itemsize:
             body = unpredicted(zlib.decompressobj().decompress(body, rows * line.itemsize))
-        if len(body) != rows * line.itemsize:
-            raise ValueError("an EXR block of another length than its lines")
+        if not top <= first <= bottom or len(body) != rows * line.itemsize:
+            raise ValueError("an EXR block that does not fit the file, or its lines")
         out[first - top :][:rows] = np.frombuffer(body, line)[chosen]
     return out
 

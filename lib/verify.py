@@ -363,13 +363,11 @@ def load_raw(sample):
 
 def smaller(frame):
     """A frame (H, W, 3) of at most MAX_LOOK pixels: every so many of its pixels averaged."""
-    h, w = frame.shape[:2]
-    step = math.ceil(math.sqrt(h * w / MAX_LOOK))
+    step = math.ceil(math.sqrt(frame.shape[0] * frame.shape[1] / MAX_LOOK))
     if step == 1:
         return frame
-    blocks = frame[: h // step * step, : w // step * step]
-    blocks = blocks.reshape(h // step, step, w // step, step, 3)
-    return blocks.mean((1, 3), dtype=np.float32).round().astype(np.uint8)
+    blocks = F.avg_pool2d(torch.tensor(frame).permute(2, 0, 1).float(), step)
+    return blocks.round().byte().permute(1, 2, 0).numpy()
 
 
 def verify(root, samples, bad, inside, *, fix_hints=False, as_json=False, exact=False):
