@@ -42,7 +42,7 @@ STRICT = [
 PNG = b"\x89PNG\r\n\x1a\n"
 VIDEO = "not a readable video: {}. Re-encode or remove it."  # in place of {}, ffmpeg's words
 STILLS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
-RASTERS = (".exr", ".pfm", ".pgm")
+RASTERS = (".exr", ".pfm", ".pgm", ".bin")
 ARRAYS = (".npy", ".npz", ".png", *RASTERS)
 MAPS = (*ARRAYS, ".tif", ".tiff")  # the last two are found in order to be refused by name
 

@@ -311,7 +311,9 @@ def open_colmap(src, wishes):
     if pictures is None:
         raise ValueError(f"{src}: no folder images with the pictures; give --pictures FOLDER")
     maps, names = folder_in(src, "depth", "depths"), found[model].names
-    depth = beside(maps, names)
+    depth, own = beside(maps, names), src / "stereo/depth_maps"  # of a dense workspace
+    if not maps:
+        depth = {n: f for n in names if (f := own / f"{n}.geometric.bin").is_file()}
     how = dict(depth=depth, unit=MILLIMETRES if recordings.in_counts(depth.values()) else {})
     made = open_named(pictures, found[model], axes="opencv", **how)
     mine = {picture_of(pictures, n) for n in names}

@@ -86,6 +86,8 @@ def read_raster(data):
     try:
         if data[:4] == EXR:
             return read_exr(data)
+        if head := re.match(rb"(\d+)&(\d+)&1&", data[:60]):  # COLMAP's, of its dense workspace
+            return np.frombuffer(data[head.end() :], "<f4").reshape(int(head[2]), int(head[1]))
         return read_pfm(data) if data[:2] == PFM else read_pgm(data)
     except (struct.error, IndexError, zlib.error) as error:
         raise ValueError(f"the file is cut short or damaged ({error})") from None

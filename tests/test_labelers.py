@@ -62,6 +62,26 @@ def test_a_video_beside_depth_and_a_path_may_lack_poses_of_some_frames(src, lens
     assert round(made["fps"]) == 60
 
 
+def test_the_maps_of_a_dense_workspace_are_the_depth_of_its_model(src, capsys):
+    """Seen: COLMAP's own depth beside a model, and "no depth: label the video"."""
+    colmap(src, C)
+    (src / "stereo/depth_maps").mkdir(parents=True)
+    for t, path in enumerate(files.listed(src / "depth", (".png",))):
+        path.unlink()
+        metres = (C["mm"][t] / 1000).astype("<f4")
+        metres[:3] = 0
+        name = src / "stereo/depth_maps" / f"{path.name}.geometric.bin"
+        name.write_bytes(f"{W}&{H}&1&".encode() + metres.tobytes())
+    (src / "depth").rmdir()
+    made = imported(src)["depth"]
+    assert (made[:, :3] == 0).all()
+    np.testing.assert_allclose(made[:, 3:], C["mm"][:5, 3:] / 1000, rtol=1e-6)
+    name.write_bytes(name.read_bytes()[:-8])
+    importers.run(src, src.parent / "again")
+    said = capsys.readouterr().out
+    assert "frame_00008.png.geometric.bin: cannot be read: cannot reshape array" in said
+
+
 def test_a_video_stands_for_pictures(src):
     """Beside depth and a text of poses; a video among pictures is none of them."""
     stray(src, C)
