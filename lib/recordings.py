@@ -10,7 +10,7 @@ import numpy as np
 
 from lib import camera_files, files
 from lib.crop import focal_and_centre, fractions
-from lib.native import Cameras, number_of, read_rows
+from lib.native import Cameras, read_rows
 
 
 @dataclass
@@ -44,11 +44,16 @@ def in_counts(maps):
 
 
 def by_number(paths):
-    """Number of a frame -> its file."""
-    found = {number_of(path): path for path in paths}
-    if twice := [path for path in paths if found[number_of(path)] != path]:
-        other = found[number_of(twice[0])].name
-        raise ValueError(f"{twice[0]}: has the number of {other}; leave one file a frame there")
+    """Number of a frame -> its file: the last number of the names that is not one for all."""
+    parts = [re.findall(r"\d+", path.stem) or [path.stem] for path in paths]
+    while parts and min(map(len, parts)) > 1 and len({part[-1] for part in parts}) == 1:
+        parts = [part[:-1] for part in parts]  # 000001_10.png, depth_0001_16bit.png
+    numbers = [int(part[-1]) if part[-1].isdigit() else part[-1] for part in parts]
+    found = dict(zip(numbers, paths))
+    for number, path in zip(numbers, paths):
+        if (other := found[number]) != path:
+            cure = f"has the number of {other.name}; leave one file a frame there"
+            raise ValueError(f"{path}: {cure}")
     return found
 
 

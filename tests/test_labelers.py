@@ -82,6 +82,15 @@ def test_the_maps_of_a_dense_workspace_are_the_depth_of_its_model(src, capsys):
     assert "frame_00008.png.geometric.bin: cannot be read: cannot reshape array" in said
 
 
+@pytest.mark.parametrize("name", ["{:06d}_10.png", "depth_{:04d}_16bit.png"])
+def test_a_number_that_all_names_share_is_no_frame_s(src, name):
+    """KITTI's; they had "the number of" each other."""
+    kitti(src, C)
+    for path in [*(src / "depth").iterdir(), *(src / "images").iterdir()]:
+        path.rename(path.with_name(name.format(int(path.stem))))
+    imported(src)
+
+
 def test_a_video_stands_for_pictures(src):
     """Beside depth and a text of poses; a video among pictures is none of them."""
     stray(src, C)
