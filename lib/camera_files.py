@@ -290,9 +290,7 @@ def guess(path):
             who = "FantasyWorld (OpenCV axes) and WorldScore (OpenGL axes) share this layout"
             raise ValueError(f"{path}: {who}; give --from fantasyworld or --from worldscore")
     elif path.is_file():
-        lines = [line for line in path.read_text("utf-8-sig").splitlines() if line.strip()]
-        rows = [line for line in lines if line[0] != "#" and "://" not in line]
-        columns = {len(row.split()) for row in rows}
+        columns = {len(line.split()) for line in native.lines_of(path)}
         if columns == {3, 4}:
             return "log"
         if columns == {7} and not path.name.startswith("pose_"):

@@ -152,8 +152,7 @@ def numbered(folder):
 
 def stamps(path):
     """Lines "time name" of TUM's rgb.txt and depth.txt, headings aside -> times (N,), names."""
-    lines = path.read_text("utf-8-sig").replace(",", " ").splitlines()
-    rows = [x.strip().split(maxsplit=1) for x in lines if x.lstrip(" \t-.")[:1].isdigit()]
+    rows = [x.split(maxsplit=1) for x in native.lines_of(path)]
     if alone := [row[0] for row in rows if len(row) < 2]:
         raise ValueError(f"{path}: no file beside {some(alone)}; wanted lines of TIME FILE")
     rows.sort(key=lambda row: float(row[0]))

@@ -150,13 +150,16 @@ def read_npy(path, size=None, matrices=None):
 
 
 # --- Text -----------------------------------------------------------------------------------------
+def lines_of(path):
+    """Lines of a text of numbers: comments, headings, blank ones and a URL aside."""
+    lines = Path(path).read_text("utf-8-sig", "replace").replace(",", " ").splitlines()
+    return [x.strip() for x in lines if not re.match(r"\s*($|#|(?!nan|inf)[a-z])", x, re.I)]
+
+
 def read_rows(path):
     """Numbers of a text (lines, columns); comments, headings, commas and byte order mark aside."""
     try:
-        lines = Path(path).read_text("utf-8-sig", "replace").replace(",", " ").splitlines()
-        aside = ("#", "time", "frame ")  # headings of TUM, of Virtual KITTI
-        lines = [x for x in lines if x.strip() and not x.startswith(aside)]
-        if not lines:
+        if not (lines := lines_of(path)):
             raise ValueError("no numbers in it")
         return np.loadtxt(lines, ndmin=2)
     except ValueError as error:

@@ -63,8 +63,10 @@ def size_of(picture, turned=True):
 
 
 def matrix_of(path):
-    """A text of 3x3, 3x4 or 4x4 numbers, or of 9 a frame -> fx fy cx cy in pixels."""
+    """A text of 3x3, 3x4 or 4x4 numbers, 9 a frame, or fx fy cx cy -> fx fy cx cy in pixels."""
     m = read_rows(path)
+    if m.shape == (1, 4):
+        return m[0]
     if m.shape[1] == 9:
         return focal_and_centre(m.reshape(-1, 3, 3))
     if m.size not in (9, 12, 16):

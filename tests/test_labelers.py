@@ -91,6 +91,19 @@ def test_a_number_that_all_names_share_is_no_frame_s(src, name):
     imported(src)
 
 
+def test_headings_and_a_lens_of_four_numbers_are_read(src):
+    """Seen: "missing or of no known format" of poses below a line of words, and with commas."""
+    kitti(src, C)
+    rows = (",".join(map(repr, row)) for row in c2w_of(C)[:, :3].reshape(T, 12).tolist())
+    (src / "poses.txt").write_text("r11,r12,...\n" + "\n".join(rows) + "\n")
+    (src / "K.txt").write_text("fx fy cx cy\n" + " ".join(map(str, C["k"])) + "\n")
+    made = imported(src)
+    np.testing.assert_allclose(made["intrinsics"][0, [0, 1], [0, 1]], C["k"][:2], rtol=1e-6)
+    (src / "K.txt").write_text("K: [a, b]\n")
+    importers.run(src, src.parent / "again")
+    assert not list((src.parent / "again").glob("*/video.mp4"))
+
+
 def test_a_video_stands_for_pictures(src):
     """Beside depth and a text of poses; a video among pictures is none of them."""
     stray(src, C)
