@@ -39,8 +39,11 @@ class Recording:
 
 # --- Pieces ---------------------------------------------------------------------------------------
 def in_counts(maps):
-    """Whether files of depth hold whole numbers; floats are metres."""
-    return any(path.suffix.lower() in (".png", ".pgm") for path in maps)
+    """Whether files of depth hold whole numbers, as the first does; floats are metres."""
+    path = next(iter(maps), Path())
+    if path.suffix.lower() in (".npy", ".npz"):
+        return files.read_array(path, read=False)[1].kind in "iu"
+    return path.suffix.lower() in (".png", ".pgm")
 
 
 def by_number(paths):

@@ -104,6 +104,14 @@ def test_headings_and_a_lens_of_four_numbers_are_read(src):
     assert not list((src.parent / "again").glob("*/video.mp4"))
 
 
+def test_whole_numbers_are_millimetres_in_npy_too(src):
+    kitti(src, C)
+    for t, path in enumerate(files.listed(src / "depth", (".png",))):
+        path.unlink()
+        np.save(path.with_suffix(".npy"), C["mm"][t])
+    np.testing.assert_allclose(imported(src)["depth"], C["mm"][:5] / 1000, rtol=1e-6)
+
+
 def test_a_video_stands_for_pictures(src):
     """Beside depth and a text of poses; a video among pictures is none of them."""
     stray(src, C)
