@@ -155,8 +155,7 @@ def form_of(settled, meta):
         for key in ("frames", "height", "width", "steps", "seed"):
             form[key] = number(getattr(settled, key), label=key.title(), precision=0)
         form["guidance"] = number(settled.guidance, label="Guidance")
-    names = export_names(settled.export)
-    form["export"] = gr.CheckboxGroup(list(EXPORTS), value=names, label="Files")
+    form["export"] = gr.CheckboxGroup([*EXPORTS], value=export_names(settled.export), label="Files")
     return form
 
 

@@ -272,10 +272,12 @@ class WanVAE(nn.Module):
         chunk     multiple of 4       pixel frames per step after the first frame; None: all
         returns   (B, 16, f, h, w)    fp32, (mu - mean) / std, on the VAE's device"""
         B, c, T, H, W = video.shape
-        steps_fit = chunk is None or (chunk >= 4 and chunk % 4 == 0)
-        if c != 3 or T % 4 != 1 or H % 8 or W % 8 or not steps_fit:
-            wanted = "(B, 3, 4k + 1, 8h, 8w), chunk 4, 8, 12 ... or None. Trim or resize the clip."
-            raise ValueError(f"video {tuple(video.shape)}, chunk={chunk}; wanted {wanted}")
+        fits = video.is_floating_point() and (chunk is None or chunk >= 4 and chunk % 4 == 0)
+        if c != 3 or T % 4 != 1 or H % 8 or W % 8 or not fits:
+            wanted = (
+                "floats (B, 3, 4k + 1, 8h, 8w), chunk 4, 8 ... or None. Trim or resize the clip."
+            )
+            raise ValueError(f"video {tuple(video.shape)} {video.dtype}, {chunk=}; wanted {wanted}")
         state, mu = {}, []
         for start, end in itertools.pairwise([0, *range(1, T, chunk), T] if chunk else [0, T]):
             moments = self.conv1(self.encoder(video[:, :, start:end].to(self.conv1.weight), state))
@@ -662,6 +664,7 @@ class WanFolder:
             encoder = encoder.to(torch.bfloat16)
 
         def encode(prompts):
+            assert not isinstance(prompts, str), "wanted a list; a text is one of its letters"
             ids, mask = (x.to(self.device) for x in tokenizer(prompts))
             return [row[kept] for row, kept in zip(encoder(ids, mask), mask.bool())]
 

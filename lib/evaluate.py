@@ -208,10 +208,8 @@ def baselines(train, val, how):
 
     fair     mean depth of the training set (256 clips at most), cameras that stand still
     oracle   each clip's own mean depth, lifted by its true cameras; no metrics of cameras"""
-    means, found = [], []
-    for i in range(min(256, len(train))):
-        b = train[i]
-        means.append(b["depth"][b["mask"]].mean().item())
+    some, found = (train[i] for i in range(min(256, len(train)))), []
+    means = [b["depth"][b["mask"]].mean().item() for b in some]
     for i in range(min(how.eval_clips, len(val))):
         b, rows = val[i], {}
         still = torch.eye(4, device=b["w2c"].device)[:3].expand_as(b["w2c"])

@@ -196,6 +196,7 @@ def cloud_metrics(pred, gt, mask, threshold=0.05, count=2048):
 def psnr(a, b, mask=None):
     """dB between pictures (..., H, W) with values in [-1, 1] (clamped), over all pixels or those of
     a mask that broadcasts; inf for equal ones, NaN for an empty mask."""
+    assert a.is_floating_point() and b.is_floating_point(), (a.dtype, b.dtype)  # bytes: all are 1
     error = (a.double().clamp(-1, 1) - b.double().clamp(-1, 1)).square() / 4
     if mask is not None:
         error = error[mask.expand_as(error)]
@@ -206,10 +207,10 @@ def ssim(a, b, sigma=1.5, radius=5):
     """Structural similarity of pictures (N, 3, H, W) with values in [-1, 1], mean over windows that
     lie inside, channels and pictures: a Gaussian window of 11 pixels, K1 = 0.01, K2 = 0.03, range
     1, population variances.   Source: Wang et al. 2004."""
+    assert a.is_floating_point() and b.is_floating_point(), (a.dtype, b.dtype)
     a, b = ((x.double().clamp(-1, 1).flatten(0, 1)[:, None] + 1) / 2 for x in (a, b))
     window = torch.arange(-radius, radius + 1, device=a.device, dtype=a.dtype)
-    window = (-window.square() / (2 * sigma**2)).exp()
-    window = window / window.sum()
+    window = (-window.square() / (2 * sigma**2)).softmax(0)
 
     def blur(x):
         return F.conv2d(F.conv2d(x, window.view(1, 1, -1, 1)), window.view(1, 1, 1, -1))
@@ -284,7 +285,7 @@ def warp_error(rgb, depth, w2c, K, mask, tolerance=0.1):
             inside = m[t] & (z > 0) & (grid[0].abs() < 1).all(-1)
             off = (there[3] - z).abs() / z
             if inside.any():
-                depths.append(off[inside].median())
+                depths.append(off[inside].median().item())
             keep = inside & (off < tolerance)
             wanted, seen = wanted + int(m[t].sum()), seen + int(keep.sum())
             moved += (there[:3].movedim(0, -1) - here).abs().mean(-1)[keep].sum().item()
@@ -293,8 +294,7 @@ def warp_error(rgb, depth, w2c, K, mask, tolerance=0.1):
     def percent(x, of):
         return 100 * x / of if of else math.nan
 
-    depth = percent(sum(depths, torch.zeros(())).item(), len(depths))
-    found = dict(depth=depth, colour=percent(moved, 255 * seen))
+    found = dict(depth=percent(sum(depths), len(depths)), colour=percent(moved, 255 * seen))
     return found | dict(colour_still=percent(still, 255 * seen), seen_percent=percent(seen, wanted))
 
 

@@ -54,6 +54,9 @@ def test_psnr_by_hand():
     mask[..., 0] = True
     assert psnr(a, a + 0.2 * mask, mask) == pytest.approx(20)
     assert psnr(a + 5, a + 1) == math.inf  # clamped as a screen clamps
+    for metric in (psnr, ssim):  # clamped, all bytes were 1: infinite for any two pictures
+        with pytest.raises(AssertionError, match="uint8"):
+            metric(a.byte(), a.byte())
 
 
 def test_ssim_by_hand():

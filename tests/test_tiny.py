@@ -39,6 +39,10 @@ def test_it_loads_as_a_downloaded_folder_does():
     check_frozen(meta, frozen_digest(MINIATURE), CKPT)
     folder = WanFolder(MINIATURE, "cpu")
     words = folder.load_text()(["a room with a teal box", "a quite unheard-of flibbertigibbet"])
+    with pytest.raises(AssertionError, match="wanted a list"):  # each of its letters was a prompt
+        folder.load_text()("a room")
+    with pytest.raises(ValueError, match="uint8.*wanted floats"):  # 0 .. 255 was taken for -1 .. 1
+        folder.load_vae().encode(torch.zeros(1, 3, 1, 16, 16, dtype=torch.uint8))
     assert all(w.shape[1] == 64 and w.isfinite().all() for w in words)
     assert len(words[1]) > len(words[0])  # what it does not know is spelt
     model = open_checkpoint(CKPT, MINIATURE, torch.device("cpu"))
