@@ -356,7 +356,10 @@ def open_vipe(path, wishes):
     depth = {number_of(n): lambda n=n: read_raster(file.read(n)) for n in names}
     frames = {n: n for n in range(files.count_frames(video))}
     kinds = dict(picture=frames, pose=cameras.names) | (dict(depth=depth) if names else {})
-    return assemble(kinds, cameras, fps=fps or 30.0, video=video)
+    made = assemble(kinds, cameras, fps=fps or 30.0, video=video)
+    if wishes.intrinsics or cameras.intrinsics is None:
+        find_lens(made, src, wishes)
+    return made
 
 
 def find_vipe(src):

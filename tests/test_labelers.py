@@ -1,6 +1,7 @@
 """Files as networks and trackers of today write them, made here with known truth."""
 
 import copy
+import shutil
 
 import corruptions
 import numpy as np
@@ -23,6 +24,7 @@ from recordings import (
     stray,
     tum,
     vggt,
+    vipe,
 )
 
 from data import load_clip, load_samples
@@ -62,26 +64,6 @@ def test_a_video_beside_depth_and_a_path_may_lack_poses_of_some_frames(src, lens
     assert round(made["fps"]) == 60
 
 
-def test_the_maps_of_a_dense_workspace_are_the_depth_of_its_model(src, capsys):
-    """Seen: COLMAP's own depth beside a model, and "no depth: label the video"."""
-    colmap(src, C)
-    (src / "stereo/depth_maps").mkdir(parents=True)
-    for t, path in enumerate(files.listed(src / "depth", (".png",))):
-        path.unlink()
-        metres = (C["mm"][t] / 1000).astype("<f4")
-        metres[:3] = 0
-        name = src / "stereo/depth_maps" / f"{path.name}.geometric.bin"
-        name.write_bytes(f"{W}&{H}&1&".encode() + metres.tobytes())
-    (src / "depth").rmdir()
-    made = imported(src)["depth"]
-    assert (made[:, :3] == 0).all()
-    np.testing.assert_allclose(made[:, 3:], C["mm"][:5, 3:] / 1000, rtol=1e-6)
-    name.write_bytes(name.read_bytes()[:-8])
-    importers.run(src, src.parent / "again")
-    said = capsys.readouterr().out
-    assert "frame_00008.png.geometric.bin: cannot be read: cannot reshape array" in said
-
-
 @pytest.mark.parametrize("name", ["{:06d}_10.png", "depth_{:04d}_16bit.png"])
 def test_a_number_that_all_names_share_is_no_frame_s(src, name):
     """KITTI's; they had "the number of" each other."""
@@ -110,6 +92,41 @@ def test_whole_numbers_are_millimetres_in_npy_too(src):
         path.unlink()
         np.save(path.with_suffix(".npy"), C["mm"][t])
     np.testing.assert_allclose(imported(src)["depth"], C["mm"][:5] / 1000, rtol=1e-6)
+
+
+def test_the_maps_of_a_dense_workspace_are_the_depth_of_its_model(src, capsys):
+    """Seen: COLMAP's own depth beside a model, and "no depth: label the video"."""
+    colmap(src, C)
+    (src / "stereo/depth_maps").mkdir(parents=True)
+    for t, path in enumerate(files.listed(src / "depth", (".png",))):
+        path.unlink()
+        metres = (C["mm"][t] / 1000).astype("<f4")
+        metres[:3] = 0
+        name = src / "stereo/depth_maps" / f"{path.name}.geometric.bin"
+        name.write_bytes(f"{W}&{H}&1&".encode() + metres.tobytes())
+    (src / "depth").rmdir()
+    made = imported(src)["depth"]
+    assert (made[:, :3] == 0).all()
+    np.testing.assert_allclose(made[:, 3:], C["mm"][:5, 3:] / 1000, rtol=1e-6)
+    name.write_bytes(name.read_bytes()[:-8])
+    importers.run(src, src.parent / "again")
+    said = capsys.readouterr().out
+    assert "frame_00008.png.geometric.bin: cannot be read: cannot reshape array" in said
+
+
+def test_a_part_that_an_archive_lacks_is_named(src, capsys):
+    """Seen: "'NoneType' object is not subscriptable", KeyError('pose')."""
+    vipe(src, C)
+    shutil.rmtree(src / "intrinsics")
+    assert importers.run(src, src.parent / "out") == ([], 1)
+    assert "src: no intrinsics; give --intrinsics" in capsys.readouterr().out
+    imported(src, [0, 1, 2, 4, 5], intrinsics=tuple(C["k"]))
+    (src.parent / "other/src").mkdir(parents=True)
+    cut3r(src.parent / "other/src", C)
+    for path in (src.parent / "other/src/camera").iterdir():
+        np.savez(path, cam=np.eye(4), intrinsics=np.eye(3))
+    assert importers.run(src.parent / "other/src", src.parent / "out", name="b") == ([], 1)
+    assert f"skipped b (cut3r): {src.parent}/other/src: it lacks 'pose'" in capsys.readouterr().out
 
 
 def test_a_video_stands_for_pictures(src):
