@@ -172,16 +172,16 @@ def measure(scene, points=None, scale=1.0):
 
 
 def describe(report, unit):
-    """The numbers of a sample as three lines."""
+    """The numbers of a sample as lines; what no pixel could tell, NaN or None, is unknown."""
     c, a, u = (report[k] for k in ("control", "consistency", "unit"))
-    a = {k: np.nan if v is None else v for k, v in a.items()}  # as report.json has them
+    a = {k: "unknown" if v is None or v != v else f"{v:.1f} %" for k, v in a.items()}
     fitted = f", fitted, residual {u['residual']:.2g}" if u["fitted"] else ""
-    heads = f", depth head against point head {a['heads']:.1f} %" if "heads" in a else ""
+    heads = f", depth head against point head {a['heads']}" if "heads" in a else ""
     lines = [
         f"predicted against commanded cameras: rotation {c['rot_deg']:.2f} deg, position "
         f"{c['trans']:.3g} {unit}; 1 scene unit = {u['scale']:.3g} {unit}{fitted}",
-        f"neighbouring frames: depth differs by {a['depth']:.1f} %, colour by {a['colour']:.1f} % "
-        f"after warping ({a['colour_still']:.1f} % without){heads}; confidence "
+        f"neighbouring frames: depth differs by {a['depth']}, colour by {a['colour']} "
+        f"after warping ({a['colour_still']} without){heads}; confidence "
         f"{report['confidence']['p50']:.2f} (median)",
     ]
     return lines + [f"warning: {text}" for text in report["warnings"]]

@@ -55,12 +55,12 @@ ROWS = [
 def page_numbers(report, word):
     """Rows of the page: [heading, [[label, value or None, explanation], ...]]; word: the unit."""
     fitted = "" if report["unit"]["fitted"] else ", not fitted"
-    sections = {}
+    sections, told = {}, dict(report, word=word, fitted=fitted)
     for heading, label, value, explanation in ROWS:
         alone = label == "Depth and point heads" and "heads" not in report["consistency"]
         if alone or report.get("truth") and heading != "Agrees with itself":
             continue  # nothing was predicted
-        text = value and value.format(**report, word=word, fitted=fitted)
+        text = value and value.format(**told).replace("nan %", "unknown")  # no pixel could tell
         sections.setdefault(heading, []).append([label, text, explanation])
     return [[heading, rows] for heading, rows in sections.items()]
 

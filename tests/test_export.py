@@ -12,6 +12,7 @@ from geometry import encode_pose, inv_se3, normalize_scene, unproject
 from lib import camera_files
 from lib import export as E
 from lib.files import read_array, read_video
+from lib.page import page_numbers
 from lib.rooms import render_clip
 
 T, H, W = 5, 32, 48
@@ -129,7 +130,9 @@ def test_numbers_that_no_pixel_tells_are_null_in_the_report(scene, tmp_path):
     text = (tmp_path / "report.json").read_text()
     assert "NaN" not in text and json.loads(text)["consistency"]["colour"] is None
     told = [E.describe(report, "m") for report in (nothing.report, json.loads(text))]
-    assert told[0] == told[1] and "depth differs by nan %" in told[0][1]
+    assert told[0] == told[1] and "depth differs by unknown, colour by unknown" in told[0][1]
+    shown = json.dumps(page_numbers(nothing.report, "m"))
+    assert "nan %" not in shown and shown.count("unknown") == 4
 
 
 # ---- videos and depth
