@@ -148,9 +148,10 @@ def lines_of(options, known, prepare):
     def read(where, line):
         name, changes = read_line(line, where, known)
         # Not all file systems tell upper from lower case.
-        before = first.setdefault(name.casefold(), where)
-        if before != where:
+        if (before := first.setdefault(name.casefold(), where)) != where:
             raise ValueError(f"{where}: id {name} stands in {before} too; wanted one of its own")
+        if (words := changes.get("prompt", options.prompt)).lower().endswith(".txt"):
+            raise ValueError(f"{where}: --prompt {words:.80}: wanted words, for each line its own")
         check_read(changes.get("camera", options.camera), changes)  # not the command line's
         return *prepare(options.replaced(**changes)), Path(options.out, name)
 
@@ -211,11 +212,10 @@ def start_images(jobs, failed, read):
 # ------------------------------------------------------------------------------------------ ranks
 def join_ranks(options):
     """This process among those of torchrun, and the options with its device.  The ranks share jobs
-    and wait for the slowest at the end."""
+    and wait for the slowest at the end, 10**6 s: torchrun ends them when one dies."""
     if os.environ.get("WORLD_SIZE", "1") == "1":
         return Ranks(), options
-    long = 10**6  # seconds; torchrun ends the others when one dies
-    ranks = start_processes("cpu" if options.device == "cpu" else "auto", long, long)
+    ranks = start_processes("cpu" if options.device == "cpu" else "auto", 10**6, 10**6)
     return ranks, options.replaced(device=str(ranks.device))
 
 

@@ -98,6 +98,7 @@ def depth_without_guidance(tmp_path):
         ({"id": "b", "height": 64}, "unknown option 'height'"),
         ({"id": "b", "sede": 1}, "did you mean 'seed'"),
         ({"id": "b", "seed": -1}, "seed = -1, wanted at least 0"),
+        ({"id": "b", "prompt": "words.txt"}, "--prompt words.txt: wanted words"),
         ({"id": "b", "amount": 2, "camera": "0,0,0 -> 0,0,1 | 0,0,1 -> 0,0,2"}, "--amount would"),
         ({"id": "b", "camera_stride": 2}, "--camera_stride would change nothing: --camera orbit"),
         ({"id": "b", "camera": "orbitt"}, "unknown camera move 'orbitt'"),
