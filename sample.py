@@ -580,6 +580,9 @@ def scene_sampler(options, meta, prompts):
 
 def make_worlds(options, meta):
     """--worldscore: the worlds of a list that are not whole yet, shared among the ranks."""
+    for name in "prompt image end_image jobs num_samples camera amount fov export".split():
+        if getattr(options, name) != globals()[name].default:
+            raise ValueError(f"--{name} would change nothing beside --worldscore. Leave it out")
     side = worldscore_folders.square_side(options, read_train_config(meta, options.ckpt))
     options = settled(options.replaced(height=side, width=side), meta)
     ranks, options = join_ranks(options)
@@ -590,8 +593,7 @@ def make_worlds(options, meta):
     left = [one for one in listed if not one.finished(options.frames)]  # the rest is kept
     left, there = from_first((left, len(listed) - len(left)))
     mine, failed = left[ranks.rank :: ranks.world], []
-    prompts = [words for one in mine for words in one.prompts]
-    scene = scene_sampler(options, meta, prompts) if mine else None
+    scene = scene_sampler(options, meta, sum((x.prompts for x in mine), [])) if mine else None
 
     def work(one):
         image = as_pixels(load_image(one.image, side, side)[0])[0]

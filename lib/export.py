@@ -83,10 +83,6 @@ def off_edges(depth, jump=0.05):
     return keep
 
 
-def rms(x):
-    return x.square().sum(-1).mean().sqrt().item()
-
-
 def fit_unit(commanded, predicted, scene_scale):
     """Length of a scene unit in the user's: the similarity from predicted to commanded centres.
 
@@ -97,8 +93,8 @@ def fit_unit(commanded, predicted, scene_scale):
                  comes from the fit; warning, or "" """
     target, source = (inv_se3(torch.from_numpy(E)[None])[..., 3] for E in (commanded, predicted))
     scale, R, t = align_sim3(source, target)
-    residual = rms(scale * source @ R.mT + t[:, None] - target)
-    path = rms(target - target.mean(1, keepdim=True))
+    gaps = (scale * source @ R.mT + t[:, None] - target, target - target.mean(1, keepdim=True))
+    residual, path = (x.square().sum(-1).mean().sqrt().item() for x in gaps)
     unit = dict(residual=residual, scale=scale.item(), path=path)
     if path < 0.02 * scene_scale:
         why = f"the commanded cameras move too little (RMS {path:.3g} units) to fix the scale"

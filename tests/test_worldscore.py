@@ -192,6 +192,14 @@ def test_a_wide_size_is_refused_with_the_reason(tmp_path, monkeypatch):
         sample.command()
 
 
+@pytest.mark.parametrize("more", ["--prompt=a", "--num_samples=2", "--export=all", "--camera=up"])
+def test_what_the_list_says_itself_is_refused_beside_it(more, monkeypatch):
+    line = f"sample.py --ckpt {ROOT}/tiny/fantasyworld.safetensors --worldscore x.json {more}"
+    monkeypatch.setattr("sys.argv", line.split())
+    with pytest.raises(ValueError, match=f"{more.partition('=')[0]} would change nothing"):
+        sample.command()
+
+
 # ----------------------------------------------------------------------------------------- WBench
 def test_wbench_commands_a_camera_for_every_latent():
     """A walk of one unit a latent: frames between stand a quarter apart; the wide picture's focal
