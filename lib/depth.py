@@ -30,7 +30,7 @@ METRES = DepthUnit()
 def check_positive(field, value, where):
     if value is not None and not (type(value) in (int, float) and 0 < value < FAR):
         wanted = f"a number between 0 and {FAR:.0e}"
-        raise ValueError(f"{where}: {field} = {str(value)[:60]}; wanted {wanted}")
+        raise ValueError(f"{where}: {field} = {value!r:.60}; wanted {wanted}")
 
 
 def unit_of(entry, where):

@@ -398,7 +398,7 @@ def listed(folder, kinds, pattern="*"):
 
 def array_files(path):
     """Files of a clip's arrays in order: one for all frames, or a folder with one per frame."""
-    return [f for f in listed(path, MAPS) if f.suffix in MAPS] if path.is_dir() else []
+    return listed(path, MAPS) if path.is_dir() else []
 
 
 def count_arrays(path, mask=False):

@@ -164,6 +164,20 @@ def test_depth_in_tiff_is_refused_by_name(src, capsys, write, folder):
     assert "an ending .tif; wanted .npy, .npz, .png" in capsys.readouterr().out
 
 
+def test_a_dataset_s_depth_may_end_in_capitals_and_a_number_in_quotes_shows_them(src):
+    """Seen: "0 frames found, 1 wanted"; "fps = 30; wanted a number"."""
+    kitti(src, C)
+    imported(src)
+    for path in (src.parent / "out/src/depth").iterdir():
+        path.rename(path.with_suffix(".PNG"))
+    (sample,) = load_samples(src.parent / "out")
+    np.testing.assert_allclose(load_clip(sample, H, W, 5)["depth"], C["mm"][:5] / 1000, rtol=1e-6)
+    path = src.parent / "out/metadata.json"
+    path.write_text(path.read_text().replace('"fps": 30.0', '"fps": "30"'))
+    with pytest.raises(ValueError, match="sample 0: fps = '30'; wanted a number between"):
+        load_samples(src.parent / "out")
+
+
 def test_vggt_s_archive_is_a_camera_file_though_it_holds_an_object(src):
     """Seen: "values of type object; wanted numbers" of every predictions.npz of its demo."""
     vggt(src, C)
