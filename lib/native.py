@@ -224,19 +224,19 @@ def pose_files(folder):
     """frame-000000.pose.txt of 7-Scenes, 0.txt of ScanNet, .npz of CUT3R, .json of Polycam."""
     files = [f for f in Path(folder).glob("[!.]*") if f.suffix in (".txt", ".npz", ".json")]
     named = [f for f in files if f.name.endswith(".pose.txt")]
-    named = named or [f for f in files if f.stem.isdigit()]
-    return sorted(named, key=lambda f: natural(f.name))
+    return sorted(named or [f for f in files if f.stem.isdigit()], key=lambda f: natural(f.name))
 
 
 def pose_of(path):
-    """Camera-to-world of a frame and its fx fy cx cy in pixels, or None."""
+    """Camera-to-world of a frame and its fx fy cx cy in pixels, fractions or None."""
     if path.suffix == ".npz":
         data = small_arrays(path)
         return data["pose"], focal_and_centre(data["intrinsics"])
     if path.suffix == ".json":
         said = json.loads(path.read_bytes())
         m = [[said[f"t_{row}{column}"] for column in range(4)] for row in range(3)]
-        return m * np.array([1, -1, -1, 1]), [said[x] for x in ("fx", "fy", "cx", "cy")]  # OpenGL
+        k = fractions([said[x] for x in ("fx", "fy", "cx", "cy")], (said["height"], said["width"]))
+        return m * np.array([1, -1, -1, 1]), k  # OpenGL's axes
     return read_rows(path).reshape(-1, 4), None
 
 

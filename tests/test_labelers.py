@@ -148,7 +148,7 @@ def test_cameras_of_apps_are_camera_files_too(src):
         write(src / name, C)
     places = "a/EXR_RGBD/metadata.json b/keyframes/cameras c/camera d/odometry.csv".split()
     for place in places:
-        w2c, k, _ = camera_files.read(src / place, size=(H, W))
+        w2c, k, _ = camera_files.read(src / place, size=None if place[0] in "ab" else (H, W))
         np.testing.assert_allclose(w2c, C["w2c"], atol=1e-6)
         if place[0] != "d":
             np.testing.assert_allclose(k, lens_of(C), atol=1e-6)
