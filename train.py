@@ -29,13 +29,14 @@ import config
 import sample
 from config import option, section
 from data import CachedClips, EmptySplit, collate, prepare
+from encoders import EXPERTS, expert_folders
 from geometry import clip_mean, geometry_losses
 from lib import lock
 from lib.checkpoints import choose_start, describe, load_optimizer, save_checkpoint, training_state
 from lib.crop import check_video_size
 from lib.distributed import Ranks, from_first, gather_full, shard, start_processes, wrap
 from lib.evaluate import How, evaluate, evaluate_only
-from lib.experts import INPUTS, check_place, experts_folder, files_in, window_of
+from lib.experts import INPUTS, check_place, files_in, window_of
 from lib.frozen import check_frozen, identify_frozen
 from lib.guards import BadSteps, Stop, Watch, end_children, ignore_signals, run_command
 from lib.log import Records, Tally, by_sigma, changed_options, clock, memory_gb, provenance
@@ -492,7 +493,8 @@ def settled(options):
     where none is given; the files to start from; metadata of the first: ours, a release, VGGT."""
     sources = list(filter(None, files_in(options.init_from)))
     origin = metadata_of(sources[0]) if sources else {}
-    folder = experts_folder(options.wan_dir, options.expert)
+    pair = expert_folders(options.wan_dir) if options.expert else []
+    folder = str(pair[EXPERTS.index(options.expert)]) if pair else options.wan_dir
     options = options.replaced(wan_dir=folder, lora=options.lora or origin.get("lora", ""))
     return options, sources, dict(origin, lora=options.lora)
 

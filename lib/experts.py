@@ -5,6 +5,7 @@ Each is a whole FantasyWorld; which one works is a question of the noise level a
 
 import json
 import os
+import re
 from functools import partial
 from pathlib import Path
 
@@ -85,6 +86,8 @@ def of_each(text, count, option):
     if len(files) != count:
         wanted = "one file" if count == 1 else "two, with a comma: high noise, low noise"
         raise ValueError(f"--{option} {text}: {len(files)} files; wanted {wanted}")
+    for file, expert in zip(files, EXPERTS if count > 1 else ()):
+        check_place(file, dict(expert="either"), expert)
     return files
 
 
@@ -96,23 +99,17 @@ def window_of(options):
     return levels
 
 
-def experts_folder(wan_dir, expert):
-    """The folder of a pair's expert; wan_dir itself without one, or where it is no pair's."""
-    pair = expert_folders(wan_dir)
-    return str(pair[EXPERTS.index(expert)]) if pair and expert else wan_dir
-
-
 def check_place(path, meta, expert):
     """A checkpoint must be the expert that is wanted: of its place in --ckpt, or of --expert."""
-    cure = "--ckpt is HIGH,LOW, train.py's --expert=high or --expert=low"
+    cure = "pairs are HIGH,LOW, train.py's --expert=high or --expert=low"
     found = meta.get("expert")
     if not found:
         raise ValueError(f"{path}: no expert of a pair, wanted the {expert} noise one; {cure}")
     if not expert:
         raise ValueError(f"{path}: one expert of a pair; say which: {cure}")
-    if found == "either":  # the release's: only their names differ
-        other = EXPERTS[1 - EXPERTS.index(expert)]
-        found = other if f"{other}_noise" in Path(path).name else expert
+    if found == "either":  # the release's: only their names differ, or their folders'
+        told = re.findall("(high|low)[-_ ]?noise", "/".join(Path(path).parts[-2:]).lower())
+        found = (told or [expert])[-1]
     if found != expert:
         raise ValueError(f"{path}: the {found} noise expert, wanted the {expert} noise one; {cure}")
 

@@ -20,7 +20,7 @@ import sample
 import train
 from encoders import WanFolder, wan_family
 from lib.checkpoints import save_checkpoint
-from lib.experts import metadata_of_ckpt
+from lib.experts import metadata_of_ckpt, of_each
 from lib.files import read_video
 from lib.plan import count
 from lib.weights import export_release, load_release, read_metadata, wan_sources
@@ -151,8 +151,17 @@ def test_half_a_pair_the_wrong_order_and_a_strange_one_are_refused_in_one_line(p
     comma = tmp_path / "one, of a pair.pth"  # a single file, whatever its name
     comma.symlink_to(high)
     refused[str(comma)] = refused[high]
+    for name in ("low_noise_model", "high-noise"):  # where folders alone tell them apart
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.pth").symlink_to(low if "low" in name else high)
+    swapped = f"{tmp_path}/low_noise_model/a.pth,{tmp_path}/high-noise/a.pth"
+    refused[swapped] = refused[f"{low},{high}"]
     for ckpt, said in refused.items():
         assert said in sampled(pair, tmp_path, ckpt, *wan, ok=False)
+    for option in ("release", "lora"):
+        with pytest.raises(ValueError, match=f"{low}: {refused[swapped]}"):
+            of_each(f"{low},{high}", 2, option)
+    assert of_each(f"{high},{low}", 2, "lora") == [high, low]
     text = sampled(pair, tmp_path, f"{high},{low}", *wan, "--lora=one.safetensors", ok=False)
     assert "--lora one.safetensors: 1 files; wanted two" in text
     assert "wanted two levels" in train_here("config/stage2.py", "--sigma_range=0.9")[0]
