@@ -334,7 +334,6 @@ def print_plan(options):
 
 def loss_alone(options):
     """What lib/plan counts: (model, b, noise, sigma, keep) -> the scalar loss of one micro-step."""
-
     loss = partial(compute_loss, options=options)
     return lambda model, b, noise, sigma, keep: loss(model, b, noise, sigma=sigma, keep=keep)[0]
 
@@ -357,9 +356,9 @@ def keep_global_batch(meta, options, world):
     return options.replaced(batch_size=size, grad_accum=accum), [remark]
 
 
-def resume_from(path, model, optimizer, *, options, world, frozen):
+def resume_from(path, model, optimizer, *, options, world, frozen, clips):
     """Load a checkpoint and its optimizer state -> metadata, options with its global batch, remarks
-    for the log."""
+    for the log; clips: how many each dataset has, which decides the order of all."""
     meta = metadata_of(path)
     if meta.get("stage") != str(options.stage):
         found = f"is of stage {meta.get('stage')}, this run is stage {options.stage}"
@@ -370,8 +369,9 @@ def resume_from(path, model, optimizer, *, options, world, frozen):
     step, path = int(meta["step"]), pathlib.Path(path)
     beside = path.with_name(f"step-{step}.optim.safetensors")
     load_optimizer(beside, model, optimizer, of=(path, meta))
-    before = json.loads(meta["train_config"])
-    remarks = [f"changed since step {step}: {c}" for c in changed_options(before, vars(options))]
+    before = dict(clips=clips) | json.loads(meta["train_config"])  # older ones do not say clips
+    changes = changed_options(before, dict(vars(options), clips=clips))
+    remarks = [f"changed since step {step}: {change}" for change in changes]
     known = {key: value for key, value in before.items() if key in vars(options)}
     old, new = (learning_rate_at(step, o) for o in (options.replaced(**known), options))
     if old != new:
@@ -420,12 +420,9 @@ def describe_run(options, trained, clips, world):
     """The first line of a start in training.log."""
     millions = sum(p.numel() for p in trained) / 1e6
     val = f"{len(clips['val'])} val" if "val" in clips else "no val: nothing is evaluated"
-    counts = f"{len(clips['train'])} + {val}"
+    what = f"stage {options.stage}, {millions:.1f}M trainable, clips {len(clips['train'])} + {val}"
     product = f"{options.batch_size} x {options.grad_accum} x {world}"
-    return (
-        f"stage {options.stage}, {millions:.1f}M trainable, clips {counts}, "
-        f"global batch {product} = {global_batch(options, world)}"
-    )
+    return f"{what}, global batch {product} = {global_batch(options, world)}"
 
 
 @dataclass(frozen=True)
@@ -459,17 +456,6 @@ class Job:
             # The sum over micro-steps is the mean over clips.
             (loss / options.grad_accum).backward()
         return loss.detach(), parts, bins, b["id"]  # all still on the device
-
-
-def write_checkpoint(out, step, state, metadata, *, options):
-    """Save a step -> "", or why it failed: a full disk costs a checkpoint, not the run."""
-    keep = dict(keep_last=options.keep_last, keep_every=options.keep_every)
-    try:
-        save_checkpoint(out, step, state, metadata, **keep)
-    except OSError as error:
-        found = f"step {step} is not saved ({error})"
-        return f"{found}; earlier checkpoints in {out} are untouched. Free some space"
-    return ""
 
 
 @dataclass
@@ -549,8 +535,8 @@ def main(options):
     asked, meta = options, {}
     start_from = from_first(choose_start(out, options.resume) if master else None)
     if start_from:
-        how_many = dict(options=options, world=ranks.world, frozen=frozen)
-        meta, options, more = resume_from(start_from, model, optimizer, **how_many)
+        now = dict(options=options, world=ranks.world, frozen=frozen, clips=clips["train"].sizes)
+        meta, options, more = resume_from(start_from, model, optimizer, **now)
         remarks += more
     elif sources and origin.get("foreign") != "release":  # a release's weights are in it already
         load_weights(model, sources[0])
@@ -564,12 +550,11 @@ def main(options):
     facts = dict(format="fantasyworld", stage=str(options.stage), release=origin.get("release", ""))
     facts |= dict(expert=options.expert, lora=options.lora, frozen=frozen, world=str(ranks.world))
     facts |= dict(global_batch=str(total), model_config=json.dumps(asdict(model.cfg)))
-    metadata = provenance(vars(asked)) | facts
+    metadata = provenance(dict(vars(asked), clips=clips["train"].sizes)) | facts
     records = Records(out if master else None, metadata, first_step)
     log = records.line
     headline = describe_run(options, trained, clips, ranks.world)
-    steps = f"steps {first_step} .. {options.max_steps}"
-    log(f"# {headline}, {device}, git {metadata['git']}, {steps}")
+    log(f"# {headline}, {device}, git {metadata['git']}, steps {first_step} .. {options.max_steps}")
     for remark in remarks:  # what differs from the run so far
         log(f"# {remark}")
     watch = Watch(options.max_steps, log)
@@ -583,7 +568,11 @@ def main(options):
         state, error = training_state(model, optimizer), ""  # on all ranks
         if master:
             told = dict(metadata, norm_mean=repr(float(guard.mean)))
-            error = write_checkpoint(out, step, state, told, options=options)
+            keep = dict(keep_last=options.keep_last, keep_every=options.keep_every)
+            try:
+                save_checkpoint(out, step, state, told, **keep)
+            except OSError as full:  # the disk: it costs a checkpoint, not the run
+                error = f"step {step} is not saved ({full}); {out} keeps others. Free some space"
         error = from_first(error)  # every rank learns of it
         if error:
             log(f"# warning: {error}")

@@ -151,7 +151,7 @@ def test_another_lora_is_another_frozen_branch(tmp_path):
         with pytest.raises(ValueError, match="trained with --lora=there/a.*other_wan"):
             identify_frozen(other, sources, True)
         assert identify_frozen(other.replaced(other_wan=True), sources, True)
-        again = dict(options=other, world=1, frozen=meta["frozen"])
+        again = dict(options=other, world=1, frozen=meta["frozen"], clips=[])
         with pytest.raises(ValueError, match="trained with --lora=there/a"):
             train.resume_from(path, None, None, **again)
 
@@ -160,6 +160,21 @@ def test_a_list_of_checkpoints_may_be_longer_than_a_file_s_name_may_be():
     """eval_only of fourteen in one folder was 'File name too long'."""
     names = [f"step-{n}00000.safetensors" for n in range(14)]
     assert files_in(",".join(names)) == names and files_in("") == []
+
+
+def test_a_dataset_that_grew_or_shrank_is_told_at_a_resume(tmp_path):
+    """The order of the clips is another one from there on."""
+    model, options = tiny_model(1), options_of(train, stage=1)
+    optimizer = train.make_optimizer(model, options)
+    loss_of(model(**tiny_inputs(), video=False)).backward()
+    optimizer.step()
+    meta = dict(train_config=json.dumps(dict(vars(options), clips=[8])), stage="1")
+    save_checkpoint(tmp_path, 1, training_state(model, optimizer), meta, keep_last=1)
+    for clips, told in (([6], ["changed since step 1: clips [8] -> [6]"]), ([8], [])):
+        how = dict(options=options, world=1, frozen="", clips=clips)
+        assert (
+            train.resume_from(f"{tmp_path}/step-1.safetensors", model, optimizer, **how)[2] == told
+        )
 
 
 def test_what_a_run_cannot_start_from_is_refused():
