@@ -2,7 +2,7 @@
 steps that are skipped, warnings about its course."""
 
 import math
-import multiprocessing
+import multiprocessing.queues
 import os
 import re
 import signal
@@ -10,6 +10,8 @@ import statistics
 import sys
 import time
 from contextlib import suppress
+from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
@@ -22,8 +24,8 @@ from lib.distributed import Unheard, gathered
 # The guide's figures: a mean loss above them in the last fifth of a run earns a warning.
 LATE_LIMITS = {"loss/depth": 0.2, "loss/point": 0.5, "loss/camera": 0.1}
 
-# A loader worker that was killed, or that found no shared memory for its batch.
-LOST_WORKER = re.compile(r"DataLoader worker|unable to .*(shared memory|torch_)")
+# A loader worker that was killed, or that found no shared memory or no file handle for its batch.
+LOST_WORKER = re.compile(r"DataLoader worker|Too many open|unable to .*(shared memory|torch_)")
 
 
 def run_command(program, command, advice=""):
@@ -61,8 +63,8 @@ def one_line(error, advice=""):
         said = f"{full} {advice}"
     elif isinstance(error, ModuleNotFoundError):
         said = f"{error}. Fix: pip install -r requirements.txt"
-    elif isinstance(error, RuntimeError) and LOST_WORKER.match(said):
-        said += " Fix: --num_workers=0, or more room in /dev/shm"
+    elif isinstance(error, (RuntimeError, OSError)) and LOST_WORKER.search(said):
+        said += " Fix: --num_workers=0, ulimit -n 65536, or more room in /dev/shm"
     elif not isinstance(error, (ValueError, OSError, SafetensorError)):
         raise error
     return printable(said)
@@ -90,6 +92,8 @@ def ignore_signals(_worker):
     lock.release(worker=True)
     for number in STOPS:
         signal.signal(number, signal.SIG_IGN)
+    # A batch that it cannot send (no file handles left) it would drop: the trainer waits for ever.
+    multiprocessing.queues.Queue._on_queue_feeder_error = lambda *_: os._exit(1)
 
 
 class Stop:
@@ -141,25 +145,20 @@ class Judged(NamedTuple):
     ids: list  # of each micro-step: its clips
 
 
+@dataclass
 class BadSteps:
     """Skips steps with a non-finite loss or gradient, or a gradient spike, on all ranks alike.
 
     The verdict stays on the device: AdamW takes it as `found_inf` (the input that gradient scalers
     use) and then leaves weights and moments as they are, so no step waits for the host.  `report`
-    reads the verdicts later.
+    reads the verdicts later."""
 
-    options   spike_guard: skip when the gradient norm exceeds this many times its running mean, 0
-              is off; max_bad_steps: so many bad steps in a row end the run
-    mean      () on the device, running mean of the norms of good steps; 0 = none yet"""
-
-    def __init__(self, group, options, mean):
-        self.group = group
-        self.spike = options.spike_guard
-        self.limit = options.max_bad_steps
-        self.mean = mean
-        self.pending = []
-        self.row = 0  # bad steps since the last good one
-        self.count = 0
+    group: object
+    options: SimpleNamespace  # spike_guard, max_bad_steps
+    mean: torch.Tensor  # () on the device, of the norms of good steps, running; 0 = none yet
+    pending: list = field(default_factory=list)
+    row: int = 0  # bad steps since the last good one
+    count: int = 0
 
     def judge(self, step, norm, losses, *, ids):
         """Whether a step is bad, a tensor () of 0 or 1 on the device.
@@ -168,8 +167,8 @@ class BadSteps:
         finite = torch.stack(losses).isfinite()
         norm = norm.detach().float()
         bad = (~(finite.all() & norm.isfinite())).float()
-        if self.spike:
-            bad = bad.maximum(((self.mean > 0) & (norm > self.spike * self.mean)).float())
+        if spike := self.options.spike_guard:
+            bad = bad.maximum(((self.mean > 0) & (norm > spike * self.mean)).float())
         if self.group is not None:
             dist.all_reduce(bad, dist.ReduceOp.MAX, self.group)
         good_mean = torch.where(self.mean > 0, torch.lerp(self.mean, norm, 0.05), norm)
@@ -179,7 +178,7 @@ class BadSteps:
 
     def report(self, log):
         """Log the bad steps since the last call with the clips behind them; SystemExit after
-        `limit` in a row.  To be called on all ranks."""
+        max_bad_steps in a row.  To be called on all ranks."""
         pending, self.pending = self.pending, []
         # The one wait for the device.
         verdicts = torch.stack([judged.bad for judged in pending]).tolist() if pending else []
@@ -189,10 +188,10 @@ class BadSteps:
                 self.count += 1
                 found = f"({self.row} in a row, {self.count} in all): {self.cause(judged)}"
                 log(f"# warning: step {judged.step + 1} skipped on all ranks {found}")
-            if self.row == self.limit:
+            if self.row == self.options.max_bad_steps:
                 last = f"last at step {judged.step + 1}"
                 raise SystemExit(
-                    f"{self.limit} bad steps in a row (max_bad_steps), {last}: the weights are "
+                    f"{self.row} bad steps in a row (max_bad_steps), {last}: the weights are "
                     "those of the last good step and the saved checkpoints are untouched. Fix: look"
                     " at the clips named in training.log, lower --learning_rate, or go back to an "
                     "older checkpoint with --resume=FILE --out_dir=ANOTHER"
@@ -209,14 +208,14 @@ class BadSteps:
 
 
 # --------------------------------------------------------------------------------------- warnings
+@dataclass
 class Watch:
     """Warnings about a run's course, each kind once a start; update() takes a line's scalars."""
 
-    def __init__(self, max_steps, log):
-        self.max_steps = max_steps
-        self.log = log
-        self.said = set()
-        self.seen = []  # (step, scalars) of every line
+    max_steps: int
+    log: object
+    said: set = field(default_factory=set)
+    seen: list = field(default_factory=list)  # (step, scalars) of every line
 
     def update(self, step, scalars):
         self.seen.append((step, scalars))

@@ -21,6 +21,7 @@ from lib.guards import Watch, run_command
 from lib.log import Records
 
 BROKEN = """
+import resource
 import sys
 import torch
 from torch.utils.data import DataLoader
@@ -28,6 +29,9 @@ from lib import guards
 
 class Clips(list):
     def __getitem__(self, i):
+        if "handles" in sys.argv:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (60, 60))
+            return [torch.zeros(1) for _ in range(24)]
         if "damaged" in sys.argv:
             raise ValueError(f"clip {i}: damaged")
         return torch.zeros(1000, 1000)
@@ -167,6 +171,16 @@ def test_an_error_out_of_a_loader_worker_is_one_line_and_ends_the_process(tmp_pa
     assert (ended.returncode, ended.stderr) == (2, "train.py: clip 3: damaged\n")
 
 
+def test_a_worker_without_file_handles_for_its_batch_ends_the_run_with_the_cure(tmp_path):
+    """The queue between them dropped the batch, and the run waited for it for ever: ulimit -n."""
+    (tmp_path / "broken.py").write_text(BROKEN)
+    env = dict(ENV, PYTHONPATH=str(ROOT))
+    command = [sys.executable, tmp_path / "broken.py", "handles"]
+    ended = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 2
+    assert "Fix: --num_workers=0, ulimit -n 65536" in ended.stderr.splitlines()[-1]
+
+
 def test_shared_memory_as_small_as_a_containers_is_told_in_a_line_with_the_cure(tmp_path):
     mount = 'mount -t tmpfs -o size=1m tmpfs /dev/shm && exec "$@"'
     small = ["unshare", "-m", "sh", "-c", mount, "sh"]
@@ -179,7 +193,7 @@ def test_shared_memory_as_small_as_a_containers_is_told_in_a_line_with_the_cure(
     own = "ERROR: Unexpected bus error"  # a line of torch 2.4 itself
     (line,) = [x for x in ended.stderr.splitlines() if not x.startswith(own)]
     assert ended.returncode == 2 and len(line) < 250 and "shared memory" in line
-    assert line.endswith("Fix: --num_workers=0, or more room in /dev/shm")
+    assert line.endswith("Fix: --num_workers=0, ulimit -n 65536, or more room in /dev/shm")
 
 
 def test_a_record_that_cannot_be_written_is_announced_and_lost(tmp_path, capsys):
