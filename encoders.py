@@ -46,7 +46,9 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 # --- Loading.  Models are built on the meta device and given the file's own tensors: no copy.
 def check_whole(path):
-    """ValueError for what takes the place of a file until its download is finished."""
+    """ValueError for what is no file, or takes its place until its download is finished."""
+    if os.path.exists(path) and not os.path.isfile(path):  # opened, a pipe would wait for ever
+        raise ValueError(f"{path}: a pipe or a folder; name a file in it, as latest.safetensors")
     with open(path, "rb") as file:
         pointer = file.read(15) in (b"version https:/", b"/annex/objects/")
     # aria2 gives a file its whole length at once, with zeros where bytes are missing.

@@ -62,8 +62,7 @@ def read_metadata(path):
         with safe_open(path, "pt") as file:
             return file.metadata() or {}
     except Exception as error:
-        why = "a folder; name a file in it, as latest.safetensors" if os.path.isdir(path) else error
-        raise ValueError(f"{path}: not a checkpoint that can be read ({why})") from None
+        raise ValueError(f"{path}: not a checkpoint that can be read ({error})") from None
 
 
 def read_tensors(path):

@@ -3,6 +3,8 @@
 import errno
 import json
 import math
+import os
+import signal
 from functools import partial
 
 import pytest
@@ -12,7 +14,7 @@ from small import TINY, command_here, loss_of, options_of, tiny_inputs, tiny_mod
 
 import data
 import train
-from encoders import MINIATURE
+from encoders import MINIATURE, lazy_tensors
 from geometry import decode_pose, encode_pose
 from lib import plan
 from lib.checkpoints import load_optimizer, save_checkpoint, training_state
@@ -22,7 +24,7 @@ from lib.experts import files_in
 from lib.frozen import frozen_digest, identify_frozen
 from lib.jobs import attempt
 from lib.log import Passes, provenance
-from lib.weights import load_trained, read_metadata
+from lib.weights import load_trained, metadata_of, read_metadata, read_tensors
 
 
 def test_the_tilde_of_a_path_is_the_home_folder_for_data_py_too(tmp_path, monkeypatch):
@@ -160,6 +162,17 @@ def test_a_list_of_checkpoints_may_be_longer_than_a_file_s_name_may_be():
     """eval_only of fourteen in one folder was 'File name too long'."""
     names = [f"step-{n}00000.safetensors" for n in range(14)]
     assert files_in(",".join(names)) == names and files_in("") == []
+
+
+def test_no_way_in_of_a_weight_file_waits_for_a_pipe(tmp_path):
+    """mkfifo, or <(...) of a shell: sample.py --ckpt and train.py --init_from hung."""
+    signal.alarm(30)  # ends what waits, and the tests with it
+    for name in ("a.safetensors", "a.pth"):
+        os.mkfifo(tmp_path / name)
+        for read in (metadata_of, read_tensors, lazy_tensors):
+            with pytest.raises(ValueError, match=f"{name}: a pipe or a folder; name a file"):
+                read(str(tmp_path / name))
+    signal.alarm(0)
 
 
 def test_a_dataset_that_grew_or_shrank_is_told_at_a_resume(tmp_path):
