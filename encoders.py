@@ -91,7 +91,8 @@ def _load(sd, family, build):
     except (KeyError, IndexError, ValueError) as error:
         first = ", ".join(itertools.islice(sd, 4))
         found = f"its sizes cannot be read, {error!r}. Found {len(sd)} tensors: {first} ..."
-        raise ValueError(f"not a {family}: {found}") from error
+        cure = "Those for transformers and diffusers have other names: take the official file"
+        raise ValueError(f"not a {family}: {found} {cure}") from error
     return load_strict(model, sd, f"not a {family}").requires_grad_(False).eval()
 
 
