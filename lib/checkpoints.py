@@ -201,20 +201,20 @@ def load_optimizer(path, model, optimizer, of=None):
     wanted = {name for name, p in params.items() if p.requires_grad}
     if differ := wanted ^ {name.split("|")[0] for name in tensors}:
         found = f"{len(differ)} parameters differ from this model's, first {min(differ)}"
-        raise ValueError(f"{path}: {found}; it belongs to another stage or model_overrides")
+        raise ValueError(f"{path}: {found}; of another stage, --optimizer or model_overrides")
     local = local_optimizer(optimizer)
     own = {p: group for group in local.param_groups for p in group["params"]}  # sharded: a part
     for name, value in tensors.items():
         parameter, key = name.split("|")
-        p = params[parameter]
-        if p in own:
-            if own[p].get("orthogonal", False) != (key == "momentum"):
-                cure = "keep it, or start another --out_dir with --init_from"
-                raise ValueError(f"{path}: the state of another --optimizer; {cure}")
+        if (p := params[parameter]) in own:
             like = value if key == "step" else p
             moment = torch.empty_like(like, device=p.device, requires_grad=False)
             copy_into(moment, value)
             local.state[p][key] = moment
+    keys = {True: {"momentum"}, False: {"step", "exp_avg", "exp_avg_sq"}}
+    if any(local.state[p].keys() != keys["orthogonal" in group] for p, group in own.items()):
+        cure = "keep it, or start another --out_dir with --init_from"
+        raise ValueError(f"{path}: the state of another --optimizer; {cure}")
 
 
 # --------------------------------------------------------------------------------------- checking

@@ -96,6 +96,12 @@ def test_the_state_of_another_optimizer_is_named(tmp_path):
             load_optimizer(tmp_path / "step-1.optim.safetensors", model, other)
         same = train.make_optimizer(model, options.replaced(optimizer=saved))
         load_optimizer(tmp_path / "step-1.optim.safetensors", model, same)
+    trained, beside = [p for p in model.parameters() if p.requires_grad], tmp_path / "a.safetensors"
+    for other in (torch.optim.SGD(trained, momentum=0.9), torch.optim.Adam(trained, amsgrad=True)):
+        other.step()  # written by a train.py of one's own
+        save_file({k: v.contiguous() for k, v in training_state(model, other)[1].items()}, beside)
+        with pytest.raises(ValueError, match="the state of another --optimizer"):
+            load_optimizer(beside, model, train.make_optimizer(model, options))
 
 
 NO_MODEL = dict(geo_heads=(0, 5, 64), geo_dim=(1414,), irg_dim=(1164,), bridge_width=(200,))
