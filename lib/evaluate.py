@@ -286,4 +286,5 @@ def evaluate_only(model, examples, out, sources, how, more_sigmas=()):
         rows |= {f"{' '.join(words)}, {title}": row for title, row in found.items()}
     if how.ranks.rank == 0:
         print_table(rows)  # first: a full disk does not cost it
-        (out / "eval.json").write_text(json.dumps(rows, indent=2))
+        known = json.loads(json.dumps(rows), parse_constant=lambda _: None)  # no NaN in JSON
+        (out / "eval.json").write_text(json.dumps(known, indent=2))

@@ -16,6 +16,7 @@ import data
 import train
 from encoders import MINIATURE, lazy_tensors
 from geometry import decode_pose, encode_pose
+from lib import evaluate as evaluation
 from lib import plan
 from lib.checkpoints import load_optimizer, save_checkpoint, training_state
 from lib.distributed import Ranks
@@ -179,6 +180,15 @@ def test_no_way_in_of_a_weight_file_waits_for_a_pipe(tmp_path):
             with pytest.raises(ValueError, match=f"{name}: a pipe or a folder; name a file"):
                 read(str(tmp_path / name))
     signal.alarm(0)
+
+
+def test_the_numbers_of_an_evaluation_are_json_where_some_are_not_known(tmp_path, monkeypatch):
+    """No reader of other languages takes NaN or Infinity."""
+    rows = {"fair": dict(abs_rel=0.5, tae=math.nan, trans=math.inf)}
+    monkeypatch.setattr(evaluation, "baselines", lambda *_: rows)
+    evaluation.evaluate_only(None, dict(train=[], val=[]), tmp_path, [], evaluation.How(None, 1, 1))
+    found = json.loads((tmp_path / "eval.json").read_text(), parse_constant=pytest.fail)
+    assert found == {"fair": dict(abs_rel=0.5, tae=None, trans=None)}
 
 
 def test_a_dataset_that_grew_or_shrank_is_told_at_a_resume(tmp_path):
