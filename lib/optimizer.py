@@ -89,10 +89,9 @@ def make_optimizer(model, options, ranks=None):
     # Decay would pull gates and tokens to zero.  A gain may have axes of 1 (ChannelNorm's).
     others = ("modulation", "_token", "_tokens")
     plain = [p for n, p in named if n.endswith(others) or p.numel() == max(p.shape, default=1)]
-    ids = {id(p) for p in plain}
     muon = options.optimizer == "muon"
-    inner = [p for n, p in named if id(p) not in ids and muon and is_orthogonal(n, p)]
-    ids |= {id(p) for p in inner}
+    inner = [p for n, p in named if muon and is_orthogonal(n, p)]
+    ids = {id(p) for p in (*plain, *inner)}
     matrices = [p for _, p in named if id(p) not in ids]
     groups = [dict(params=matrices, weight_decay=options.weight_decay)]
     groups += [dict(params=plain, weight_decay=0.0)]

@@ -16,6 +16,7 @@ class Report:
         before, said = self.checks.get(check, ("ok", ""))
         worst = max(before, status, key=STATES.index)
         self.checks[check] = (worst, "; ".join(filter(None, (said, text))))
+        return self
 
     def suspect(self, check, name, text, status="fail"):
         self.suspects.append(name)

@@ -210,3 +210,10 @@ def test_command_prints_a_table_names_the_cure_and_fails(tmp_path, capsys, monke
         with pytest.raises(SystemExit, match="1"):
             data.command()
         assert words in capsys.readouterr().out
+
+
+def test_a_rendering_of_caches_alone_is_no_failure(tmp_path, capsys):
+    """verify named every clip of synth --cache_only as failed, and ended with 1."""
+    rooms.synth(tmp_path, rooms.Recipe(1, 5, 32, 48, variety="simple", cache_only=True))
+    assert data.verify(tmp_path) == 0
+    assert "skip files: caches alone, which train.py checks" in capsys.readouterr().out
