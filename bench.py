@@ -376,7 +376,7 @@ TABLES = ("flops", "step", "sampling", "data")
 
 def main():
     devices = ("cpu", "cuda")[: 1 + torch.cuda.is_available()]
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("tables", nargs="*", metavar="TABLE", help=f"{', '.join(TABLES)}; else all")
     parser.add_argument("--device", default=devices[-1], choices=devices, help="else a GPU if any")
     how = dict(type=int, default=3, choices=range(1, 100), metavar="N")

@@ -583,7 +583,7 @@ def size_options(command):
 
 
 def make_parser():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
     p = commands.add_parser("synth", help="render a dataset")
     p.add_argument("out", metavar="DIR", help="folder of the dataset, a new one")

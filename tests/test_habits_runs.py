@@ -206,6 +206,12 @@ def test_a_dataset_that_grew_or_shrank_is_told_at_a_resume(tmp_path):
         )
 
 
+def test_python_without_docstrings_has_its_commands(monkeypatch):
+    """python -OO: every command of data.py was a traceback."""
+    monkeypatch.setattr(data, "__doc__", None)
+    assert data.make_parser().parse_args(["verify", "a"]).root == "a"
+
+
 def test_what_a_run_cannot_start_from_is_refused():
     ckpt = "tiny/fantasyworld.safetensors"
     code, _ = train_here("config/tiny1.py", f"--init_from={ckpt},{ckpt}")
