@@ -617,7 +617,7 @@ def main(options):
             guard.report(log)
             spent = (time.perf_counter() - tally.since) / tally.steps
             scalars = tally.scalars(ranks.group) | dict(learning_rate=lr, gradient_norm=float(norm))
-            scalars |= dict(samples_per_second=total / spent) | memory_gb(device)
+            scalars |= dict(samples_per_second=total / spent, gpu_memory=memory_gb(device))
             scalars["mfu"] = job.counter.flops * options.grad_accum / (peak * spent)
             words = (f"{spent:.3f} s/step", f"{at.left(options.max_steps)} left")
             records.step(at.done, scalars, (options.max_steps, *words))

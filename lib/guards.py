@@ -255,7 +255,7 @@ class Watch:
                 yield key, f"{key} is {found}: {cure}"
 
     def memory(self):
-        values = self.values("gpu_memory") or self.values("host_memory")
+        values = self.values("gpu_memory")
         rises = sum(b > a for a, b in zip(values[-11:], values[-10:]))
         if len(values) > 30 and values[-1] > 1.2 * values[10] and rises >= 8:
             found = f"{values[10]:.2f} GB at log line 10, {values[-1]:.2f} GB now"

@@ -91,11 +91,11 @@ class Tally:
 
 
 def memory_gb(device):
-    """The most that this process has held, as scalars: of the GPU, without one of the host."""
+    """The most that this process has held."""
     if device.type == "cuda":
-        return dict(gpu_memory=torch.cuda.max_memory_allocated(device) / 2**30)
+        return torch.cuda.max_memory_allocated(device) / 2**30
     unit = 2**30 if sys.platform == "darwin" else 2**20  # bytes there, kB elsewhere
-    return dict(host_memory=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
 def clock(seconds):

@@ -145,7 +145,7 @@ def test_tensorboard_has_the_scalars_of_the_guide(stages):
         "loss/camera",
         "loss/total",
         "learning_rate",
-        "host_memory",
+        "gpu_memory",
         "samples_per_second",
         "gradient_norm",
         "mfu",
