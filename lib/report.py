@@ -34,8 +34,15 @@ class Report:
 
 
 # name of a number: width, format
-COLUMNS = dict(frames=(6, "d"), depth_low=(8, ".3g"), depth_high=(8, ".3g"), valid=(6, ".0%"))
-COLUMNS |= dict(shared=(7, ".0%"), relative=(9, ".1e"), photo=(6, ".2f"))
+COLUMNS = dict(
+    frames=(6, "d"),
+    depth_low=(8, ".3g"),
+    depth_high=(8, ".3g"),
+    valid=(6, ".0%"),
+    shared=(7, ".0%"),
+    relative=(9, ".1e"),
+    photo=(6, ".2f"),
+)
 
 
 def print_report(report, fix_hints, header):

@@ -45,9 +45,16 @@ RANGES = dict(
 KINDS = enumerate(("full", "simple"))
 VARIETY = {kind: {name: pair[n] for name, pair in RANGES.items()} for n, kind in KINDS}
 
-COLOURS = dict(red=(0.80, 0.16, 0.13), green=(0.20, 0.58, 0.24), blue=(0.15, 0.33, 0.76))
-COLOURS |= dict(yellow=(0.90, 0.74, 0.16), orange=(0.90, 0.46, 0.12), purple=(0.50, 0.24, 0.62))
-COLOURS |= dict(white=(0.88, 0.88, 0.85), teal=(0.10, 0.55, 0.56))
+COLOURS = dict(
+    red=(0.80, 0.16, 0.13),
+    green=(0.20, 0.58, 0.24),
+    blue=(0.15, 0.33, 0.76),
+    yellow=(0.90, 0.74, 0.16),
+    orange=(0.90, 0.46, 0.12),
+    purple=(0.50, 0.24, 0.62),
+    white=(0.88, 0.88, 0.85),
+    teal=(0.10, 0.55, 0.56),
+)
 
 
 def rotation(axis, angle):
