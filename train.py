@@ -280,6 +280,14 @@ def model_config(options):
     return checked_config(vars(preset) | changes, "model_overrides")
 
 
+def files_to_start(options):
+    """Files of init_from; for one that is gone its run's own checkpoint, once it has one."""
+    own = pathlib.Path(options.out_dir, "latest.safetensors")
+    goes_on = options.resume == "auto" and not options.eval_only and own.exists()
+    files = filter(None, files_in(options.init_from))
+    return [str(own) if goes_on and not pathlib.Path(f).exists() else f for f in files]
+
+
 def check_options(options):
     """What ranges alone cannot say is refused before anything slow."""
     if options.compile and torch.__version__ < (2, 5):  # 2.4 shares no graph
@@ -302,17 +310,17 @@ def check_options(options):
     if options.stage and not options.wan_dir and not options.random_wan:
         folder = "FOLDER (Wan2.1 weights, or the run folder of stage 0)"
         raise ValueError(f"stage {options.stage} needs --wan_dir={folder}")
-    origin = options.init_from
+    sources = files_to_start(options)
     if options.stage == 2 and not options.eval_only:
-        if not origin or metadata_of(origin).get("stage") not in ("1", "2"):
+        if not sources or metadata_of(sources[0]).get("stage") not in ("1", "2"):
             wanted = "stage 2 starts from a stage 1 checkpoint or a release's model.pth"
             cure = "Train config/stage1.py, then --init_from=outputs/stage1/latest.safetensors"
-            raise ValueError(f"{wanted}; init_from = {origin!r} is neither. {cure}")
-    if len(files_in(origin)) > 1 and not options.eval_only:
-        raise ValueError(f"init_from = {origin}: several checkpoints are for eval_only")
-    if options.eval_only and not origin:
+            raise ValueError(f"{wanted}; init_from = {options.init_from!r} is neither. {cure}")
+    if len(sources) > 1 and not options.eval_only:
+        raise ValueError(f"init_from = {options.init_from}: several checkpoints are for eval_only")
+    if options.eval_only and not sources:
         raise ValueError("eval_only needs --init_from=CHECKPOINT[,CHECKPOINT ...]")
-    for path in filter(None, files_in(origin)):  # read now, so that a bad one costs no wait
+    for path in sources:  # read now, so that a bad one costs no wait
         meta = metadata_of(path)
         if meta.get("expert"):
             check_place(path, meta, options.expert)
@@ -477,7 +485,7 @@ class Progress:
 def settled(options):
     """Options with the expert's folder, and with the LoRA of the checkpoint that a run starts from
     where none is given; the files to start from; metadata of the first: ours, a release, VGGT."""
-    sources = list(filter(None, files_in(options.init_from)))
+    sources = files_to_start(options)
     origin = metadata_of(sources[0]) if sources else {}
     pair = expert_folders(options.wan_dir) if options.expert else []
     folder = str(pair[EXPERTS.index(options.expert)]) if pair else options.wan_dir

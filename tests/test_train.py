@@ -369,3 +369,15 @@ def test_stage_2_refuses_a_checkpoint_of_stage_0(stages):
         "train.py", "config/tiny2.py", f"--init_from={stages[0]}/s0/latest.safetensors", ok=False
     )
     assert "starts from a stage 1 checkpoint" in text
+
+
+def test_a_run_goes_on_when_the_checkpoint_that_it_started_from_is_gone(stages, tmp_path):
+    root, options = stages
+    common = ["train.py", "config/tiny2.py", *options, f"--wan_dir={root}/s0", "--max_steps=3"]
+    for name, start in (("kept", root / "s1/latest.safetensors"), ("gone", "gone.safetensors")):
+        shutil.copytree(root / "s2", tmp_path / name)
+        run(*common, f"--init_from={start}", f"--out_dir={tmp_path}/{name}")
+    kept, gone = (load_file(tmp_path / name / "step-3.safetensors") for name in ("kept", "gone"))
+    assert kept.keys() == gone.keys() and all(torch.equal(kept[k], gone[k]) for k in kept)
+    said = run(*common, "--init_from=gone.safetensors", f"--out_dir={tmp_path}/new", ok=False)
+    assert "gone.safetensors: not a checkpoint" in said
