@@ -37,8 +37,10 @@ UNREAD = {"a file": ("amount",), "a move": OF_FILES, "key frames": ("amount", *O
 
 def kind_of(text):
     """What a --camera is, of UNREAD."""
+    if "->" in text:  # many are longer than a file's name may be
+        return "key frames"
     file = text not in ("", *MOVES) and (pathlib.Path(text).suffix or pathlib.Path(text).exists())
-    return "key frames" if "->" in text else "a file" if file else "a move"
+    return "a file" if file else "a move"
 
 
 def check_read(camera, names):

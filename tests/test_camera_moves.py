@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from geometry import inv_se3
-from lib.camera_paths import TRAVEL, TURN_AXIS, ZOOM, camera_move
+from lib.camera_paths import TRAVEL, TURN_AXIS, ZOOM, camera_move, load_camera
 from lib.metrics import rotation_angle
 
 NAMES = [*TRAVEL, *TURN_AXIS, *ZOOM, "spiral"]
@@ -125,6 +125,13 @@ def test_zoom_changes_the_focal_length_only():
         w2c, focal = camera_move(name, 9)
         assert torch.equal(w2c, camera_move("static", 9)[0])
         torch.testing.assert_close(focal[-1].item(), factor)
+
+
+def test_key_frames_may_be_longer_than_the_name_of_a_file():
+    """Seen: File name too long, for 16 of them in whole numbers."""
+    text = " | ".join(f"0,0,{i} -> 0,0,{i + 1}" for i in range(25))
+    w2c, _ = load_camera(text, 25, (48, 64))
+    torch.testing.assert_close(inv_se3(w2c)[0, :, 2, 3], torch.arange(25.0))
 
 
 def test_unknown_move_is_named_with_the_nearest_known_ones():
