@@ -43,9 +43,10 @@ def kind_of(text):
     return "a file" if file else "a move"
 
 
-def check_read(camera, names):
-    """ValueError for a given option, of names, that this camera would ignore."""
-    if unread := sorted({*names} & {*UNREAD[kind_of(camera)]}):
+def check_read(camera, given, known):
+    """ValueError for an option, given as other than its known default, that camera would ignore."""
+    changed = {k for k in known if k in given and given[k] != known[k].default}
+    if unread := sorted(changed & {*UNREAD[kind_of(camera)]}):
         found = f"--camera {camera[:99]} is {kind_of(camera)}"
         raise ValueError(f"--{unread[0]} would change nothing: {found}. Leave it out")
 

@@ -86,11 +86,8 @@ def plan_jobs(options, meta, names, prepare, known):
         said.update(step=meta["step"], sha256=meta.get("sha256", ""), files=stamp)
         return Job(given, camera, out, dict(said, prompt=given.prompt, seed=given.seed))
 
-    asked = (
-        lines_of(options, known, prepare)
-        if options.jobs
-        else list(prompted(options, known, prepare))
-    )
+    read_jobs = lines_of if options.jobs else prompted
+    asked = list(read_jobs(options, known, prepare))
     failed = [] if options.jobs or len(asked) > 1 else None
     made = [attempt(partial(make, read), where, failed) for where, read in asked]
     jobs = [job for job in made if job]
@@ -125,7 +122,7 @@ def prompted(options, known, prepare):
     goes to --out itself, several to folders inside."""
     seeds = range(options.seed, options.seed + options.num_samples)
     pairs = list(itertools.product(read_prompts(options.prompt), seeds))
-    check_read(options.camera, [k for k in known if getattr(options, k) != known[k].default])
+    check_read(options.camera, vars(options), known)
     given, camera = prepare(options)  # once: only words and seed differ
     for i, (words, seed) in enumerate(pairs):
         slug = re.sub("[^a-z0-9]+", "-", words.lower())[:40].strip("-")
@@ -152,7 +149,7 @@ def lines_of(options, known, prepare):
             raise ValueError(f"{where}: id {name} stands in {before} too; wanted one of its own")
         if (words := changes.get("prompt", options.prompt)).lower().endswith(".txt"):
             raise ValueError(f"{where}: --prompt {words:.80}: wanted words, for each line its own")
-        check_read(changes.get("camera", options.camera), changes)  # not the command line's
+        check_read(changes.get("camera", options.camera), changes, known)  # not the command line's
         return *prepare(options.replaced(**changes)), Path(options.out, name)
 
     return [(where, partial(read, where, line)) for where, line in numbered]

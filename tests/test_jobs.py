@@ -131,8 +131,9 @@ def test_an_option_that_the_camera_ignores_is_named_and_a_list_may_have_it_for_o
     for more in (["--camera_stride=2"], ["--camera_size=4x5"], [frames, "--amount=2"]):
         with pytest.raises(ValueError, match=f"{more[-1][:8]}.* would change nothing: --camera"):
             planned(*more)
-    list_of = write_list(tmp_path / "l.jsonl", dict(id="a"), dict(id="b", camera=frames[9:]))
-    assert len(planned(list_of, "--amount=2").jobs) == 2
+    usual = dict(camera_stride=1, camera_size="", amount=1.0)  # a table has a cell for each
+    lines = [dict(id="a"), dict(id="b", camera=frames[9:]), dict(usual, id="c", camera=frames[9:])]
+    assert len(planned(write_list(tmp_path / "l.jsonl", *lines), "--amount=2").jobs) == 3
 
 
 def test_a_list_that_is_none_ends_in_one_line(tmp_path, capsys):
