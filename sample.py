@@ -439,7 +439,7 @@ def sample_one(job, meta, resources, bar=bar):
     options, device, pair = job.options, resources.device, resources.pair
     model = resources.model.to(device)
     inputs = make_inputs(job, resources)
-    for old in (job.out / "preview").glob("step-*.png"):  # of an earlier sample
+    for old in (job.out / "preview").glob(f"step-{'[0-9]' * 4}.png"):  # of an earlier sample
         old.unlink(missing_ok=True)  # of a pair, both ranks are here
     numbers = (options.sampler, options.steps, options.shift, options.guidance)
     sampling = Sampling(*numbers, read_last_step="readout" in quirks_of(options, meta))

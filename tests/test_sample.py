@@ -117,8 +117,10 @@ def test_low_memory_and_previews_change_no_result(ckpt, tmp_path, monkeypatch):
     ]
     picture = read_video(tmp_path / "b" / "preview" / "step-0002.png")[0][0]
     assert picture.shape == (32, 6 * (48 + 2) - 2, 3)  # the first frame, and the depth of five
+    (tmp_path / "b" / "preview" / "step-by-step.png").touch()  # not ours
     run(monkeypatch, ckpt, tmp_path / "b", "--export=npz", "--preview_every=2")  # the others go
-    assert [p.name for p in (tmp_path / "b" / "preview").iterdir()] == ["step-0002.png"]
+    left = sorted(p.name for p in (tmp_path / "b" / "preview").iterdir())
+    assert left == ["step-0002.png", "step-by-step.png"]
     report = json.loads((tmp_path / "a" / "report.json").read_text())
     assert len(report["control"]["frames"]) == 5 and {"depth", "colour", "heads"} <= set(
         report["consistency"]
