@@ -37,6 +37,7 @@ class Folder:
     depth_lens: str = ""  # file of the depth camera's own
     fps: float = 30.0
     read_depth: object = None  # path -> (h, w), where files.read_array will not do
+    mark: str = ""  # in the text of the poses, or ending of a folder's, where names are anybody's
 
     def parts(self, src):
         """What is there: files of pictures and of depth, (path, format) of the poses or None."""
@@ -45,7 +46,9 @@ class Folder:
         found = ([listed(p, ends) for p in words.split()] for words, ends in kinds)
         pictures, depth = (next(filter(None, lists), []) for lists in found)
         places = [word.partition(":")[::2] for word in self.poses.split()]
-        there = lambda p, f: pose_files(p) if f == "folder" else p.is_file()  # noqa: E731
+        ends = lambda p: any(f.name.endswith(self.mark) for f in pose_files(p))  # noqa: E731
+        holds = lambda p: p.is_file() and self.mark.encode() in p.read_bytes()  # noqa: E731
+        there = lambda p, f: ends(p) if f == "folder" else holds(p)  # noqa: E731
         poses = next(((src / p, f) for p, f in places if there(src / p, f)), None)
         texts = " ".join(p + "/*" * (f == "folder") for p, f in places)
         words = f"pictures ({self.pictures})", f"depth ({self.depth})", f"poses ({texts})"
@@ -132,14 +135,15 @@ FOLDERS = dict(
         "poses.txt pose.txt traj.txt",
         lens="K.txt camera-intrinsics.txt intrinsics.txt cam_params.json",
     ),
-    cut3r=Folder("color/*", "depth/*", "camera:folder"),
+    cut3r=Folder("color/*", "depth/*", "camera:folder", mark=".npz"),
     monst3r=Folder("frame_*", "frame_*.npy", "pred_traj.txt:tum", lens="pred_intrinsics.txt"),
     stray=Folder("rgb.mp4", "depth/*", "odometry.csv:tum", lens="camera_matrix.csv"),
-    record3d=Folder("rgb/*", "depth/*", "metadata.json:record3d"),
+    record3d=Folder("rgb/*", "depth/*", "metadata.json:record3d", mark='"poses"'),
     polycam=Folder(
         "corrected_images/* images/*",
         "depth/*",
         "corrected_cameras:folder cameras:folder",
+        mark=".json",
     ),
 )
 

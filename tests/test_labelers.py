@@ -20,11 +20,13 @@ from recordings import (
     nerfstudio,
     polycam,
     record3d,
+    redwood,
     seven,
     stray,
     tum,
     vggt,
     vipe,
+    wildrgbd,
 )
 
 from data import load_clip, load_samples
@@ -152,6 +154,17 @@ def test_cameras_of_apps_are_camera_files_too(src):
         np.testing.assert_allclose(w2c, C["w2c"], atol=1e-6)
         if place[0] != "d":
             np.testing.assert_allclose(k, lens_of(C), atol=1e-6)
+
+
+@pytest.mark.parametrize("write, name", [(wildrgbd, ""), (colmap, "cameras"), (redwood, "camera")])
+def test_what_others_call_as_an_app_does_is_not_taken_for_its_own(src, write, name):
+    """Seen: "looks like wildrgbd and record3d", of recordings that were imported before."""
+    write(src, C)
+    if (src / "metadata").is_file():
+        (src / "metadata").rename(src / "metadata.json")
+    (src / name).mkdir(exist_ok=True)
+    (src / name / "0.txt").write_text("1 0 0 0")
+    imported(src)
 
 
 @pytest.mark.parametrize("write, folder", [(kitti, "depth"), (colmap, "depth"), (cut3r, "depth")])
