@@ -56,7 +56,7 @@ class Folder:
 
     def open(self, src, wishes):
         pictures, depth, (path, form) = self.parts(src).values()
-        first, video, fps, depth = pictures[0], None, self.fps, by_number(depth)
+        first, video, fps, depth = pictures[0], None, 0, by_number(depth)
         if first.suffix.lower() in files.STILLS:
             pictures = by_number(pictures)
         else:
@@ -70,7 +70,7 @@ class Folder:
             found = f"{len(cameras.matrices)} poses for {len(pose)} pictures"
             raise ValueError(f"{path}: {found}: which belongs to which is unknown")
         kinds = dict(picture=pictures, depth=depth, pose=pose)
-        made = assemble(kinds, cameras, fps=fps, axes=axes, video=video)
+        made = assemble(kinds, cameras, fps=fps or cameras.fps or self.fps, axes=axes, video=video)
         if wishes.intrinsics or self.known or cameras.intrinsics is None:
             unit = unit | find_lens(made, src, wishes, self.known, self.lens.split())
         if self.depth_lens and (src / self.depth_lens).is_file():
@@ -353,14 +353,13 @@ def open_vipe(path, wishes):
     """pose/N.npz, whose inds say which frames have a pose; rgb/N.mp4, intrinsics/, depth/N.zip."""
     src = path.parent.parent
     video, cameras = src / "rgb" / f"{path.stem}.mp4", native.read_vipe(path)
-    fps = files.read_video(video, 1)[1]
     archive = src / "depth" / f"{path.stem}.zip"
     file = zipfile.ZipFile(archive) if archive.is_file() else None
     names = [n for n in file.namelist() if n.endswith(".exr")] if file else []
     depth = {number_of(n): lambda n=n: read_raster(file.read(n)) for n in names}
     frames = {n: n for n in range(files.count_frames(video))}
     kinds = dict(picture=frames, pose=cameras.names) | (dict(depth=depth) if names else {})
-    made = assemble(kinds, cameras, fps=fps or 30.0, video=video)
+    made = assemble(kinds, cameras, fps=files.read_video(video, 1)[1] or 30.0, video=video)
     if wishes.intrinsics or cameras.intrinsics is None:
         find_lens(made, src, wishes)
     return made

@@ -29,6 +29,7 @@ class Cameras:
     size: tuple | None = None  # (H, W)
     names: list | None = None  # of the pictures, or their numbers
     lenses: list | None = None  # Lens or None of each
+    fps: float | None = None  # of the frames, where the file says it
 
 
 def need_size(size, path, what):
@@ -211,7 +212,7 @@ def read_record3d(path, size=None, matrices=None):
     rows, size = np.roll(said["poses"], 3, 1), (said["h"], said["w"])
     k = said.get("perFrameIntrinsicCoeffs") or np.reshape(said["K"], (3, 3)).T
     k = lens_of(np.array(k), len(rows), size, path)
-    return Cameras(quaternions(rows), "c2w", k, size, [*range(len(rows))])
+    return Cameras(quaternions(rows), "c2w", k, size, [*range(len(rows))], fps=said.get("fps"))
 
 
 def number_of(path):
@@ -245,4 +246,7 @@ def read_folder(path, size=None, matrices=None):
     files = pose_files(path)
     m, k = zip(*map(pose_of, files))
     k = None if k[0] is None else lens_of(np.array(k), len(m), size, path)
-    return Cameras(np.stack(m), "c2w", k, size, [*map(number_of, files)])
+    names = [*map(number_of, files)]
+    step = np.median(np.diff(names)) if k is not None and len(m) > 1 else 0
+    fps = 1e6 / step if step > 1000 else None  # Polycam's count microseconds
+    return Cameras(np.stack(m), "c2w", k, size, names, fps=fps)

@@ -156,6 +156,16 @@ def test_cameras_of_apps_are_camera_files_too(src):
             np.testing.assert_allclose(k, lens_of(C), atol=1e-6)
 
 
+@pytest.mark.parametrize("write, fps", [(record3d, 60), (polycam, 4), (stray, 60), (cut3r, 30)])
+def test_the_frame_rate_is_what_a_recording_says(src, write, fps):
+    """Seen: 30, whatever Record3D's metadata and Polycam's names, microseconds, say."""
+    write(src, C)
+    for path in src.glob("keyframes/*/*"):
+        path.rename(path.with_stem(f"{3147820000 + 250_000 * int(path.stem[-4:])}"))
+    imported(src)
+    assert load_samples(src.parent / "out")[0]["fps"] == fps
+
+
 @pytest.mark.parametrize("write, name", [(wildrgbd, ""), (colmap, "cameras"), (redwood, "camera")])
 def test_what_others_call_as_an_app_does_is_not_taken_for_its_own(src, write, name):
     """Seen: "looks like wildrgbd and record3d", of recordings that were imported before."""
