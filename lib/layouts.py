@@ -65,6 +65,8 @@ class Folder:
         form = wishes.cameras or form or camera_files.guess(path)
         how = recordings.size_of(first), wishes.matrices or "c2w"
         cameras, axes, unit = FORMATS[form].read(path, *how), FORMATS[form].axes, self.unit
+        if video and len(cameras.names or ()) == len(pictures):  # numbers need not begin at 0
+            pictures = dict(zip(cameras.names, pictures))
         pose = dict.fromkeys(cameras.names or pictures)
         if len(cameras.matrices) != len(pose):
             found = f"{len(cameras.matrices)} poses for {len(pose)} pictures"

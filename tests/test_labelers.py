@@ -166,6 +166,22 @@ def test_the_frame_rate_is_what_a_recording_says(src, write, fps):
     assert load_samples(src.parent / "out")[0]["fps"] == fps
 
 
+def test_frames_of_a_video_may_be_numbered_from_anywhere(src):
+    """Seen: every pose and depth two frames off, in silence.  Stray Scanner's count may go on."""
+    stray(src, C)
+    rows = [row.split(", ") for row in (src / "odometry.csv").read_text().splitlines()]
+    lines = [", ".join([r[0], str(int(r[1]) + 2), *r[2:]]) for r in rows[1:]]
+    (src / "odometry.csv").write_text("\n".join([", ".join(rows[0]), *lines]))
+    for path in sorted((src / "depth").iterdir(), reverse=True):
+        path.rename(path.with_stem(f"{int(path.stem) + 2:06d}"))
+    video = imported(src)["video"]
+    (src.parent / "plain").mkdir()
+    stray(src.parent / "plain", C)
+    importers.run(src.parent / "plain", src.parent / "truth")
+    truth = load_clip(load_samples(src.parent / "truth")[0], H, W, 5)["video"]
+    assert torch.equal(torch.as_tensor(video), torch.as_tensor(truth))
+
+
 @pytest.mark.parametrize("write, name", [(wildrgbd, ""), (colmap, "cameras"), (redwood, "camera")])
 def test_what_others_call_as_an_app_does_is_not_taken_for_its_own(src, write, name):
     """Seen: "looks like wildrgbd and record3d", of recordings that were imported before."""
