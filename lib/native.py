@@ -16,7 +16,7 @@ import torch
 
 from geometry import quat_to_mat
 from lib.crop import focal_and_centre, fractions
-from lib.files import array_header, natural, read_video
+from lib.files import array_header, damaged, natural, read_video
 
 
 @dataclass(frozen=True)
@@ -244,7 +244,11 @@ def pose_of(path):
 def read_folder(path, size=None, matrices=None):
     """One camera-to-world a frame; frames whose tracking was lost hold -inf."""
     files = pose_files(path)
-    m, k = zip(*map(pose_of, files))
+    try:
+        m, k = zip(*(pose_of(path := f) for f in files))
+    except Exception as error:  # flipped bytes make the readers raise almost any class of error
+        said = f"it lacks {error}" if isinstance(error, KeyError) else error
+        raise damaged(path, said, "not a readable camera: {}") from None
     k = None if k[0] is None else lens_of(np.array(k), len(m), size, path)
     names = [*map(number_of, files)]
     step = np.median(np.diff(names)) if k is not None and len(m) > 1 else 0

@@ -128,7 +128,8 @@ def test_a_part_that_an_archive_lacks_is_named(src, capsys):
     for path in (src.parent / "other/src/camera").iterdir():
         np.savez(path, cam=np.eye(4), intrinsics=np.eye(3))
     assert importers.run(src.parent / "other/src", src.parent / "out", name="b") == ([], 1)
-    assert f"skipped b (cut3r): {src.parent}/other/src: it lacks 'pose'" in capsys.readouterr().out
+    path = f"{src.parent}/other/src/camera/000000.npz: not a readable camera"
+    assert f"skipped b (cut3r): {path}: it lacks 'pose'" in capsys.readouterr().out
 
 
 def test_a_video_stands_for_pictures(src):
@@ -164,6 +165,15 @@ def test_the_frame_rate_is_what_a_recording_says(src, write, fps):
         path.rename(path.with_stem(f"{3147820000 + 250_000 * int(path.stem[-4:])}"))
     imported(src)
     assert load_samples(src.parent / "out")[0]["fps"] == fps
+
+
+@pytest.mark.parametrize("write, found", [(polycam, "Expecting"), (cut3r, "File is not a zip")])
+def test_the_damaged_one_of_many_cameras_is_named(src, capsys, write, found):
+    write(src, C)
+    path = sorted(src.glob("**/camera*/*"))[3]
+    path.write_bytes(b'{"broken"')
+    assert importers.run(src, src.parent / "out") == ([], 1)
+    assert f"): {path}: not a readable camera: {found}" in capsys.readouterr().out
 
 
 def test_frames_of_a_video_may_be_numbered_from_anywhere(src):
