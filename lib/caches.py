@@ -29,7 +29,7 @@ from lib.camera_files import off_rotation
 from lib.distributed import gathered
 from lib.files import FAR, check_file, read_json, write_aside
 from lib.listing import WINDOW, check_inside
-from lib.tensors import bytes_of, type_of
+from lib.tensors import TYPES, bytes_of
 from wan import CLIP_SHAPE, LATENT
 
 
@@ -72,7 +72,7 @@ def save_tensors(path, tensors, metadata):
             why = "damaged encoder weights, or values that overflow?"
             raise ValueError(f"{path}: {name} is not finite; {why}")
         crc = zlib.crc32(bytes_of(x), crc)
-    specs = {k: (type_of(x), list(x.shape)) for k, x in tensors.items()}
+    specs = {k: (TYPES[x.dtype], list(x.shape)) for k, x in tensors.items()}
     metadata["crc"] = f"{crc:08x}" + header_crc(metadata, specs)
     path.parent.mkdir(parents=True, exist_ok=True)
     # Not durable: a loss shows, and the clip is encoded again.

@@ -7,15 +7,11 @@ import torch
 # The names of safetensors' types.  Source: its format page.
 # fmt: off
 TYPES = {
-    "float32": "F32", "bfloat16": "BF16", "float16": "F16", "float64": "F64", "bool": "BOOL",
-    "int64": "I64", "int32": "I32", "int16": "I16", "int8": "I8", "uint8": "U8",
+    torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64",
+    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8",
+    torch.bool: "BOOL", torch.uint8: "U8",
 }
 # fmt: on
-
-
-def type_of(tensor):
-    """The name of a tensor's type in safetensors files."""
-    return TYPES[str(tensor.dtype).removeprefix("torch.")]
 
 
 def bytes_of(tensor):
@@ -29,7 +25,7 @@ def write_tensors(tensors, metadata, path):
     header, end = {"__metadata__": metadata} if metadata else {}, 0
     for name, value in tensors.items():
         size = value.numel() * value.element_size()
-        told = dict(dtype=type_of(value), shape=list(value.shape))
+        told = dict(dtype=TYPES[value.dtype], shape=list(value.shape))
         header[name] = dict(told, data_offsets=[end, end + size])
         end += size
     head = json.dumps(header, separators=(",", ":")).encode()

@@ -9,7 +9,7 @@ from damage import FILE, Bomb, blanked, entry, flipped
 from safetensors.torch import load_file, save
 
 from lib.caches import header_crc, read_header
-from lib.tensors import type_of
+from lib.tensors import TYPES
 
 CACHE = {}
 
@@ -19,7 +19,7 @@ def forge(path, tensors, metadata):
     crc = 0
     for name in sorted(tensors):
         crc = zlib.crc32(tensors[name].contiguous().flatten().view(torch.uint8).numpy(), crc)
-    specs = {k: (type_of(x), list(x.shape)) for k, x in tensors.items()}
+    specs = {k: (TYPES[x.dtype], list(x.shape)) for k, x in tensors.items()}
     metadata = {k: v for k, v in metadata.items() if k != "crc"}
     path.write_bytes(
         save(
