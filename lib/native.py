@@ -5,6 +5,7 @@ one file a frame (7-Scenes, ScanNet, CUT3R, Polycam); Record3D; Stray Scanner; O
 trajectory.log; 12 or 16 numbers a line (KITTI).
 Shapes: T frames.  Source: the writers of each, read in November 2026."""
 
+import itertools
 import json
 import re
 import zipfile
@@ -152,9 +153,10 @@ def read_npy(path, size=None, matrices=None):
 
 # --- Text -----------------------------------------------------------------------------------------
 def lines_of(path):
-    """Lines of a text of numbers: comments, headings, blank ones and a URL aside."""
+    """Lines of a text of numbers: comments, blank ones and headings or a URL before them aside."""
     lines = Path(path).read_text("utf-8-sig", "replace").replace(",", " ").splitlines()
-    return [x.strip() for x in lines if not re.match(r"\s*($|#|(?!nan|inf)[a-z])", x, re.I)]
+    lines = [x.strip() for x in lines if not re.match(r"\s*($|#)", x)]
+    return [*itertools.dropwhile(re.compile("(?!nan|inf)[a-z]", re.I).match, lines)]
 
 
 def read_rows(path):

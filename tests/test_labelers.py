@@ -167,6 +167,14 @@ def test_the_frame_rate_is_what_a_recording_says(src, write, fps):
     assert load_samples(src.parent / "out")[0]["fps"] == fps
 
 
+def test_a_damaged_line_amid_numbers_is_no_heading(src):
+    """Seen: left out in silence, and every camera after it a frame early."""
+    rows = [" ".join(map(str, m.ravel())) for m in c2w_of(C)]
+    (src / "poses.txt").write_text("\n".join(["r11 r12 r13", *rows[:4], f"x{rows[4]}", *rows[5:]]))
+    with pytest.raises(ValueError, match="could not convert string 'x"):
+        camera_files.read(src / "poses.txt", "matrices", matrices="c2w")
+
+
 @pytest.mark.parametrize("write, found", [(polycam, "Expecting"), (cut3r, "File is not a zip")])
 def test_the_damaged_one_of_many_cameras_is_named(src, capsys, write, found):
     write(src, C)
