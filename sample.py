@@ -230,8 +230,7 @@ class Denoiser:
 
     def take_model(self, t):
         """Take the model of this noise level; if it is another one, with its constants."""
-        model = self.models.at(t)
-        if model is self.model:
+        if (model := self.models.at(t)) is self.model:
             return
         self.model, inputs = model, self.inputs
         contexts = [inputs.text, inputs.negative]
@@ -633,8 +632,7 @@ def main(options):
 
 def make_one(job, meta, resources, names, bar=bar):
     """Sample one job and write its files."""
-    scene = sample_one(job, meta, resources, bar)
-    if scene is None:
+    if (scene := sample_one(job, meta, resources, bar)) is None:
         return
     write_exports(scene, job.out, names, partial(bar, "export", unit="file"))
     made = f"{job.out}: {' '.join(files_of(names))} report.json"

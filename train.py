@@ -264,8 +264,7 @@ class Examples:
 
     def truth(self, i):
         """(3, T, H, W) in [-1, 1], what a sample is compared with."""
-        frames = self.frames(i)
-        if frames is None:
+        if (frames := self.frames(i)) is None:
             raise ValueError("eval_samples compares with the true frames; a video is missing")
         return torch.from_numpy(frames).to(self.device).permute(3, 0, 1, 2) / 127.5 - 1
 

@@ -102,8 +102,7 @@ def window_of(options):
 def check_place(path, meta, expert):
     """A checkpoint must be the expert that is wanted: of its place in --ckpt, or of --expert."""
     cure = "pairs are HIGH,LOW, train.py's --expert=high or --expert=low"
-    found = meta.get("expert")
-    if not found:
+    if not (found := meta.get("expert")):
         raise ValueError(f"{path}: no expert of a pair, wanted the {expert} noise one; {cure}")
     if not expert:
         raise ValueError(f"{path}: one expert of a pair; say which: {cure}")

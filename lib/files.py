@@ -196,8 +196,7 @@ def read_stills(paths, turned=True):
 
 def picture_files(folder):
     """Pictures of a folder that stands for a video, in order."""
-    found = listed(folder, STILLS)
-    if not found:
+    if not (found := listed(folder, STILLS)):
         raise ValueError(f"{folder}: no pictures; wanted {', '.join(STILLS)}, or a video file")
     return found
 

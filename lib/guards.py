@@ -231,8 +231,7 @@ class Watch:
 
     def diffusion(self, step):
         values = self.values("loss/diffusion")
-        quarter = len(values) // 4
-        if quarter < 10:
+        if (quarter := len(values) // 4) < 10:
             return
         first, last = (statistics.fmean(x) for x in (values[:quarter], values[-quarter:]))
         spread = statistics.pstdev(values[-quarter:])

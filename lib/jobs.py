@@ -186,8 +186,7 @@ def attempt(work, where, failed):
             raise
         said = str(error)
     except (RuntimeError, MemoryError) as error:
-        said = out_of_memory(error)
-        if not said:
+        if not (said := out_of_memory(error)):
             raise
     said = printable(said)
     failed.append(said if said.startswith(str(where)) else f"{where}: {said}")

@@ -80,8 +80,7 @@ class Flops(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        formula = FORMULAS.get(func.overloadpacket)
-        if formula:
+        if formula := FORMULAS.get(func.overloadpacket):
             flops = formula(*args, **(kwargs or {}), out_val=out)
             self.flops += flops
             self.attention += flops if "attention" in func.__name__ else 0

@@ -398,7 +398,6 @@ def verify(root, samples, bad, inside, *, fix_hints=False, as_json=False, exact=
     named = ", ".join(f"{n} x {s}" for s, n in counts.items())
     more = f"; suspects: {named}" if named else ""
     print(f"{root}: {len(reports)} samples, {failed} failed{more}")
-    bad = [r.id for r in reports if r.status == "fail" and r.worst]
-    if bad:
+    if bad := [r.id for r in reports if r.status == "fail" and r.worst]:
         print(f"look at the frames that disagree: python data.py view {root} {bad[0]}")
     return failed
