@@ -107,8 +107,8 @@ def say(*words, of_all=False):
     """print, of the first rank or of_all.  A full disk or a tee that ended costs words, no run."""
     if sys.stdout and (of_all or os.environ.get("RANK", "0") == "0"):
         try:
-            tqdm.write(" ".join(map(str, words)))  # above a bar, not behind it
-            sys.stdout.flush()
+            with tqdm.external_write_mode():  # above a bar, which comes back after the flush
+                print(*words, flush=True)
         except OSError:  # a new buffer: the old one's words would fail again, also in a fork
             sys.stdout = open(1, "w", errors="backslashreplace", closefd=False)  # noqa: SIM115
 

@@ -104,7 +104,7 @@ def test_a_bar_whose_reader_left_ends_nothing_and_words_stand_on_lines_of_their_
     """Seen: sample.py 2>&1 | head ended at its bar, and its first words hung behind one."""
     (tmp_path / "x.py").write_text(BAR)
     line = f'set -o pipefail; "{sys.executable}" x.py done {to}'
-    env = dict(ENV, PYTHONPATH=str(ROOT))
+    env = dict(ENV, PYTHONPATH=str(ROOT), PYTHONUNBUFFERED="")
     ended = subprocess.run(["bash", "-c", line], cwd=tmp_path, env=env, capture_output=True)
     assert ended.returncode == 0, ended
     assert (tmp_path / "done").read_text() == "done"
