@@ -399,8 +399,8 @@ def made_before(out):
 def check_out(out, names):
     """An export replaces what an earlier one has made, and nothing else."""
     report = [] if (out / ".sample").exists() else ["report.json"]
-    for target in files_of(names) + report:
-        if target not in made_before(out) and os.path.lexists(out / target):
+    for target in {*files_of(names), *report} - made_before(out):
+        if os.path.lexists(out / target):
             theirs = f"{out / target} is there and was not made by sample.py"
             raise ValueError(f"--out {out}: {theirs}. Choose another --out")
     return out

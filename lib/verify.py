@@ -146,7 +146,7 @@ def check_views(report, views, level):
     """Cross-view reprojection; where views disagree, the usual suspects."""
     g = views.gather()
     error = disagreement(g, views.w2c)
-    flow, parallax = views.motion_in_pixels()
+    flow, parallax = views.motion_in_pixels(g)
     B, known = per_pair(error), ~error.isnan()
     was, shared = typical(views.pairs[:-2], B[:-2]), known.double().mean().item()
     agree = agreement(error, B)
@@ -198,12 +198,12 @@ def check_photo(report, views, rgb, level):
     for t, frame in rgb.items():
         frame = torch.tensor(frame).permute(2, 0, 1)[None].float() / 255
         small[t] = F.interpolate(frame, size, antialias=True, **how)[0]
-    last = max(small)
+    last, move = max(small), warp(g, views.w2c)
 
     def differences(shift):
         t, s = (torch.stack([small[min(max(i + shift, 0), last)] for i in g[k]]) for k in "ts")
         here = t.permute(0, 2, 3, 1)[g["grid"]]
-        moved = warp(g, views.w2c, s).permute(0, 2, 3, 1)
+        moved = move(s).permute(0, 2, 3, 1)
         there, keep = s.permute(0, 2, 3, 1)[g["grid"]], error < 0.02
         return [(x - here).abs().mean(-1)[keep].mean().item() for x in (moved, there)]
 

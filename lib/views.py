@@ -91,12 +91,11 @@ class Views:
         noise = max(before.nanmedian().item(), NOISE[0])
         return min(error_ratio(e, before, noise) for e in (late, early)) > 1.1
 
-    def motion_in_pixels(self):
+    def motion_in_pixels(self, g):
         """Largest of the pairs' median pixel motions: in all, and what only travel explains."""
-        g, w2c = self.gather(), self.w2c
-        uv, _, ok = reproject(g, w2c)
-        turned, _, _ = reproject(g, scaled(w2c, 0))
-        still, _, _ = reproject(g, torch.eye(3, 4).to(w2c).expand_as(w2c))
+        uv, _, ok = reproject(g, self.w2c)
+        turned, _, _ = reproject(g, scaled(self.w2c, 0))
+        still, _, _ = reproject(g, torch.eye(3, 4).to(self.w2c).expand_as(self.w2c))
         motions = (torch.where(ok, (uv - x).norm(dim=-1), math.nan) for x in (still, turned))
         return [m.flatten(1).nanmedian(1).values.nan_to_num().max().item() for m in motions]
 
@@ -156,9 +155,10 @@ def sample_maps(maps, uv, size):
     return tall.unflatten(2, (len(uv), -1)).movedim(2, 0)
 
 
-def warp(g, w2c, maps):
-    """Maps (P, c, H, W) of second frames as first ones meet them: (P, c, h, w)."""
-    return sample_maps(maps, reproject(g, w2c)[0].to(maps), g["size"])
+def warp(g, w2c):
+    """A function: maps (P, c, H, W) fp32 of second frames, as first ones meet them (P, c, h, w)."""
+    uv = reproject(g, w2c)[0].float()
+    return lambda maps: sample_maps(maps, uv, g["size"])
 
 
 def disagreement(g, w2c, focal=None):

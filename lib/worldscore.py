@@ -202,7 +202,7 @@ def write_instance(instance, frames, first, *, fps, seconds):
     each = (count - 1) // scenes + 1
     (folder / "frames").mkdir(parents=True, exist_ok=True)
     (folder / "videos").mkdir(exist_ok=True)
-    frames = squared(frames)
+    frames = frames if frames.shape[1] == SIDE else squared(frames)
     for n, picture in enumerate(frames):
         write_png(folder / "frames" / f"{n:03d}.png", picture)
     write_png(folder / "input_image.png", squared(first[None])[0])
