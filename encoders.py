@@ -277,10 +277,8 @@ class WanVAE(nn.Module):
         B, c, T, H, W = video.shape
         fits = video.is_floating_point() and (chunk is None or chunk >= 4 and chunk % 4 == 0)
         if c != 3 or T % 4 != 1 or H % 8 or W % 8 or not fits:
-            wanted = (
-                "floats (B, 3, 4k + 1, 8h, 8w), chunk 4, 8 ... or None. Trim or resize the clip."
-            )
-            raise ValueError(f"video {tuple(video.shape)} {video.dtype}, {chunk=}; wanted {wanted}")
+            how = "floats (B, 3, 4k + 1, 8h, 8w), chunk 4, 8 ... or None. Trim or resize the clip."
+            raise ValueError(f"video {tuple(video.shape)} {video.dtype}, {chunk=}; wanted {how}")
         state, mu = {}, []
         for start, end in itertools.pairwise([0, *range(1, T, chunk), T] if chunk else [0, T]):
             moments = self.conv1(self.encoder(video[:, :, start:end].to(self.conv1.weight), state))
