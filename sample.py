@@ -594,7 +594,7 @@ def make_worlds(options, meta):
     left = [one for one in listed if not one.finished(options.frames)]  # the rest is kept
     left, there = from_first((left, len(listed) - len(left)))
     mine, failed = left[ranks.rank :: ranks.world], []
-    scene = scene_sampler(options, meta, sum((x.prompts for x in mine), [])) if mine else None
+    scene = scene_sampler(options, meta, [p for x in mine for p in x.prompts]) if mine else None
 
     def work(one):
         image = as_pixels(load_image(one.image, side, side)[0])[0]

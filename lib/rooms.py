@@ -42,8 +42,8 @@ RANGES = dict(
     special=(0.4, 0),
     clearance=(0.35, 0.6),
 )
-KINDS = enumerate(("full", "simple"))
-VARIETY = {kind: {name: pair[n] for name, pair in RANGES.items()} for n, kind in KINDS}
+KINDS = ("full", "simple")
+VARIETY = {kind: {name: pair[n] for name, pair in RANGES.items()} for n, kind in enumerate(KINDS)}
 
 COLOURS = dict(
     red=(0.80, 0.16, 0.13),
