@@ -16,7 +16,7 @@ import numpy as np
 from lib import camera_files, files, native, recordings
 from lib.camera_files import FORMATS
 from lib.crop import fractions
-from lib.native import Cameras, number_of, pose_files, quaternions, read_rows
+from lib.native import Cameras, numbers_of, pose_files, quaternions, read_rows
 from lib.rasters import read_raster
 from lib.recordings import Recording, assemble, by_number, find_lens, some
 
@@ -223,7 +223,7 @@ def open_omniworld(path, wishes):
     wxyz /= np.linalg.norm(wxyz, axis=1, keepdims=True)
     w2c = quaternions(np.concatenate([said["trans"], wxyz[:, [1, 2, 3, 0]]], 1))
     k = [np.broadcast_to(said[name], (len(w2c),)) for name in ("focals", "focals", "cx", "cy")]
-    kinds = dict(pose=splits[number_of(path)][: len(w2c)], picture=pictures, depth=readers)
+    kinds = dict(pose=splits[numbers_of([path])[0]][: len(w2c)], picture=pictures, depth=readers)
     return assemble(kinds, Cameras(w2c, "w2c", np.stack(k, -1)), pixels=True, fps=24.0)
 
 
@@ -358,10 +358,10 @@ def open_vipe(path, wishes):
     archive = src / "depth" / f"{path.stem}.zip"
     file = zipfile.ZipFile(archive) if archive.is_file() else None
     names = [n for n in file.namelist() if n.endswith(".exr")] if file else []
-    depth = {number_of(n): lambda n=n: read_raster(file.read(n)) for n in names}
+    maps = zip(numbers_of(names), [lambda n=n: read_raster(file.read(n)) for n in names])
     frames = {n: n for n in range(files.count_frames(video))}
-    kinds = dict(picture=frames, pose=cameras.names) | (dict(depth=depth) if names else {})
-    made = assemble(kinds, cameras, fps=files.read_video(video, 1)[1] or 30.0, video=video)
+    kinds = dict(picture=frames, pose=cameras.names) | ({"depth": dict(maps)} if names else {})
+    made = assemble(kinds, cameras, fps=cameras.fps or 30.0, video=video)
     if wishes.intrinsics or cameras.intrinsics is None:
         find_lens(made, src, wishes)
     return made

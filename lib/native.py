@@ -126,18 +126,19 @@ def read_npz(path, size=None, matrices=None):
 
 def read_vipe(path, size=None):
     """ViPE's pose/NAME.npz, with intrinsics/NAME.npz and rgb/NAME.mp4 beside that folder."""
-    folder, data, k = path.parent.parent, small_arrays(path), None
+    folder, data, k, fps = path.parent.parent, small_arrays(path), None, None
     lens, video = folder / "intrinsics" / path.name, folder / "rgb" / f"{path.stem}.mp4"
     model = lens.with_name(f"{path.stem}_camera.txt")  # one a frame
     if model.is_file() and set(model.read_text("utf-8-sig").split()[1::2]) - {"PINHOLE"}:
         raise ValueError(f"{model}: wanted PINHOLE; undistort the video first")
     if size is None and video.is_file():
-        size = read_video(video, 1)[0].shape[1:3]
+        (first,), fps = read_video(video, 1)
+        size = first.shape[:2]
     if lens.is_file():
         told = small_arrays(lens)
         k = dict(zip(told["inds"].tolist(), told["data"][:, :4]))
         k = lens_of(np.array([k[n] for n in data["inds"].tolist()]), len(data["inds"]), size, lens)
-    return Cameras(data["data"], "c2w", k, size, data["inds"].tolist())
+    return Cameras(data["data"], "c2w", k, size, data["inds"].tolist(), fps=fps)
 
 
 def read_npy(path, size=None, matrices=None):
@@ -217,10 +218,12 @@ def read_record3d(path, size=None, matrices=None):
     return Cameras(quaternions(rows), "c2w", k, size, [*range(len(rows))], fps=said.get("fps"))
 
 
-def number_of(path):
-    """The last number in a name: its frame."""
-    digits = re.findall(r"\d+", Path(path).stem)
-    return int(digits[-1]) if digits else Path(path).stem
+def numbers_of(paths):
+    """Frames of files: the last number of the names that is not one for all, or else the name."""
+    parts = [re.findall(r"\d+", Path(path).stem) or [Path(path).stem] for path in paths]
+    while len(parts) > 1 and min(map(len, parts)) > 1 and len({part[-1] for part in parts}) == 1:
+        parts = [part[:-1] for part in parts]  # 000001_10.png, depth_0001_16bit.png
+    return [int(part[-1]) if part[-1].isdigit() else part[-1] for part in parts]
 
 
 def pose_files(folder):
@@ -252,7 +255,7 @@ def read_folder(path, size=None, matrices=None):
         said = f"it lacks {error}" if isinstance(error, KeyError) else error
         raise damaged(path, said, "not a readable camera: {}") from None
     k = None if k[0] is None else lens_of(np.array(k), len(m), size, path)
-    names = [*map(number_of, files)]
+    names = numbers_of(files)
     step = np.median(np.diff(names)) if k is not None and len(m) > 1 else 0
     fps = 1e6 / step if step > 1000 else None  # Polycam's count microseconds
     return Cameras(np.stack(m), "c2w", k, size, names, fps=fps)

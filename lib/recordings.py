@@ -10,7 +10,7 @@ import numpy as np
 
 from lib import camera_files, files
 from lib.crop import focal_and_centre, fractions
-from lib.native import Cameras, read_rows
+from lib.native import Cameras, numbers_of, read_rows
 
 
 @dataclass
@@ -47,11 +47,8 @@ def in_counts(maps):
 
 
 def by_number(paths):
-    """Number of a frame -> its file: the last number of the names that is not one for all."""
-    parts = [re.findall(r"\d+", path.stem) or [path.stem] for path in paths]
-    while parts and min(map(len, parts)) > 1 and len({part[-1] for part in parts}) == 1:
-        parts = [part[:-1] for part in parts]  # 000001_10.png, depth_0001_16bit.png
-    numbers = [int(part[-1]) if part[-1].isdigit() else part[-1] for part in parts]
+    """Number of a frame -> its file."""
+    numbers = numbers_of(paths)
     found = dict(zip(numbers, paths))
     for number, path in zip(numbers, paths):
         if (other := found[number]) != path:

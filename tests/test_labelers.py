@@ -31,7 +31,7 @@ from recordings import (
 
 from data import load_clip, load_samples
 from geometry import relative_to_first
-from lib import camera_files, files, importers
+from lib import camera_files, files, importers, native
 from lib.pictures import write_png
 
 C = clip()
@@ -73,6 +73,8 @@ def test_a_number_that_all_names_share_is_no_frame_s(src, name):
     for path in [*(src / "depth").iterdir(), *(src / "images").iterdir()]:
         path.rename(path.with_name(name.format(int(path.stem))))
     imported(src)
+    poses = [src / (name.format(t)[:-4] + ".pose.txt") for t in range(3)]
+    assert native.numbers_of(poses) == native.numbers_of([f"{t}.json" for t in range(3)])
 
 
 def test_headings_and_a_lens_of_four_numbers_are_read(src):
