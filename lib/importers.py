@@ -20,7 +20,7 @@ from tqdm import tqdm
 from geometry import relative_to_first
 from lib import camera_files, files
 from lib.camera_files import FORMATS, check_plausible, oriented, write_cameras
-from lib.crop import Crop, crop_intrinsics, pixel_matrix
+from lib.crop import Crop
 from lib.distributed import say
 from lib.layouts import LAYOUTS
 from lib.lens import pinhole_of, undistortion
@@ -105,7 +105,7 @@ class Writer:
 
     def __init__(self, rec, size, folder):
         self.rec, self.target, self.folder = rec, size, folder
-        self.intrinsics = []  # of the video's frames so far: fractions (4,)
+        self.K = []  # of the video's frames so far: (1, 3, 3) pixels
 
     def frames(self):
         """uint8 (H, W, 3) of every frame, as the video gets them; writes their depth."""
@@ -121,9 +121,9 @@ class Writer:
                 frame = undistortion(k, lens).picture(frame)
             h, w = frame.shape[:2]
             self.target = self.target or (h - h % 2, w - w % 2)  # as H.264 wants
-            pinhole = np.array(pinhole_of(k, lens))[None]
-            self.intrinsics += list(crop_intrinsics(pinhole, w / h, self.target))
-            cut = Crop((h, w), self.target) if (h, w) != self.target else None
+            cut = Crop((h, w), self.target)
+            self.K.append(cut.intrinsics(np.array(pinhole_of(k, lens))[None]))
+            cut = cut if cut.source != cut.target else None
             if rec.depth:
                 self.write_depth(n, k, lens, cut)
             if cut:
@@ -173,9 +173,8 @@ def write_sample(rec, folder, name, wishes):
     writer = Writer(rec, wishes.size, folder / "depth")
     show = tqdm(writer.frames(), desc=name[:30], total=len(w2c), unit="frame")
     write_video(folder / "video.mp4", show, fps, crf=10)
-    K = pixel_matrix(writer.intrinsics, writer.target)
     w2c = relative_to_first(torch.from_numpy(w2c)).numpy()
-    write_cameras(folder / "camera_params.txt", w2c, K, writer.target)
+    write_cameras(folder / "camera_params.txt", w2c, torch.cat(writer.K), writer.target)
     return dict(entry, camera_file=f"{name}/camera_params.txt")
 
 

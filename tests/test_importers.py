@@ -152,6 +152,14 @@ def distorted_by_hand(model, p, x, y):
     return x * radial + side, y * radial + 2 * p2 * x * y + p1 * (r2 + 2 * y * y)
 
 
+def test_intrinsics_are_of_the_whole_pixels_that_are_cut(tmp_path):
+    """They were of a cut of 46.5 rows; 47 are taken, from the first one on."""
+    sample, c = imported(tmp_path, WRITERS["kitti"], size=(32, 44))
+    fx, fy, cx, cy = camera_files.read_cameras(sample["camera"])[1][0]
+    np.testing.assert_allclose([fy, cy], [c["k"][1] / 47, 24 / 47], rtol=1e-9)
+    np.testing.assert_allclose([fx, cx], [c["k"][0] / W, 0.5], rtol=1e-9)
+
+
 @pytest.mark.parametrize("model, focal, numbers", LENSES, ids=[m for m, *_ in LENSES])
 def test_a_distorted_model_loses_its_distortion(tmp_path, model, focal, numbers):
     """Depth holds the source's column: what is found at a pixel must be where the lens sees it."""
