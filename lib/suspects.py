@@ -44,6 +44,10 @@ HINTS = {
     "largest depth is no depth": "give the sample the depth_invalid named, or depth_max",
 }
 
+# Name and detail of poses that come late or early -> frames that undoing it moves the cameras by.
+SHIFTS = {("poses one frame late", ""): 1, ("poses one frame early", ""): -1}
+SHIFTS |= {("poses several frames late", f"by {n}"): n for n in (2, 3)}
+SHIFTS |= {("poses several frames early", f"by {n}"): -n for n in (2, 3)}
 BETTER = 0.65  # a suspect must cut the typical disagreement of a pair to this share
 CURED = 0.03, 0.6  # and leave views that agree: typical disagreement, share within 2 %
 EXPLAINED = 0.02  # share of the disagreement: what leaves no more explains it all
@@ -66,13 +70,9 @@ def cameras_undone(w2c):
     R, t, c2w = w2c[..., :3], w2c[..., 3:], inv_se3(w2c)
     yield "c2w stored as w2c", "", c2w
     yield "OpenGL camera axes", "", FLIP * w2c
-    yield "poses one frame late", "", shifted(w2c, 1)
-    yield "poses one frame early", "", shifted(w2c, -1)
     yield "c2w in OpenGL axes", "", FLIP * c2w
     yield "rotation transposed", "", torch.cat([R.mT, t], -1)
-    for n in (2, 3):
-        yield "poses several frames late", f"by {n}", shifted(w2c, n)
-        yield "poses several frames early", f"by {n}", shifted(w2c, -n)
+    yield from ((*words, shifted(w2c, n)) for words, n in SHIFTS.items())
     yield "poses in reverse", "", w2c.flip(0)
     for first in (0, 1):  # places of 0, 1, ... (or 1, 2, ...), their numbers sorted as text
         order = torch.tensor(sorted(range(len(w2c)), key=lambda n, first=first: str(n + first)))
@@ -248,12 +248,6 @@ def affine_as_well(views, left):
         if typical(views.pairs, errors) * dilution(middle, b) < 2 * max(left, 1e-4):
             return True
     return False
-
-
-# What was undone: (name, detail) -> frames that the cameras were moved by.
-SHIFTS = {("poses one frame late", ""): 1, ("poses one frame early", ""): -1}
-SHIFTS |= {("poses several frames late", f"by {n}"): n for n in (2, 3)}
-SHIFTS |= {("poses several frames early", f"by {n}"): -n for n in (2, 3)}
 
 
 def valley(ratios, n):
