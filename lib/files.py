@@ -40,7 +40,7 @@ STRICT = [
 # fmt: on
 
 PNG = b"\x89PNG\r\n\x1a\n"
-VIDEO = "not a readable video: {}. Re-encode or remove it."  # in place of {}, ffmpeg's words
+VIDEO = "not a readable video or picture: {}. Re-encode or remove it."  # {}: ffmpeg's words
 STILLS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 RASTERS = (".exr", ".pfm", ".pgm", ".bin")
 ARRAYS = (".npy", ".npz", ".png", *RASTERS)
@@ -215,32 +215,24 @@ def iterate_video(path, max_frames=None):
     yield from (frame for frame, _ in decoded(path, max_frames, math.inf))
 
 
-def decoded(path, max_frames, limit, turned=True, clear=None):
+def decoded(path, max_frames, limit, turned=True, clear=False):
     """(frame (H, W, 3), frames a second) of a file in turn; what is transparent lies over white.
 
-    clear   whether some is, default as its first bytes say; others are begun again"""
+    clear   whether some is, where its first bytes do not say so; others are begun again"""
     some = [] if max_frames is None else ["-frames:v", str(max_frames)]
     clear = clear or rasters.has_alpha(head_of(path))
     white = ["-vf", rasters.OVER_WHITE] if clear else []
     rgb = ["-pix_fmt", "rgb24", "-c:v", "ppm", "-f", "image2pipe"]
     try:
         with ffmpeg(path, *some, *white, *rgb, turned=turned) as (stream, log):
-            rate = functools.cache(lambda: rate_of(path, log, clear))  # said before the first frame
-            yield from ((frame, rate()) for frame in pictures(stream, limit))
-    except ValueError as error:
-        if clear or rasters.CLEAR not in str(error):
-            raise damaged(path, error, VIDEO) from None
+            for n, frame in enumerate(pictures(stream, limit)):
+                if n == 0:  # moves no place in the log: ffmpeg goes on writing
+                    rate = rasters.rate_said(os.pread(log.fileno(), 2**16, 0), path, clear)
+                yield frame, rate
+    except rasters.Transparent:
         yield from decoded(path, max_frames, limit, turned, True)
-
-
-def rate_of(path, log, clear):
-    """Frames a second, or 0, by ffmpeg's messages; what comes out wrong is refused."""
-    said = os.pread(log.fileno(), 2**16, 0)  # moves no place: ffmpeg goes on writing
-    for what, (sign, cure) in rasters.WRONG.items():
-        if re.search(sign, said) and not (clear and what == rasters.CLEAR):
-            raise ValueError(f"{path}: {what}. Convert it: ffmpeg {cure} OUT")
-    fps = re.search(rb"Video: .*?\b([\d.]+)(k?) fps", said)
-    return float(fps[1]) * (1000 if fps[2] else 1) if fps else 0.0
+    except ValueError as error:
+        raise damaged(path, error, VIDEO) from None
 
 
 def read_video(path, max_frames=None, turned=True):

@@ -37,7 +37,6 @@ OVER_WHITE = "format=rgba,split[a][b];[a]lutrgb=255:255:255:255[w];[w][b]overlay
 # What ffmpeg says of files that it would turn into wrong pictures, and options that cure them.
 SDR = "zscale=t=linear:npl=100,tonemap=hable,zscale=p=bt709:t=bt709:m=bt709:r=tv,format=yuv420p"
 ALPHA = rb"Video: (?!mjpeg)[^\n]*, (yuva|ya|gbra|rgba|argb|bgra|abgr)"  # CMYK is no alpha
-CLEAR = "transparent pixels"  # files.decoded lays them over white
 WRONG = {
     "HDR colours (HLG or PQ)": (rb"Video: [^\n]*(arib-std-b67|smpte2084)", f"-i IN -vf {SDR}"),
     "interlaced lines": (
@@ -45,11 +44,11 @@ WRONG = {
         "-i IN -vf bwdif=send_frame",
     ),
     "VP9 with alpha": (rb"alpha_mode *: 1", f"-c:v libvpx-vp9 -i IN -vf '{OVER_WHITE}'"),
-    CLEAR: (ALPHA, ""),
 }
 # What it says of files that it does not read, in other words.
-UNREAD = {"Failed to set value '0:V:0'": "there is no picture in it"}
-UNREAD["not on whitelist"] = "wanted mp4, mov, mkv, webm, avi, ts, PNG, JPEG, WebP, BMP or TIFF"
+NONE_OF = "no mp4, mov, mkv, webm, avi, ts, PNG, JPEG, WebP, BMP or TIFF, or cut short"
+UNREAD = {"not on whitelist": NONE_OF, "opening input: Invalid data": NONE_OF}
+UNREAD |= {"Failed to set value '0:V:0'": "there is no picture in it"}
 # Every compression that OpenEXR knows, by its number; lines of a block of those that are read here.
 COMPRESSIONS = "none RLE ZIPS ZIP PIZ PXR24 B44 B44A DWAA DWAB".split()
 LINES = dict(none=1, ZIPS=1, ZIP=16)
@@ -71,6 +70,21 @@ def reader_of(path, head):
     found = [name for magic, name in READERS.items() if head.startswith(magic)]
     whole = ["-err_detect", "crccheck"]  # TIFF: a tag that ffmpeg does not know is no damage
     return ["-f", found[0], *(whole if found[0] == "tiff_pipe" else [])] if found else []
+
+
+class Transparent(Exception):
+    """Some of a picture is, which its first bytes did not say."""
+
+
+def rate_said(said, path, clear):
+    """Frames a second, or 0, by ffmpeg's messages; what comes out wrong is refused."""
+    if re.search(ALPHA, said) and not clear:
+        raise Transparent
+    for what, (sign, cure) in WRONG.items():
+        if re.search(sign, said):
+            raise ValueError(f"{path}: {what}. Convert it: ffmpeg {cure} OUT")
+    fps = re.search(rb"Video: .*?\b([\d.]+)(k?) fps", said)
+    return float(fps[1]) * (1000 if fps[2] else 1) if fps else 0.0
 
 
 def has_alpha(head):

@@ -81,7 +81,7 @@ def test_an_opaque_picture_with_an_alpha_channel_is_untouched(photo):
 
 def test_the_black_of_a_photo_for_print_is_no_transparency():
     """ffmpeg calls the four colours of a CMYK JPEG gbrap, and reads them right."""
-    sign = rasters.WRONG[rasters.CLEAR][0]
+    sign = rasters.ALPHA
     assert not re.search(sign, b"Video: mjpeg (Baseline), gbrap(bt470bg), 160x96, 25 fps")
     assert re.search(sign, b"Video: tiff, gbrap, 160x96, 25 fps")
 
@@ -147,3 +147,11 @@ def test_a_scene_that_says_no_size_has_that_of_its_photos_as_they_lie(photo, tmp
     assert importers.run(tmp_path, out)[1] == 0
     fx, fy = read_cameras(out / "transforms_train/camera_params.txt")[1][0, :2]
     assert fx * 320 == pytest.approx(fy * 240) == pytest.approx(160 / np.tan(0.5))
+
+
+@pytest.mark.parametrize("text", ["# Read me\n", "<svg xmlns='http://www.w3.org/2000/svg'/>"])
+def test_a_text_for_a_picture_is_told_what_kinds_are_read(tmp_path, text):
+    """Seen: --image README.md: "Invalid data found when processing input"."""
+    (tmp_path / "a.md").write_text(text * 50)
+    with pytest.raises(ValueError, match="a.md: not a readable video or picture: no mp4.*PNG"):
+        sample.load_image(tmp_path / "a.md", 32, 32)

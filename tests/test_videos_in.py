@@ -73,7 +73,7 @@ def test_sound_alone_is_called_so(tmp_path, name, words):
     """Seen: "Failed to set value '0:V:0' for option 'map'"."""
     run("-f", "lavfi", "-i", "sine=duration=0.2", tmp_path / name)
     for read in (files.read_video, files.count_frames):
-        with pytest.raises(ValueError, match=f"{name}: not a readable video: .*{words}"):
+        with pytest.raises(ValueError, match=f"{name}: not a readable video or picture: .*{words}"):
             read(tmp_path / name)
 
 
