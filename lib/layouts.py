@@ -56,25 +56,26 @@ class Folder:
 
     def open(self, src, wishes):
         pictures, depth, (path, form) = self.parts(src).values()
-        first, video, fps, depth = pictures[0], None, 0, by_number(depth)
+        first, video, depth = pictures[0], None, by_number(depth)
+        (shown,), fps = files.read_video(first, 1)
         if first.suffix.lower() in files.STILLS:
-            pictures = by_number(pictures)
+            pictures, fps = by_number(pictures), None
         else:
             video, pictures = first, {n: n for n in range(files.count_frames(first))}
-            fps = files.read_video(video, 1)[1]
-        form = wishes.cameras or form or camera_files.guess(path)
-        how = recordings.size_of(first), wishes.matrices or "c2w"
-        cameras, axes, unit = FORMATS[form].read(path, *how), FORMATS[form].axes, self.unit
+        form, size = wishes.cameras or form or camera_files.guess(path), shown.shape[:2]
+        cameras = FORMATS[form].read(path, size, wishes.matrices or "c2w")
         if video and len(cameras.names or ()) == len(pictures):  # numbers need not begin at 0
             pictures = dict(zip(cameras.names, pictures))
         pose = dict.fromkeys(cameras.names or pictures)
         if len(cameras.matrices) != len(pose):
             found = f"{len(cameras.matrices)} poses for {len(pose)} pictures"
             raise ValueError(f"{path}: {found}: which belongs to which is unknown")
-        kinds = dict(picture=pictures, depth=depth, pose=pose)
-        made = assemble(kinds, cameras, fps=fps or cameras.fps or self.fps, axes=axes, video=video)
+        unit, notes, how = self.unit, [], dict(axes=FORMATS[form].axes, video=video)
         if wishes.intrinsics or self.known or cameras.intrinsics is None:
-            unit = unit | find_lens(made, src, wishes, self.known, self.lens.split())
+            known = find_lens(cameras, src, size, wishes, self.known, self.lens.split())
+            cameras, unit, notes = known[0], unit | known[1], known[2]
+        kinds = dict(picture=pictures, depth=depth, pose=pose)
+        made = assemble(kinds, cameras, notes, fps=fps or cameras.fps or self.fps, **how)
         if self.depth_lens and (src / self.depth_lens).is_file():
             shape = files.read_array(made.depth[0], read=False)[0]
             made.depth_lens = fractions(recordings.matrix_of(src / self.depth_lens), shape)
@@ -188,12 +189,12 @@ def open_tum(src, wishes):
     left = f"{len(names) - len(whole)} frames without file, depth or pose within 0.02 s left out"
     notes = [left] * (len(whole) < len(names))
     names, d, p = zip(*whole)
-    cameras = recordings.pick(poses, p)
-    unit, depth = dict(depth_scale=1 / 5000), [src / depth_names[i] for i in d]
-    made = Recording([src / n for n in names], cameras, depth, unit, fps=1 / step, notes=notes)
+    size = recordings.size_of(src / names[0])
     # The depth is registered to the pictures with these numbers; undistorting would undo that.
-    find_lens(made, src, wishes, centred(525))
-    return made
+    cameras, _, more = find_lens(recordings.pick(poses, p), src, size, wishes, centred(525))
+    pictures, depth = [src / n for n in names], [src / depth_names[i] for i in d]
+    unit = dict(depth_scale=1 / 5000)
+    return Recording(pictures, cameras, depth, unit, fps=1 / step, notes=notes + more)
 
 
 def open_vkitti2(src, wishes):
@@ -361,10 +362,9 @@ def open_vipe(path, wishes):
     maps = zip(numbers_of(names), [lambda n=n: read_raster(file.read(n)) for n in names])
     frames = {n: n for n in range(files.count_frames(video))}
     kinds = dict(picture=frames, pose=cameras.names) | ({"depth": dict(maps)} if names else {})
-    made = assemble(kinds, cameras, fps=cameras.fps or 30.0, video=video)
     if wishes.intrinsics or cameras.intrinsics is None:
-        find_lens(made, src, wishes)
-    return made
+        cameras = find_lens(cameras, src, cameras.size, wishes)[0]
+    return assemble(kinds, cameras, fps=cameras.fps or 30.0, video=video)
 
 
 def find_vipe(src):

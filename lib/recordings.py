@@ -105,11 +105,11 @@ def some(items, count=6):
     return ", ".join(map(str, items[:count])) + (" ..." if len(items) > count else "")
 
 
-def assemble(kinds, cameras, pixels=False, **how):
+def assemble(kinds, cameras, notes=(), pixels=False, **how):
     """Recording of the frames that all kinds have, in the order of the first: picture, pose (frames
     of the cameras), maybe depth and intrinsics.  pixels: intrinsics are pixels of the pictures."""
     kinds = dict(kinds, pose={frame: row for row, frame in enumerate(kinds["pose"])})
-    notes, first = [], next(iter(kinds.values()))
+    notes, first = [*notes], next(iter(kinds.values()))
     for name, items in kinds.items():
         if lone := [i for i in first if i not in items]:
             notes.append(f"{len(lone)} frames without {name} left out: {some(lone)}")
@@ -126,16 +126,18 @@ def assemble(kinds, cameras, pixels=False, **how):
     return Recording(found["picture"], cameras, found.get("depth"), notes=notes, **how)
 
 
-def find_lens(made, src, wishes, known=None, looked=()):
-    """Set the intrinsics: as asked for, of a file, or by the pictures' size where no file may know
-    better -> what the file says of depth."""
+def find_lens(cameras, src, size, wishes, known=None, looked=()):
+    """Cameras of pictures of a size (H, W) with intrinsics: as asked for, of a file, or by the size
+    where no file may know better; what the file says of depth; notes."""
     telling = re.compile(r"(intrin|calib).*\.(txt|json|ya?ml|xml)$", re.I)
     unread = [f.name for f in src.iterdir() if telling.search(f.name)]
     paths = (folder / name for name in looked for folder in (src, src.parent))
     path = None if wishes.intrinsics else next(filter(Path.is_file, paths), None)
-    size, unit = size_of(made.video or made.frames[0]), {}
+    unit, notes, count = {}, [], len(cameras.matrices)
     if path:
         k, unit = lens_file(path, size)
+        if k.shape not in ((4,), (1, 4), (count, 4)):
+            raise ValueError(f"{path}: {len(k)} lines for {count} poses; wanted one for each")
     elif not wishes.intrinsics and (unread or not known):
         why = f"{unread[0]} is of no known layout" if unread else "no intrinsics"
         also = f" ({', '.join(looked)} looked for)" if looked else ""
@@ -144,7 +146,5 @@ def find_lens(made, src, wishes, known=None, looked=()):
     else:
         k = fractions(wishes.intrinsics or known(*size), size)
         if not wishes.intrinsics:
-            made.notes.append(f"a focal length of {k[0] * size[1]:.4g} px is taken for granted")
-    k = np.broadcast_to(k, (len(made.frames), 4))
-    made.cameras = replace(made.cameras, intrinsics=k)
-    return unit
+            notes = [f"a focal length of {k[0] * size[1]:.4g} px is taken for granted"]
+    return replace(cameras, intrinsics=np.broadcast_to(k, (count, 4))), unit, notes
