@@ -43,6 +43,7 @@ from lib.distributed import check_device, gathered, say
 from lib.guards import run_command
 from lib.log import Passes
 from lib.look import view
+from lib.native import Cameras
 from lib.pictures import as_pixels
 from lib.rooms import VARIETY, Recipe, synth
 from lib.verify import verify as check
@@ -171,11 +172,7 @@ def checked_cameras(path):
     except ValueError as error:
         hint = "`python data.py verify` names the usual mistakes"
         raise ValueError(f"{path}: {error} {hint}") from None
-    far, centres = np.abs(w2c[..., 3]).max(), fractions[:, 2:]  # metres; cx, cy
-    if far > files.FAR or np.abs(centres - 0.5).max() > 0.5:
-        found = f"translations up to {far:.3g}, cx cy {centres.min():.3g} to {centres.max():.3g}"
-        wanted = f"metres below {files.FAR:.0e} and fractions of the size"
-        raise ValueError(f"{path}: {found}; wanted {wanted}")
+    camera_files.check_plausible(path, Cameras(w2c, "w2c", fractions))
     return w2c, fractions
 
 

@@ -13,11 +13,12 @@ import torch
 import torch.nn.functional as F
 
 from geometry import compose, inv_se3, unproject, valid_depth
-from lib.camera_files import NO_ROTATION, off_rotation, read_table, rigid
-from lib.crop import pixel_matrix
+from lib.camera_files import NO_ROTATION, check_plausible, off_rotation, read_table, rigid
+from lib.crop import Crop, pixel_matrix
 from lib.depth import depth_of_points, unknown, why_relative
 from lib.files import FAR, count_arrays, count_frames, iterate_video, read_arrays
 from lib.listing import check_sample, check_sums
+from lib.native import Cameras
 from lib.report import Report, print_report
 from lib.suspects import find_suspect
 from lib.views import Views, agreement, disagreement, frame_pairs, per_pair, thinned, typical, warp
@@ -52,18 +53,16 @@ def check_cameras(report, table, size):
     if fractions[:, :2].max() > 20:
         report.suspect("intrinsics", "pixel intrinsics", f"focal length {fractions[0, 0]:.4g}")
         fractions /= table.new_tensor([w, h, w, h])
-    elif fractions[:, :2].min() <= 0 or (fractions[:, 2:] - 0.5).abs().max() > 0.5:
-        said = f"fx fy cx cy {fractions[0].tolist()}: wanted fractions of the image size"
-        report.add("intrinsics", "fail", said)
+    try:
+        check_plausible("cameras", Cameras(w2c.numpy(), "w2c", fractions.numpy()))
+    except ValueError as error:
+        report.add("intrinsics", "fail", str(error))
     fx, fy, cx, cy = (fractions * fractions.new_tensor([w, h, w, h])).unbind(1)
     if not 0.8 < (fx / fy).median() < 1.25:
         said = f"pixels are not square: focal {fx[0]:.4g} x {fy[0]:.4g} px"
         report.add("intrinsics", "warn", said)
     fov = 2 * math.degrees(math.atan(w / 2 / fx[0].item()))
     report.add("intrinsics", "ok", f"field of view {fov:.0f} degrees")
-    far = w2c[..., 3].abs().max()
-    if not far <= FAR:
-        report.add("first pose", "fail", f"translations up to {far:.3g}; wanted metres")
     identity = (w2c[0] - torch.eye(3, 4).to(w2c)).abs().max() < 1e-6
     report.add("first pose", "ok", "identity" if identity else "made the identity on loading")
     report.numbers.update(fov_deg=fov)
@@ -130,9 +129,7 @@ def check_points(report, points, depth, w2c, K, level):
 
 def leave_out(report, depth, moving):
     """Depth without what moves by itself, whose place cameras alone do not explain."""
-    sides = zip(depth.shape[1:], moving.shape[1:])
-    rows, cols = (((np.arange(n) + 0.5) * m / n).astype(int) for n, m in sides)
-    moving = torch.from_numpy(moving[:, rows][:, :, cols] > 0)
+    moving = Crop(moving.shape[1:], depth.shape[1:]).maps(moving) > 0
     share = moving.double().mean().item()
     report.numbers.update(moving=share)
     said = f"{share:.1%} of the pixels are left out of the views"
