@@ -81,8 +81,8 @@ def load_samples(root, split=None, bad=None, inside=None):
     listed = {name: set(map(str, ids)) for name, ids in splits.items()}  # ids may be numbers
     everywhere = set().union(*listed.values())
     refused = {name for name, _ in wrong}  # named once, not once more as unlisted
-    here = everywhere if split is None else listed.get(split, set())
-    wrong = [(i, what) for i, what in wrong if split is None or i in here or i not in everywhere]
+    here = listed.get(split, everywhere if split is None else ())
+    wrong = [(i, what) for i, what in wrong if i in here or i not in everywhere]
     for name in splits:
         for i in map(str, splits[name]):
             if i in samples and samples[i]["split"] is None:

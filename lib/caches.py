@@ -112,10 +112,9 @@ def copied(x):
 def fits(path, key):
     """Whether a cache file is there, whole, and was made from this key."""
     try:
-        found = read_header(path)[0]
+        return {k: str(v) for k, v in key.items()}.items() <= read_header(path)[0].items()
     except ValueError:
         return False
-    return {k: str(v) for k, v in key.items()}.items() <= found.items()
 
 
 def check_header(path, name, sample, size, fingerprint):

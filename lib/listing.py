@@ -97,14 +97,10 @@ def scan_folders(root):
         part = f.stem in ("video", "depth", "points", "moving", "camera_params")
         # Not those of an import that was killed, .ID.part or ID with its mark.
         if part and f.parent.name[0] != "." and not (f.parent / MARK).exists():
-            parts = folders.setdefault(f.parent.name, {})
-            parts.setdefault(f.stem, []).append(f"{f.parent.name}/{f.name}")
-    entries = []
-    for name, parts in folders.items():
-        # One that is there twice stays a list, which read_entry refuses.
-        single = {k: v if len(v) > 1 else v[0] for k, v in parts.items()}
-        entries.append(dict(single, id=name))
-    return entries
+            entry, file = folders.setdefault(f.parent.name, {}), f"{f.parent.name}/{f.name}"
+            # One that is there twice becomes a list, which read_entry refuses.
+            entry[f.stem] = [entry[f.stem], file] if f.stem in entry else file
+    return [dict(entry, id=name) for name, entry in folders.items()]
 
 
 def check_sample(inside, sample):

@@ -39,8 +39,7 @@ def counts_of(weights):
     """Places of a block that each dataset gets: whole numbers of sum BLOCK, 1 at least."""
     exact = np.array(weights) * BLOCK
     counts = np.maximum(np.floor(exact).astype(int), 1)
-    for n in np.argsort(counts - exact)[: max(0, BLOCK - counts.sum())]:
-        counts[n] += 1
+    counts[np.argsort(counts - exact)[: max(0, BLOCK - counts.sum())]] += 1
     counts[np.argmax(counts)] += BLOCK - counts.sum()
     return counts
 

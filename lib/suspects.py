@@ -80,11 +80,9 @@ def cameras_undone(w2c):
         yield "frames in string order", "", w2c[order]
     mirrored = torch.cat([MIRROR[:, None] * R * MIRROR, MIRROR[:, None] * t], -1)
     yield "left-handed axes", "", mirrored
-    known = [torch.eye(3).double(), torch.diag(FLIP[:, 0])]
-    for Q, words in permutations():
-        if not any(torch.equal(Q, k) for k in known):
-            yield "camera axes permuted", words, Q @ w2c
-            yield "c2w in permuted axes", words, Q @ c2w
+    for Q, words in permutations():  # also those above, which come first in a tie
+        yield "camera axes permuted", words, Q @ w2c
+        yield "c2w in permuted axes", words, Q @ c2w
     for turn in (1, -1):
         yield "quaternion order", "", rolled(w2c, turn)
         yield "quaternion order", "", inv_se3(rolled(c2w, turn))

@@ -360,8 +360,6 @@ def load_raw(sample):
 def smaller(frame):
     """A frame (H, W, 3) of at most MAX_LOOK pixels: every so many of its pixels averaged."""
     step = math.ceil(math.sqrt(frame.shape[0] * frame.shape[1] / MAX_LOOK))
-    if step == 1:
-        return frame
     blocks = F.avg_pool2d(torch.tensor(frame).permute(2, 0, 1).float(), step)
     return blocks.round().byte().permute(1, 2, 0).numpy()
 

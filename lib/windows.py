@@ -29,13 +29,10 @@ class Encoding:
             raise ValueError("wanted --windows of 1 or more and --start of 0 or more")
 
     def strides(self):
-        try:
-            strides = [int(s) for s in str(self.stride).split(",")]
-        except ValueError:
-            strides = [0]
-        if min(strides) < 1:
+        words = str(self.stride).split(",")
+        if not all(word.strip().isdecimal() and int(word) for word in words):
             raise ValueError(f"--stride {self.stride}: wanted a whole number, or several as 1,2,4")
-        return strides
+        return list(map(int, words))
 
     def places(self, sample, num_frames):
         """(first frame, stride) of a clip's windows; of several strides only those that fit."""
