@@ -19,7 +19,7 @@ from geometry import inv_se3, mat_to_quat, quat_to_mat
 from lib import native
 from lib.colmap import colmap_binary, colmap_text
 from lib.crop import focal_and_centre, fractions
-from lib.files import FAR, MAX_BYTES, MAX_CAMERAS, check_file, natural
+from lib.files import FAR, MAX_BYTES, MAX_CAMERAS, check_file, damaged, listed, natural
 from lib.lens import MODELS, make_lens, pinhole_of
 from lib.native import Cameras, need_size, pose_files
 
@@ -185,6 +185,8 @@ def read_colmap(path, size=None, matrices=None):
     cameras, images = colmap_binary(path) if binary else colmap_text(path)
     if not images:
         raise ValueError(f"{path}: no registered image. Give the folder of the largest model")
+    if lost := [name for name, _, camera in images if camera not in cameras]:
+        raise ValueError(f"{path}: no camera for {lost[0]}. Copy cameras and images of one model")
     images.sort(key=lambda image: natural(image[0]))
     pose = torch.tensor([p for _, p, _ in images], dtype=torch.float64)
     w2c = torch.cat([quat_to_mat(pose[:, [1, 2, 3, 0]]), pose[:, 4:, None]], -1).numpy()
@@ -323,33 +325,25 @@ def read(path, form=None, size=None, *, axes=None, matrices=None, intrinsics=Non
         if any(found.lenses or ()) and pinhole:
             k = np.array(list(map(pinhole_of, map(tuple, found.intrinsics), found.lenses)))
             found = replace(found, intrinsics=k, lenses=None)
-    except Exception as error:  # flipped bytes make the readers raise almost any class of error
-        if isinstance(error, ValueError) and str(path) in str(error):
-            raise
-        said = str(error) if isinstance(error, ValueError) else repr(error)
-        raise ValueError(f"{path}: not a readable {form or 'camera'} file: {said}") from None
-    if found.intrinsics is None and intrinsics:
-        k = fractions(intrinsics, need_size(found.size, path, "--intrinsics"))
-        found = replace(found, intrinsics=np.tile(k, (len(found.matrices), 1)))
-    if any(found.lenses or ()):
-        cure = "python data.py import SRC DIR undistorts pictures and depth with them"
-        raise ValueError(f"{path}: lens distortion; {cure}")
-    check_plausible(path, found)
-    try:
+        if found.intrinsics is None and intrinsics:
+            k = fractions(intrinsics, need_size(found.size, path, "--intrinsics"))
+            found = replace(found, intrinsics=np.tile(k, (len(found.matrices), 1)))
+        if any(found.lenses or ()):
+            cure = "python data.py import SRC DIR undistorts pictures and depth with them"
+            raise ValueError(f"{path}: lens distortion; {cure}")
+        check_plausible(path, found)
         w2c = oriented(found.matrices, found.kind, axes or FORMATS[form].axes)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+    except Exception as error:  # flipped bytes make the readers raise almost any class of error
+        raise damaged(path, error, f"not a readable {form or 'camera'} file: {{}}") from None
     return w2c, found.intrinsics, found.size
 
 
 def check_door(path):
     """A stranger's camera file, or folder of them, must be of regular files of a possible size."""
     path = Path(path)
-    inside = [f for f in path.iterdir() if f.name[0] != "."] if path.is_dir() else [path]
-    for file in inside:
-        if not file.is_dir() and (file == path or file.suffix in (".txt", ".bin")):
-            large = file != path or file.suffix in (".npz", ".npy", ".bin")  # points, in a folder
-            check_file(file, MAX_BYTES if large else MAX_CAMERAS)
+    for file in listed(path, (".txt", ".bin")) if path.is_dir() else [path]:
+        large = file != path or file.suffix in (".npz", ".npy", ".bin")  # points, in a folder
+        check_file(file, MAX_BYTES if large else MAX_CAMERAS)
 
 
 def as_matrices(matrices):

@@ -7,6 +7,7 @@ import struct
 
 from lib.crop import fractions
 from lib.lens import MODELS, make_lens
+from lib.rasters import end_of_name
 
 # By COLMAP's numbers; some are known by name only.
 NUMBERED = [*list(MODELS)[:7], "FOV", *list(MODELS)[7:], "THIN_PRISM_FISHEYE"]
@@ -28,22 +29,25 @@ def colmap_camera(path, model, w, h, params):
 def colmap_binary(path):
     """cameras: id -> colmap_camera; images: (name, pose, camera id); of the two .bin files."""
     cameras, images = {}, []
-    data = (path / "cameras.bin").read_bytes()
-    (count,), at = struct.unpack_from("<Q", data), 8
-    for _ in range(count):
-        i, model, w, h = struct.unpack_from("<iiQQ", data, at)
-        name = NUMBERED[model] if 0 <= model < len(NUMBERED) else f"number {model}"
-        count = len(MODELS.get(name, "").split())
-        params = struct.unpack_from(f"<{count}d", data, at + 24)
-        cameras[i] = colmap_camera(path, name, w, h, params)  # an unknown model is refused here
-        at += 24 + 8 * len(params)
-    data = (path / "images.bin").read_bytes()
-    (count,), at = struct.unpack_from("<Q", data), 8
-    for _ in range(count):
-        _, *pose, camera = struct.unpack_from("<i7di", data, at)
-        end = data.index(b"\0", at + 64)
-        images.append((data[at + 64 : end].decode(), pose, camera))
-        at = end + 9 + 24 * struct.unpack_from("<Q", data, end + 1)[0]
+    try:
+        data = (file := path / "cameras.bin").read_bytes()
+        (count,), at = struct.unpack_from("<Q", data), 8
+        for _ in range(count):
+            i, model, w, h = struct.unpack_from("<iiQQ", data, at)
+            name = NUMBERED[model] if 0 <= model < len(NUMBERED) else f"number {model}"
+            numbers = len(MODELS.get(name, "").split())
+            params = struct.unpack_from(f"<{numbers}d", data, at + 24)
+            cameras[i] = colmap_camera(path, name, w, h, params)  # an unknown model is refused here
+            at += 24 + 8 * numbers
+        data = (file := path / "images.bin").read_bytes()
+        (count,), at = struct.unpack_from("<Q", data), 8
+        for _ in range(count):
+            _, *pose, camera = struct.unpack_from("<i7di", data, at)
+            end = end_of_name(data, at + 64)
+            images.append((data[at + 64 : end].decode(), pose, camera))
+            at = end + 9 + 24 * struct.unpack_from("<Q", data, end + 1)[0]
+    except (struct.error, IndexError):
+        raise ValueError(f"{file}: cut short, or damaged. Copy it again") from None
     return cameras, images
 
 

@@ -372,8 +372,9 @@ def read_array(path, read=True, mask=False):
 
 
 def damaged(path, error, words="cannot be read: {}. Make it again or do without it"):
-    said = str(error) or repr(error)  # where it names the file, it says all
-    return ValueError(said if said.startswith(f"{path}: ") else f"{path}: {words.format(said)}")
+    said = f"it lacks {error}" if isinstance(error, KeyError) else str(error) or repr(error)
+    named = re.match(re.escape(str(path)) + r"\W", said)  # then it says all
+    return ValueError(said if named else f"{path}: {words.format(said)}")
 
 
 def natural(name):
@@ -413,17 +414,16 @@ def iterate_arrays(path, chunk=16):
 def read_arrays(path, frames=None, mask=False, limit=MAX_BYTES):
     """Chosen frames (default all) of one file (T, ...) or of a folder; limit: bytes of them all."""
     path = Path(path)
-    source = array_files(path) if path.is_dir() else [path]
-    count = len(source) if path.is_dir() else count_arrays(path, mask)
+    source, count = array_files(path), count_arrays(path, mask)
     frames = range(count) if frames is None else frames
     if count <= max(frames, default=0):
         raise ValueError(f"{path}: {count} frames found, {max(frames, default=0) + 1} wanted")
-    first = read_array(source[frames[0] if path.is_dir() else 0], False, mask)
-    shape = first[0] if path.is_dir() or len(first[0]) < 3 else first[0][1:]
+    first = read_array(source[frames[0]] if source else path, False, mask)
+    shape = first[0] if source or len(first[0]) < 3 else first[0][1:]
     if math.prod(shape) * first[1].itemsize * len(frames) > limit:
         found = f"{len(frames)} frames of {shape} values"
         raise ValueError(f"{path}: {found}; at most {limit:,} bytes are read. Scale it down")
-    if not path.is_dir():
+    if not source:
         wanted = set(frames)
         kept = {t: frame for t, frame in enumerate(stacked(path, mask)) if t in wanted}
         return np.stack([kept[t] for t in frames])

@@ -234,8 +234,7 @@ def run(src, out, form=None, **wishes):
         except Exception as error:  # a stranger's files make readers raise almost any class
             if files.is_of_disk(error):
                 raise
-            said = f"it lacks {error}" if isinstance(error, KeyError) else str(error) or repr(error)
-            problem = said if str(src) in said else f"{key}: {said}"
+            problem = error if str(src) in str(error) else files.damaged(key, error, "{}")
             say(f"skipped {name} ({kind}): {problem}")
             shutil.rmtree(part)
             names.pop()

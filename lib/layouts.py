@@ -70,20 +70,19 @@ class Folder:
         if len(cameras.matrices) != len(pose):
             found = f"{len(cameras.matrices)} poses for {len(pose)} pictures"
             raise ValueError(f"{path}: {found}: which belongs to which is unknown")
-        unit, notes, how = self.unit, [], dict(axes=FORMATS[form].axes, video=video)
+        told, notes, how = {}, [], dict(axes=FORMATS[form].axes, video=video)
         if wishes.intrinsics or self.known or cameras.intrinsics is None:
-            known = find_lens(cameras, src, size, wishes, self.known, self.lens.split())
-            cameras, unit, notes = known[0], unit | known[1], known[2]
-        kinds = dict(picture=pictures, depth=depth, pose=pose)
-        made = assemble(kinds, cameras, notes, fps=fps or cameras.fps or self.fps, **how)
-        if self.depth_lens and (src / self.depth_lens).is_file():
-            shape = files.read_array(made.depth[0], read=False)[0]
-            made.depth_lens = fractions(recordings.matrix_of(src / self.depth_lens), shape)
-        counts = recordings.in_counts(made.depth[:1])
-        made.unit = {k: v for k, v in unit.items() if counts or k == "depth_max"}
+            known = self.known, self.lens.split()
+            cameras, told, notes = find_lens(cameras, src, size, wishes, *known)
+        unit, counts = self.unit | told, recordings.in_counts(depth.values())
+        how["unit"] = {k: v for k, v in unit.items() if counts or k == "depth_max"}
+        if (src / self.depth_lens).is_file():
+            shape = files.read_array(next(iter(depth.values())), read=False)[0]
+            how["depth_lens"] = fractions(recordings.matrix_of(src / self.depth_lens), shape)
         if self.read_depth and counts:
-            made.depth = [partial(self.read_depth, f) for f in made.depth]
-        return made
+            depth = {n: partial(self.read_depth, f) for n, f in depth.items()}
+        kinds = dict(picture=pictures, depth=depth, pose=pose)
+        return assemble(kinds, cameras, notes, fps=fps or cameras.fps or self.fps, **how)
 
 
 def floats_in_rgba(path):
@@ -296,17 +295,14 @@ def open_nerfstudio(key, wishes):
     return made
 
 
-def places_of_models(src):
-    return [src, *sorted(src.glob("sparse/[0-9]*")), src / "sparse", src / "colmap/sparse/0"]
-
-
-def has_table(folder, name):
-    return any((folder / f"{name}.{end}").is_file() for end in ("bin", "txt"))
+def tables(src):
+    """Folders of a COLMAP project that may hold a model -> names of the tables in each."""
+    places = [src, *sorted(src.glob("sparse/[0-9]*")), src / "sparse", src / "colmap/sparse/0"]
+    return {f: {table.stem for table in files.listed(f, (".bin", ".txt"))} for f in places}
 
 
 def models(src):
-    """COLMAP models of a project folder."""
-    return [f for f in places_of_models(src) if has_table(f, "images")]
+    return [f for f, names in tables(src).items() if "images" in names]
 
 
 def open_colmap(src, wishes):
@@ -327,14 +323,16 @@ def open_colmap(src, wishes):
         made.notes.append(f"{len(lone)} pictures that are not in the model left out: {some(lone)}")
     if maps and not depth:
         made.notes.append(f"no file in {maps.name}/ is called as a picture is")
+    if own.is_dir() and not maps and not depth:  # photometric maps alone do not agree
+        made.notes.append(f"{own} lacks geometric maps (PatchMatchStereo.geom_consistency)")
     if len(found) > 1:
         made.notes.append(f"{model.name} is the largest of {len(found)} models")
     return made
 
 
 def colmap_parts(src):
-    folders, names = places_of_models(src), ("cameras", "images", "points3D")
-    return {f"{name}.bin": any(has_table(f, name) for f in folders) for name in names}
+    there = set().union(*tables(src).values())
+    return {f"{name}.bin": name in there for name in ("cameras", "images", "points3D")}
 
 
 def open_re10k(path, wishes):
@@ -357,14 +355,22 @@ def open_vipe(path, wishes):
     src = path.parent.parent
     video, cameras = src / "rgb" / f"{path.stem}.mp4", native.read_vipe(path)
     archive = src / "depth" / f"{path.stem}.zip"
-    file = zipfile.ZipFile(archive) if archive.is_file() else None
-    names = [n for n in file.namelist() if n.endswith(".exr")] if file else []
-    maps = zip(numbers_of(names), [lambda n=n: read_raster(file.read(n)) for n in names])
+    names = [n for n in zipped(archive) if n.endswith(".exr")] if archive.is_file() else []
+    maps = zip(numbers_of(names), [partial(zipped, archive, n) for n in names])
     frames = {n: n for n in range(files.count_frames(video))}
     kinds = dict(picture=frames, pose=cameras.names) | ({"depth": dict(maps)} if names else {})
     if wishes.intrinsics or cameras.intrinsics is None:
         cameras = find_lens(cameras, src, cameras.size, wishes)[0]
     return assemble(kinds, cameras, fps=cameras.fps or 30.0, video=video)
+
+
+def zipped(path, name=None):
+    """Depth (h, w) of an EXR file in a zip; or, without its name, the names of all."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return read_raster(archive.read(name)) if name else archive.namelist()
+    except Exception as error:  # flipped bytes make zipfile raise almost any class
+        raise files.damaged(f"{path}, {name}" if name else path, error) from None
 
 
 def find_vipe(src):

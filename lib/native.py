@@ -252,8 +252,7 @@ def read_folder(path, size=None, matrices=None):
     try:
         m, k = zip(*(pose_of(path := f) for f in files))
     except Exception as error:  # flipped bytes make the readers raise almost any class of error
-        said = f"it lacks {error}" if isinstance(error, KeyError) else error
-        raise damaged(path, said, "not a readable camera: {}") from None
+        raise damaged(path, error, "not a readable camera: {}") from None
     k = None if k[0] is None else lens_of(np.array(k), len(m), size, path)
     names = numbers_of(files)
     step = np.median(np.diff(names)) if k is not None and len(m) > 1 else 0

@@ -103,7 +103,7 @@ def read_raster(data):
         if head := re.match(rb"(\d+)&(\d+)&1&", data[:60]):  # COLMAP's, of its dense workspace
             return np.frombuffer(data[head.end() :], "<f4").reshape(int(head[2]), int(head[1]))
         return read_pfm(data) if data[:2] == PFM else read_pgm(data)
-    except (struct.error, IndexError, zlib.error) as error:
+    except (struct.error, IndexError, KeyError, zlib.error) as error:
         raise ValueError(f"the file is cut short or damaged ({error})") from None
 
 
@@ -163,9 +163,6 @@ def unpredicted(data):
 
 def read_exr(data):
     attributes, at = exr_header(data)
-    missing = {"channels", "compression", "dataWindow"} - set(attributes)
-    if missing:
-        raise ValueError(f"an EXR file without {', '.join(sorted(missing))}")
     channels = exr_channels(attributes["channels"])
     names = [name for name, _ in channels]
     chosen = names[0] if len(names) == 1 else "Z"
@@ -212,7 +209,7 @@ def read_pgm(data):
     number = rb"(?:\s|#[^\n]*\n)+(\d+)"
     match = re.match(rb"P5" + 3 * number + rb"\s", data[:4096])
     if not match:
-        raise ValueError("not a binary PGM file")
+        raise ValueError("neither OpenEXR nor PFM nor a binary PGM")
     width, height, most = (int(match[n]) for n in (1, 2, 3))
     check_size(height, width)
     dtype = np.dtype(">u2" if most > 255 else "u1")

@@ -1,8 +1,11 @@
 """Parts of a recording that belong together, one of which is missing, damaged or unsure."""
 
+import shutil
+import zipfile
+
 import numpy as np
 import pytest
-from recordings import H, T, W, clip, monst3r
+from recordings import H, T, W, clip, colmap, monst3r, vipe
 
 from data import load_clip, load_samples
 from lib import importers
@@ -40,3 +43,40 @@ def test_too_few_focal_lengths_are_named(src, capsys):
     np.savetxt(src / "pred_intrinsics.txt", np.tile(np.eye(3).ravel(), (4, 1)))
     said = f"{src}/pred_intrinsics.txt: 4 lines for 9 poses; wanted one for each"
     assert said in imported(src, capsys)[0]
+
+
+def test_a_damaged_archive_of_depth_is_named_itself(src, capsys):
+    """Seen: pose/walk.npz: File is not a zip file."""
+    vipe(src, C)
+    with zipfile.ZipFile(src / "depth/walk.zip", "w") as archive:
+        for t in range(T):
+            archive.writestr(f"{t:05d}.exr", b"none")
+    said = f"{src}/depth/walk.zip, 00000.exr: cannot be read: neither OpenEXR nor PFM"
+    assert said in imported(src, capsys)[0]
+    (src / "depth/walk.zip").write_bytes(b"none")
+    said = f"{src}/depth/walk.zip: cannot be read: File is not a zip file"
+    assert said in imported(src, capsys)[0]
+
+
+def test_what_a_model_lacks_is_named(src, capsys):
+    """Seen: "it lacks 1"; "unpack_from requires a buffer of at least 64 bytes"."""
+    colmap(src, C)
+    shutil.rmtree(src / "sparse/1")
+    images, cameras = src / "sparse/0/images.bin", src / "sparse/0/cameras.bin"
+    whole = images.read_bytes()
+    for length in (len(whole) - 100, len(whole) - 60):  # in a name; in the numbers of a pose
+        images.write_bytes(whole[:length])
+        assert f"{images}: cut short, or damaged" in imported(src, capsys)[0]
+    images.write_bytes(whole)
+    cameras.write_bytes(bytes(8))
+    said = f"{src}/sparse/0: no camera for frame_00000.png"
+    assert said in imported(src, capsys)[0]
+
+
+def test_maps_that_no_other_view_has_confirmed_are_asked_for_better_ones(src, capsys):
+    colmap(src, C)
+    shutil.rmtree(src / "depth")
+    (src / "stereo/depth_maps").mkdir(parents=True)
+    (src / "stereo/depth_maps/frame_00000.png.photometric.bin").write_bytes(b"1&1&1&0000")
+    names, _ = importers.run(src, src.parent / "out")
+    assert names and "lacks geometric maps" in capsys.readouterr().out

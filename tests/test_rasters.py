@@ -125,6 +125,6 @@ def test_no_damage_costs_more_than_a_refusal():
         except ValueError:
             pass
     start = time.process_time()
-    with pytest.raises(ValueError, match="not a binary PGM"):
+    with pytest.raises(ValueError, match="nor a binary PGM"):
         read_raster(b"P5" + b" " * 4000 + b"x")
     assert time.process_time() - start < 1
