@@ -38,9 +38,12 @@ class Folder:
     fps: float = 30.0
     read_depth: object = None  # path -> (h, w), where files.read_array will not do
     mark: str = ""  # in the text of the poses, or ending of a folder's, where names are anybody's
+    better: object = None  # a Folder that is read instead where all of its parts are there
 
     def parts(self, src):
         """What is there: files of pictures and of depth, (path, format) of the poses or None."""
+        if self.better and all((found := self.better.parts(src)).values()):
+            return found
         kinds = (self.pictures, files.STILLS), (self.depth, files.MAPS)
         listed = lambda p, ends: files.listed(src, (*ends, p[-4:]), p)  # noqa: E731  (.mp4 too)
         found = ([listed(p, ends) for p in words.split()] for words, ends in kinds)
@@ -142,10 +145,11 @@ FOLDERS = dict(
     stray=Folder("rgb.mp4", "depth/*", "odometry.csv:tum", lens="camera_matrix.csv"),
     record3d=Folder("rgb/*", "depth/*", "metadata.json:record3d", mark='"poses"'),
     polycam=Folder(
-        "corrected_images/* images/*",
+        "images/*",
         "depth/*",
-        "corrected_cameras:folder cameras:folder",
+        "cameras:folder",
         mark=".json",
+        better=Folder("corrected_images/*", "depth/*", "corrected_cameras:folder", mark=".json"),
     ),
 )
 

@@ -5,10 +5,11 @@ import zipfile
 
 import numpy as np
 import pytest
-from recordings import H, T, W, clip, colmap, monst3r, vipe
+from recordings import H, T, W, clip, colmap, monst3r, polycam, vipe
 
 from data import load_clip, load_samples
 from lib import importers
+from lib.pictures import write_png
 
 C = clip()
 
@@ -43,6 +44,21 @@ def test_too_few_focal_lengths_are_named(src, capsys):
     np.savetxt(src / "pred_intrinsics.txt", np.tile(np.eye(3).ravel(), (4, 1)))
     said = f"{src}/pred_intrinsics.txt: 4 lines for 9 poses; wanted one for each"
     assert said in imported(src, capsys)[0]
+
+
+@pytest.mark.parametrize("part", ["images", "cameras"])
+def test_corrected_pictures_go_with_corrected_cameras_alone(src, capsys, part):
+    """Seen: pictures of one lens with cameras of another, where a session was too large to end."""
+    polycam(src, C)
+    keys = src / "keyframes"
+    shutil.copytree(keys / part, keys / f"corrected_{part}")
+    for path in (keys / "corrected_images").glob("*"):
+        write_png(path, np.zeros((H, W, 3), np.uint8))
+    for path in (keys / "corrected_cameras").glob("*"):
+        path.write_text(path.read_text().replace('"fx": ', '"fx": 1'))
+    _, made = imported(src, capsys)
+    assert made["video"].mean() > -0.9
+    np.testing.assert_allclose(made["intrinsics"][0, 0, 0], C["k"][0])
 
 
 def test_a_damaged_archive_of_depth_is_named_itself(src, capsys):
