@@ -15,13 +15,16 @@ import numpy as np
 
 from lib import camera_files, files, native, recordings
 from lib.camera_files import FORMATS
-from lib.crop import fractions
+from lib.crop import Crop, fractions
 from lib.native import Cameras, numbers_of, pose_files, quaternions, read_rows
 from lib.rasters import read_raster
 from lib.recordings import Recording, assemble, by_number, find_lens, some
 
 # --- Folders of pictures, folders of depth, and poses ---------------------------------------------
 MILLIMETRES = dict(depth_scale=0.001)
+# Maps of how sure the depth is, and the least that is believed: phones write 0 for low, CUT3R
+# 1 + e^x, MonST3R the logarithm of that; 1.1 is MonST3R's own limit.
+PHONES, NETS, LOGS = ("confidence/*", 1), ("conf/*", 1.1), ("conf_*.npy", np.log(1.1))
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,7 @@ class Folder:
     read_depth: object = None  # path -> (h, w), where files.read_array will not do
     mark: str = ""  # in the text of the poses, or ending of a folder's, where names are anybody's
     better: object = None  # a Folder that is read instead where all of its parts are there
+    confidence: tuple = PHONES  # maps beside those of depth, the least that is believed
 
     def parts(self, src):
         """What is there: files of pictures and of depth, (path, format) of the poses or None."""
@@ -84,8 +88,20 @@ class Folder:
             how["depth_lens"] = fractions(recordings.matrix_of(src / self.depth_lens), shape)
         if self.read_depth and counts:
             depth = {n: partial(self.read_depth, f) for n, f in depth.items()}
+        sure = by_number(files.listed(src, files.MAPS, self.confidence[0]))
+        for n in sure.keys() & depth.keys():
+            depth[n] = partial(believed, depth[n], sure[n], self.confidence[1])
+        notes += ["unsure depth is left out"] * bool(sure)
         kinds = dict(picture=pictures, depth=depth, pose=pose)
         return assemble(kinds, cameras, notes, fps=fps or cameras.fps or self.fps, **how)
+
+
+def believed(path, confidence, least):
+    """Depth (h, w), 0 where the map of its confidence is below the least that is believed."""
+    depth = np.squeeze(files.read_array(path))
+    sure = np.squeeze(files.read_array(confidence, mask=True))  # of 8 bits, too
+    sure = Crop(sure.shape, depth.shape).maps(sure[None])[0].numpy()
+    return np.where(sure < least, depth.dtype.type(0), depth)
 
 
 def floats_in_rgba(path):
@@ -140,8 +156,10 @@ FOLDERS = dict(
         "poses.txt pose.txt traj.txt",
         lens="K.txt camera-intrinsics.txt intrinsics.txt cam_params.json",
     ),
-    cut3r=Folder("color/*", "depth/*", "camera:folder", mark=".npz"),
-    monst3r=Folder("frame_*", "frame_*.npy", "pred_traj.txt:tum", lens="pred_intrinsics.txt"),
+    cut3r=Folder("color/*", "depth/*", "camera:folder", mark=".npz", confidence=NETS),
+    monst3r=Folder(
+        "frame_*", "frame_*.npy", "pred_traj.txt:tum", lens="pred_intrinsics.txt", confidence=LOGS
+    ),
     stray=Folder("rgb.mp4", "depth/*", "odometry.csv:tum", lens="camera_matrix.csv"),
     record3d=Folder("rgb/*", "depth/*", "metadata.json:record3d", mark='"poses"'),
     polycam=Folder(

@@ -5,7 +5,7 @@ import zipfile
 
 import numpy as np
 import pytest
-from recordings import H, T, W, clip, colmap, monst3r, polycam, vipe
+from recordings import H, T, W, clip, colmap, cut3r, monst3r, polycam, stray, vipe
 
 from data import load_clip, load_samples
 from lib import importers
@@ -44,6 +44,34 @@ def test_too_few_focal_lengths_are_named(src, capsys):
     np.savetxt(src / "pred_intrinsics.txt", np.tile(np.eye(3).ravel(), (4, 1)))
     said = f"{src}/pred_intrinsics.txt: 4 lines for 9 poses; wanted one for each"
     assert said in imported(src, capsys)[0]
+
+
+CONFIDENCE = {  # names; low, middle and high
+    stray: ("confidence/{:06d}.png", 0, 1, 2),
+    polycam: ("keyframes/confidence/3147820{:04d}.png", 0, 127, 255),
+    cut3r: ("conf/{:06d}.npy", 1.05, 1.2, 9.0),  # 1 + e^x
+    monst3r: ("conf_{}.npy", 0.05, 0.1, 3.0),  # its logarithm
+}
+
+
+@pytest.mark.parametrize("write", CONFIDENCE)
+def test_depth_of_low_confidence_is_unknown(src, capsys, write):
+    write(src, C)
+    name, low, middle, high = CONFIDENCE[write]
+    sure = np.full((H // 2, W // 2), high)  # of half the resolution
+    sure[:3], sure[3:6] = low, middle
+    for t in range(T):
+        path = src / name.format(t)
+        path.parent.mkdir(exist_ok=True)
+        if path.suffix == ".npy":
+            np.save(path, sure.astype(np.float32))
+        else:
+            path.unlink(missing_ok=True)
+            write_png(path, (sure.astype(np.uint16) * 257))  # as 8 bits are read
+    said, made = imported(src, capsys)
+    assert "unsure depth is left out" in said
+    assert (made["depth"][:, :6] == 0).all()
+    np.testing.assert_allclose(made["depth"][:, 6:], C["mm"][:5, 6:] / 1000, rtol=1e-6)
 
 
 @pytest.mark.parametrize("part", ["images", "cameras"])
