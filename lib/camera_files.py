@@ -31,11 +31,9 @@ def read_table(path, pixels=False):
     """The raw 19 columns (T, 19) float64 of a RealEstate10K text; URL line, comments and blank
     lines skipped. pixels: do not refuse focal lengths that must be pixels."""
     rows, text = [], Path(path).read_text("utf-8-sig", "replace") if Path(path).is_file() else ""
-    lines = [(n, line.split()) for n, line in enumerate(text.splitlines(), 1) if line.strip()]
-    lines = lines[1:] if lines and "://" in lines[0][1][0] else lines
-    for n, words in lines:
-        if words[0].startswith("#"):
-            continue
+    lines = enumerate(text.splitlines(), 1)
+    lines = [(n, line.split()) for n, line in lines if re.match(r"\s*[^#\s]", line)]
+    for n, words in lines[1:] if lines and "://" in lines[0][1][0] else lines:
         try:
             rows.append([float(word) for word in words])
         except ValueError as error:

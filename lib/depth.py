@@ -95,13 +95,23 @@ def why_relative(path):
     return relative_depth(iterate_arrays(path))
 
 
-def metres(raw, unit):
-    """Values (T, H, W) of a file -> float32 z-depth, 0 where it is unknown."""
+def metres(raw, unit, path):
+    """Values (T, H, W) of a file -> float32 z-depth, 0 where it is unknown.
+
+    Raises ValueError for integers without a scale and for depth beyond FAR."""
+    if raw.dtype.kind != "f" and unit.scale is None:
+        cure = "add depth_scale (metres per count) in metadata.json, or --scene_scale FILE*0.001"
+        raise ValueError(f"{path}: {raw.dtype} depth without a unit; {cure}")
+    known = ~unknown(raw, unit)
+    far = float(raw[known].max(initial=0)) * float(unit.scale or 1)
+    if not unit.inverse and unit.most is None and far > FAR:
+        cure = "Write 0 where it is unknown, sky included, or give depth_max; check depth_scale"
+        raise ValueError(f"{path}: depth up to {far:.3g} m; wanted at most {FAR:.0e}. {cure}")
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         depth = raw.astype(np.float32)
         depth = (1 / depth if unit.inverse else depth) * np.float32(unit.scale or 1)
     most = min(FAR, unit.most or FAR)
-    return np.where((depth > 0) & (depth <= most) & ~unknown(raw, unit), depth, np.float32(0))
+    return np.where(known & (depth > 0) & (depth <= most), depth, np.float32(0))
 
 
 def depth_of_points(points, w2c, path):
@@ -118,7 +128,7 @@ def read_depth(path, unit=METRES, frames=None):
     """Z-depth (T, H, W) float32 metres, 0 = unknown; frames: chosen ones, default all.
 
     Depth without a unit (see relative_depth) comes back as it is, positive: order and ratios are
-    all it has.  Raises ValueError for integers without a scale and for depth beyond FAR."""
+    all it has."""
     raw = read_arrays(path, frames)
     if raw.ndim != 3:
         raise ValueError(f"{path}: array of shape {raw.shape}; wanted z-depth (T, H, W)")
@@ -130,12 +140,4 @@ def read_depth(path, unit=METRES, frames=None):
     if relative:
         depth = raw.astype(np.float32)
         return np.where(np.isfinite(depth) & (depth > 0), depth, np.float32(0))
-    if raw.dtype.kind != "f" and unit.scale is None:
-        cure = "add depth_scale (metres per count) in metadata.json, or --scene_scale FILE*0.001"
-        raise ValueError(f"{path}: {raw.dtype} depth without a unit; {cure}")
-    known = raw[~unknown(raw, unit)]
-    far = float(known.max(initial=0)) * float(unit.scale or 1)
-    if not unit.inverse and unit.most is None and far > FAR:
-        cure = "Write 0 where it is unknown, sky included, or give depth_max; check depth_scale"
-        raise ValueError(f"{path}: depth up to {far:.3g} m; wanted at most {FAR:.0e}. {cure}")
-    return metres(raw, unit)
+    return metres(raw, unit, path)

@@ -64,12 +64,11 @@ def small_arrays(path, most=2**26):
             with archive.open(info) as file:
                 if b"'|O'" in file.peek(100)[:100] and info.filename[:-4] not in POSES:
                     continue  # objects beside, as VGGT's pose_enc_list, stay unread
-                shape, dtype, _ = array_header(file, info.file_size, mask=True)
-            if info.file_size > most:
+                shape, dtype, fortran = array_header(file, info.file_size, mask=True)
                 array = np.broadcast_to(np.zeros((), dtype), shape)  # of no size
-            else:
-                with archive.open(info) as file:
-                    array = np.lib.format.read_array(file, allow_pickle=False)
+                if info.file_size <= most:
+                    array = np.frombuffer(bytearray(file.read()), dtype)
+                    array = array.reshape(shape, order="F" if fortran else "C")
             arrays[info.filename.removesuffix(".npy")] = array
     return arrays
 

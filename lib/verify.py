@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from geometry import compose, inv_se3, unproject, valid_depth
 from lib.camera_files import NO_ROTATION, check_plausible, off_rotation, read_table, rigid
 from lib.crop import Crop, pixel_matrix
-from lib.depth import depth_of_points, unknown, why_relative
-from lib.files import FAR, count_arrays, count_frames, iterate_video, read_arrays
+from lib.depth import depth_of_points, metres, unknown, why_relative
+from lib.files import count_arrays, count_frames, iterate_video, read_arrays
 from lib.listing import check_sample, check_sums
 from lib.native import Cameras
 from lib.report import Report, print_report
@@ -71,14 +71,13 @@ def check_cameras(report, table, size):
 
 def check_jumps(report, w2c):
     """A single step of the camera twice as long as both neighbours looks like a dropped frame."""
-    if len(w2c) > 4:
-        step = inv_se3(w2c)[:, :, 3].diff(dim=0).norm(dim=-1)
-        around = torch.maximum(step[:-2], step[2:])
-        jump = torch.nonzero(step[1:-1] > 1.8 * around + 0.02 * step.mean() + 1e-6).flatten() + 1
-        if len(jump):
-            i = int(jump[0])
-            said = f"the camera jumps between frames {i} and {i + 1}: a dropped frame?"
-            report.add("rotations", "warn", said)
+    step = inv_se3(w2c)[:, :, 3].diff(dim=0).norm(dim=-1)
+    around = torch.maximum(step[:-2], step[2:])
+    jump = torch.nonzero(step[1:-1] > 1.8 * around + 0.02 * step.mean() + 1e-6).flatten() + 1
+    if len(jump):
+        i = int(jump[0])
+        said = f"the camera jumps between frames {i} and {i + 1}: a dropped frame?"
+        report.add("rotations", "warn", said)
 
 
 def check_depth(report, depth):
@@ -91,9 +90,6 @@ def check_depth(report, depth):
         report.add("depth", "fail", f"no valid pixel{where}")
         return None
     low, middle, high = (float(x) for x in np.quantile(depth[valid][::17], (0.02, 0.5, 0.98)))
-    if float(depth[valid].max()) > FAR:  # no half float holds FAR
-        wanted = f"wanted at most {FAR:.0e}, and 0 where it is unknown"
-        report.add("depth", "fail", f"up to {depth[valid].max():.3g} m; {wanted}")
     report.numbers.update(depth_low=low, depth_median=middle, depth_high=high)
     metres = 0.02 < middle < LARGE
     said = f"{low:.4g} to {high:.4g}, {share:.0%} valid" + ("" if metres else ": metres?")
@@ -294,16 +290,11 @@ def sparse(report, depth):
 
 def metric_depth(report, raw):
     """Depth (n, H, W) in metres, or None with the reason in the report."""
-    depth, unit = raw["depth"], raw["unit"]
-    if depth.dtype.kind != "f" and unit.scale is None:
-        cure = "give the sample depth_scale (0.001 for millimetres)"
-        report.add("depth", "fail", f"{depth.dtype} without a unit: {cure}")
-        return None
-    check_largest(report, depth, unit)
-    known = ~unknown(depth, unit)
-    with np.errstate(divide="ignore"):
-        depth = (1 / depth.astype(np.float64) if unit.inverse else depth) * (unit.scale or 1)
-    return np.where(known & (depth <= (unit.most or (FAR if unit.inverse else np.inf))), depth, 0)
+    check_largest(report, raw["depth"], raw["unit"])
+    try:
+        return metres(raw["depth"], raw["unit"], "its files")
+    except ValueError as error:
+        report.add("depth", "fail", str(error))
 
 
 def check_largest(report, depth, unit):
