@@ -6,7 +6,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from lib.files import read_video
+from lib.files import pixel_aspect, read_video
 from wan import LATENT
 
 
@@ -24,11 +24,13 @@ class Crop:
 
     source: tuple  # (H, W) of the video
     target: tuple  # (H, W) of the clip
+    pixel: float = 1.0  # width of the video's pixels over their height
 
     def cut(self):
         """top, left, height, width in pixels of the source."""
         (h, w), (height, width) = self.source, self.target
-        hc, wc = min(h, round(w * height / width) or 1), min(w, round(h * width / height) or 1)
+        hc = min(h, round(w * self.pixel * height / width) or 1)
+        wc = min(w, round(h / self.pixel * width / height) or 1)
         return (h - hc) // 2, (w - wc) // 2, hc, wc
 
     def video(self, frames):
@@ -82,7 +84,8 @@ def load_image(path, height, width, *, squeeze=False):
     """First frame of a file -> (1, 3, 1, H, W) in [-1, 1], cut as training cuts, or squeezed."""
     frame = read_video(path, max_frames=1)[0]  # (1, h, w, 3)
     if not squeeze:
-        return (Crop(frame.shape[1:3], (height, width)).video(frame) / 127.5 - 1)[:, :, None]
+        crop = Crop(frame.shape[1:3], (height, width), pixel_aspect(path))
+        return (crop.video(frame) / 127.5 - 1)[:, :, None]
     # Of bytes, as Pillow's: rounded and cut to 0 .. 255 after each direction.
     frame = torch.from_numpy(frame).permute(0, 3, 1, 2)
     frame = F.interpolate(frame, (height, width), mode="bicubic", antialias=True)

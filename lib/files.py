@@ -69,11 +69,9 @@ def check_file(path, limit=MAX_BYTES):
 def check_lines(path):
     """A text file of a camera path: its last line has an end, or numbers at its end may be lost."""
     check_file(path, MAX_CAMERAS)
-    with open(path, "rb") as file:
-        file.seek(-1, os.SEEK_END)
-        if file.read(1) not in b"\r\n":
-            cure = "Add a line break if it is whole"
-            raise ValueError(f"{path}: the last line has no end: cut short? {cure}")
+    if Path(path).read_bytes()[-1] not in b"\r\n":
+        cure = "Add a line break if it is whole"
+        raise ValueError(f"{path}: the last line has no end: cut short? {cure}")
 
 
 def unique_keys(pairs):
@@ -245,6 +243,16 @@ def read_video(path, max_frames=None, turned=True):
     return np.stack([frame for frame, _ in found]), found[0][1]
 
 
+def pixel_aspect(path):
+    """Width of a video's pixels over their height (SAR); of pictures 1: theirs is for printers."""
+    if Path(path).is_dir() or rasters.reader_of(path, head_of(path)):
+        return 1.0
+    with ffmpeg(path, "-frames:v", "1", "-f", "null") as (stream, log):
+        stream.read()
+        said = re.findall(rb"SAR (\d+):(\d+)", os.pread(log.fileno(), 2**16, 0))
+    return int(said[-1][0]) / int(said[-1][1]) if said else 1.0  # the last: turned upright
+
+
 def stats_of(path):
     """Of a file, or of a folder and all in it; [] where there is none."""
     parts = [Path(path), *Path(path).glob("*")]
@@ -291,8 +299,7 @@ def array_header(file, size, mask):
 
 def png_header(path, mask):
     """Shape of a 16-bit grey PNG, or with mask of any."""
-    with open(path, "rb") as file:
-        head = file.read(26)
+    head = head_of(path)
     if head[:8] != PNG or not mask and head[24:26] != b"\x10\x00":
         raise ValueError("not a 16-bit grey PNG; other kinds do not hold metric depth")
     w, h = int.from_bytes(head[16:20], "big"), int.from_bytes(head[20:24], "big")

@@ -40,10 +40,8 @@ class Recording:
 # --- Pieces ---------------------------------------------------------------------------------------
 def in_counts(maps):
     """Whether files of depth hold whole numbers, as the first does; floats are metres."""
-    path = next(iter(maps), Path())
-    if path.suffix.lower() in (".npy", ".npz"):
-        return files.read_array(path, read=False)[1].kind in "iu"
-    return path.suffix.lower() in (".png", ".pgm")
+    first = next(iter(maps), None)
+    return first is not None and files.read_array(first, False, True)[1].kind in "iu"
 
 
 def by_number(paths):

@@ -16,7 +16,7 @@ from geometry import compose, inv_se3, unproject, valid_depth
 from lib.camera_files import NO_ROTATION, check_plausible, off_rotation, read_table, rigid
 from lib.crop import Crop, pixel_matrix
 from lib.depth import depth_of_points, metres, unknown, why_relative
-from lib.files import count_arrays, count_frames, iterate_video, read_arrays
+from lib.files import count_arrays, count_frames, iterate_video, pixel_aspect, read_arrays
 from lib.listing import check_sample, check_sums
 from lib.native import Cameras
 from lib.report import Report, print_report
@@ -243,6 +243,9 @@ def inspect(raw, level="data"):
     report.numbers.update(frames=n, height=hv, width=wv)
     said = f"video {hv}x{wv}" + (f", depth {h}x{w}" if (h, w) != (hv, wv) else "")
     report.add("sizes", "ok" if abs(h * wv / (w * hv) - 1) < 0.02 else "fail", said)
+    if abs(raw["pixel"] - 1) > 0.01:
+        told = f"{raw['pixel']:.3g} times as wide as high, taken as they lie: are cameras of such?"
+        report.add("pixels", "warn", f"{told} Else ffmpeg -i IN -vf scale=iw*sar:ih,setsar=1 OUT")
     # Pixel intrinsics are pixels of the video; fractions are free of size.
     table = raw["table"][:n].copy()
     if table[:, 1:3].max() > 20:
@@ -345,7 +348,7 @@ def load_raw(sample):
         raise ValueError(f"{sample['depth']}: {what}; wanted z-depth (T, H, W)")
     told = dict(id=sample["id"], unit=sample["unit"], counts=counts, table=table, rgb=rgb)
     told["relative"] = why_relative(sample["depth"]) if sample["depth"] else None
-    return dict(told, **found, size=size)
+    return dict(told, **found, size=size, pixel=pixel_aspect(sample["video"]))
 
 
 def smaller(frame):

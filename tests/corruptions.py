@@ -253,7 +253,7 @@ def inspect(raw, level="data"):
         chosen = {k: raw[k][ids] for k in kinds[2:] if k in raw}
         chosen["rgb"] = {t: raw["rgb"][t] for t in photo}
         raw = dict(raw, **chosen, relative=relative_depth(raw["depth"]))
-    return verify.inspect(dict(raw, counts=counts), level)
+    return verify.inspect(dict(raw, counts=counts, pixel=1.0), level)
 
 
 def sweep(source, trials, kinds=KINDS, least=0.25, first=0):

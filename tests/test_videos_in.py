@@ -13,7 +13,9 @@ from recordings import WRITERS, clip
 
 import data
 from lib import files, importers
+from lib.crop import load_image
 from lib.pictures import write_png
+from lib.rooms import Recipe
 
 FFMPEG = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-y"]
 CLIP = ["-f", "lavfi", "-i", "testsrc2=size=160x96:rate=15:duration=0.4"]
@@ -163,3 +165,34 @@ def test_an_ffmpeg_that_is_too_old_is_named_and_no_file_is_blamed(tmp_path, monk
     for read in (files.read_video, files.count_frames):
         with pytest.raises(OSError, match=f"^{old}: older than ffmpeg 5.1. Fix: pip install -U"):
             read(files.Path(__file__).parents[1] / "examples/room.jpg")
+
+
+def test_pixels_that_are_not_square_are_shown_as_players_show_them(tmp_path):
+    """HDV's 1440x1080 is shown as 1920x1080; it was cut as it lies, a third too narrow."""
+    how = ["-c:v", "libx264", "-crf", "1", "-pix_fmt", "yuv444p"]
+    run(*CLIP, "-vf", "scale=120:96,setsar=4/3", *how, tmp_path / "narrow.mp4")
+    run(*CLIP, *how, tmp_path / "square.mp4")
+    run("-display_rotation", "90", "-i", tmp_path / "narrow.mp4", "-c", "copy", tmp_path / "up.mp4")
+    seen = [load_image(tmp_path / f"{name}.mp4", 48, 80)[0] for name in ("narrow", "square")]
+    assert (seen[0] - seen[1]).abs().mean() < 0.03
+    assert files.pixel_aspect(tmp_path / "up.mp4") == pytest.approx(3 / 4)
+    assert files.pixel_aspect(tmp_path / "square.mp4") == 1
+    run(*CLIP, "-vf", "setsar=2", "-frames:v", "1", tmp_path / "print.jpg")  # dots an inch
+    assert files.pixel_aspect(tmp_path / "print.jpg") == 1
+
+
+def test_verify_asks_whether_cameras_are_of_pixels_that_are_not_square(tmp_path, capsys):
+    data.synth(tmp_path, workers=1, recipe=Recipe(num=1, num_frames=5, height=32, width=48))
+    path = tmp_path / "train_000000/video.mp4"
+    run(
+        "-i",
+        path,
+        "-c",
+        "copy",
+        "-bsf:v",
+        "h264_metadata=sample_aspect_ratio=4/3",
+        tmp_path / "v.mp4",
+    )
+    shutil.move(tmp_path / "v.mp4", path)
+    assert data.verify(tmp_path) == 0
+    assert "warn pixels: 1.33 times as wide as high" in capsys.readouterr().out
