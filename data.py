@@ -101,7 +101,8 @@ def load_samples(root, split=None, bad=None, inside=None):
     chosen = [s for s in samples.values() if split in (None, s["split"])]  # in the file's order
     if not chosen:
         counts = {k: len(v) for k, v in splits.items()}
-        found = f"no samples in split {split!r}; {len(samples)} found, splits {counts}"
+        which = "" if split is None else f" in split {split!r}"
+        found = f"no samples{which}; {len(samples)} found, splits {counts}"
         more = "".join(f"\n  {name}: {problem}" for name, problem in wrong[:5])
         raise EmptySplit(f"{root}: {found}. The layout is at the top of data.py.{more}")
     return chosen

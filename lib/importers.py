@@ -41,7 +41,7 @@ def folders(src, depth=5):
 def find(src, form=None):
     """[(format, key)] of the recordings in a folder; ValueError where there is none."""
     if not src.is_dir():
-        raise ValueError(f"{src}: no such folder; wanted one with recordings")
+        raise ValueError(f"{src}: no folder; wanted one of a labeler or scanner (docs/data.md)")
     found, within = [], []
     for folder in folders(src):
         if any(folder.resolve().is_relative_to(f) for f in within):

@@ -160,6 +160,9 @@ def test_the_three_forms_of_metadata_list_the_same_samples(rendered, tmp_path):
     (root / "metadata.json").unlink()
     assert data.load_samples(root) == [dict(s, fps=None, prompt="") for s in full]
     assert len(data.load_samples(root, "train")) == 2
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="empty: no samples; 0 found"):  # seen: in split None
+        data.load_samples(tmp_path / "empty")
     with pytest.raises(ValueError, match="no samples in split 'test'"):
         data.load_samples(root, "test")
 
