@@ -56,9 +56,9 @@ def load_camera(text, num_frames, size, view=View()):
 
     returns  w2c (1, T, 3, 4) relative to frame 0, scene units; intrinsics (1, T, 3, 3) pixels"""
     zoom, intrinsics, scale = torch.ones(num_frames), None, view.scene_scale
-    if kind_of(text) == "key frames":
+    if (kind := kind_of(text)) == "key frames":
         w2c = key_frames(text, num_frames)
-    elif kind_of(text) == "a file":
+    elif kind == "a file":
         w2c, intrinsics = from_file(text, num_frames, size, view)
     else:
         w2c, zoom = camera_move(text, num_frames, view.amount)
