@@ -79,8 +79,9 @@ class Folder:
             raise ValueError(f"{path}: {found}: which belongs to which is unknown")
         told, notes, how = {}, [], dict(axes=FORMATS[form].axes, video=video)
         if wishes.intrinsics or self.known or cameras.intrinsics is None:
-            known = self.known, self.lens.split()
-            cameras, told, notes = find_lens(cameras, src, size, wishes, *known)
+            cameras, told, notes = find_lens(cameras, src, size, wishes, self.known, self.lens)
+        if video and (wide := files.pixel_aspect(video)) != 1:
+            notes.append(f"pixels {wide:.3g} times as wide as high are taken as they lie")
         unit, counts = self.unit | told, recordings.in_counts(depth.values())
         how["unit"] = {k: v for k, v in unit.items() if counts or k == "depth_max"}
         if (src / self.depth_lens).is_file():
@@ -368,8 +369,7 @@ def open_re10k(path, wishes):
 def find_re10k(src):
     """Texts of 19 columns with a folder of pictures of the same name beside them."""
     texts = [f for f in sorted(src.glob("*.txt")) if f.with_suffix("").is_dir()]
-    lines = {f: f.read_text("utf-8-sig", "replace").splitlines() for f in texts}
-    return [f for f in texts if lines[f] and len(lines[f][-1].split()) == 19]
+    return [f for f in texts if len((native.lines_of(f) or [""])[-1].split()) == 19]
 
 
 def open_vipe(path, wishes):

@@ -124,12 +124,12 @@ def assemble(kinds, cameras, notes=(), pixels=False, **how):
     return Recording(found["picture"], cameras, found.get("depth"), notes=notes, **how)
 
 
-def find_lens(cameras, src, size, wishes, known=None, looked=()):
+def find_lens(cameras, src, size, wishes, known=None, looked=""):
     """Cameras of pictures of a size (H, W) with intrinsics: as asked for, of a file, or by the size
     where no file may know better; what the file says of depth; notes."""
     telling = re.compile(r"(intrin|calib).*\.(txt|json|ya?ml|xml)$", re.I)
     unread = [f.name for f in src.iterdir() if telling.search(f.name)]
-    paths = (folder / name for name in looked for folder in (src, src.parent))
+    paths = (folder / name for name in looked.split() for folder in (src, src.parent))
     path = None if wishes.intrinsics else next(filter(Path.is_file, paths), None)
     unit, notes, count = {}, [], len(cameras.matrices)
     if path:
@@ -138,7 +138,7 @@ def find_lens(cameras, src, size, wishes, known=None, looked=()):
             raise ValueError(f"{path}: {len(k)} lines for {count} poses; wanted one for each")
     elif not wishes.intrinsics and (unread or not known):
         why = f"{unread[0]} is of no known layout" if unread else "no intrinsics"
-        also = f" ({', '.join(looked)} looked for)" if looked else ""
+        also = f" ({', '.join(looked.split())} looked for)" if looked else ""
         cure = "give --intrinsics fx,fy,cx,cy in pixels of the pictures"
         raise ValueError(f"{src}: {why}; {cure}{also}")
     else:

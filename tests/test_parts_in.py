@@ -5,7 +5,8 @@ import zipfile
 
 import numpy as np
 import pytest
-from recordings import H, T, W, clip, colmap, cut3r, monst3r, polycam, stray, vipe
+from recordings import H, T, W, clip, colmap, cut3r, monst3r, polycam, re10k, stray, vipe
+from test_videos_in import run
 
 from data import load_clip, load_samples
 from lib import importers
@@ -124,3 +125,19 @@ def test_maps_that_no_other_view_has_confirmed_are_asked_for_better_ones(src, ca
     (src / "stereo/depth_maps/frame_00000.png.photometric.bin").write_bytes(b"1&1&1&0000")
     names, _ = importers.run(src, src.parent / "out")
     assert names and "lacks geometric maps" in capsys.readouterr().out
+
+
+def test_pixels_of_a_recording_that_are_not_square_are_named(src, capsys):
+    stray(src, C)
+    how = ["-c", "copy", "-bsf:v", "h264_metadata=sample_aspect_ratio=4/3"]
+    run("-i", src / "rgb.mp4", *how, src / "b.mp4")
+    shutil.move(src / "b.mp4", src / "rgb.mp4")
+    said, made = imported(src, capsys)
+    assert "pixels 1.33 times as wide as high are taken as they lie" in said
+    np.testing.assert_allclose(made["intrinsics"][0, 0, 0], C["k"][0])
+
+
+def test_a_text_of_cameras_may_end_in_blank_lines(src):
+    re10k(src, C)
+    (src / "abc.txt").write_text((src / "abc.txt").read_text() + "\n \n")
+    assert importers.find(src) == [("re10k", src / "abc.txt")]
