@@ -211,14 +211,11 @@ def write_colmap(path, w2c, intrinsics, size, binary=False):
         rows = [struct.pack("<i7di", t, *p, c) + name.encode() + end for t, p, c, name in images]
         (path / "images.bin").write_bytes(struct.pack("<Q", len(poses)) + b"".join(rows))
         return
+    numbers = lambda values: " ".join(f"{x:.12g}" for x in values)  # noqa: E731
     rows = [f"{i} PINHOLE {w} {h} {numbers(k)}\n" for i, k in enumerate(kinds, 1)]
     (path / "cameras.txt").write_text("".join(rows))
     rows = [f"{t} {numbers(p)} {c} {name}\n\n" for t, p, c, name in images]
     (path / "images.txt").write_text("".join(rows))
-
-
-def numbers(values):
-    return " ".join(f"{x:.12g}" for x in values)
 
 
 # --- Text, npz ------------------------------------------------------------------------------------
@@ -420,6 +417,9 @@ def size_of(text):
 def lens(text):
     fx, fy, cx, cy = map(float, text.split(","))
     return fx, fy, cx, cy
+
+
+size_of.__name__, lens.__name__ = "HxW", "fx,fy,cx,cy"  # argparse: "invalid HxW value"
 
 
 def convert(args):

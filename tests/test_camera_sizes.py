@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+import data
 from lib import camera_files, camera_paths
 from lib.crop import Crop
 
@@ -93,3 +94,12 @@ def test_a_longer_camera_file_says_which_part_is_used_and_can_be_spanned(tmp_pat
     assert not capsys.readouterr().out
     with pytest.raises(ValueError, match="--camera_stride 6 wants 25 or more"):
         camera_paths.load_camera(str(tmp_path / "a.txt"), 5, (32, 48), camera_paths.View(stride=6))
+
+
+@pytest.mark.parametrize("option", ["--size=480,640", "--intrinsics=60,60,32"])
+def test_an_option_of_another_form_is_told_its_own(capsys, option):
+    """Seen: "invalid size_of value", "invalid lens value"."""
+    with pytest.raises(SystemExit):
+        data.make_parser().parse_args(["cameras", "a", "b", option])
+    form = "HxW" if "size" in option else "fx,fy,cx,cy"
+    assert f"invalid {form} value" in capsys.readouterr().err
