@@ -374,7 +374,7 @@ def check_plausible(path, found):
     off, swapped = abs(centre - 0.5).max(), abs(centre * [w / h, h / w] - 0.5).max()
     if not off < 0.4 or off > 0.1 and swapped < off / 2:
         said = f"the centre is {off:.2f} of the picture off its middle"
-        size = f"is its size {h}x{w} (height x width)? --size HxW"
+        size = f"is its size {h}x{w} (height x width)?"
         raise ValueError(f"{path}: {said}; {size if found.size else 'pixels of which size?'}")
 
 

@@ -5,7 +5,20 @@ import zipfile
 
 import numpy as np
 import pytest
-from recordings import H, T, W, clip, colmap, cut3r, monst3r, polycam, re10k, stray, vipe
+from recordings import (
+    H,
+    T,
+    W,
+    clip,
+    colmap,
+    cut3r,
+    monst3r,
+    nerfstudio,
+    polycam,
+    re10k,
+    stray,
+    vipe,
+)
 from test_videos_in import run
 
 from data import load_clip, load_samples
@@ -141,3 +154,12 @@ def test_a_text_of_cameras_may_end_in_blank_lines(src):
     re10k(src, C)
     (src / "abc.txt").write_text((src / "abc.txt").read_text() + "\n \n")
     assert importers.find(src) == [("re10k", src / "abc.txt")]
+
+
+def test_a_size_that_a_file_tells_wrongly_is_not_laid_to_an_option(src, capsys):
+    """Seen, of an h of 3: "--size HxW", which is of what an import writes."""
+    nerfstudio(src, C)
+    path = src / "transforms.json"
+    path.write_text(path.read_text().replace(f'"h": {H}', '"h": 3'))
+    said, _ = imported(src, capsys)
+    assert "is its size 3x64 (height x width)?" in said and "--size" not in said
