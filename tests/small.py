@@ -8,6 +8,7 @@ import os
 import pathlib
 import runpy
 import signal
+import socket
 import sys
 import tempfile
 import traceback
@@ -137,7 +138,7 @@ def command_here(script, *arguments):
     return code, text.getvalue()
 
 
-def ranks_here(count, script, *arguments, restarts=0, nodes=1, endpoint="localhost:0"):
+def ranks_here(count, script, *arguments, restarts=0, nodes=1, endpoint=None):
     """A command under torchrun's own agent, in this process, which forks the ranks where it can:
     importing torch in agent and ranks is most of what a small one costs.
 
@@ -150,8 +151,10 @@ def ranks_here(count, script, *arguments, restarts=0, nodes=1, endpoint="localho
             max_nodes=nodes,
             nproc_per_node=count,
             max_restarts=restarts,
-            rdzv_backend="c10d",
-            rdzv_endpoint=endpoint,
+            # As torchrun without options: c10d reads the source of its callers at every event.
+            rdzv_backend="static" if nodes == 1 else "c10d",
+            rdzv_endpoint=endpoint or free_endpoint(),
+            rdzv_configs=dict(rank=0) if nodes == 1 else {},
             run_id=pathlib.Path(logs).name if nodes == 1 else "nodes",
             local_addr=None if nodes == 1 else "127.0.0.1",
             monitor_interval=0.1,
@@ -168,6 +171,12 @@ def ranks_here(count, script, *arguments, restarts=0, nodes=1, endpoint="localho
                 signal.signal(number, handler)
         files = sorted(pathlib.Path(logs).rglob("std*.log"))
         return code, said + "".join(path.read_text() for path in files)
+
+
+def free_endpoint():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{free.getsockname()[1]}"
 
 
 def as_command(script, *arguments):

@@ -113,8 +113,8 @@ def test_a_step_waits_for_its_copy_alone_and_the_next_copy_runs_beside_it(monkey
 
 def test_the_plan_of_offloaded_training_has_two_steps_in_place_of_all():
     loss = train.loss_alone(options_of(train, stage=2))
-    counts = {b: plan.count(TINY, 2, loss, (b, 5, 32, 48)) for b in (1, 2)}
-    away, buffers = counts[1].visiting
+    one = plan.count(TINY, 2, loss, (1, 5, 32, 48))
+    counts, (away, buffers) = {1: one, 2: one}, one.visiting  # two clips are not asked for
     with plan.fake_tensors():
         assert (away, buffers) == visiting_bytes(plan.fake_model(TINY, 2))
     saved = plan.needs(counts, 1) - plan.needs(counts, 1, plan.OFFLOADED)

@@ -104,7 +104,7 @@ def plain_of(model):
 
 def memory(ranks):
     """What the allocator hands out in the second micro-step of a step, beside the plan."""
-    cfg, size = replace(PRESETS["tiny"], num_layers=4, num_pcb=2, taps=(0, 0, 1, 1)), (5, 48, 64)
+    cfg, size = replace(PRESETS["tiny"], num_pcb=2, **FEW), (5, 48, 64)
 
     loss = train.loss_alone(OPTIONS.replaced(stage=2))
     model = FantasyWorld(cfg).set_stage(2)

@@ -85,18 +85,18 @@ def test_keys_of_the_prompt_are_computed_once_per_clip_although_blocks_are_recom
 
 
 # ---- memory plan
-def test_planned_bytes_of_the_demo_step_are_what_the_allocator_hands_out():
-    size, cfg, stage = (2, 9, 64, 96), PRESETS["tiny"], 2
-    loss = geometry_and_diffusion(stage == 2)
-    planned = plan.count(cfg, stage, loss, size, checkpointing="full", half=False)
-    model = FantasyWorld(cfg).set_stage(stage)
+def test_planned_bytes_and_flops_of_the_demo_step_are_those_of_the_real_one():
+    size, cfg, loss = (2, 9, 64, 96), PRESETS["tiny"], geometry_and_diffusion(True)
+    planned = plan.count(cfg, 2, loss, size, checkpointing="full", half=False)
+    model = FantasyWorld(cfg).set_stage(2)
     model.checkpoint_activations = "full"
     for p in model.parameters():
         p.grad = torch.zeros_like(p) if p.requires_grad else None
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-    ) as profile:
-        loss(model, *plan.example_batch(cfg, *size)).backward()
+    watch = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=watch, profile_memory=True) as profile:
+        with plan.Flops() as counter:  # as train.py counts the first micro-step
+            loss(model, *plan.example_batch(cfg, *size)).backward()
+    assert counter.flops == planned.flops
     events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
     now = peak = 0
     for event in sorted(events, key=lambda e: e.start_ns()):
@@ -106,9 +106,9 @@ def test_planned_bytes_of_the_demo_step_are_what_the_allocator_hands_out():
     assert planned.trainable == sum(p.numel() * 4 for p in model.parameters() if p.requires_grad)
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize("stage", [0, 1])
 def test_flops_of_a_step_are_those_of_the_real_one(stage):
-    loss, size = geometry_and_diffusion(stage != 1), (2, 5, 32, 48)
+    loss, size = geometry_and_diffusion(not stage), (2, 5, 32, 48)
     planned = plan.count(TINY, stage, loss, size, checkpointing="full", half=False).flops
     model = tiny_model(stage)
     model.checkpoint_activations = "full"

@@ -5,7 +5,6 @@ import json
 import re
 import resource
 import signal
-import socket
 import time
 
 import kill
@@ -14,7 +13,7 @@ import torch
 from inject import ACTS, at
 from kill import compare, end_run
 from safetensors.torch import load_file
-from small import Forked, as_agent, train_here
+from small import Forked, as_agent, free_endpoint, train_here
 from test_train import run
 
 import data
@@ -147,10 +146,7 @@ def test_two_ranks_agree_on_stops_and_bad_steps_survive_a_kill_and_go_on_with_fo
 
 def two_nodes(root, arguments):
     """A command under two agents of one rank each, as on two machines; both must end well."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        place = f"127.0.0.1:{free.getsockname()[1]}"
-    how = dict(restarts=1, nodes=2, endpoint=place)
+    how = dict(restarts=1, nodes=2, endpoint=free_endpoint())
     agents = [Forked(as_agent, 1, *arguments, said=root / f"node{n}.txt", **how) for n in range(2)]
     ends = [process.wait(240) for process in agents]
     assert ends == [0, 0], "".join(process.said.read_text() for process in agents)
