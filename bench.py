@@ -172,8 +172,7 @@ class Steps:
         self.model.set_stage(stage).checkpoint_activations = checkpointing
         for head in (self.model.depth_head, self.model.point_head):
             head.chunk = chunk
-        for p in self.model.parameters():
-            p.grad = None
+        self.model.zero_grad()
 
     def backward(self, stage, forward, b, drawn):
         train.loss_alone(OPTIONS.replaced(stage=stage))(forward, b, *drawn).backward()
@@ -270,11 +269,12 @@ def flops_table():
 
 def step_rows(case, stage, device, rounds):
     """Rows of a stage; its model and encoders are freed before the next stage makes its own."""
-    with device, autocast(device):
-        model, encoders = model_on(case, device), make_encoders(case)
-        if device.type == "cuda":
-            encoders[1].to(torch.bfloat16)
-        return measure(Steps(model, encoders, stage, case.clips[stage]).calls(), device, rounds)
+    with autocast(device):
+        with device:  # left before the clock starts: it looks at every call
+            model, encoders = model_on(case, device), make_encoders(case)
+            encoders[1].to(torch.bfloat16 if device.type == "cuda" else torch.float32)
+            steps = Steps(model, encoders, stage, case.clips[stage])
+        return measure(steps.calls(), device, rounds)
 
 
 def step_table(case, device, rounds):
