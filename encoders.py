@@ -28,7 +28,7 @@ from einops import rearrange
 from safetensors import safe_open
 from torch import nn
 
-from wan import LATENT, WanDiT, check_names, load_strict, shapes_of
+from wan import LATENT, WanDiT, check_names, count_layers, load_strict, shapes_of
 
 TEXT_LEN, PAD_ID, END_ID = 512, 0, 1
 
@@ -76,10 +76,6 @@ def load_state_dict(path):
     if scaled:
         raise ValueError(f"{path}: fp8 with scales ({scaled[0]}) is not read; take the bf16 file")
     return tensors
-
-
-def _count_layers(names, prefix):
-    return len({key.removeprefix(prefix).split(".")[0] for key in names if key.startswith(prefix)})
 
 
 def _load(sd, family, build):
@@ -366,7 +362,7 @@ class UMT5Encoder(nn.Module):
             buckets, heads = shapes["blocks.0.pos_embedding.embedding.weight"]
             attn_dim = shapes["blocks.0.attn.q.weight"][0]
             ffn_dim = shapes["blocks.0.ffn.fc1.weight"][0]
-            layers = _count_layers(shapes, "blocks.")
+            layers = count_layers(shapes, "blocks.")
             return cls(vocab, dim, attn_dim, ffn_dim, heads, buckets, layers)
 
         return _load(unwrapped(sd), f"umT5 encoder ({PARTS['text']})", build)
@@ -478,7 +474,7 @@ class CLIPVision(nn.Module):
         sd = {k: v for k, v in named if not k.startswith("textual.") and k != "log_scale"}
         unused = ("post_norm.weight", "post_norm.bias", "head")
         sd = {k: v for k, v in unwrapped(sd, ["visual."]).items() if k not in unused}
-        layers = _count_layers(sd, "transformer.")
+        layers = count_layers(sd, "transformer.")
         family = f"CLIP vision tower ({PARTS['image']})"
         return _load(sd, family, lambda size: cls(size["cls_embedding"][2], layers, num_heads))
 

@@ -34,7 +34,7 @@ from einops import rearrange
 from torch import nn
 
 from geometry import LayerNorm, own_type, plucker_rays
-from wan import LATENT, check_names
+from wan import LATENT, check_names, count_layers
 
 
 # -------------------------------------------------------------------------------- the camera module
@@ -215,12 +215,6 @@ def is_release(names):
     return any(name.startswith("IRGBlock.") for name in names)
 
 
-def count(names, prefix):
-    """1 + the largest index after prefix, 0 when there is none."""
-    found = (re.match(r"(\d+)\.", name[len(prefix) :]) for name in names if name.startswith(prefix))
-    return max((1 + int(m[1]) for m in found if m), default=0)
-
-
 def is_expert(names):
     """Whether a release is one of the Wan2.2 variant's pair."""
     return is_release(names) and not any(name.startswith(CAMERA_MODULE) for name in names)
@@ -274,8 +268,9 @@ def sizes(release, base=None, dit_heads=None, irg_heads=None, camera_heads=None,
                             128 (40, 12 and 16 heads there)
     taps                    geometry layers that the DPT heads read; None: usual_taps
     Raises ValueError when it is another model's file."""
-    base, steps = base or {}, count(release, "IRGBlock.")
-    num_pcb = count(base, "blocks.") - steps if base else count(release, "pipe.dit.blocks.")
+    base, steps = base or {}, count_layers(release, "IRGBlock.")
+    of_base = count_layers(base, "blocks.")
+    num_pcb = of_base - steps if base else count_layers(release, "pipe.dit.blocks.")
     shape = shape_reader(release, base, num_pcb)
     dim, in_dim = shape("pipe.dit.patch_embedding.weight")[:2]
     geo_dim = shape("vggt.projection_head.weight")[0]
@@ -302,7 +297,7 @@ def sizes(release, base=None, dit_heads=None, irg_heads=None, camera_heads=None,
         irg_heads=heads_of("irg_heads", irg_heads, irg_dim, 96),
         camera_dim=camera_dim,
         camera_heads=heads_of("camera_heads", camera_heads, camera_dim, 128),
-        camera_layers=count(release, "vggt.camera_head.trunk."),
+        camera_layers=count_layers(release, "vggt.camera_head.trunk."),
         pose_hidden=shape("vggt.aggregator.CamTokenProjector.mlp.0.weight")[0],
         taps=tuple(taps or usual_taps(steps)),
         dpt_channels=tuple(shape(f"vggt.depth_head.projects.{i}.bias")[0] for i in range(4)),
@@ -351,7 +346,7 @@ def match(own, release, base, num_pcb, where="this release"):
 
 
 # --------------------------------------------------------------------------------------------- VGGT
-VGGT_NAMES = r"aggregator\.(?:frame|global)_blocks\.(\d+)\.|aggregator\.(?:camera|register)_token$"
+VGGT_NAMES = r"aggregator\.(?:(?:frame|global)_blocks\.(\d+)\..+|(?:camera|register)_token)"
 
 
 def from_vggt(vggt, own, layers):
@@ -359,28 +354,24 @@ def from_vggt(vggt, own, layers):
 
     vggt, own  name -> shape
     returns    our name -> VGGT's, and the names that stay behind
-    The first frame and global blocks and the tokens must fit; the camera head is taken when its
-    width fits.  The image encoder, the other heads and deeper blocks stay.  Source: VGGT 2025."""
-    k, plan = min(layers, count(vggt, "aggregator.frame_blocks.")), {}
-    for name in vggt:
-        found, ours = re.match(VGGT_NAMES, name), name.removeprefix("aggregator.")
-        if found and (found[1] is None or int(found[1]) < k):
-            if own.get(ours) != vggt[name]:
-                width = vggt["aggregator.camera_token"][-1]
-                cure = '--model_overrides=\'{"geo_dim": 1024, "geo_heads": 16}\''
-                fits = f"blocks and tokens fit geo_dim = {width} with heads of 64 channels: {cure}"
-                raise ValueError(f"VGGT's {name} is {vggt[name]}, ours {own.get(ours)}; {fits}")
-            plan[ours] = name
-    # A file of which little fits would train from scratch without a word.
-    places = {name: re.match(VGGT_NAMES, f"aggregator.{name}") for name in own}
-    wanted = {n for n, m in places.items() if m and (m[1] is None or int(m[1]) < k)}
-    absent = sorted(n for n in wanted - plan.keys() if not n.endswith(".modulation"))
-    if absent or not k:
-        first = f"first {absent[0]}" if absent else "frame blocks"
-        found = f"{len(absent)} tensors of its first {k} layers"
-        raise ValueError(f"VGGT's file lacks {found}: {first}")
-    camera = [name for name in vggt if name.startswith("camera_head.")]
-    if camera and all(own.get(name) == vggt[name] for name in camera):
-        plan.update({name: name for name in camera})
+    The first frame and global blocks and the tokens must fit, or the model would train from scratch
+    without a word; the camera head is taken when its width fits.  The image encoder, the other
+    heads and deeper blocks stay.  Source: VGGT 2025."""
+    k = min(layers, count_layers(vggt, "aggregator.frame_blocks."))
+
+    def first(shapes):
+        found = {name: re.fullmatch(VGGT_NAMES, name) for name in shapes}
+        return {name: shapes[name] for name, m in found.items() if m and int(m[1] or 0) < k}
+
+    theirs, ours = first(vggt), first({f"aggregator.{name}": own[name] for name in own})
+    width = theirs.get("aggregator.camera_token", (1024,))[-1]
+    cure = f'--model_overrides=\'{{"geo_dim": {width}, "geo_heads": {max(1, width // 64)}}}\''
+    cure = f"Its blocks and tokens fit geo_dim = {width} with heads of 64 channels: {cure}"
+    rows = [name for name in ours if name.endswith(".modulation")]
+    check_names(ours, theirs, f"VGGT's first {k} layers", cure=cure, optional=rows)
+    plan = {name.removeprefix("aggregator."): name for name in theirs}
+    camera = {name: shape for name, shape in vggt.items() if name.startswith("camera_head.")}
+    if camera.items() <= own.items():
+        plan.update(zip(camera, camera))
     used = set(plan.values())
     return plan, [name for name in vggt if name not in used]

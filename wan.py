@@ -320,13 +320,13 @@ class WanDiT(nn.Module):
                 text_dim=shapes["text_embedding.0.weight"][1],
                 ffn_dim=shapes["blocks.0.ffn.0.weight"][0],
                 freq_dim=shapes["time_embedding.0.weight"][1],
-                num_layers=1 + max(int(k.split(".")[1]) for k in shapes if k.startswith("blocks.")),
+                num_layers=count_layers(shapes, "blocks."),
                 head_dim=head_dim,
                 text_len=text_len,
                 has_clip="img_emb.proj.1.weight" in shapes,
                 has_control="control_adapter.conv.weight" in shapes,
             )
-        except (KeyError, IndexError, ValueError) as error:
+        except (KeyError, IndexError) as error:
             found = f"tensor {error} is missing (the first names are {list(shapes)[:3]})"
             why = "A shard is missing, or it is a *-Diffusers copy in place of the official files"
             said = f"not a Wan2.1 DiT in the official layout: {found}. {why}"
@@ -429,6 +429,13 @@ def start_condition(start_latents, in_dim, frames, end=False):
             mask[:, -1, -1] = 1
         y = torch.cat([mask, y], 1)
     return y
+
+
+def count_layers(names, prefix):
+    """1 + the largest number after a prefix, of three digits at most: a stranger's name may say a
+    million, and as many layers would be built before the first is missed."""
+    numbers = {name[len(prefix) :].split(".")[0] for name in names if name.startswith(prefix)}
+    return max((1 + int(n) for n in numbers if n.isdecimal() and len(n) < 4), default=0)
 
 
 def shapes_of(tensors):

@@ -34,7 +34,7 @@ from lib.lora import with_lora
 from lib.strangers import config_from_metadata, floats, naming
 from lib.tensors import bytes_of, write_tensors
 from model import Config, FantasyWorld, half_geometry
-from wan import WanDiT, check_names, half_precision, shapes_of
+from wan import WanDiT, check_names, count_layers, half_precision, shapes_of
 
 # --- Files and Wan folders ------------------------------------------------------------------------
 # md5 over the names and shapes of each release's DiT.  Source: DiffSynth-Studio's model detection.
@@ -204,7 +204,7 @@ def metadata_of(path):
         # Which of the two it is, only its name says.
         return told | dict(expert="either" if pair else "", train_config=json.dumps(trained))
     vggt = dict(foreign="vggt", stage="vggt", step="0")
-    return vggt if released.count(names, "aggregator.frame_blocks.") else meta
+    return vggt if count_layers(names, "aggregator.frame_blocks.") else meta
 
 
 def tensor_shapes(tensors):

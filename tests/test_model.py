@@ -74,6 +74,13 @@ def test_wan_loading_names_what_is_missing_or_of_another_shape():
         WanDiT.from_state_dict(dict(sd, stranger=torch.zeros(1)), head_dim=32)
     with pytest.raises(ValueError, match="another shape.*norm3"):
         WanDiT.from_state_dict(dict(sd, **{"blocks.2.norm3.bias": torch.zeros(3)}), head_dim=32)
+    with pytest.raises(ValueError, match=r"differ: \d+ missing .'blocks.1.\S+, \S+, \S+\. Is it"):
+        WanDiT.from_state_dict(  # a shard in the middle
+            {k: v for k, v in sd.items() if not k.startswith("blocks.1.")}, head_dim=32
+        )
+    # As many layers were built first: minutes, or all memory.
+    with pytest.raises(ValueError, match="1 unexpected .*99999999"):
+        WanDiT.from_state_dict(dict(sd, **{"blocks.99999999.x": torch.zeros(1)}), head_dim=32)
 
 
 # ---- parameter table

@@ -7,9 +7,7 @@ from small import tiny_model
 from wan_folder import random_tensors
 
 from geometry import GeoBlock, rope_2d
-from lib.weights import (
-    load_weights,
-)
+from lib.weights import load_weights
 
 
 def test_a_geometry_block_equals_a_hand_written_block_of_vggt_in_fp64():
@@ -113,3 +111,13 @@ def test_vggt_starts_the_first_layers_tokens_and_camera_head_and_lists_the_rest(
     assert "camera_head.trunk.*" in capsys.readouterr().out
     with pytest.raises(ValueError, match="blocks and tokens fit geo_dim = 32.*model_overrides"):
         load_weights(tiny_model(1, geo_dim=64), tmp_path / "model.pt")
+    sd.pop("aggregator.frame_blocks.1.mlp.fc1.bias")
+    torch.save(dict(sd, **{"aggregator.camera_token": torch.zeros(1)}), tmp_path / "cut.pt")
+    with pytest.raises(
+        ValueError, match="first 2 layers: tensors differ: 1 missing .*1 of another"
+    ):
+        load_weights(tiny_model(1), tmp_path / "cut.pt")
+    sd["aggregator.frame_blocks.0.stranger"] = torch.zeros(1)
+    torch.save(sd, tmp_path / "more.pt")
+    with pytest.raises(ValueError, match="1 missing .*1 unexpected"):
+        load_weights(tiny_model(1), tmp_path / "more.pt")
