@@ -28,7 +28,7 @@ from einops import rearrange
 from safetensors import safe_open
 from torch import nn
 
-from wan import LATENT, WanDiT, check_names, count_layers, load_strict, shapes_of
+from wan import LATENT, WanDiT, count_layers, load_strict, shapes_of
 
 TEXT_LEN, PAD_ID, END_ID = 512, 0, 1
 
@@ -515,13 +515,6 @@ def expert_folders(folder):
     return []
 
 
-def no_dit(folder):
-    """The error of a --wan_dir that holds no video branch, with what it does hold."""
-    lacks = "no diffusion_pytorch_model*.safetensors (Wan2.1), no latest.safetensors (stage 0)"
-    there = ", ".join(sorted(os.listdir(folder))[:9] if os.path.isdir(folder) else []) or "nothing"
-    return ValueError(f"wan_dir = {folder}: {lacks}, but {there}. Fix: see the end of docs/wan.md")
-
-
 def wan_files(folder):
     """Weight files of a Wan folder's DiT, complete as its index says, or of a stage 0 run."""
     if not folder:
@@ -584,20 +577,40 @@ def nested(loaded):
     return {k: v for k, v in loaded.items() if torch.is_tensor(v)}
 
 
+def tensor_shapes(tensors):
+    return {name: shape for name, (shape, _) in tensors.items()}
+
+
+def wan_sources(folder):
+    """Files of the one DiT in a Wan folder or a stage 0 run."""
+    if expert_folders(folder):
+        cure = "name one of them, high_noise_model or low_noise_model; train.py: --expert"
+        raise ValueError(f"wan_dir = {folder}: a pair of experts; {cure}")
+    if files := wan_files(folder):
+        return files
+    lacks = "no diffusion_pytorch_model*.safetensors (Wan2.1), no latest.safetensors (stage 0)"
+    there = ", ".join(sorted(os.listdir(folder))[:9] if os.path.isdir(folder) else []) or "nothing"
+    raise ValueError(f"wan_dir = {folder}: {lacks}, but {there}. Fix: see the end of docs/wan.md")
+
+
+def wan_tensors(folder):
+    """name -> (shape, read) of the DiT in a Wan folder or stage 0 run."""
+    tensors = {}
+    for file in wan_sources(folder):
+        found = lazy_tensors(file)
+        if twice := found.keys() & tensors:
+            raise ValueError(f"{file}: {min(twice)} is also in another file; remove one of them")
+        tensors.update(found)
+    return unwrapped(tensors)
+
+
 def wan_family(folder):
     """What the DiT of a Wan folder takes, as "wan32clip" (inputs, CLIP tokens)."""
-    tensors, folder = {}, (expert_folders(folder) or [folder])[-1]
-    for path in wan_files(folder):
-        tensors.update(lazy_tensors(path))
-    shapes = {name: shape for name, (shape, _) in unwrapped(tensors).items()}
-    if not shapes:
-        raise no_dit(folder)
-    dim = shapes.get("patch_embedding.weight", (128,))[0]
-    with torch.device("meta"):  # the reader of training: what it would refuse is refused here
-        # No name or shape depends on the heads: any divisor of the width will do.
-        dit = WanDiT.from_shapes(shapes, 128 if dim % 128 == 0 else dim & -dim, where=folder)
-    check_names(shapes_of(dit.state_dict()), shapes, f"{folder}: Wan2.1 DiT")
-    return f"wan{dit.sizes.in_dim}{'clip' if dit.sizes.has_clip else ''}"
+    folder = (expert_folders(folder) or [folder])[-1]
+    shapes = tensor_shapes(wan_tensors(folder))
+    # No name or shape depends on the heads: 1 divides every width.
+    found = WanDiT.from_shapes(shapes, head_dim=1, where=folder).sizes
+    return f"wan{found.in_dim}{'clip' if found.has_clip else ''}"
 
 
 MINIATURE = str(Path(__file__).resolve().parent / "tiny" / "wan")  # the one in this repository

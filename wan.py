@@ -312,7 +312,7 @@ class WanDiT(nn.Module):
 
     @classmethod
     def from_shapes(cls, shapes, head_dim=128, text_len=512, where="these tensors"):
-        """Empty model on the meta device, sizes read off name -> shape; only known families."""
+        """Empty model on the meta device, of sizes read off name -> shape, which it must fit."""
         try:
             sizes = VideoSizes(
                 dim=shapes["patch_embedding.weight"][0],
@@ -337,7 +337,9 @@ class WanDiT(nn.Module):
             known = ", ".join(f"{name} ({inputs} inputs)" for inputs, name in INPUTS.items())
             raise ValueError(f"{where}: {odd[0]} is not supported; wanted one of {known}")
         with torch.device("meta"):
-            return cls(sizes)
+            empty = cls(sizes)
+        check_names(shapes_of(empty.state_dict()), shapes, f"{where}: Wan2.1 DiT")
+        return empty
 
     @classmethod
     def from_state_dict(cls, sd, head_dim=128, text_len=512):

@@ -6,10 +6,11 @@ import os
 from contextlib import suppress
 from pathlib import Path, PureWindowsPath
 
+from encoders import wan_sources, wan_tensors
 from lib.distributed import from_first
 from lib.files import write_aside
 from lib.tensors import bytes_of
-from lib.weights import metadata_of, wan_sources, wan_tensors
+from lib.weights import metadata_of
 
 
 def frozen_digest(folder):

@@ -8,7 +8,7 @@ import re
 
 import torch
 
-from encoders import WRAPPINGS, lazy_tensors
+from encoders import WRAPPINGS, lazy_tensors, tensor_shapes
 
 STRENGTH = 0.55  # the release's
 
@@ -65,7 +65,7 @@ def with_lora(tensors, path, strength=STRENGTH):
     """name -> (shape, read) of a video branch with a LoRA file's changes ("": none)."""
     if not path:
         return tensors
-    changes = read_lora(path, {name: shape for name, (shape, _) in tensors.items()})
+    changes = read_lora(path, tensor_shapes(tensors))
 
     def changed(name, shape, read):
         return shape, lambda: merged(read(), changes[name], strength)

@@ -18,15 +18,7 @@ import torch
 from safetensors import safe_open
 
 import released
-from encoders import (
-    check_whole,
-    expert_folders,
-    lazy_tensors,
-    load_state_dict,
-    no_dit,
-    unwrapped,
-    wan_files,
-)
+from encoders import check_whole, lazy_tensors, load_state_dict, tensor_shapes, wan_tensors
 from lib.distributed import copy_into, say
 from lib.files import write_aside
 from lib.guards import run_command
@@ -103,36 +95,14 @@ def find_wan(folder, ckpt):
     return str(beside) if beside.is_dir() and not there else folder
 
 
-def wan_sources(folder):
-    """Files of the DiT in a Wan folder or a stage 0 run."""
-    if expert_folders(folder):
-        cure = "name one of them, high_noise_model or low_noise_model; train.py: --expert"
-        raise ValueError(f"wan_dir = {folder}: a pair of experts; {cure}")
-    if not (files := wan_files(folder)):
-        raise no_dit(folder)
-    return files
-
-
-def wan_tensors(folder, lora=""):
-    """name -> (shape, read) of the DiT in a Wan folder or stage 0 run, with a LoRA file merged."""
-    tensors, files = {}, wan_sources(folder)
-    for file in files:
-        found = lazy_tensors(file)
-        if twice := set(found) & set(tensors):
-            raise ValueError(f"{file}: {min(twice)} is also in another file; remove one of them")
-        tensors.update(found)
-    return with_lora(unwrapped(tensors), lora)
-
-
 def load_wan(folder, cfg, device="cpu", dtype=None, lora=""):
     """Frozen WanDiT from the folder of a Wan release or of a stage 0 run, with a LoRA file merged.
 
     Tensors go to device one by one, big matrices in dtype (default fp32): one copy at most here.
     returns  the model, and cfg with the video sizes of what was found"""
-    tensors = wan_tensors(folder, lora)
+    tensors = with_lora(wan_tensors(folder), lora)
     shapes = tensor_shapes(tensors)
     dit = WanDiT.from_shapes(shapes, cfg.head_dim, cfg.text_len, where=folder)
-    check_names(shapes_of(dit.state_dict()), shapes, f"{folder}: Wan2.1 DiT")
     found = vars(dit.sizes)
     family = FAMILIES.get(fingerprint(shapes), "a DiT of sizes that no release has")
     say(f"{folder}: {family}:", ", ".join(f"{key} {value}" for key, value in found.items()))
@@ -207,10 +177,6 @@ def metadata_of(path):
     return vggt if count_layers(names, "aggregator.frame_blocks.") else meta
 
 
-def tensor_shapes(tensors):
-    return {name: shape for name, (shape, _) in tensors.items()}
-
-
 def load_weights(model, path):
     """Copy a checkpoint's, a release's or VGGT-1B's tensors into the model -> its metadata."""
     meta = metadata_of(path)
@@ -253,7 +219,7 @@ def load_release(
     lora        a LoRA file for the tensors of the Wan folder (lib/lora.py)
     true_rays   true per-pixel rays in place of those that the release was trained on
     Raises ValueError for missing, unexpected, misshapen tensors."""
-    files = release_tensors(path), wan_tensors(wan_dir, lora) if wan_dir else {}
+    files = release_tensors(path), with_lora(wan_tensors(wan_dir), lora) if wan_dir else {}
     shapes = [tensor_shapes(file) for file in files]
     with naming(path):
         cfg = Config(**released.sizes(*shapes), true_rays=true_rays)

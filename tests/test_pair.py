@@ -18,12 +18,12 @@ from wan_folder import OVERRIDES, write_pair_folder
 import released
 import sample
 import train
-from encoders import WanFolder, wan_family
+from encoders import WanFolder, wan_family, wan_sources
 from lib.checkpoints import save_checkpoint
 from lib.experts import metadata_of_ckpt, of_each
 from lib.files import read_video
 from lib.plan import count
-from lib.weights import export_release, load_release, read_metadata, wan_sources
+from lib.weights import export_release, load_release, read_metadata
 from model import Config, FantasyWorld, shift_sigma
 
 ROOT = pathlib.Path(__file__).parents[1]

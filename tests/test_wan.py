@@ -16,8 +16,8 @@ from test_train import run
 from wan_folder import OVERRIDES, write_wan_folder
 
 import data
-from encoders import WanFolder, wan_family
-from lib import caches, weights
+from encoders import WanFolder, wan_family, wan_tensors
+from lib import caches
 from lib.caches import read_header, save_tensors
 from lib.files import read_video
 from lib.rooms import Recipe, synth
@@ -247,7 +247,7 @@ def test_encode_stage_1_stage_2_and_sample_run_on_a_complete_folder(clips, wan, 
 @pytest.mark.parametrize("prefix", ["model.diffusion_model.", "module._orig_mod.", "ema.model."])
 @pytest.mark.parametrize("suffix", ["safetensors", "pth", "old.pth", "nested.pth"])
 def test_other_programs_wrappings_are_taken_off(wan, tmp_path, prefix, suffix):
-    whole = weights.wan_tensors(wan)
+    whole = wan_tensors(wan)
     sd = {f"{prefix}{name}": read().contiguous() for name, (_, read) in whole.items()}
     path = tmp_path / f"diffusion_pytorch_model.{suffix.split('.')[-1]}"
     if suffix == "safetensors":
@@ -256,18 +256,24 @@ def test_other_programs_wrappings_are_taken_off(wan, tmp_path, prefix, suffix):
         torch.save(sd, path, _use_new_zipfile_serialization=False)
     else:
         torch.save({"epoch": 3, "state_dict": sd} if "nested" in suffix else sd, path)
-    found = weights.wan_tensors(tmp_path)
+    found = wan_tensors(tmp_path)
     assert {k: s for k, (s, _) in found.items()} == {k: s for k, (s, _) in whole.items()}
     assert wan_family(tmp_path) == wan_family(wan) != ""
 
 
 def test_fp8_with_scales_and_a_missing_shard_are_named_by_every_reader(wan, tmp_path):
-    whole = {name: read().contiguous() for name, (_, read) in weights.wan_tensors(wan).items()}
+    whole = {name: read().contiguous() for name, (_, read) in wan_tensors(wan).items()}
     path = tmp_path / "diffusion_pytorch_model.safetensors"
     save_file({**whole, "blocks.0.ffn.0.scale_weight": torch.ones(1)}, path)
-    for reader in (wan_family, weights.wan_tensors):
+    for reader in (wan_family, wan_tensors):
         with pytest.raises(ValueError, match="fp8 with scales.*bf16"):
             reader(tmp_path)
     save_file({k: v for k, v in whole.items() if "blocks.0." not in k and "head" not in k}, path)
     with pytest.raises(ValueError, match="Wan2.1 DiT|sizes cannot be read|missing"):
         wan_family(tmp_path)
+    path.unlink()
+    for name in ("diffusion_pytorch_model-1", "diffusion_pytorch_model-2"):
+        save_file(whole, tmp_path / f"{name}.safetensors")
+    for reader in (wan_family, wan_tensors):  # data.py encode took it, train.py did not
+        with pytest.raises(ValueError, match="is also in another file; remove one of them"):
+            reader(tmp_path)

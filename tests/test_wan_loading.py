@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 from wan_folder import keys, write_wan_folder
 
+import encoders
 from encoders import PARTS, WanFolder
 from lib import weights
 from lib.weights import FAMILIES, fingerprint, load_wan
@@ -208,7 +209,7 @@ def test_scales_of_fp8_and_pickled_objects_are_named_with_their_file_in_one_line
 
 def test_loading_reads_every_tensor_once(golden, tmp_path, monkeypatch):
     shards(tmp_path, golden["state_dict"], 2)
-    read, lazy = [], weights.lazy_tensors
+    read, lazy = [], encoders.lazy_tensors
 
     def counting(path):
         return {
@@ -216,7 +217,7 @@ def test_loading_reads_every_tensor_once(golden, tmp_path, monkeypatch):
             for name, (shape, get) in lazy(path).items()
         }
 
-    monkeypatch.setattr(weights, "lazy_tensors", counting)
+    monkeypatch.setattr(encoders, "lazy_tensors", counting)
     load_wan(tmp_path.as_posix(), TINY)
     assert sorted(read) == sorted(golden["state_dict"])
 
@@ -225,14 +226,14 @@ def test_what_is_loaded_and_a_preset_of_another_width_are_said_before_gigabytes_
     golden, tmp_path, monkeypatch, capsys
 ):
     shards(tmp_path, golden["state_dict"], 2)
-    lazy, said = weights.lazy_tensors, []
+    lazy, said = encoders.lazy_tensors, []
 
     def listening(path):
         tensors = lazy(path).items()
         hear = lambda get: (said.append(capsys.readouterr().out), get())[1]
         return {name: (shape, partial(hear, get)) for name, (shape, get) in tensors}
 
-    monkeypatch.setattr(weights, "lazy_tensors", listening)
+    monkeypatch.setattr(encoders, "lazy_tensors", listening)
     load_wan(str(tmp_path), TINY)
     assert "num_layers 3" in said[0] and "sized for width 1536" in said[0]
     load_wan(str(tmp_path), Config(head_dim=32, dim=64))
