@@ -465,22 +465,6 @@ class Job:
         return loss.detach(), parts, bins, b["id"]  # all still on the device
 
 
-@dataclass
-class Progress:
-    """How far the loop is; steps are counted from the run's first."""
-
-    first: int  # step of this start
-    done: int
-    saved: int  # newest checkpoint
-    stopped: int = 0  # the signal that ends the run
-    since: float = field(default_factory=time.perf_counter)
-
-    def left(self, max_steps):
-        """H:MM:SS to the end, as if the rest took as long a step."""
-        spent = time.perf_counter() - self.since
-        return clock((max_steps - self.done) * spent / (self.done - self.first))
-
-
 def settled(options):
     """Options with the expert's folder, and with the LoRA of the checkpoint that a run starts from
     where none is given; the files to start from; metadata of the first: ours, a release, VGGT."""
@@ -593,7 +577,8 @@ def main(options):
     empty_text = read_tensors(clips["train"].empty_text)[0]["text"].float().to(device)
     job = Job(model, wrapped, autocast, options, empty_text, total)
     stop = Stop(ranks.group)  # signals wait from here
-    tally, at = Tally(), Progress(first_step, done=first_step, saved=first_step)
+    tally, stopped = Tally(), 0
+    done = saved = first_step
     for step in range(first_step, options.max_steps):
         # ---- one step of the recipe
         lr = learning_rate_at(step, options)  # a function of the step alone
@@ -602,8 +587,7 @@ def main(options):
         losses, names = [], []
         tally.parts = {}
         for micro in range(options.grad_accum):
-            at.stopped = stop.agreed()
-            if at.stopped:
+            if stopped := stop.agreed():
                 break
             last = micro == options.grad_accum - 1
             positions = batches.positions(micro)
@@ -613,45 +597,44 @@ def main(options):
             tally.add(parts, bins, options.grad_accum)
             losses.append(loss)
             names.append(ids)
-        if at.stopped:  # the micro-steps of an unfinished step are repeated by the resume
+        if stopped:  # the micro-steps of an unfinished step are repeated by the resume
             break
         norm = gather_full(torch.nn.utils.clip_grad_norm_(trained, options.grad_clip or math.inf))
         take_step(optimizer, guard.judge(step, norm, losses, ids=names), wrapped is not model)
-        at.done = step + 1
+        done = step + 1
         tally.steps += 1
 
-        if at.done % options.log_every == 0 or at.done == options.max_steps:
+        if done % options.log_every == 0 or done == options.max_steps:
             guard.report(log)
             spent = (time.perf_counter() - tally.since) / tally.steps
             scalars = tally.scalars(ranks.group) | dict(learning_rate=lr, gradient_norm=float(norm))
             scalars |= dict(samples_per_second=total / spent, gpu_memory=memory_gb(device))
             scalars["mfu"] = job.counter.flops * options.grad_accum / (peak * spent)
-            words = (f"{spent:.3f} s/step", f"{at.left(options.max_steps)} left")
-            records.step(at.done, scalars, (options.max_steps, *words))
-            watch.update(at.done, scalars)  # the guide's warnings
+            records.step(done, scalars, options.max_steps, spent)
+            watch.update(done, scalars)  # the guide's warnings
             tally = Tally()  # the next line begins
-        if at.done % options.save_every == 0 or at.done == options.max_steps:
-            at.saved = at.done if save(at.done) else at.saved
+        if done % options.save_every == 0 or done == options.max_steps:
+            saved = done if save(done) else saved
         # After saving: it can take longer than a preemption's grace.
-        if "val" in clips and options.eval_every and at.done % options.eval_every == 0:
-            rows = evaluate(model, examples["val"], how, partial(records.picture, at.done))
-            records.rows(at.done, rows)
+        if "val" in clips and options.eval_every and done % options.eval_every == 0:
+            rows = evaluate(model, examples["val"], how, partial(records.picture, done))
+            records.rows(done, rows)
             tally.steps, tally.since = 0, time.perf_counter()
 
     # ---- end: what was done since the last save is kept
-    if at.stopped and at.done > at.saved and save(at.done):
-        at.saved = at.done
-    if at.stopped:
-        name = signal.Signals(at.stopped).name
-        cure = f"the same command goes on from step {at.saved}"
-        log(f"# stopped by {name} after step {at.done}; {cure}")
+    if stopped and done > saved and save(done):
+        saved = done
+    if stopped:
+        name = signal.Signals(stopped).name
+        cure = f"the same command goes on from step {saved}"
+        log(f"# stopped by {name} after step {done}; {cure}")
     else:
-        log(f"# done: {out / 'latest.safetensors'}, {clock(time.perf_counter() - at.since)}")
+        log(f"# done: {out / 'latest.safetensors'}, {clock(records.seconds())}")
     records.close()  # TensorBoard writes in a thread
     lock.release()
     ranks.leave()  # waits for the others first
-    if at.stopped:
-        raise SystemExit(128 + at.stopped)
+    if stopped:
+        raise SystemExit(128 + stopped)
 
 
 def command():

@@ -110,7 +110,9 @@ class Records:
     def __init__(self, out, metadata, first_step):
         self.out = out
         self.board = None
+        self.first = first_step
         self.purge = first_step + 1
+        self.since = time.perf_counter()
         if out:
             import torch.utils.tensorboard  # noqa: F401  (a missing one is named now, not later)
 
@@ -142,12 +144,19 @@ class Records:
             say(text)
             self.append("training.log", text)
 
-    def step(self, step, scalars, tail):
-        """A line of training.log that ends in tail: the run's last step, words; one of the losses
-        by noise level; TensorBoard."""
+    def seconds(self):
+        """Since this start."""
+        return time.perf_counter() - self.since
+
+    def step(self, step, scalars, last, spent):
+        """A line of training.log, to which the run's last step and the seconds of one belong; one
+        of the losses by noise level; TensorBoard."""
         shown = [f"{k} {v:.4g}" for k, v in scalars.items() if not k.startswith("sigma/")]
         levels = [f"{k[6:]} {v:.4g}" for k, v in scalars.items() if k.startswith("sigma/")]
-        self.line(" | ".join([f"step {step}/{tail[0]}", *shown, *tail[1:]]))
+        # As if the rest took as long a step, evaluations and all.
+        left = clock((last - step) * self.seconds() / (step - self.first))
+        tail = [f"{spent:.3f} s/step", f"{left} left"]
+        self.line(" | ".join([f"step {step}/{last}", *shown, *tail]))
         self.line(f"# sigma step {step} | " + " | ".join(levels))
         self.scalars(step, scalars)
 
