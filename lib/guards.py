@@ -36,9 +36,12 @@ def run_command(program, command, advice=""):
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         command()
-        return
+        return print(end="", flush=True)  # what a buffer held back fails here, not at the exit
     except KeyboardInterrupt:
         said, status = "stopped by Ctrl-C", 128 + signal.SIGINT
+    except BrokenPipeError:  # of stdout: head has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for the rest of the buffer
+        sys.exit(128 + signal.SIGPIPE)
     except Exception as error:
         said = one_line(error, advice)
     finally:

@@ -113,6 +113,20 @@ def test_a_bar_whose_reader_left_ends_nothing_and_words_stand_on_lines_of_their_
         assert {"word 0", "word 1", "word 2"} <= {text.strip() for text in shown}
 
 
+@pytest.mark.parametrize("words", [3, 99999])  # held back in the buffer, or not
+def test_a_head_that_has_read_enough_is_no_error_and_a_full_disk_is_one(words, tmp_path):
+    """data.py verify DIR | head ended with: data.py: [Errno 32] Broken pipe."""
+    code = f"from lib.guards import run_command\nrun_command('x.py', lambda: print('a ' * {words}))"
+    for to, status, said in (
+        ("| (exec <&-; sleep 1)", 141, b""),
+        ("> /dev/full", 2, b"x.py: [Errno"),
+    ):
+        line = f'set -o pipefail; (sleep 0.3; exec "{sys.executable}" -c "{code}") {to}'
+        ended = subprocess.run(["bash", "-c", line], cwd=ROOT, env=ENV, capture_output=True)
+        assert ended.returncode == status and ended.stderr.startswith(said), ended
+        assert ended.stderr.count(b"\n") == bool(said), ended
+
+
 def test_no_word_of_a_list_of_worlds_or_of_a_loader_ends_it():
     for place in (sample, data.CachedClips, mix):  # say alone outlives a tee
         assert "print(" not in inspect.getsource(place), place
