@@ -24,8 +24,10 @@ from lib.distributed import Unheard, gathered
 # The guide's figures: a mean loss above them in the last fifth of a run earns a warning.
 LATE_LIMITS = {"loss/depth": 0.2, "loss/point": 0.5, "loss/camera": 0.1}
 
-# A loader worker that was killed, or that found no shared memory or no file handle for its batch.
-LOST_WORKER = re.compile(r"DataLoader worker|Too many open|unable to .*(shared memory|torch_)")
+# A loader worker that was killed, or that found no shared memory or no file handle for its batch;
+# last what its half of a connection says that is read just then.
+LOST_WORKER = r"DataLoader worker|Too many open|unable to .*(shared memory|torch_)"
+LOST_WORKER = re.compile(rf"{LOST_WORKER}|EOFError\(\)|reset by peer|Broken pipe")
 
 
 def run_command(program, command, advice=""):
@@ -39,10 +41,11 @@ def run_command(program, command, advice=""):
         return print(end="", flush=True)  # what a buffer held back fails here, not at the exit
     except KeyboardInterrupt:
         said, status = "stopped by Ctrl-C", 128 + signal.SIGINT
-    except BrokenPipeError:  # of stdout: head has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for the rest of the buffer
-        sys.exit(128 + signal.SIGPIPE)
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and not multiprocessing.active_children():
+            # Of stdout: head has read enough.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for the rest of the buffer
+            sys.exit(128 + signal.SIGPIPE)
         said = one_line(error, advice)
     finally:
         end_children()
@@ -61,12 +64,12 @@ def out_of_memory(error):
 def one_line(error, advice=""):
     """A user error as its line; every other error goes on."""
     # Out of a loader worker comes its whole traceback, with the message at the end.
-    said = str(error).rpartition(f"\n{type(error).__name__}: ")[2]
+    said = str(error).rpartition(f"\n{type(error).__name__}: ")[2] or repr(error)
     if full := out_of_memory(error):
         said = f"{full} {advice}"
     elif isinstance(error, ModuleNotFoundError):
         said = f"{error}. Fix: pip install -r requirements.txt"
-    elif isinstance(error, (RuntimeError, OSError)) and LOST_WORKER.search(said):
+    elif isinstance(error, (RuntimeError, OSError, EOFError)) and LOST_WORKER.search(said):
         said += " Fix: --num_workers=0, ulimit -n 65536, or more room in /dev/shm"
     elif not isinstance(error, (ValueError, OSError, SafetensorError)):
         raise error

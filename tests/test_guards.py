@@ -127,6 +127,14 @@ def test_a_head_that_has_read_enough_is_no_error_and_a_full_disk_is_one(words, t
         assert ended.stderr.count(b"\n") == bool(said), ended
 
 
+def test_the_half_of_a_connection_that_a_lost_worker_leaves_has_its_cure():
+    """ulimit -n 34 with four workers: a traceback that ended in EOFError, now and then."""
+    for error in (EOFError(), ConnectionResetError(104, "Connection reset by peer")):
+        assert "ulimit -n 65536" in guards.one_line(error)
+    with pytest.raises(EOFError):
+        guards.one_line(EOFError("Ran out of input"))  # of a pickle: no worker's
+
+
 def test_no_word_of_a_list_of_worlds_or_of_a_loader_ends_it():
     for place in (sample, data.CachedClips, mix):  # say alone outlives a tee
         assert "print(" not in inspect.getsource(place), place
