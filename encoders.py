@@ -80,10 +80,9 @@ def load_state_dict(path):
 
 def _load(sd, family, build):
     """Model build(name -> shape) that holds the tensors of sd, whose names and shapes must fit."""
-    have = shapes_of(sd)
     try:
         with torch.device("meta"):
-            model = build(have)
+            model = build(shapes_of(sd))
     except (KeyError, IndexError, ValueError) as error:
         first = ", ".join(itertools.islice(sd, 4))
         found = f"its sizes cannot be read, {error!r}. Found {len(sd)} tensors: {first} ..."
@@ -522,6 +521,7 @@ def wan_files(folder):
     found = sorted(Path(folder).glob("diffusion_pytorch_model*"))
     files = [str(path) for path in found if path.suffix in (".safetensors", ".pth")]
     for index in (path for path in found if path.name.endswith(".index.json")):
+        check_whole(index)
         try:
             names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
             wanted = {str(Path(folder, name)) for name in names}

@@ -14,7 +14,7 @@ from small import TINY, command_here, loss_of, options_of, tiny_inputs, tiny_mod
 
 import data
 import train
-from encoders import MINIATURE, lazy_tensors
+from encoders import MINIATURE, lazy_tensors, wan_sources
 from geometry import decode_pose, encode_pose
 from lib import evaluate as evaluation
 from lib import plan
@@ -179,6 +179,9 @@ def test_no_way_in_of_a_weight_file_waits_for_a_pipe(tmp_path):
         for read in (metadata_of, read_tensors, lazy_tensors):
             with pytest.raises(ValueError, match=f"{name}: a pipe or a folder; name a file"):
                 read(str(tmp_path / name))
+    os.mkfifo(tmp_path / "diffusion_pytorch_model.safetensors.index.json")
+    with pytest.raises(ValueError, match="index.json: a pipe or a folder"):
+        wan_sources(tmp_path)
     signal.alarm(0)
 
 
