@@ -365,7 +365,7 @@ def keep_global_batch(meta, options, world):
 
 def resume_from(path, model, optimizer, *, options, world, frozen, clips):
     """Load a checkpoint and its optimizer state -> metadata, options with its global batch, remarks
-    for the log; clips: how many each dataset has, which decides the order of all."""
+    for the log; clips: of Mix.told."""
     meta = metadata_of(path)
     if meta.get("stage") != str(options.stage):
         found = f"is of stage {meta.get('stage')}, this run is stage {options.stage}"
@@ -376,8 +376,8 @@ def resume_from(path, model, optimizer, *, options, world, frozen, clips):
     step, path = int(meta["step"]), pathlib.Path(path)
     beside = path.with_name(f"step-{step}.optim.safetensors")
     load_optimizer(beside, model, optimizer, of=(path, meta))
-    before = dict(clips=clips) | json.loads(meta["train_config"])  # older ones do not say clips
-    changes = changed_options(before, dict(vars(options), clips=clips))
+    before = clips | json.loads(meta["train_config"])  # older ones say nothing of clips
+    changes = changed_options(before, vars(options) | clips)
     remarks = [f"changed since step {step}: {change}" for change in changes]
     known = {key: value for key, value in before.items() if key in vars(options)}
     old, new = (learning_rate_at(step, o) for o in (options.replaced(**known), options))
@@ -526,7 +526,7 @@ def main(options):
     asked, meta = options, {}
     start_from = from_first(choose_start(out, options.resume) if master else None)
     if start_from:
-        now = dict(options=options, world=ranks.world, frozen=frozen, clips=clips["train"].sizes)
+        now = dict(options=options, world=ranks.world, frozen=frozen, clips=clips["train"].told)
         meta, options, more = resume_from(start_from, model, optimizer, **now)
         remarks += more
     elif sources and origin.get("foreign") != "release":  # a release's weights are in it already
@@ -541,7 +541,7 @@ def main(options):
     facts = dict(format="fantasyworld", stage=str(options.stage), release=origin.get("release", ""))
     facts |= dict(expert=options.expert, lora=options.lora, frozen=frozen, world=str(ranks.world))
     facts |= dict(global_batch=str(total), model_config=json.dumps(asdict(model.cfg)))
-    metadata = provenance(dict(vars(asked), clips=clips["train"].sizes)) | facts
+    metadata = provenance(vars(asked) | clips["train"].told) | facts
     records = Records(out if master else None, metadata, first_step)
     log = records.line
     headline = describe_run(options, trained, clips, ranks.world)

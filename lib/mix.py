@@ -5,6 +5,7 @@ Which dataset and which of its clips stands at a place of the run's sequence is 
 order that the seed and the block decide; within a dataset the clips come epoch by epoch."""
 
 import functools
+import hashlib
 from bisect import bisect_right
 
 import numpy as np
@@ -83,6 +84,12 @@ class Mix(ConcatDataset):
             found = " and ".join(str(part.empty_text.parent) for part in kinds.values())
             raise ValueError(f"{found}: encoded by other encoder files or at other sizes")
         self.empty_text = parts[0].empty_text
+
+    @property
+    def told(self):
+        """What the order of the clips depends on, for a resume to compare."""
+        names = str([list(part.metadata) for part in self.datasets])
+        return dict(clips=self.sizes, clip_names=hashlib.md5(names.encode()).hexdigest()[:8])
 
     def of(self, i):
         """(dataset, its clip) of clip i."""

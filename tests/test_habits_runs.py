@@ -25,6 +25,7 @@ from lib.experts import files_in
 from lib.frozen import frozen_digest, identify_frozen
 from lib.jobs import attempt
 from lib.log import Passes, provenance
+from lib.mix import Mix
 from lib.weights import load_trained, metadata_of, read_metadata, read_tensors
 
 
@@ -160,7 +161,7 @@ def test_another_lora_is_another_frozen_branch(tmp_path):
         with pytest.raises(ValueError, match="trained with --lora=there/a.*other_wan"):
             identify_frozen(other, sources, True)
         assert identify_frozen(other.replaced(other_wan=True), sources, True)
-        again = dict(options=other, world=1, frozen=meta["frozen"], clips=[])
+        again = dict(options=other, world=1, frozen=meta["frozen"], clips={})
         with pytest.raises(ValueError, match="trained with --lora=there/a"):
             train.resume_from(path, None, None, **again)
 
@@ -194,19 +195,29 @@ def test_the_numbers_of_an_evaluation_are_json_where_some_are_not_known(tmp_path
     assert found == {"fair": dict(abs_rel=0.5, tae=None, trans=None)}
 
 
-def test_a_dataset_that_grew_or_shrank_is_told_at_a_resume(tmp_path):
+def test_a_dataset_that_grew_shrank_or_has_others_is_told_at_a_resume(tmp_path):
     """The order of the clips is another one from there on."""
     model, options = tiny_model(1), options_of(train, stage=1)
     optimizer = train.make_optimizer(model, options)
     loss_of(model(**tiny_inputs(), video=False)).backward()
     optimizer.step()
-    meta = dict(train_config=json.dumps(dict(vars(options), clips=[8])), stage="1")
+
+    class Part(list):
+        metadata = property(dict.fromkeys)
+        empty_text = tmp_path / "cache" / "text"
+
+    def told(names):
+        return Mix([Part(names)], [1]).told
+
+    meta = dict(train_config=json.dumps(vars(options) | told("abc")), stage="1")
     save_checkpoint(tmp_path, 1, training_state(model, optimizer), meta, keep_last=1)
-    for clips, told in (([6], ["changed since step 1: clips [8] -> [6]"]), ([8], [])):
-        how = dict(options=options, world=1, frozen="", clips=clips)
-        assert (
-            train.resume_from(f"{tmp_path}/step-1.safetensors", model, optimizer, **how)[2] == told
-        )
+    for names, words in (("ab", ["clips [3] -> [2]", "clip_names"]), ("abd", ["clip_names"])):
+        how = dict(options=options, world=1, frozen="", clips=told(names))
+        path = f"{tmp_path}/step-1.safetensors"
+        remarks = train.resume_from(path, model, optimizer, **how)[2]
+        assert len(remarks) == len(words), remarks
+        assert all(f"changed since step 1: {w}" in r for r, w in zip(remarks, words)), remarks
+    assert train.resume_from(path, model, optimizer, **how | dict(clips=told("abc")))[2] == []
 
 
 def test_python_without_docstrings_has_its_commands(monkeypatch):
