@@ -221,6 +221,8 @@ def load_optimizer(path, model, optimizer, of=None):
 def describe(path):
     """What a checkpoint holds, as text; ValueError: it is damaged, or no state of its model."""
     tensors, meta = read_checked(path)
+    if "weights" in meta:
+        return printable(f"{path}: whole, the optimizer state of step {meta.get('step')}")
     if missing := [key for key in ("stage", "step", "model_config") if key not in meta]:
         raise ValueError(f"{path}: no {', '.join(missing)} in it: not a checkpoint of train.py")
     cfg = config_from_metadata(meta, path)

@@ -164,6 +164,9 @@ def metadata_of(path):
     """Metadata of a checkpoint; of a release's model.pth or VGGT-1B, what ours would say."""
     pickled = str(path).endswith((".pth", ".pt")) and os.path.isfile(path)
     meta = {} if pickled else read_metadata(path)
+    if "weights" in meta:
+        name = str(path).replace(".optim", "")
+        raise ValueError(f"{path}: the optimizer state beside a checkpoint. Fix: name {name}")
     if "stage" in meta:
         return meta
     names = lazy_tensors(str(path))

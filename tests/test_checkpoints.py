@@ -167,6 +167,10 @@ def test_check_prints_what_a_checkpoint_holds_and_refuses_others(survivor, tmp_p
     assert "1 tensors are not those of its model" in run(
         "train.py", "--check", tmp_path / "less.safetensors", ok=False
     )
+    moments = latest.with_name("step-5.optim.safetensors")  # as --check OUT/*.safetensors has it
+    assert checkpoints.describe(moments) == f"{moments}: whole, the optimizer state of step 5"
+    with pytest.raises(ValueError, match="optimizer state beside .*name .*/step-5.safetensors"):
+        weights.metadata_of(moments)  # was: does not fit this model, use its own preset
 
 
 def test_other_frozen_weights_are_refused_by_name(survivor, tmp_path):
