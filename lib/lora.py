@@ -1,7 +1,8 @@
 """Low-rank changes of a video branch's weights: W + 0.55 (alpha / rank) up @ down.
 
-Names of a file: kohya's lora_unet__blocks_0_self_attn_q.{lora_down.weight, lora_up.weight, alpha},
-the module's path with _ for its dots; or PEFT's blocks.0.self_attn.q.lora_{A,B}[.default].weight.
+Names of a file: kohya's lora_unet_blocks_0_self_attn_q.{lora_down.weight, lora_up.weight, alpha},
+the module's path with _ for its dots (musubi-tuner; VideoX-Fun has one _ more); or PEFT's
+blocks.0.self_attn.q.lora_{A,B}[.default].weight, also with its base_model.model. before them.
 Sources: Hu et al. 2021; the release of FantasyWorld on Wan2.2, which merges reward LoRAs so."""
 
 import re
@@ -21,8 +22,8 @@ def module_of(name):
     found = re.fullmatch(r"(.+?)\.(?:lora_(down|up|A|B)(?:\.default)?\.weight|alpha)", name)
     if not found:
         return "", ""
-    module = found[1].removeprefix("lora_unet__")
-    for prefix in WRAPPINGS:
+    module = found[1].removeprefix("lora_unet_").removeprefix("_")
+    for prefix in ("base_model.", *WRAPPINGS, "transformer."):
         module = module.removeprefix(prefix)
     return module.replace(".", "_"), PARTS.get(found[2], "alpha")
 

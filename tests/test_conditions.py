@@ -33,9 +33,16 @@ def test_a_lora_of_another_model_is_refused_by_name_and_peft_names_are_read(tmp_
     path, base = str(tmp_path / "lora.safetensors"), {"blocks.0.q.weight": torch.randn(6, 4)}
     lazy = {k: (tuple(v.shape), lambda v=v: v) for k, v in base.items()}
     up, down = torch.randn(6, 2), torch.randn(2, 4)
-    for middle in ("", ".default"):
-        names = [f"diffusion_model.blocks.0.q.lora_{part}{middle}.weight" for part in "BA"]
-        save_file(dict(zip(names, (up, down))), path)
+    peft, kohya = ("B.weight", "A.weight"), ("up.weight", "down.weight")
+    for start, ends in (
+        ("diffusion_model.blocks.0.q.lora_", peft),
+        ("diffusion_model.blocks.0.q.lora_", ("B.default.weight", "A.default.weight")),
+        ("base_model.model.blocks.0.q.lora_", peft),
+        ("transformer.blocks.0.q.lora_", peft),
+        ("lora_unet_blocks_0_q.lora_", kohya),  # musubi-tuner: was another model's LoRA
+        ("lora_unet__blocks_0_q.lora_", kohya),  # VideoX-Fun
+    ):
+        save_file({start + end: part for end, part in zip(ends, (up, down))}, path)
         got = with_lora(lazy, path)["blocks.0.q.weight"][1]()
         torch.testing.assert_close(got, base["blocks.0.q.weight"] + 0.55 * up @ down)
     wrong = {
