@@ -630,7 +630,7 @@ def main(options):
         log(f"# stopped by {name} after step {done}; {cure}")
     else:
         log(f"# done: {out / 'latest.safetensors'}, {clock(records.seconds())}")
-    records.close()  # TensorBoard writes in a thread
+    records.flush()
     lock.release()
     ranks.leave()  # waits for the others first
     if stopped:

@@ -198,13 +198,10 @@ class Records:
             self.purge = step + 1
 
     def flush(self):
-        """With every checkpoint, or a kill after it would leave a gap in the curves."""
+        """TensorBoard writes in a thread: with every checkpoint, or a kill after it would leave a
+        gap in the curves, and at the end."""
         if self.board:
             self.attempt("tensorboard", self.board.flush)
-
-    def close(self):
-        if self.board:
-            self.attempt("tensorboard", self.board.close)
 
 
 class Passes:

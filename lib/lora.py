@@ -55,20 +55,20 @@ def read_lora(path, shapes):
     return found
 
 
-def merged(weight, parts, strength=STRENGTH):
+def merged(weight, parts):
     """A weight with its change, in the weight's own type, as the release computes it."""
     down, up = (parts[part].to(weight.dtype) for part in ("down", "up"))
     scale = float(parts["alpha"]) / up.shape[1] if "alpha" in parts else 1.0
-    return weight + strength * scale * torch.mm(up, down)
+    return weight + STRENGTH * scale * torch.mm(up, down)
 
 
-def with_lora(tensors, path, strength=STRENGTH):
+def with_lora(tensors, path):
     """name -> (shape, read) of a video branch with a LoRA file's changes ("": none)."""
     if not path:
         return tensors
     changes = read_lora(path, tensor_shapes(tensors))
 
     def changed(name, shape, read):
-        return shape, lambda: merged(read(), changes[name], strength)
+        return shape, lambda: merged(read(), changes[name])
 
     return {**tensors, **{name: changed(name, *tensors[name]) for name in changes}}

@@ -277,11 +277,10 @@ def count(cfg, stage, loss, size, *, checkpointing="none", half=True, muon=False
 
 def peak_flops(device):
     """FLOP/s that are 100 %: PEAK_FLOPS where it knows the GPU, else those of a large product."""
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-        known = [flops for part, flops in PEAK_FLOPS.items() if part in name]
-        if known:
-            return known[0]
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    for part, flops in PEAK_FLOPS.items():
+        if part in name:
+            return flops
     n, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (1024, torch.float32)
     a = torch.randn(n, n, device=device, dtype=dtype)
     best = math.inf

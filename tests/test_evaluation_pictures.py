@@ -76,7 +76,7 @@ def test_records_write_the_picture_to_the_run_folder_and_to_tensorboard(tmp_path
 
     records, image = Records(tmp_path, {}, 0), np.full((20, 30, 3), 77, np.uint8)
     records.picture(7, image)
-    records.close()
+    records.flush()
     assert (tmp_path / "eval" / "step-7.png").read_bytes()[:4] == b"\x89PNG"
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
