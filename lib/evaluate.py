@@ -203,18 +203,24 @@ def comparison(b, out, frames=None, video=None):
     return pictures.sheet(rows, list(shown), below)
 
 
+def mean_depth(b):
+    """Of a batch's known pixels; 0 where there are none, and then no metric reads it."""
+    known = b["depth"][b["mask"]]
+    return known.mean().item() if len(known) else 0.0
+
+
 def baselines(train, val, how):
     """Rows of two trivial predictors of depth and cameras, and with How.draw those of videos.
 
     fair     mean depth of the training set (256 clips at most), cameras that stand still
     oracle   each clip's own mean depth, lifted by its true cameras; no metrics of cameras"""
     some, found = (train[i] for i in range(min(256, len(train)))), []
-    means = [b["depth"][b["mask"]].mean().item() for b in some]
+    means = [mean for mean in map(mean_depth, some) if mean]
     for i in range(min(how.eval_clips, len(val))):
         b, rows = val[i], {}
         still = torch.eye(4, device=b["w2c"].device)[:3].expand_as(b["w2c"])
-        own_mean = b["depth"][b["mask"]].mean().item()
-        guesses = ((FAIR, sum(means) / len(means), still), (ORACLE, own_mean, b["w2c"]))
+        fair = sum(means) / max(1, len(means))
+        guesses = ((FAIR, fair, still), (ORACLE, mean_depth(b), b["w2c"]))
         for name, value, cameras in guesses:
             depth = torch.full_like(b["depth"], value)
             points = unproject(depth, cameras, b["intrinsics"])

@@ -74,6 +74,24 @@ def test_a_model_that_gives_nan_has_no_row_that_a_mean_leaves_out():
     assert sound.keys() == rows[-1].keys() and all(map(math.isfinite, sound.values()))
 
 
+def test_a_clip_without_known_depth_is_left_out_of_the_baselines():
+    """One of a thousand made every number of a baseline inf."""
+    K = torch.tensor([[10.0, 0, 6], [0, 10, 4], [0, 0, 1]]).expand(1, 5, 3, 3)
+    still = dict(intrinsics=K, w2c=torch.eye(4)[:3].expand(1, 5, 3, 4))
+
+    def clip(depth):
+        depth = torch.full((1, 5, 8, 12), depth)
+        return dict(
+            still, depth=depth, mask=depth > 0, points=depth[..., None].expand(-1, -1, -1, -1, 3)
+        )
+
+    sound = [clip(2.0), clip(3.0)]
+    want = evaluation.baselines(sound, sound, evaluation.How(None, 2, 0.1))
+    clips = [*sound, clip(0.0)]
+    assert evaluation.baselines(clips, clips, evaluation.How(None, 3, 0.1)) == want
+    assert all(math.isfinite(value) for row in want.values() for value in row.values())
+
+
 def test_provenance_does_not_need_git(monkeypatch):
     monkeypatch.setenv("PATH", "/nowhere")
     assert provenance({})["git"] == "unknown"
