@@ -21,10 +21,11 @@ def frozen_digest(folder):
     files = [Path(file).resolve() for file in wan_sources(folder)]
     stamp = [f"{f.name} {f.stat().st_size} {f.stat().st_mtime_ns}" for f in files]
     name = hashlib.sha256(str(files).encode()).hexdigest()[:16]
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     # Both experts of a pair may lie in one folder, as in a cache of the hub.
     places = [files[0].with_name(f".{files[0].name}.fantasyworld.json")]
-    places.append(Path(home, "fantasyworld", f"{name}.json"))
+    if os.path.isabs(home):  # else a container's user, who has no name and no HOME
+        places.append(Path(home, "fantasyworld", f"{name}.json"))
     for place in places:
         with suppress(OSError, ValueError, AttributeError):
             said = json.loads(place.read_text())

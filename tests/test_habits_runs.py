@@ -184,6 +184,19 @@ def test_another_lora_is_another_frozen_branch(tmp_path):
             train.resume_from(path, None, None, **again)
 
 
+def test_a_user_without_a_name_and_a_home_trains(monkeypatch):
+    """docker run --user 12345 with an empty environment: Could not determine home directory."""
+    want = frozen_digest(MINIATURE)
+
+    def nobody(_):
+        raise KeyError("getpwuid(): uid not found: 12345")
+
+    for name in ("HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", nobody)
+    assert frozen_digest(MINIATURE) == want
+
+
 def test_a_list_of_checkpoints_may_be_longer_than_a_file_s_name_may_be():
     """eval_only of fourteen in one folder was 'File name too long'."""
     names = [f"step-{n}00000.safetensors" for n in range(14)]
