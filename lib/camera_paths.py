@@ -131,41 +131,32 @@ ZOOM = {"zoom_in": 1, "zoom_out": -1, "zoom": 1}
 MOVES = [*TRAVEL, *TURN_AXIS, *ZOOM, "spiral"]
 
 
-def camera_move(name, num_frames, amount=1.0, *, fov_deg=60.0, pivot_depth=1.0, ease="smooth"):
-    """A named camera move, starting at the identity.
+def camera_move(name, num_frames, amount=1.0):
+    """A named camera move, starting at the identity, at rest at both ends.
 
-    name         one of MOVES
-    amount       1 travels 0.3 scene units, turns by fov_deg / 2, zooms by 1.5; negative: back
-    pivot_depth  scene units to the point that orbit circles and that spiral looks at
-    ease         smooth: at rest at both ends; linear; in, out: at rest at the first, last frame
-    returns      w2c (T, 3, 4) in scene units, focal (T,): the factor on fx and fy"""
+    name     one of MOVES; orbit circles the point one scene unit ahead, spiral looks at it
+    amount   1 travels 0.3 scene units, turns by 30 degrees, zooms by 1.5; negative: back
+    returns  w2c (T, 3, 4) in scene units, focal (T,): the factor on fx and fy"""
     if name not in MOVES:
         near = ", ".join(difflib.get_close_matches(name, MOVES, cutoff=0.4)) or "none"
         words = f"nearest: {near}; known: {', '.join(MOVES)}."
         raise ValueError(f"unknown camera move {name!r}; {words}")
     s = torch.linspace(0, 1, num_frames)
-    eased = {"smooth": s * s * (3 - 2 * s), "linear": s, "in": s * s, "out": s * (2 - s)}
-    if ease not in eased:
-        raise ValueError(f"ease {ease!r}; known: {', '.join(eased)}.")
-    gone = eased[ease]  # (T,) the share of the move that is done at each frame
+    gone = s * s * (3 - 2 * s)  # (T,) the share of the move that is done at each frame
     way = amount * gone
-    half = way[:, None] * math.radians(fov_deg) / 4  # (T, 1) half of the angle turned
+    half = way[:, None] * math.radians(15)  # (T, 1) half of the angle turned
     axis = torch.tensor(TURN_AXIS.get(name, (0, 0, 0)))
     R = quat_to_mat(torch.cat([half.sin() * axis, half.cos()], -1))
     centre = 0.3 * way[:, None] * torch.tensor(TRAVEL.get(name, (0, 0, 0)))  # (T, 3)
     if name == "orbit":  # a circle to the right, around the point ahead
-        centre = pivot_depth * torch.cat([(2 * half).sin(), 0 * half, 1 - (2 * half).cos()], -1)
-    if name == "spiral":
-        R, centre = spiral(way, gone, pivot_depth)
+        centre = torch.cat([(2 * half).sin(), 0 * half, 1 - (2 * half).cos()], -1)
+    if name == "spiral":  # two windings up to 0.1 off the view axis
+        off, angle = 0.1 * way, 4 * math.pi * gone
+        centre = [off * angle.sin(), off * (1 - angle.cos()), torch.zeros_like(off)]
+        centre = torch.stack(centre, -1)
+        w2c = np.stack([look_at(c, (0, 0, 1)) for c in centre.numpy()])
+        R = torch.from_numpy(w2c[:, :, :3]).mT.float()
     return inv_se3(torch.cat([R, centre[..., None]], -1)), 1.5 ** (ZOOM.get(name, 0) * way)
-
-
-def spiral(way, gone, depth):
-    """Two windings up to 0.1 off the view axis, looking at the point `depth` ahead: R, centres."""
-    off, angle = 0.1 * way, 4 * math.pi * gone
-    centre = torch.stack([off * angle.sin(), off * (1 - angle.cos()), torch.zeros_like(off)], -1)
-    w2c = np.stack([look_at(c, (0, 0, depth)) for c in centre.numpy()])
-    return torch.from_numpy(w2c[:, :, :3]).mT.float(), centre
 
 
 # --- Key frames -----------------------------------------------------------------------------------
@@ -208,12 +199,10 @@ def look_at(centre, target, down=(0, 1, 0)):
 
 
 def interpolate(times, w2c, at):
-    """Key frames w2c (K, 3, 4) at increasing times (K,) -> w2c (T, 3, 4) at times `at` (T,).
+    """Two or more key frames w2c (K, 3, 4) at rising times (K,) -> w2c (T, 3, 4) at `at` (T,).
 
     Between two of them the camera moves by a constant screw motion; beyond the ends it rests."""
     times, at, w2c = (torch.as_tensor(np.asarray(x), dtype=torch.float64) for x in (times, at, w2c))
-    if len(times) < 2 or (times.diff() <= 0).any():
-        raise ValueError(f"interpolate: times {times.tolist()}; wanted two or more, increasing")
     i = (torch.searchsorted(times, at, right=True) - 1).clamp(0, len(times) - 2)
     share = ((at - times[i]) / (times[i + 1] - times[i])).clamp(0, 1)
     twist = log_se3(compose(w2c[i + 1], inv_se3(w2c[i])))

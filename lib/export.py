@@ -136,8 +136,7 @@ def make_scene(video, geometry, w2c, K, *, scene_scale=1.0, drop=20.0, lift="com
         lift=lift,
         drop=drop,
     )
-    points = geometry["points"].float() if "points" in geometry else None
-    scene.report = dict(unit=unit, **measure(scene, points, unit["scale"]))
+    scene.report = dict(unit=unit, **measure(scene, geometry.get("points"), unit["scale"]))
     return scene
 
 
@@ -159,7 +158,7 @@ def measure(scene, points=None, scale=1.0):
     agree = warp_error(torch.from_numpy(scene.rgb)[None], depth, w2c, K, mask)
     some = slice(None, None, -(-len(scene.rgb) // 16))  # at most 16 frames: double precision
     if points is not None:
-        cut = (x[:, some] for x in (points * scale, depth, w2c, K, mask))
+        cut = (x[:, some] for x in (points.float() * scale, depth, w2c, K, mask))
         agree["heads"] = 100 * head_agreement(*cut)
     conf = scene.conf
     sure = {f"p{p}": float(np.percentile(conf, p)) for p in (5, 50, 95)}
@@ -312,10 +311,10 @@ def write_glb(scene, path):
     )
     text = json.dumps(tree).encode()
     text += b" " * (-len(text) % 4)
-    head = struct.pack("<4sII", b"glTF", 2, 28 + len(text) + len(body))
-    first, second = (len(text), b"JSON"), (len(body), b"BIN\0")
-    parts = [head, struct.pack("<I4s", *first), text, struct.pack("<I4s", *second), body]
-    Path(path).write_bytes(b"".join(parts))
+    file = struct.pack("<4sII", b"glTF", 2, 28 + len(text) + len(body))
+    for kind, chunk in ((b"JSON", text), (b"BIN\0", body)):
+        file += struct.pack("<I4s", len(chunk), kind) + chunk
+    Path(path).write_bytes(file)
 
 
 # ---- cameras and folders for other tools ---------------------------------------------------------

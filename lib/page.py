@@ -96,7 +96,6 @@ def pack_maps(scene, stride):
     pick = (slice(None), slice(stride // 2, None, stride), slice(stride // 2, None, stride))
     depth, rgb, conf = scene.depth[pick], scene.rgb[pick], scene.conf[pick]
     near, far = depth_range(scene.depth, (0.001, 0.999))
-    far = max(far, near * 1.001)
     code = 65535 * (1 / np.clip(depth, near, far) - 1 / far) / (1 / near - 1 / far)
     code = np.where(scene.solid()[pick], code.round().clip(1, 65535), 0).astype("<u2")
     rank = np.searchsorted(np.sort(conf, None), conf.ravel(), "right") / conf.size * 255

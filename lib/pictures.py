@@ -90,7 +90,8 @@ def depth_to_rgb(depth, low, high):
 def depth_range(depth, shares=(0.01, 0.99)):
     """Quantiles of known depth, the 1st and 99th percentile, for its colours; 1 and 2 for none."""
     known = depth[depth > 0]
-    return tuple(np.quantile(known, shares).tolist()) if len(known) else (1.0, 2.0)
+    low, high = np.quantile(known, shares).tolist() if len(known) else (1.0, 2.0)
+    return low, max(high, low * 1.001)
 
 
 def confidence_to_rgb(conf, low, high):
@@ -187,9 +188,8 @@ def stroke(canvas, a, b, colour, width=1):
     """Draw a line from pixel a = (x, y) to b into the canvas."""
     a, b = np.asarray(a, float), np.asarray(b, float)
     at = a + np.linspace(0, 1, int(np.abs(b - a).max() * 2) + 2)[:, None] * (b - a)
-    for dx in range(width):
-        for dy in range(width):
-            dot(canvas, at + (dx - width // 2, dy - width // 2), colour)
+    for shift in itertools.product(range(width), repeat=2):
+        dot(canvas, at + shift - width // 2, colour)
 
 
 def dot(canvas, at, colour):

@@ -283,21 +283,20 @@ def render_clip(seed, num_frames, height, width, variety="full", moving=False):
         if moving and path:
             scene = add_mover(np.random.default_rng([seed, 1]), scene, path[0], k)
             path = scene and path
-    (c2w, kind), rgb, depths, materials = path, [], [], []
+    c2w, kind = path
+    rgb = np.empty((num_frames, height, width, 3), np.uint8)
+    depths, materials = np.empty(rgb.shape[:3], np.float32), np.empty(rgb.shape[:3], np.uint8)
     for t, pose in enumerate(c2w):
         now = at_frame(scene, t)
         depth, material, points, normals = trace(now, pose, k, height, width)
-        colour = shade(now, material, points, normals) * 255 + 0.5
-        rgb.append(colour.astype(np.uint8).reshape(height, width, 3))
-        depths.append(depth.astype(np.float32).reshape(height, width))
-        materials.append(material.astype(np.uint8).reshape(height, width))
-    materials = np.stack(materials)
+        rgb[t].flat = shade(now, material, points, normals) * 255 + 0.5
+        depths[t].flat, materials[t].flat = depth, material
     pixels = np.bincount(materials.ravel(), minlength=len(scene["base"]))  # of each material
     seen = pixels[6:] > 0.004 * pixels.sum()
     w2c = relative_to_first(inv_se3(torch.from_numpy(c2w))).numpy()
     clip = dict(
-        rgb=np.stack(rgb),
-        depth=np.stack(depths),
+        rgb=rgb,
+        depth=depths,
         objects=materials > 5,  # no wall, floor or ceiling
         w2c=w2c,
         intrinsics=k,
@@ -345,8 +344,8 @@ def synth_one(job):
     size = (recipe.num_frames, recipe.height, recipe.width)
     clip = render_clip(seed, *size, recipe.variety, recipe.moving)
     clip["intrinsics"] = np.repeat(clip["intrinsics"][None], recipe.num_frames, 0)
-    entry = dict(id=name, prompt=clip["prompt"], num_frames=size[0], height=size[1], width=size[2])
-    entry["fps"] = 15
+    entry = dict(zip(("num_frames", "height", "width"), size))
+    entry = dict(id=name, prompt=clip["prompt"], **entry, fps=15)
     if recipe.cache_only:
         write_cache(out, clip, entry, split, wan_dir=recipe.wan_dir)
         return dict(entry, cached=True)

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from geometry import normalize_scene, relative_to_first
+from geometry import normalize_scene, relative_to_first, scaled
 from lib.camera_files import homogeneous
 from lib.camera_paths import interpolate
 from lib.crop import crop_intrinsics, focal_and_centre, fractions, pixel_matrix
@@ -177,8 +177,7 @@ def make(instance, image, scene, *, frames, fps):
     shown, unit = [image[None]], 1.0  # of this scene, in units of the first one
     for n, prompt in enumerate(instance.prompts):
         part = torch.from_numpy(cameras[n * (frames - 1) :][:frames])[None]
-        w2c = relative_to_first(part).float()
-        w2c = torch.cat([w2c[..., :3], w2c[..., 3:] / unit], -1)
+        w2c = scaled(relative_to_first(part).float(), 1 / unit)
         rgb, depth = scene(shown[-1][-1], prompt, w2c, K)
         shown.append(rgb[1:] if n else rgb)
         last = torch.from_numpy(depth[None, -1:]).float()
