@@ -398,9 +398,10 @@ def made_before(out):
 def check_out(out, names):
     """An export replaces what an earlier one has made, and nothing else."""
     report = [] if (out / ".sample").exists() else ["report.json"]
-    for target in {*files_of(names), *report} - made_before(out):
-        if os.path.lexists(out / target):
-            theirs = f"{out / target} is there and was not made by sample.py"
+    targets = {*files_of(names), *report} - made_before(out) if out.is_dir() else {""}  # itself
+    for place in map(out.joinpath, targets):
+        if os.path.lexists(place):
+            theirs = f"{place} is there and was not made by sample.py"
             raise ValueError(f"--out {out}: {theirs}. Choose another --out")
     return out
 

@@ -10,6 +10,7 @@ import json
 import os
 import re
 import sys
+import tempfile
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -35,9 +36,14 @@ ID = r"\w[\w.-]{0,59}"  # a folder's name: no separator, no dot in front, short 
 # -------------------------------------------------------------------------------------- planning
 def check_writable(out):
     """Results must find a folder, or one to make theirs in: to say so hours later is too late."""
-    home = next((path for path in (out, *out.absolute().parents) if os.path.lexists(path)), out)
-    if not (home.is_dir() and os.access(home, os.W_OK | os.X_OK)):
-        raise ValueError(f"--out {out}: {home} is no folder to write into. Choose another --out")
+    home = out.absolute()
+    try:
+        while not (home.is_dir() or os.path.lexists(home)):  # too long a name is an error here
+            home = home.parent
+        tempfile.TemporaryFile(dir=home).close()
+    except OSError as error:
+        why = f"{home} is no folder to write into ({error.strerror})"
+        raise ValueError(f"--out {out}: {why}. Choose another --out") from None
 
 
 @dataclass(frozen=True)

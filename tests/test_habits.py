@@ -295,6 +295,14 @@ def test_results_without_a_place_are_refused_before_the_sampling(tmp_path):
             check_writable(out)
         with pytest.raises(ValueError, match="taken is no folder to write into"):
             plan_jobs(options_of(sample, out=str(out)), {}, [], None, {})
+    for out in (
+        tmp_path / ("long" * 64),
+        tmp_path.joinpath("/proc/worlds"),
+    ):  # the last: of root too
+        with pytest.raises(ValueError, match="is no folder to write into .* Choose another"):
+            check_writable(out)
+    with pytest.raises(ValueError, match="taken is there and was not made by sample.py"):
+        check_out(tmp_path / "taken", ["npz"])  # one of several samples
     check_writable(tmp_path / "new" / "newer")
     assert not (tmp_path / "new").exists()
 
