@@ -22,12 +22,12 @@ import sample
 from config import option, section
 from encoders import WanFolder
 from lib.camera_files import FORMATS
-from lib.camera_paths import MOVES, UNREAD, kind_of
+from lib.camera_paths import MOVES, kind_of
 from lib.experts import check_frozen_of, metadata_of_ckpt
 from lib.export import EXPORTS, export_names
 from lib.files import STILLS
 from lib.guards import one_line, run_command
-from lib.jobs import plan_jobs, start_images
+from lib.jobs import UNREAD, plan_jobs, start_images
 from lib.pictures import COMMANDED, as_pixels, top_view
 from lib.webpage import KINDS, Job, Stopped, alarm, figure, show_world, typed
 
@@ -72,9 +72,9 @@ class Studio:
     def read(self, form, folder):
         """A form -> arguments of sample.py and its options; uploaded files go to the folder."""
         values = typed(form, self.settled, folder)
-        elsewhere = ("out", "preview_every", *SEVERAL)
         given = {k: v for k, v in vars(self.asked).items() if k in vars(sample)}
-        elsewhere += UNREAD[kind_of(values.get("camera", self.asked.camera))]
+        unread = UNREAD[kind_of(values.get("camera", self.asked.camera))].split()
+        elsewhere = ("out", "preview_every", *SEVERAL, *unread)
         values = {k: v for k, v in (given | values).items() if k not in elsewhere}
         said = [f"--{k}={v}" for k, v in values.items() if v != vars(sample)[k].default]
         options = config.apply(vars(sample), said)

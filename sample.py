@@ -25,6 +25,7 @@ import config
 from config import option, section
 from encoders import WanFolder, encode_start
 from geometry import encode_pose
+from lib import jobs as job_lists
 from lib import worldscore as worldscore_folders
 from lib.camera_files import FORMATS, size_of
 from lib.camera_paths import View, load_camera, mean_distance
@@ -33,7 +34,6 @@ from lib.distributed import check_device, from_first, gather_cat, say
 from lib.experts import BOUNDARY, check_frozen_of, files_in, metadata_of_ckpt, open_models
 from lib.export import EXPORTS, USUAL, describe, export_names, files_of, make_scene, write_exports
 from lib.guards import printable, run_command
-from lib.jobs import Job, Plan, attempt, finish, join_ranks, plan_jobs, share, start_images
 from lib.pictures import as_pixels, depth_to_rgb, write_png
 from lib.strangers import config_from_metadata, read_train_config
 from lib.weights import find_wan
@@ -497,11 +497,10 @@ def settled(options, meta):
     """Options with what the checkpoint says filled in; ValueError for what cannot work."""
     trained, foreign = read_train_config(meta, options.ckpt), bool(meta.get("release"))
     quirks_of(options, meta)  # its names are checked
-    kinds = dict(correct="release", release="run from a release", boundary="pair of experts")
-    fits = (foreign, foreign and "foreign" not in meta, meta.get("expert"))
-    for (name, kind), fit in zip(kinds.items(), fits):  # elsewhere they would change nothing
-        if not fit and getattr(options, name) not in ("", BOUNDARY):
-            raise ValueError(f"--{name}: {options.ckpt} is no {kind}; leave it out")
+    kinds = {"release": foreign, "pair of experts": meta.get("expert")}
+    kinds["run from a release"] = foreign and "foreign" not in meta
+    for kind in (kind for kind, fits in kinds.items() if not fits):
+        job_lists.check_read(vars(options), globals(), f"--ckpt {options.ckpt}", f"no {kind}")
     known = "model_config" in meta and not options.other_wan  # whose branch is read later
     inputs = config_from_metadata(meta, options.ckpt).in_dim if known else 36
     given = options.image or getattr(options, "worldscore", "")  # which app.py has not
@@ -543,8 +542,8 @@ def scene_scale_of(options, meta):
 
 def view_of(options, scene_scale):
     pictures = size_of(options.camera_size) if options.camera_size else None
-    form, stride = options.camera_format, options.camera_stride
-    return View(options.fov, options.amount, scene_scale, form, pictures, stride)
+    of_file = (options.camera_format, pictures, options.camera_stride)
+    return View(options.fov, options.amount, scene_scale, *of_file)
 
 
 def prepared(options, meta):
@@ -560,7 +559,7 @@ def scene_sampler(options, meta, prompts):
 
     (uint8 image (H, W, 3), prompt, w2c (1, T, 3, 4), K (1, T, 3, 3)) -> frames, depth of a Scene
     options   of `settled`"""
-    jobs = [Job(options.replaced(prompt=words), None, None, {}) for words in prompts]
+    jobs = [job_lists.Job(options.replaced(prompt=words), None, None, {}) for words in prompts]
     resources = load(options, meta, jobs, {})  # all words at once, then their encoder is freed
     encoders = encoders_of(options)
     look = encoders.load_image() if encoders.load_image else None
@@ -573,7 +572,7 @@ def scene_sampler(options, meta, prompts):
         resources.starts["scene", ""] = start, look(video[:, :, 0]) if look else None
         changed = dict(prompt=prompt, image="scene", end_image="", frames=w2c.shape[1])
         given = options.replaced(scene_scale=1.0, **changed)
-        made = sample_one(Job(given, (w2c, K), Path(options.out), {}), meta, resources)
+        made = sample_one(job_lists.Job(given, (w2c, K), Path(options.out), {}), meta, resources)
         return made.rgb, made.depth
 
     return scene
@@ -581,12 +580,11 @@ def scene_sampler(options, meta, prompts):
 
 def make_worlds(options, meta):
     """--worldscore: the worlds of a list that are not whole yet, shared among the ranks."""
-    for name in "prompt image end_image jobs num_samples camera amount fov export".split():
-        if getattr(options, name) != globals()[name].default:
-            raise ValueError(f"--{name} would change nothing beside --worldscore. Leave it out")
+    what = f"--worldscore {options.worldscore}"
+    job_lists.check_read(vars(options), globals(), what, "a list of worlds")
     side = worldscore_folders.square_side(options, read_train_config(meta, options.ckpt))
     options = settled(options.replaced(height=side, width=side), meta)
-    ranks, options = join_ranks(options)
+    ranks, options = job_lists.join_ranks(options)
     listed = []
     if ranks.rank == 0:  # once, so that all share the same list; before anything slow
         check_frozen_of(options)
@@ -602,8 +600,8 @@ def make_worlds(options, meta):
 
     for n, one in enumerate(mine, 1):
         say(f"{n} of {len(mine)}: {one.folder}", of_all=True)
-        attempt(partial(work, one), one.folder, failed)
-    finish(Plan(left, there, []), failed, ranks)
+        job_lists.attempt(partial(work, one), one.folder, failed)
+    job_lists.finish(job_lists.Plan(left, there, []), failed, ranks)
 
 
 def main(options):
@@ -611,16 +609,17 @@ def main(options):
     if options.worldscore:
         return make_worlds(options, meta)
     given, options, names = options, settled(options, meta), export_names(options.export)
-    ranks, options = join_ranks(options)
+    if options.guidance == 1 and not options.jobs:  # as asked for, or the checkpoint's
+        job_lists.check_read(vars(given), globals(), "--guidance", "1, no guidance")
+    ranks, options = job_lists.join_ranks(options)
     plan = None
     if ranks.rank == 0:  # before anything slow
         check_frozen_of(options)
-        known = {key: value for key, value in globals().items() if key in vars(options)}
-        plan = plan_jobs(given, meta, names, partial(prepared, meta=meta), known)
+        plan = job_lists.plan_jobs(given, meta, names, partial(prepared, meta=meta), globals())
     plan = from_first(plan)
-    mine, pair = share(plan.jobs, ranks)
+    mine, pair = job_lists.share(plan.jobs, ranks)
     failed = None if plan.failed is None else []
-    mine, images = start_images(mine, failed, partial(images_of, meta=meta))
+    mine, images = job_lists.start_images(mine, failed, partial(images_of, meta=meta))
     resources = load(options, meta, mine, images, pair) if mine else None
     for i, job in enumerate(mine, 1):
         if len(mine) > 1:
@@ -628,8 +627,8 @@ def main(options):
             say(printable(line), of_all=True)
         # The ranks of a pair wait for each other: an error of one has to end both.
         work = partial(make_one, job, meta, resources, names)
-        attempt(work, job.out, None if pair else failed)
-    finish(plan, failed, ranks)
+        job_lists.attempt(work, job.out, None if pair else failed)
+    job_lists.finish(plan, failed, ranks)
 
 
 def make_one(job, meta, resources, names, bar=bar):

@@ -30,25 +30,12 @@ class View:
     stride: int = 1  # of a camera file, every so many cameras are used
 
 
-OF_FILES = ("camera_format", "camera_size", "camera_stride")
-# By what a --camera is: options that it would ignore.
-UNREAD = {"a file": ("amount",), "a move": OF_FILES, "key frames": ("amount", *OF_FILES)}
-
-
 def kind_of(text):
-    """What a --camera is, of UNREAD."""
+    """What a --camera is: a file, a move or key frames."""
     if "->" in text:  # many are longer than a file's name may be
         return "key frames"
     file = text not in ("", *MOVES) and (pathlib.Path(text).suffix or pathlib.Path(text).exists())
     return "a file" if file else "a move"
-
-
-def check_read(camera, given, known):
-    """ValueError for an option, given as other than its known default, that camera would ignore."""
-    changed = {k for k in known if k in given and given[k] != known[k].default}
-    if unread := sorted(changed & {*UNREAD[kind_of(camera)]}):
-        found = f"--camera {camera[:99]} is {kind_of(camera)}"
-        raise ValueError(f"--{unread[0]} would change nothing: {found}. Leave it out")
 
 
 def load_camera(text, num_frames, size, view=View()):

@@ -19,18 +19,38 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 
 import config
-from lib.camera_paths import check_read
+from lib.camera_paths import kind_of
 from lib.distributed import Ranks, gathered, say, start_processes
 from lib.export import check_out
 from lib.files import MAX_TEXT, check_file, is_of_disk, unique_keys
 from lib.guards import out_of_memory, printable
 
 # What a line may set beside its id: all that needs no other model and no other size.
-PER_JOB = (
-    "prompt image end_image camera camera_format camera_size camera_stride amount fov scene_scale "
-    "seed steps sampler guidance shift negative_prompt"
-).split()
+OF_FILES = "camera_format camera_size camera_stride"
+PER_JOB = f"prompt image end_image camera {OF_FILES} amount fov scene_scale".split()
+PER_JOB += "seed steps sampler guidance shift negative_prompt".split()
+# By what is sampled, how, or with what: options that would change nothing.
+UNREAD = {
+    "a file": "amount",
+    "a move": OF_FILES,
+    "key frames": f"amount {OF_FILES}",
+    "1, no guidance": "negative_prompt",
+    "a list of jobs": "num_samples",
+    "a list of worlds": f"prompt image end_image jobs num_samples camera amount fov {OF_FILES} "
+    "scene_scale export drop lift unit",
+    "no release": "correct",
+    "no run from a release": "release",
+    "no pair of experts": "boundary",
+}
 ID = r"\w[\w.-]{0,59}"  # a folder's name: no separator, no dot in front, short in any alphabet
+
+
+def check_read(given, known, what, kind):
+    """ValueError for an option, given as other than its known default, that nothing would read
+    because of what is `kind`, of UNREAD."""
+    for name in UNREAD[kind].split():
+        if name in known and given.get(name, known[name].default) != known[name].default:
+            raise ValueError(f"--{name} would change nothing: {what:.120} is {kind}. Leave it out")
 
 
 # -------------------------------------------------------------------------------------- planning
@@ -128,7 +148,7 @@ def prompted(options, known, prepare):
     goes to --out itself, several to folders inside."""
     seeds = range(options.seed, options.seed + options.num_samples)
     pairs = list(itertools.product(read_prompts(options.prompt), seeds))
-    check_read(options.camera, vars(options), known)
+    check_read(vars(options), known, f"--camera {options.camera}", kind_of(options.camera))
     given, camera = prepare(options)  # once: only words and seed differ
     for i, (words, seed) in enumerate(pairs):
         slug = re.sub("[^a-z0-9]+", "-", words.lower())[:40].strip("-")
@@ -140,8 +160,7 @@ def prompted(options, known, prepare):
 def lines_of(options, known, prepare):
     """(where, function that gives options, camera and folder, or raises) of each line of --jobs."""
     path, first = options.jobs, {}
-    if options.num_samples > 1:
-        raise ValueError("--num_samples: a list of jobs has a line, with its seed, for each sample")
+    check_read(vars(options), known, f"--jobs {path}", "a list of jobs")
     check_file(path, MAX_TEXT)
     lines = Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf").splitlines()
     numbered = [(f"{path}:{n}", line) for n, line in enumerate(lines, 1) if line.strip()]
@@ -155,8 +174,10 @@ def lines_of(options, known, prepare):
             raise ValueError(f"{where}: id {name} stands in {before} too; wanted one of its own")
         if (words := changes.get("prompt", options.prompt)).lower().endswith(".txt"):
             raise ValueError(f"{where}: --prompt {words:.80}: wanted words, for each line its own")
-        check_read(changes.get("camera", options.camera), changes, known)  # not the command line's
-        return *prepare(options.replaced(**changes)), Path(options.out, name)
+        asked = options.replaced(**changes)
+        # Of the line alone: the command line's is for the others too.
+        check_read(changes, known, f"--camera {asked.camera}", kind_of(asked.camera))
+        return *prepare(asked), Path(options.out, name)
 
     return [(where, partial(read, where, line)) for where, line in numbered]
 

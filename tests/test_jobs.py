@@ -141,7 +141,7 @@ def test_a_list_that_is_none_ends_in_one_line(tmp_path, capsys):
     for more, words in (
         ([f"--jobs={tmp_path}/empty.jsonl"], "no job in it"),
         (["--jobs=nowhere.jsonl"], "nowhere.jsonl: no such file"),
-        ([f"--jobs={tmp_path}/empty.jsonl", "--num_samples=2"], "has a line, with its seed"),
+        ([f"--jobs={tmp_path}/empty.jsonl", "--num_samples=2"], "empty.jsonl is a list of jobs"),
     ):
         code, text = command_here("sample.py", *QUICK, *more)
         assert code == 2 and words in text and text.count("\n") == 1, text

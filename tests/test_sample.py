@@ -272,9 +272,10 @@ def test_key_frames_stand_where_they_say_and_look_at_their_targets():
         (["--shift=nan"], ["shift = 'nan' is a text, wanted a number"]),
         (["--guidance=nan"], ["guidance = 'nan' is a text, wanted a number"]),
         (["--correct=everything"], ["--correct everything", "rays"]),
-        (["--correct=rays"], ["--correct", "is no release; leave it out"]),
-        (["--release=x.pth"], ["--release", "is no run from a release; leave it out"]),
-        (["--boundary=800"], ["--boundary", "is no pair of experts; leave it out"]),
+        (["--correct=rays"], ["--correct", "change nothing", "is no release. Leave it out"]),
+        (["--release=x.pth"], ["--release", "is no run from a release. Leave it out"]),
+        (["--guidance=1", "--negative_prompt=fog"], ["--negative_prompt", "--guidance is 1, no"]),
+        (["--boundary=800"], ["--boundary", "is no pair of experts. Leave it out"]),
     ],
 )
 def test_user_errors_are_one_line_with_exit_status_2(

@@ -192,7 +192,9 @@ def test_a_wide_size_is_refused_with_the_reason(tmp_path, monkeypatch):
         sample.command()
 
 
-@pytest.mark.parametrize("more", ["--prompt=a", "--num_samples=2", "--export=all", "--camera=up"])
+@pytest.mark.parametrize(
+    "more", ["--prompt=a", "--num_samples=2", "--export=all", "--camera=up", "--unit=m"]
+)
 def test_what_the_list_says_itself_is_refused_beside_it(more, monkeypatch):
     line = f"sample.py --ckpt {ROOT}/tiny/fantasyworld.safetensors --worldscore x.json {more}"
     monkeypatch.setattr("sys.argv", line.split())
