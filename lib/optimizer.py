@@ -45,6 +45,8 @@ class Muon(torch.optim.AdamW):
     Matrices of equal shape share one product: a loop over small ones costs a CPU up to 40 % of a
     step.  found_inf () = 1 leaves weights and state as they are, as in AdamW."""
 
+    __setstate__ = torch.optim.Optimizer.__setstate__  # AdamW's wants a step beside every momentum
+
     @torch.no_grad()
     def step(self):
         groups = self.param_groups
