@@ -173,6 +173,10 @@ def test_mouse_wheel_keys_and_two_fingers_move_the_view(made):
         ):
             browser.call("Input.dispatchKeyEvent", type="keyDown", key=key)
             assert browser.run(check), key
+        moved()
+        for key, what in (("ArrowLeft", "yaw"), ("ArrowUp", "pitch"), ("+", "distance")):
+            browser.call("Input.dispatchKeyEvent", type="keyDown", key=key, modifiers=8)  # shift
+            moved(what)
         browser.resize(600, 620)  # as in the page of app.py: lower than the list of keys
         browser.call("Input.dispatchKeyEvent", type="keyDown", key="h")
         browser.run("document.querySelector('#help').scrollTop = 999")
@@ -230,6 +234,23 @@ def test_nothing_lies_over_anything_on_a_phone(made):
         )
         assert browser.run(f"{wide} && e.clientWidth).map(e => e.id)") == []
         assert browser.run("document.documentElement.scrollWidth") == 390
+
+
+@needs_browser
+def test_a_long_prompt_leaves_room_and_a_phone_on_its_side_shows_all(made, tmp_path):
+    """Prompts of video models have a hundred words: the world lay behind them."""
+    write_page(
+        replace(made[0], report=dict(made[0].report, prompt="word " * 99)), tmp_path / "s.html"
+    )
+    with opened(tmp_path / "s.html", 390, 844) as browser:
+        browser.resize(390, 844, mobile=True)
+        tall = "document.querySelector('h1').clientHeight"
+        assert browser.run(tall) < 100
+        browser.run("document.querySelector('h1').click()")
+        assert browser.run(tall) > 100
+        for width in (844, 905):
+            browser.resize(width, 390, mobile=True)
+            assert browser.run("document.documentElement.scrollWidth") == width
 
 
 @needs_browser
