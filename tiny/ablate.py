@@ -14,19 +14,22 @@ import os
 import statistics
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Lock
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from data import encode  # noqa: E402
+from encoders import MINIATURE  # noqa: E402
 from lib import pictures  # noqa: E402
 from lib.files import read_stills  # noqa: E402
+from lib.rooms import Recipe, synth  # noqa: E402
+from lib.windows import Encoding  # noqa: E402
 
 ROWS = ROOT / "docs/ablations.json"
-STEPS, BATCH = {1: 500, 2: 400}, 4
+STEPS, BATCH, ROOMS = {1: 500, 2: 400}, 4, 8  # rooms: held-out ones that are scored
 # Fields of model.Config that differ from the preset "tiny".
 VARIANTS = {
     "full": {},
@@ -63,7 +66,6 @@ HEAD = {
     "no poses: AbsRel": ("no poses", "abs_rel"),
     "no poses: deg": ("no poses", "rot_deg"),
 }
-lock = Lock()
 
 
 def switches_of(name, stage):
@@ -86,28 +88,31 @@ class Run:
         return self.work / f"stage{stage}-{first}-seed{self.seed}"
 
     def train(self, stage):
-        out = self.folder(stage)
-        if not (out / f"step-{STEPS[stage]}.safetensors").exists():
-            seed = 100 * stage + self.seed
-            call(
-                out, stage, switches_of(self.name, stage), seed=seed, init_from=self.start_of(stage)
-            )
+        if not (self.folder(stage) / f"step-{STEPS[stage]}.safetensors").exists():
+            start = self.folder(1) / "latest.safetensors" if stage == 2 else ""
+            self.call(self.folder(stage), stage, seed=100 * stage + self.seed, init_from=start)
 
-    def start_of(self, stage):
-        return self.folder(1) / "latest.safetensors" if stage == 2 else ""
-
-    def evaluate(self, rooms):
-        """Append the row of a finished run."""
+    def score(self):
+        """Train stage 2 -> what docs/ablations.json keeps of it."""
+        self.train(2)
         out, source = self.folder(2) / "scored", self.folder(2) / "latest.safetensors"
-        how = dict(eval_only=True, eval_samples=rooms, eval_clips=rooms, eval_more_sigmas="()")
-        call(out, 2, switches_of(self.name, 2), init_from=source, data_dir=self.work / "val", **how)
+        how = dict(eval_only=True, eval_samples=ROOMS, eval_clips=ROOMS, eval_more_sigmas="()")
+        self.call(out, 2, init_from=source, data_dir=self.work / "val", **how)
         found = json.loads((out / "eval.json").read_text())
-        rows = {k.split(", ", 1)[-1]: row for k, row in found.items()}
-        with lock:
-            told = dict(variant=self.name, seed=self.seed, steps=STEPS, batch=BATCH, rooms=rooms)
-            told["rows"] = rows
-            ROWS.write_text(json.dumps([*read_rows(), told], indent=0))
-        print("scored", self.name, "seed", self.seed, flush=True)
+        told = dict(variant=self.name, seed=self.seed, steps=STEPS, batch=BATCH, rooms=ROOMS)
+        return told | dict(rows={k.split(", ", 1)[-1]: row for k, row in found.items()})
+
+    def call(self, out, stage, **options):
+        """Run train.py into a folder, with its words in a file beside it."""
+        usual = dict(data_dir=self.work / "rooms", max_steps=STEPS[stage], batch_size=BATCH)
+        usual |= dict(precision="bf16", save_every=100, keep_last=1, out_dir=out)
+        options = usual | dict(model_overrides=switches_of(self.name, stage)) | options
+        command = [sys.executable, "train.py", f"config/tiny{stage}.py"]
+        command += [f"--{key}={value}" for key, value in options.items()]
+        out.mkdir(parents=True, exist_ok=True)
+        with open(out / "command.log", "a") as log:
+            env = os.environ | QUICK
+            subprocess.run(command, check=True, cwd=ROOT, env=env, stdout=log, stderr=log)
 
 
 def read_rows():
@@ -115,31 +120,13 @@ def read_rows():
     return json.loads(ROWS.read_text()) if ROWS.exists() else []
 
 
-def call(out, stage, switches, **options):
-    """Run train.py into a folder, with its words in a file beside it."""
-    command = [sys.executable, "train.py", f"config/tiny{stage}.py", f"--out_dir={out}"]
-    options = dict(data_dir=out.parent / "rooms", max_steps=STEPS[stage]) | options
-    usual = dict(batch_size=BATCH, precision="bf16", save_every=100, keep_last=1)
-    for key, value in (usual | dict(model_overrides=switches) | options).items():
-        command.append(f"--{key}={value}")
-    out.mkdir(parents=True, exist_ok=True)
-    with open(out / "command.log", "a") as log:
-        env = os.environ | QUICK
-        subprocess.run(command, check=True, cwd=ROOT, env=env, stdout=log, stderr=log)
-
-
 def render(work):
     """Training rooms as caches, held-out rooms with their videos."""
-    size = ["--height", "96", "--width", "160", "--num_frames", "9"]
-    for folder, num, val, seed, more in (
-        ("rooms", 600, 0, 120_000_000, ["--cache_only", "True"]),
-        ("val", 16, 32, 130_000_000, []),
-    ):
-        counts = ["--num", str(num), "--val", str(val), "--seed", str(seed), "--variety", "simple"]
-        command = ["data.py", "synth", str(work / folder), *size, *counts, *more]
-        subprocess.run([sys.executable, *command], check=True, cwd=ROOT)
-    command = ["data.py", "encode", str(work / "val"), *size, "--wan_dir", "tiny/wan"]
-    subprocess.run([sys.executable, *command], check=True, cwd=ROOT)
+    size = dict(num_frames=9, height=96, width=160)
+    how = dict(size, variety="simple")
+    synth(work / "rooms", Recipe(600, seed=120_000_000, cache_only=True, **how))
+    synth(work / "val", Recipe(16, val=32, seed=130_000_000, **how))
+    encode(work / "val", **size, how=Encoding(wan_dir=MINIATURE))
 
 
 def draw(work, names, seed, file):
@@ -165,31 +152,27 @@ def cut(sheet, row, height=192, width=320, gap=4):
 
 def table(rows):
     """Markdown: mean and spread of the headline numbers, then each seed's difference to full."""
-    values = {
-        (row["variant"], row["seed"]): {
-            k: row["rows"][part][key] for k, (part, key) in HEAD.items()
-        }
-        for row in rows
-    }
+    values = {name: {} for name in VARIANTS}  # variant -> seed -> numbers
+    for row in rows:
+        numbers = [row["rows"][part][key] for part, key in HEAD.values()]
+        values[row["variant"]][row["seed"]] = numbers
     print(f"| variant | seeds | {' | '.join(HEAD)} |\n|---|---|{'---|' * len(HEAD)}")
-    for less in (False, True):
-        for name in VARIANTS:
-            beside = {s for n, s in values if n == "full" or not less}
-            seeds = sorted(s for n, s in values if n == name and s in beside)
-            own = [values[name, seed] for seed in seeds]
-            if less:
-                name, full = f"{name} - full", [values["full", seed] for seed in seeds]
-                own = [{k: x[k] - y[k] for k in HEAD} for x, y in zip(own, full)]
-            if own and not (less and name.startswith("full")):
-                cells = [spread([x[k] for x in own], less) for k in HEAD]
-                print(f"| {name} | {len(own)} | {' | '.join(cells)} |")
+    for name, own in values.items():
+        print_row(name, list(own.values()))
+    full = values.pop("full")
+    for name, own in values.items():
+        shared = [zip(own[seed], full[seed]) for seed in own if seed in full]
+        print_row(f"{name} - full", [[a - b for a, b in pairs] for pairs in shared], "+")
 
 
-def spread(x, signed):
-    """Mean +- standard deviation."""
-    sign = "+" if signed else ""
-    said = f"{statistics.mean(x):{sign}.3f}"
-    return f"{said} ± {statistics.stdev(x):.3f}" if len(x) > 1 else said
+def print_row(name, rows, sign=""):
+    """Mean +- standard deviation of each column."""
+    cells = []
+    for x in zip(*rows):
+        more = f" ± {statistics.stdev(x):.3f}" if len(x) > 1 else ""
+        cells.append(f"{statistics.mean(x):{sign}.3f}{more}")
+    if rows:
+        print(f"| {name} | {len(rows)} | {' | '.join(cells)} |")
 
 
 def main():
@@ -197,40 +180,29 @@ def main():
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--only", default=",".join(VARIANTS), help="variants, with commas")
     parser.add_argument("--jobs", type=int, default=2, help="trainings side by side")
-    parser.add_argument("--rooms", type=int, default=8, help="held-out rooms that are scored")
     parser.add_argument("--work", type=Path, default=ROOT / "data/ablations")
-    parser.add_argument("--train_only", action="store_true")
     parser.add_argument("--table", action="store_true", help="of docs/ablations.json, and stop")
     parser.add_argument("--draw", type=Path, metavar="FILE", help="only the last seed's picture")
     how = parser.parse_args()
     if how.table:
         return table(read_rows())
-    work, names, last = how.work.resolve(), how.only.split(","), int(how.seeds.split(",")[-1])
+    work, names = how.work.resolve(), how.only.split(",")
+    seeds = [int(seed) for seed in how.seeds.split(",")]
     if how.draw:
-        return draw(work, names, last, how.draw)
+        return draw(work, names, seeds[-1], how.draw)
     render(work)
     done = {(row["variant"], row["seed"]) for row in read_rows()}
-    runs = [
-        Run(work, name, seed)
-        for seed in map(int, how.seeds.split(","))
-        for name in names
-        if (name in THREE_SEEDS or seed == 0) and (name, seed) not in done
-    ]
+    pairs = ((name, seed) for seed in seeds for name in names)
+    wanted = [x for x in pairs if x not in done and (x[0] in THREE_SEEDS or x[1] == 0)]
+    runs = [Run(work, *pair) for pair in wanted]
     with ThreadPoolExecutor(how.jobs) as pool:
-        first = {run.folder(1): run for run in runs}
-        first = {folder: pool.submit(run.train, 1) for folder, run in first.items()}
-        # All first stages are begun by now: none of these waits for one that waits for its thread.
-        rest = [pool.submit(finish, run, first[run.folder(1)], how) for run in runs]
-        for task in rest:
-            task.result()
-    draw(work, names, last, ROOT / "docs/ablations.png")
-
-
-def finish(run, stage_1, how):
-    stage_1.result()
-    run.train(2)
-    if not how.train_only:
-        run.evaluate(how.rooms)
+        first = {run.folder(1): run for run in runs}.values()  # each stage 1 once
+        list(pool.map(lambda run: run.train(1), first))
+        for task in as_completed([pool.submit(run.score) for run in runs]):
+            row = task.result()
+            ROWS.write_text(json.dumps([*read_rows(), row], indent=0))
+            print("scored", row["variant"], "seed", row["seed"], flush=True)
+    draw(work, names, seeds[-1], ROOT / "docs/ablations.png")
 
 
 if __name__ == "__main__":
