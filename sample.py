@@ -394,10 +394,6 @@ def images_of(options, meta):
     return torch.cat([load_image(x, options.height, options.width, **how) for x in names], 2)
 
 
-def encoders_of(options):
-    return WanFolder(options.wan_dir, "cpu" if options.low_memory else options.device)
-
-
 def load(options, meta, jobs, images, pair=None, *, model=None, bar=bar):
     """Encode the prompts and images of the jobs, then load the model, if it is not at hand."""
     device, quirks = torch.device(options.device), quirks_of(options, meta)
@@ -405,7 +401,8 @@ def load(options, meta, jobs, images, pair=None, *, model=None, bar=bar):
     prompts = list(dict.fromkeys(sum(words, ())))  # each once
     how = dict(frames=options.frames, tiles="tiles" in quirks)
     show = partial(bar, "text", unit="prompt")
-    texts, starts, vae = conditions(encoders_of(options), prompts, images, **how, progress=show)
+    encoders = WanFolder(options.wan_dir, "cpu" if options.low_memory else options.device)
+    texts, starts, vae = conditions(encoders, prompts, images, **how, progress=show)
     half = options.dtype == "bf16" or options.dtype == "auto" and device.type == "cuda"
     for _ in bar("load", (options.ckpt,), "model") if model is None else ():
         model = open_models(options, quirks, device, torch.bfloat16 if half else None)
@@ -561,7 +558,7 @@ def scene_sampler(options, meta, prompts):
     options   of `settled`"""
     jobs = [job_lists.Job(options.replaced(prompt=words), None, None, {}) for words in prompts]
     resources = load(options, meta, jobs, {})  # all words at once, then their encoder is freed
-    encoders = encoders_of(options)
+    encoders = WanFolder(options.wan_dir, "cpu" if options.low_memory else options.device)
     look = encoders.load_image() if encoders.load_image else None
     coder = Tiles(resources.vae) if "tiles" in quirks_of(options, meta) else resources.vae
 
@@ -588,9 +585,13 @@ def make_worlds(options, meta):
     listed = []
     if ranks.rank == 0:  # once, so that all share the same list; before anything slow
         check_frozen_of(options)
-        listed = worldscore_folders.read_list(options.worldscore, options.out)
+        names = ("seed", "frames", "height", "fps", "correct", "lora", "boundary", *WANS)
+        said = dict(sha256=meta.get("sha256", ""), **{k: getattr(options, k) for k in names})
+        listed = worldscore_folders.read_list(options.worldscore, options.out, said)
     left = [one for one in listed if not one.finished(options.frames)]  # the rest is kept
     left, there = from_first((left, len(listed) - len(left)))
+    if there:
+        say(f"{options.out}: {there} of {there + len(left)} worlds are there already and are kept")
     mine, failed = left[ranks.rank :: ranks.world], []
     scene = scene_sampler(options, meta, [p for x in mine for p in x.prompts]) if mine else None
 

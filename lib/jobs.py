@@ -204,16 +204,14 @@ def read_line(line, where, known):
 # --------------------------------------------------------------------------------- doing and saying
 def attempt(work, where, failed):
     """work(); of several jobs, what goes wrong in one becomes a line of `failed`, and None."""
-    if failed is None:
-        return work()
     try:
         return work()
     except (ValueError, OSError, SafetensorError) as error:
-        if is_of_disk(error):
+        if failed is None or is_of_disk(error):
             raise
         said = str(error)
     except (RuntimeError, MemoryError) as error:
-        if not (said := out_of_memory(error)):
+        if failed is None or not (said := out_of_memory(error)):
             raise
     said = printable(said)
     failed.append(said if said.startswith(str(where)) else f"{where}: {said}")

@@ -54,17 +54,17 @@ class Instance:
     prompts: list  # of each scene
     moves: list  # of each scene
     entry: dict  # as it stands in the list
+    settings: dict | None = None  # what it is made with; None: whatever it was
 
     def finished(self, frames):
-        """Whether the official loader would take it as complete."""
-        wanted = ["image_data.json", "input_image.png"]
-        wanted += ["camera_data.json"] * (self.entry["visual_movement"] == "static")
-        count = len(list((self.folder / "frames").glob("*.png")))
-        there = all((self.folder / name).is_file() for name in wanted)
-        return there and count == len(self.moves) * (frames - 1) + 1
+        """Whether it is there, whole and made with these settings; older ones do not say theirs."""
+        path, count = self.folder / "image_data.json", len(list(self.folder.glob("frames/*.png")))
+        data = read_json(path) if path.is_file() else {}  # the last that is written
+        same = self.settings is None or data.get("settings") in (None, self.settings)
+        return bool(data) and same and count == len(self.moves) * (frames - 1) + 1
 
 
-def read_list(path, runs):
+def read_list(path, runs, settings=None):
     """Instances of static.json or dynamic.json, which lies in DATASET/static/ or DATASET/dynamic/;
     images are named relative to DATASET."""
     entries, root = read_json(path), Path(path).resolve().parents[1]
@@ -74,7 +74,7 @@ def read_list(path, runs):
     found = []
     for n, entry in enumerate(entries):
         try:
-            found.append(read_entry(entry, root, Path(runs)))
+            found.append(read_entry(entry, root, Path(runs), settings))
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             said = error if isinstance(error, ValueError) else f"no {error}, or of another kind"
             wanted = "wanted visual_movement, visual_style, scene_type, image, camera_path, "
@@ -83,7 +83,7 @@ def read_list(path, runs):
     return found
 
 
-def read_entry(entry, root, runs):
+def read_entry(entry, root, runs, settings):
     kind, image = entry["visual_movement"], Path(entry["image"])
     moves = list(entry["camera_path"])
     if unknown := [move for move in moves if move not in MOVES]:
@@ -106,7 +106,7 @@ def read_entry(entry, root, runs):
     # As the official loader joins them.
     prompts = [f"{w}{'' if w.endswith('.') else '.'} {entry['style']}" for w in words]
     folder = runs.joinpath("worldscore_output", kind, *parts)
-    return Instance(folder, root / image, prompts, moves, entry)
+    return Instance(folder, root / image, prompts, moves, entry, settings)
 
 
 # ---------------------------------------------------------------------------------------- cameras
@@ -182,8 +182,8 @@ def make(instance, image, scene, *, frames, fps):
         shown.append(rgb[1:] if n else rgb)
         last = torch.from_numpy(depth[None, -1:]).float()
         unit *= normalize_scene(last, torch.eye(4)[None, None, :3], K[:, :1], last > 0)[2].item()
-    seconds = time.time() - began
-    write_instance(instance, np.concatenate(shown[1:]), image, fps=fps, seconds=seconds)
+    frames = np.concatenate(shown[1:])
+    write_instance(instance, frames, image, fps=fps, seconds=time.time() - began)
 
 
 def squared(frames, side=SIDE):
@@ -199,6 +199,8 @@ def write_instance(instance, frames, first, *, fps, seconds):
     frames  uint8 (T, H, H, 3) of all scenes;  first (H, H, 3) the start image as it was given"""
     folder, scenes, count = instance.folder, len(instance.moves), len(frames)
     each = (count - 1) // scenes + 1
+    for old in (folder / "image_data.json", *folder.glob("frames/*.png")):  # of other settings
+        old.unlink(missing_ok=True)
     (folder / "frames").mkdir(parents=True, exist_ok=True)
     (folder / "videos").mkdir(exist_ok=True)
     frames = frames if frames.shape[1] == SIDE else squared(frames)
@@ -207,7 +209,7 @@ def write_instance(instance, frames, first, *, fps, seconds):
     write_png(folder / "input_image.png", squared(first[None])[0])
     write_video(folder / "videos" / "output.mp4", frames, fps)
     (folder / "time.txt").write_text(f"generate_time: {seconds}\n")
-    data = dict(instance.entry, num_scenes=scenes, total_frames=count)
+    data = dict(instance.entry, num_scenes=scenes, total_frames=count, settings=instance.settings)
     if instance.entry["visual_movement"] == "static":
         keys = key_cameras(instance.moves, SPEED)
         cameras = dict(focal_length=FOCAL, scale=SPEED, cameras=as_blender(keys).tolist())

@@ -3,6 +3,7 @@
 import json
 import math
 import pathlib
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -152,6 +153,10 @@ def test_the_camera_file_reads_back_as_our_own_cameras(tmp_path):
     names = {path.name for path in one.folder.iterdir()}
     assert names >= {"camera_data.json", "input_image.png", "videos", "time.txt"}
     assert one.finished(5) and not one.finished(9)
+    made = replace(one, settings={"seed": 1})
+    assert made.finished(5)  # what an older one was made with is not known
+    write_instance(made, video[:5], video[0], fps=10, seconds=1.5)  # over the nine
+    assert made.finished(3) and not replace(one, settings={"seed": 2}).finished(3)
 
 
 def test_blender_axes_by_hand():
@@ -183,6 +188,7 @@ def test_the_command_chains_scenes_and_goes_on_where_it_stopped(tmp_path, monkey
     (path.parents[1] / other.entry["image"]).write_bytes(image.read_bytes())
     sample.command()
     assert other.finished(5) and (one.folder / "time.txt").stat().st_mtime_ns == made
+    assert "1 of 2 worlds are there already and are kept" in capsys.readouterr().out
 
 
 def test_a_wide_size_is_refused_with_the_reason(tmp_path, monkeypatch):
