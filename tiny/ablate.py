@@ -1,6 +1,6 @@
 """Does the exchange between the branches help?  Ablations on the miniature's video branch:
 
-    python tiny/ablate.py [--seeds 0,1,2] [--only full,none] [--jobs 2] [--work data/ablations]
+    python tiny/ablate.py [--seeds 0 1 2] [--only full none] [--jobs 2] [--work data/ablations]
 
 Every variant trains stage 1 (shared by those that do not change it) and stage 2 with equal steps,
 data and seeds on the frozen tiny/wan, then samples held-out rooms and scores them against the true
@@ -177,8 +177,9 @@ def print_row(name, rows, sign=""):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seeds", default="0,1,2")
-    parser.add_argument("--only", default=",".join(VARIANTS), help="variants, with commas")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    how = dict(choices=VARIANTS, default=list(VARIANTS), metavar="VARIANT")
+    parser.add_argument("--only", nargs="+", **how)
     parser.add_argument("--jobs", type=int, default=2, help="trainings side by side")
     parser.add_argument("--work", type=Path, default=ROOT / "data/ablations")
     parser.add_argument("--table", action="store_true", help="of docs/ablations.json, and stop")
@@ -186,13 +187,12 @@ def main():
     how = parser.parse_args()
     if how.table:
         return table(read_rows())
-    work, names = how.work.resolve(), how.only.split(",")
-    seeds = [int(seed) for seed in how.seeds.split(",")]
+    work = how.work.resolve()
     if how.draw:
-        return draw(work, names, seeds[-1], how.draw)
+        return draw(work, how.only, how.seeds[-1], how.draw)
     render(work)
     done = {(row["variant"], row["seed"]) for row in read_rows()}
-    pairs = ((name, seed) for seed in seeds for name in names)
+    pairs = ((name, seed) for seed in how.seeds for name in how.only)
     wanted = [x for x in pairs if x not in done and (x[0] in THREE_SEEDS or x[1] == 0)]
     runs = [Run(work, *pair) for pair in wanted]
     with ThreadPoolExecutor(how.jobs) as pool:
@@ -202,7 +202,7 @@ def main():
             row = task.result()
             ROWS.write_text(json.dumps([*read_rows(), row], indent=0))
             print("scored", row["variant"], "seed", row["seed"], flush=True)
-    draw(work, names, seeds[-1], ROOT / "docs/ablations.png")
+    draw(work, how.only, how.seeds[-1], ROOT / "docs/ablations.png")
 
 
 if __name__ == "__main__":

@@ -4,10 +4,12 @@ python tiny/export.py STAGE_0_CHECKPOINT tiny/wan              the DiT of a Wan 
 python tiny/export.py STAGE_2_CHECKPOINT tiny/NAME.safetensors a checkpoint for sample.py"""
 
 import sys
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from lib.files import write_aside  # noqa: E402
+from lib.guards import run_command  # noqa: E402
 from lib.tensors import write_tensors  # noqa: E402
 from lib.weights import digest, read_checked  # noqa: E402
 
@@ -29,4 +31,4 @@ def main(checkpoint, target):
 if __name__ == "__main__":
     if len(sys.argv) != 3 or sys.argv[1].startswith("-"):
         sys.exit(__doc__)
-    main(*sys.argv[1:])
+    run_command("tiny/export.py", partial(main, *sys.argv[1:]))
