@@ -168,6 +168,8 @@ def test_mouse_wheel_keys_and_two_fingers_move_the_view(made):
             ("]", "viewer.state.size > 1.3"),
             ("ArrowRight", "viewer.state.frame === 1"),
             ("c", "viewer.state.ride"),
+            ("c", "document.querySelectorAll('#ride, #colour [aria-pressed=true]').length === 2"),
+            ("c", "document.querySelector('#ride').ariaPressed === 'true'"),
             ("h", "!!document.querySelector('#help.open')"),
             ("Escape", "!document.querySelector('#help.open')"),
         ):
