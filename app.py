@@ -27,7 +27,7 @@ from lib.experts import check_frozen_of, metadata_of_ckpt
 from lib.export import EXPORTS, export_names
 from lib.files import STILLS
 from lib.guards import one_line, run_command
-from lib.jobs import UNREAD, plan_jobs, start_images
+from lib.jobs import UNREAD, check_writable, plan_jobs, start_images
 from lib.pictures import COMMANDED, as_pixels, top_view
 from lib.webpage import KINDS, Job, Stopped, alarm, figure, show_world, typed
 
@@ -65,6 +65,7 @@ class Studio:
         self.settled = sample.settled(options, self.meta)
         check_frozen_of(self.settled)
         self.worlds = pathlib.Path(options.out).resolve() / "worlds"
+        check_writable(self.worlds)
         self.worlds.mkdir(parents=True, exist_ok=True)
         self.model = self.job = None
         self.one = ThreadPoolExecutor(1)  # a job that was stopped ends its step before the next

@@ -355,6 +355,9 @@ def test_a_command_holds_no_option_that_its_camera_ignores(tmp_path):
     said, options = studio.read(dict(form, camera_format="tum", fov=50.0), tmp_path)
     assert {"--fov=50.0", "--export=ply"} <= set(said) and "->" in options.camera
     assert not [text for text in said if text.startswith(("--amount", "--camera_format"))]
+    (tmp_path / "taken").write_text("mine")
+    with pytest.raises(ValueError, match="taken is no folder to write into .* Choose another"):
+        app.Studio(config.apply(known, [f"--out={tmp_path / 'taken'}"]))
 
 
 def test_without_gradio_one_line_says_how_to_install_it(tmp_path):
