@@ -577,8 +577,7 @@ def scene_sampler(options, meta, prompts):
 
 def make_worlds(options, meta):
     """--worldscore: the worlds of a list that are not whole yet, shared among the ranks."""
-    what = f"--worldscore {options.worldscore}"
-    job_lists.check_read(vars(options), globals(), what, "a list of worlds")
+    job_lists.check_read(vars(options), globals(), "--worldscore", "a list of worlds")
     side = worldscore_folders.square_side(options, read_train_config(meta, options.ckpt))
     options = settled(options.replaced(height=side, width=side), meta)
     ranks, options = job_lists.join_ranks(options)

@@ -107,7 +107,8 @@ def plan_jobs(options, meta, names, prepare, known):
         unsaid = ("jobs", "num_samples", "out", "device", "low_memory", "preview_every")
         said = {k: str(v) for k, v in vars(given).items() if k not in unsaid}
         # Another picture under the same name is another sample.
-        files = filter(os.path.isfile, (given.image, given.end_image, given.camera))
+        files = (given.image, given.end_image, given.camera, *given.lora.split(","))
+        files = filter(os.path.isfile, files)
         stamp = " ".join(f"{s.st_size}:{s.st_mtime_ns}" for s in map(os.stat, files))
         said.update(step=meta["step"], sha256=meta.get("sha256", ""), files=stamp)
         return Job(given, camera, out, dict(said, prompt=given.prompt, seed=given.seed))

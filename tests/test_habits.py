@@ -268,11 +268,12 @@ def test_half_letters_of_a_prompt_are_one_unknown_letter_each():
     assert torch.equal(ids[0], ids[1]) and torch.equal(ids[2], ids[3]) and mask.any(1).all()
 
 
-def test_a_sample_of_another_picture_of_the_same_name_is_not_there_already(tmp_path):
-    image, out = tmp_path / "start.png", tmp_path / "out" / "a"
-    image.write_bytes(b"one")
+def test_a_sample_of_another_file_of_the_same_name_is_not_there_already(tmp_path):
+    image, lora, out = tmp_path / "start.png", tmp_path / "x.safetensors", tmp_path / "out" / "a"
+    image.write_bytes(b"one"), lora.write_bytes(b"one")
     (tmp_path / "list").write_text('{"id": "a"}\n')
     told = dict(jobs=str(tmp_path / "list"), image=str(image), out=str(out.parent))
+    told["lora"] = f"{lora},{lora}"
 
     def plan():
         options = options_of(sample, **told)
@@ -284,8 +285,11 @@ def test_a_sample_of_another_picture_of_the_same_name_is_not_there_already(tmp_p
     for same in ({k: v for k, v in settings.items() if k != "files"}, settings):  # of before, too
         (out / "report.json").write_text(json.dumps(dict(settings=same)))
         assert (plan().there, plan().jobs) == (1, [])
-    image.write_bytes(b"another")
-    assert (plan().there, len(plan().jobs)) == (0, 1)
+    for file in (image, lora):
+        file.write_bytes(b"another")
+        assert (plan().there, len(plan().jobs)) == (0, 1)
+        settings = plan().jobs[0].settings
+        (out / "report.json").write_text(json.dumps(dict(settings=settings)))
 
 
 def test_results_without_a_place_are_refused_before_the_sampling(tmp_path):
