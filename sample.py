@@ -494,10 +494,11 @@ def settled(options, meta):
     """Options with what the checkpoint says filled in; ValueError for what cannot work."""
     trained, foreign = read_train_config(meta, options.ckpt), bool(meta.get("release"))
     quirks_of(options, meta)  # its names are checked
-    kinds = {"release": foreign, "pair of experts": meta.get("expert")}
-    kinds["run from a release"] = foreign and "foreign" not in meta
-    for kind in (kind for kind, fits in kinds.items() if not fits):
-        job_lists.check_read(vars(options), globals(), f"--ckpt {options.ckpt}", f"no {kind}")
+    kinds = {"no release": foreign, "no pair of experts": meta.get("expert")}
+    kinds["no run from a release"] = foreign and "foreign" not in meta
+    for kind, wrong in kinds.items():
+        if not wrong:
+            job_lists.check_read(vars(options), globals(), f"--ckpt {options.ckpt}", kind)
     known = "model_config" in meta and not options.other_wan  # whose branch is read later
     inputs = config_from_metadata(meta, options.ckpt).in_dim if known else 36
     given = options.image or getattr(options, "worldscore", "")  # which app.py has not

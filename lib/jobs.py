@@ -46,8 +46,7 @@ ID = r"\w[\w.-]{0,59}"  # a folder's name: no separator, no dot in front, short 
 
 
 def check_read(given, known, what, kind):
-    """ValueError for an option, given as other than its known default, that nothing would read
-    because of what is `kind`, of UNREAD."""
+    """ValueError for an option, not at its default, that nothing reads as `what` is `kind`."""
     for name in UNREAD[kind].split():
         if name in known and given.get(name, known[name].default) != known[name].default:
             raise ValueError(f"--{name} would change nothing: {what:.120} is {kind}. Leave it out")
