@@ -172,11 +172,11 @@ def key_frames(text, num_frames):
     return interpolate(times, poses, np.linspace(0, 1, num_frames))
 
 
-def look_at(centre, target, down=(0, 1, 0)):
-    """w2c (3, 4) float64 of a camera at `centre` that looks at `target`, with `down` below."""
-    centre, target, down = (np.asarray(x, float) for x in (centre, target, down))
+def look_at(centre, target):
+    """w2c (3, 4) float64 of a camera at `centre` that looks at `target`, with y below."""
+    centre, target = (np.asarray(x, float) for x in (centre, target))
     z = target - centre
-    x = np.cross(down, z)
+    x = np.cross((0, 1, 0), z)
     if np.linalg.norm(z) < 1e-12 or np.linalg.norm(x) < 1e-9 * np.linalg.norm(z):
         seen = f"{centre.tolist()} -> {target.tolist()} looks straight up, down or nowhere"
         raise ValueError(f"--camera, key frame {seen}. Move its target a little aside")

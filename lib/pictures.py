@@ -133,14 +133,14 @@ X #.# #.# .#. #.# #.#|Y #.# #.# .#. .#. .#.|Z ### ..# .#. #.. ###|0 ### #.# #.# 
     return {c: np.array([[dot == "#" for dot in row] for row in g]) for c, g in glyphs.items()}
 
 
-def words(text, scale=2, colour=PALE, back=DARK):
+def words(text, scale=2):
     """One line of text as a picture, 7 * scale high, in capitals; unknown characters are spaces."""
     space = np.zeros((5, 2), bool)
     columns = [space[:, :1]]
     for c in text.upper():
         columns += [letters().get(c, space), space[:, :1]]
     dots = np.pad(np.concatenate(columns, 1), ((1, 1), (0, 0))).repeat(scale, 0).repeat(scale, 1)
-    return np.where(dots[..., None], np.uint8(colour), np.uint8(back))
+    return np.where(dots[..., None], np.uint8(PALE), np.uint8(DARK))
 
 
 def number(x):

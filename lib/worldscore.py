@@ -186,10 +186,10 @@ def make(instance, image, scene, *, frames, fps):
     write_instance(instance, frames, image, fps=fps, seconds=time.time() - began)
 
 
-def squared(frames, side=SIDE):
-    """uint8 (T, H, H, 3) -> (T, side, side, 3)."""
+def squared(frames):
+    """uint8 (T, H, H, 3) -> (T, SIDE, SIDE, 3)."""
     frames = torch.from_numpy(frames).movedim(-1, 1).float()
-    frames = F.interpolate(frames, (side, side), mode="bicubic", antialias=True)
+    frames = F.interpolate(frames, (SIDE, SIDE), mode="bicubic", antialias=True)
     return frames.clamp(0, 255).round().byte().movedim(1, -1).numpy()
 
 
