@@ -79,8 +79,7 @@ class Studio:
         values = {k: v for k, v in (given | values).items() if k not in elsewhere}
         said = [f"--{k}={v}" for k, v in values.items() if v != vars(sample)[k].default]
         options = config.apply(vars(sample), said)
-        previews = self.asked.preview_every or 2
-        return said, options.replaced(out=str(folder), preview_every=previews)
+        return said, options.replaced(out=str(folder), preview_every=self.asked.preview_every or 2)
 
     def make(self, form, job):
         """Make a world; -> what the page shows of it.  What is not whole leaves."""

@@ -58,10 +58,13 @@ class Instance:
 
     def finished(self, frames):
         """Whether it is there, whole and made with these settings; older ones do not say theirs."""
-        path, count = self.folder / "image_data.json", len(list(self.folder.glob("frames/*.png")))
-        data = read_json(path) if path.is_file() else {}  # the last that is written
+        count = len(list(self.folder.glob("frames/*.png")))
+        try:
+            data = read_json(self.folder / "image_data.json")  # the last that is written
+        except ValueError:  # not there, or damaged: it costs this world alone
+            return False
         same = self.settings is None or data.get("settings") in (None, self.settings)
-        return bool(data) and same and count == len(self.moves) * (frames - 1) + 1
+        return same and count == len(self.moves) * (frames - 1) + 1
 
 
 def read_list(path, runs, settings=None):
@@ -171,8 +174,7 @@ def make(instance, image, scene, *, frames, fps):
     scene    (image, prompt, w2c (1, T, 3, 4), K (1, T, 3, 3)) -> uint8 frames (T, H, H, 3) and
              depth (T, H, H) in the unit of the scene's own first frame"""
     began, cameras = time.time(), as_opencv(all_cameras(key_cameras(instance.moves, SPEED), frames))
-    side = len(image)
-    lens = pixel_matrix([[FOCAL / SIDE, FOCAL / SIDE, 0.5, 0.5]], (side, side))
+    lens = pixel_matrix([[FOCAL / SIDE, FOCAL / SIDE, 0.5, 0.5]], image.shape[:2])
     K = torch.from_numpy(lens).float()[None].expand(1, frames, 3, 3)
     shown, unit = [image[None]], 1.0  # of this scene, in units of the first one
     for n, prompt in enumerate(instance.prompts):
@@ -182,8 +184,7 @@ def make(instance, image, scene, *, frames, fps):
         shown.append(rgb[1:] if n else rgb)
         last = torch.from_numpy(depth[None, -1:]).float()
         unit *= normalize_scene(last, torch.eye(4)[None, None, :3], K[:, :1], last > 0)[2].item()
-    frames = np.concatenate(shown[1:])
-    write_instance(instance, frames, image, fps=fps, seconds=time.time() - began)
+    write_instance(instance, np.concatenate(shown[1:]), image, fps=fps, seconds=time.time() - began)
 
 
 def squared(frames):

@@ -157,6 +157,8 @@ def test_the_camera_file_reads_back_as_our_own_cameras(tmp_path):
     assert made.finished(5)  # what an older one was made with is not known
     write_instance(made, video[:5], video[0], fps=10, seconds=1.5)  # over the nine
     assert made.finished(3) and not replace(one, settings={"seed": 2}).finished(3)
+    (one.folder / "image_data.json").write_text('{"cut sho')
+    assert not made.finished(3)
 
 
 def test_blender_axes_by_hand():
