@@ -563,7 +563,7 @@ def main(options):
             try:
                 save_checkpoint(out, step, state, told, **keep)
             except OSError as full:  # the disk: it costs a checkpoint, not the run
-                error = f"step {step} is not saved ({full}); make room in {out}, or it writable"
+                error = f"step {step} is not saved ({full}). Make room in {out}, or permit to write"
         error = from_first(error)  # every rank learns of it
         if error:
             log(f"# warning: {error}")

@@ -190,6 +190,8 @@ def interpolate(times, w2c, at):
 
     Between two of them the camera moves by a constant screw motion; beyond the ends it rests."""
     times, at, w2c = (torch.as_tensor(np.asarray(x), dtype=torch.float64) for x in (times, at, w2c))
+    if len(times) < 2 or (times.diff() <= 0).any():
+        raise ValueError(f"interpolate: times {times.tolist()}; wanted two or more, increasing")
     i = (torch.searchsorted(times, at, right=True) - 1).clamp(0, len(times) - 2)
     share = ((at - times[i]) / (times[i + 1] - times[i])).clamp(0, 1)
     twist = log_se3(compose(w2c[i + 1], inv_se3(w2c[i])))

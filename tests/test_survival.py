@@ -260,7 +260,7 @@ def test_a_full_disk_costs_one_checkpoint_and_ends_the_run_with_an_error_only_at
     assert code == 128 + signal.SIGTERM and "goes on from step 2" in text
     compare(survivor[0] / "whole", tmp_path / "on", STEPS)
     code, text = train_here(*survivor[1], f"--out_dir={tmp_path}/last", **full_disk(5))
-    assert "step 5 is not saved" in code and "or it writable, then start the" in code
+    assert "step 5 is not saved" in code and "or permit to write, then start the" in code
     assert checkpoints.newest_valid(tmp_path / "last") == 4
 
 
