@@ -36,9 +36,4 @@ python train.py config/tiny1.py --data_dir="$WORK/more" $P $MORE --pose_dropout=
 python train.py config/tiny2.py --data_dir="$WORK/more" $P $MORE --pose_dropout=0.3 --max_steps=600 \
     --out_dir=outputs/tiny/stage2_more --init_from=outputs/tiny/stage1_more/latest.safetensors
 python tiny/export.py outputs/tiny/stage2_more/latest.safetensors tiny/fantasyworld.safetensors
-
-# ---- how good it is, on rooms that no training saw
-python data.py synth "$WORK/unseen" --num 32 --val 256 --seed 50100000 --height 96 --width 160 --num_frames 9 --variety simple
-python data.py encode "$WORK/unseen" --wan_dir tiny/wan --height 96 --width 160 --num_frames 9
-python train.py config/tiny2.py --data_dir="$WORK/unseen" --out_dir=outputs/tiny/scores --eval_only=True --eval_clips=256 \
-    --eval_samples=8 --eval_more_sigmas="()" --init_from=tiny/fantasyworld.safetensors
+python tiny/score.py --ckpt tiny/fantasyworld.safetensors
