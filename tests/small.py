@@ -2,6 +2,7 @@
 on it in-process."""
 
 import contextlib
+import functools
 import io
 import multiprocessing
 import os
@@ -19,6 +20,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 import config
+from lib import plan
 from lib.guards import STOPS
 from model import Config, FantasyWorld
 
@@ -93,12 +95,19 @@ def options_of(script, **values):
     return config.apply(vars(script), []).replaced(**values)
 
 
+@functools.cache
+def peak_flops(device):
+    """Measured once, not at every start."""
+    return plan.peak_flops(device)
+
+
 def train_here(*arguments, **patches):
     """train.py in this process, four seconds quicker than a new one; patches replace its functions.
 
     returns  exit code (0, a number or a message) and everything printed"""
     import train
 
+    patches = dict(peak_flops=peak_flops) | patches
     before, handlers = (
         dict(vars(train)),
         {n: signal.getsignal(n) for n in STOPS},
