@@ -15,7 +15,6 @@ from lib.camera_paths import exp_se3
 HUBER = 0.1  # of colours in [-1, 1]: larger differences weigh as outliers
 LEVELS = (4, 2, 1)  # pixels that are averaged along a side
 STEPS = 15  # of a level, at most
-STILL = 1e-5  # radians, and depth's unit: poses that move less are found
 OUTSIDE = HUBER * (0.5 - HUBER / 2)  # loss of a pixel that leaves the picture: as if 0.5 off
 
 
@@ -74,7 +73,7 @@ def refine(pose, maps, first, points, K, counts):
         square, down = weighted.mT @ slopes, weighted.mT @ gap.flatten(1)[..., None]
         own = torch.diag_embed(square.diagonal(dim1=1, dim2=2) + 1e-9)
         twist = -torch.linalg.solve(square + damping[:, None, None] * own, down)[..., 0]
-        if twist.abs().max() < STILL:
+        if twist.abs().max() < 1e-5:  # radians, and depth's unit: all are found
             break
         there = compose(exp_se3(twist), pose)
         found = look(maps, points, K, there)

@@ -6,7 +6,7 @@ sampled, see lib/sampled.py.  Definitions and sources of the metrics: lib/metric
 
 import json
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -165,15 +165,12 @@ def sample_clip(model, b, truth, how):
 def mean_rows(found):
     """Mean rows by name; found: [{name: row}, ...], one for each clip.  A clip whose value is not
     known (NaN: no two frames share a pixel, say) is left out of that value."""
-    values = {}
+    values = defaultdict(lambda: defaultdict(list))
     for rows in found:
         for name, row in rows.items():
             for key, value in row.items():
-                values.setdefault(name, {}).setdefault(key, []).append(float(value))
-
-    def mean(values):
-        return torch.tensor(values, dtype=torch.float64).nanmean().item()
-
+                values[name][key].append(float(value))
+    mean = lambda x: torch.tensor(x, dtype=torch.float64).nanmean().item()  # noqa: E731
     return {name: {k: mean(v) for k, v in row.items()} for name, row in values.items()}
 
 
@@ -220,8 +217,7 @@ def baselines(train, val, how):
         b, rows = val[i], {}
         still = torch.eye(4, device=b["w2c"].device)[:3].expand_as(b["w2c"])
         fair = sum(means) / max(1, len(means))
-        guesses = ((FAIR, fair, still), (ORACLE, mean_depth(b), b["w2c"]))
-        for name, value, cameras in guesses:
+        for name, value, cameras in ((FAIR, fair, still), (ORACLE, mean_depth(b), b["w2c"])):
             depth = torch.full_like(b["depth"], value)
             points = unproject(depth, cameras, b["intrinsics"])
             rows[name] = geometry_row(depth, points, still if name == FAIR else None, b)

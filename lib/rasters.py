@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 MAX_PIXELS = 2**26  # of one picture: 8192 x 8192
-EXR, PFM, PGM = b"\x76\x2f\x31\x01", b"Pf", b"P5"
+EXR, PFM = b"\x76\x2f\x31\x01", b"Pf"
 PIXEL_TYPES = {0: np.dtype("<u4"), 1: np.dtype("<f2"), 2: np.dtype("<f4")}
 # What a picture begins with, and ffmpeg's reader for it: by name, it takes .jpg for a film strip.
 READERS = {

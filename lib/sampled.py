@@ -56,8 +56,7 @@ def alignment(b, first, video):
     frame and its true depth.  The commanded cameras are a guess among others."""
     frames = video.movedim(0, 1)[1:]
     later = (b[name][0, 1:] for name in ("w2c", "intrinsics", "depth"))
-    start = b["points"][0, :1].expand(len(frames), -1, -1, -1)
-    _, seen = meet(start, *later)
+    _, seen = meet(b["points"][0, :1].expand(len(frames), -1, -1, -1), *later)
     K, depth = b["intrinsics"][0], b["depth"][0, 0] * known(b)[0]
     still = torch.eye(4).to(b["w2c"])[:3].expand_as(b["w2c"][0, 1:])
     return align_frames(first, depth, frames, K, seen, [b["w2c"][0, 1:], still])
