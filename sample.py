@@ -496,8 +496,8 @@ def settled(options, meta):
     quirks_of(options, meta)  # its names are checked
     kinds = {"no release": foreign, "no pair of experts": meta.get("expert")}
     kinds["no run from a release"] = foreign and "foreign" not in meta
-    for kind, wrong in kinds.items():
-        if not wrong:
+    for kind, is_other in kinds.items():
+        if not is_other:
             job_lists.check_read(vars(options), globals(), f"--ckpt {options.ckpt}", kind)
     known = "model_config" in meta and not options.other_wan  # whose branch is read later
     inputs = config_from_metadata(meta, options.ckpt).in_dim if known else 36
