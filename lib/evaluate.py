@@ -211,8 +211,7 @@ def baselines(train, val, how):
 
     fair     mean depth of the training set (256 clips at most), cameras that stand still
     oracle   each clip's own mean depth, lifted by its true cameras; no metrics of cameras"""
-    some, found = (train[i] for i in range(min(256, len(train)))), []
-    means = [mean for mean in map(mean_depth, some) if mean]
+    found, means = [], [x for i in range(min(256, len(train))) if (x := mean_depth(train[i]))]
     for i in range(min(how.eval_clips, len(val))):
         b, rows = val[i], {}
         still = torch.eye(4, device=b["w2c"].device)[:3].expand_as(b["w2c"])

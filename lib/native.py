@@ -171,14 +171,15 @@ def read_rows(path):
 
 def read_tum(path, size=None, matrices=None):
     """Lines: time tx ty tz qx qy qz qw of camera-to-world; or without the time."""
-    rows, names = read_rows(path), None
-    if Path(path).name == "odometry.csv":  # Stray Scanner's: time, frame, pose and, of late, more
-        rows, names = rows[:, 1:9], rows[:, 1].astype(int).tolist()
+    rows, names, k = read_rows(path), None, None
+    if Path(path).name == "odometry.csv":  # Stray Scanner's: time, frame, pose and, of late, lens
+        names, k = rows[:, 1].astype(int).tolist(), rows[:, 9:13] if rows.shape[1] > 12 else None
+        rows = rows[:, 1:9]
     if rows.shape[1] not in (7, 8):
         raise ValueError(f"{path}: {rows.shape[1]} columns; wanted time tx ty tz qx qy qz qw")
     if Path(path).name == "pred_traj.txt":  # of MonST3R and what came of it: qw is first
         rows[:, -4:] = np.roll(rows[:, -4:], -1, 1)
-    return Cameras(quaternions(rows[:, -7:]), "c2w", names=names)
+    return Cameras(quaternions(rows[:, -7:]), "c2w", lens_of(k, len(rows), size, path), names=names)
 
 
 def read_tartanair(path, size=None, matrices=None):

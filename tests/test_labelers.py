@@ -66,6 +66,20 @@ def test_a_video_beside_depth_and_a_path_may_lack_poses_of_some_frames(src, lens
     assert round(made["fps"]) == 60
 
 
+def test_a_phone_s_lens_is_that_of_each_frame(src):
+    """Focusing moves it by a percent or two: Stray Scanner's odometry says it frame by frame, and
+    camera_matrix.csv of one frame for all."""
+    stray(src, C)
+    heading, *rows = (src / "odometry.csv").read_text().splitlines()
+    rows = [row.split(", ") for row in rows]
+    for t, row in enumerate(rows):
+        row[9] = f"{C['k'][0] * (1 + 0.01 * t):.9g}"
+    text = "\n".join([heading, *map(", ".join, rows)])
+    (src / "odometry.csv").write_text(text + "\n")
+    focal = imported(src)["intrinsics"][:, 0, 0]
+    np.testing.assert_allclose(focal, C["k"][0] * (1 + 0.01 * np.arange(5)), rtol=1e-6)
+
+
 @pytest.mark.parametrize("name", ["{:06d}_10.png", "depth_{:04d}_16bit.png"])
 def test_a_number_that_all_names_share_is_no_frame_s(src, name):
     """KITTI's; they had "the number of" each other."""
