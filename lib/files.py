@@ -159,15 +159,12 @@ def pictures(stream, limit=MAX_BYTES):
 
 
 def read_pngs(paths, read, *output, turned=True):
-    """Pictures of PNG files, decoded by one process; read(path): one alone, which names its fault.
-
-    A file that is cut or holds several pictures would shift the others: such lists, and all after
-    a fault, are read one by one."""
-    done = 0
+    """Pictures of PNG files: those that are alike by one process, until one has a fault; all others
+    by read(path), which names it."""
+    done, first = 0, plain_png(paths[0])
     with suppress(ValueError):
-        if all(map(is_one_png, paths)):
-            how = [*output, "-autoscale", "0", "-f", "image2pipe"]
-            with ffmpeg(list(paths), *how, turned=turned) as (stream, _):
+        if first and all(plain_png(path) == first for path in paths[1:]):
+            with ffmpeg([*paths], *output, "-f", "image2pipe", turned=turned) as (stream, _):
                 for frame in pictures(stream, math.inf):
                     yield frame
                     done += 1
@@ -175,20 +172,21 @@ def read_pngs(paths, read, *output, turned=True):
         yield read(path)
 
 
-def is_one_png(path):
-    """Whether a file begins and ends as a PNG and holds no animation."""
-    head = head_of(path)
-    with open(path, "rb") as file:
-        file.seek(-min(12, os.path.getsize(path)), os.SEEK_END)
-        end = file.read()
-    return head[:8] == PNG and end.endswith(b"IEND\xaeB`\x82") and b"acTL" not in head[:200]
+def plain_png(path):
+    """Size, as its header has it, of a whole PNG that may follow another in a stream; or b"".
+
+    There several in a file would shift the others, and the first tells what is turned or HDR."""
+    check_file(path)
+    data = Path(path).read_bytes()
+    whole = data.startswith(PNG) and data.endswith(b"IEND\xaeB`\x82") and data.count(PNG) == 1
+    marked = any(chunk in data for chunk in (b"acTL", b"cICP", b"eXIf", b"tRNS"))
+    opaque = data[25:26] in (b"\0", b"\2")  # grey or RGB
+    return data[16:24] if whole and opaque and not marked else b""
 
 
 def read_stills(paths, turned=True):
     """uint8 (H, W, 3) of several files, of any sizes; turned: as EXIF says, or as they lie."""
     still = lambda path: read_video(path, 1, turned)[0][0]  # noqa: E731
-    if any(rasters.has_alpha(head_of(path)) for path in paths):
-        return map(still, paths)
     return read_pngs(paths, still, "-pix_fmt", "rgb24", "-c:v", "ppm", turned=turned)
 
 
