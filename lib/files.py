@@ -419,7 +419,8 @@ def iterate_arrays(path, chunk=16):
 def read_arrays(path, frames=None, mask=False, limit=MAX_BYTES):
     """Chosen frames (default all) of one file (T, ...) or of a folder; limit: bytes of them all."""
     path = Path(path)
-    source, count = array_files(path), count_arrays(path, mask)
+    source = array_files(path)
+    count = len(source) or count_arrays(path, mask)  # a long folder is not listed twice
     frames = range(count) if frames is None else frames
     if count <= max(frames, default=0):
         raise ValueError(f"{path}: {count} frames found, {max(frames, default=0) + 1} wanted")

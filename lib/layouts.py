@@ -377,8 +377,10 @@ def open_vipe(path, wishes):
     src = path.parent.parent
     video, cameras = src / "rgb" / f"{path.stem}.mp4", native.read_vipe(path)
     archive = src / "depth" / f"{path.stem}.zip"
-    names = [n for n in zipped(archive) if n.endswith(".exr")] if archive.is_file() else []
-    maps = zip(numbers_of(names), [partial(zipped, archive, n) for n in names])
+    file = archive.is_file() and naming(archive, zipfile.ZipFile, archive)  # once: it lists all
+    names = [n for n in file.namelist() if n.endswith(".exr")] if file else []
+    read = lambda name: read_raster(file.read(name))  # noqa: E731
+    maps = zip(numbers_of(names), [partial(naming, f"{archive}, {n}", read, n) for n in names])
     frames = {n: n for n in range(files.count_frames(video))}
     kinds = dict(picture=frames, pose=cameras.names) | ({"depth": dict(maps)} if names else {})
     if wishes.intrinsics or cameras.intrinsics is None:
@@ -386,13 +388,12 @@ def open_vipe(path, wishes):
     return assemble(kinds, cameras, fps=cameras.fps or 30.0, video=video)
 
 
-def zipped(path, name=None):
-    """Depth (h, w) of an EXR file in a zip; or, without its name, the names of all."""
+def naming(where, read, what):
+    """read(what), whose errors are laid to `where`."""
     try:
-        with zipfile.ZipFile(path) as archive:
-            return read_raster(archive.read(name)) if name else archive.namelist()
+        return read(what)
     except Exception as error:  # flipped bytes make zipfile raise almost any class
-        raise files.damaged(f"{path}, {name}" if name else path, error) from None
+        raise files.damaged(where, error) from None
 
 
 def find_vipe(src):

@@ -116,6 +116,17 @@ def test_a_damaged_archive_of_depth_is_named_itself(src, capsys):
     assert said in imported(src, capsys)[0]
 
 
+def test_an_archive_of_depth_is_opened_once(src, capsys, monkeypatch):
+    """Its list of 3,000 frames was read 3,000 times: 42 s."""
+    vipe(src, C)
+    opened, open_zip = [], zipfile.ZipFile
+    monkeypatch.setattr(
+        zipfile, "ZipFile", lambda *a, **k: opened.append(a[0]) or open_zip(*a, **k)
+    )
+    assert imported(src, capsys)[1] is not None
+    assert opened.count(src / "depth/walk.zip") == 1
+
+
 def test_what_a_model_lacks_is_named(src, capsys):
     """Seen: "it lacks 1"; "unpack_from requires a buffer of at least 64 bytes"."""
     colmap(src, C)

@@ -87,6 +87,15 @@ def test_a_stack_in_one_file_is_read_frame_by_frame(tmp_path):
         files.read_arrays(tmp_path / "c.npz", [0])  # although frame 0 comes before the damage
 
 
+def test_a_long_folder_is_listed_once_a_read(tmp_path, monkeypatch):
+    """A part of 16 frames at a time: 9,000 small files took 130 s for 65."""
+    for t in range(3):
+        np.save(tmp_path / f"{t}.npy", np.ones((2, 3)))
+    seen, listed = [], files.listed
+    monkeypatch.setattr(files, "listed", lambda *a: seen.append(a) or listed(*a))
+    assert files.read_arrays(tmp_path, [1]).shape == (1, 2, 3) and len(seen) == 1
+
+
 def test_pictures_are_averaged_down_to_what_the_doctor_looks_at():
     frame = np.zeros((4096, 4100, 3), "u1")
     frame[::2] = 100
