@@ -22,9 +22,9 @@ from lib.recordings import Recording, assemble, by_number, find_lens, some
 
 # --- Folders of pictures, folders of depth, and poses ---------------------------------------------
 MILLIMETRES = dict(depth_scale=0.001)
-# Maps of how sure the depth is, and the least that is believed: phones write 0 for low, CUT3R
-# 1 + e^x, MonST3R the logarithm of that; 1.1 is MonST3R's own limit.
-PHONES, NETS, LOGS = ("confidence/*", 1), ("conf/*", 1.1), ("conf_*.npy", np.log(1.1))
+# Maps of how sure the depth is, and the least that is believed: phones write 0 for low (others may
+# write shares of 1), CUT3R 1 + e^x, MonST3R the logarithm of that; 1.1 is MonST3R's own limit.
+PHONES, NETS, LOGS = ("confidence/*", 1e-6), ("conf/*", 1.1), ("conf_*.npy", np.log(1.1))
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class Folder:
         told, notes, how = {}, [], dict(axes=FORMATS[form].axes, video=video)
         if wishes.intrinsics or self.known or cameras.intrinsics is None:
             cameras, told, notes = find_lens(cameras, src, size, wishes, self.known, self.lens)
-        if video and (wide := files.pixel_aspect(video)) != 1:
+        if video and abs((wide := files.pixel_aspect(video)) - 1) > 0.01:
             notes.append(f"pixels {wide:.3g} times as wide as high are taken as they lie")
         unit, counts = self.unit | told, recordings.in_counts(depth.values())
         how["unit"] = {k: v for k, v in unit.items() if counts or k == "depth_max"}
@@ -101,7 +101,7 @@ def believed(path, confidence, least):
     """Depth (h, w), 0 where the map of its confidence is below the least that is believed."""
     depth = np.squeeze(files.read_array(path))
     sure = np.squeeze(files.read_array(confidence, mask=True))  # of 8 bits, too
-    sure = Crop(sure.shape, depth.shape).maps(sure[None])[0].numpy()
+    sure = Crop(depth.shape, depth.shape).maps(sure[None])[0].numpy()  # of any aspect: whole
     return np.where(sure < least, depth.dtype.type(0), depth)
 
 

@@ -125,7 +125,7 @@ def check_points(report, points, depth, w2c, K, level):
 
 def leave_out(report, depth, moving):
     """Depth without what moves by itself, whose place cameras alone do not explain."""
-    moving = Crop(moving.shape[1:], depth.shape[1:]).maps(moving) > 0
+    moving = Crop(depth.shape[1:], depth.shape[1:]).maps(moving) > 0  # of any aspect: whole
     share = moving.double().mean().item()
     report.numbers.update(moving=share)
     said = f"{share:.1%} of the pixels are left out of the views"

@@ -13,9 +13,10 @@ import torch
 import data
 from encoders import MINIATURE
 from geometry import normalize_scene, unproject
-from lib import pictures, rooms
+from lib import pictures, rooms, verify
 from lib.evaluate import geometry_row
 from lib.metrics import temporal_error
+from lib.report import Report
 
 
 @pytest.mark.parametrize("variety", ["full", "simple"])
@@ -112,6 +113,14 @@ def test_what_moves_is_no_alarm_with_its_mask_on_exact_data_and_without_it_on_ot
     table = raw["table"].copy()
     table[:, [10, 14, 18]] *= 3  # and mistakes are still found
     assert corruptions.inspect(dict(raw, table=table)).suspects == ["translation scale off"]
+
+
+def test_a_mask_of_another_aspect_covers_the_whole_picture():
+    """As in training; verify took its middle for the whole."""
+    moving = np.zeros((1, 64, 64), bool)
+    moving[:, :16] = True
+    left = verify.leave_out(Report("a"), torch.ones(1, 64, 96), moving)
+    assert (left[:, :16] == 0).all() and (left[:, 16:] == 1).all()
 
 
 def test_temporal_error_of_the_true_depth_leaves_out_what_moves():

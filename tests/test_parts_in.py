@@ -16,6 +16,7 @@ from recordings import (
     nerfstudio,
     polycam,
     re10k,
+    redwood,
     stray,
     vipe,
 )
@@ -65,6 +66,7 @@ CONFIDENCE = {  # names; low, middle and high
     polycam: ("keyframes/confidence/3147820{:04d}.png", 0, 127, 255),
     cut3r: ("conf/{:06d}.npy", 1.05, 1.2, 9.0),  # 1 + e^x
     monst3r: ("conf_{}.npy", 0.05, 0.1, 3.0),  # its logarithm
+    redwood: ("confidence/{:05d}.npy", 0, 0.2, 1.0),  # anybody's: shares of 1
 }
 
 
@@ -72,7 +74,7 @@ CONFIDENCE = {  # names; low, middle and high
 def test_depth_of_low_confidence_is_unknown(src, capsys, write):
     write(src, C)
     name, low, middle, high = CONFIDENCE[write]
-    sure = np.full((H // 2, W // 2), high)  # of half the resolution
+    sure = np.full((H // 2, W // 4), high)  # of another resolution, and aspect
     sure[:3], sure[3:6] = low, middle
     for t in range(T):
         path = src / name.format(t)
