@@ -25,9 +25,9 @@ from lib.distributed import Unheard, gathered
 LATE_LIMITS = {"loss/depth": 0.2, "loss/point": 0.5, "loss/camera": 0.1}
 
 # A loader worker that was killed, or that found no shared memory or no file handle for its batch;
-# last what its half of a connection says that is read just then.
+# last what its half of a connection says that is read just then (in gloo's words: a lost rank).
 LOST_WORKER = r"DataLoader worker|Too many open|unable to .*(shared memory|torch_)"
-LOST_WORKER = re.compile(rf"{LOST_WORKER}|EOFError\(\)|reset by peer|Broken pipe")
+LOST_WORKER = re.compile(rf"{LOST_WORKER}|^EOFError\(\)|^\[Errno \d+\] (Connection reset|Broken)")
 
 
 def run_command(program, command, advice=""):

@@ -133,6 +133,9 @@ def test_the_half_of_a_connection_that_a_lost_worker_leaves_has_its_cure():
         assert "ulimit -n 65536" in guards.one_line(error)
     with pytest.raises(EOFError):
         guards.one_line(EOFError("Ran out of input"))  # of a pickle: no worker's
+    for lost in ("pair.cc:547] Read error [10.0.0.2]:5: Connection reset by peer", "Broken pipe"):
+        with pytest.raises(RuntimeError):  # a rank's, in gloo's words
+            guards.one_line(RuntimeError(f"[gloo/transport/tcp/{lost}"))
 
 
 def test_no_word_of_a_list_of_worlds_or_of_a_loader_ends_it():
