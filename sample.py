@@ -586,7 +586,8 @@ def make_worlds(options, meta):
     if ranks.rank == 0:  # once, so that all share the same list; before anything slow
         check_frozen_of(options)
         names = ("seed", "frames", "height", "fps", "correct", "lora", "boundary", *WANS)
-        said = dict(sha256=meta.get("sha256", ""), **{k: getattr(options, k) for k in names})
+        said = dict(sha256=meta.get("sha256") or options.ckpt)  # of a release: its name
+        said |= {k: getattr(options, k) for k in names}
         listed = worldscore_folders.read_list(options.worldscore, options.out, said)
     left = [one for one in listed if not one.finished(options.frames)]  # the rest is kept
     left, there = from_first((left, len(listed) - len(left)))

@@ -61,9 +61,9 @@ class Instance:
         count = len(list(self.folder.glob("frames/*.png")))
         try:
             data = read_json(self.folder / "image_data.json")  # the last that is written
-        except ValueError:  # not there, or damaged: it costs this world alone
+            same = self.settings is None or data.get("settings") in (None, self.settings)
+        except (ValueError, AttributeError):  # not there, or damaged: it costs this world alone
             return False
-        same = self.settings is None or data.get("settings") in (None, self.settings)
         return same and count == len(self.moves) * (frames - 1) + 1
 
 

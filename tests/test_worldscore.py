@@ -157,8 +157,9 @@ def test_the_camera_file_reads_back_as_our_own_cameras(tmp_path):
     assert made.finished(5)  # what an older one was made with is not known
     write_instance(made, video[:5], video[0], fps=10, seconds=1.5)  # over the nine
     assert made.finished(3) and not replace(one, settings={"seed": 2}).finished(3)
-    (one.folder / "image_data.json").write_text('{"cut sho')
-    assert not made.finished(3)
+    for damaged in ('{"cut sho', "[]"):
+        (one.folder / "image_data.json").write_text(damaged)
+        assert not made.finished(3)
 
 
 def test_blender_axes_by_hand():
@@ -191,6 +192,18 @@ def test_the_command_chains_scenes_and_goes_on_where_it_stopped(tmp_path, monkey
     sample.command()
     assert other.finished(5) and (one.folder / "time.txt").stat().st_mtime_ns == made
     assert "1 of 2 worlds are there already and are kept" in capsys.readouterr().out
+
+
+def test_worlds_of_another_release_are_told_by_its_name(monkeypatch):
+    """Its file carries no digest: a second one's worlds were taken for the first one's."""
+    ckpt, found = str(ROOT / "tiny/fantasyworld.safetensors"), []
+    monkeypatch.setattr(sample.worldscore_folders, "read_list", lambda *x: found.append(x[2]) or [])
+    said = [f"--ckpt={ckpt}", "--worldscore=x.json", "--height=64", "--width=64"]
+    options = sample.config.apply(vars(sample), said)
+    meta = sample.metadata_of_ckpt(ckpt)
+    sample.make_worlds(options, meta)
+    sample.make_worlds(options, {k: v for k, v in meta.items() if k != "sha256"})
+    assert [x["sha256"] for x in found] == [meta["sha256"], ckpt]
 
 
 def test_a_wide_size_is_refused_with_the_reason(tmp_path, monkeypatch):
