@@ -75,10 +75,10 @@ class Job:
     settings: dict  # what its report keeps
 
     def finished(self):
-        """Whether its folder holds a complete sample of the same settings."""
+        """Whether its folder holds a complete sample of the same settings; older ones say less."""
         try:
             before = json.loads((self.out / "report.json").read_text())["settings"]
-            return dict(files=self.settings["files"]) | before == self.settings  # older: no files
+            return {k: self.settings[k] for k in ("files", "loras")} | before == self.settings
         except (OSError, ValueError, KeyError, TypeError):
             return False
 
@@ -106,10 +106,11 @@ def plan_jobs(options, meta, names, prepare, known):
         unsaid = ("jobs", "num_samples", "out", "device", "low_memory", "preview_every")
         said = {k: str(v) for k, v in vars(given).items() if k not in unsaid}
         # Another picture under the same name is another sample.
-        files = (given.image, given.end_image, given.camera, *given.lora.split(","))
-        files = filter(os.path.isfile, files)
-        stamp = " ".join(f"{s.st_size}:{s.st_mtime_ns}" for s in map(os.stat, files))
-        said.update(step=meta["step"], sha256=meta.get("sha256", ""), files=stamp)
+        files = (given.image, given.end_image, given.camera)
+        for name, paths in dict(files=files, loras=given.lora.split(",")).items():
+            there = map(os.stat, filter(os.path.isfile, paths))
+            said[name] = " ".join(f"{s.st_size}:{s.st_mtime_ns}" for s in there)
+        said.update(step=meta["step"], sha256=meta.get("sha256", ""))
         return Job(given, camera, out, dict(said, prompt=given.prompt, seed=given.seed))
 
     read_jobs = lines_of if options.jobs else prompted
