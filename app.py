@@ -75,6 +75,8 @@ class Studio:
         values = typed(form, self.settled, folder)
         given = {k: v for k, v in vars(self.asked).items() if k in vars(sample)}
         unread = UNREAD[kind_of(values.get("camera", self.asked.camera))].split()
+        if values.get("guidance", self.settled.guidance) == 1:
+            unread += UNREAD["1, no guidance"].split()
         elsewhere = ("out", "preview_every", *SEVERAL, *unread)
         values = {k: v for k, v in (given | values).items() if k not in elsewhere}
         said = [f"--{k}={v}" for k, v in values.items() if v != vars(sample)[k].default]

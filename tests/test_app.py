@@ -346,7 +346,7 @@ def test_no_request_can_name_a_file_of_this_machine_as_its_upload_or_camera(app)
         assert ("event: error" in said) == (label is not None), said
 
 
-def test_a_command_holds_no_option_that_its_camera_ignores(tmp_path):
+def test_a_command_holds_no_option_that_sample_py_refuses_as_unread(tmp_path):
     import app  # not above: without gradio it exits
 
     known = {k: v for k, v in vars(sample).items() if k not in app.SEVERAL} | vars(app)
@@ -355,6 +355,10 @@ def test_a_command_holds_no_option_that_its_camera_ignores(tmp_path):
     said, options = studio.read(dict(form, camera_format="tum", fov=50.0), tmp_path)
     assert {"--fov=50.0", "--export=ply"} <= set(said) and "->" in options.camera
     assert not [text for text in said if text.startswith(("--amount", "--camera_format"))]
+    afraid = app.Studio(config.apply(known, ["--negative_prompt=fog", f"--out={tmp_path}"]))
+    for guidance, told in ((1.0, False), (3.0, True)):  # sample.py refuses it beside 1
+        said, _ = afraid.read(dict(form, guidance=guidance), tmp_path)
+        assert ("--negative_prompt=fog" in said) == told
     (tmp_path / "taken").write_text("mine")
     with pytest.raises(ValueError, match="taken is no folder to write into .* Choose another"):
         app.Studio(config.apply(known, [f"--out={tmp_path / 'taken'}"]))
