@@ -20,6 +20,7 @@ VAE = TINY / "wan" / "Wan2.1_VAE.safetensors"
 CKPT = TINY / "fantasyworld.safetensors"
 
 sys.path.insert(0, str(TINY))
+import ablate  # noqa: E402
 import score  # noqa: E402
 import train_vae  # noqa: E402
 
@@ -105,3 +106,19 @@ def test_the_training_of_the_vae_runs_and_goes_on(tmp_path, monkeypatch, capsys)
     assert "'step': 1" in first and "'step': 2" in second
     made = WanVAE.from_state_dict({k: t.float() for k, t in load_file(small["OUT"]).items()})
     assert made.decode(torch.zeros(1, 16, 1, 2, 2)).isfinite().all()
+
+
+def test_an_ablation_that_fails_costs_no_row_of_the_others(tmp_path, monkeypatch):
+    def score(run):
+        if run.name == "full":
+            raise OSError("of its disk")
+        return dict(variant=run.name, seed=run.seed)
+
+    monkeypatch.setattr(ablate, "ROWS", tmp_path / "rows.json")
+    monkeypatch.setattr(ablate, "render", print)
+    monkeypatch.setattr(ablate.Run, "train", print)
+    monkeypatch.setattr(ablate.Run, "score", score)
+    monkeypatch.setattr(sys, "argv", "ablate.py --seeds 0 --only full none to_video".split())
+    with pytest.raises(OSError, match="of its disk"):
+        ablate.main()
+    assert {row["variant"] for row in ablate.read_rows()} == {"none", "to_video"}

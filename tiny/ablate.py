@@ -198,10 +198,15 @@ def main():
     with ThreadPoolExecutor(how.jobs) as pool:
         first = {run.folder(1): run for run in runs}.values()  # each stage 1 once
         list(pool.map(lambda run: run.train(1), first))
-        for task in as_completed([pool.submit(run.score) for run in runs]):
+        tasks = [pool.submit(run.score) for run in runs]
+        for task in as_completed(tasks):
+            if task.exception():  # raised below: the others go on, and their rows are kept
+                continue
             row = task.result()
             ROWS.write_text(json.dumps([*read_rows(), row], indent=0))
             print("scored", row["variant"], "seed", row["seed"], flush=True)
+    for task in tasks:
+        task.result()
     draw(work, how.only, how.seeds[-1], ROOT / "docs/ablations.png")
 
 
