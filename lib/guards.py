@@ -43,8 +43,7 @@ def run_command(program, command, advice=""):
         said, status = "stopped by Ctrl-C", 128 + signal.SIGINT
     except Exception as error:
         if isinstance(error, BrokenPipeError) and not multiprocessing.active_children():
-            # Of stdout: head has read enough.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for the rest of the buffer
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # head has read enough: for the rest
             sys.exit(128 + signal.SIGPIPE)
         said = one_line(error, advice)
     finally:

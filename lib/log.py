@@ -108,11 +108,8 @@ class Records:
     """out: the run folder, or None on the ranks that write nothing."""
 
     def __init__(self, out, metadata, first_step):
-        self.out = out
-        self.board = None
-        self.first = first_step
-        self.purge = first_step + 1
-        self.since = time.perf_counter()
+        self.out, self.board = out, None
+        self.first, self.purge = first_step, first_step + 1
         if out:
             import torch.utils.tensorboard  # noqa: F401  (a missing one is named now, not later)
 
@@ -121,6 +118,7 @@ class Records:
             text = json.dumps(start, indent=2)
             self.attempt("config.json", (out / "config.json").write_text, text)
             self.append("starts.jsonl", json.dumps(start))
+        self.since = time.perf_counter()  # of the steps, not of that import
 
     def attempt(self, name, write, *args):
         """write(*args) -> whether the disk took it."""
