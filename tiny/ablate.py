@@ -14,7 +14,7 @@ import os
 import statistics
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor, as_completed, wait
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -197,16 +197,16 @@ def main():
     runs = [Run(work, *pair) for pair in wanted]
     with ThreadPoolExecutor(how.jobs) as pool:
         first = {run.folder(1): run for run in runs}.values()  # each stage 1 once
-        list(pool.map(lambda run: run.train(1), first))
-        tasks = [pool.submit(run.score) for run in runs]
-        for task in as_completed(tasks):
-            if task.exception():  # raised below: the others go on, and their rows are kept
-                continue
-            row = task.result()
-            ROWS.write_text(json.dumps([*read_rows(), row], indent=0))
-            print("scored", row["variant"], "seed", row["seed"], flush=True)
+        tasks = [pool.submit(run.train, 1) for run in first]
+        wait(tasks)
+        tasks += [pool.submit(run.score) for run in runs]
+        for task in as_completed(tasks):  # one that fails costs no row of the others
+            row = None if task.exception() else task.result()
+            if row:
+                ROWS.write_text(json.dumps([*read_rows(), row], indent=0))
+                print("scored", row["variant"], "seed", row["seed"], flush=True)
     for task in tasks:
-        task.result()
+        task.result()  # the first error
     draw(work, how.only, how.seeds[-1], ROOT / "docs/ablations.png")
 
 
