@@ -56,7 +56,7 @@ def check_cameras(report, table, size):
     try:
         check_plausible("cameras", Cameras(w2c.numpy(), "w2c", fractions.numpy()))
     except ValueError as error:
-        report.add("intrinsics", "fail", str(error))
+        report.add("cameras", "fail", str(error).removeprefix("cameras: "))
     fx, fy, cx, cy = (fractions * fractions.new_tensor([w, h, w, h])).unbind(1)
     if not 0.8 < (fx / fy).median() < 1.25:
         said = f"pixels are not square: focal {fx[0]:.4g} x {fy[0]:.4g} px"

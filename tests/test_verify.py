@@ -161,6 +161,10 @@ def test_frame_counts_sizes_rotations_points_and_jumps_are_checked():
     table = raw["table"].copy()
     table[:, 7] += 1e-3  # a tracker's drift: the loader takes the rotations next to them
     assert status("rotations", table=table) == "warn"
+    far = raw["table"].copy()
+    far[:, 10] = 1e7
+    checks = corruptions.inspect(dict(raw, table=far)).checks  # not "intrinsics: cameras: ..."
+    assert checks["intrinsics"][0] == "ok" and checks["cameras"][1].startswith("translations up")
     w2c, K = verify.check_cameras(verify.Report("x"), raw["table"], (64, 96))
     right = unproject(torch.from_numpy(raw["depth"]).double()[None], w2c[None], K[None])[0].numpy()
     assert status("points", points=right) == "ok" and status("points", points=1.1 * right) == "fail"
