@@ -171,10 +171,10 @@ def read_rows(path):
 
 def read_tum(path, size=None, matrices=None):
     """Lines: time tx ty tz qx qy qz qw of camera-to-world; or without the time."""
-    rows, names, k = read_rows(path), None, None
+    rows, names = read_rows(path), None
+    k = rows[:, 9:13] if size and rows.shape[1] > 12 else None  # poses alone want no size
     if Path(path).name == "odometry.csv":  # Stray Scanner's: time, frame, pose and, of late, lens
-        names, k = rows[:, 1].astype(int).tolist(), rows[:, 9:13] if rows.shape[1] > 12 else None
-        rows = rows[:, 1:9]
+        rows, names = rows[:, 1:9], rows[:, 1].astype(int).tolist()
     if rows.shape[1] not in (7, 8):
         raise ValueError(f"{path}: {rows.shape[1]} columns; wanted time tx ty tz qx qy qz qw")
     if Path(path).name == "pred_traj.txt":  # of MonST3R and what came of it: qw is first

@@ -78,6 +78,7 @@ def test_a_phone_s_lens_is_that_of_each_frame(src):
     (src / "odometry.csv").write_text(text + "\n")
     focal = imported(src)["intrinsics"][:, 0, 0]
     np.testing.assert_allclose(focal, C["k"][0] * (1 + 0.01 * np.arange(5)), rtol=1e-6)
+    assert camera_files.read(src / "odometry.csv")[1] is None  # poses alone want no --size
 
 
 @pytest.mark.parametrize("name", ["{:06d}_10.png", "depth_{:04d}_16bit.png"])
