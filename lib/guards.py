@@ -32,7 +32,7 @@ LOST_WORKER = re.compile(rf"{LOST_WORKER}|^EOFError\(\)|^\[Errno \d+\] (Connecti
 
 def run_command(program, command, advice=""):
     """command(); user errors become one line and exit status 2; advice: where memory runs out."""
-    status, sys.stderr = 2, Unheard(sys.stderr or open(os.devnull, "w"))  # noqa: SIM115
+    sys.stderr = Unheard(sys.stderr or open(os.devnull, "w"))  # noqa: SIM115
     with suppress(AttributeError):  # no stdout
         # A name of letters that this terminal's encoding lacks must not end a run.
         sys.stdout.reconfigure(errors="backslashreplace")
@@ -42,13 +42,16 @@ def run_command(program, command, advice=""):
     except KeyboardInterrupt:
         said, status = "stopped by Ctrl-C", 128 + signal.SIGINT
     except Exception as error:
-        if isinstance(error, BrokenPipeError) and not multiprocessing.active_children():
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # head has read enough: for the rest
-            sys.exit(128 + signal.SIGPIPE)
-        said = one_line(error, advice)
+        # Of stdout: head has read enough.
+        head = isinstance(error, BrokenPipeError) and not multiprocessing.active_children()
+        said, status = ("", 128 + signal.SIGPIPE) if head else (one_line(error, advice), 2)
     finally:
         end_children()
-    print(f"{program}: {said}", file=sys.stderr)
+    print(f"{program}: {said}\n" if said else "", end="", file=sys.stderr)
+    try:
+        print(end="", flush=True)
+    except OSError:  # what the buffer holds would fail once more at the exit: status 120
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     sys.exit(status)
 
 
