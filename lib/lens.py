@@ -111,7 +111,7 @@ class Undistortion:
     def picture(self, frame):
         """uint8 (H, W, 3), bilinear."""
         grid = torch.from_numpy(self.grid(frame.shape[:2]) * 2 - 1).float()[None]
-        x = torch.from_numpy(frame).permute(2, 0, 1)[None].float()
+        x = torch.tensor(frame).permute(2, 0, 1)[None].float()
         out = F.grid_sample(x, grid, align_corners=False, padding_mode="border")
         return out[0].permute(1, 2, 0).round().byte().numpy()
 

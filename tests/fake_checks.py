@@ -158,6 +158,7 @@ class Made:
     """Clips of a run, made up."""
 
     sizes, weights, empty_text, datasets, turns = [8], (1.0,), "empty", (), range(8)
+    told = dict(clips=sizes)
     count_relative, frames = staticmethod(lambda: 0), staticmethod(lambda i: None)
     __len__ = lambda self: 8
     __getitem__ = lambda self, i: {
