@@ -382,6 +382,7 @@ class Resources:
     starts: dict  # paths of start and end image -> latents and what CLIP says of the first
     device: torch.device
     half: bool  # whether to run in bf16
+    encoders: WanFolder
     pair: object = None  # the group of two ranks that make each sample together
 
 
@@ -406,7 +407,7 @@ def load(options, meta, jobs, images, pair=None, *, model=None, bar=bar):
     half = options.dtype == "bf16" or options.dtype == "auto" and device.type == "cuda"
     for _ in bar("load", (options.ckpt,), "model") if model is None else ():
         model = open_models(options, quirks, device, torch.bfloat16 if half else None)
-    return Resources(model, vae, texts, starts, device, half, pair)
+    return Resources(model, vae, texts, starts, device, half, encoders, pair)
 
 
 def make_inputs(job, resources):
@@ -559,13 +560,12 @@ def scene_sampler(options, meta, prompts):
     options   of `settled`"""
     jobs = [job_lists.Job(options.replaced(prompt=words), None, None, {}) for words in prompts]
     resources = load(options, meta, jobs, {})  # all words at once, then their encoder is freed
-    encoders = WanFolder(options.wan_dir, "cpu" if options.low_memory else options.device)
-    look = encoders.load_image() if encoders.load_image else None
+    look = resources.encoders.load_image and resources.encoders.load_image()
     coder = Tiles(resources.vae) if "tiles" in quirks_of(options, meta) else resources.vae
 
     def scene(image, prompt, w2c, K):
         video = torch.from_numpy(image).movedim(-1, 0)[None, :, None] / 127.5 - 1  # (1, 3, 1, H, W)
-        start = encode_start(coder, video, w2c.shape[1], encoders.start_pad)
+        start = encode_start(coder, video, w2c.shape[1], resources.encoders.start_pad)
         # The one start image that is in memory: a scene of a chain is known when it is reached.
         resources.starts["scene", ""] = start, look(video[:, :, 0]) if look else None
         changed = dict(prompt=prompt, image="scene", end_image="", frames=w2c.shape[1])
