@@ -59,6 +59,13 @@ def precision(request):
     REAL["dtype"] = torch.float64
 
 
+@pytest.fixture
+def src(tmp_path):
+    """An empty folder for a recording, beside which its import has room."""
+    (tmp_path / "src").mkdir()
+    return tmp_path / "src"
+
+
 @pytest.fixture(scope="session")
 def survivor(tmp_path_factory):
     """Arguments of a tiny run of 5 steps with an epoch of 2 steps and 2 micro-steps a step, and its

@@ -40,12 +40,6 @@ C = clip()
 FFMPEG = imageio_ffmpeg.get_ffmpeg_exe()
 
 
-@pytest.fixture
-def src(tmp_path):
-    (tmp_path / "src").mkdir()
-    return tmp_path / "src"
-
-
 def imported(src, ids=range(5), scale=1.0, **wishes):
     """Import the only recording of src: its frames `ids` must be those of C; -> its sample."""
     out = src.parent / "out"

@@ -37,12 +37,6 @@ from lib.pictures import write_png
 C = clip()
 
 
-@pytest.fixture
-def src(tmp_path):
-    (tmp_path / "src").mkdir()
-    return tmp_path / "src"
-
-
 def imported(src, ids=range(5), **wishes):
     """The only recording of src as a clip, whose cameras must be those of C."""
     names, failed = importers.run(src, src.parent / "out", **wishes)

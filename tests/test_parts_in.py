@@ -29,12 +29,6 @@ from lib.pictures import write_png
 C = clip()
 
 
-@pytest.fixture
-def src(tmp_path):
-    (tmp_path / "src").mkdir()
-    return tmp_path / "src"
-
-
 def imported(src, capsys):
     """What the import of src says, and the clip that it has made, or None."""
     names, _ = importers.run(src, src.parent / "out")
