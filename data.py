@@ -193,9 +193,8 @@ def check_window(sample, depth, size, fps):
         raise ValueError(f"{sample['video']}: {fps:g} frames a second; {cure}")
 
 
-def check_counts(sample, cameras, last):
+def check_counts(sample, video, cameras, last):
     """Video, cameras and depth must have the same frames, and enough of them."""
-    video = files.count_frames(sample["video"])  # decodes it: damage anywhere is seen
     depth = files.count_arrays(sample["depth"] or sample["points"])
     if min(video, cameras, depth) <= last:
         found = f"{video} video frames and {cameras} cameras found, {last + 1} wanted"
@@ -231,9 +230,8 @@ def load_clip(sample, height, width, num_frames, start=0, stride=1):
         raise ValueError(f"clip {sample['id']}: {wanted}; found {found}")
     ids = range(start, start + stride * (num_frames - 1) + 1, stride)  # frames of the window
     w2c, fractions = checked_cameras(sample["camera"])  # of the whole clip
-    check_counts(sample, len(w2c), ids[-1])
-    first, fps = files.read_video(sample["video"], 1)
-    size = first.shape[1:3]
+    count, size, fps, _ = files.video_facts(sample["video"])  # decodes it: damage anywhere is seen
+    check_counts(sample, count, len(w2c), ids[-1])
     w2c, crop = torch.from_numpy(w2c[ids]), Crop(size, (height, width))  # one cut for all
     video = read_window(sample["video"], ids, crop)  # (T, 3, H, W)
     if sample["depth"]:
@@ -306,8 +304,7 @@ def encode_text(job, text):
 def encode_image(job, tower):
     path = job.part("clip")
     if not caches.fits(path, job.key):
-        video = job.load(1, 1)["video"]
-        tokens = tower(video[None, :, 0])[0].bfloat16().cpu()  # (257, 1280)
+        tokens = tower(job.load(1, 1)["video"][None, :, 0])[0].bfloat16().cpu()  # (257, 1280)
         caches.save_tensors(path, dict(clip=tokens), job.key)
 
 
@@ -545,10 +542,10 @@ def look_at(root, ids, out, size, num_frames, follow_links=False):
 
     def load(sample):
         video = sample["video"]  # None: load_clip says what is missing
-        frames = files.count_frames(video) if video else 5
+        frames, own, *_ = files.video_facts(video) if video else (5, (16, 16))
         count = max(5, (min(num_frames, frames) - 1) // 4 * 4 + 1)  # 4k + 1
         # About 100,000 pixels of the video's shape, in whole latents of the DiT.
-        h, w = size or (files.read_video(video, 1)[0].shape[1:3] if video else (16, 16))
+        h, w = size or own
         shape = size or [max(16, round(x * (1e5 / h / w) ** 0.5 / 16) * 16) for x in (h, w)]
         return load_clip(sample, *shape, count, stride=max(1, (frames - 1) // (count - 1)))
 

@@ -179,8 +179,7 @@ def write_nerfstudio(path, w2c, intrinsics, size):
 # --- COLMAP: pixel centres at +0.5, w2c in OpenCV axes; images ordered by name --------------------
 def read_colmap(path, size=None, matrices=None):
     path = Path(path)
-    binary = (path / "images.bin").is_file()
-    cameras, images = colmap_binary(path) if binary else colmap_text(path)
+    cameras, images = colmap_binary(path) if (path / "images.bin").is_file() else colmap_text(path)
     if not images:
         raise ValueError(f"{path}: no registered image. Give the folder of the largest model")
     if lost := [name for name, _, camera in images if camera not in cameras]:
@@ -224,7 +223,7 @@ def read_re10k(path, size=None, matrices=None):
     return Cameras(w2c, "w2c", intrinsics)
 
 
-def write_re10k(path, w2c, intrinsics, size):
+def write_re10k(path, w2c, intrinsics, size=None):
     rows = [[t, *k, 0, 0, *e.ravel()] for t, (e, k) in enumerate(zip(w2c, intrinsics))]
     np.savetxt(path, rows, "%.12g")
 

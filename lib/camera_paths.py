@@ -15,7 +15,7 @@ from lib import camera_files
 from lib.crop import Crop, crop_intrinsics, pixel_matrix
 from lib.depth import METRES, DepthUnit, read_depth, why_relative
 from lib.distributed import say
-from lib.files import FAR, pixel_aspect, read_video
+from lib.files import FAR, read_video
 
 
 @dataclass(frozen=True)
@@ -97,8 +97,8 @@ def mean_distance(text, K, size, picture=""):
     why = not found and why_relative(pathlib.Path(path)) or not depth.any() and "no known pixel"
     if why:
         raise ValueError(f"--scene_scale {text}: {why}; wanted lengths, or FILE*UNITS_PER_COUNT")
-    source = read_video(picture, 1)[0].shape[1:3] if picture else size
-    depth = Crop(source, size, pixel_aspect(picture) if picture else 1.0).maps(depth)[None]
+    source, _, pixel = read_video(picture, 1)[1] if picture else (size, 0, 1.0)
+    depth = Crop(source, size, pixel).maps(depth)[None]
     return normalize_scene(depth, torch.eye(4)[None, None, :3], K[:, :1], depth > 0)[2].item()
 
 

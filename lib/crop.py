@@ -6,7 +6,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from lib.files import pixel_aspect, read_video
+from lib.files import read_video
 from wan import LATENT
 
 
@@ -55,6 +55,11 @@ class Crop:
         return torch.from_numpy(pixel_matrix(cut, self.target))
 
 
+def stretched(maps, size):
+    """All of maps (T, h, w), of whatever aspect, under the pixel centres of a size (H, W)."""
+    return Crop(size, size).maps(maps)
+
+
 def crop_intrinsics(fractions, aspect, size):
     """Fractions (T, 4) of a picture of aspect W0 / H0 -> of its centre crop that fills (H, W)."""
     wide = aspect / (size[1] / size[0])  # above 1: the sides are cut, below: top and bottom
@@ -82,10 +87,9 @@ def fractions(pixels, size):
 
 def load_image(path, height, width, *, squeeze=False):
     """First frame of a file -> (1, 3, 1, H, W) in [-1, 1], cut as training cuts, or squeezed."""
-    frame = read_video(path, max_frames=1)[0]  # (1, h, w, 3)
+    frame, (size, _, pixel) = read_video(path, max_frames=1)  # (1, h, w, 3)
     if not squeeze:
-        crop = Crop(frame.shape[1:3], (height, width), pixel_aspect(path))
-        return (crop.video(frame) / 127.5 - 1)[:, :, None]
+        return (Crop(size, (height, width), pixel).video(frame) / 127.5 - 1)[:, :, None]
     # Of bytes, as Pillow's: rounded and cut to 0 .. 255 after each direction.
     frame = torch.from_numpy(frame).permute(0, 3, 1, 2)
     frame = F.interpolate(frame, (height, width), mode="bicubic", antialias=True)

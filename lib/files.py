@@ -45,6 +45,8 @@ STILLS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 RASTERS = (".exr", ".pfm", ".pgm", ".bin")
 ARRAYS = (".npy", ".npz", ".png", *RASTERS)
 MAPS = (*ARRAYS, ".tif", ".tiff")  # the last two are found in order to be refused by name
+RGB = ("-pix_fmt", "rgb24", "-c:v", "ppm", "-f", "image2pipe")  # what `pictures` reads
+GREY = ("-pix_fmt", "gray16be", "-c:v", "pgm", "-f", "image2pipe")
 
 
 def check_file(path, limit=MAX_BYTES):
@@ -100,12 +102,15 @@ def head_of(path):
 
 
 def feed(pipe, paths):
-    """Send files one after another into a pipe, whose reader may end before."""
-    with suppress(OSError), open(pipe, "wb", buffering=0) as target:
+    """Send PNG files into a pipe until one is cut short or unlike the first, or the reader ends."""
+    with suppress(OSError, ValueError), open(pipe, "wb") as target:
+        kind = png_kind(head_of(paths[0]))
         for path in paths:
-            data = memoryview(Path(path).read_bytes())
-            while data:
-                data = data[target.write(data) :]
+            check_file(path)
+            data = Path(path).read_bytes()
+            if png_kind(data) != kind or not data.endswith(b"IEND\xaeB`\x82"):
+                return
+            target.write(data)
 
 
 @contextmanager
@@ -155,39 +160,36 @@ def pictures(stream, limit=MAX_BYTES):
             raise ValueError(f"a frame of {h}x{w} among frames of {first[0]}x{first[1]}")
         if limit < 0:
             raise ValueError(f"more than {MAX_BYTES:,} bytes of frames; cut it into shorter clips")
-        yield np.frombuffer(data, dtype).reshape(shape)
+        yield np.frombuffer(data, dtype).reshape(shape).astype(dtype[-2:], copy=False)
 
 
-def read_pngs(paths, read, *output, turned=True):
-    """Pictures of PNG files: those that are alike by one process, until one has a fault; all others
-    by read(path), which names it."""
-    done, first = 0, plain_png(paths[0])
-    with suppress(ValueError):
-        if first and all(plain_png(path) == first for path in paths[1:]):
-            with ffmpeg([*paths], *output, "-f", "image2pipe", turned=turned) as (stream, _):
+def read_pngs(paths, read, output, *, turned=True, deep=False):
+    """Pictures of files in turn: PNGs that are alike (deep: of 16 bits, grey) by one process, until
+    one has a fault; all others by read(path), which names it."""
+    while paths:
+        done, kind = 0, png_kind(head_of(paths[0]))
+        if kind and (kind[8:] == b"\x10\0" or not deep):
+            with suppress(ValueError), ffmpeg([*paths], *output, turned=turned) as (stream, _):
                 for frame in pictures(stream, math.inf):
                     yield frame
                     done += 1
-    for path in paths[done:]:
-        yield read(path)
+        if not done:
+            yield read(paths[0])
+        paths = paths[done or 1 :]
 
 
-def plain_png(path):
-    """Size, as its header has it, of a whole PNG that may follow another in a stream; or b"".
-
-    There several in a file would shift the others, and the first tells what is turned or HDR."""
-    check_file(path)
-    data = Path(path).read_bytes()
-    whole = data.startswith(PNG) and data.endswith(b"IEND\xaeB`\x82") and data.count(PNG) == 1
+def png_kind(data):
+    """Size, bits and colours of a plain PNG by its bytes, or the first of them; or b"": in a stream
+    several in a file would shift the others, and the first tells what is turned or HDR."""
     marked = any(chunk in data for chunk in (b"acTL", b"cICP", b"eXIf", b"tRNS"))
-    opaque = data[25:26] in (b"\0", b"\2")  # grey or RGB
-    return data[16:24] if whole and opaque and not marked else b""
+    plain = data.startswith(PNG) and data.count(PNG) == 1 and data[25:26] in (b"\0", b"\2")
+    return data[16:26] if plain and not marked else b""  # \0, \2: grey or RGB, opaque
 
 
 def read_stills(paths, turned=True):
     """uint8 (H, W, 3) of several files, of any sizes; turned: as EXIF says, or as they lie."""
     still = lambda path: read_video(path, 1, turned)[0][0]  # noqa: E731
-    return read_pngs(paths, still, "-pix_fmt", "rgb24", "-c:v", "ppm", turned=turned)
+    return read_pngs(paths, still, RGB, turned=turned)
 
 
 def picture_files(folder):
@@ -199,32 +201,27 @@ def picture_files(folder):
 
 def iterate_video(path, max_frames=None):
     """Frames uint8 (H, W, 3) of a video, or of a folder of pictures, one at a time."""
-    if Path(path).is_dir():
-        names, first = picture_files(path)[:max_frames], None
-        for name, frame in zip(names, read_stills(names)):
-            first = frame.shape if first is None else first
-            if frame.shape != first:
-                found = f"{frame.shape[0]}x{frame.shape[1]}, where {names[0].name} is"
-                raise ValueError(f"{name}: {found} {first[0]}x{first[1]}. Make all alike")
-            yield frame
-        return
-    yield from (frame for frame, _ in decoded(path, max_frames, math.inf))
+    return (frame for frame, _ in decoded(path, max_frames, math.inf))
 
 
 def decoded(path, max_frames, limit, turned=True, clear=False):
-    """(frame (H, W, 3), frames a second) of a file in turn; what is transparent lies over white.
+    """(frame (H, W, 3), rasters.told_by) of a file in turn; what is transparent lies over white.
 
     clear   whether some is, where its first bytes do not say so; others are begun again"""
+    if Path(path).is_dir():
+        names = picture_files(path)[:max_frames]
+        for frame in alike(names, read_stills(names)):
+            yield frame, (frame.shape[:2], 0.0, 1.0)
+        return
     some = [] if max_frames is None else ["-frames:v", str(max_frames)]
     clear = clear or rasters.has_alpha(head_of(path))
     white = ["-vf", rasters.OVER_WHITE] if clear else []
-    rgb = ["-pix_fmt", "rgb24", "-c:v", "ppm", "-f", "image2pipe"]
     try:
-        with ffmpeg(path, *some, *white, *rgb, turned=turned) as (stream, log):
+        with ffmpeg(path, *some, *white, *RGB, turned=turned) as (stream, log):
             for n, frame in enumerate(pictures(stream, limit)):
                 if n == 0:  # moves no place in the log: ffmpeg goes on writing
-                    rate = rasters.rate_said(os.pread(log.fileno(), 2**16, 0), path, clear)
-                yield frame, rate
+                    told = rasters.told_by(os.pread(log.fileno(), 2**20, 0), path, clear)
+                yield frame, told
     except rasters.Transparent:
         yield from decoded(path, max_frames, limit, turned, True)
     except ValueError as error:
@@ -232,23 +229,11 @@ def decoded(path, max_frames, limit, turned=True, clear=False):
 
 
 def read_video(path, max_frames=None, turned=True):
-    """The first frames (default all), uint8 (T, H, W, 3); frames a second, of a folder 0."""
-    if Path(path).is_dir():
-        return np.stack(list(iterate_video(path, max_frames))), 0.0
+    """The first frames (default all), uint8 (T, H, W, 3); what rasters.told_by tells."""
     found = list(decoded(path, max_frames, MAX_BYTES, turned))
     if not found:
         raise ValueError(f"{path}: the video has no frames. Re-encode or remove it.")
     return np.stack([frame for frame, _ in found]), found[0][1]
-
-
-def pixel_aspect(path):
-    """Width of a video's pixels over their height (SAR); of pictures 1: theirs is for printers."""
-    if Path(path).is_dir() or rasters.reader_of(path, head_of(path)):
-        return 1.0
-    with ffmpeg(path, "-frames:v", "1", "-f", "null") as (stream, log):
-        stream.read()
-        said = re.findall(rb"SAR (\d+):(\d+)", os.pread(log.fileno(), 2**16, 0))
-    return int(said[-1][0]) / int(said[-1][1]) if said else 1.0  # the last: turned upright
 
 
 def stats_of(path):
@@ -264,16 +249,18 @@ def while_unchanged(function):
 
 
 @while_unchanged
-def count_frames(path):
-    """Number of frames of a video; decodes all of it, so that damage anywhere is seen."""
+def video_facts(path):
+    """Number of frames, rasters.told_by; decodes all of it, so that damage anywhere is seen."""
     if Path(path).is_dir():
-        return sum(1 for _ in iterate_video(path))
+        told = [told for _, told in decoded(path, None, math.inf)]
+        return len(told), *told[0]
     try:
-        with ffmpeg(path, "-nostats", "-progress", "pipe:1", "-f", "null") as (stream, _):
+        with ffmpeg(path, "-nostats", "-progress", "pipe:1", "-f", "null") as (stream, log):
             counts = [0, *map(int, re.findall(rb"^frame=(\d+)", stream.read(), re.M))]
+            said = os.pread(log.fileno(), 2**20, 0)
         if not counts[-1]:
             raise ValueError("it has no frames")
-        return counts[-1]
+        return counts[-1], *rasters.told_by(said, path, True)
     except ValueError as error:
         raise damaged(path, error, VIDEO) from None
 
@@ -284,8 +271,7 @@ def array_header(file, size, mask):
     version = np.lib.format.read_magic(file)
     if version not in ((1, 0), (2, 0)):
         raise ValueError(f".npy version {version}")
-    read = getattr(np.lib.format, f"read_array_header_{version[0]}_0")
-    shape, fortran, dtype = read(file)
+    shape, fortran, dtype = getattr(np.lib.format, f"read_array_header_{version[0]}_0")(file)
     if dtype.kind not in ("fiub" if mask else "fiu") or dtype.hasobject:
         raise ValueError(f"values of type {dtype}; wanted numbers")
     want = file.tell() + dtype.itemsize * math.prod(shape)
@@ -315,12 +301,11 @@ def open_array(path, read, mask):
         shape = png_header(path, mask)
         if not read:
             return shape, np.dtype("u2")
-        output = ["-frames:v", "1", "-pix_fmt", "gray16be", "-c:v", "pgm", "-f", "image2pipe"]
-        with ffmpeg(path, *output) as (stream, _):
+        with ffmpeg(path, "-frames:v", "1", *GREY) as (stream, _):
             image = next(pictures(stream), np.zeros(0))
         if image.shape != shape:
             raise ValueError(f"a picture of {image.shape}; its header says {shape}")
-        return image.astype("u2")
+        return image
     if path.suffix.lower() in RASTERS:
         image = rasters.read_raster(path.read_bytes())
         return image if read else (image.shape, image.dtype)
@@ -406,14 +391,27 @@ def count_arrays(path, mask=False):
     return shape[0] if len(shape) > 2 else 1
 
 
-def iterate_arrays(path, chunk=16):
+def read_each(paths, mask=False):
+    """The array of each file in turn."""
+    return read_pngs(paths, functools.partial(read_array, mask=mask), GREY, deep=not mask)
+
+
+def alike(paths, arrays):
+    """The arrays of files in turn; ValueError names one of another shape or type than the first."""
+    first = None
+    for path, array in zip(paths, arrays):
+        first = array if first is None else first
+        if (array.shape, array.dtype) != (first.shape, first.dtype):
+            own, other = ("x".join(map(str, a.shape)).removesuffix("x3") for a in (array, first))
+            told = f"{own}, where {paths[0].name} is {other} ({array.dtype} and {first.dtype})"
+            raise ValueError(f"{path}: {told}. Make all alike")
+        yield array
+
+
+def iterate_arrays(path):
     """Frames of read_arrays one at a time; a folder is never in memory as a whole."""
-    if not Path(path).is_dir():
-        yield from stacked(Path(path))
-        return
-    count = count_arrays(Path(path))
-    for start in range(0, count, chunk):
-        yield from read_arrays(path, range(start, min(start + chunk, count)))
+    names = array_files(Path(path))
+    return alike(names, read_each(names)) if names else stacked(Path(path))
 
 
 def read_arrays(path, frames=None, mask=False, limit=MAX_BYTES):
@@ -429,21 +427,11 @@ def read_arrays(path, frames=None, mask=False, limit=MAX_BYTES):
     if math.prod(shape) * first[1].itemsize * len(frames) > limit:
         found = f"{len(frames)} frames of {shape} values"
         raise ValueError(f"{path}: {found}; at most {limit:,} bytes are read. Scale it down")
-    if not source:
-        wanted = set(frames)
-        kept = {t: frame for t, frame in enumerate(stacked(path, mask)) if t in wanted}
-        return np.stack([kept[t] for t in frames])
-    arrays, read = [], functools.partial(read_array, mask=mask)
-    chosen = [source[t] for t in frames]
-    deep = not mask and all(p.suffix == ".png" and read_array(p, False) == first for p in chosen)
-    grey = ("-pix_fmt", "gray16be", "-c:v", "pgm")
-    for t, array in zip(frames, read_pngs(chosen, read, *grey) if deep else map(read, chosen)):
-        arrays.append(array.astype("u2") if deep else array)
-        if (arrays[-1].shape, arrays[-1].dtype) != first:
-            found = f"{arrays[-1].dtype} {arrays[-1].shape}"
-            other = f"{source[frames[0]].name} is {first[1]} {first[0]}"
-            raise ValueError(f"{source[t]}: {found}, where {other}. Make all frames alike")
-    return np.stack(arrays)
+    if source:
+        source = [source[t] for t in frames]
+        return np.stack(list(alike(source, read_each(source, mask))))
+    kept = {t: frame for t, frame in enumerate(stacked(path, mask)) if t in frames}
+    return np.stack([kept[t] for t in frames])
 
 
 def is_of_disk(error):

@@ -10,6 +10,7 @@ import json
 import os
 import re
 import shutil
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,8 +20,8 @@ from tqdm import tqdm
 
 from geometry import relative_to_first
 from lib import camera_files, files
-from lib.camera_files import FORMATS, check_plausible, oriented, write_cameras
-from lib.crop import Crop
+from lib.camera_files import FORMATS, check_plausible, oriented, write_re10k
+from lib.crop import Crop, focal_and_centre, fractions
 from lib.distributed import say
 from lib.layouts import LAYOUTS
 from lib.lens import pinhole_of, undistortion
@@ -42,7 +43,7 @@ def find(src, form=None):
     """[(format, key)] of the recordings in a folder; ValueError where there is none."""
     if not src.is_dir():
         raise ValueError(f"{src}: no folder; wanted one of a labeler or scanner (docs/data.md)")
-    found, within = [], []
+    found, within, cut = [], [], []
     for folder in folders(src):
         if any(folder.resolve().is_relative_to(f) for f in within):
             continue  # the parts of a recording, or a link to one
@@ -54,10 +55,14 @@ def find(src, form=None):
         for name, keys in kinds.items():
             found += [(name, key) for key in keys]
             within.append(folder.resolve())
+        archives = [] if kinds else files.listed(folder, (".npz",))
+        cut += [f"{f}: cut short. Copy it again" for f in archives if not zipfile.is_zipfile(f)]
     if not found:
         wanted = f"recordings of the layout {form}" if form else "a recording of a known layout"
         said = f"wanted {wanted}; known are {', '.join(LAYOUTS)} (docs/data.md)"
-        raise ValueError(nearest(src, names) or f"{src}: {said}")
+        raise ValueError((*cut, "")[0] or nearest(src, names) or f"{src}: {said}")
+    for said in cut:
+        say(f"left out: {said}")
     return found
 
 
@@ -90,8 +95,8 @@ def thinned(rec, wishes):
     places = np.flatnonzero(finite)[wishes.start :: wishes.stride][: wishes.max_frames].tolist()
     if len(places) < 5:
         raise ValueError(f"{len(places)} frames with picture, depth and pose; wanted at least 5")
-    cameras, depth = pick(rec.cameras, places), [rec.depth[p] for p in places if rec.depth]
-    return replace(rec, frames=[rec.frames[p] for p in places], cameras=cameras, depth=depth)
+    frames, depth, sure = ([x[p] for p in places if x] for x in (rec.frames, rec.depth, rec.sure))
+    return replace(rec, frames=frames, cameras=pick(rec.cameras, places), depth=depth, sure=sure)
 
 
 def lies_over(frame, k):
@@ -100,52 +105,49 @@ def lies_over(frame, k):
     return abs(fx * w / (fy * h) - 1) > 0.2 and abs(fx * h / (fy * w) - 1) < 0.05
 
 
-class Writer:
-    """Makes the files of one sample, frame by frame."""
-
-    def __init__(self, rec, size, folder):
-        self.rec, self.target, self.folder = rec, size, folder
-        self.K = []  # of the video's frames so far: (1, 3, 3) pixels
-
-    def frames(self):
-        """uint8 (H, W, 3) of every frame, as the video gets them; writes their depth."""
-        rec, lenses = self.rec, self.rec.cameras.lenses
-        for n, frame in enumerate(rec.pictures()):
-            k, lens = tuple(map(float, rec.cameras.intrinsics[n])), lenses and lenses[n]
-            if lies_over(frame, k) and not rec.turned:  # others than COLMAP heed EXIF
-                (frame,) = files.read_stills(rec.frames[n : n + 1])
-            if lies_over(frame, k):
-                found = "picture {0} is {2}x{1}, its camera {1}x{2}".format(n, *frame.shape)
-                raise ValueError(f"{found}. Fix: save the pictures upright and label them again")
-            if lens:
-                frame = undistortion(k, lens).picture(frame)
-            h, w = frame.shape[:2]
-            self.target = self.target or (h - h % 2, w - w % 2)  # as H.264 wants
-            cut = Crop((h, w), self.target)
-            self.K.append(cut.intrinsics(np.array(pinhole_of(k, lens))[None]))
-            cut = cut if cut.source != cut.target else None
-            if rec.depth:
-                self.write_depth(n, k, lens, cut)
-            if cut:
-                frame = cut.video(frame[None])[0].permute(1, 2, 0).round().byte().numpy()
-            yield frame
-
-    def write_depth(self, n, k, lens, cut):
-        """Depth of a frame: the file itself where nothing changes."""
-        source, own = self.rec.depth[n], self.rec.depth_lens
-        path = self.folder / f"frame_{n:04d}.npy"
-        same = isinstance(source, Path) and not lens and not cut and own is None
-        if same and len(files.read_array(source, read=False)[0]) == 2:  # refuses what is no depth
-            return shutil.copyfile(source, path.with_suffix(source.suffix.lower()))
-        raw = files.read_array(source) if isinstance(source, Path) else source()
-        raw = np.squeeze(raw)  # networks leave a side of 1 of their channel
-        if own is not None:  # another camera at the same place: its pixels under the pictures'
-            raw = under(raw, own, k)
+def frames_of(rec, size, folder, K):
+    """uint8 (H, W, 3) of every frame, as the video gets them; writes their depth into the folder,
+    and adds their intrinsics to K: (1, 4) fractions."""
+    own, lenses = rec.depth_lens, rec.cameras.lenses or [None] * len(rec.frames)
+    changed = size or any(lenses) or rec.read or rec.sure or own is not None
+    maps = rec.maps() if changed else iter(rec.depth or ())
+    for n, frame in enumerate(rec.pictures()):
+        k, lens = tuple(map(float, rec.cameras.intrinsics[n])), lenses[n]
+        if lies_over(frame, k) and not rec.turned:  # others than COLMAP heed EXIF
+            (frame,) = files.read_stills(rec.frames[n : n + 1])
+        if lies_over(frame, k):
+            found = "picture {0} is {2}x{1}, its camera {1}x{2}".format(n, *frame.shape)
+            raise ValueError(f"{found}. Fix: save the pictures upright and label them again")
         if lens:
-            raw = undistortion(k, lens).map(raw)
+            frame = undistortion(k, lens).picture(frame)
+        h, w = frame.shape[:2]
+        size = size or (h - h % 2, w - w % 2)  # as H.264 wants
+        cut = Crop((h, w), size)
+        pixels = cut.intrinsics(np.array(pinhole_of(k, lens))[None])
+        K.append(fractions(focal_and_centre(pixels), size))
+        cut = cut if cut.source != cut.target else None
+        if rec.depth:
+            path = folder / f"frame_{n:04d}.npy"
+            write_depth(path, next(maps), k, own=own, lens=lens, cut=cut)
         if cut:
-            raw = cut.maps(raw[None])[0].numpy()
-        np.save(path, raw)
+            frame = cut.video(frame[None])[0].permute(1, 2, 0).round().byte().numpy()
+        yield frame
+
+
+def write_depth(path, raw, k, *, own, lens, cut):
+    """Depth of a frame, an array or its file: the file itself where nothing changes."""
+    if isinstance(raw, Path):
+        if not lens and not cut and len(files.read_array(raw, read=False)[0]) == 2:
+            return shutil.copyfile(raw, path.with_suffix(raw.suffix.lower()))
+        raw = files.read_array(raw)
+    raw = np.squeeze(raw)  # networks leave a side of 1 of their channel
+    if own is not None:  # another camera at the same place: its pixels under the pictures'
+        raw = under(raw, own, k)
+    if lens:
+        raw = undistortion(k, lens).map(raw)
+    if cut:
+        raw = cut.maps(raw[None])[0].numpy()
+    np.save(path, raw)
 
 
 def under(raw, own, k):
@@ -170,11 +172,11 @@ def write_sample(rec, folder, name, wishes):
         (folder / "depth").mkdir()
         entry.update(depth_dir=f"{name}/depth", **rec.unit)
         entry.update({} if wishes.depth_scale is None else dict(depth_scale=wishes.depth_scale))
-    writer = Writer(rec, wishes.size, folder / "depth")
-    show = tqdm(writer.frames(), desc=name[:30], total=len(w2c), unit="frame")
+    frames = frames_of(rec, wishes.size, folder / "depth", K := [])
+    show = tqdm(frames, desc=name[:30], total=len(w2c), unit="frame")
     write_video(folder / "video.mp4", show, fps, crf=10)
     w2c = relative_to_first(torch.from_numpy(w2c)).numpy()
-    write_cameras(folder / "camera_params.txt", w2c, torch.cat(writer.K), writer.target)
+    write_re10k(folder / "camera_params.txt", w2c, np.concatenate(K))
     return dict(entry, camera_file=f"{name}/camera_params.txt")
 
 

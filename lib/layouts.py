@@ -4,7 +4,6 @@ LAYOUTS has for each how it is recognised and open(key, wishes) -> Recording.  N
 here.
 Sources: each dataset's or tool's own loader or writer, read in November 2026."""
 
-import json
 import zipfile
 from collections import Counter
 from dataclasses import dataclass, field
@@ -15,15 +14,16 @@ import numpy as np
 
 from lib import camera_files, files, native, recordings
 from lib.camera_files import FORMATS
-from lib.crop import Crop, fractions
+from lib.crop import fractions
 from lib.native import Cameras, numbers_of, pose_files, quaternions, read_rows
 from lib.rasters import read_raster
-from lib.recordings import Recording, assemble, by_number, find_lens, some
+from lib.recordings import Recording, assemble, believed, by_number, find_lens, some
 
 # --- Folders of pictures, folders of depth, and poses ---------------------------------------------
 MILLIMETRES = dict(depth_scale=0.001)
 # Maps of how sure the depth is, and the least that is believed: phones write 0 for low (others may
-# write shares of 1), CUT3R 1 + e^x, MonST3R the logarithm of that; 1.1 is MonST3R's own limit.
+# write shares of 1), CUT3R, VGGT and Depth-Anything-3 1 + e^x, MonST3R the logarithm of that; 1.1
+# is MonST3R's own limit, 1.05 that of Depth-Anything-3.
 PHONES, NETS, LOGS = ("confidence/*", 1e-6), ("conf/*", 1.1), ("conf_*.npy", np.log(1.1))
 
 
@@ -64,12 +64,12 @@ class Folder:
     def open(self, src, wishes):
         pictures, depth, (path, form) = self.parts(src).values()
         first, video, depth = pictures[0], None, by_number(depth)
-        (shown,), fps = files.read_video(first, 1)
+        count, size, fps, pixel = files.video_facts(first)
         if first.suffix.lower() in files.STILLS:
             pictures, fps = by_number(pictures), None
         else:
-            video, pictures = first, {n: n for n in range(files.count_frames(first))}
-        form, size = wishes.cameras or form or camera_files.guess(path), shown.shape[:2]
+            video, pictures = first, {n: n for n in range(count)}
+        form = wishes.cameras or form or camera_files.guess(path)
         cameras = FORMATS[form].read(path, size, wishes.matrices or "c2w")
         if video and len(cameras.names or ()) == len(pictures):  # numbers need not begin at 0
             pictures = dict(zip(cameras.names, pictures))
@@ -80,36 +80,27 @@ class Folder:
         told, notes, how = {}, [], dict(axes=FORMATS[form].axes, video=video)
         if wishes.intrinsics or self.known or cameras.intrinsics is None:
             cameras, told, notes = find_lens(cameras, src, size, wishes, self.known, self.lens)
-        if video and abs((wide := files.pixel_aspect(video)) - 1) > 0.01:
-            notes.append(f"pixels {wide:.3g} times as wide as high are taken as they lie")
+        if abs(pixel - 1) > 0.01:
+            notes.append(f"pixels {pixel:.3g} times as wide as high are taken as they lie")
         unit, counts = self.unit | told, recordings.in_counts(depth.values())
         how["unit"] = {k: v for k, v in unit.items() if counts or k == "depth_max"}
         if (src / self.depth_lens).is_file():
             shape = files.read_array(next(iter(depth.values())), read=False)[0]
             how["depth_lens"] = fractions(recordings.matrix_of(src / self.depth_lens), shape)
-        if self.read_depth and counts:
-            depth = {n: partial(self.read_depth, f) for n, f in depth.items()}
-        sure = by_number(files.listed(src, files.MAPS, self.confidence[0]))
-        for n in sure.keys() & depth.keys():
-            depth[n] = partial(believed, depth[n], sure[n], self.confidence[1])
+        pattern, how["least"] = self.confidence
+        sure = by_number(files.listed(src, files.MAPS, pattern))
         notes += ["unsure depth is left out"] * bool(sure)
         kinds = dict(picture=pictures, depth=depth, pose=pose)
+        kinds["confidence"] = {n: sure.get(n) for n in depth} if sure else None
+        how["read"] = self.read_depth if counts else None
         return assemble(kinds, cameras, notes, fps=fps or cameras.fps or self.fps, **how)
-
-
-def believed(path, confidence, least):
-    """Depth (h, w), 0 where the map of its confidence is below the least that is believed."""
-    depth = np.squeeze(files.read_array(path))
-    sure = np.squeeze(files.read_array(confidence, mask=True))  # of 8 bits, too
-    sure = Crop(depth.shape, depth.shape).maps(sure[None])[0].numpy()  # of any aspect: whole
-    return np.where(sure < least, depth.dtype.type(0), depth)
 
 
 def floats_in_rgba(path):
     """Depth of TartanAir V2: the bytes of a single float in blue, green, red and alpha."""
     with files.ffmpeg(path, "-frames:v", "1", "-pix_fmt", "bgra", "-f", "rawvideo") as (stream, _):
         data = stream.read()
-    return np.frombuffer(data, "<f4").reshape(recordings.size_of(path))
+    return np.frombuffer(data, "<f4").reshape(files.png_header(path, True))
 
 
 def centred(f, of=640):
@@ -199,7 +190,8 @@ def nearest(times, of, within=0.02):
 def open_tum(src, wishes):
     times, names = stamps(src / "rgb.txt")
     depth_times, depth_names = stamps(src / "depth.txt")
-    rows, poses = read_rows(src / "groundtruth.txt"), native.read_tum(src / "groundtruth.txt")
+    rows = read_rows(src / "groundtruth.txt")
+    poses = native.read_tum(src / "groundtruth.txt", rows=rows)
     step = np.median(np.diff(times)) if len(times) > 1 else 1 / 30
     if step > 10 and not wishes.fps:  # milliseconds, 33 apart, too
         raise ValueError(f"{src}/rgb.txt: times {step:.3g} apart; wanted seconds, or give --fps")
@@ -211,12 +203,12 @@ def open_tum(src, wishes):
     left = f"{len(names) - len(whole)} frames without file, depth or pose within 0.02 s left out"
     notes = [left] * (len(whole) < len(names))
     names, d, p = zip(*whole)
-    size = recordings.size_of(src / names[0])
+    size = files.read_video(src / names[0], 1)[1][0]
     # The depth is registered to the pictures with these numbers; undistorting would undo that.
     cameras, _, more = find_lens(recordings.pick(poses, p), src, size, wishes, centred(525))
     pictures, depth = [src / n for n in names], [src / depth_names[i] for i in d]
-    unit = dict(depth_scale=1 / 5000)
-    return Recording(pictures, cameras, depth, unit, fps=1 / step, notes=notes + more)
+    how = dict(unit=dict(depth_scale=1 / 5000), fps=1 / step, notes=notes + more)
+    return Recording(pictures, cameras, depth, **how)
 
 
 def open_vkitti2(src, wishes):
@@ -238,16 +230,16 @@ def omniworld_depth(path):
 
 def open_omniworld(path, wishes):
     """camera/split_K.json: quats (w first) and trans of w2c, focals in pixels, cx, cy."""
-    src, said = path.parent.parent, json.loads(path.read_bytes())
-    splits = json.loads((src / "split_info.json").read_bytes())["split"]
+    src, said = path.parent.parent, files.read_json(path)
+    splits = files.read_json(src / "split_info.json")["split"]
     pictures, depth = (numbered(src / n) for n in ("color", "depth"))
-    readers = {number: partial(omniworld_depth, f) for number, f in depth.items()}
     wxyz = np.array(said["quats"], float)
     wxyz /= np.linalg.norm(wxyz, axis=1, keepdims=True)
     w2c = quaternions(np.concatenate([said["trans"], wxyz[:, [1, 2, 3, 0]]], 1))
     k = [np.broadcast_to(said[name], (len(w2c),)) for name in ("focals", "focals", "cx", "cy")]
-    kinds = dict(pose=splits[numbers_of([path])[0]][: len(w2c)], picture=pictures, depth=readers)
-    return assemble(kinds, Cameras(w2c, "w2c", np.stack(k, -1)), pixels=True, fps=24.0)
+    kinds = dict(pose=splits[numbers_of([path])[0]][: len(w2c)], picture=pictures, depth=depth)
+    how = dict(pixels=True, fps=24.0, read=omniworld_depth)
+    return assemble(kinds, Cameras(w2c, "w2c", np.stack(k, -1)), **how)
 
 
 def find_omniworld(src):
@@ -286,7 +278,7 @@ def open_named(pictures, cameras, *, axes, depth, unit):
     often = Counter(there.values())
     if twice := [n for n, path in there.items() if often[path] > 1]:
         raise ValueError(f"{pictures}: one picture for several of {some(twice)}; give each its own")
-    kinds = dict(pose=cameras.names, picture=there) | (dict(depth=depth) if depth else {})
+    kinds = dict(pose=cameras.names, picture=there, depth=depth or None)
     return assemble(kinds, cameras, unit=unit, axes=axes, turned=False)  # these tools ignore EXIF
 
 
@@ -298,13 +290,13 @@ def find_nerfstudio(src):
 
 def open_nerfstudio(key, wishes):
     path = key / "transforms.json" if key.is_dir() else key
-    src, said = path.parent, json.loads(path.read_bytes())
+    src, said = path.parent, files.read_json(path)
     words = ("depth_file_path", "depth_path")  # of nerfstudio, of instant-ngp
     told = {f["file_path"]: next(filter(None, map(f.get, words)), None) for f in said["frames"]}
     # A Blender scene says the field of view alone.
     pictures = Path(wishes.pictures or src)
     shown = filter(None, (picture_of(pictures, n) for n in told if "w" not in said))
-    size = next((recordings.size_of(f, False) for f in shown), None)
+    size = next((files.read_video(f, 1, False)[1][0] for f in shown), None)
     cameras = FORMATS["nerfstudio"].read(path, size)
     depth = {n: f for n, d in told.items() if d and (f := src / d.replace("\\", "/")).is_file()}
     counts = recordings.in_counts(depth.values())
@@ -379,19 +371,19 @@ def open_vipe(path, wishes):
     archive = src / "depth" / f"{path.stem}.zip"
     file = archive.is_file() and naming(archive, zipfile.ZipFile, archive)  # once: it lists all
     names = [n for n in file.namelist() if n.endswith(".exr")] if file else []
-    read = lambda name: read_raster(file.read(name))  # noqa: E731
-    maps = zip(numbers_of(names), [partial(naming, f"{archive}, {n}", read, n) for n in names])
-    frames = {n: n for n in range(files.count_frames(video))}
-    kinds = dict(picture=frames, pose=cameras.names) | ({"depth": dict(maps)} if names else {})
+    read = lambda n: naming(f"{archive}, {n}", lambda: read_raster(file.read(n)))  # noqa: E731
+    frames = {n: n for n in range(files.video_facts(video)[0])}
+    maps = dict(zip(numbers_of(names), names)) or None
+    kinds = dict(picture=frames, pose=cameras.names, depth=maps)
     if wishes.intrinsics or cameras.intrinsics is None:
         cameras = find_lens(cameras, src, cameras.size, wishes)[0]
-    return assemble(kinds, cameras, fps=cameras.fps or 30.0, video=video)
+    return assemble(kinds, cameras, fps=cameras.fps or 30.0, video=video, read=read)
 
 
-def naming(where, read, what):
-    """read(what), whose errors are laid to `where`."""
+def naming(where, read, *what):
+    """read(*what), whose errors are laid to `where`."""
     try:
-        return read(what)
+        return read(*what)
     except Exception as error:  # flipped bytes make zipfile raise almost any class
         raise files.damaged(where, error) from None
 
@@ -401,13 +393,15 @@ def find_vipe(src):
     return [f for f in poses if (src / "rgb" / f"{f.stem}.mp4").is_file()]
 
 
-def open_npz(names, path, wishes):
-    """One archive for everything; names: of pictures, depth, poses and intrinsics."""
+def open_npz(names, path, wishes, sure="", least=0.0):
+    """One archive for everything; names: of pictures, depth, poses and intrinsics; sure: of maps of
+    how sure the depth is, the least that is believed."""
     cameras = FORMATS["npz"].read(path)
     with np.load(path, allow_pickle=False) as f:
-        data = [f[name] for name in names[:2] if name in f.files]
-    *frames, maps = (x[0] if len(x) == 1 else x for x in data)  # a batch
-    frames = Path(wishes.pictures) if wishes.pictures else (*frames, np.zeros(0))[0]
+        data = {name: f[name] for name in (*names[:2], sure) if name in f.files}
+    data = {name: x[0] if len(x) == 1 else x for name, x in data.items()}  # a batch
+    maps, sure = data[names[1]], data.get(sure)
+    frames = Path(wishes.pictures) if wishes.pictures else data.get(names[0], np.zeros(0))
     floats = getattr(frames, "shape", ())[1:2] == (3,) and frames.dtype.kind == "f"
     if floats and abs(frames - 0.5).max() < 0.7:  # from 0 to 1, or, resized, a little beyond
         frames = (frames.clip(0, 1) * 255).round().astype(np.uint8).transpose(0, 2, 3, 1)
@@ -416,18 +410,20 @@ def open_npz(names, path, wishes):
         cure = "wanted uint8 (T, H, W, 3); give --pictures VIDEO or FOLDER"
         raise ValueError(f"{path}: {found}; {cure}")
     maps, count = maps[..., 0] if maps.ndim == 4 else maps, len(maps)
-    shown = files.count_frames(frames) if isinstance(frames, Path) else len(frames)
+    shown = files.video_facts(frames)[0] if isinstance(frames, Path) else len(frames)
     if not shown == count == len(cameras.matrices):
         raise ValueError(f"{path}: {shown} pictures, {count} depth maps; wanted one each")
-    maps = [partial(maps.__getitem__, n) for n in range(count)]
-    return Recording(list(range(count)), cameras, maps, video=frames)
+    numbers, read, notes = list(range(count)), maps.__getitem__, []
+    if sure is not None and (sure != sure.flat[0]).any():  # of one value everywhere: no opinion
+        read = lambda n: believed(maps[n], sure[n], least)  # noqa: E731
+        notes = [f"unsure depth is left out: {(sure < least).mean():.1%} below {least}"]
+    return Recording(numbers, cameras, numbers, read=read, video=frames, notes=notes)
 
 
 def holding(names, src):
     """Archives of a folder that hold arrays of these names."""
-    found, wanted = files.listed(src, (".npz",)), {f"{n}.npy" for n in names}
-    found = filter(zipfile.is_zipfile, found)
-    return [f for f in found if wanted <= set(zipfile.ZipFile(f).namelist())]
+    found = filter(zipfile.is_zipfile, files.listed(src, (".npz",)))
+    return [f for f in found if {f"{n}.npy" for n in names} <= set(zipfile.ZipFile(f).namelist())]
 
 
 def marked(*names):
@@ -444,8 +440,8 @@ class Layout:
         return self.find(src) if self.find else [src] * all(self.parts(src).values())
 
 
-def archive(*names):
-    return Layout(partial(open_npz, names), partial(holding, names[1:]))
+def archive(*names, **sure):
+    return Layout(partial(open_npz, names, **sure), partial(holding, names[1:]))
 
 
 LAYOUTS = dict(
@@ -455,9 +451,9 @@ LAYOUTS = dict(
     nerfstudio=Layout(open_nerfstudio, find_nerfstudio),
     colmap=Layout(open_colmap, lambda src: [src] * bool(models(src)), colmap_parts),
     vipe=Layout(open_vipe, find_vipe),
-    da3=archive("image", "depth", "extrinsics", "intrinsics"),  # Depth-Anything-3
+    da3=archive("image", "depth", "extrinsics", "intrinsics", sure="conf", least=1.05),
     megasam=archive("images", "depths", "cam_c2w", "intrinsic"),
-    vggt=archive("images", "depth", "extrinsic", "intrinsic"),
+    vggt=archive("images", "depth", "extrinsic", "intrinsic", sure="depth_conf", least=1.1),
     spatialtracker=archive("video", "depths", "extrinsics", "intrinsics"),  # V2
     re10k=Layout(open_re10k, find_re10k),
     **{name: Layout(kind.open, parts=kind.parts) for name, kind in FOLDERS.items()},

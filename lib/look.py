@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from geometry import normalize_scene
 from lib import pictures
-from lib.crop import Crop, focal_and_centre, fractions
+from lib.crop import focal_and_centre, fractions, stretched
 from lib.distributed import say
 from lib.export import Scene, measure, off_edges
 from lib.page import write_page
@@ -43,8 +43,8 @@ def true_scene(clip):
 def fitted(picture):
     """Resized to the height of a row, nearest."""
     h, w = picture.shape[:2]
-    cut = Crop((h, w), (HIGH, round(w * HIGH / h)))
-    return cut.maps(picture.transpose(2, 0, 1)).permute(1, 2, 0).numpy()
+    size = HIGH, round(w * HIGH / h)
+    return stretched(picture.transpose(2, 0, 1), size).permute(1, 2, 0).numpy()
 
 
 def worst_pair(raw, pair, folder):

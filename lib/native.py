@@ -17,7 +17,7 @@ import torch
 
 from geometry import quat_to_mat
 from lib.crop import focal_and_centre, fractions
-from lib.files import array_header, damaged, natural, read_video
+from lib.files import array_header, damaged, natural, read_json, read_video
 
 
 @dataclass(frozen=True)
@@ -131,8 +131,7 @@ def read_vipe(path, size=None):
     if model.is_file() and set(model.read_text("utf-8-sig").split()[1::2]) - {"PINHOLE"}:
         raise ValueError(f"{model}: wanted PINHOLE; undistort the video first")
     if size is None and video.is_file():
-        (first,), fps = read_video(video, 1)
-        size = first.shape[:2]
+        size, fps, _ = read_video(video, 1)[1]
     if lens.is_file():
         told = small_arrays(lens)
         k = dict(zip(told["inds"].tolist(), told["data"][:, :4]))
@@ -169,9 +168,9 @@ def read_rows(path):
         raise ValueError(f"{path}: {str(error).rstrip('.')}; wanted lines of numbers") from None
 
 
-def read_tum(path, size=None, matrices=None):
-    """Lines: time tx ty tz qx qy qz qw of camera-to-world; or without the time."""
-    rows, names = read_rows(path), None
+def read_tum(path, size=None, matrices=None, rows=None):
+    """Lines: time tx ty tz qx qy qz qw of camera-to-world; or without the time.  rows: if read."""
+    rows, names = read_rows(path) if rows is None else rows, None
     k = rows[:, 9:13] if size and rows.shape[1] > 12 else None  # poses alone want no size
     if Path(path).name == "odometry.csv":  # Stray Scanner's: time, frame, pose and, of late, lens
         rows, names = rows[:, 1:9], rows[:, 1].astype(int).tolist()
@@ -211,7 +210,7 @@ def read_log(path, size=None, matrices=None):
 
 def read_record3d(path, size=None, matrices=None):
     """Record3D's metadata.json: quaternion xyzw and t; fx fy cx cy a frame, or K by columns."""
-    said = json.loads(Path(path).read_bytes())
+    said = read_json(path)
     rows, size = np.roll(said["poses"], 3, 1), (said["h"], said["w"])
     k = said.get("perFrameIntrinsicCoeffs") or np.reshape(said["K"], (3, 3)).T
     k = lens_of(np.array(k), len(rows), size, path)

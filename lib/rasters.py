@@ -76,15 +76,21 @@ class Transparent(Exception):
     """Some of a picture is, which its first bytes did not say."""
 
 
-def rate_said(said, path, clear):
-    """Frames a second, or 0, by ffmpeg's messages; what comes out wrong is refused."""
+def told_by(said, path, clear):
+    """((H, W) upright, frames a second or 0, width of a pixel over its height (SAR); of pictures 1,
+    theirs is for printers) by ffmpeg's messages; what comes out wrong is refused."""
     if re.search(ALPHA, said) and not clear:
         raise Transparent
     for what, (sign, cure) in WRONG.items():
         if re.search(sign, said):
             raise ValueError(f"{path}: {what}. Convert it: ffmpeg {cure} OUT")
     fps = re.search(rb"Video: .*?\b([\d.]+)(k?) fps", said)
-    return float(fps[1]) * (1000 if fps[2] else 1) if fps else 0.0
+    fps = float(fps[1]) * (1000 if fps[2] else 1) if fps else 0.0
+    # The last stream is what comes out, upright.
+    *_, (w, h, sar) = re.findall(rb"^  Stream #0:0.* (\d+)x(\d+)(?: \[SAR (\d+:\d+))?", said, re.M)
+    wide, high = map(int, (sar or b"1:1").split(b":"))
+    video = not re.search(rb"^Input #0, \w+_pipe", said, re.M)
+    return (int(h), int(w)), fps, wide / high if video else 1.0
 
 
 def has_alpha(head):
@@ -206,8 +212,7 @@ def read_pfm(data):
 
 def read_pgm(data):
     """Binary grey, 8 or 16 bits (most significant byte first); comments are skipped."""
-    number = rb"(?:\s|#[^\n]*\n)+(\d+)"
-    match = re.match(rb"P5" + 3 * number + rb"\s", data[:4096])
+    match = re.match(rb"P5" + 3 * rb"(?:\s|#[^\n]*\n)+(\d+)" + rb"\s", data[:4096])
     if not match:
         raise ValueError("neither OpenEXR nor PFM nor a binary PGM")
     width, height, most = (int(match[n]) for n in (1, 2, 3))

@@ -1,7 +1,7 @@
 """A recording that was found but not read, and the pieces that its layout (lib/layouts.py) is read
 with: files in order, intrinsics of any kind, what belongs together."""
 
-import json
+import itertools
 import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from lib import camera_files, files
-from lib.crop import focal_and_centre, fractions
+from lib.crop import focal_and_centre, fractions, stretched
 from lib.native import Cameras, numbers_of, read_rows
 
 
@@ -19,7 +19,8 @@ class Recording:
 
     frames: list  # N pictures' paths; or numbers of a video's frames
     cameras: Cameras  # of N frames; intrinsics are fractions of the pictures
-    depth: list | None  # of N: an array's path, or () -> (h, w)
+    depth: list | None  # of N: arrays' paths, or what `read` takes
+    sure: list = ()  # of N: maps of how sure the depth is, or None for one
     unit: dict = field(default_factory=dict)  # depth_scale, depth_invalid, depth_max
     depth_lens: object = None  # (4,) fractions, where the depth camera is not the pictures'
     fps: float = 30.0
@@ -27,6 +28,8 @@ class Recording:
     notes: list = field(default_factory=list)  # sentences: what was left out or taken for granted
     turned: bool = True  # pictures as their EXIF says; the cameras may be of the pixels as they lie
     video: object = None  # a file or folder of pictures, or an array (T, H, W, 3)
+    read: object = None  # one of depth -> (h, w)
+    least: float = 0.0  # of their values that is believed
 
     def pictures(self):
         """uint8 (H, W, 3) of every frame."""
@@ -35,6 +38,20 @@ class Recording:
         wanted, file = set(self.frames), isinstance(self.video, Path)
         shown = enumerate(files.iterate_video(self.video) if file else self.video)
         return (frame for n, frame in shown if n in wanted)
+
+    def maps(self):
+        """Depth of every frame as its file has it, (h, w) but for sides of 1; 0 where unsure."""
+        raw = map(self.read, self.depth) if self.read else files.read_each(self.depth)
+        sure = files.read_each([*filter(None, self.sure)], mask=True)  # of 8 bits, too
+        for depth, path in itertools.zip_longest(raw, self.sure):
+            yield believed(depth, next(sure), self.least) if path else depth
+
+
+def believed(depth, sure, least):
+    """Depth (h, w), 0 where the map of its confidence is below the least that is believed."""
+    depth = np.squeeze(depth)
+    sure = stretched(np.squeeze(sure)[None], depth.shape)[0].numpy()
+    return np.where(sure >= least, depth, depth.dtype.type(0))
 
 
 # --- Pieces ---------------------------------------------------------------------------------------
@@ -55,11 +72,6 @@ def by_number(paths):
     return found
 
 
-def size_of(picture, turned=True):
-    """(H, W) of a picture or a video, as EXIF turns it or as it lies."""
-    return files.read_video(picture, 1, turned)[0].shape[1:3]
-
-
 def matrix_of(path):
     """A text of 3x3, 3x4 or 4x4 numbers, 9 a frame, or fx fy cx cy -> fx fy cx cy in pixels."""
     m = read_rows(path)
@@ -76,7 +88,7 @@ def lens_file(path, size):
     """(4,) fractions of pictures of a size (H, W), and what the file says of depth."""
     if path.suffix in (".txt", ".csv"):
         return fractions(matrix_of(path), size), {}
-    said = json.loads(path.read_bytes())
+    said = files.read_json(path)
     if "camera" in said:  # NICE-SLAM's Replica; the first pixel's centre is at 0
         c = said["camera"]
         pixels = c["fx"], c["fy"], c["cx"] + 0.5, c["cy"] + 0.5
@@ -105,8 +117,9 @@ def some(items, count=6):
 
 def assemble(kinds, cameras, notes=(), pixels=False, **how):
     """Recording of the frames that all kinds have, in the order of the first: picture, pose (frames
-    of the cameras), maybe depth and intrinsics.  pixels: intrinsics are pixels of the pictures."""
-    kinds = dict(kinds, pose={frame: row for row, frame in enumerate(kinds["pose"])})
+    of the cameras); depth, confidence, intrinsics or None.  pixels: those are of the pictures."""
+    kinds = {kind: items for kind, items in kinds.items() if items is not None}
+    kinds["pose"] = {frame: row for row, frame in enumerate(kinds["pose"])}
     notes, first = [*notes], next(iter(kinds.values()))
     for name, items in kinds.items():
         if lone := [i for i in first if i not in items]:
@@ -119,9 +132,10 @@ def assemble(kinds, cameras, notes=(), pixels=False, **how):
     found = {kind: [items[i] for i in ids] for kind, items in kinds.items()}
     cameras = pick(cameras, found["pose"])
     k = found.get("intrinsics", cameras.intrinsics)
-    k = fractions(k, size_of(found["picture"][0])) if pixels else k
+    k = fractions(k, files.read_video(found["picture"][0], 1)[1][0]) if pixels else k
     cameras = replace(cameras, intrinsics=k)
-    return Recording(found["picture"], cameras, found.get("depth"), notes=notes, **how)
+    maps = found.get("depth"), found.get("confidence", ())
+    return Recording(found["picture"], cameras, *maps, notes=notes, **how)
 
 
 def find_lens(cameras, src, size, wishes, known=None, looked=""):

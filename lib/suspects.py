@@ -262,8 +262,7 @@ def cures(views, before, suspicions):
     ratios = [error_ratio(s.errors, before, noise) for s in suspicions]
     shifts = [SHIFTS.get((s.name, s.detail), 0) for s in suspicions]
     by_shift = {**dict(zip(shifts, ratios)), 0: 1.0}
-    rows = zip(suspicions, left, ratios, shifts)
-    for rank, (s, now, ratio, shift) in enumerate(rows):
+    for rank, (s, now, ratio, shift) in enumerate(zip(suspicions, left, ratios, shifts)):
         cured = now < CURED[0] and s.agree > CURED[1]
         plain = ratio < 0.2 or was - now > 0.002 or valley(by_shift, shift)
         if cured and ratio < BETTER and plain:

@@ -14,9 +14,9 @@ import torch.nn.functional as F
 
 from geometry import compose, inv_se3, unproject, valid_depth
 from lib.camera_files import NO_ROTATION, check_plausible, off_rotation, read_table, rigid
-from lib.crop import Crop, pixel_matrix
+from lib.crop import pixel_matrix, stretched
 from lib.depth import depth_of_points, metres, unknown, why_relative
-from lib.files import count_arrays, count_frames, iterate_video, pixel_aspect, read_arrays
+from lib.files import count_arrays, iterate_video, read_arrays, video_facts
 from lib.listing import check_sample, check_sums
 from lib.native import Cameras
 from lib.report import Report, print_report
@@ -80,9 +80,16 @@ def check_jumps(report, w2c):
         report.add("rotations", "warn", said)
 
 
-def check_depth(report, depth):
-    """Range and valid share of depth (T, H, W) -> float64, 0 = invalid; None where all is."""
-    valid = np.isfinite(depth) & (depth > 0)
+def check_depth(report, raw, unit):
+    """Unit, range and valid share of a file's depth (T, H, W) -> float64 metres, 0 = invalid; None
+    where all is, or none has a unit."""
+    check_largest(report, raw, unit)
+    try:
+        depth = metres(raw, unit, "its files")
+    except ValueError as error:
+        report.add("depth", "fail", str(error))
+        return None
+    valid = depth > 0
     share = valid.mean()
     report.numbers.update(valid=float(share))
     if share == 0 or not valid[0].any():
@@ -91,10 +98,10 @@ def check_depth(report, depth):
         return None
     low, middle, high = (float(x) for x in np.quantile(depth[valid][::17], (0.02, 0.5, 0.98)))
     report.numbers.update(depth_low=low, depth_median=middle, depth_high=high)
-    metres = 0.02 < middle < LARGE
-    said = f"{low:.4g} to {high:.4g}, {share:.0%} valid" + ("" if metres else ": metres?")
-    report.add("depth", "ok" if share > 0.5 and metres else "warn", said)
-    return torch.from_numpy(np.where(valid, depth, 0).astype(np.float64))
+    usual = 0.02 < middle < LARGE
+    said = f"{low:.4g} to {high:.4g}, {share:.0%} valid" + ("" if usual else ": metres?")
+    report.add("depth", "ok" if share > 0.5 and usual else "warn", said)
+    return torch.from_numpy(depth.astype(np.float64))
 
 
 def check_points(report, points, depth, w2c, K, level):
@@ -125,7 +132,7 @@ def check_points(report, points, depth, w2c, K, level):
 
 def leave_out(report, depth, moving):
     """Depth without what moves by itself, whose place cameras alone do not explain."""
-    moving = Crop(depth.shape[1:], depth.shape[1:]).maps(moving) > 0  # of any aspect: whole
+    moving = stretched(moving, depth.shape[1:]) > 0
     share = moving.double().mean().item()
     report.numbers.update(moving=share)
     said = f"{share:.1%} of the pixels are left out of the views"
@@ -179,8 +186,7 @@ def check_views(report, views, level):
     for (t, _), b in zip(views.pairs[-2:], B[-2:].tolist()):
         if b > 10 * most + 1e-3 and not bad:
             said = f"frame {t} disagrees with its neighbour by {b:.1e}, the others by {most:.1e}"
-            cause = "is its pose a repetition, shifted by one frame?"
-            report.add("views", "fail", f"{said}: {cause}")
+            report.add("views", "fail", f"{said}: is its pose a repetition, shifted by one frame?")
 
 
 def check_photo(report, views, rgb, level):
@@ -264,8 +270,7 @@ def inspect(raw, level="data"):
         else:
             report.add("views", "skip", "relative depth: not checkable")
         return report
-    depth = metric_depth(report, raw)
-    depth = None if depth is None else check_depth(report, depth)
+    depth = check_depth(report, raw["depth"], raw["unit"])
     if depth is None:
         return report
     if "points" in raw:
@@ -289,15 +294,6 @@ def sparse(report, depth):
         said = f"{valid.double().mean():.1%} of the pixels hold depth, scattered: not checkable"
         report.add("views", "skip", said)
     return share < 0.3
-
-
-def metric_depth(report, raw):
-    """Depth (n, H, W) in metres, or None with the reason in the report."""
-    check_largest(report, raw["depth"], raw["unit"])
-    try:
-        return metres(raw["depth"], raw["unit"], "its files")
-    except ValueError as error:
-        report.add("depth", "fail", str(error))
 
 
 def check_largest(report, depth, unit):
@@ -328,15 +324,13 @@ def load_raw(sample):
     if not (sample["depth"] or sample["points"]):
         raise ValueError("neither depth nor points")
     table, arrays = read_table(sample["camera"], pixels=True), ("depth", "points", "moving")
-    counts = dict(rgb=count_frames(sample["video"]), table=len(table))  # damage anywhere is named
+    count, size, _, pixel = video_facts(sample["video"])  # damage anywhere is named
+    counts = dict(rgb=count, table=len(table))
     counts |= {k: count_arrays(sample[k], k == "moving") for k in arrays if sample[k]}
     n = min(counts.values())
     _, ids, photo = looked_at(n) if n >= 5 else ([], list(range(n)), list(range(n)))
-    rgb, size, wanted = {}, None, set(photo)
-    for t, frame in enumerate(iterate_video(sample["video"], n)):
-        size = size or frame.shape[:2]
-        if t in wanted:
-            rgb[t] = smaller(frame)
+    shown, wanted = enumerate(iterate_video(sample["video"], n)), set(photo)
+    rgb = {t: smaller(frame) for t, frame in shown if t in wanted}
     read = partial(read_arrays, limit=LOOKED_AT)
     found = {k: read(sample[k], ids, mask=k == "moving") for k in arrays if sample[k]}
     if not sample["depth"]:
@@ -348,7 +342,7 @@ def load_raw(sample):
         raise ValueError(f"{sample['depth']}: {what}; wanted z-depth (T, H, W)")
     told = dict(id=sample["id"], unit=sample["unit"], counts=counts, table=table, rgb=rgb)
     told["relative"] = why_relative(sample["depth"]) if sample["depth"] else None
-    return dict(told, **found, size=size, pixel=pixel_aspect(sample["video"]))
+    return dict(told, **found, size=size, pixel=pixel)
 
 
 def smaller(frame):

@@ -119,8 +119,8 @@ for part in ("npz", "png"):
 # --- Videos ---------------------------------------------------------------------------------------
 def video(change):
     def damage(place, rng):
-        frames, fps = read_video(place.video)
-        write_video(place.video, change(frames), fps)
+        frames, told = read_video(place.video)
+        write_video(place.video, change(frames), told[1])
 
     return "npy", damage
 

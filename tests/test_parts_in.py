@@ -1,6 +1,7 @@
 """Parts of a recording that belong together, one of which is missing, damaged or unsure."""
 
 import shutil
+import subprocess
 import zipfile
 
 import numpy as np
@@ -12,19 +13,25 @@ from recordings import (
     clip,
     colmap,
     cut3r,
+    da3,
     monst3r,
     nerfstudio,
     polycam,
     re10k,
+    record3d,
     redwood,
     stray,
+    tartanair,
+    vggt,
     vipe,
+    wildrgbd,
 )
 from test_videos_in import run
 
 from data import load_clip, load_samples
 from lib import importers
 from lib.pictures import write_png
+from lib.verify import load_raw
 
 C = clip()
 
@@ -82,6 +89,83 @@ def test_depth_of_low_confidence_is_unknown(src, capsys, write):
     assert "unsure depth is left out" in said
     assert (made["depth"][:, :6] == 0).all()
     np.testing.assert_allclose(made["depth"][:, 6:], C["mm"][:5, 6:] / 1000, rtol=1e-6)
+
+
+@pytest.mark.parametrize("write, name, least", [(da3, "conf", 1.05), (vggt, "depth_conf", 1.1)])
+def test_depth_of_low_confidence_in_an_archive_is_unknown(src, capsys, write, name, least):
+    """1 + e^x; what Depth-Anything-3 rounds to two digits may be at its limit."""
+    write(src, C)
+    path = next(src.glob("*.npz"))
+    with np.load(path, allow_pickle=True) as found:
+        arrays = dict(found)
+    sure = np.full((1, T, H, W), 7.0, np.float32)  # a batch
+    sure[..., :3, :], sure[..., 3:6, :] = least - 0.01, least
+    np.savez(path, **arrays | {name: sure})
+    said, made = imported(src, capsys)
+    assert f"unsure depth is left out: {3 / H:.1%} below {least}" in said
+    assert (made["depth"][:, :3] == 0).all()
+    np.testing.assert_allclose(made["depth"][:, 3:], C["mm"][:5, 3:] / 1000, rtol=1e-6)
+    np.savez(path, **arrays | {name: np.ones_like(sure)})  # of a network that has no opinion
+    shutil.rmtree(src.parent / "out")
+    said, made = imported(src, capsys)
+    assert "unsure" not in said and (made["depth"] > 0).all()
+
+
+def test_confidence_beside_depth_of_four_bytes_a_pixel(src, capsys):
+    """TartanAir V2's PNGs.  Seen: "argument should be a str or an os.PathLike object"."""
+    tartanair(src, C)
+    (src / "confidence").mkdir()
+    for t, path in enumerate(sorted((src / "depth_left").iterdir())):
+        raw = np.load(path).astype("<f4").tobytes()
+        path.unlink()
+        how = ["-f", "rawvideo", "-pix_fmt", "bgra", "-s", f"{W}x{H}", "-i", src / "raw"]
+        (src / "raw").write_bytes(raw)
+        run(*how, "-pix_fmt", "rgba", path.with_suffix(".png"))
+        sure = np.full((H, W), 2.0)
+        sure[:6] = 0
+        np.save(src / f"confidence/{t:06d}.npy", sure)
+    _, made = imported(src, capsys)
+    assert (made["depth"][:, :6] == 0).all()
+    np.testing.assert_allclose(made["depth"][:, 6:], C["mm"][:5, 6:] / 1000, rtol=1e-6)
+
+
+def test_a_recording_starts_ffmpeg_once_for_each_of_its_parts(src, capsys, monkeypatch):
+    """Seen: three times for the video before its frames, and twice for every frame."""
+    stray(src, C)
+    begun, popen = [], subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", lambda *a, **k: begun.append(a) or popen(*a, **k))
+    importers.run(src, src.parent / "out")
+    assert len(begun) == 4  # the video's facts, its frames, depth, confidence
+    begun.clear()
+    load_raw(load_samples(src.parent / "out")[0])
+    assert len(begun) == 2  # the video's facts, its frames
+
+
+def test_a_cut_archive_is_named(src, capsys):
+    """Seen: "wanted a recording of a known layout"."""
+    for folder, write in (("a", da3), ("b", vggt)):
+        (src / folder).mkdir()
+        write(src / folder, C)
+    cut, other = src / "a/results.npz", src / "b/predictions.npz"
+    cut.write_bytes(cut.read_bytes()[:-100])
+    said = f"{cut}: cut short. Copy it again"
+    assert importers.run(src, src.parent / "out") == (["b_predictions"], 0)
+    assert f"left out: {said}" in capsys.readouterr().out
+    other.unlink()
+    with pytest.raises(ValueError, match=said):
+        importers.find(src)
+
+
+JSONS = [(nerfstudio, "transforms.json"), (redwood, "camera_intrinsic.json")]
+
+
+@pytest.mark.parametrize("write, name", [*JSONS, (wildrgbd, "metadata"), (record3d, "metadata")])
+def test_a_cut_json_is_named(src, capsys, write, name):
+    """Seen: the recording's folder, and "Expecting ',' delimiter"."""
+    write(src, C)
+    path = next(src.rglob(f"{name}*"))
+    path.write_bytes(path.read_bytes()[:-20])
+    assert f"{path}: not valid JSON: " in imported(src, capsys)[0]
 
 
 @pytest.mark.parametrize("part", ["images", "cameras"])

@@ -74,7 +74,7 @@ def test_lines_of_two_moments_and_hidden_colours_are_refused_or_cured(tmp_path, 
 def test_sound_alone_is_called_so(tmp_path, name, words):
     """Seen: "Failed to set value '0:V:0' for option 'map'"."""
     run("-f", "lavfi", "-i", "sine=duration=0.2", tmp_path / name)
-    for read in (files.read_video, files.count_frames):
+    for read in (files.read_video, files.video_facts):
         with pytest.raises(ValueError, match=f"{name}: not a readable video or picture: .*{words}"):
             read(tmp_path / name)
 
@@ -90,7 +90,7 @@ def test_an_attached_cover_is_not_the_video(tmp_path):
     cover = ["-c:v:1", "libx264", "-disposition:v:0", "attached_pic"]
     run(*CLIP, *streams, *cover, tmp_path / "song.mp4")
     assert files.read_video(tmp_path / "song.mp4")[0].shape == (6, 96, 160, 3)
-    assert files.count_frames(tmp_path / "song.mp4") == 6
+    assert files.video_facts(tmp_path / "song.mp4")[0] == 6
 
 
 def test_a_disk_that_cannot_flush_a_folder_keeps_the_file(tmp_path, monkeypatch):
@@ -162,7 +162,7 @@ def test_an_ffmpeg_that_is_too_old_is_named_and_no_file_is_blamed(tmp_path, monk
     old.write_text("#!/bin/sh\necho \"Unrecognized option 'fps_mode'.\" >&2\nexit 1\n")
     old.chmod(0o755)
     monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(old))
-    for read in (files.read_video, files.count_frames):
+    for read in (files.read_video, files.video_facts):
         with pytest.raises(OSError, match=f"^{old}: older than ffmpeg 5.1. Fix: pip install -U"):
             read(files.Path(__file__).parents[1] / "examples/room.jpg")
 
@@ -175,10 +175,10 @@ def test_pixels_that_are_not_square_are_shown_as_players_show_them(tmp_path):
     run("-display_rotation", "90", "-i", tmp_path / "narrow.mp4", "-c", "copy", tmp_path / "up.mp4")
     seen = [load_image(tmp_path / f"{name}.mp4", 48, 80)[0] for name in ("narrow", "square")]
     assert (seen[0] - seen[1]).abs().mean() < 0.03
-    assert files.pixel_aspect(tmp_path / "up.mp4") == pytest.approx(3 / 4)
-    assert files.pixel_aspect(tmp_path / "square.mp4") == 1
+    assert files.read_video(tmp_path / "up.mp4", 1)[1][2] == pytest.approx(3 / 4)
+    assert files.read_video(tmp_path / "square.mp4", 1)[1][2] == 1
     run(*CLIP, "-vf", "setsar=2", "-frames:v", "1", tmp_path / "print.jpg")  # dots an inch
-    assert files.pixel_aspect(tmp_path / "print.jpg") == 1
+    assert files.read_video(tmp_path / "print.jpg")[1][2] == 1
 
 
 def test_verify_asks_whether_cameras_are_of_pixels_that_are_not_square(tmp_path, capsys):
