@@ -40,7 +40,7 @@ except ModuleNotFoundError as error:
 
 section_8 = section("this page")
 ckpt = option("tiny/fantasyworld.safetensors", "checkpoint of stage 1 or 2, or a model.pth")
-out = option("outputs/app", "folder of worlds and uploads")
+out = option("outputs/app", "folder of worlds and uploads", low=1)
 host = option("127.0.0.1", "address to listen at; 0.0.0.0: open to all who reach this machine")
 port = option(7860, "of the page", low=1, high=65535)
 keep = option(20, "worlds that are kept, the newest", low=1)

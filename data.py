@@ -581,7 +581,7 @@ def make_parser():
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
     p = commands.add_parser("synth", help="render a dataset")
-    p.add_argument("out", metavar="DIR", help="folder of the dataset, a new one")
+    p.add_argument("root", metavar="DIR", help="folder of the dataset, a new one")
     p.add_argument("--variety", choices=VARIETY, default="full", help="of rooms (default full)")
     p.add_argument("--num", type=int, required=True, help="training clips; needed")
     p.add_argument("--val", type=int, default=0, help="validation clips, other rooms (default 0)")
@@ -624,10 +624,13 @@ def make_parser():
 def command():
     given = vars(make_parser().parse_args())  # bash leaves the ~ of --wan_dir=~/wan to us
     args = {k: os.path.expanduser(v) if isinstance(v, str) else v for k, v in given.items()}
+    if empty := [key for key, value in args.items() if value == "" and key != "prompt"]:
+        told = dict(root="DIR", src="SRC", source="IN", target="OUT").get(empty[0], f"--{empty[0]}")
+        raise ValueError(f"{told} is empty; wanted a path or a name")
     name = args.pop("command")
     failed = 0  # clips, of those commands that go on without them
     if name == "synth":
-        synth(args.pop("out"), workers=args.pop("workers"), recipe=Recipe(**args))
+        synth(args.pop("root"), workers=args.pop("workers"), recipe=Recipe(**args))
     elif name == "encode":
         size = (args.pop("root"), args.pop("height"), args.pop("width"), args.pop("num_frames"))
         failed = encode(*size, Encoding(**args))

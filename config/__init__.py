@@ -29,7 +29,7 @@ class Option:
 
     default: object
     help: str
-    low: float = -inf  # smallest allowed number
+    low: float = -inf  # smallest allowed number, or length of a text
     high: float = inf  # largest allowed number
     above: float = -inf  # every number must be larger
     off: object = None  # beside the range: the value that turns it off
@@ -44,7 +44,7 @@ class Option:
     def range(self):
         """The allowed values in words, "" for any."""
         words = [f"above {self.above:g}"] if self.above > -inf else []
-        words += [f"at least {self.low:g}"] if self.low > -inf else []
+        words += [f"at least {self.low:g}" + " letter" * (self.type is str)] * (self.low > -inf)
         words += [f"at most {self.high:g}"] if self.high < inf else []
         words += [f"{self.off!r}: off"] if self.off is not None else []
         return ", ".join(map(str, self.choices or words))
@@ -54,7 +54,7 @@ class Option:
         if self.choices or value == self.off:
             return value == self.off or value in self.choices
         if self.type in (str, bool, dict):
-            return True
+            return self.type is not str or len(value) >= self.low
         return all(map(self.holds, value if self.type is tuple else (value,)))
 
     def holds(self, n):

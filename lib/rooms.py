@@ -231,8 +231,7 @@ def shade(scene, material, points, normals):
     points, normals = points.astype(np.float32), normals.astype(np.float32)
     q = (points + s["offset"][material].T) * s["frequency"][material]
     bend = np.sin(s["warp"][0] @ q + s["phase"][:, None])
-    warped = 2 * (s["warp"][1, 0] @ q) + 2.4 * (s["warp"][1, 1] @ bend)
-    mix = 0.5 + 0.5 * np.sin(warped)
+    mix = 0.5 + 0.5 * np.sin(2 * (s["warp"][1, 0] @ q) + 2.4 * (s["warp"][1, 1] @ bend))
     floor = material == 3
     tiles = np.tanh(3 * np.sin(q[0, floor]) * np.sin(q[2, floor]))
     mix[floor] = 0.2 * mix[floor] + 0.4 + 0.4 * tiles
@@ -400,6 +399,7 @@ def synth(out, recipe, workers=0):
             raise ValueError(f"{out}: holds another dataset; choose a new folder or delete it")
         print(f"{out}: already rendered")
         return
+    (out / ("cache" if recipe.cache_only else "train_000000")).mkdir(parents=True, exist_ok=True)
     jobs = [(out, recipe, clip) for clip in recipe.clips()]
     os.environ |= dict(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")  # read by workers' numpy
     show = functools.partial(tqdm, total=len(jobs), desc="render", unit="clip")

@@ -312,7 +312,7 @@ def export_release(checkpoint, out):
 
 
 def command():
-    if len(sys.argv) != 4 or sys.argv[1] != "export":
+    if len(sys.argv) != 4 or sys.argv[1] != "export" or not all(sys.argv):
         raise ValueError(f"wanted python -m lib.weights export CKPT OUT, got {sys.argv[1:]}")
     print(export_release(*sys.argv[2:]))
 

@@ -74,3 +74,29 @@ def test_run_command_turns_a_missing_package_into_its_cure():
     ended = subprocess.run(line, cwd=ROOT, env=ENV, capture_output=True, text=True)
     assert ended.returncode == 2 and ended.stderr.count("\n") == 1
     assert "pip install -r requirements.txt" in ended.stderr
+
+
+def test_a_dataset_that_cannot_be_written_is_refused_before_a_clip_is_rendered():
+    """Seen: after the first of them, which takes minutes."""
+    size = "--num 1 --num_frames 5 --height 32 --width 48 --workers 0".split()
+    for out in ("/proc/x", "/proc"):
+        code, text = command_here("data.py", "synth", out, *size)
+        assert code == 2 and "render" not in text and out in text, text
+
+
+EMPTY = {  # what is said: arguments
+    "data.py: DIR is empty": ["verify", ""],
+    "data.py: SRC is empty": ["import", "", "x"],
+    "data.py: OUT is empty": ["cameras", "x.txt", ""],
+    "data.py: --out is empty": ["view", "x", "--out="],
+    "data.py: --wan_dir is empty": "encode x --wan_dir= --height 32 --width 32".split(),
+    "sample.py: command line: out = '', wanted at least 1 letter": ["--out="],
+    "train.py: command line: out_dir = '', wanted at least 1 letter": ["--out_dir="],
+}
+
+
+@pytest.mark.parametrize("said", EMPTY)
+def test_a_path_that_is_empty_is_not_the_current_folder(said):
+    more = ["--num_frames", "5"] if "wan_dir" in said else []
+    code, text = command_here(said.partition(":")[0], *EMPTY[said], *more)
+    assert code == 2 and text.strip().startswith(said), text
