@@ -45,8 +45,7 @@ def save_clip(path, clip, vae, pad, conditions, metadata):
     video = clip["video"][None]
     latents = vae.encode(video)
     start = latents[:, :, :1]  # of frame 0 alone: the VAE is causal
-    if pad:
-        start = encode_start(vae, video[:, :, :1], video.shape[2], pad)
+    start = encode_start(vae, video[:, :, :1], video.shape[2], pad) if pad else start
     half = dict(conditions, latents=latents[0], start_latents=start[0])
     if metadata.get("end_image"):
         half["end_latents"] = encode_start(vae, video[:, :, [0, -1]], video.shape[2], pad)[0]

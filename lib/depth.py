@@ -100,7 +100,8 @@ def metres(raw, unit, path):
 
     Raises ValueError for integers without a scale and for depth beyond FAR."""
     if raw.dtype.kind != "f" and unit.scale is None:
-        cure = "add depth_scale (metres per count) in metadata.json, or --scene_scale FILE*0.001"
+        alone = ", or --scene_scale FILE*0.001" if unit is METRES else ""  # no metadata tells of it
+        cure = f"add depth_scale (metres per count) in metadata.json{alone}"
         raise ValueError(f"{path}: {raw.dtype} depth without a unit; {cure}")
     known = ~unknown(raw, unit)
     far = float(raw[known].max(initial=0)) * float(unit.scale or 1)

@@ -72,8 +72,7 @@ def check_lines(path):
     """A text file of a camera path: its last line has an end, or numbers at its end may be lost."""
     check_file(path, MAX_CAMERAS)
     if Path(path).read_bytes()[-1] not in b"\r\n":
-        cure = "Add a line break if it is whole"
-        raise ValueError(f"{path}: the last line has no end: cut short? {cure}")
+        raise ValueError(f"{path}: the last line has no end: cut short? Else add a line break")
 
 
 def unique_keys(pairs):

@@ -118,8 +118,7 @@ def frames_of(rec, size, folder, K):
         if lies_over(frame, k):
             found = "picture {0} is {2}x{1}, its camera {1}x{2}".format(n, *frame.shape)
             raise ValueError(f"{found}. Fix: save the pictures upright and label them again")
-        if lens:
-            frame = undistortion(k, lens).picture(frame)
+        frame = undistortion(k, lens).picture(frame) if lens else frame
         h, w = frame.shape[:2]
         size = size or (h - h % 2, w - w % 2)  # as H.264 wants
         cut = Crop((h, w), size)
@@ -141,13 +140,9 @@ def write_depth(path, raw, k, *, own, lens, cut):
             return shutil.copyfile(raw, path.with_suffix(raw.suffix.lower()))
         raw = files.read_array(raw)
     raw = np.squeeze(raw)  # networks leave a side of 1 of their channel
-    if own is not None:  # another camera at the same place: its pixels under the pictures'
-        raw = under(raw, own, k)
-    if lens:
-        raw = undistortion(k, lens).map(raw)
-    if cut:
-        raw = cut.maps(raw[None])[0].numpy()
-    np.save(path, raw)
+    raw = raw if own is None else under(raw, own, k)  # of another camera at the same place
+    raw = undistortion(k, lens).map(raw) if lens else raw
+    np.save(path, cut.maps(raw[None])[0].numpy() if cut else raw)
 
 
 def under(raw, own, k):
@@ -204,7 +199,7 @@ def run(src, out, form=None, **wishes):
     src, out, options = Path(src), Path(out), argparse.ArgumentParser()
     add_wishes(options)
     wishes = options.parse_args([], argparse.Namespace(**wishes))  # defaults where none is told
-    found, names, failed = find(src, form), [], 0
+    found, names = find(src, form), []
     check_wishes(wishes, found, src, out)
     out.mkdir(parents=True, exist_ok=True)
     taken = set()  # by recordings of SRC: 2024-05 and 2024 05 would be one
@@ -220,9 +215,9 @@ def run(src, out, form=None, **wishes):
         if before and before.get("imported") != made:
             cure = "choose another DIR, or delete it there"
             raise ValueError(f"{out}: holds another sample {name!r}; {cure}")
-        names.append(name)
         if before:
             say(f"{name}: already imported")
+            names.append(name)
             continue
         if os.path.lexists(out / name) and not (out / name / MARK).exists():  # somebody's
             cure = "choose another --name or DIR, or delete it"
@@ -239,9 +234,8 @@ def run(src, out, form=None, **wishes):
             problem = error if str(src) in str(error) else files.damaged(key, error, "{}")
             say(f"skipped {name} ({kind}): {problem}")
             shutil.rmtree(part)
-            names.pop()
-            failed += 1
             continue
+        names.append(name)
         (part / MARK).touch()
         shutil.rmtree(out / name, ignore_errors=True)  # of an import killed before its entry
         os.replace(part, out / name)
@@ -253,7 +247,7 @@ def run(src, out, form=None, **wishes):
         (out / name / MARK).unlink()
         without = [] if rec.depth else ["no depth: label the video before it can be trained on"]
         say("; ".join([f"{name} ({kind})", *rec.notes, *without]))
-    return names, failed
+    return names, len(found) - len(names)
 
 
 def add_arguments(parser):

@@ -91,8 +91,7 @@ def lens_of(k, frames, size, path):
     if k is None:
         return None
     k = k[0] if k.ndim == 4 else k  # a batch of one clip
-    if k.shape[-2:] == (3, 3):
-        k = focal_and_centre(k)
+    k = focal_and_centre(k) if k.shape[-2:] == (3, 3) else k
     if k.shape not in ((4,), (1, 4), (frames, 4)):
         raise ValueError(f"{path}: intrinsics of shape {k.shape} for {frames} cameras")
     k = np.broadcast_to(k, (frames, 4)).astype(float)

@@ -19,8 +19,8 @@ READERS = {
     b"\xff\xd8\xff": "jpeg_pipe",
     b"\x89PNG\r\n": "png_pipe",
     b"BM": "bmp_pipe",
-    b"II*\0": "tiff_pipe",
-    b"MM\0*": "tiff_pipe",
+    b"II*\0": "tiff_pipe -err_detect crccheck",  # a tag that ffmpeg does not know is no damage
+    b"MM\0*": "tiff_pipe -err_detect crccheck",
 }
 # Not a still of 3 colours and 8 bits that ffmpeg reads whole.
 # fmt: off
@@ -68,8 +68,7 @@ def reader_of(path, head):
     if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
         return ["-f", "webp_pipe"]
     found = [name for magic, name in READERS.items() if head.startswith(magic)]
-    whole = ["-err_detect", "crccheck"]  # TIFF: a tag that ffmpeg does not know is no damage
-    return ["-f", found[0], *(whole if found[0] == "tiff_pipe" else [])] if found else []
+    return ["-f", *found[0].split()] if found else []
 
 
 class Transparent(Exception):

@@ -37,6 +37,7 @@ HINTS = {
     "c2w in permuted axes": "invert every matrix, then reorder and negate its rows as given",
     "left-handed axes": "mirrored (Unity, Unreal): negate row 2 and then column 2 of every w2c",
     "quaternion order": "the quaternion's w, first in the file, was read as last, or the reverse",
+    "depth flipped": "the cameras and pictures fit depth that is flipped as given: flip every map",
     "focal length off": "multiply fx and fy by the factor given (of which size are they pixels?)",
     "affine depth": "depth is a z + b: subtract the b given from it, then check its scale",
     "relative inverse depth": "of a / z + b, subtract the b given, store 1 / d, check its scale",
@@ -48,6 +49,7 @@ HINTS = {
 SHIFTS = {("poses one frame late", ""): 1, ("poses one frame early", ""): -1}
 SHIFTS |= {("poses several frames late", f"by {n}"): n for n in (2, 3)}
 SHIFTS |= {("poses several frames early", f"by {n}"): -n for n in (2, 3)}
+FLIPS = {"top to bottom": (-2,), "left to right": (-1,), "by half a turn": (-2, -1)}
 BETTER = 0.65  # a suspect must cut the typical disagreement of a pair to this share
 CURED = 0.03, 0.6  # and leave views that agree: typical disagreement, share within 2 %
 EXPLAINED = 0.02  # share of the disagreement: what leaves no more explains it all
@@ -174,6 +176,9 @@ def judged(name, detail, w2c, g, free=False):
 def undo(views):
     """Suspicions of the mistakes that leave nothing to fit, but for a scale."""
     g = views.gather()
+    for words, sides in FLIPS.items():  # to depth alone, mirrored cameras do the same
+        flipped = replace(views, depth=views.depth.flip(sides))
+        yield judged("depth flipped", words, views.w2c, flipped.gather())
     yield from (judged(*rest, g) for rest in cameras_undone(views.w2c))
     ray = pixel_rays(views.K, views.depth.shape[-2:]).norm(dim=-1)
     z_depth = replace(views, depth=views.depth / ray)
@@ -212,15 +217,16 @@ def undo_fitted(views):
         yield replace(one, errors=one.errors * diluted)
 
 
-def find_suspect(views):
-    """The mistake whose undoing makes the views agree: name or None, ratio of errors, detail."""
+def find_suspect(views, fits=lambda views: False):
+    """The mistake whose undoing makes the views agree: name or None, ratio of errors, detail.
+    fits: whether pictures agree with views."""
     inner = replace(views, pairs=views.pairs[:-2] or views.pairs)
     before = per_pair(disagreement(inner.gather(), inner.w2c))
     was, suspicions = typical(inner.pairs, before), list(undo(inner))
-    found = cures(inner, before, suspicions)
+    found = cures(inner, before, suspicions, fits)
     if was > 0.002 and inner.coarse().depth.any() and not (found and min(found)[0] < EXPLAINED):
         suspicions += undo_fitted(inner)
-        found = cures(inner, before, suspicions)
+        found = cures(inner, before, suspicions, fits)
     if not found:
         return None, 1.0, ""
     # A tie goes to the commoner mistake: without travel, swapped and transposed are the same.
@@ -254,18 +260,19 @@ def valley(ratios, n):
     return n != 0 and None not in sides and min(sides) > 1.15 * ratios[n]
 
 
-def cures(views, before, suspicions):
+def cures(views, before, suspicions, fits):
     """(ratio, rank, name, detail, true ratio, errors left) of those that cure."""
     was, found = typical(views.pairs, before), []
     left = [typical(views.pairs, s.errors) for s in suspicions]
     noise = min(max(min([was, *left]), NOISE[0]), NOISE[1])
     ratios = [error_ratio(s.errors, before, noise) for s in suspicions]
     shifts = [SHIFTS.get((s.name, s.detail), 0) for s in suspicions]
+    seen = lambda words: fits(replace(views, depth=views.depth.flip(FLIPS[words])))  # noqa: E731
     by_shift = {**dict(zip(shifts, ratios)), 0: 1.0}
     for rank, (s, now, ratio, shift) in enumerate(zip(suspicions, left, ratios, shifts)):
         cured = now < CURED[0] and s.agree > CURED[1]
         plain = ratio < 0.2 or was - now > 0.002 or valley(by_shift, shift)
-        if cured and ratio < BETTER and plain:
+        if cured and ratio < BETTER and plain and (s.name != "depth flipped" or seen(s.detail)):
             penalty = 1.5 if s.free else 1.0
             found.append((ratio * penalty, rank, s.name, s.detail, ratio, now))
     return found

@@ -20,7 +20,7 @@ from lib.files import count_arrays, iterate_video, read_arrays, video_facts
 from lib.listing import check_sample, check_sums
 from lib.native import Cameras
 from lib.report import Report, print_report
-from lib.suspects import find_suspect
+from lib.suspects import FLIPS, find_suspect
 from lib.views import Views, agreement, disagreement, frame_pairs, per_pair, thinned, typical, warp
 
 RELATIVE, AGREE = dict(data=0.03, exact=1e-4), dict(data=0.6, exact=0.8)
@@ -136,14 +136,14 @@ def leave_out(report, depth, moving):
     share = moving.double().mean().item()
     report.numbers.update(moving=share)
     said = f"{share:.1%} of the pixels are left out of the views"
-    if share >= 0.7:
-        said += ": is the mask inverted?  True marks what moves"
+    said += ": is the mask inverted?  True marks what moves" if share >= 0.7 else ""
     report.add("moving", "ok" if share < 0.7 else "warn", said)
     return torch.where(moving, 0, depth)
 
 
-def check_views(report, views, level):
-    """Cross-view reprojection; where views disagree, the usual suspects."""
+def check_views(report, views, rgb, level):
+    """Cross-view reprojection; where views disagree, the usual suspects.  rgb: of check_photo."""
+    fits = lambda other: check_photo(Report(""), other, rgb, level).status == "ok"  # noqa: E731
     g = views.gather()
     error = disagreement(g, views.w2c)
     flow, parallax = views.motion_in_pixels(g)
@@ -153,7 +153,7 @@ def check_views(report, views, level):
     report.numbers.update(relative=was, shared=shared, agree=agree)
     report.numbers.update(motion_px=flow, parallax_px=parallax)
     report.worst = views.pairs[int(B[:-2].nan_to_num(-1).argmax())]
-    name, better, detail = find_suspect(views)
+    name, better, detail = find_suspect(views, fits)
     middle = report.numbers["depth_median"]
     if not name and middle > LARGE and parallax < 0.5:
         report.suspect("views", "depth in millimetres", f"median {middle:.0f}")
@@ -191,7 +191,7 @@ def check_views(report, views, level):
 
 def check_photo(report, views, rgb, level):
     """Colours must agree where depth does; rgb: frame -> uint8 (H, W, 3), of neighbours too."""
-    g = views.gather()
+    g = views.of(photo_pairs(views.pairs)).gather()
     error, size, how = disagreement(g, views.w2c), tuple(g["size"]), dict(mode="bilinear")
     small = {}
     for t, frame in rgb.items():
@@ -199,8 +199,9 @@ def check_photo(report, views, rgb, level):
         small[t] = F.interpolate(frame, size, antialias=True, **how)[0]
     last, move = max(small), warp(g, views.w2c)
 
-    def differences(shift):
+    def differences(shift, sides=()):
         t, s = (torch.stack([small[min(max(i + shift, 0), last)] for i in g[k]]) for k in "ts")
+        t, s = t.flip(sides), s.flip(sides)
         here = t.permute(0, 2, 3, 1)[g["grid"]]
         moved = move(s).permute(0, 2, 3, 1)
         there, keep = s.permute(0, 2, 3, 1)[g["grid"]], error < 0.02
@@ -212,12 +213,14 @@ def check_photo(report, views, rgb, level):
         return report.add("photo", "skip", said)
     report.numbers.update(photo=warped / still)
     text = f"colour difference {warped:.3f}, {still:.3f} without moving pixels"
-    shifts = {k: differences(k)[0] for k in (-1, 1)}
-    best = min(shifts, key=shifts.get)
-    if shifts[best] < 0.6 * warped:
-        text += f"; the video fits {'late' if best > 0 else 'early'} by a frame: {shifts[best]:.3f}"
-    failed = warped > PHOTO[level] * still or shifts[best] < 0.6 * warped
-    report.add("photo", "fail" if failed else "ok", text)
+    tries = {"late by a frame": (1,), "early by a frame": (-1,)}
+    tries |= {f"flipped {words}": (0, sides) for words, sides in FLIPS.items()}
+    found = {words: differences(*how)[0] for words, how in tries.items()}
+    best = min(found, key=found.get)
+    if found[best] < 0.6 * warped:
+        text += f"; the video fits {best}: {found[best]:.3f}"
+    failed = warped > PHOTO[level] * still or found[best] < 0.6 * warped
+    return report.add("photo", "fail" if failed else "ok", text)
 
 
 def photo_pairs(pairs, most=14):
@@ -275,13 +278,12 @@ def inspect(raw, level="data"):
         return report
     if "points" in raw:
         check_points(report, raw["points"][:, ::step, ::step], depth, w2c[ids], K[ids], level)
-    if "moving" in raw:
-        depth = leave_out(report, depth, raw["moving"])
+    depth = leave_out(report, depth, raw["moving"]) if "moving" in raw else depth
     views = Views(depth, K[ids], w2c, pairs, ids)
     if not sparse(report, depth):
-        check_views(report, views, level)
+        check_views(report, views, raw["rgb"], level)
         if report.checks["views"][0] != "fail":
-            check_photo(report, views.of(photo_pairs(pairs)), raw["rgb"], level)
+            check_photo(report, views, raw["rgb"], level)
     return report
 
 

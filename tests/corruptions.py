@@ -55,6 +55,7 @@ KINDS = (
     "relative inverse depth",
     "depth scaled frame by frame",
     "largest depth is no depth",
+    "depth flipped",
 )
 SPARE = 3  # cameras before and after a clip
 FIELD = LIVINGROOM.parent / "field"
@@ -181,6 +182,8 @@ def corrupt(raw, w2c, kind, rng):
     elif kind == "largest depth is no depth":
         raw["depth"] = depth.copy()
         raw["depth"][:, : h // 8] = 10 * depth.max()
+    elif kind == "depth flipped":
+        raw["depth"] = np.flip(depth, [(1,), (2,), (1, 2)][rng.integers(3)]).copy()
     elif kind == "relative depth":
         low, high = depth[depth > 0].min(), depth.max()
         stretched = np.where(depth > 0, (depth - low) / (high - low), 0)

@@ -46,6 +46,8 @@ def test_millimetres_with_such_holes_are_not_relative(tmp_path):
     assert not why_relative(tmp_path / "d.npy")
     with pytest.raises(ValueError, match="uint16 depth without a unit; add depth_scale"):
         read_depth(tmp_path / "d.npy")
+    with pytest.raises(ValueError, match="depth_scale .* in metadata.json$"):  # of a sample's
+        read_depth(tmp_path / "d.npy", DepthUnit())
     stretched = (65535 * (Z - Z.min()) / np.ptp(Z)).astype(np.uint16)
     np.save(tmp_path / "e.npy", stretched)
     assert why_relative(tmp_path / "e.npy"), "a range that is filled to its end is stretched"

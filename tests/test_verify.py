@@ -31,6 +31,20 @@ def test_every_usual_mistake_on_rendered_rooms_is_named(kind):
     assert found[kind][kind] == 1, found
 
 
+@pytest.mark.parametrize(
+    "words, axes", [("top to bottom", 1), ("left to right", 2), ("by half a turn", (1, 2))]
+)
+def test_what_alone_lies_otherwise_is_named(words, axes):
+    """Seen: a video upside down was ok, depth upside down "left-handed axes", mirrored depth
+    "quaternion order" or "translation scale off"."""
+    for seed in (1, 2):
+        raw = corruptions.rendered(seed)[0]
+        found = corruptions.inspect(dict(raw, rgb=np.flip(raw["rgb"], axes).copy()))
+        assert f"the video fits flipped {words}" in found.checks["photo"][1], found.checks
+        found = corruptions.inspect(dict(raw, depth=np.flip(raw["depth"], axes).copy()))
+        assert found.suspects == ["depth flipped"] and words in found.checks["views"][1]
+
+
 def test_views_that_cannot_tell_affine_depth_from_a_scale_say_so():
     """Seen: a room of which a wall alone shows, whose affine depth was called a scale."""
     for kind, told in (("affine depth", 1), ("translation scale off", 0)):
