@@ -55,8 +55,7 @@ def check_file(path, limit=MAX_BYTES):
         info = os.stat(path)
         if not stat.S_ISREG(info.st_mode):
             raise ValueError(f"{path}: not a regular file. Put the file itself there")
-        with open(path, "rb"):
-            pass
+        open(path, "rb").close()
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file. Check its name, or restore it") from None
     except OSError as error:

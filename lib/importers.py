@@ -137,7 +137,10 @@ def write_depth(path, raw, k, *, own, lens, cut):
     """Depth of a frame, an array or its file: the file itself where nothing changes."""
     if isinstance(raw, Path):
         if not lens and not cut and len(files.read_array(raw, read=False)[0]) == 2:
-            return shutil.copyfile(raw, path.with_suffix(raw.suffix.lower()))
+            data = raw.read_bytes()
+            if raw.suffix.lower() == ".png" and b"IEND" not in data[-4096:]:
+                raise ValueError(f"{raw}: cut short. Copy it again")
+            return path.with_suffix(raw.suffix.lower()).write_bytes(data)
         raw = files.read_array(raw)
     raw = np.squeeze(raw)  # networks leave a side of 1 of their channel
     raw = raw if own is None else under(raw, own, k)  # of another camera at the same place

@@ -70,7 +70,7 @@ class Folder:
         else:
             video, pictures = first, {n: n for n in range(count)}
         form = wishes.cameras or form or camera_files.guess(path)
-        cameras = FORMATS[form].read(path, size, wishes.matrices or "c2w")
+        cameras = naming(path, FORMATS[form].read, path, size, wishes.matrices or "c2w")
         if video and len(cameras.names or ()) == len(pictures):  # numbers need not begin at 0
             pictures = dict(zip(cameras.names, pictures))
         pose = dict.fromkeys(cameras.names or pictures)
@@ -173,7 +173,7 @@ def numbered(folder):
 def stamps(path):
     """Lines "time name" of TUM's rgb.txt and depth.txt, headings aside -> times (N,), names."""
     rows = [x.split(maxsplit=1) for x in native.lines_of(path)]
-    if alone := [row[0] for row in rows if len(row) < 2]:
+    if alone := [row[0] for row in rows or [["any time"]] if len(row) < 2]:
         raise ValueError(f"{path}: no file beside {some(alone)}; wanted lines of TIME FILE")
     rows.sort(key=lambda row: float(row[0]))
     return np.array([float(row[0]) for row in rows]), [row[1] for row in rows]
@@ -394,8 +394,7 @@ def find_vipe(src):
 
 
 def open_npz(names, path, wishes, sure="", least=0.0):
-    """One archive for everything; names: of pictures, depth, poses and intrinsics; sure: of maps of
-    how sure the depth is, the least that is believed."""
+    """One archive for all; names: of pictures, depth, poses, intrinsics; sure: of confidence."""
     cameras = FORMATS["npz"].read(path)
     with np.load(path, allow_pickle=False) as f:
         data = {name: f[name] for name in (*names[:2], sure) if name in f.files}

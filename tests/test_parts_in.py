@@ -22,6 +22,7 @@ from recordings import (
     redwood,
     stray,
     tartanair,
+    tum,
     vggt,
     vipe,
     wildrgbd,
@@ -166,6 +167,22 @@ def test_a_cut_json_is_named(src, capsys, write, name):
     path = next(src.rglob(f"{name}*"))
     path.write_bytes(path.read_bytes()[:-20])
     assert f"{path}: not valid JSON: " in imported(src, capsys)[0]
+
+
+CUT = {  # part: what writes it, bytes that are left, what is said
+    "depth/00002.png": (redwood, 60, "cut short. Copy it again"),
+    "pose_left.txt": (tartanair, -20, "cannot be read: quaternions of length"),
+    "depth.txt": (tum, 0, "no file beside any time; wanted lines of TIME FILE"),
+}
+
+
+@pytest.mark.parametrize("name", CUT)
+def test_a_cut_part_is_named(src, capsys, name):
+    """Seen: depth copied as it was; the recording's folder, and numpy's "index -2"."""
+    write, left, said = CUT[name]
+    write(src, C)
+    (src / name).write_bytes((src / name).read_bytes()[:left] or b"# a\n")
+    assert f"{src / name}: {said}" in imported(src, capsys)[0]
 
 
 @pytest.mark.parametrize("part", ["images", "cameras"])
