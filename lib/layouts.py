@@ -399,23 +399,23 @@ def open_npz(names, path, wishes, sure="", least=0.0):
     with np.load(path, allow_pickle=False) as f:
         data = {name: f[name] for name in (*names[:2], sure) if name in f.files}
     data = {name: x[0] if len(x) == 1 else x for name, x in data.items()}  # a batch
-    maps, sure = data[names[1]], data.get(sure)
+    maps, sure = data[names[1]], data.get(sure, np.ones(len(data[names[1]])))
     frames = Path(wishes.pictures) if wishes.pictures else data.get(names[0], np.zeros(0))
     floats = getattr(frames, "shape", ())[1:2] == (3,) and frames.dtype.kind == "f"
     if floats and abs(frames - 0.5).max() < 0.7:  # from 0 to 1, or, resized, a little beyond
         frames = (frames.clip(0, 1) * 255).round().astype(np.uint8).transpose(0, 2, 3, 1)
     if not isinstance(frames, Path) and (frames.dtype, frames.shape[3:]) != (np.uint8, (3,)):
         found = f"{names[0]} of {frames.dtype} {frames.shape}" if frames.size else f"no {names[0]}"
-        cure = "wanted uint8 (T, H, W, 3); give --pictures VIDEO or FOLDER"
-        raise ValueError(f"{path}: {found}; {cure}")
+        raise ValueError(f"{path}: {found}; wanted uint8 (T, H, W, 3); give --pictures PATH")
     maps, count = maps[..., 0] if maps.ndim == 4 else maps, len(maps)
     shown = files.video_facts(frames)[0] if isinstance(frames, Path) else len(frames)
-    if not shown == count == len(cameras.matrices):
-        raise ValueError(f"{path}: {shown} pictures, {count} depth maps; wanted one each")
+    if not shown == count == len(cameras.matrices) == len(sure):
+        found = f"{shown} pictures, {count} depth maps; wanted one each. {len(sure)} of confidence"
+        raise ValueError(f"{path}: {found}, {len(cameras.matrices)} poses")
     numbers, read, notes = list(range(count)), maps.__getitem__, []
-    if sure is not None and (sure != sure.flat[0]).any():  # of one value everywhere: no opinion
+    if (sure != sure.flat[0]).any():  # of one value everywhere, or none: no opinion
         read = lambda n: believed(maps[n], sure[n], least)  # noqa: E731
-        notes = [f"unsure depth is left out: {(sure < least).mean():.1%} below {least}"]
+        notes = [f"unsure depth is left out: {(~(sure >= least)).mean():.1%} below {least}"]
     return Recording(numbers, cameras, numbers, read=read, video=frames, notes=notes)
 
 

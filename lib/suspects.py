@@ -80,8 +80,7 @@ def cameras_undone(w2c):
         order = torch.tensor(sorted(range(len(w2c)), key=lambda n, first=first: str(n + first)))
         yield "cameras in string order", "", w2c[order.argsort()]
         yield "frames in string order", "", w2c[order]
-    mirrored = torch.cat([MIRROR[:, None] * R * MIRROR, MIRROR[:, None] * t], -1)
-    yield "left-handed axes", "", mirrored
+    yield "left-handed axes", "", torch.cat([MIRROR[:, None] * R * MIRROR, MIRROR[:, None] * t], -1)
     for Q, words in permutations():  # also those above, which come first in a tie
         yield "camera axes permuted", words, Q @ w2c
         yield "c2w in permuted axes", words, Q @ c2w

@@ -106,6 +106,9 @@ def test_depth_of_low_confidence_in_an_archive_is_unknown(src, capsys, write, na
     assert f"unsure depth is left out: {3 / H:.1%} below {least}" in said
     assert (made["depth"][:, :3] == 0).all()
     np.testing.assert_allclose(made["depth"][:, 3:], C["mm"][:5, 3:] / 1000, rtol=1e-6)
+    np.savez(path, **arrays | {name: sure[:, :5]})
+    shutil.rmtree(src.parent / "out")
+    assert "wanted one each. 5 of confidence, 9 poses" in imported(src, capsys)[0]
     np.savez(path, **arrays | {name: np.ones_like(sure)})  # of a network that has no opinion
     shutil.rmtree(src.parent / "out")
     said, made = imported(src, capsys)
