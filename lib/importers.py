@@ -188,6 +188,8 @@ def check_wishes(wishes, found, src, out):
         raise ValueError(f"--name {wishes.name}: {wanted} as .2024")
     if wishes.fps is not None and not 0.1 <= wishes.fps <= 1000:
         raise ValueError(f"--fps {wishes.fps:g}: wanted 0.1 to 1000")
+    if any(side % 2 for side in wishes.size or ()):
+        raise ValueError("--size {}x{}: wanted even sides, for the video".format(*wishes.size))
     if wishes.start < 0 or wishes.stride < 1 or (wishes.max_frames or 5) < 5:
         raise ValueError("wanted --start of 0, --stride of 1, --max_frames of 5, or more")
     if "metadata.json" in (sums_of(out) or ()):
@@ -216,8 +218,7 @@ def run(src, out, form=None, **wishes):
         made = json.loads(json.dumps([kind, str(key.resolve()), made]))
         before = next((e for e in said["samples"] if str(e.get("id")) == name), None)
         if before and before.get("imported") != made:
-            cure = "choose another DIR, or delete it there"
-            raise ValueError(f"{out}: holds another sample {name!r}; {cure}")
+            raise ValueError(f"{out}: holds another sample {name!r}; use another DIR or delete it")
         if before:
             say(f"{name}: already imported")
             names.append(name)

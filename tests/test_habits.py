@@ -76,6 +76,8 @@ def test_recordings_of_one_name_get_one_each_and_go_on(tmp_path):
         assert failed == 0 and sorted(names) == ["2024_01_05", "2024_01_06", "a_b", "a_b_2"]
     with pytest.raises(ValueError, match="--fps 0: wanted"):
         importers.run(tmp_path / "src", tmp_path / "out", fps=0.0)
+    with pytest.raises(ValueError, match="--size 47x64: wanted even sides"):  # seen: after a frame
+        importers.run(tmp_path / "src", tmp_path / "out", size=(47, 64))
 
 
 def test_depth_counts_of_a_transforms_file_have_the_unit_that_it_says(tmp_path):
