@@ -6,8 +6,7 @@ no_grad.  WanFolder finds the parts of a downloaded folder and loads each when i
 Shapes: B batch, T = 4k + 1 pixel frames, f = k + 1 latent frames, h = H/8, w = W/8, t frames of a
 step, c channels, L tokens of a prompt, D width.  Video and images are in [-1, 1].
 Latent 0 is frame 0 alone, latent l >= 1 is frames 4l-3 .. 4l.
-Sources: Wan 2.1 report 2025 (VAE, conditioning), Chung et al. 2023 (umT5), Raffel et al. 2020 (T5),
-OpenCLIP."""
+Sources: Wan 2.1 report 2025 (VAE, conditioning), Chung 2023 (umT5), Raffel 2020 (T5), OpenCLIP."""
 
 import hashlib
 import html

@@ -21,8 +21,7 @@ patch embedding, tells its camera.  It is two such models, experts of high and o
 
 Sources: FantasyWorld 2025 (arXiv 2509.21657) and its releases of 2026; AC3D 2024 (ray encoder);
 VGGT 2025.
-Shapes: B clips, T = 4f - 3 pixel frames, (f, h, w) token grid, N = f*h*w video tokens, D video
-width, R ray width."""
+Shapes: B clips, T = 4f - 3 frames, (f, h, w) token grid, N = f*h*w; widths D video, R rays."""
 
 import re
 from functools import partial

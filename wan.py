@@ -68,8 +68,7 @@ def rope_3d(f, h, w, head_dim, num_special, device):
     interleaved pairs.
 
     Each axis owns head_dim - 4*(head_dim//6), 2*(head_dim//6), 2*(head_dim//6) channels and its own
-    spectrum 10000^(-2j/d).  num_special leading tokens of every frame are not rotated at all
-    (exchange, geometry side)."""
+    spectrum 10000^(-2j/d).  The exchange's num_special leading tokens of a frame stay unrotated."""
     sizes = (head_dim - 4 * (head_dim // 6), 2 * (head_dim // 6), 2 * (head_dim // 6))
     grid = torch.meshgrid(*(torch.arange(n, dtype=torch.float64) for n in (f, h, w)), indexing="ij")
     parts = []
@@ -303,8 +302,7 @@ class WanDiT(nn.Module):
         self.head = WanHead(dim, LATENT.channels * LATENT.patch**2)
         self.img_emb = ClipProjection(dim) if sizes.has_clip else None
         self.control_adapter = ControlAdapter(dim) if sizes.has_control else None
-        # From scratch (stage 0) the output starts as the input: at high noise the velocity nearly
-        # is the noisy latent.
+        # From scratch (stage 0) the output starts as the input: nearly the velocity at high noise.
         nn.init.orthogonal_(self.patch_embedding.weight)
         latents = self.patch_embedding.weight[:, : LATENT.channels]
         with torch.no_grad():

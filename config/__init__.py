@@ -5,8 +5,7 @@
 
 A config file is Python to the eye, and is parsed, not run: assignments of numbers, texts, tuples
 and dicts, arithmetic, and names that the file has assigned before (those that begin with _ are
-helpers). Whatever is misspelt, of another type or out of range is a ValueError that names the file
-and line."""
+helpers). What is misspelt, of another type or out of range is a ValueError with file and line."""
 
 import ast
 import difflib

@@ -96,8 +96,7 @@ def read_header(path):
 def read_unseen(path):
     """Tensors as stored, copied out of a map, and metadata of a cache file; no value is looked at.
 
-    A file that was cut is never mapped; one that is cut in the milliseconds of the copy kills the
-    process (SIGBUS)."""
+    A cut file is never mapped; one that is cut in the milliseconds of the copy kills (SIGBUS)."""
     metadata, specs = read_header(path)
     tensors = load_state_dict(path)
     return {name: copied(tensors[name]) for name in sorted(specs)}, metadata
@@ -214,8 +213,7 @@ def is_whole(path):
 
 def check_values(folder, names):
     """{name: problem} of the windows that read_clip refuses, {name: stamp} of all when they were
-    read.  Each file is read once, by one of the ranks; FOLDER/.checked remembers the good ones for
-    later starts."""
+    read.  One rank reads a file, once; FOLDER/.checked remembers the good ones for later starts."""
 
     def problem(name):
         try:

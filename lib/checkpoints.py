@@ -21,6 +21,7 @@ from lib.strangers import config_from_metadata, naming
 from lib.tensors import write_tensors
 from lib.weights import digest, metadata_of, read_checked, read_metadata, read_tensors
 from model import FantasyWorld
+from wan import check_names, shapes_of
 
 
 # ----------------------------------------------------------------------------------------- saving
@@ -162,8 +163,7 @@ def newest_valid(out):
 
 
 def remove_leftovers(out):
-    """Remove what a killed save left, by the names that this program writes: unfinished files, and
-    optimizer states without weights."""
+    """Remove what a killed save left: our unfinished files, optimizer states without weights."""
     names = r"\.(step-\d+(\.optim)?\.safetensors\.\d+|latest|\w+_noise_model)\.tmp"
     for path in [*out.glob(".*.tmp"), *out.glob("step-*.optim.safetensors")]:
         ours = re.fullmatch(names, path.name)
@@ -230,11 +230,8 @@ def describe(path):
         raise ValueError(f"{path}: stage {meta['stage']!r:.60}; wanted 0, 1 or 2")
     with naming(path), torch.device("meta"):
         model = FantasyWorld(cfg).set_stage(int(meta["stage"]))
-    wanted = {k: tuple(v.shape) for k, v in model.trainable_state_dict().items()}
-    found = {k: tuple(v.shape) for k, v in tensors.items()}
-    if differ := [k for k in {**wanted, **found} if wanted.get(k) != found.get(k)]:
-        first = f"{differ[0]}: {found.get(differ[0])}, wanted {wanted.get(differ[0])}"
-        raise ValueError(f"{path}: {len(differ)} tensors are not those of its model, first {first}")
+    wanted, found = shapes_of(model.trainable_state_dict()), shapes_of(tensors)
+    check_names(wanted, found, f"{path}: not those of its model", cure="Copy it again")
     if bad := [name for name, value in tensors.items() if not value.isfinite().all()]:
         raise ValueError(f"{path}: {len(bad)} tensors are not finite, first {bad[0]}")
     optimizer = pathlib.Path(path).with_name(f"step-{meta['step']}.optim.safetensors")

@@ -172,17 +172,13 @@ def link_gradients(ddp):
     They are that only after a first backward that sends, and once more after the second forward,
     which orders the buckets anew.  Accumulation would meanwhile keep gradients twice.  So two
     backwards of 0 * weights go first; they arrive as a real one's will: last unit first."""
-    inner = [p for unit in units(ddp.module) for p in unit.parameters()]
-    outer = set(ddp.module.parameters()) - set(inner)
-    named = [p for p in ddp.module.parameters() if p in outer]
-    order = [p for p in dict.fromkeys([*named, *inner]) if p.requires_grad]
+    inner = dict.fromkeys(p for unit in units(ddp.module) for p in unit.parameters())
+    outer = [p for p in ddp.module.parameters() if p not in inner]
+    order = [p for p in (*outer, *inner) if p.requires_grad]
     for _ in range(2):
         ddp.reducer._rebuild_buckets()  # does nothing the first time
         ddp.reducer.prepare_for_backward([])
-        total = 0.0
-        for p in order:
-            total = total + 0 * p.sum()
-        total.backward()
+        sum(0 * p.sum() for p in order).backward()
     return ddp
 
 
@@ -225,8 +221,7 @@ def shard(model, ranks):
 
 
 def is_spread(tensor):
-    """Whether a tensor is a DTensor; importing that takes half a second, so where no weights are
-    sharded nobody does."""
+    """Whether a tensor is a DTensor; importing that, half a second, is left to what shards."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, getattr(module, "DTensor", ()))
 

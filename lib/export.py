@@ -407,8 +407,7 @@ def check_out(out, names):
 
 
 def write_exports(scene, out, names, progress=iter):
-    """Write the named files in place of an earlier sample's and, last, report.json: where it lies,
-    the sample is complete."""
+    """Write the named files in place of an earlier sample's; report.json, last, says: complete."""
     check_out(out, names)
     out.mkdir(parents=True, exist_ok=True)
     (out / "report.json").unlink(missing_ok=True)

@@ -157,9 +157,8 @@ class Judged(NamedTuple):
 class BadSteps:
     """Skips steps with a non-finite loss or gradient, or a gradient spike, on all ranks alike.
 
-    The verdict stays on the device: AdamW takes it as `found_inf` (the input that gradient scalers
-    use) and then leaves weights and moments as they are, so no step waits for the host.  `report`
-    reads the verdicts later."""
+    The verdict stays on the device: AdamW takes it as `found_inf` (as gradient scalers give it) and
+    then leaves weights and moments as they are, so no step waits.  `report` reads it later."""
 
     group: object
     options: SimpleNamespace  # spike_guard, max_bad_steps

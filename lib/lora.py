@@ -17,8 +17,7 @@ PARTS = dict(down="down", A="down", up="up", B="up")
 
 
 def module_of(name):
-    """The module that a tensor of a LoRA file changes, with _ for its dots, and which part it is;
-    ("", "") for a name of another kind."""
+    """The module that a LoRA's tensor changes, with _ for its dots, and its part; else ("", "")."""
     found = re.fullmatch(r"(.+?)\.(?:lora_(down|up|A|B)(?:\.default)?\.weight|alpha)", name)
     if not found:
         return "", ""

@@ -1,5 +1,4 @@
-"""The optimizer of a run: AdamW, or Muon for matrices and kernels beside it: momentum whose update
-is orthogonalised.
+"""The optimizer of a run: AdamW, or beside it Muon: momentum whose update is orthogonalised.
 
 Sources: Jordan et al. 2024 (the quintic Newton-Schulz iteration and its coefficients); Liu et al.
 2025 (an update of size 0.2 sqrt(larger side), so that one learning rate suits both kinds)."""

@@ -1,5 +1,4 @@
-"""scene.html: one sample as one page that works offline in any browser; viewer.html is its
-template."""
+"""scene.html: one sample as one offline page for any browser; viewer.html is its template."""
 
 import base64
 import json

@@ -231,9 +231,7 @@ def top_view(paths, size, cloud=None, rgb=None):
     returns  the picture, with a scale bar in the unit of the paths"""
     height, width = size
     canvas = np.full((height, width, 3), DARK, np.uint8)
-    tracks = []
-    for E, colour in paths:
-        tracks.append((-np.einsum("tji,tj->ti", E[:, :, :3], E[:, :, 3]), E[:, 2, :3], colour))
+    tracks = [(-np.einsum("tji,tj->ti", E[..., :3], E[..., 3]), E[:, 2, :3], c) for E, c in paths]
     cloud = np.zeros((0, 3)) if cloud is None else cloud
     pixel, scale = ground_map(tracks, cloud, size)
     if len(cloud):

@@ -164,7 +164,7 @@ def test_check_prints_what_a_checkpoint_holds_and_refuses_others(survivor, tmp_p
         tmp_path / "less.safetensors",
         {k: v for k, v in meta.items() if k not in ("sha256", "format")},
     )
-    assert "1 tensors are not those of its model" in run(
+    assert "not those of its model: tensors differ: 1 missing" in run(
         "train.py", "--check", tmp_path / "less.safetensors", ok=False
     )
     moments = latest.with_name("step-5.optim.safetensors")  # as --check OUT/*.safetensors has it
