@@ -23,6 +23,7 @@ Stages: 0 trains the video branch alone (it made tiny/wan), 1 trains bridge and 
 heads), FantasyWorld 2025 (arXiv 2509.21657)."""
 
 import argparse
+import signal
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -654,6 +655,7 @@ def parameter_table(preset):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # a head that has read enough ends it silently
     parser = argparse.ArgumentParser(description="Print the parameter table of a preset.")
     parser.add_argument("--preset", default="1.3b", choices=PRESETS, help="default 1.3b")
     print(parameter_table(parser.parse_args().preset))

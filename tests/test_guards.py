@@ -127,6 +127,18 @@ def test_a_head_that_has_read_enough_is_no_error_and_a_full_disk_is_one(words, t
         assert ended.stderr.count(b"\n") == bool(said), ended
 
 
+def test_a_table_whose_reader_left_ends_without_a_word_and_every_command_has_its_guard():
+    """python model.py | head and tiny/ablate.py --table | head ended in a traceback."""
+    for command in ("model.py --preset=tiny", "tiny/ablate.py --table"):
+        line = f'(sleep 0.3; exec "{sys.executable}" {command}) | exec <&-; exit ${{PIPESTATUS[0]}}'
+        ended = subprocess.run(["bash", "-c", line], cwd=ROOT, env=ENV, capture_output=True)
+        assert (ended.returncode, ended.stderr) == (141, b""), ended
+    for path in (*ROOT.glob("*.py"), *ROOT.glob("lib/*.py"), *ROOT.glob("tiny/*.py")):
+        _, here, command = path.read_text().partition('if __name__ == "__main__":')
+        said = "run_command(" in command or "SIGPIPE" in command
+        assert said or not here or path.name in ("threads.py", "make_text.py"), path  # one line
+
+
 def test_the_half_of_a_connection_that_a_lost_worker_leaves_has_its_cure():
     """ulimit -n 34 with four workers: a traceback that ended in EOFError, now and then."""
     for error in (EOFError(), ConnectionResetError(104, "Connection reset by peer")):

@@ -5,8 +5,7 @@
 Every variant trains stage 1 (shared by those that do not change it) and stage 2 with equal steps,
 data and seeds on the frozen tiny/wan, then samples held-out rooms and scores them against the true
 renderings.  A run's row goes to docs/ablations.json as soon as it is there; the same command goes
-on where it stopped, and --table prints means and spread.  At the end docs/ablations.png is drawn.
-Hours of two cores in all."""
+on where it stopped; --table prints means and spread; docs/ablations.png is drawn last.  Hours."""
 
 import argparse
 import json
@@ -25,6 +24,7 @@ from data import encode  # noqa: E402
 from encoders import MINIATURE  # noqa: E402
 from lib import pictures  # noqa: E402
 from lib.files import read_stills  # noqa: E402
+from lib.guards import run_command  # noqa: E402
 from lib.rooms import Recipe, synth  # noqa: E402
 from lib.windows import Encoding  # noqa: E402
 
@@ -211,4 +211,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_command("tiny/ablate.py", main)

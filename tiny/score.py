@@ -21,6 +21,7 @@ from encoders import MINIATURE, WanFolder, encode_start  # noqa: E402
 from geometry import decode_pose, normalize_scene, unproject  # noqa: E402
 from lib.camera_files import size_of  # noqa: E402
 from lib.evaluate import How, geometry_row, mean_rows, output_at  # noqa: E402
+from lib.guards import run_command  # noqa: E402
 from lib.metrics import depth_metrics, psnr  # noqa: E402
 from lib.rooms import render_clip  # noqa: E402
 from lib.weights import open_checkpoint, open_model  # noqa: E402
@@ -31,8 +32,7 @@ HOW = How(torch.no_grad(), 1, sample.READOUT_SIGMA)
 
 
 def open_room(seed, size, encoders, model):
-    """A rendered room as the model gets it (batch of 1), its video (1, 3, T, H, W) and the mask of
-    its objects."""
+    """A rendered room as the model gets it (batch of 1), video (1, 3, T, H, W), mask of objects."""
     text, vae, pad = encoders
     clip = render_clip(seed, FRAMES, *size, "simple")
     video = torch.from_numpy(clip["rgb"]).permute(3, 0, 1, 2)[None] / 127.5 - 1
@@ -128,4 +128,4 @@ def main():
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    main()
+    run_command("tiny/score.py", main)

@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from encoders import LATENT_MEAN, LATENT_STD, WanVAE  # noqa: E402
 from lib.files import write_aside  # noqa: E402
+from lib.guards import run_command  # noqa: E402
 from lib.metrics import psnr  # noqa: E402
 from lib.optimizer import Muon  # noqa: E402
 from lib.rooms import render_clip  # noqa: E402
@@ -186,4 +187,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_command("tiny/train_vae.py", main)
