@@ -40,8 +40,8 @@ from lib import plan
 from lib.caches import read_again, save_tensors, stamp
 from lib.camera_paths import load_camera
 from lib.guards import run_command
-from lib.plan import GIB, Count, clear_tables, example_batch, fake, fake_model, fake_tensors
-from model import PRESETS, Conditions, Config, FantasyWorld
+from lib.plan import GIB, Count, example_batch, fake, fake_model, fake_tensors
+from model import PRESETS, Conditions, Config, FantasyWorld, clear_tables
 from wan import CLIP_SHAPE, LATENT, half_precision, start_condition
 
 OPTIONS = config.apply(vars(train), [])  # the defaults

@@ -46,6 +46,7 @@ from geometry import (
     activate_points,
     plucker_rays,
     rope_2d,
+    uv_embedding,
 )
 from wan import (
     VideoConditions,
@@ -222,9 +223,8 @@ def keep_costly(linear, ctx, op, *args, **kwargs):
     second layer of every MLP (5,632 and 8,960).  It recomputes the other layers (1,152 to 1,536),
     attention to text and inside a latent frame (1,024 to 1,564), and everything elementwise.
     "attention" (linear False) keeps attention alone: at 14B widths every linear layer is above the
-    limit.  "full" keeps the input of a block only, "none" everything.  The DPT heads, whose maps at
-    half resolution are the largest tensors of all, run in chunks of frames and are recomputed
-    unless it is "none"."""
+    limit.  "full" keeps the input of a block only, "none" everything.  The DPT heads, with the
+    largest maps of all, run in chunks of frames and are recomputed unless it is "none"."""
     packet = op.overloadpacket
     if packet in ATTENTION_OPS:
         cost = 4 * args[1].shape[-2] / args[0].element_size()
@@ -350,6 +350,12 @@ def adapted(adapter, x, shared):
 
 
 # ------------------------------------------------------------------------------------ FantasyWorld
+def clear_tables():
+    """Forget the tables of positions: real ones must not meet fake ones."""
+    for table in (rope_2d, rope_3d, uv_embedding):
+        table.cache_clear()
+
+
 class FantasyWorld(nn.Module):
     """Frozen WanDiT (`dit`) + trainable geometry branch.
 
@@ -406,11 +412,8 @@ class FantasyWorld(nn.Module):
         adapters = [*self.camera_adapters, *[None] * len(blocks)]
         exchange = self.exchange if len(self.exchange) else [None] * self.cfg.geo_layers
         pcb = [PCBStep(i, blocks[i], adapters[i]) for i in range(n)]
-        irg = []
-        for i in range(n, len(blocks)):
-            layer = (self.frame_blocks[i - n], self.global_blocks[i - n], exchange[i - n])
-            irg.append(IRGStep(i, blocks[i], adapters[i], *layer))
-        return pcb, irg
+        layers = zip(range(n, len(blocks)), self.frame_blocks, self.global_blocks, exchange)
+        return pcb, [IRGStep(i, blocks[i], adapters[i], *layer) for i, *layer in layers]
 
     @classmethod
     def from_released(
@@ -607,6 +610,8 @@ class FantasyWorld(nn.Module):
         # Heads.
         velocity = self.dit.unpatchify(self.dit.head(x, shared.e), grid) if video else None
         geometry = self.read_out(outputs, grid) if heads else {}
+        if torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling():
+            clear_tables()  # torch.export's are of one trace
         return dict(velocity=velocity, **geometry)
 
     def read_out(self, outputs, grid):

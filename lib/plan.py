@@ -22,11 +22,10 @@ from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry
 
 import geometry
-import wan
 from lib.distributed import units
 from lib.offload import visiting_bytes
 from lib.optimizer import is_orthogonal
-from model import CHECKPOINTING, FantasyWorld
+from model import CHECKPOINTING, FantasyWorld, clear_tables
 from wan import CLIP_SHAPE, LATENT, half_precision
 
 GIB = 2**30
@@ -42,8 +41,7 @@ SHARDING = ("-", "optimizer", "weights")  # in order of what they send
 OFFLOADED = "offload_frozen"  # where none of them fits
 
 # Dense bf16 FLOP/s by a part of torch.cuda.get_device_name(); the first that fits counts, so the
-# longer names come first.  Source: NVIDIA's public data sheets, without sparsity (they print twice
-# as much with it).
+# longer names come first.  Source: NVIDIA's data sheets, half of what they print with sparsity.
 PEAK_FLOPS = {
     "B200": 2250e12,
     "H200 NVL": 835e12,
@@ -122,12 +120,6 @@ class Count(Flops):
                 weakref.finalize(storage, self.release, storage.nbytes())
         self.peak[self.phase] = max(self.peak.get(self.phase, 0), self.now)
         return out
-
-
-def clear_tables():
-    """Forget the tables of positions: real ones must not meet fake ones."""
-    for table in (geometry.rope_2d, geometry.uv_embedding, wan.rope_3d):
-        table.cache_clear()
 
 
 @contextmanager
@@ -233,10 +225,8 @@ def step_counter(model, loss, size, half):
 
 def split_bytes(module):
     """Bytes of its frozen and of its trainable parameters."""
-    sizes = {False: 0, True: 0}
-    for p in module.parameters():
-        sizes[p.requires_grad] += p.nbytes
-    return sizes[False], sizes[True]
+    trainable = sum(p.nbytes for p in module.parameters() if p.requires_grad)
+    return sum(p.nbytes for p in module.parameters()) - trainable, trainable
 
 
 def count(cfg, stage, loss, size, *, checkpointing="none", half=True, muon=False):

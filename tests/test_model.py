@@ -8,7 +8,15 @@ import torch
 from small import TINY, loss_of, tiny_inputs, tiny_model
 
 import wan
-from model import PRESETS, Config, FantasyWorld, flow_matching_loss, parameter_table, shift_sigma
+from model import (
+    PRESETS,
+    Config,
+    FantasyWorld,
+    clear_tables,
+    flow_matching_loss,
+    parameter_table,
+    shift_sigma,
+)
 from sample import sample_euler, sample_unipc
 from wan import WanDiT, half_precision, start_condition
 
@@ -274,3 +282,13 @@ def test_start_condition_has_the_channels_of_the_family():
     assert torch.equal(y[:, :, :1], start) and y[:, :, 1:].abs().sum() == 0
     y = start_condition(torch.randn(2, 16, 3, 4, 4), 36, 3)
     assert y[:, :4, 0].eq(1).all() and y[:, :4, 1:].eq(0).all() and y.shape[1] == 20
+
+
+def test_an_export_leaves_no_tables_that_later_forwards_would_take():
+    """Seen: after torch.export a forward gave tensors without values."""
+    model, inputs = tiny_model(2, num_layers=2, num_pcb=1, taps=(0,) * 4), tiny_inputs()
+    model.requires_grad_(False)
+    clear_tables()
+    program = torch.export.export(model, (), dict(inputs, heads=False), strict=False)
+    exported = program.module()(**inputs, heads=False)
+    assert torch.equal(exported["velocity"], model(**inputs, heads=False)["velocity"])
