@@ -104,6 +104,15 @@ def clock(seconds):
     return f"{minutes // 60:d}:{minutes % 60:02d}:{seconds:02d}"
 
 
+def order_events(folder):
+    """TensorBoard reads files in the order of their names, which tell a clock.  Where that was set
+    back, or is another machine's, the earlier files get numbers in front, to stay the earlier."""
+    files = sorted(folder.glob("*tfevents*"))
+    if files and files[-1].name > f"events.out.tfevents.{time.time() + 1:010.0f}":
+        for n, path in enumerate(files):
+            path.rename(folder / f"{n:06d}.events{path.name.partition('events')[2]}")
+
+
 class Records:
     """out: the run folder, or None on the ranks that write nothing."""
 
@@ -188,6 +197,7 @@ class Records:
             if self.board is None:
                 from torch.utils.tensorboard import SummaryWriter
 
+                order_events(self.out / "tensorboard")
                 self.board = SummaryWriter(self.out / "tensorboard", purge_step=self.purge)
             add(self.board)
 

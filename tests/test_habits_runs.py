@@ -5,6 +5,7 @@ import json
 import math
 import os
 import signal
+import time
 from functools import partial
 
 import pytest
@@ -24,7 +25,7 @@ from lib.evaluate import geometry_row
 from lib.experts import files_in
 from lib.frozen import frozen_digest, identify_frozen
 from lib.jobs import attempt
-from lib.log import Passes, provenance
+from lib.log import Passes, Records, provenance
 from lib.mix import Mix
 from lib.weights import load_trained, metadata_of, read_metadata, read_tensors
 
@@ -297,3 +298,22 @@ def test_a_plan_for_gpus_that_cannot_share_the_batch_says_so():
     size = ["--num_frames=5", "--height=32", "--width=48", f"--model_overrides={vars(TINY)}"]
     code, text = train_here("config/tiny0.py", *size, "--plan", "--plan_gpus=3")
     assert code == 0 and "cannot share a global batch of" in text
+
+
+def test_curves_of_a_run_that_went_on_under_an_earlier_clock_are_right(tmp_path, monkeypatch):
+    """TensorBoard reads its files by their names, and lost all of the later one."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    now, wanted = time.time(), {}
+    for first, clock in ((0, now), (2, now - 3600), (3, now - 7200), (4, now + 10)):
+        monkeypatch.setattr(time, "time", lambda clock=clock: clock)
+        records = Records(tmp_path, {}, first)
+        for step in range(first + 1, first + 4):
+            records.scalars(step, {"loss": first})
+            wanted[step] = first
+        records.flush()
+    names = {path.name[:6] for path in (tmp_path / "tensorboard").iterdir()}
+    assert names == {"000000", "000001", "events"}  # renamed only where the clock went back
+    curve = EventAccumulator(str(tmp_path / "tensorboard"))
+    curve.Reload()
+    assert {event.step: event.value for event in curve.Scalars("loss")} == wanted
