@@ -16,7 +16,7 @@ import torch
 
 from geometry import decode_pose, relative_to_first, unproject
 from lib import metrics, pictures, sampled
-from lib.distributed import Ranks, from_first, gathered
+from lib.distributed import Ranks, from_first, gathered, say
 from lib.weights import load_weights, metadata_of
 from model import flow_matching_loss
 
@@ -209,14 +209,17 @@ def mean_depth(b):
 def baselines(train, val, how):
     """Rows of two trivial predictors of depth and cameras, and with How.draw those of videos.
 
-    fair     mean depth of the training set (256 clips at most), cameras that stand still
+    fair     mean depth of the training set (256 clips at most), cameras that stand still; not there
+             where none of these has depth
     oracle   each clip's own mean depth, lifted by its true cameras; no metrics of cameras"""
     found, means = [], [x for i in range(min(256, len(train))) if (x := mean_depth(train[i]))]
+    if not means:
+        say("warning: no training clip has depth: there is no fair baseline")
     for i in range(min(how.eval_clips, len(val))):
         b, rows = val[i], {}
         still = torch.eye(4, device=b["w2c"].device)[:3].expand_as(b["w2c"])
-        fair = sum(means) / max(1, len(means))
-        for name, value, cameras in ((FAIR, fair, still), (ORACLE, mean_depth(b), b["w2c"])):
+        flat = [(FAIR, sum(means) / len(means), still)] if means else []
+        for name, value, cameras in (*flat, (ORACLE, mean_depth(b), b["w2c"])):
             depth = torch.full_like(b["depth"], value)
             points = unproject(depth, cameras, b["intrinsics"])
             rows[name] = geometry_row(depth, points, still if name == FAIR else None, b)

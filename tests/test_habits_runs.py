@@ -75,7 +75,7 @@ def test_a_model_that_gives_nan_has_no_row_that_a_mean_leaves_out():
     assert sound.keys() == rows[-1].keys() and all(map(math.isfinite, sound.values()))
 
 
-def test_a_clip_without_known_depth_is_left_out_of_the_baselines():
+def test_a_clip_without_known_depth_is_left_out_of_the_baselines(capsys):
     """One of a thousand made every number of a baseline inf."""
     K = torch.tensor([[10.0, 0, 6], [0, 10, 4], [0, 0, 1]]).expand(1, 5, 3, 3)
     still = dict(intrinsics=K, w2c=torch.eye(4)[:3].expand(1, 5, 3, 4))
@@ -91,6 +91,9 @@ def test_a_clip_without_known_depth_is_left_out_of_the_baselines():
     clips = [*sound, clip(0.0)]
     assert evaluation.baselines(clips, clips, evaluation.How(None, 3, 0.1)) == want
     assert all(math.isfinite(value) for row in want.values() for value in row.values())
+    alone = evaluation.baselines([clip(0.0)], sound, evaluation.How(None, 2, 0.1))
+    assert alone == {evaluation.ORACLE: want[evaluation.ORACLE]}  # not a mean depth of 0
+    assert "no fair baseline" in capsys.readouterr().out
 
 
 def test_provenance_does_not_need_git(monkeypatch):
