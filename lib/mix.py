@@ -87,9 +87,12 @@ class Mix(ConcatDataset):
 
     @property
     def told(self):
-        """What the order of the clips depends on, for a resume to compare."""
-        names = str([list(part.metadata) for part in self.datasets])
-        return dict(clips=self.sizes, clip_names=hashlib.md5(names.encode()).hexdigest()[:8])
+        """What batches depend on, beside options, for a resume to compare."""
+        clips = [part.metadata for part in self.datasets]
+        told = dict(clip_names=list(map(list, clips)))
+        told["clip_values"] = [m["crc"][:8] for part in clips for m in part.values()]
+        short = {key: hashlib.md5(str(x).encode()).hexdigest()[:8] for key, x in told.items()}
+        return dict(clips=self.sizes, **short)
 
     def of(self, i):
         """(dataset, its clip) of clip i."""
