@@ -5,9 +5,8 @@
 writes into --out: scene.html (open it: everything in one offline page), video.mp4, depth.mp4,
 depth.npz, points.ply, cameras.txt (commanded), cameras_predicted.txt, sheet.png and report.json
 (how far the sample obeys its cameras and agrees with itself); --export=all adds the files of other
-tools. With several prompts or seeds, or a list of --jobs, every sample gets a folder of its own,
-and the same command again goes on where it stopped; torchrun shares them among its ranks.
---help lists every option."""
+tools. With several prompts or seeds, or a list of --jobs, every sample gets a folder of its own;
+the same command again goes on where it stopped, torchrun's ranks share.  --help has all options."""
 
 import os
 import sys
@@ -586,7 +585,8 @@ def make_worlds(options, meta):
     if ranks.rank == 0:  # once, so that all share the same list; before anything slow
         check_frozen_of(options)
         names = ("seed", "frames", "height", "fps", "correct", "lora", "boundary", *WANS)
-        said = dict(sha256=meta.get("sha256") or options.ckpt)  # of a release: its name
+        said = dict(loras=job_lists.stamps(options.lora.split(",")))
+        said["sha256"] = meta.get("sha256") or options.ckpt  # of a release: its name
         said |= {k: getattr(options, k) for k in names}
         listed = worldscore_folders.read_list(options.worldscore, options.out, said)
     left = [one for one in listed if not one.finished(options.frames)]  # the rest is kept

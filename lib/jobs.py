@@ -45,6 +45,15 @@ UNREAD = {
 ID = r"\w[\w.-]{0,59}"  # a folder's name: no separator, no dot in front, short in any alphabet
 
 
+STAMPS = ("files", "loras", "folders")  # in settings: of what a sample is made from
+
+
+def stamps(paths):
+    """Sizes and times of the files among paths: other ones under the same names are told."""
+    there = map(os.stat, filter(os.path.isfile, paths))
+    return " ".join(f"{s.st_size}:{s.st_mtime_ns}" for s in there)
+
+
 def check_read(given, known, what, kind):
     """ValueError for an option, not at its default, that nothing reads as `what` is `kind`."""
     for name in UNREAD[kind].split():
@@ -78,7 +87,7 @@ class Job:
         """Whether its folder holds a complete sample of the same settings; older ones say less."""
         try:
             before = json.loads((self.out / "report.json").read_text())["settings"]
-            return {k: self.settings[k] for k in ("files", "loras")} | before == self.settings
+            return {k: self.settings[k] for k in STAMPS} | before == self.settings
         except (OSError, ValueError, KeyError, TypeError):
             return False
 
@@ -105,11 +114,9 @@ def plan_jobs(options, meta, names, prepare, known):
         # Not in the settings: what changes no file, and what stands beside in the report.
         unsaid = ("jobs", "num_samples", "out", "device", "low_memory", "preview_every")
         said = {k: str(v) for k, v in vars(given).items() if k not in unsaid}
-        # Another picture under the same name is another sample.
-        files = (given.image, given.end_image, given.camera)
-        for name, paths in dict(files=files, loras=given.lora.split(",")).items():
-            there = map(os.stat, filter(os.path.isfile, paths))
-            said[name] = " ".join(f"{s.st_size}:{s.st_mtime_ns}" for s in there)
+        inside = [Path(at, file) for at, _, files in os.walk(given.camera) for file in files]
+        named = [given.image, given.end_image, given.camera], given.lora.split(","), sorted(inside)
+        said.update(zip(STAMPS, map(stamps, named)))
         said.update(step=meta["step"], sha256=meta.get("sha256", ""))
         return Job(given, camera, out, dict(said, prompt=given.prompt, seed=given.seed))
 

@@ -57,12 +57,13 @@ class Instance:
     settings: dict | None = None  # what it is made with; None: whatever it was
 
     def finished(self, frames):
-        """Whether it is there, whole and made with these settings; older ones do not say theirs."""
+        """Whether it is there, whole and made with these settings, as far as older ones tell."""
         count = len(list(self.folder.glob("frames/*.png")))
         try:
             data = read_json(self.folder / "image_data.json")  # the last that is written
-            same = self.settings is None or data.get("settings") in (None, self.settings)
-        except (ValueError, AttributeError):  # not there, or damaged: it costs this world alone
+            before = data.get("settings")
+            same = None in (before, self.settings) or self.settings | before == self.settings
+        except (ValueError, AttributeError, TypeError):  # not there, or damaged: it alone is lost
             return False
         return same and count == len(self.moves) * (frames - 1) + 1
 

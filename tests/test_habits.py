@@ -20,7 +20,7 @@ from lib.distributed import check_device
 from lib.evaluate import mean_rows
 from lib.export import check_out
 from lib.guards import one_line
-from lib.jobs import PER_JOB, attempt, check_writable, plan_jobs, read_line
+from lib.jobs import PER_JOB, STAMPS, attempt, check_writable, plan_jobs, read_line
 from lib.layouts import beside
 from lib.listing import MARK, is_id
 from lib.pictures import write_png, write_video
@@ -272,10 +272,12 @@ def test_half_letters_of_a_prompt_are_one_unknown_letter_each():
 
 def test_a_sample_of_another_file_of_the_same_name_is_not_there_already(tmp_path):
     image, lora, out = tmp_path / "start.png", tmp_path / "x.safetensors", tmp_path / "out" / "a"
-    image.write_bytes(b"one"), lora.write_bytes(b"one")
+    poses = tmp_path / "poses" / "0.txt"
+    poses.parent.mkdir()
+    image.write_bytes(b"one"), lora.write_bytes(b"one"), poses.write_bytes(b"one")
     (tmp_path / "list").write_text('{"id": "a"}\n')
     told = dict(jobs=str(tmp_path / "list"), image=str(image), out=str(out.parent))
-    told["lora"] = f"{lora},{lora}"
+    told |= dict(lora=f"{lora},{lora}", camera=str(poses.parent), amount=1.0)
 
     def plan():
         options = options_of(sample, **told)
@@ -285,11 +287,11 @@ def test_a_sample_of_another_file_of_the_same_name_is_not_there_already(tmp_path
     settings = plan().jobs[0].settings
     (out / ".sample").write_text("[]")
     assert settings["files"] == f"3:{image.stat().st_mtime_ns}"  # as a list of before says it
-    for unsaid in (("files", "loras"), ("loras",), ()):  # by older ones
+    for unsaid in (STAMPS, ("loras", "folders"), ("folders",), ()):  # by older ones
         same = {k: v for k, v in settings.items() if k not in unsaid}
         (out / "report.json").write_text(json.dumps(dict(settings=same)))
         assert (plan().there, plan().jobs) == (1, [])
-    for file in (image, lora):
+    for file in (image, lora, poses):
         file.write_bytes(b"another")
         assert (plan().there, len(plan().jobs)) == (0, 1)
         settings = plan().jobs[0].settings

@@ -157,7 +157,13 @@ def test_the_camera_file_reads_back_as_our_own_cameras(tmp_path):
     assert made.finished(5)  # what an older one was made with is not known
     write_instance(made, video[:5], video[0], fps=10, seconds=1.5)  # over the nine
     assert made.finished(3) and not replace(one, settings={"seed": 2}).finished(3)
-    for damaged in ('{"cut sho', "[]"):
+    # An older one does not say which LoRA of its name it was made with.
+    merged = [replace(one, settings=dict(seed=1, loras=sizes)) for sizes in ("9:1", "9:2")]
+    assert merged[1].finished(3)
+    write_instance(merged[0], video[:5], video[0], fps=10, seconds=1.5)
+    assert [x.finished(3) for x in (*merged, made)] == [True, False, False]
+    write_instance(made, video[:5], video[0], fps=10, seconds=1.5)
+    for damaged in ('{"cut sho', "[]", '{"settings": [1]}'):
         (one.folder / "image_data.json").write_text(damaged)
         assert not made.finished(3)
 
