@@ -44,6 +44,7 @@ def run_command(program, command, advice=""):
     except Exception as error:
         # Of stdout: head has read enough.
         head = isinstance(error, BrokenPipeError) and not multiprocessing.active_children()
+        end_children()  # before the error lets go of a loader, which would hear of their ends
         said, status = ("", 128 + signal.SIGPIPE) if head else (one_line(error, advice), 2)
     finally:
         end_children()

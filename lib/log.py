@@ -1,5 +1,4 @@
-"""What a run writes down: training.log, tensorboard/, config.json (the last start), starts.jsonl
-(every start).
+"""What a run writes down: training.log, tensorboard/, config.json (last start), starts.jsonl (all).
 
 training.log lines are `step N/M | key value | ... | S s/step | H:MM:SS left`, `# val step N NAME |
 key value | ...` or `# free text`.  After a crash the steps since the last checkpoint appear again;

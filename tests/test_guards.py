@@ -205,6 +205,21 @@ def test_an_error_out_of_a_loader_worker_is_one_line_and_ends_the_process(tmp_pa
     assert (ended.returncode, ended.stderr) == (2, "train.py: clip 3: damaged\n")
 
 
+def test_workers_that_die_while_an_error_ends_the_run_add_no_traceback(tmp_path):
+    """ulimit -n 36 with four workers, now and then: Exception ignored in ... __del__."""
+    late = "how = dict(num_workers=2, worker_init_fn=lambda _: (time.sleep(0.5), os._exit(1)))"
+    code = BROKEN.replace("import sys", "import os, sys, time").split("    how = ")[0]
+    code += f"""    {late}
+    batches = iter(DataLoader(Clips(range(3, 9)), batch_size=2, **how))
+    raise ValueError("clip 3: damaged")
+guards.run_command("train.py", command)
+"""
+    (tmp_path / "late.py").write_text(code)
+    command, env = [sys.executable, tmp_path / "late.py"], dict(ENV, PYTHONPATH=str(ROOT))
+    ended = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, ended.stderr) == (2, "train.py: clip 3: damaged\n")
+
+
 def lose_a_batch():
     guards.ignore_signals(0)
     multiprocessing.Queue().put(lambda: 0)  # what it cannot send, as without file handles
