@@ -4,7 +4,10 @@ import errno
 import json
 import math
 import os
+import pathlib
 import signal
+import subprocess
+import sys
 import time
 from functools import partial
 
@@ -306,6 +309,24 @@ def test_a_plan_for_gpus_that_cannot_share_the_batch_says_so():
     size = ["--num_frames=5", "--height=32", "--width=48", f"--model_overrides={vars(TINY)}"]
     code, text = train_here("config/tiny0.py", *size, "--plan", "--plan_gpus=3")
     assert code == 0 and "cannot share a global batch of" in text
+
+
+def test_commands_start_from_any_folder_as_modules_and_under_safe_paths_as_the_readme_says(
+    tmp_path,
+):
+    """python -P train.py: No module named 'config'."""
+    root = pathlib.Path(train.__file__).parent
+    assert "(`-P`, PYTHONSAFEPATH): `export PYTHONPATH=$PWD`" in (root / "README.md").read_text()
+    safe = dict(PYTHONSAFEPATH="1", PYTHONPATH=str(root))
+    for place, words, more in (
+        (tmp_path, [str(root / "train.py")], {}),
+        (root, ["-m", "train"], {}),
+        (root, ["train.py"], safe),
+    ):
+        command, env = [sys.executable, *words, "--max_steps=0"], os.environ | more
+        ended = subprocess.run(command, cwd=place, env=env, capture_output=True, text=True)
+        assert ended.returncode == 2 and ended.stderr.count("\n") == 1, ended
+        assert ended.stderr.startswith("train.py: command line: max_steps = 0"), ended
 
 
 def test_curves_of_a_run_that_went_on_under_an_earlier_clock_are_right(tmp_path, monkeypatch):
