@@ -7,8 +7,7 @@ backward, and counts every operation's FLOPs and every tensor's bytes from its a
 release.  A minute at the 1.3B size.  Sources: torch's FlopCounterMode and FakeTensorMode; the
 accounting of ZeRO, Rajbhandari et al. 2020."""
 
-import math
-import time
+import timeit
 import weakref
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -273,12 +272,8 @@ def peak_flops(device):
             return flops
     n, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (1024, torch.float32)
     a = torch.randn(n, n, device=device, dtype=dtype)
-    best = math.inf
-    for _ in range(5):
-        start = time.perf_counter()
-        (a @ a)[0, 0].item()  # waits for the device
-        best = min(best, time.perf_counter() - start)
-    return 2 * n**3 / best
+    # .item() waits for the device.
+    return 2 * n**3 / min(timeit.repeat(lambda: (a @ a)[0, 0].item(), repeat=5, number=1))
 
 
 # ---------------------------------------------------------------------------------------- the plan
