@@ -10,6 +10,7 @@ import platform
 import resource
 import subprocess
 import sys
+import threading
 import time
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -121,6 +122,9 @@ class Records:
         if out:
             import torch.utils.tensorboard  # noqa: F401  (a missing one is named now, not later)
 
+            # A full disk ends TensorBoard's thread with a traceback; its writer says it here, too.
+            usual = threading.excepthook
+            threading.excepthook = lambda told: isinstance(told.exc_value, OSError) or usual(told)
             (out / "eval").mkdir(parents=True, exist_ok=True)
             start = dict(metadata, first_step=first_step, time=time.strftime("%Y-%m-%d %H:%M:%S"))
             text = json.dumps(start, indent=2)

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from contextlib import suppress
 
@@ -265,6 +266,24 @@ def test_a_record_that_cannot_be_written_is_announced_and_lost(tmp_path, capsys)
         "training.log: No space left on device; this entry is lost" in told
         and "tensorboard: " in told
     )
+
+
+def test_a_disk_that_takes_no_more_curves_is_told_in_lines_alone(tmp_path, capfd, monkeypatch):
+    """A full one ended TensorBoard's thread with a traceback at every line of the log."""
+    monkeypatch.setattr(threading, "excepthook", threading.__excepthook__)  # pytest has its own
+    records = Records(tmp_path, {}, 0)
+    records.scalars(1, {"loss": 1.0})
+    records.flush()
+    shutil.rmtree(tmp_path / "tensorboard")
+    for step in range(2, 9):
+        records.scalars(step, {"loss": 1.0})
+        records.flush()
+    said = capfd.readouterr()
+    assert "this entry is lost" in said.out and "Traceback" not in said.err
+    worker = threading.Thread(target=lambda: 1 / 0)
+    worker.start()
+    worker.join()
+    assert "ZeroDivisionError" in capfd.readouterr().err  # of other kinds and threads it says all
 
 
 def test_names_that_the_terminal_cannot_show_end_no_run(tmp_path, monkeypatch):
