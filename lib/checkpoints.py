@@ -179,10 +179,15 @@ def choose_start(out, asked):
     if out.is_dir():
         remove_leftovers(out)
     newest = newest_valid(out)
+    if asked == "auto" and newest is not None:
+        link_latest(out, newest)  # a kill may have come between the file and its link
+        return f"{out}/step-{newest}.safetensors"
+    left = [*out.glob("step-*.safetensors"), *out.glob("latest.safetensors")]
+    if asked == "auto" and left:
+        found = "a run from step 0 would replace it, and no step with its optimizer state is whole"
+        raise ValueError(f"{left[0]}: {found}. Fix: move it away, or choose another --out_dir")
     if asked == "auto":
-        if newest is not None:
-            link_latest(out, newest)  # a kill may have come between the file and its link
-        return "" if newest is None else f"{out}/step-{newest}.safetensors"
+        return ""
     first = int(metadata_of(asked).get("step", 0)) if asked else 0
     if newest is not None and newest > first:
         found = f"{out} holds checkpoints later than step {first}, up to {newest}"

@@ -80,8 +80,7 @@ class Visits:
     def make_buffers(self):
         size = max((len(home) for _, home, _ in self.steps), default=0)
         self.buffers = [torch.empty(size, dtype=torch.uint8, device=self.device) for _ in range(2)]
-        for buffer in self.buffers:
-            self.there.append([parameters_in(buffer, matrices) for matrices, _, _ in self.steps])
+        self.there = [[parameters_in(b, m) for m, _, _ in self.steps] for b in self.buffers]
 
     def need(self, number):
         """To be called before any layer of a step runs."""

@@ -106,6 +106,18 @@ def test_moments_of_other_weights_are_refused(survivor, tmp_path, capsys):
     assert code == 0 and "steps 4 .. 5" in text
 
 
+@pytest.mark.parametrize("kept", ["latest.safetensors", "step-5.safetensors"])
+def test_a_checkpoint_that_no_run_can_go_on_from_is_not_replaced_by_one_from_step_0(
+    survivor, tmp_path, kept
+):
+    """Seen: whoever had kept latest.safetensors alone lost it to the same command."""
+    shutil.copyfile(survivor[0] / "whole" / "step-5.safetensors", tmp_path / kept)
+    said, _ = train_here(*survivor[1], f"--out_dir={tmp_path}")
+    assert f"{kept}: a run from step 0 would replace it" in str(said)
+    whole = (survivor[0] / "whole" / "step-5.safetensors").read_bytes()
+    assert (tmp_path / kept).read_bytes() == whole
+
+
 @pytest.mark.parametrize("key", ["train_config", "model_config", "step", "stage"])
 def test_a_checkpoint_without_what_resume_needs_is_passed_over(survivor, tmp_path, key, capsys):
     for step in (4, 5):
