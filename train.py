@@ -34,7 +34,7 @@ from geometry import clip_mean, geometry_losses
 from lib import lock
 from lib.checkpoints import choose_start, describe, load_optimizer, save_checkpoint, training_state
 from lib.crop import check_video_size
-from lib.distributed import Ranks, from_first, gather_full, shard, start_processes, wrap
+from lib.distributed import Ranks, from_first, shard, start_processes, wrap
 from lib.evaluate import How, evaluate, evaluate_only
 from lib.experts import INPUTS, check_place, files_in, window_of
 from lib.frozen import check_frozen, identify_frozen
@@ -42,7 +42,7 @@ from lib.guards import BadSteps, Stop, Watch, end_children, ignore_signals, run_
 from lib.log import Records, Tally, by_sigma, changed_options, clock, memory_gb, provenance
 from lib.mix import Mix, check_clips, parts_of, pick
 from lib.offload import check_offload, offload
-from lib.optimizer import learning_rate_at, make_optimizer, take_step
+from lib.optimizer import clip_gradients, learning_rate_at, make_optimizer, take_step
 from lib.plan import HARDWARE, Flops, peak_flops, report
 from lib.strangers import checked_config
 from lib.weights import load_weights, metadata_of, open_model, read_tensors
@@ -599,7 +599,7 @@ def main(options):
             names.append(ids)
         if stopped:  # the micro-steps of an unfinished step are repeated by the resume
             break
-        norm = gather_full(torch.nn.utils.clip_grad_norm_(trained, options.grad_clip or math.inf))
+        norm = clip_gradients(trained, options.grad_clip or math.inf)
         take_step(optimizer, guard.judge(step, norm, losses, ids=names), wrapped is not model)
         done = step + 1
         tally.steps += 1

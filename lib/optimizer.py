@@ -6,8 +6,9 @@ Sources: Jordan et al. 2024 (the quintic Newton-Schulz iteration and its coeffic
 import math
 
 import torch
+import torch.distributed as dist
 
-from lib.distributed import gather_like, own_part, part_like
+from lib.distributed import gather_like, is_spread, own_part, part_like
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 MOMENTUM = 0.95
@@ -38,7 +39,18 @@ def orthogonalise(matrices, steps=5):
     return x.mT if tall else x
 
 
-class Muon(torch.optim.AdamW):
+class AdamW(torch.optim.AdamW):
+    """torch's, of what this rank stores: how DTensors meet costs it the square of their number."""
+
+    def _init_group(self, group, *lists):
+        has_complex = super()._init_group(group, *lists)
+        for tensors in lists:
+            if isinstance(tensors, list):  # torch 2.4 has amsgrad among them
+                tensors[:] = map(own_part, tensors)
+        return has_complex
+
+
+class Muon(AdamW):
     """AdamW, but groups with `orthogonal` get Nesterov momentum, orthogonalised.
 
     Matrices of equal shape share one product: a loop over small ones costs a CPU up to 40 % of a
@@ -97,7 +109,7 @@ def make_optimizer(model, options, ranks=None):
     groups = [dict(params=matrices, weight_decay=options.weight_decay)]
     groups += [dict(params=plain, weight_decay=0.0)]
     groups += [dict(groups[0], params=inner, orthogonal=True)] if inner else []
-    kind = Muon if muon else torch.optim.AdamW
+    kind = Muon if muon else AdamW
     how = dict(lr=options.learning_rate, betas=(0.9, options.beta2), fused=True)  # for found_inf
     if options.shard_optimizer and ranks and ranks.world > 1:
         # Imported here: it takes a second to compile TorchScript that we do not use.
@@ -106,6 +118,18 @@ def make_optimizer(model, options, ranks=None):
         how["process_group"] = ranks.group
         return ZeroRedundancyOptimizer(groups, kind, **how)
     return kind(groups, **how)
+
+
+def clip_gradients(parameters, most):
+    """Scale gradients to a norm of at most `most` -> the norm () before, of all ranks' parts."""
+    if not any(map(is_spread, parameters)):
+        return torch.nn.utils.clip_grad_norm_(parameters, most)
+    grads = [own_part(p.grad) for p in parameters if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(grads) ** 2
+    dist.all_reduce(norm, group=parameters[0].device_mesh.get_group())
+    norm = norm.sqrt()
+    torch._foreach_mul_(grads, (most / (norm + 1e-6)).clamp(max=1))
+    return norm
 
 
 def take_step(optimizer, bad, in_buckets=False):

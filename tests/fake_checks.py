@@ -130,7 +130,7 @@ def two_steps(cfg, stage, how, size, n=2, half=True, device=CUDA, count=2, ranks
             assert not wrong, f"{len(wrong)} gradients of another type or device"
             copied = [p for p in trained if ranks == "ddp" and p.grad._base is None]
             assert not copied, f"{len(copied)} gradients are there beside DDP's buckets"
-            norm = torch.nn.utils.clip_grad_norm_(trained, 1.0)
+            norm = train.clip_gradients(trained, 1.0)
             train.take_step(optimizer, guard.judge(step, norm, [loss], ids=[ids]))
     return watch
 

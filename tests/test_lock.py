@@ -57,6 +57,7 @@ def again(arguments):
 def test_a_second_start_is_refused_by_name_and_a_dead_runs_lock_is_taken_over(long_run):
     begin, arguments, out = long_run
     first = begin()
+    os.kill(first.pid, signal.SIGSTOP)  # it would train on, beside what is asked of others
     second = again(arguments)
     assert second.returncode == 2 and len(second.stderr.strip().splitlines()) == 1
     assert f"another run is in it (process {first.pid} on " in second.stderr

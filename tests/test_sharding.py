@@ -18,6 +18,7 @@ import train
 from lib import plan
 from lib.checkpoints import load_optimizer, save_checkpoint, training_state
 from lib.distributed import Ranks, copy_into, gather_full, own_part, part_like, shard
+from lib.optimizer import clip_gradients
 from lib.weights import load_trained
 from model import PRESETS, FantasyWorld
 
@@ -33,10 +34,8 @@ def steps(model, wrapped, optimizer, numbers, stage):
     for n in numbers:
         optimizer.zero_grad()
         loss_of(wrapped(**tiny_inputs(seed=2 * n + dist.get_rank()), video=stage == 2)).backward()
-        norm = torch.nn.utils.clip_grad_norm_(
-            [p for p in model.parameters() if p.requires_grad], 1.0
-        )
-        optimizer.found_inf = (~gather_full(norm).isfinite()).float()
+        norm = clip_gradients([p for p in model.parameters() if p.requires_grad], 1.0)
+        optimizer.found_inf = (~norm.isfinite()).float()
         optimizer.step()
 
 
