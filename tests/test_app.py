@@ -56,6 +56,7 @@ def app(tmp_path_factory):
         port = free.getsockname()[1]
     log = home / "network.log"
     environment = os.environ | dict(PYTHONPATH=str(home), GUARD_LOG=str(log), OMP_NUM_THREADS="1")
+    environment.pop("PYTHONUNBUFFERED", None)  # its words go to a file, as of `app.py > log`
     arguments = [f"--out={home / 'out'}", f"--port={port}", "--frames=5", "--steps=2", "--keep=2"]
     arguments += ["--upload=1", "--preview_every=1"]
     with open(home / "said", "w") as said:
