@@ -350,8 +350,8 @@ def encode(root, height, width, num_frames, how=None):
     samples = load_samples(root, how.split, bad, inside)[rank::world]  # every world-th clip
     for name, problem in bad if rank == 0 else ():
         passes.fail(name, problem)
-    plans = passes.each(samples, "plan", lambda s: plan_clip(s, folder, same, how, inside))
-    jobs = [job for _, clip_jobs in plans for job in clip_jobs]  # one for each window
+    jobs = []  # one for each window
+    passes.each(samples, "plan", lambda s: jobs.extend(plan_clip(s, folder, same, how, inside)))
     left = [job for job in jobs if not caches.fits(job.path, job.key)]  # the rest is done already
     kept, empty = len(jobs) - len(left), folder / f"{listing.EMPTY_TEXT}.safetensors"
     todo = {job.sample["id"]: job.sample for job in left}  # each clip's files are looked at once
@@ -362,15 +362,15 @@ def encode(root, height, width, num_frames, how=None):
         if not caches.is_whole(empty):
             nothing = dict(text=text([""])[0].bfloat16().cpu())
             caches.save_tensors(empty, nothing, dict(fingerprint=encoders.fingerprint))
-        left = passes.jobs(left, "text", lambda job: encode_text(job, text))
+        left = passes.each(left, "text", lambda job: encode_text(job, text))
         del text  # freed before the next encoder is loaded
     if left and encoders.load_image:
         tower = encoders.load_image()
-        left = passes.jobs(left, "image", lambda job: encode_image(job, tower))
+        left = passes.each(left, "image", lambda job: encode_image(job, tower))
         del tower
     if left:
         vae, pad = encoders.load_vae(), encoders.start_pad
-        left = passes.jobs(left, "video", lambda job: encode_video(job, vae, pad))
+        left = passes.each(left, "video", lambda job: encode_video(job, vae, pad))
     skipped = ", ".join(passes.failed) or "none"
     say(f"{folder}: {len(left)} encoded, {kept} kept, skipped: {skipped}", of_all=True)
     # torchrun stops the others when one fails: wait for all of them.

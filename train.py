@@ -39,7 +39,7 @@ from lib.evaluate import How, evaluate, evaluate_only
 from lib.experts import INPUTS, check_place, files_in, window_of
 from lib.frozen import check_frozen, identify_frozen
 from lib.guards import BadSteps, Stop, Watch, end_children, ignore_signals, run_command
-from lib.log import Records, Tally, by_sigma, changed_options, clock, memory_gb, provenance
+from lib.log import Records, Tally, by_sigma, changed_options, memory_gb, provenance
 from lib.mix import Mix, check_clips, parts_of, pick
 from lib.offload import check_offload, offload
 from lib.optimizer import clip_gradients, learning_rate_at, make_optimizer, take_step
@@ -629,7 +629,7 @@ def main(options):
         cure = f"the same command goes on from step {saved}"
         log(f"# stopped by {name} after step {done}; {cure}")
     else:
-        log(f"# done: {out / 'latest.safetensors'}, {clock(records.seconds())}")
+        log(f"# done: {out / 'latest.safetensors'}, {records.clock()}")
     records.flush()
     lock.release()
     ranks.leave()  # waits for the others first

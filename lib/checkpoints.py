@@ -14,7 +14,7 @@ from functools import partial
 import torch
 import torch.distributed as dist
 
-from lib.distributed import copy_into, gather_full, gathered, is_spread, say
+from lib.distributed import copy_into, gathered, is_spread, say
 from lib.files import write_aside
 from lib.guards import printable
 from lib.strangers import config_from_metadata, naming
@@ -40,7 +40,7 @@ def training_state(model, optimizer):
     def gather(tensor):
         if not is_spread(tensor):
             return tensor
-        tensor = gather_full(tensor)
+        tensor = tensor.full_tensor()
         return tensor.cpu() if first else None
 
     sharded = local_optimizer(optimizer) is not optimizer
@@ -182,11 +182,10 @@ def choose_start(out, asked):
     if asked == "auto" and newest is not None:
         link_latest(out, newest)  # a kill may have come between the file and its link
         return f"{out}/step-{newest}.safetensors"
-    left = [*out.glob("step-*.safetensors"), *out.glob("latest.safetensors")]
-    if asked == "auto" and left:
-        found = "a run from step 0 would replace it, and no step with its optimizer state is whole"
-        raise ValueError(f"{left[0]}: {found}. Fix: move it away, or choose another --out_dir")
     if asked == "auto":
+        if left := [*out.glob("step-*.safetensors"), *out.glob("latest.safetensors")]:
+            found = "a run from step 0 would replace it; no step with its optimizer state is whole"
+            raise ValueError(f"{left[0]}: {found}. Fix: move it away, or choose another --out_dir")
         return ""
     first = int(metadata_of(asked).get("step", 0)) if asked else 0
     if newest is not None and newest > first:

@@ -226,11 +226,6 @@ def is_spread(tensor):
     return module is not None and isinstance(tensor, getattr(module, "DTensor", ()))
 
 
-def gather_full(tensor):
-    """A tensor that may be spread over the ranks, gathered; to be called on all of them."""
-    return tensor.full_tensor() if is_spread(tensor) else tensor
-
-
 def own_part(tensor):
     """What this rank stores of a tensor: all of it, or its share."""
     return tensor.to_local() if is_spread(tensor) else tensor

@@ -46,10 +46,6 @@ class Scene:
     def size(self):
         return self.rgb.shape[1:3]
 
-    def solid(self):
-        """Pixels (T, H, W) off depth edges."""
-        return off_edges(self.depth)
-
     def cameras(self):
         """w2c (T, 3, 4) and intrinsics (T, 4) that the points go with."""
         if self.lift == "commanded":
@@ -71,16 +67,6 @@ class Scene:
         index = np.flatnonzero(self.mask)
         index = index[np.linspace(0, len(index) - 1, min(count, len(index))).round().astype(int)]
         return self.points.reshape(-1, 3)[index], self.rgb.reshape(-1, 3)[index], index
-
-
-def off_edges(depth, jump=0.05):
-    """Pixels (T, H, W) with no depth step over `jump` beside them; the border counts as one."""
-    keep = np.isfinite(depth) & (depth > 0)
-    for axis in (1, 2):
-        beside = np.roll(depth, -1, axis)
-        edge = np.abs(beside - depth) > jump * np.minimum(depth, beside)
-        keep &= ~edge & ~np.roll(edge, 1, axis)  # the last row or column meets the first
-    return keep
 
 
 def fit_unit(commanded, predicted, scene_scale):
@@ -128,7 +114,7 @@ def make_scene(video, geometry, w2c, K, *, scene_scale=1.0, drop=20.0, lift="com
         rgb=rgb,
         depth=depth * np.float32(unit["scale"]),
         conf=conf,
-        mask=off_edges(depth) & (conf >= np.percentile(conf, drop)),
+        mask=pictures.off_edges(depth) & (conf >= np.percentile(conf, drop)),
         w2c=commanded,
         intrinsics=fractions(focal_and_centre(K[0]), size),
         predicted=scaled(predicted, unit["scale"]).numpy(),

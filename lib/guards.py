@@ -34,8 +34,7 @@ def run_command(program, command, advice=""):
     """command(); user errors become one line and exit status 2; advice: where memory runs out."""
     sys.stderr = Unheard(sys.stderr or open(os.devnull, "w"))  # noqa: SIM115
     with suppress(AttributeError):  # no stdout
-        # A name of letters that this terminal's encoding lacks must not end a run; `app.py > log`
-        # says its address at once.
+        # Letters that a terminal lacks must not end a run; `app.py > log` says its address at once.
         sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
     try:
         command()

@@ -14,6 +14,7 @@ import threading
 import time
 from contextlib import suppress
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -98,12 +99,6 @@ def memory_gb(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
-def clock(seconds):
-    """H:MM:SS"""
-    minutes, seconds = divmod(int(seconds), 60)
-    return f"{minutes // 60:d}:{minutes % 60:02d}:{seconds:02d}"
-
-
 def order_events(folder):
     """TensorBoard reads files in the order of their names, which tell a clock.  Where that was set
     back, or is another machine's, the earlier files get numbers in front, to stay the earlier."""
@@ -154,9 +149,9 @@ class Records:
             say(text)
             self.append("training.log", text)
 
-    def seconds(self):
-        """Since this start."""
-        return time.perf_counter() - self.since
+    def clock(self, share=1.0):
+        """H:MM:SS since this start, or a share of that."""
+        return timedelta(seconds=int(share * (time.perf_counter() - self.since)))
 
     def step(self, step, scalars, last, spent):
         """A line of training.log, to which the run's last step and the seconds of one belong; one
@@ -164,7 +159,7 @@ class Records:
         shown = [f"{k} {v:.4g}" for k, v in scalars.items() if not k.startswith("sigma/")]
         levels = [f"{k[6:]} {v:.4g}" for k, v in scalars.items() if k.startswith("sigma/")]
         # As if the rest took as long a step, evaluations and all.
-        left = clock((last - step) * self.seconds() / (step - self.first))
+        left = self.clock((last - step) / (step - self.first))
         tail = [f"{spent:.3f} s/step", f"{left} left"]
         self.line(" | ".join([f"step {step}/{last}", *shown, *tail]))
         self.line(f"# sigma step {step} | " + " | ".join(levels))
@@ -226,18 +221,16 @@ class Passes:
         say(f"skipped {name}: {problem}", of_all=True)
 
     def each(self, items, what, work):
-        """(item, work(item)) of those that did not fail; items are samples, or have one."""
+        """work(item) -> those that did not fail; items are samples, or have one."""
         done = []
         for item in tqdm(items, desc=f"encode: {what}", unit="clip", disable=self.quiet):
             name = getattr(item, "sample", item)["id"]
             try:
                 if name not in self.failed:
-                    done.append((item, work(item)))  # a later pass sees only these
+                    work(item)
+                    done.append(item)  # a later pass sees only these
             except (ValueError, OSError) as error:
                 if is_of_disk(error):
                     raise
                 self.fail(name, error)
         return done
-
-    def jobs(self, items, what, work):
-        return [job for job, _ in self.each(items, what, work)]

@@ -13,7 +13,7 @@ from geometry import normalize_scene
 from lib import pictures
 from lib.crop import focal_and_centre, fractions, stretched
 from lib.distributed import say
-from lib.export import Scene, measure, off_edges
+from lib.export import Scene, measure
 from lib.page import write_page
 from lib.verify import inspect, load_raw
 
@@ -30,7 +30,7 @@ def true_scene(clip):
     depth, w2c = depth[0].float().numpy(), w2c[0].double().numpy()
     depth[~mask.numpy()] = 0
     k = fractions(focal_and_centre(clip["intrinsics"]), size)
-    known = off_edges(depth) & mask.numpy()
+    known = pictures.off_edges(depth) & mask.numpy()
     flat = np.ones_like(depth)
     scene = Scene(rgb, depth, flat, known, w2c, k, w2c, k, clip["fps"], "scene units", drop=0.0)
     report = measure(scene) | dict(unit=dict(scale=1.0, fitted=True, residual=0.0))

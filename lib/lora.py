@@ -13,8 +13,6 @@ from encoders import WRAPPINGS, lazy_tensors, tensor_shapes
 
 STRENGTH = 0.55  # the release's
 
-PARTS = dict(down="down", A="down", up="up", B="up")
-
 
 def module_of(name):
     """The module that a LoRA's tensor changes, with _ for its dots, and its part; else ("", "")."""
@@ -24,7 +22,7 @@ def module_of(name):
     module = found[1].removeprefix("lora_unet_").removeprefix("_")
     for prefix in ("base_model.", *WRAPPINGS, "transformer."):
         module = module.removeprefix(prefix)
-    return module.replace(".", "_"), PARTS.get(found[2], "alpha")
+    return module.replace(".", "_"), dict(A="down", B="up").get(found[2], found[2] or "alpha")
 
 
 def read_lora(path, shapes):

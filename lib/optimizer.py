@@ -39,24 +39,22 @@ def orthogonalise(matrices, steps=5):
     return x.mT if tall else x
 
 
-class AdamW(torch.optim.AdamW):
-    """torch's, of what this rank stores: how DTensors meet costs it the square of their number."""
-
-    def _init_group(self, group, *lists):
-        has_complex = super()._init_group(group, *lists)
-        for tensors in lists:
-            if isinstance(tensors, list):  # torch 2.4 has amsgrad among them
-                tensors[:] = map(own_part, tensors)
-        return has_complex
-
-
-class Muon(AdamW):
+class Muon(torch.optim.AdamW):
     """AdamW, but groups with `orthogonal` get Nesterov momentum, orthogonalised.
 
     Matrices of equal shape share one product: a loop over small ones costs a CPU up to 40 % of a
     step.  found_inf () = 1 leaves weights and state as they are, as in AdamW."""
 
     __setstate__ = torch.optim.Optimizer.__setstate__  # AdamW's wants a step beside every momentum
+
+    def _init_group(self, group, *lists):
+        has_complex = super()._init_group(group, *lists)
+        for (
+            tensors
+        ) in lists:  # AdamW works out how DTensors meet at the cost of their number squared
+            if isinstance(tensors, list):  # torch 2.4 has amsgrad among them
+                tensors[:] = map(own_part, tensors)
+        return has_complex
 
     @torch.no_grad()
     def step(self):
@@ -109,15 +107,14 @@ def make_optimizer(model, options, ranks=None):
     groups = [dict(params=matrices, weight_decay=options.weight_decay)]
     groups += [dict(params=plain, weight_decay=0.0)]
     groups += [dict(groups[0], params=inner, orthogonal=True)] if inner else []
-    kind = Muon if muon else AdamW
     how = dict(lr=options.learning_rate, betas=(0.9, options.beta2), fused=True)  # for found_inf
     if options.shard_optimizer and ranks and ranks.world > 1:
         # Imported here: it takes a second to compile TorchScript that we do not use.
         from torch.distributed.optim import ZeroRedundancyOptimizer
 
         how["process_group"] = ranks.group
-        return ZeroRedundancyOptimizer(groups, kind, **how)
-    return kind(groups, **how)
+        return ZeroRedundancyOptimizer(groups, Muon, **how)
+    return Muon(groups, **how)  # without orthogonal groups it is AdamW
 
 
 def clip_gradients(parameters, most):

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from lib.camera_files import inverse
-from lib.pictures import COLOUR_MAP, depth_range, write_video
+from lib.pictures import COLOUR_MAP, depth_range, off_edges, write_video
 
 PAGE_POINTS = 1_100_000  # depth samples in the page, 6 bytes each (8 in base64)
 PAGE_VIDEO = 4_000_000  # bytes of its video, which is compressed harder until it fits
@@ -96,7 +96,7 @@ def pack_maps(scene, stride):
     depth, rgb, conf = scene.depth[pick], scene.rgb[pick], scene.conf[pick]
     near, far = depth_range(scene.depth, (0.001, 0.999))
     code = 65535 * (1 / np.clip(depth, near, far) - 1 / far) / (1 / near - 1 / far)
-    code = np.where(scene.solid()[pick], code.round().clip(1, 65535), 0).astype("<u2")
+    code = np.where(off_edges(scene.depth)[pick], code.round().clip(1, 65535), 0).astype("<u2")
     rank = np.searchsorted(np.sort(conf, None), conf.ravel(), "right") / conf.size * 255
     colour = np.concatenate([rgb, rank.reshape(*conf.shape, 1).astype(np.uint8)], -1)
     return code, colour, near, far

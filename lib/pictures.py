@@ -87,6 +87,16 @@ def depth_to_rgb(depth, low, high):
     return np.where(valid[..., None], rgb + 0.5, 128).astype(np.uint8)
 
 
+def off_edges(depth, jump=0.05):
+    """Pixels (T, H, W) with no depth step over `jump` beside them; the border counts as one."""
+    keep = np.isfinite(depth) & (depth > 0)
+    for axis in (1, 2):
+        beside = np.roll(depth, -1, axis)
+        edge = np.abs(beside - depth) > jump * np.minimum(depth, beside)
+        keep &= ~edge & ~np.roll(edge, 1, axis)  # the last row or column meets the first
+    return keep
+
+
 def depth_range(depth, shares=(0.01, 0.99)):
     """Quantiles of known depth, the 1st and 99th percentile, for its colours; 1 and 2 for none."""
     known = depth[depth > 0]

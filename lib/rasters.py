@@ -39,10 +39,7 @@ SDR = "zscale=t=linear:npl=100,tonemap=hable,zscale=p=bt709:t=bt709:m=bt709:r=tv
 ALPHA = rb"Video: (?!mjpeg)[^\n]*, (yuva|ya|gbra|rgba|argb|bgra|abgr)"  # CMYK is no alpha
 WRONG = {
     "HDR colours (HLG or PQ)": (rb"Video: [^\n]*(arib-std-b67|smpte2084)", f"-i IN -vf {SDR}"),
-    "interlaced lines": (
-        rb"Video: [^\n]*(top|bottom) (coded )?first",
-        "-i IN -vf bwdif=send_frame",
-    ),
+    "interlaced lines": (rb"Video: [^\n]*(top|bottom) (coded )?first", "-i IN -vf bwdif=0"),
     "VP9 with alpha": (rb"alpha_mode *: 1", f"-c:v libvpx-vp9 -i IN -vf '{OVER_WHITE}'"),
 }
 # What it says of files that it does not read, in other words.

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from geometry import encode_pose, inv_se3, normalize_scene, unproject
-from lib import camera_files
+from lib import camera_files, pictures
 from lib import export as E
 from lib.files import read_array, read_video
 from lib.page import page_numbers
@@ -191,7 +191,7 @@ def test_ply_holds_the_sure_points_off_edges(scene, out):
 def test_depth_edges_and_the_picture_border_at_a_jump_are_left_out():
     depth = np.ones((1, 6, 8), np.float32)
     depth[..., 4:] = 2
-    keep = E.off_edges(depth)
+    keep = pictures.off_edges(depth)
     assert not keep[0, :, [0, 3, 4, 7]].any() and keep[0, :, [1, 2, 5, 6]].all()
 
 

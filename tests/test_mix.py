@@ -16,8 +16,8 @@ from lib.rooms import Recipe, synth
 
 def test_what_data_dir_says():
     assert parts_of("data/x") == [("data/x", 1.0)]
-    assert parts_of("a:3,b:1") == [("a", 0.75), ("b", 0.25)]
-    assert parts_of("a,b") == [("a", 0.5), ("b", 0.5)]
+    assert parts_of("a:3,b:1") == [("a", 3.0), ("b", 1.0)]
+    assert parts_of("a,b") == [("a", 1.0), ("b", 1.0)]
     assert parts_of("C:/sets/a") == [("C:/sets/a", 1.0)]
     for text in ("a:0,b:1", "a:-1", ",b", "a:nan"):
         with pytest.raises(ValueError, match="data_dir = .*wanted FOLDER"):

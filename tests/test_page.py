@@ -12,6 +12,7 @@ from test_export import H, T, W, sampled
 
 from lib import page
 from lib.page import write_page
+from lib.pictures import off_edges
 
 needs_browser = pytest.mark.skipif(
     BROWSER is None, reason="no Chromium here (apt-get install chromium-headless-shell)"
@@ -44,7 +45,7 @@ def test_the_page_holds_depth_to_a_thousandth_and_drops_edges(made):
     scene, data = made[0], contents(made[1])
     code = np.frombuffer(base64.b64decode(data["depth"]), "<u2").reshape(T, *data["grid"])
     assert data["stride"] == 1 and data["grid"] == [H, W]
-    np.testing.assert_array_equal(code > 0, scene.solid())
+    np.testing.assert_array_equal(code > 0, off_edges(scene.depth))
     depth = 1 / (1 / data["far"] + code / 65535 * (1 / data["near"] - 1 / data["far"]))
     inside = (code > 1) & (code < 65535)
     np.testing.assert_allclose(depth[inside], scene.depth[inside], rtol=1e-3)
@@ -216,7 +217,7 @@ def test_riding_a_camera_shows_its_picture_wherever_its_centre_is(made, tmp_path
     zoom = min(h / H, w / W)  # the picture fills the view one way
     rows = (h / 2 + (np.arange(H) + 0.5 - H / 2) * zoom).astype(int)
     columns = (w / 2 + (np.arange(W) + 0.5 - W / 2) * zoom).astype(int)
-    gap = np.abs(shown[rows][:, columns] - made[0].rgb[0])[made[0].solid()[0]]
+    gap = np.abs(shown[rows][:, columns] - made[0].rgb[0])[off_edges(made[0].depth)[0]]
     assert gap.mean() < 10  # 34 where the centre was taken for the middle
 
 

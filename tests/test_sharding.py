@@ -17,7 +17,7 @@ import lib.evaluate
 import train
 from lib import plan
 from lib.checkpoints import load_optimizer, save_checkpoint, training_state
-from lib.distributed import Ranks, copy_into, gather_full, own_part, part_like, shard
+from lib.distributed import Ranks, copy_into, own_part, part_like, shard
 from lib.optimizer import clip_gradients
 from lib.weights import load_trained
 from model import PRESETS, FantasyWorld
@@ -97,7 +97,7 @@ def equality(folder, ranks, options, cases):
 def plain_of(model):
     copy = tiny_model(2, **FEW)
     for p, q in zip(copy.parameters(), model.parameters()):
-        copy_into(p, gather_full(q))
+        copy_into(p, q.full_tensor())
     return copy
 
 
