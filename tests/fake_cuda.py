@@ -98,7 +98,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from lib import plan
+from model import clear_tables
 
 aten, CUDA = torch.ops.aten, torch.device("cuda", 0)
 REAL_ATTENTION = F.scaled_dot_product_attention
@@ -283,12 +283,12 @@ def on_a_gpu():
 @contextmanager
 def fakes():
     """Tensors made inside are fake; those on "cuda" behave as on a GPU -> what watches them."""
-    plan.clear_tables()
+    clear_tables()
     WATCHES.append(Watch())
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with mode, on_a_gpu(), WATCHES[-1] as watch:  # the mode is entered before a GPU seems there
         yield watch
-    plan.clear_tables()
+    clear_tables()
 
 
 def build(make, device=CUDA):
