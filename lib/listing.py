@@ -69,13 +69,11 @@ def read_metadata(root, inside):
     path = root / "metadata.json"
     try:
         os.listdir(root)
+        if not os.path.lexists(path):
+            check_sums(root, [path] if "metadata.json" in (sums_of(root) or ()) else [])
+            return dict(samples=scan_folders(root))
     except OSError as error:
-        wanted = "Wanted a dataset; the layout is at the top of data.py"
-        said = f"not a folder that can be opened: {error.strerror}"
-        raise ValueError(f"{root}: {said}. {wanted}") from None
-    if not os.path.lexists(path):
-        check_sums(root, [path] if "metadata.json" in (sums_of(root) or ()) else [])
-        return dict(samples=scan_folders(root))
+        raise ValueError(f"{root}: cannot be listed: {error.strerror}; wanted a dataset") from None
     check_inside(inside, path)
     check_sums(root, [path])
     said = read_json(path)

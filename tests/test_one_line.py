@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from safetensors.torch import load_file
 from small import command_here
 from test_jobs import QUICK
 
+from data import load_samples
 from lib import checkpoints, log
 from lib.jobs import read_prompts
 
@@ -37,6 +39,16 @@ def test_an_output_that_cannot_be_written_is_one_line(clips, tmp_path, tool, pla
     last = text.strip().splitlines()[-1]
     assert code == 2 and "Traceback" not in text and f"{tmp_path}/taken" in last, text
     assert (tmp_path / "taken").read_text() == "mine"
+
+
+def test_a_folder_whose_folders_vanish_while_it_is_listed_is_named(tmp_path, monkeypatch):
+    """Seen, of /proc: a bare "[Errno 2] No such file or directory"."""
+    gone = FileNotFoundError(2, "No such file or directory", "123")
+    monkeypatch.setattr(Path, "glob", lambda self, words: (_ for _ in ()).throw(gone))
+    with pytest.raises(
+        ValueError, match=f"{tmp_path}: cannot be listed: No such.*wanted a dataset"
+    ):
+        load_samples(tmp_path)
 
 
 def test_prompts_of_a_windows_editor_are_read_and_others_are_named(tmp_path):
