@@ -35,8 +35,7 @@ def look(maps, points, K, pose):
     z = x[..., 2].clamp(min=1e-3)
     focal, centre = K.diagonal()[:2], K[:2, 2]
     uv = focal * x[..., :2] / z[..., None] + centre
-    size = uv.new_tensor([maps.shape[-1], maps.shape[-2]])
-    grid = (2 * uv / size - 1)[:, None]
+    grid = (2 * uv / uv.new_tensor([maps.shape[-1], maps.shape[-2]]) - 1)[:, None]
     met = F.grid_sample(maps, grid, align_corners=False, padding_mode="border")[:, :, 0]
     colour, along_u, along_v = met.movedim(1, -1).split(3, -1)  # (N, P, 3) each
     # d(u, v) / dx, then dx / d(twist) = [-[x]x, 1]: rotation first, as exp_se3 takes it

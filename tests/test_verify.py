@@ -235,3 +235,12 @@ def test_a_rendering_of_caches_alone_is_no_failure(tmp_path, capsys):
     rooms.synth(tmp_path, rooms.Recipe(1, 5, 32, 48, variety="simple", cache_only=True))
     assert data.verify(tmp_path) == 0
     assert "skip files: caches alone, which train.py checks" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("shade", [0, 230])
+def test_a_flat_sky_without_depth_is_no_flipped_video(shade):
+    """Seen: "the video fits flipped top to bottom: 0.000", where the ground's depth met the sky."""
+    raw = corruptions.rendered(1)[0]
+    raw = dict(raw, rgb=raw["rgb"].copy(), depth=raw["depth"].copy())
+    raw["rgb"][:, :32], raw["depth"][:, :32] = shade, 0
+    assert corruptions.inspect(raw).checks["photo"][0] == "ok"
