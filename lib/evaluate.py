@@ -282,8 +282,7 @@ def evaluate_only(model, examples, out, sources, how, more_sigmas=()):
     rows = baselines(examples["train"], examples["val"], how) if how.ranks.rank == 0 else {}
     rows = from_first(rows)  # the others wait here, as long as for a save
     for source, words in names.items():
-        meta = load_weights(model, source)
-        model.set_stage(int(meta["stage"]))
+        model.set_stage(int(load_weights(model, source)["stage"]))
         picture = "-".join(quote(word.replace(" ", ""), safe="") for word in ("eval", *words))
         show = partial(pictures.write_png, out / f"{picture}.png")
         found = evaluate(model, examples["val"], how, show, more_sigmas)

@@ -1,7 +1,6 @@
 """Where other people's recordings keep their pictures, depth and cameras.
 
-LAYOUTS has for each how it is recognised and open(key, wishes) -> Recording.  Nothing big is read
-here.
+LAYOUTS has for each how it is recognised, and open(key, wishes) -> Recording: nothing big is read.
 Sources: each dataset's or tool's own loader or writer, read in November 2026."""
 
 import zipfile
@@ -399,7 +398,7 @@ def open_npz(names, path, wishes, sure="", least=0.0):
     with np.load(path, allow_pickle=False) as f:
         data = {name: f[name] for name in (*names[:2], sure) if name in f.files}
     data = {name: x[0] if len(x) == 1 else x for name, x in data.items()}  # a batch
-    maps, sure = data[names[1]], data.get(sure, np.ones(len(data[names[1]])))
+    maps, sure = data[names[1]], data.get(sure, np.full(len(data[names[1]]), np.inf))
     frames = Path(wishes.pictures) if wishes.pictures else data.get(names[0], np.zeros(0))
     floats = getattr(frames, "shape", ())[1:2] == (3,) and frames.dtype.kind == "f"
     if floats and abs(frames - 0.5).max() < 0.7:  # from 0 to 1, or, resized, a little beyond
@@ -413,9 +412,12 @@ def open_npz(names, path, wishes, sure="", least=0.0):
         found = f"{shown} pictures, {count} depth maps; wanted one each. {len(sure)} of confidence"
         raise ValueError(f"{path}: {found}, {len(cameras.matrices)} poses")
     numbers, read, notes = list(range(count)), maps.__getitem__, []
-    if (sure != sure.flat[0]).any():  # of one value everywhere, or none: no opinion
+    sure = sure if sure.dtype == bool else sure >= least
+    if not sure.any():  # some networks write 1 everywhere, others shares
+        notes = [f"its confidence is not heeded: all of it is below {least}"]
+    elif not sure.all():
         read = lambda n: believed(maps[n], sure[n], least)  # noqa: E731
-        notes = [f"unsure depth is left out: {(~(sure >= least)).mean():.1%} below {least}"]
+        notes = [f"unsure depth is left out: {(~sure).mean():.1%} below {least} or False"]
     return Recording(numbers, cameras, numbers, read=read, video=frames, notes=notes)
 
 

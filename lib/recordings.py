@@ -48,10 +48,12 @@ class Recording:
 
 
 def believed(depth, sure, least):
-    """Depth (h, w), 0 where the map of its confidence is below the least that is believed."""
-    depth = np.squeeze(depth)
-    sure = stretched(np.squeeze(sure)[None], depth.shape)[0].numpy()
-    return np.where(sure >= least, depth, depth.dtype.type(0))
+    """Depth (h, w), 0 where the map of its confidence is False or below what is believed."""
+    depth, sure = np.squeeze(depth), np.squeeze(sure)
+    if sure.ndim != 2:
+        raise ValueError(f"confidence of shape {sure.shape}; wanted one map (h, w) a frame")
+    sure = sure if sure.dtype == bool else sure >= least
+    return np.where(stretched(sure[None], depth.shape)[0], depth, depth.dtype.type(0))
 
 
 # --- Pieces ---------------------------------------------------------------------------------------

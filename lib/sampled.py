@@ -27,8 +27,7 @@ def meet(points, w2c, K, depth, tolerance=0.05):
     returns    grid (T, H, W, 2) for grid_sample, seen (T, H, W): inside, and the depth there is
                theirs within `tolerance`"""
     uv, z = (x[0] for x in project(points[None], w2c[None], K[None]))
-    size = uv.new_tensor([depth.shape[2], depth.shape[1]])
-    grid = 2 * uv / size - 1
+    grid = 2 * uv / uv.new_tensor([depth.shape[2], depth.shape[1]]) - 1
     how = dict(mode="nearest", align_corners=False)
     there = F.grid_sample(depth[:, None], grid, **how)[:, 0]
     inside = (z > 1e-3) & (grid.abs() < 1).all(-1) & (there > 0)

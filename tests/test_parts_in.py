@@ -109,10 +109,53 @@ def test_depth_of_low_confidence_in_an_archive_is_unknown(src, capsys, write, na
     np.savez(path, **arrays | {name: sure[:, :5]})
     shutil.rmtree(src.parent / "out")
     assert "wanted one each. 5 of confidence, 9 poses" in imported(src, capsys)[0]
-    np.savez(path, **arrays | {name: np.ones_like(sure)})  # of a network that has no opinion
+    for none in (np.ones_like(sure), sure / 10):  # of a network without an opinion; shares of 1
+        np.savez(path, **arrays | {name: none})
+        shutil.rmtree(src.parent / "out")
+        said, made = imported(src, capsys)
+        assert "unsure" not in said and (made["depth"] > 0).all()
+        assert f"its confidence is not heeded: all of it is below {least}" in said
+    np.savez(path, **arrays)
     shutil.rmtree(src.parent / "out")
-    said, made = imported(src, capsys)
-    assert "unsure" not in said and (made["depth"] > 0).all()
+    assert "confidence is" not in imported(src, capsys)[0] or write is da3  # which writes ones
+
+
+@pytest.mark.parametrize("write", [da3, vggt, cut3r, monst3r])
+def test_true_is_sure(src, capsys, write):
+    """Seen: all depth lost, as True is 1 and less than 1.05."""
+    write(src, C)
+    sure = np.arange(H)[:, None] + np.zeros(W) >= 6
+    if write in (da3, vggt):
+        path = next(src.glob("*.npz"))
+        with np.load(path, allow_pickle=True) as found:
+            arrays = dict(found)
+        name = dict(da3="conf", vggt="depth_conf")[write.__name__]
+        np.savez(path, **arrays | {name: np.stack([sure] * T)})
+    else:
+        for t in range(T):
+            path = src / CONFIDENCE[write][0].format(t)
+            path.parent.mkdir(exist_ok=True)
+            np.save(path, sure)
+    _, made = imported(src, capsys)
+    assert (made["depth"][:, :6] == 0).all() and (made["depth"][:, 6:] > 0).all()
+
+
+def test_confidence_that_is_no_map_is_named(src, capsys):
+    """Seen: "operands could not be broadcast together"."""
+    redwood(src, C)
+    (src / "confidence").mkdir()
+    for t in range(T):
+        np.save(src / f"confidence/{t:05d}.npy", np.ones((H, W, 3)))
+    said = "confidence of shape (48, 64, 3); wanted one map (h, w) a frame"
+    assert said in imported(src, capsys)[0]
+
+
+def test_a_png_of_depth_with_something_behind_its_end_is_named(src, capsys):
+    """Seen: copied as it was, into a dataset that training refused."""
+    redwood(src, C)
+    with open(src / "depth/00002.png", "ab") as file:
+        file.write(b"\n")
+    assert f"{src}/depth/00002.png: does not end as a PNG" in imported(src, capsys)[0]
 
 
 def test_confidence_beside_depth_of_four_bytes_a_pixel(src, capsys):
@@ -173,7 +216,7 @@ def test_a_cut_json_is_named(src, capsys, write, name):
 
 
 CUT = {  # part: what writes it, bytes that are left, what is said
-    "depth/00002.png": (redwood, 60, "cut short. Copy it again"),
+    "depth/00002.png": (redwood, 60, "does not end as a PNG: cut short? Copy it again"),
     "pose_left.txt": (tartanair, -20, "cannot be read: quaternions of length"),
     "depth.txt": (tum, 0, "no file beside any time; wanted lines of TIME FILE"),
 }
