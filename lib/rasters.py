@@ -80,7 +80,7 @@ def told_by(said, path, clear):
     for what, (sign, cure) in WRONG.items():
         if re.search(sign, said):
             raise ValueError(f"{path}: {what}. Convert it: ffmpeg {cure} OUT")
-    fps = re.search(rb"Video: .*?\b([\d.]+)(k?) fps", said)
+    fps = re.search(rb"^  Stream #0.* Video: .*?\b([\d.]+)(k?) fps", said, re.M)
     fps = float(fps[1]) * (1000 if fps[2] else 1) if fps else 0.0
     # The last stream is what comes out, upright.
     *_, (w, h, sar) = re.findall(rb"^  Stream #0:0.* (\d+)x(\d+)(?: \[SAR (\d+:\d+))?", said, re.M)

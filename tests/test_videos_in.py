@@ -196,3 +196,9 @@ def test_verify_asks_whether_cameras_are_of_pixels_that_are_not_square(tmp_path,
     shutil.move(tmp_path / "v.mp4", path)
     assert data.verify(tmp_path) == 0
     assert "warn pixels: 1.33 times as wide as high" in capsys.readouterr().out
+
+
+def test_the_title_of_a_video_tells_neither_its_rate_nor_its_pixels(tmp_path):
+    """Seen: 5 frames a second, and pixels three times as wide as high."""
+    run(*CLIP, "-metadata", "title=Video: 8x8 [SAR 3:1, 5 fps", tmp_path / "a.mp4")
+    assert files.video_facts(tmp_path / "a.mp4") == (6, (96, 160), 15, 1)
