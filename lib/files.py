@@ -158,7 +158,7 @@ def pictures(stream, limit=MAX_BYTES):
             raise ValueError(f"a frame of {h}x{w} among frames of {first[0]}x{first[1]}")
         if limit < 0:
             raise ValueError(f"more than {MAX_BYTES:,} bytes of frames; cut it into shorter clips")
-        yield np.frombuffer(data, dtype).reshape(shape).astype(dtype[-2:], copy=False)
+        yield np.frombuffer(data, dtype).reshape(shape).astype(dtype.lstrip(">"), copy=False)
 
 
 def read_pngs(paths, read, output, *, turned=True, deep=False):

@@ -29,7 +29,7 @@ class Recording:
     turned: bool = True  # pictures as their EXIF says; the cameras may be of the pixels as they lie
     video: object = None  # a file or folder of pictures, or an array (T, H, W, 3)
     read: object = None  # one of depth -> (h, w)
-    least: float = 0.0  # of their values that is believed
+    least: float = 0.0  # of the values of `sure` that is believed
 
     def pictures(self):
         """uint8 (H, W, 3) of every frame."""

@@ -151,7 +151,7 @@ def add_mover(rng, scene, c2w, k):
     s, between = np.linspace(0, 1, len(c2w))[:, None], np.linspace(0.1, 0.9, 9)[:, None, None]
     for _ in range(300):
         rays = np.append(rng.uniform(-0.7, 0.7, (2, 2)) * k[:2, 2] / k[0, 0], np.ones((2, 1)), 1)
-        a, b = rays * rng.uniform(1, 3, (2, 1)) @ middle[:, :3].T + middle[:, 3]  # in that view
+        a, b = rays * rng.uniform(1, 3, (2, 1)) @ middle[:, :3].T + middle[:, 3]  # ends of its way
         track = a + s * (b - a)
         x, y, z = np.einsum("tji,tj->it", c2w[:, :, :3], track - eyes)  # camera frames
         inside = (np.abs([x * k[0, 0], y * k[1, 1]]) < k[:2, 2, None] * z).all(0) & (z > 0.1)
