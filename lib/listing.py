@@ -73,7 +73,7 @@ def read_metadata(root, inside):
             check_sums(root, [path] if "metadata.json" in (sums_of(root) or ()) else [])
             return dict(samples=scan_folders(root))
     except OSError as error:
-        raise ValueError(f"{root}: cannot be listed: {error.strerror}; wanted a dataset") from None
+        raise ValueError(f"{root}: not a folder now: {error.strerror}; wanted a dataset") from None
     check_inside(inside, path)
     check_sums(root, [path])
     said = read_json(path)

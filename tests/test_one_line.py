@@ -46,7 +46,7 @@ def test_a_folder_whose_folders_vanish_while_it_is_listed_is_named(tmp_path, mon
     gone = FileNotFoundError(2, "No such file or directory", "123")
     monkeypatch.setattr(Path, "glob", lambda self, words: (_ for _ in ()).throw(gone))
     with pytest.raises(
-        ValueError, match=f"{tmp_path}: cannot be listed: No such.*wanted a dataset"
+        ValueError, match=f"{tmp_path}: not a folder now: No such.*wanted a dataset"
     ):
         load_samples(tmp_path)
 
