@@ -18,7 +18,7 @@ BLOCK = 1000
 
 
 def parts_of(text):
-    """ "a:0.7,b:0.3" or a single folder -> [(folder, weight)], as they are written."""
+    """ "a:0.7,b:0.3" or a single folder -> [(folder, weight)], weights of sum 1."""
     parts = []
     for part in text.split(","):
         folder, colon, weight = part.strip().rpartition(":")
@@ -31,7 +31,8 @@ def parts_of(text):
         raise ValueError(f"data_dir = {text!r}; {wanted}")
     if len({folder for folder, _ in parts}) < len(parts):
         raise ValueError(f"data_dir = {text!r}: a folder is there twice; raise its weight instead")
-    return parts
+    total = sum(weight for _, weight in parts)
+    return [(folder, weight / total) for folder, weight in parts]
 
 
 @functools.lru_cache(maxsize=4)

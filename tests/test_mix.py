@@ -16,14 +16,21 @@ from lib.rooms import Recipe, synth
 
 def test_what_data_dir_says():
     assert parts_of("data/x") == [("data/x", 1.0)]
-    assert parts_of("a:3,b:1") == [("a", 3.0), ("b", 1.0)]
-    assert parts_of("a,b") == [("a", 1.0), ("b", 1.0)]
+    assert parts_of("a:3,b:1") == [("a", 0.75), ("b", 0.25)]
+    assert parts_of("a,b") == [("a", 0.5), ("b", 0.5)]
     assert parts_of("C:/sets/a") == [("C:/sets/a", 1.0)]
     for text in ("a:0,b:1", "a:-1", ",b", "a:nan"):
         with pytest.raises(ValueError, match="data_dir = .*wanted FOLDER"):
             parts_of(text)
     with pytest.raises(ValueError, match="twice"):
         parts_of("a:1,a:2")
+
+
+def test_a_mix_that_goes_on_draws_the_clips_of_its_first_start():
+    """Rounded once, not twice, a share moved to another dataset: 466 and 67."""
+    weights = [weight for _, weight in parts_of("a:0.7,b:0.7,c:0.1")]
+    shares = counts_of(tuple(weight / sum(weights) for weight in weights))  # as Mix does it
+    assert shares.tolist() == [467, 467, 66]
 
 
 def test_shares_are_exact_in_a_block_and_each_clip_comes_in_turn():
