@@ -14,7 +14,6 @@ import threading
 import time
 from contextlib import suppress
 from dataclasses import dataclass, field
-from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -151,7 +150,8 @@ class Records:
 
     def clock(self, share=1.0):
         """H:MM:SS since this start, or a share of that."""
-        return timedelta(seconds=int(share * (time.perf_counter() - self.since)))
+        minutes, seconds = divmod(int(share * (time.perf_counter() - self.since)), 60)
+        return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
 
     def step(self, step, scalars, last, spent):
         """A line of training.log, to which the run's last step and the seconds of one belong; one

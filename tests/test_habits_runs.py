@@ -329,6 +329,13 @@ def test_commands_start_from_any_folder_as_modules_and_under_safe_paths_as_the_r
         assert ended.stderr.startswith("train.py: command line: max_steps = 0"), ended
 
 
+def test_the_time_that_is_left_is_told_in_hours_of_whatever_number():
+    """1 day, 3:46:41 left: two forms in one column of training.log."""
+    records = Records(None, {}, 0)
+    records.since -= 10000.5
+    assert (records.clock(), records.clock(10)) == ("2:46:40", "27:46:45")
+
+
 def test_curves_of_a_run_that_went_on_under_an_earlier_clock_are_right(tmp_path, monkeypatch):
     """TensorBoard reads its files by their names, and lost all of the later one."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
