@@ -183,7 +183,8 @@ def choose_start(out, asked):
         link_latest(out, newest)  # a kill may have come between the file and its link
         return f"{out}/step-{newest}.safetensors"
     if asked == "auto":
-        if left := [*out.glob("step-*.safetensors"), *out.glob("latest.safetensors")]:
+        left = [out / f"step-{step}.safetensors" for step in saved_steps(out)]
+        if left := [*left, *out.glob("latest.safetensors")]:
             found = "a run from step 0 would replace it; no step with its optimizer state is whole"
             raise ValueError(f"{left[0]}: {found}. Fix: move it away, or choose another --out_dir")
         return ""

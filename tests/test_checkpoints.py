@@ -118,6 +118,13 @@ def test_a_checkpoint_that_no_run_can_go_on_from_is_not_replaced_by_one_from_ste
     assert (tmp_path / kept).read_bytes() == whole
 
 
+def test_a_file_that_a_run_would_not_touch_hinders_no_start(tmp_path):
+    for name in ("step-best", "step-5-copy", "old-latest"):
+        (tmp_path / f"{name}.safetensors").touch()
+    assert checkpoints.choose_start(tmp_path, "auto") == ""
+    assert len(list(tmp_path.iterdir())) == 3
+
+
 @pytest.mark.parametrize("key", ["train_config", "model_config", "step", "stage"])
 def test_a_checkpoint_without_what_resume_needs_is_passed_over(survivor, tmp_path, key, capsys):
     for step in (4, 5):
