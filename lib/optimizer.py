@@ -49,9 +49,7 @@ class Muon(torch.optim.AdamW):
 
     def _init_group(self, group, *lists):
         has_complex = super()._init_group(group, *lists)
-        for (
-            tensors
-        ) in lists:  # AdamW works out how DTensors meet at the cost of their number squared
+        for tensors in lists:  # DTensors would cost AdamW their number squared
             if isinstance(tensors, list):  # torch 2.4 has amsgrad among them
                 tensors[:] = map(own_part, tensors)
         return has_complex
