@@ -39,7 +39,7 @@ STRICT = [
 ]
 # fmt: on
 
-PNG = b"\x89PNG\r\n\x1a\n"
+PNG, PNG_END = b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"
 VIDEO = "not a readable video or picture: {}. Re-encode or remove it."  # {}: ffmpeg's words
 STILLS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 RASTERS = (".exr", ".pfm", ".pgm", ".bin")
@@ -106,7 +106,7 @@ def feed(pipe, paths):
         for path in paths:
             check_file(path)
             data = Path(path).read_bytes()
-            if png_kind(data) != kind or not data.endswith(b"IEND\xaeB`\x82"):
+            if png_kind(data) != kind or not data.endswith(PNG_END):
                 return
             target.write(data)
 

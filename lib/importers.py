@@ -138,7 +138,7 @@ def write_depth(path, raw, k, *, own, lens, cut):
     if isinstance(raw, Path):
         if not lens and not cut and len(files.read_array(raw, read=False)[0]) == 2:
             data = raw.read_bytes()
-            if raw.suffix.lower() == ".png" and not data.endswith(b"IEND\xaeB`\x82"):
+            if raw.suffix.lower() == ".png" and not data.endswith(files.PNG_END):
                 raise ValueError(f"{raw}: does not end as a PNG: cut short? Copy it again")
             return path.with_suffix(raw.suffix.lower()).write_bytes(data)
         raw = files.read_array(raw)
